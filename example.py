@@ -4,7 +4,7 @@ python example.py
 python example.py --model Qwen/Qwen3-0.6B --prompt "Introduce yourself."
 python example.py --model Qwen/Qwen3-VL-2B-Instruct --image photo.jpg --prompt "What is this?"
 
-Without arguments it asks the embedded text model, and then asks the embedded vision model about
+Without arguments it runs the embedded text model, and then the embedded vision model on
 docs/shapes.png (this needs Pillow: the extra "vision").
 """
 
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
 
 
 def show(args: argparse.Namespace, model: str, prompts: list[str], picture: Any = None) -> None:
-    """Ask a model all prompts at once, with a picture if there is one, and print its answers."""
+    """Run all prompts in one batch, with the picture if there is one, and print the answers."""
     llm = LLM(
         model,
         device=args.device,

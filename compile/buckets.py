@@ -1,4 +1,4 @@
-"""Buckets: ladders of the static sizes that steps are compiled for, and the choice of a size."""
+"""Buckets: the static sizes for which steps are compiled, and the choice of a size."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 # Adjacent prefill buckets grow by this factor up to PREFILL_LARGE_TOKENS, where steps are short
-# whatever the padding, and by a factor of the device's above.
+# even with padding, and by the device's factor above.
 PREFILL_GROWTH, PREFILL_SMALLEST_TOKENS, PREFILL_LARGE_TOKENS = 4, 32, 512
 
 # Requests that may share a prefill step: this is the height of its block table.

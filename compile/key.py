@@ -1,4 +1,4 @@
-"""What an artifact is found by. Importing this module does not import torch."""
+"""The key of an artifact. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Key:
         mine, theirs = self.ingredients.get, other.get
         names = sorted({*self.ingredients, *other}, key=lambda n: (n.startswith("input "), n))
         changed = [name for name in names if mine(name) != theirs(name)]
-        return [f"{n}: {_short(mine(n))} is wanted, {_short(theirs(n))} is there" for n in changed]
+        return [f"{n}: {_short(mine(n))} is wanted, {_short(theirs(n))} is stored" for n in changed]
 
 
 def _short(value: str | None) -> str:

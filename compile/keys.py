@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.compile.key import Key
-from nanovllm.compile.trace import input_leaves, static_leaves
+from nanovllm.compile.trace import classes, input_leaves, static_leaves
 
 ROOT = Path(__file__).resolve().parent
 # The files of compile/ that make programs. The others choose buckets, name programs and store them.
@@ -43,6 +43,8 @@ def program_key(
     own = {f"input {name}": _tensor(leaf, name.endswith(endings)) for name, leaf in leaves}
     for tree_name, tree in inputs.items():
         own |= {f"size {name}": str(size) for name, size in static_leaves(tree_name, tree)}
+        # a weight's class has its product
+        own |= {f"class {name}": found for name, found in classes(tree_name, tree)}
     return Key({"region": json.dumps(describe(function)), **own, **common})
 
 

@@ -139,7 +139,7 @@ class Compiler:
         key, found = None, None
         if self.store is not None:
             key = program_key(function, inputs, varying=self.varying, common=self.ingredients)
-            # only tracing makes the graphs that a dump or a watcher shows
+            # dumps and watchers need the graphs, which only tracing makes
             if self.dump_dir is None and self.watch is None:
                 found = self._stored(name, key)
             if self.agree is not None and not self.agree(found is not None):

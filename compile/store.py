@@ -6,10 +6,10 @@
     bytecode/                      that of installed packages, in some containers (startup/bytecode)
 
 An artifact is code. The store refuses a folder that another user owns, can write to or can replace
-(`kernels/private.py`), and uses no such file. Artifacts are loaded from the bytes that were
-checked. Libraries and kernels can be loaded by their paths only: their folders still hold what was
-checked, since no other user can change them. Call lists are JSON. Inductor's artifacts hold
-pickles; they are loaded only after their digest is checked.
+(`kernels/private_files.py`), and does not use such files. Artifacts are loaded from the bytes that
+were checked. Libraries and kernels can be loaded only by path: no other user can change their
+folders after the check. Call lists are JSON. Inductor's artifacts hold pickles; they are
+loaded only after their digest is checked.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any
 
 from nanovllm.compile.key import Key
 from nanovllm.kernels.code_files import BUILDING, WRITING, digest, write_whole
-from nanovllm.kernels.private import (
-    Shared,
+from nanovllm.kernels.private_files import (
+    UnsafePath,
     foreign_owner,
     make_private,
     read_private,
@@ -40,21 +40,21 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SUBFOLDERS = ("entries", "objects", "cpp", "triton", "inductor")
 KERNEL_SEAL = "nanovllm.sha256.json"  # beside the files of one Triton kernel
-LEFT_AFTER_S = 3600.0  # nobody is still writing a file of this age
+LEFT_AFTER_S = 3600.0  # a file of this age is no longer being written
 
 
 class Damaged(ValueError):
     """A file of the store differs from what was written."""
 
 
-UNUSABLE = (Damaged, Shared, OSError)
+UNUSABLE = (Damaged, UnsafePath, OSError)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A program as the store keeps it.
+    """A stored program.
 
-    name: for people. kind: the module of lower/ that loads it. result: its `nesting`.
+    name: for readers. kind: the module of lower/ that loads it. result: its `nesting`.
     ingredients: those of its key.
     """
 
@@ -79,7 +79,10 @@ class Entry:
 
 
 class Store:
-    """Artifacts in a folder. Raises OSError if it cannot be made, Shared if it is not private."""
+    """Artifacts in a folder.
+
+    Raises OSError if it cannot be made, and UnsafePath if it is not private.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -161,7 +164,7 @@ class Store:
 
 
 def read_entry(path: Path) -> Entry:
-    """Read one entry. Raises Damaged, Shared or OSError."""
+    """Read one entry. Raises Damaged, UnsafePath or OSError."""
     recorded, _, text = read_private(path).partition(b"\n")
     if digest(text).encode() != recorded:
         raise Damaged(f"entry {path.name[:16]} is damaged or truncated")
@@ -267,15 +270,15 @@ def problems(folder: Path) -> list[str]:
             continue
         try:
             refuse_if_shared(library)
-        except Shared as error:
+        except UnsafePath as error:
             found.append(f"library {library.name}: {error}")
     owners = "is damaged or another user's"
     return found + [f"kernel {kernel.name} {owners}" for kernel in _damaged_kernels(folder)]
 
 
 def prune(folder: Path, max_bytes: int) -> int:
-    """Delete what killed processes have left behind, then the least recently used files until
-    `max_bytes` are left. Returns the bytes freed."""
+    """Delete leftovers of killed processes, then the least recently used files until `max_bytes`
+    are left. Returns the bytes freed."""
     store = Store(folder)
     entries = list(store.entries())
     wanted = {entry.object for entry in entries}

@@ -54,6 +54,16 @@ def static_leaves(name: str, tree: object) -> list[tuple[str, int]]:
     return [x for key, part in zip(fields, tree) for x in static_leaves(f"{name}_{key}", part)]
 
 
+def classes(name: str, tree: object) -> list[tuple[str, str]]:
+    """The named tuples in a tree: their paths and the names of their classes."""
+    if not isinstance(tree, tuple):
+        return []
+    fields = getattr(tree, "_fields", None)
+    own = [] if fields is None else [(name, f"{type(tree).__module__}:{type(tree).__qualname__}")]
+    numbered = zip(range(len(tree)) if fields is None else fields, tree)
+    return own + [one for key, part in numbered for one in classes(f"{name}_{key}", part)]
+
+
 def tensors(tree: object) -> list[Tensor]:
     """The tensors alone, in the order that a program takes."""
     if isinstance(tree, Tensor):
@@ -102,7 +112,7 @@ def nested_like(written: Any) -> object:
         values = [nested_like(part) for part in parts]
         return found(*values) if hasattr(found, "_fields") else tuple(values)
     except (KeyError, AttributeError, TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"{written!r} names no tuple class of an imported module") from error
+        raise ValueError(f"{written!r} is not a tuple class of an imported module") from error
 
 
 _LEAF = torch.empty(0)
@@ -144,7 +154,7 @@ def trace(
 
 def _fake(fake_mode: FakeTensorMode, tensor: Tensor, name: str, varies: bool) -> Tensor:
     if not varies:
-        # each in a storage of its own: Inductor treats inputs that share a storage as aliases
+        # each in a separate storage: Inductor treats inputs that share a storage as aliases
         with fake_mode:
             sizes, strides = tensor.shape, tensor.stride()
             return torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)

@@ -1,6 +1,7 @@
 """Files that hold compiled code.
 
-They are in private folders (`private.py`), are written atomically, and are checked before use.
+They are in private folders (`private_files.py`), are written atomically, and are checked before
+use.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from nanovllm.kernels.private import SharedParent, accept_parent, refuse_shared_parents
+from nanovllm.kernels.private_files import UnsafeParent, accept_parent, refuse_shared_parents
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def temporary_folder() -> Path:
     """A private folder that is deleted when this process ends. Raises OSError.
 
     It is in the first folder of temporary files in which other users can replace nothing of ours.
-    If there is none, a warning says so: an engine must start on such a machine too.
+    If there is none, it logs a warning: an engine must start on such a machine too.
     """
     folder = Path(tempfile.mkdtemp(prefix="nanovllm-", dir=_temporary_place()))
     atexit.register(_delete_own, folder, os.getpid())
@@ -40,11 +41,11 @@ def temporary_folder() -> Path:
 
 def _temporary_place() -> str:
     named = tempfile.gettempdir()
-    problem: SharedParent | None = None
+    problem: UnsafeParent | None = None
     for place in (named, *_OTHER_TEMPORARY):
         try:
             refuse_shared_parents(Path(place, "nanovllm"))
-        except SharedParent as error:
+        except UnsafeParent as error:
             problem = problem or error
         except OSError:
             continue
@@ -58,7 +59,7 @@ def _temporary_place() -> str:
 
 
 def _delete_own(folder: Path, process_id: int) -> None:
-    if os.getpid() == process_id:  # a fork of the process that made it leaves it alone
+    if os.getpid() == process_id:  # a fork of the process that made it does not delete it
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -67,7 +68,7 @@ def digest(content: bytes) -> str:
 
 
 def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Write a file atomically: others see all of it or nothing, even if the disk is full.
+    """Write a file atomically: readers find all of it or nothing, even if the disk is full.
 
     Raises OSError.
     """

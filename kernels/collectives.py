@@ -163,7 +163,7 @@ def rows_of_rank(token_T: Tensor, table_WD: Tensor, rank: int | Tensor) -> Tenso
     return row_TD * is_mine_T.unsqueeze(1)
 
 
-# For graphs whose compiler must see what the ops above are made of --------------------------------
+# Primitives of the ops above, for compilers that lower collectives themselves --------------------
 
 
 def all_gather(x: Tensor, num_ranks: int) -> Tensor:

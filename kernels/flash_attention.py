@@ -7,11 +7,11 @@ Three interfaces (https://github.com/Dao-AILab/flash-attention). An engine takes
   fa3-fwd, a wheel), for Hopper. Pages may have any size, unless the build leaves that out.
 - 2: package `flash_attn` 2.5 and later with `block_table`, for Ampere and newer and for ROCm. Page
   sizes are multiples of 256 tokens.
-- 1: package `flash_attn` 1.x, for Turing: see `flash_unpaged`.
+- 1: package `flash_attn` 1.x, for Turing: see `flash_attention_v1`.
 
 Interfaces 2 and 3 align the causal mask to the last query and the last key, as
 `reference.attention.paged_attention` does. They give a window as (keys to the left, keys to the
-right) of the query's own key. docs/gpus.md says which versions have run.
+right) of the query's own key. docs/gpus.md lists the versions that have run.
 
 Shapes as in `reference`; G = N / K query heads per key-value head.
 """
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import flash_unpaged
+from nanovllm.kernels import flash_attention_v1
 
 INSTALL = {
     1: "pip install 'flash-attn<2' --no-build-isolation",
@@ -50,8 +50,8 @@ QUERY_TILE = 192
 class Flash(NamedTuple):
     """An installed interface that the device runs.
 
-    generation: see above. lacks: the parts that its build leaves out, in its build's words: FP16,
-    LOCAL (windows), PAGEDKV (pages of any size).
+    generation: the interface, 1 to 3. lacks: the parts that its build leaves out, by the names of
+    the build's flags: FP16, LOCAL (windows), PAGEDKV (pages of any size).
     """
 
     generation: int
@@ -72,35 +72,35 @@ class Missing(NamedTuple):
     install: str
 
 
-class _Source(NamedTuple):
+class _PackageSource(NamedTuple):
     """Where an interface comes from, and a function and an argument of it that we use."""
 
     module: str
     package: str
     function: str
     argument: str
-    config: str = ""  # a module that says how it was built
+    config: str = ""  # a module that has its build flags
 
 
 SOURCES = {
     1: (
-        _Source(
+        _PackageSource(
             "flash_attn.flash_attn_interface",
             "flash-attn",
             "flash_attn_unpadded_func",
             "cu_seqlens_q",
         ),
     ),
-    2: (_Source("flash_attn", "flash-attn", "flash_attn_with_kvcache", "block_table"),),
+    2: (_PackageSource("flash_attn", "flash-attn", "flash_attn_with_kvcache", "block_table"),),
     3: (
-        _Source(
+        _PackageSource(
             "flash_attn_interface",
             "flash-attn-3",
             "flash_attn_with_kvcache",
             "page_table",
             "flash_attn_config",
         ),
-        _Source(
+        _PackageSource(
             "fa3_fwd_interface",
             "fa3-fwd",
             "flash_attn_with_kvcache",
@@ -147,7 +147,7 @@ def installed(generation: int) -> Flash | Missing:
     return Missing("; ".join(reasons), INSTALL[generation])
 
 
-def _import(generation: int, source: _Source) -> Flash | str:
+def _import(generation: int, source: _PackageSource) -> Flash | str:
     """The interface, or the reason why not, as a string.
 
     The module may be absent, broken, or lack the function or the argument that we use.
@@ -219,7 +219,7 @@ def unsupported(
         )
     window = max(windows, default=0)
     if window > 0 and flash.generation == 1:
-        return f"a layer has a window of {window} tokens, and {name} knows no windows"
+        return f"a layer has a window of {window} tokens, and {name} has no windows"
     if window > 0 and "LOCAL" in flash.lacks:
         return f"a layer has a window of {window} tokens, and {flash.name} was built without them"
     return ""
@@ -260,7 +260,7 @@ def paged_attention(
     q_TNH = q_TNH if q_TNH.stride(2) == 1 else q_TNH.contiguous()
     caches = (k_cache_CBKH, v_cache_CBKH)
     if generation == 1:
-        return flash_unpaged.paged_attention(
+        return flash_attention_v1.paged_attention(
             flash.module, q_TNH, *caches, block_table_RP, seq_len_R, q_start_S, max_q_len, scale
         )
     # our windows count the query's own key, flash-attn's do not
@@ -274,7 +274,7 @@ def paged_attention(
     out_TNH = attend(flash, q_TNH, caches, rows, options)
     if max_q_len > 1:
         # flash-attn does not write tokens that belong to no row
-        torch.ops.nanovllm.zero_unowned_(out_TNH, q_start_S)
+        torch.ops.nanovllm.zero_padding_(out_TNH, q_start_S)
     return out_TNH
 
 

@@ -77,13 +77,13 @@ def _define_attention(name: str, meaning: Callable[..., Any]) -> Any:
 
 
 paged_attention = _define_attention("paged_attention", reference.attention.paged_attention)
-zero_unowned_ = _define(
-    "zero_unowned_(Tensor(a!) out, Tensor q_start) -> ()",
-    reference.attention.zero_unowned_,
+zero_padding_ = _define(
+    "zero_padding_(Tensor(a!) out, Tensor q_start) -> ()",
+    reference.attention.zero_padding_,
     lambda out, q_start: None,
 )
 # The next ops compute `reference.attention.paged_attention` as well. They stand for the code of
-# other packages: each one runs that code on every device, and no pass replaces it.
+# other packages. Each one runs that code on every device, and no pass replaces it.
 OTHERS: dict[str, Callable[..., Any]] = {
     "sdpa": sdpa_attention.paged_attention_sdpa,
     **{
@@ -96,10 +96,10 @@ ATTENTION = {"": paged_attention} | {
 }
 ASKED_FOR = frozenset(f"paged_attention_{key}" for key in OTHERS)
 
-segment_attention = _define(
-    "segment_attention(Tensor q, Tensor k, Tensor v, Tensor start, int max_len, float scale) "
+varlen_attention = _define(
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor start, int max_len, float scale) "
     "-> Tensor",
-    reference.attention.segment_attention,
+    reference.attention.varlen_attention,
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
 )
 
@@ -157,7 +157,7 @@ shard_embedding = _define(
     collectives.shard_embedding,
     lambda token, table: table.new_empty((*token.shape, table.shape[1])),
 )
-# Of these two the ops above are made where a compiler must see their parts.
+# Primitives of the ops above, for compilers that lower collectives themselves.
 all_gather = _define(
     "all_gather(Tensor x, int num_ranks) -> Tensor",
     collectives.all_gather,
@@ -179,8 +179,9 @@ fused_linear = _define(
 
 
 class Product(NamedTuple):
-    """What passes know of a product `op(x, *weight, bias, residual=None)` with a weight in one
-    format, whose parts are `num_weight_args` arguments.
+    """How passes read and replace a product `op(x, *weight, bias, residual=None)`.
+
+    The weight is in one format, whose parts are `num_weight_args` arguments.
 
     `fused(x, norm_weight, *weight, bias, residual, eps, silu_mul)` is the product with the ops
     around it, as in `reference.linear.fused_linear`. `in_place(residual, x, *weight, bias)` adds it
@@ -202,23 +203,23 @@ class Product(NamedTuple):
 PRODUCTS: dict[Any, Product] = {linear: Product(1, fused_linear, linear_), linear_int8: Product(2)}
 
 
-def _route_fake(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+def _topk_softmax_fake(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
 
-route = _define(
-    "route(Tensor logits, int top_k, bool normalize) -> (Tensor, Tensor)",
-    reference.experts.route,
-    _route_fake,
+topk_softmax = _define(
+    "topk_softmax(Tensor logits, int top_k, bool normalize) -> (Tensor, Tensor)",
+    reference.experts.topk_softmax,
+    _topk_softmax_fake,
 )
-norm_route = _define(
-    "norm_route(Tensor x, Tensor norm_weight, Tensor router, float eps, int top_k, bool normalize) "
-    "-> (Tensor, Tensor, Tensor)",
-    reference.experts.norm_route,
+norm_router_topk = _define(
+    "norm_router_topk(Tensor x, Tensor norm_weight, Tensor router, float eps, int top_k, "
+    "bool normalize) -> (Tensor, Tensor, Tensor)",
+    reference.experts.norm_router_topk,
     lambda x, norm_weight, router, eps, top_k, normalize: (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        *_route_fake(x, top_k, normalize),
+        *_topk_softmax_fake(x, top_k, normalize),
     ),
 )
 experts = _define(
@@ -232,7 +233,7 @@ expert_linear = _define(
     reference.experts.expert_linear,
     lambda x, expert, weight: x.new_empty((*expert.shape, weight.shape[1])),
 )
-# These three are never replaced by their meaning: it reads the routing on the host.
+# No pass replaces these three by their meaning, which reads the routing on the host.
 fetch_experts = _define(
     "fetch_experts(Tensor expert, Tensor kv_slot, int num_pad_slots, Tensor first, "
     "Tensor(a!) counters, Tensor host_gate_up, Tensor host_down, Tensor(b!) slots_gate_up, "
@@ -263,15 +264,15 @@ sample = _define(
     lambda logits, temperature, seed, pos: logits.new_empty(logits.shape[0], dtype=torch.int64),
 )
 
-keep_likely = _define(
-    "keep_likely(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p) "
-    "-> Tensor",
-    reference.sample.keep_likely,
+apply_top_k_top_p = _define(
+    "apply_top_k_top_p(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, "
+    "Tensor min_p) -> Tensor",
+    reference.sample.apply_top_k_top_p,
     lambda logits, temperature, top_k, top_p, min_p: torch.empty_like(logits),
 )
-keep_allowed = _define(
-    "keep_allowed(Tensor logits, Tensor allowed, Tensor row) -> Tensor",
-    reference.sample.keep_allowed,
+apply_token_bitmask = _define(
+    "apply_token_bitmask(Tensor logits, Tensor allowed, Tensor row) -> Tensor",
+    reference.sample.apply_token_bitmask,
     lambda logits, allowed, row: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )
 
@@ -395,19 +396,19 @@ __all__ = [
     "all_reduce",
     "all_reduce_",
     "all_reduce_norm",
+    "apply_token_bitmask",
+    "apply_top_k_top_p",
     "decode_inputs",
     "expert_linear",
     "experts",
     "fetch_experts",
     "fused_linear",
     "gather_columns",
-    "keep_allowed",
-    "keep_likely",
     "kernel_of",
     "linear",
     "linear_",
     "linear_int8",
-    "norm_route",
+    "norm_router_topk",
     "offloaded_experts",
     "op_name",
     "own_rank",
@@ -416,15 +417,15 @@ __all__ = [
     "register_kernels",
     "rms_norm",
     "rope",
-    "route",
     "sample",
     "sample_columns",
     "sampling_inputs",
-    "segment_attention",
     "shard_embedding",
     "silu_mul",
     "span_inputs",
     "store_kv",
     "stream_experts",
-    "zero_unowned_",
+    "topk_softmax",
+    "varlen_attention",
+    "zero_padding_",
 ]

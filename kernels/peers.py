@@ -35,7 +35,7 @@ REGION_BYTES = WORDS_AT + 2 * MAX_PROGRAMS * MAX_RANKS * PROGRAM_WORDS * 8
 
 
 class Peers(Protocol):
-    """The regions of all ranks, as one rank sees them."""
+    """The regions of all ranks, as one rank has mapped them."""
 
     @property
     def num_ranks(self) -> int: ...
@@ -49,10 +49,10 @@ class Peers(Protocol):
 
 
 class OwnedPeers(Peers, Protocol):
-    """Regions that somebody gives back."""
+    """Regions that their owner frees."""
 
     def stop(self) -> None:
-        """Have kernels no longer wait for other ranks, from now on. Any thread may call it."""
+        """Make kernels no longer wait for other ranks, from now on. Any thread may call it."""
         ...
 
     def close(self) -> None:
@@ -61,6 +61,6 @@ class OwnedPeers(Peers, Protocol):
 
 
 Gather = Callable[[Tensor], Tensor]  # a tensor of each rank to those of all, [num_ranks, …]
-Agree = Callable[[bool], bool]  # whether all ranks say yes
+Agree = Callable[[bool], bool]  # whether it is True on all ranks
 # (rank, number of ranks, gather, agree) to the regions, or to None on all ranks
 Connect = Callable[[int, int, Gather, Agree], OwnedPeers | None]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# names whose modules import torch or start processes, by their module
+# imported on first use, since their modules import torch or start processes; by module
 _LATE = {
     "AsyncLLM": "nanovllm.serving.async_llm",
     "AsyncLLMEngine": "nanovllm.serving.async_llm",
@@ -55,10 +55,10 @@ modules.install()
 
 
 def print_attention_backend_info(device: str = "auto") -> None:
-    """Print the device, what is installed, and why each attention_backend can or cannot run.
+    """Print the device, the installed packages, and why each attention_backend can or cannot run.
 
-    The text says how to install missing backends. `device` as for `LLM`; raises ValueError if this
-    machine does not have it.
+    The text includes how to install missing backends. `device` as for `LLM`; raises ValueError if
+    this machine does not have it.
     """
     from nanovllm.platforms.attention import attention_backend_info
 

@@ -1,22 +1,34 @@
 """Beam search over whole answers, one `generate` call with log-probabilities for each token.
 
-The beams of all prompts run in one batch, and the prefix cache keeps what they share.
+The beams of all prompts run in one batch and share blocks through the prefix cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nanovllm import progress
+from nanovllm.progress import UseTqdm
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import BeamSearchParams, SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 
 if TYPE_CHECKING:
-    from nanovllm.llm import LLM, UseTqdm
+    from nanovllm.engine.interface import AnyEngine
     from nanovllm.outputs import RequestOutput
+
+
+class Generates(Protocol):
+    """What beam search uses of `LLM`."""
+
+    @property
+    def engine(self) -> AnyEngine: ...
+
+    def generate(
+        self, prompts: Any, sampling_params: Any, *, use_tqdm: bool
+    ) -> list[RequestOutput]: ...
 
 
 @dataclass(frozen=True)
@@ -41,14 +53,14 @@ class BeamSearchOutput:
 
 
 def score(sequence: BeamSearchSequence, length_penalty: float, eos_ids: frozenset[int]) -> float:
-    """Log-probability divided by the number of tokens, prompt included and end-of-sequence not, to
-    the power of `length_penalty`. vLLM and transformers define it so."""
+    """Log-probability / length ** `length_penalty`, as in vLLM and transformers. The length counts
+    the prompt, but not end-of-sequence."""
     num_tokens = len(sequence.tokens) - (sequence.tokens[-1] in eos_ids)
     return float(sequence.cum_logprob / num_tokens**length_penalty)
 
 
 def search(
-    llm: LLM, prompts: Sequence[Prompt], params: BeamSearchParams, use_tqdm: UseTqdm
+    llm: Generates, prompts: Sequence[Prompt], params: BeamSearchParams, use_tqdm: UseTqdm
 ) -> list[BeamSearchOutput]:
     """The `beam_width` best sequences of each prompt. Raises ValueError as `generate` does."""
     if not isinstance(params, BeamSearchParams):
@@ -99,7 +111,7 @@ def search(
 def _extended(
     beam: BeamSearchSequence, output: RequestOutput, eos_ids: frozenset[int]
 ) -> list[BeamSearchSequence]:
-    """The beam with each likely next token; with an error it ends as it is."""
+    """The beam extended by each likely next token. A beam with an error ends unchanged."""
     if output["finish_reason"] == "error":
         return [replace(beam, finish_reason="error")]
     found = output["logprobs"][0]
@@ -115,7 +127,7 @@ def _extended(
 
 
 def _finished(
-    llm: LLM, sequence: BeamSearchSequence, params: BeamSearchParams, eos_ids: frozenset[int]
+    llm: Generates, sequence: BeamSearchSequence, params: BeamSearchParams, eos_ids: frozenset[int]
 ) -> BeamSearchSequence:
     tokens = sequence.tokens
     if tokens[-1] in eos_ids and not params.include_stop_str_in_output:

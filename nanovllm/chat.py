@@ -1,4 +1,4 @@
-"""Conversations as prompts, in a checkpoint's chat template."""
+"""Renders conversations as prompts with a checkpoint's chat template."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class UnknownVariable(ValueError):
 
 
 class CutArguments(str):
-    """Arguments of a call, in a message of an assistant, that are no JSON object: the answer that
-    they come from was cut. They are written as they are, wherever the template writes arguments."""
+    """Arguments of a tool call in an assistant message that are not a JSON object, because the
+    answer was cut off. The template writes them unchanged."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,16 @@ class ChatOptions:
     """Options of `LLM.chat`.
 
     chat_template: a template in place of the checkpoint's.
-    chat_template_content_format: "string" gives the template texts, "openai" lists of parts; "auto"
-        what the template can write.
+    chat_template_content_format: "string" passes contents as strings, "openai" as lists of parts,
+        "auto" in the form that the template supports.
     add_generation_prompt: end with the beginning of the answer.
     continue_final_message: the answer continues the last message. It excludes
         add_generation_prompt.
     tools: descriptions of functions, for templates that read them.
     chat_template_kwargs: variables of the template, such as {"enable_thinking": False}.
-    special_tokens_as_text: special tokens in contents of users and tools are encoded as text, so
-        that they end no turn and stand for no image. Those of system and assistant messages stay.
+    special_tokens_as_text: encode special tokens in user and tool messages as plain text, so that
+        they cannot end a turn or stand for an image. Those in system and assistant messages stay
+        special.
     lora_request, mm_processor_kwargs: only None is supported.
     """
 
@@ -101,11 +102,11 @@ def render(
     *,
     drops_variables: bool = False,
 ) -> list[Prompt]:
-    """The prompts of one conversation, or of several. Raises ValueError for what is neither, for
-    what the template refuses, and for images and videos that `check` refuses.
+    """The prompts of one or several conversations. Raises ValueError for other objects, and for
+    what the template or `check` (images and videos) refuses.
 
-    max_chars: of a conversation in its template. Longer ones are refused before they are encoded.
-    drops_variables: variables that the template does not read are left out, not refused.
+    max_chars: the limit on a rendered conversation, checked before tokenization.
+    drops_variables: leave out variables that the template does not read instead of refusing them.
     """
     renderer.start()  # beside the import of transformers
     full = tokenizer.for_reading
@@ -146,8 +147,8 @@ def render(
 
 
 def check_template(tokenizer: Tokenizer, options: ChatOptions) -> tuple[str, Facts]:
-    """The template for these options, and what it reads and writes. Raises ValueError if there is
-    none, and UnknownVariable."""
+    """The template for these options, and its facts. Raises ValueError if there is none, and
+    UnknownVariable."""
     template, facts = _template(tokenizer, options)
     _check_variables(facts.variables, options)
     return template, facts
@@ -189,7 +190,7 @@ def _message(message: Mapping[str, Any], as_parts: bool) -> dict[str, Any]:
 
 
 def _part(part: Any) -> dict[str, str]:
-    """A part as templates read it: a text, or the place of an image or video."""
+    """A part in the form that templates read: a text, or the placeholder of an image or video."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -210,11 +211,9 @@ def _written(
     options: ChatOptions,
     max_chars: int | None,
 ) -> str:
-    """The conversation in the template, with cut arguments as the text that they are.
-
-    A template can write them as text, as JSON (then they would be a string in quotes), or read
-    them as an object: then this has one member, with the text.
-    """
+    """Render the conversation with cut-off arguments as plain text. A template may write arguments
+    as text, as JSON (which would quote the string), or read them as an object, which here has the
+    text as its one member."""
     cut: dict[str, str] = {}
 
     def marked(text: CutArguments) -> str:
@@ -239,7 +238,7 @@ def _written(
 def _with_arguments(
     messages: list[dict[str, Any]], replacement: Callable[[CutArguments], Any]
 ) -> list[dict[str, Any]]:
-    """The messages with other values in the place of cut arguments."""
+    """The messages with cut-off arguments replaced."""
 
     def call(one: Any) -> Any:
         function = one.get("function") if isinstance(one, Mapping) else None
@@ -280,7 +279,7 @@ def _apply(
 
 
 def _renders_itself(full: Any) -> bool:
-    """Whether the user has assigned a tokenizer with a method of its own for templates."""
+    """Whether the user has assigned a tokenizer with its own method for templates."""
     from transformers import PreTrainedTokenizerBase
 
     usual = PreTrainedTokenizerBase.apply_chat_template

@@ -1,4 +1,4 @@
-"""Tells what to do when a checkout lacks the package's symlinks. setup.py runs this file too."""
+"""Explains how to repair a checkout without the package's symlinks. setup.py runs this file too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LINKS = ("compile", "kernels")  # to the folders of these names beside the packa
 
 
 def problem() -> str:
-    """Why this copy of the package cannot work, and what to do; "" if nothing is wrong.
+    """Why this copy of the package cannot work, and how to repair it; "" if nothing is wrong.
 
     git on Windows and some archives turn a symlink into a text file.
     """
@@ -23,5 +23,5 @@ def problem() -> str:
         "but this copy was made without symlinks. In a git clone, run: "
         f"git config core.symlinks true && git checkout-index --force nanovllm/{links} "
         "(on Windows this needs developer mode or an administrator). Without git, replace each of "
-        "them by a copy of its folder."
+        "them with a copy of its folder."
     )

@@ -1,8 +1,8 @@
 """Checks options against the annotations of their dataclass and against rules, and converts numpy
 and torch scalars.
 
-`checked(name, value, hint)` is the one place that knows what a value of an annotated type is.
-`check_fields` applies it to all fields of a dataclass.
+`checked(name, value, hint)` decides whether a value is of an annotated type. `check_fields` applies
+it to all fields of a dataclass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import asdict, fields
 from os import PathLike, fspath
 from typing import Any, Union
 
-Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
+Rule = tuple[str, Callable[[Any], bool]]  # the condition on a value, as text and as a function
 
 
 class InvalidValue(ValueError):
@@ -29,12 +29,12 @@ class InvalidValue(ValueError):
         self.field = field
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # without what a class below it has beside them: that may be any object of the user's
+        # without attributes of subclasses, which may hold any object of the user's
         return InvalidValue, (self.field, str(self))
 
 
 class WrongType(InvalidValue):
-    """A value is not of the annotated type. `words` say what it must be."""
+    """A value is not of the annotated type. `words` name the expected type."""
 
     def __init__(self, name: str, value: object, words: str) -> None:
         super().__init__(name, f"{name} is {value!r}: it must be {words}")
@@ -57,7 +57,7 @@ def hints(cls: type) -> dict[str, Any]:
 
 
 def refuse_unknown(cls: Any, names: Iterable[str]) -> None:
-    """Raises TypeError for names that are no fields of a dataclass."""
+    """Raises TypeError for names that are not fields of a dataclass."""
     known = [field.name for field in fields(cls)]
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -65,8 +65,8 @@ def refuse_unknown(cls: Any, names: Iterable[str]) -> None:
 
 
 def check_fields(config: Any, rules: Mapping[str, Rule], secrets: Collection[str] = ()) -> None:
-    """Bring every field of a frozen dataclass to its annotated type. Raises ValueError for a value
-    of another type, or one that its rule does not allow; None is also allowed where it is the
+    """Convert every field of a frozen dataclass to its annotated type. Raises ValueError for a
+    value of another type or one that its rule forbids; None is also allowed where it is the
     default. Messages do not show the values of `secrets`."""
     cls: type = type(config)
     for option in fields(config):
@@ -87,8 +87,8 @@ def check_fields(config: Any, rules: Mapping[str, Rule], secrets: Collection[str
 
 
 def to_options(config: Any) -> dict[str, Any]:
-    """The fields of a checked config, for another process: JSON holds them, and the config's class
-    makes an equal config of them."""
+    """The fields of a checked config as JSON values. The config's class makes an equal config of
+    them in another process."""
     return asdict(config)
 
 

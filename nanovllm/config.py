@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.checks import Rule, check_fields, is_json_object, one_of, refuse_unknown, sizes, whole
-from nanovllm.compat.options import translated
 from nanovllm.media.options import LIMITS, MediaOptions
+from nanovllm.option_names import translated
 from nanovllm.tuning import MAX_TOKENS, Tuning, moved
 
 # Far above what any machine can use: larger numbers are mistakes, and the allocator's error would
@@ -119,8 +119,8 @@ class EngineConfig:
         `print_attention_backend_info` lists the available ones.
     enforce_eager: run the regions as plain Python, without graphs.
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
-    draft_lengths: the numbers of proposed tokens that a decode step can verify per row, as
-        `Engine.propose` takes them. A graph is built for each length and batch size.
+    draft_lengths: the numbers of draft tokens (see `Engine.propose`) that a decode step can verify
+        per row. A graph is built for each length and batch size.
     max_num_seqs: the most requests that run at the same time.
     max_num_batched_tokens: prompt tokens per prefill step. Longer prompts are split.
     max_stall_ms: the longest prefill step in milliseconds, by an estimate, while another request
@@ -140,11 +140,11 @@ class EngineConfig:
     seed: the seed from which requests without a seed draw theirs.
     tensor_parallel_size: the number of devices that share the model, each with a part of every
         weight. It must divide the attention heads.
-    expert_parallel: how devices that share a model with experts divide these. True: each has an
-        equal number of whole experts. False: each has a part of every expert. "auto" chooses by
-        the experts' width: see docs/parallel.md.
-    data_parallel_size: the number of engines, each a process with all weights on its own devices,
-        as many as `tensor_parallel_size` says, that share the requests.
+    expert_parallel: how tensor-parallel devices divide experts. True: each has an equal number of
+        whole experts. False: each has a part of every expert. "auto" chooses by the experts' width:
+        see docs/parallel.md.
+    data_parallel_size: the number of engines that share the requests. Each is a process with all
+        weights on `tensor_parallel_size` devices of its own.
     distributed_executor_backend: "mp" runs these engines as processes of this machine. "ray" runs
         them on the nodes of a Ray cluster, also a single one. See docs/parallel.md.
     npu_graph_mode: on an NPU, "ascend_ir" (the default: GE compiles whole steps), "aclgraph" (the
@@ -153,9 +153,9 @@ class EngineConfig:
     random_weights: draw weights from a seeded normal distribution. Only config.json is needed.
     quantization: "int8", on a CPU, stores the weights of linear layers as int8 with a factor per
         output. None: weights keep their dtype.
-    expert_offload: keep all experts in the host's memory, and so many of them on the device as
-        well. A number counts experts per layer. Text is bytes for the experts of all layers, such
-        as "8GiB" or "500MB". See docs/experts.md.
+    expert_offload: keep all experts in host memory, and some of them on the device as well: a
+        number of experts per layer, or bytes for the experts of all layers, such as "8GiB" or
+        "500MB". See docs/experts.md.
     hf_overrides: fields of config.json and the values that replace them; dicts are merged. For
         example, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
         "original_max_position_embeddings": 32768}} extends Qwen3 to 131,072 positions.
@@ -166,22 +166,24 @@ class EngineConfig:
     skip_tokenizer_init: load no tokenizer: prompts are token ids, and outputs have no text.
     revision: the branch, tag or commit of a Hub id.
     generation_config: "auto" takes sampling parameters from the checkpoint's generation_config.json
-        for requests that come without any. "vllm" takes the defaults of `SamplingParams`.
+        for requests without any. "vllm" takes the defaults of `SamplingParams`.
     enable_sleep_mode: place weights and cache so that `LLM.sleep` can free them and captured graphs
         stay valid. Only `LLM.sleep` needs it.
-    allowed_media_domains: hosts whose pictures and videos prompts may name by https URLs.
-    allowed_local_media_path: the folder below which prompts may name files of pictures and videos.
-    limit_mm_per_prompt: the most images, videos and clips of sound of one prompt, such as
-        {"image": 4, "video": 0}.
-    media_limits: further limits of images, videos and sound, by their names in `MediaOptions`.
-    max_grammar_bytes: bytes of a JSON schema, regular expression or grammar of one request.
-    grammar_timeout_s: seconds after which a grammar that is not compiled is refused.
-    max_cached_grammars: compiled grammars that are kept for later requests.
+    allowed_media_domains: hosts from which prompts may load images and videos by https URL.
+    allowed_local_media_path: the folder from which prompts may load image and video files.
+    limit_mm_per_prompt: the most images, videos and audio clips per prompt, such as {"image": 4,
+        "video": 0}.
+    media_limits: further limits on images, videos and audio, by their names in `MediaOptions`.
+    max_grammar_bytes: the largest JSON schema, regular expression or grammar of a request, in
+        bytes.
+    grammar_timeout_s: the time in which a grammar must compile, in seconds; slower ones are
+        refused.
+    max_cached_grammars: the number of compiled grammars kept for later requests.
     disable_log_stats: False logs throughput, requests and cache use every ten seconds of work.
     tuning: options for developers and measurements, by their names in `Tuning`, such as
         {"run_ahead": 0}. See nanovllm/tuning.py.
-    compile_cache_mode: "auto" loads artifacts and adds the missing ones. "require" compiles nothing
-        and raises an error that lists what is missing, and why.
+    compile_cache_mode: "auto" loads artifacts and compiles the missing ones. "require" compiles
+        nothing and raises an error that lists what is missing and why.
     """
 
     model: str
@@ -238,7 +240,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, ALLOWED)
-        # as JSON has it: other processes get the same (`to_options`)
+        # through JSON, so that other processes get an equal value (`to_options`)
         if self.hf_overrides is not None:
             given = json.loads(json.dumps(self.hf_overrides))
             object.__setattr__(self, "hf_overrides", given)
@@ -252,14 +254,14 @@ class EngineConfig:
 
     @property
     def tuned(self) -> Tuning:
-        """The options of `tuning`. Raises ValueError or TypeError for what is not allowed."""
+        """The options of `tuning`. Raises ValueError or TypeError for invalid ones."""
         given: dict[str, Any] = dict(self.tuning or {})
         refuse_unknown(Tuning, given)
         return Tuning(**given)
 
     @property
     def media(self) -> MediaOptions:
-        """What media prompts may have. Raises ValueError for what is not allowed."""
+        """The options of media. Raises ValueError for invalid ones."""
         limits: dict[str, Any] = dict(self.media_limits or {})
         limits |= {f"max_{kind}s": num for kind, num in (self.limit_mm_per_prompt or {}).items()}
         return MediaOptions(
@@ -268,7 +270,7 @@ class EngineConfig:
 
     @property
     def template(self) -> str | None:
-        """The chat template that is given, if any. Raises ValueError if it cannot be read."""
+        """The chat template of the options, if any. Raises ValueError if it cannot be read."""
         given = self.chat_template
         if given is None or (isinstance(given, str) and ("{" in given or "\n" in given)):
             return given
@@ -276,7 +278,7 @@ class EngineConfig:
             text = Path(given).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"chat_template is {str(given)!r}, no template and no file of text: {error}"
+                f"chat_template is {str(given)!r}, neither a template nor a text file: {error}"
             ) from error
         if not text.strip():
             raise ValueError(f"chat_template is {str(given)!r}: the file is empty")
@@ -284,7 +286,7 @@ class EngineConfig:
 
     @property
     def replicas_option(self) -> str:
-        """The option that moves engines out of this process, as users write it; "" if none does."""
+        """The option that puts engines in other processes, as users write it; "" if none is set."""
         if self.data_parallel_size > 1:
             return f"data_parallel_size={self.data_parallel_size}"
         if self.distributed_executor_backend != "mp":
@@ -317,16 +319,16 @@ class EngineConfig:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
         if not tuned.fuse and self.enforce_eager:
             raise ValueError(
-                "fuse=False needs enforce_eager=False: eager mode runs no passes that could fuse"
+                "fuse=False needs enforce_eager=False: eager mode runs no graph passes"
             )
         if tuned.expert_prefetch and self.expert_offload is None:
-            raise ValueError("expert_prefetch=True needs expert_offload: all experts are there")
+            raise ValueError("expert_prefetch=True needs expert_offload: all are on the device")
         captures = self.npu_graph_mode in ("aclgraph", "npugraph_ex")
         if captures and (tuned.run_ahead or not tuned.capture):
             raise ValueError(
                 f"npu_graph_mode={self.npu_graph_mode!r} does not go with run_ahead="
-                f"{tuned.run_ahead}, capture={tuned.capture}: it captures steps, and each waits "
-                "for the tokens of the step before"
+                f"{tuned.run_ahead}, capture={tuned.capture}: captured steps wait "
+                "for the tokens of the previous step"
             )
 
     def _check_replicas(self) -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanovllm import ray_note
-from nanovllm.kernels import private
+from nanovllm.kernels import private_files
 
-API_KEYS = ("NANOVLLM_API_KEY", "OPENAI_API_KEY")  # variables that no child process needs
+API_KEYS = ("NANOVLLM_API_KEY", "OPENAI_API_KEY")  # not passed on to child processes
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -63,7 +63,7 @@ def read() -> Environment:
     try:
         shlex.split(cxx or "")
     except ValueError as error:
-        raise ValueError(f"CXX is {cxx!r}, which is no command: {error}") from error
+        raise ValueError(f"CXX is {cxx!r}, which is not a command: {error}") from error
     return Environment(
         level, folders["NANOVLLM_DUMP_GRAPHS"], strict, folders["NANOVLLM_CACHE"], cxx, disable_svd,
         _switch("NANOVLLM_DISABLE_PEER_MEMORY"),
@@ -78,7 +78,7 @@ def _switch(name: str) -> bool:
 
 
 def home_cache() -> Path | None:
-    """~/.cache/nanovllm; None for a user without a home."""
+    """~/.cache/nanovllm; None for a user without a home folder."""
     home = os.path.expanduser("~")
     return Path(home, ".cache", "nanovllm") if os.path.isabs(home) else None
 
@@ -89,15 +89,15 @@ def _temporary_cache() -> Path:
 
 
 def problem_with(folder: Path) -> str | None:
-    """Why a folder, which is made if it is missing, cannot hold compiled code; None if it can.
+    """Why a folder, which is created if missing, cannot hold compiled code; None if it can.
 
-    It can if it is safe from other users and can be written or has been filled. What others may do
-    with the folder itself is not asked: opening it as a store is an error then.
+    It must be safe from other users, and writable or already filled. Access of others to the folder
+    itself is not checked here: opening it as a store raises an error then.
     """
     try:
-        private.make_folders(folder)
-        private.refuse_shared_parents(folder)
-    except (OSError, private.SharedParent) as error:
+        private_files.make_folders(folder)
+        private_files.refuse_shared_parents(folder)
+    except (OSError, private_files.UnsafeParent) as error:
         return str(error)
     is_usable = os.access(folder, os.W_OK) or (folder / "entries").is_dir()
     return None if is_usable else f"{folder} cannot be written"
@@ -107,25 +107,26 @@ def _absolute(name: str, text: str) -> Path:
     """The path that the option or variable `name` gives."""
     path = os.path.expanduser(text)
     if path.startswith("~"):
-        raise ValueError(f"{name} is {text!r}, but no such home folder is known: use a full path")
+        raise ValueError(f"{name} is {text!r}, but that home folder is unknown: use a full path")
     return Path(path).absolute()
 
 
 def api_key() -> str | None:
-    """The key for servers that clients of ours ask: OPENAI_API_KEY, as for OpenAI's own client."""
+    """The API key that our clients send to servers: OPENAI_API_KEY, as OpenAI's client does."""
     return os.environ.get("OPENAI_API_KEY") or None
 
 
 def server_api_keys() -> list[str]:
-    """The valid keys of a server, from NANOVLLM_API_KEY, with commas between them. The variable is
-    removed, so that no child process gets it."""
+    """The valid keys of a server, from NANOVLLM_API_KEY, separated by commas. Removes the variable,
+    so that no child process inherits it."""
     keys = os.environ.pop("NANOVLLM_API_KEY", "").split(",")
     return [key.strip() for key in keys if key.strip()]
 
 
 def ray_address() -> str | None:
-    """The Ray cluster to use: RAY_ADDRESS, or the one that `ray start` has noted on this machine.
-    None: there is none, RAY_ADDRESS is "local", or another user may have written the note."""
+    """The Ray cluster to use: RAY_ADDRESS, or the address that `ray start` has written to a file of
+    this machine. None: there is none, RAY_ADDRESS is "local", or another user may have written the
+    file."""
     if given := os.environ.get("RAY_ADDRESS"):
         return None if given == "local" else given
     temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray does
@@ -133,7 +134,7 @@ def ray_address() -> str | None:
 
 
 def may_dump_core() -> bool:
-    """NANOVLLM_CORE_DUMPS: 1 leaves the limit of core dumps as it is. Raises ValueError."""
+    """NANOVLLM_CORE_DUMPS: 1 does not change the limit of core dumps. Raises ValueError."""
     return _switch("NANOVLLM_CORE_DUMPS")
 
 
@@ -159,16 +160,16 @@ def set_default(name: str, value: str, *, also_over: str | None = None) -> None:
 
 
 def limit_spinning() -> None:
-    """Have the threads of OpenMP sleep after half a millisecond without work, unless the user has
-    chosen otherwise. By default they spin for 15 ms (GCC's) or 200 ms (LLVM's), which takes the
-    core from other threads and processes. OpenMP reads this when torch is imported."""
+    """Let OpenMP threads sleep after half a millisecond without work, unless the user has chosen
+    otherwise. By default they spin for 15 ms (GCC) or 200 ms (LLVM) and take the core from other
+    threads and processes. OpenMP reads this when torch is imported."""
     if "OMP_WAIT_POLICY" not in os.environ:
         set_default("GOMP_SPINCOUNT", "10000")
         set_default("KMP_BLOCKTIME", "1")
 
 
 def keep_bytecode(folder: Path) -> None:
-    """Have Python processes that this one starts keep bytecode in a folder."""
+    """Keep the bytecode of Python processes that this one starts in a folder."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
 
@@ -191,10 +192,8 @@ def be_quiet() -> None:
 
 
 def state_folder() -> Path | None:
-    """XDG_STATE_HOME/nanovllm, by default ~/.local/state/nanovllm; None for a user without a home.
-
-    As the XDG specification says, a relative XDG_STATE_HOME is ignored.
-    """
+    """XDG_STATE_HOME/nanovllm, by default ~/.local/state/nanovllm; None for a user without a home
+    folder. A relative XDG_STATE_HOME is ignored, as the XDG specification requires."""
     given = os.environ.get("XDG_STATE_HOME", "")
     home = os.path.expanduser("~")
     if os.path.isabs(given):
@@ -203,7 +202,7 @@ def state_folder() -> Path | None:
 
 
 def replace(variables: Mapping[str, str]) -> None:
-    """Set libraries' variables in this process, which has not used these libraries yet."""
+    """Set variables of libraries before this process first uses these libraries."""
     os.environ.update(variables)
 
 
@@ -240,7 +239,7 @@ def drop_relative() -> None:
 
 
 def keep_temporary_files(folder: Path) -> None:
-    """Have this process, and programs that it starts, keep their temporary files in a folder."""
+    """Keep temporary files of this process, and of programs that it starts, in a folder."""
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
@@ -251,12 +250,10 @@ _changing = threading.Lock()
 
 @contextmanager
 def folder_of_compilers(parent: Path, prefix: str) -> Iterator[None]:
-    """Meanwhile programs that this process starts keep their temporary files in a new folder, which
-    is removed: a compiler that is killed leaves them. Where `parent` takes none, nothing changes.
-
-    Several threads may do this at the same time.
-    """
-    tempfile.gettempdir()  # the place of this process's own files stays the same
+    """Inside the context, programs that this process starts keep their temporary files in a new
+    folder, which is removed afterwards: a killed compiler leaves files behind. If the folder cannot
+    be made in `parent`, nothing changes. Several threads may use it at the same time."""
+    tempfile.gettempdir()  # fixes the folder of this process's own temporary files
     try:
         folder = tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True)
     except OSError:
@@ -280,14 +277,14 @@ def _change_folders(change: Callable[[str], None], path: str) -> None:
         os.environ.update({"TMPDIR": _folders[-1]} if _folders else _temporary)
 
 
-# Variables that a process needs which handles what strangers have sent; others may be secret.
+# The only variables that processes with untrusted input get; others may be secret.
 _HARMLESS = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "PATH", "TMPDIR", "TZ", "LD_LIBRARY_PATH")
 _HARMLESS_KINDS = ("PYTHON", "NANOVLLM_", "OMP_", "HF_HUB_OFFLINE", "GOMP_", "KMP_")
 
 
 def for_strangers() -> dict[str, str]:
-    """`for_children` for a process that handles grammars, templates, pictures or videos that
-    strangers have sent: only variables that it needs."""
+    """`for_children` for a process that handles untrusted grammars, templates, images or videos:
+    only the variables that it needs."""
     return {
         name: text
         for name, text in for_children().items()

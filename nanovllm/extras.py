@@ -1,5 +1,6 @@
-"""How to install an optional part of this package. The package is on no index, so a command names
-the folder or the repository that it was installed from (PEP 610). Imports nothing of ours."""
+"""How to install an optional part of this package. The package is not on an index, so a command
+names the folder or repository that it was installed from (PEP 610). Does not import other modules
+of the package."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]  # of a checkout
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra of setup.py, to be run in the same environment."""
+    """The command that installs an extra of setup.py in the same environment."""
     return _command(extra, _origin(), ROOT)
 
 

@@ -1,4 +1,4 @@
-"""Flags of a command line from a YAML file: what `--config` names."""
+"""Flags of a command line from the YAML file that `--config` names."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nanovllm.typos import nearest
 def read(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
     """The values of a parser's options by their names in its namespace.
 
-    The file has an object with options, with hyphens or underscores and without the two hyphens in
-    front. True and False stand for `--x` and `--no-x`, and null for an option that is not given.
-    Raises OSError, and ValueError for what is no such file and for a value that its flag refuses.
+    The file has an object with options, with hyphens or underscores and without the two leading
+    hyphens. True and False stand for `--x` and `--no-x`, and null for an absent option. Raises
+    OSError, and ValueError for another kind of file and for a value that its flag refuses.
     """
     found: dict[str, Any] = {}
     known = parser._option_string_actions.keys() - {"--config", "--help"}
@@ -29,11 +29,11 @@ def read(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
             flag = f"--no-{flag[2:]}"
         action = parser._option_string_actions.get(flag)
         if value is None or action is None:
-            continue  # a flag without the opposite is off
+            continue  # a flag without --no-x is off
         try:
             words = _words(value)
             if not words and action.nargs not in (0, "?", "*"):
-                raise argparse.ArgumentError(action, f"{value!r} is no value")
+                raise argparse.ArgumentError(action, f"{value!r} is not a value")
             _check_number(action, words)
             one = argparse.Namespace()
             action(parser, one, parser._get_values(action, words), flag)

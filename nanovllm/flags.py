@@ -36,9 +36,9 @@ class Arguments(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """Names the nearest option for an unknown one, and takes `--a_b` for `--a-b`.
+    """Suggests the nearest option for an unknown one, and accepts `--a_b` for `--a-b`.
 
-    With an option `--config` it takes the values of a file as its defaults (see `flag_file`).
+    The file that an option `--config` names supplies defaults (see `flag_file`).
     Errors are one line: the usage of a command with 50 options would hide them.
     """
 
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def _take_file(self, words: list[str]) -> None:
-        """Make the values of the file that `--config` names defaults."""
+        """Use the values of the file that `--config` names as defaults."""
         only = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
         only.add_argument(CONFIG)
         path = only.parse_known_args(words)[0].config
@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         found = []
         for word in words[:end]:
             name, mark, value = word.partition("=")
-            # as argparse does: what has a space is no option
+            # as in argparse, a word with a space is not an option
             if name.startswith("--") and " " not in name:
                 hyphened = name.replace("_", "-")
                 if hyphened not in known:
@@ -116,9 +116,9 @@ def add_flags(
     skip: Collection[str] = (),
     also: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
-    """Add a flag for each field of a dataclass but those in `skip`. A flag that is not given leaves
-    nothing in the namespace, so defaults stay with the class. `also` has further flags of fields.
-    """
+    """Add a flag for each field of a dataclass except those in `skip`. An absent flag leaves
+    nothing in the namespace, so the class supplies the defaults. `also`: further flags of
+    fields."""
     texts = documented(options)
     for field in fields(options):
         if field.name not in skip:
@@ -149,10 +149,10 @@ def given(args: argparse.Namespace, options: type) -> dict[str, Any]:
 
 
 def documented(options: type) -> dict[str, str]:
-    """What the docstring of a dataclass says about each option, as one line.
+    """The description of each option in the docstring of a dataclass, as one line.
 
     A paragraph about options begins with their names, "a: …" or "a, b: …"; its other lines are
-    indented further. A paragraph about two options is the text of both.
+    indented further. A paragraph about two options describes both.
     """
     head, _, body = (options.__doc__ or "").partition("\n")
     texts: dict[str, str] = {}
@@ -179,7 +179,7 @@ def _reading(hint: Any) -> dict[str, Any]:
     several = next((one for one in _choices(hint) if _origin(one) is Sequence), None)
     if several is not None:
         inner = _reading(get_args(several)[0])
-        # no text at all is a mistake, such as an empty variable of a shell after --api-key
+        # an empty list is a mistake, such as an empty shell variable after --api-key
         return {**inner, "nargs": "+" if inner["type"] is str else "*"}
     kinds = {_origin(one) for one in _choices(hint)} - {type(None)}
     if kinds == {bool}:
@@ -215,7 +215,7 @@ def json_value(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
 
 
 def mapping(text: str) -> Any:
@@ -243,5 +243,5 @@ def whole_number(text: str) -> int:
         if value.denominator == 1 and (letter.islower() or not part):
             return int(value)
     raise argparse.ArgumentTypeError(
-        f"{text!r} is no whole number, such as 4096, 4k (4000) or 4K (4096)"
+        f"{text!r} is not a whole number, such as 4096, 4k (4000) or 4K (4096)"
     )

@@ -1,4 +1,4 @@
-"""Outputs of requests that grow, in vLLM's forms: the text so far, the new text, or the end."""
+"""Streamed outputs in vLLM's forms: the text so far, the new text, or the final output."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class GrowingAnswer:
         return self._output(self.texts[0], self.token_ids[:], self.logprobs[:] or None)
 
     def delta(self, increment: Increment) -> CompletionOutput:
-        """The same with the new text, tokens and log-probabilities alone."""
+        """Only the new text, tokens and log-probabilities."""
         return self._output(increment.text, increment.token_ids, increment.logprobs)
 
     def _output(
@@ -72,7 +72,7 @@ class GrowingAnswer:
 
 @dataclass
 class GrowingOutput:
-    """A prompt with its n answers, by keys of the caller's, and how its outputs show them."""
+    """A prompt with its n answers, by the caller's keys, and the form of its outputs."""
 
     request_id: str
     prompt: str | None
@@ -93,7 +93,7 @@ class GrowingOutput:
             shown = [answer.output() for answer in self.answers.values()]
         first = next((done for done in dones if done is not None), None)
         prompt_logprobs = first.prompt_logprobs if first is not None else None
-        # that of a finished answer has all tokens of images, too
+        # the prompt of a finished answer includes the tokens of images
         prompt_ids = first.prompt_ids if first is not None else self.prompt_ids
         output = request_output(self.request_id, self.prompt, prompt_ids, shown, prompt_logprobs)
         output["finished"] = None not in dones

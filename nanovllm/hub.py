@@ -16,8 +16,8 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def names_model(text: str) -> bool:
-    """Whether a text has the form of a model's name: `resolve` finds it, or says what is missing.
-    What begins as a path does counts, too."""
+    """Whether a text has the form of a model's name or path, which `resolve` can find or refuse
+    with the reason."""
     starts = ("/", "./", "../", "~")
     is_name = text in EMBEDDED or HUB_ID.fullmatch(text) is not None
     is_path = text.startswith(starts) and len(text.split()) == 1
@@ -33,7 +33,7 @@ def resolve(model: str, *, weights: bool = True, revision: str | None = None) ->
     """
     if revision is not None and (model in EMBEDDED or Path(os.path.expanduser(model)).is_dir()):
         raise ValueError(
-            f"revision is {revision!r}, but model {model!r} is no Hub id, and nothing else has "
+            f"revision is {revision!r}, but model {model!r} is not a Hub id, and only a Hub id has "
             "revisions"
         )
     if model in EMBEDDED:
@@ -41,9 +41,7 @@ def resolve(model: str, *, weights: bool = True, revision: str | None = None) ->
     folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{model!r} is a folder without a config.json, so it is not a checkpoint"
-            )
+            raise ValueError(f"{model!r} is not a checkpoint: the folder has no config.json")
         return folder
     if not HUB_ID.fullmatch(model) or folder.exists():
         raise ValueError(
@@ -81,13 +79,15 @@ def download(model: str, *, weights: bool = True, revision: str | None = None) -
         )
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"model {model!r} is no folder here and no repository on the Hub (or it is private)"
+            f"model {model!r} is neither a local folder nor a repository on the Hub (or it is "
+            "private)"
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"model {model!r} has no revision {revision!r} on the Hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
-            f"model {model!r} is no folder here and could not be downloaded from the Hub: {error}"
+            f"model {model!r} is not a local folder and could not be downloaded from the Hub: "
+            f"{error}"
         ) from error
 
 

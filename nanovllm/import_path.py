@@ -9,7 +9,7 @@ def begins_with_working_directory() -> bool:
 
     Not if this package is there: a checkout runs without installation.
     """
-    # While Python looks for the module of -m, it is no argument yet: sys.argv[0] is "-m".
+    # While Python looks for the module of -m, sys.argv[0] is still "-m".
     if not sys.argv or sys.argv[0] != "-m" or getattr(sys.flags, "safe_path", False):
         return False
     name = sys.orig_argv[-len(sys.argv)]  # "nanovllm" or "-mnanovllm"; the arguments follow it

@@ -1,7 +1,8 @@
-"""The program that runs a module of ours, as `python -m` does: `python launch.py MODULE ARGUMENTS`.
+"""Runs a module of the package, like `python -m`: `python launch.py MODULE ARGUMENTS`.
 
 Python puts the folder of this file first in `sys.path` where `python -m` puts the working
-directory. Here it goes before anything but `os`, which Python has imported, is imported.
+directory. This file removes it before it imports anything but `os`, which Python has imported
+already.
 """
 
 import os

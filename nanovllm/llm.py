@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from nanovllm import log, progress
 from nanovllm.compat.nano_vllm import NanoMethods
 from nanovllm.config import EngineConfig
 from nanovllm.engine.interface import NO_PROFILE
+from nanovllm.progress import UseTqdm
 from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
 from nanovllm.replicas.opening import open_engine
 from nanovllm.sampling import BeamSearchParams, SamplingParams
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
-UseTqdm = bool | Callable[..., Any]  # True, False, or a function with tqdm's arguments
 
 
 class LLM(NanoMethods):
@@ -54,7 +54,7 @@ class LLM(NanoMethods):
 
     @property
     def tokenizer(self) -> Any | None:
-        """transformers' tokenizer of the checkpoint, or the one assigned; None if it has none."""
+        """transformers' tokenizer of the checkpoint, or the assigned one; None if there is none."""
         tokenizer = self.engine.tokenizer
         return None if tokenizer is None else tokenizer.full
 
@@ -169,7 +169,7 @@ class LLM(NanoMethods):
         for prompt in prompts:
             if prompt.media:
                 raise ValueError(
-                    f"the conversation has {prompt.media[0].name}, which is no token ids yet: "
+                    f"the conversation has {prompt.media[0].name}, which has no token ids yet: "
                     "use chat()"
                 )
         return [list(prompt.token_ids or ()) for prompt in prompts]
@@ -189,7 +189,7 @@ class LLM(NanoMethods):
         return self.engine.default_params.clone()
 
     def reset_prefix_cache(self) -> bool:
-        """Let no prompt find cached tokens of earlier ones. Returns True."""
+        """Empty the prefix cache. Returns True."""
         with self.shared.exclusive() as engine:
             engine.forget_prefixes()
         return True
@@ -197,9 +197,9 @@ class LLM(NanoMethods):
     def sleep(self, level: int = 1) -> None:
         """Give the memory of weights and cache back to the device until `wake_up`.
 
-        Level 1 moves the weights to the host's memory, where those of a CPU engine are already;
-        level 2 drops them. Captured graphs are kept. On a GPU this needs enable_sleep_mode=True. A
-        sleeping engine takes no requests.
+        Level 1 moves the weights to host memory (on a CPU they stay there); level 2 drops them.
+        Captured graphs are kept. On a GPU this needs enable_sleep_mode=True. A sleeping engine
+        takes no requests.
 
         Raises ValueError for another level, for an engine that cannot sleep, and while requests
         are unfinished.
@@ -333,4 +333,4 @@ def _one_each(name: str, given: Sequence[Any] | None, num: int, default: Any) ->
 
 def _refuse(name: str, value: object) -> None:
     if value is not None:
-        raise ValueError(f"{name} is {value!r}: it is not supported, only None is")
+        raise ValueError(f"{name} is {value!r}: only None is supported")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def allow(num: int) -> int:
-    """Raise this process's limit to `num`, as far as it may. Returns the limit."""
+    """Raise this process's limit to `num`, or as far as the system allows. Returns the limit."""
     try:
         import resource
     except ImportError:  # on Windows
@@ -15,6 +15,6 @@ def allow(num: int) -> int:
     most = num if hard == resource.RLIM_INFINITY else max(soft, min(num, hard))
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    except (OSError, ValueError):  # macOS has a further limit of its own
+    except (OSError, ValueError):  # macOS has another limit
         return soft
     return most

@@ -27,7 +27,7 @@ class CompletionOutput(_Record):
     """One answer.
 
     logprobs: for each token, the `Logprob` of the likeliest tokens and of itself, by token id.
-    cumulative_logprob: the sum over the tokens. Both are None unless asked for.
+    cumulative_logprob: the sum over the tokens. Both are None unless requested.
     error: what went wrong, for finish_reason "error". The tokens before the error are kept.
     """
 
@@ -49,14 +49,14 @@ class CompletionOutput(_Record):
 
 
 class RequestOutput(_Record):
-    """A prompt with its answers. Keys of an answer read the first one's: `output["text"]`."""
+    """A prompt with its answers. Keys of an answer read the first answer: `output["text"]`."""
 
     ABSENT_AS_NONE = (
         "logprobs", "prompt_logprobs", "lora_request", "encoder_prompt", "metrics", "error",
     )  # fmt: skip
 
     request_id: str
-    prompt: str | None  # None if it was given as token ids
+    prompt: str | None  # None if the prompt was token ids
     prompt_token_ids: list[int]
     finished: bool
     outputs: list[CompletionOutput]

@@ -1,7 +1,7 @@
-"""How the programs of this package start: where they import from, and what a crash leaves.
+"""Starts the programs of this package: their import path, and no core dumps.
 
 `python -m` and `python -c` put the working directory first in `sys.path`, before the standard
-library. It may be the folder of somebody else's checkpoint, with a file named safetensors.py in it.
+library. It may be the folder of an untrusted checkpoint that contains a file safetensors.py.
 Python's option -P prevents this, from Python 3.11 on; `launch.py` does it on all versions.
 `env.for_children` keeps the same folder out of the variables that list folders.
 """
@@ -9,7 +9,6 @@ Python's option -P prevents this, from Python 3.11 on; `launch.py` does it on al
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 import signal
@@ -18,7 +17,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from nanovllm import env
 
@@ -29,8 +27,8 @@ _LAUNCHER = str(Path(__file__).absolute().with_name("launch.py"))
 
 
 class DoesNotStart(RuntimeError):
-    """A process that handles what a request has sent does not start. The request is not the cause.
-    The message has no paths."""
+    """A process for the input of requests does not start. The request is not the cause. The message
+    contains no paths."""
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -40,13 +38,14 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def start_confined(
-    module: str, *arguments: str, bufsize: int = -1, pass_fds: Sequence[int] = ()
+    module: str, *arguments: str, pass_fds: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
-    """Start a process that handles what strangers have sent: it gets only variables that it needs.
+    """Start a process that handles untrusted input (`confined.py`), with only the variables that it
+    needs.
 
     Requests go to its `stdin`. Answers come from `stdout`, a pipe whose number is the last argument
-    of the process: what libraries print when Python starts is no answer. What it writes to its
-    standard output and error is dropped, since it would quote what was sent.
+    of the process: it is separate from the output of libraries when Python starts. Standard output
+    and error of the process are dropped, since they would quote the input.
     """
     reading, writing = os.pipe()
     try:
@@ -55,10 +54,10 @@ def start_confined(
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            bufsize=bufsize,
+            bufsize=0,
             pass_fds=(writing, *pass_fds),
             env=env.for_strangers(),
-            start_new_session=True,  # Ctrl-C in a terminal ends its parent alone
+            start_new_session=True,  # Ctrl-C in a terminal ends only its parent
         )
     except BaseException:
         os.close(reading)
@@ -69,18 +68,12 @@ def start_confined(
     return process
 
 
-@functools.cache
-def answers() -> BinaryIO:
-    """In a process that `start_confined` has started: where its answers go."""
-    return os.fdopen(int(sys.argv[-1]), "wb")
-
-
 def begin() -> None:
-    """What a program of ours does first: it leaves no core dump, which would hold keys, prompts and
-    weights, unless NANOVLLM_CORE_DUMPS is 1. The hard limit stays as it is."""
+    """The first call of each program: disables core dumps, which would hold keys, prompts and
+    weights, unless NANOVLLM_CORE_DUMPS is 1. The hard limit does not change."""
     if env.may_dump_core():
         return
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; a limit of its own
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; a lower limit
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -88,8 +81,8 @@ def begin() -> None:
 
 @contextlib.contextmanager
 def sigterm_as_exit() -> Iterator[None]:
-    """Meanwhile SIGTERM raises SystemExit with the status TERMINATED in the main thread, so that
-    the same is cleaned up as after Ctrl-C. A signal that is ignored stays so."""
+    """Inside the context, SIGTERM raises SystemExit with the status TERMINATED in the main thread,
+    so that the same cleanup runs as after Ctrl-C. An ignored signal stays ignored."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
@@ -120,6 +113,6 @@ def folder_of(module: str) -> str | None:
 
 
 def find_again(folder: str | None) -> None:
-    """Let this process import what another found in `folder`. All other folders come first."""
+    """Let this process import modules from `folder`, after all other folders."""
     if folder is not None and folder not in sys.path:
         sys.path.append(folder)

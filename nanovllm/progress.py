@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nanovllm import env
@@ -10,17 +11,19 @@ from nanovllm import env
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+UseTqdm = bool | Callable[..., Any]  # True, False, or a function with tqdm's arguments
+
 
 def bar(iterable: Any = None, *, disable: bool = False, **options: Any) -> tqdm[Any]:
     """A bar of tqdm, with the arguments of tqdm. It draws nothing unless `is_drawn`."""
-    from tqdm import tqdm  # this takes as long as all other imports of the package
+    from tqdm import tqdm  # as slow as all other imports of the package
 
     options = {"dynamic_ncols": True, **options}
     return tqdm(iterable, disable=disable or not is_drawn(), **options)
 
 
 def silent_class() -> Any:
-    """For libraries that take a class of bars: one that draws nothing, or None for their own class
+    """A class of bars for libraries: one that draws nothing, or None (the library's own class)
     where bars are drawn."""
     if is_drawn():
         return None

@@ -1,4 +1,4 @@
-"""The forms in which users give prompts, and what they become: text or token ids, and media."""
+"""The accepted forms of prompts, and `Prompt`: text or token ids, and media."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class _Optional(TypedDict, total=False):
 class TextPrompt(_Optional):
     """A prompt as text. Prompts share cache blocks only with prompts of the same `cache_salt`.
 
-    `multi_modal_data` has its images, videos and sound: {"image": one or a list, "video": one or a
-    list, "audio": one or a list}.
-    The prompt has a placeholder for each, as the model writes it. See docs/media.md.
+    `multi_modal_data` has its images, videos and audio: {"image": one or a list, "video": one or a
+    list, "audio": one or a list}. The prompt has the model's placeholder for each. See
+    docs/media.md.
     """
 
     prompt: str
@@ -34,14 +34,14 @@ class TokensPrompt(_Optional):
     prompt_token_ids: Sequence[int]
 
 
-# keys of vLLM's prompts that only None is accepted for
+# keys of vLLM's prompts for which only None is accepted
 NOT_SUPPORTED = (
     "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds", "token_type_ids",
     "encoder_prompt", "decoder_prompt",
 )  # fmt: skip
 KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "cache_salt")
 
-BYTES = (bytes, bytearray, memoryview)  # iterables of numbers that are no token ids
+BYTES = (bytes, bytearray, memoryview)  # iterables of numbers, but not token ids
 
 
 PROMPT = "prompt"  # the field of errors about prompts of any form
@@ -65,7 +65,7 @@ class PromptTooLong(PromptRefused):
 class Prompt:
     """A prompt. `token_ids` is None if `text` must be encoded first.
 
-    `media` has the images, videos and sound of its placeholders, those of a kind in order. With
+    `media` has the images, videos and audio of its placeholders, each kind in order. With
     `has_special_tokens` the text has all special tokens already.
     """
 
@@ -103,7 +103,7 @@ def prompt_list(prompts: Any, prompt_token_ids: Any = None) -> list[Prompt]:
 
 
 def as_prompt(given: Any) -> Prompt:
-    """One prompt. Raises ValueError for something else, and for a text that is not Unicode."""
+    """One prompt. Raises ValueError for other objects, and for a text that is not Unicode."""
     if isinstance(given, Prompt):
         return given
     if isinstance(given, str):

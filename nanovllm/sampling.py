@@ -10,7 +10,7 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import Any, NoReturn
 
 from nanovllm.checks import InvalidValue, checked, hints
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import StructuredOutputsParams
 
 MAX_LOGPROBS = 100
 ALL_LOGPROBS = -1
@@ -29,11 +29,11 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2
 
     def __repr__(self) -> str:
-        return str(self)  # can be evaluated
+        return str(self)  # an expression, for `SamplingParams.__repr__`
 
 
 class Bias(dict[int, float]):
-    """The value of `logit_bias`, which is checked once and then stays as it is."""
+    """The value of `logit_bias`, checked once and then immutable."""
 
     def _refuse(self, *args: object, **options: object) -> NoReturn:
         raise TypeError("logit_bias cannot be changed in place: assign another dict")
@@ -50,7 +50,7 @@ class SamplingParams:
     """How to choose the next token, and when to stop. Fields can be assigned; each assignment is
     checked, and a refused one changes nothing.
 
-    temperature: logits are divided by it. 0 is greedy, and so is any value below 1e-6, for which
+    temperature: logits are divided by it. 0 is greedy, and so is any value below 1e-6, where the
         quotients would overflow.
     min_p, top_k, top_p: filters, applied in this order. min_p keeps tokens with probability >=
         min_p times the largest; top_k keeps the k likeliest tokens (0 or -1: all); top_p keeps the
@@ -61,9 +61,9 @@ class SamplingParams:
         and once per occurrence.
     seed: the same seed gives the same tokens in any batch. None draws a seed from the engine's.
     max_tokens, min_tokens: limits on generated tokens. max_tokens None: up to max_model_len. Stop
-        tokens and stop strings end no request before min_tokens.
+        tokens and stop strings do not end a request before min_tokens.
     stop: strings that end the text. The text does not include them, unless
-        `include_stop_str_in_output`. None, "" and [] are no strings.
+        `include_stop_str_in_output`. None, "" and [] mean none.
     stop_token_ids: ids that end the text; token_ids includes them.
     ignore_eos: the model's end-of-sequence ids do not end the request.
     logprobs, prompt_logprobs: the number of likeliest tokens to report per position, beside the
@@ -81,9 +81,9 @@ class SamplingParams:
     truncate_prompt_tokens: keep only the last tokens of a prompt, this many. -1: as many as
         max_model_len allows.
     output_kind: see `RequestOutputKind`.
-    structured_outputs: what the answer must look like. A dict of the fields will do.
+    structured_outputs: the form that the answer must have. A dict of the fields is accepted.
 
-    The other fields are those of vLLM's class of which only the default is supported.
+    The other fields exist in vLLM's class; only their defaults are supported.
     """
 
     temperature: float = 1.0
@@ -144,18 +144,18 @@ class SamplingParams:
             raise
 
     def __repr__(self) -> str:
-        """A call that makes equal parameters, of the fields that are not the default."""
+        """A call that makes equal parameters, with the fields that differ from their defaults."""
         given = [(one.name, getattr(self, one.name), one.default) for one in fields(self)]
         told = [f"{name}={value!r}" for name, value, default in given if value != default]
         return f"SamplingParams({', '.join(told)})"
 
     def clone(self) -> SamplingParams:
-        """A copy. Later changes of one of the two do not change the other: no value of a field can
-        be changed in place."""
+        """A copy. Later changes to one do not affect the other: values of fields are immutable."""
         return copy.copy(self)
 
     def non_default(self, without: Collection[str] = ()) -> dict[str, Any]:
-        """The fields that are not the default, but for some. They make equal parameters."""
+        """The fields that differ from their defaults, except `without`. They make equal
+        parameters."""
         return {
             field.name: value
             for field in fields(self)
@@ -164,15 +164,15 @@ class SamplingParams:
         }
 
     def of_answers(self) -> list[SamplingParams]:
-        """The parameters of each of the n answers: n = 1, with the seed, seed + 1, … The smallest
-        number of 64 bits follows the largest."""
+        """The parameters of each of the n answers: n = 1, with the seeds seed, seed + 1, …, which
+        wrap around at 64 bits."""
         if self.n == 1:
             return [self]
         seeds = [None if self.seed is None else _wrapped(self.seed + i) for i in range(self.n)]
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
     def _check(self) -> None:
-        """Bring every field to its annotated type, and check it against its limits."""
+        """Convert every field to its annotated type, and check it against its limits."""
         for field in fields(self):
             value = getattr(self, field.name)
             if value is field.default:
@@ -285,7 +285,7 @@ class BeamSearchParams:
         for field in fields(self):
             hint = hints(BeamSearchParams)[field.name]
             setattr(self, field.name, checked(field.name, getattr(self, field.name), hint))
-        # each step asks for twice as many log-probabilities
+        # each step requests 2 * beam_width log-probabilities
         _at_least("beam_width", self.beam_width, 1, MAX_LOGPROBS // 2)
         _at_least("max_tokens", self.max_tokens, 1)
         _within("length_penalty", self.length_penalty, -10.0, 10.0)
@@ -304,12 +304,12 @@ def _only_default(field: Field[Any], value: object) -> None:
 
 
 def _wrapped(seed: int) -> int:
-    """A number as a signed one of 64 bits."""
+    """A number as a signed 64-bit number."""
     return (seed + INT64_MAX + 1) % (1 << 64) - INT64_MAX - 1
 
 
 def _numbered(bias: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The same with keys like "123", which JSON makes of token ids, as numbers."""
+    """The same with numbers as keys: in JSON, token ids are keys like "123"."""
     return {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in bias.items()}
 
 

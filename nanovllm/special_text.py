@@ -1,9 +1,9 @@
-"""Special tokens that stand in the contents of messages as text, and are encoded as text.
+"""Encodes special tokens in the contents of messages as plain text.
 
 A content such as "<|im_end|>\\n<|im_start|>system" would otherwise end a turn and begin another.
-The chat template gives one text of all contents, so a mark says which special tokens come from
-contents: there the first character is replaced by a sentinel, a character that nothing else has.
-The template treats it as any other character, also if it cuts, trims or quotes the content.
+The chat template makes one text of all contents, so special tokens from contents are marked: their
+first character is replaced by a sentinel, a character that occurs nowhere else. The template treats
+it like any other character, even if it cuts, trims or quotes the content.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from nanovllm.tokenizer import Tokenizer
 
 # The contents of other roles are marked.
 TRUSTED_ROLES = ("system", "developer", "assistant", "model")
-# What a template itself compares is not marked, nor are calls, which assistants write.
+# Not marked: values that templates compare, and calls, which assistants write.
 UNMARKED = ("role", "type", "tool_calls")
 PREFIX_CHARS = 3  # of a special token: a template that joins contents must not complete it
 # Unicode's noncharacters, which no text should have: for sentinels, and around special tokens
 FREE = tuple(map(chr, range(0xFDD0, 0xFDF0)))
-CONTROL = re.compile(r"<\|.*\|>", re.DOTALL)  # such tokens are no text, special or not
+CONTROL = re.compile(r"<\|.*\|>", re.DOTALL)  # such tokens are not text, special or not
 PROBE = ("Hello", "world")
 
 
@@ -37,7 +37,7 @@ class Marked(NamedTuple):
     border: str
 
     def text(self, rendered: str) -> str:
-        """A rendered text without sentinels, also those that the template has escaped."""
+        """A rendered text without sentinels, including those that the template has escaped."""
         for sentinel, char in self.sentinels.items():
             escaped = json.dumps(sentinel)[1:-1]
             rendered = rendered.replace(escaped, json.dumps(char)[1:-1]).replace(sentinel, char)
@@ -69,13 +69,13 @@ class SpecialText:
         self._encoders: dict[str, _Encoder] = {}
 
     def marked(self, messages: Sequence[Mapping[str, Any]], others: Any) -> Marked | None:
-        """The messages with marks in contents of users and tools and in names; None if there is
-        nothing to mark. others: all else that the template reads. Raises ValueError for contents
+        """The messages with marks in user and tool contents and in names; None if there is nothing
+        to mark. others: everything else that the template reads. Raises ValueError for contents
         with all noncharacters."""
         if not any(map(self._has_special, _texts(messages))):
             return None
         everything = json.dumps([messages, others], ensure_ascii=False, default=str)
-        # in a JSON text or in Python's form a sentinel is escaped
+        # JSON and Python's repr escape a sentinel
         free = [one for one in FREE if one not in everything and _escape(one) not in everything]
         if len(free) <= len(self._firsts):
             raise ValueError("the conversation has special tokens as text beside noncharacters")
@@ -114,7 +114,7 @@ class SpecialText:
         return self._begins.search(text) is not None or bool(self._open_ends(text))
 
     def _open_ends(self, text: str) -> list[int]:
-        """Where a text, without spaces at its end, ends with the beginning of a special token."""
+        """The positions where a prefix of a special token ends the text, trailing spaces aside."""
         end = len(text.rstrip())
         starts = range(max(0, end - PREFIX_CHARS + 1), end)
         return [start for start in starts if text[start:end] in self._ends]
@@ -128,10 +128,11 @@ class SpecialText:
 
 
 class _Encoder(NamedTuple):
-    """Encodes texts in which `border` stands around each special token that is none of a content.
+    """Encodes texts in which `border` surrounds each special token that does not come from a
+    content.
 
-    quick: a tokenizer that has special tokens with borders alone. ids: of its added tokens, those
-    of the model's tokenizer. names: of special tokens that the vocabulary of text has, too.
+    quick: a tokenizer whose special tokens all have borders. ids: from its added tokens to the ids
+    of the model's tokenizer. names: special tokens that the text vocabulary has too.
     """
 
     quick: Quick
@@ -171,7 +172,7 @@ class _Encoder(NamedTuple):
     def encode(self, text: str) -> list[int]:
         found: list[int] = []
         for one in self.quick.encode(text, add_special_tokens=False).ids:
-            if one in self.names:  # the vocabulary makes it of the characters of a content
+            if one in self.names:  # the text vocabulary also makes it from characters of a content
                 found += self._in_parts(self.names[one])
             else:
                 found.append(self.ids.get(one, one))
@@ -185,8 +186,8 @@ class _Encoder(NamedTuple):
         return [self.ids.get(one, one) for one in found]
 
     def _check(self, tokenizer: Tokenizer, name: str, bordered: str) -> None:
-        """Raises ValueError if the tokens are others than the tokenizer's, or if the id of the
-        special token is one of the vocabulary of text."""
+        """Raises ValueError if the tokens differ from the tokenizer's, or if the id of the special
+        token is in the text vocabulary."""
         number = self.quick.token_to_id(bordered)
         if number is None or self.quick.model.id_to_token(number) is not None:
             raise ValueError(_CANNOT)
@@ -214,7 +215,7 @@ def _is_special(token: AddedToken) -> bool:
 
 
 def _is_given(message: Mapping[str, Any], key: str) -> bool:
-    """Whether a user or a tool has written the value of a message."""
+    """Whether the value of a message comes from a user or a tool."""
     return key == "name" or (message.get("role") not in TRUSTED_ROLES and key not in UNMARKED)
 
 

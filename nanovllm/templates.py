@@ -1,40 +1,35 @@
-"""Renders chat templates in a process of their own, which `template_process.py` describes.
-
-One process serves all threads of this one. It starts when it is first needed, and again after a
-template has ended it.
-"""
+"""Renders chat templates in a separate process (`template_process.py`). One process serves all
+threads of this one. It starts on first use, and again after a template has ended it."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import json
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from nanovllm import programs, template_process
+from nanovllm import programs
+from nanovllm.confined import Confined
 from nanovllm.prompts import PromptTooLong
-from nanovllm.template_process import ERROR, FACTS, TEXT, TOO_LONG
 
 CPU_S = 5.0  # processor time of a rendering; usual ones take less than a millisecond
-MAX_TEMPLATES = 64  # that the process keeps
+MAX_TEMPLATES = 64  # kept by the process
 
 
 class Facts(NamedTuple):
     """variables: those that a template reads. writes_text: it can write a content that is a text;
-    some write lists of parts alone."""
+    some write only lists of parts."""
 
     variables: frozenset[str]
     writes_text: bool
 
 
 class _Killed(ValueError):
-    """Something else ended the process of the templates, such as a lack of memory."""
+    """The process of the templates ended for another reason, such as a lack of memory."""
 
 
 class _TooSlow(ValueError):
@@ -46,15 +41,14 @@ class Renderer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._program = Confined(lambda: programs.start_confined("nanovllm.template_process"))
         self._numbers: dict[str, int] = {}  # of templates that the process has
         self._facts: dict[str, Facts | _TooSlow] = {}
 
     @property
     def is_ready(self) -> bool:
         """Whether `render` begins at once, with a process that works."""
-        process = self._process
-        return process is not None and process.poll() is None and not self._lock.locked()
+        return self._program.is_running and not self._lock.locked()
 
     def start(self) -> None:
         """Start the process, which takes some tenths of a second, beside other work."""
@@ -62,8 +56,8 @@ class Renderer:
             self._start()
 
     def facts(self, template: str, tokens: Mapping[str, Any]) -> Facts:
-        """What is to be known of a template. tokens: variables that it gets from the tokenizer.
-        Raises ValueError if it is none, or takes too long."""
+        """The facts of a template. tokens: variables that it gets from the tokenizer. Raises
+        ValueError if it is not a template, or takes too long."""
         found = self._facts.get(template)
         if found is None:
             with self._lock:
@@ -72,7 +66,7 @@ class Renderer:
                 self._start()
                 try:
                     found = self._define(template, tokens)
-                except _TooSlow as error:  # it would be again
+                except _TooSlow as error:  # a second try would be slow too
                     found = error
                 self._facts[template] = found
         if isinstance(found, _TooSlow):
@@ -94,80 +88,73 @@ class Renderer:
         }  # fmt: skip
         with self._lock:
             try:
-                kind, content = self._use(template, tokens, request)
+                found = self._use(template, tokens, request)
             except _Killed:  # perhaps it was no fault of these messages
-                kind, content = self._use(template, tokens, request)
-        if kind == TEXT:
-            return content.decode("utf-8", "surrogatepass")
-        assert kind == TOO_LONG, kind
+                found = self._use(template, tokens, request)
+        if "text" in found:
+            return str(found["text"])
         raise PromptTooLong(
-            f"the conversation has {int(content)} characters in its template: at most {max_chars} "
-            "are read"
+            f"the conversation has {found['num_chars']} characters in its template: the limit is "
+            f"{max_chars}"
         )
 
     def close(self) -> None:
         """End the process. It starts again if it is needed."""
-        process, self._process = self._process, None
-        self._numbers.clear()
-        if process is not None:
-            process.kill()
-            with contextlib.suppress(OSError):
-                process.communicate()
+        self._end()
 
     def forget(self) -> None:
-        """Leave the process to the one that this one was forked from."""
+        """After a fork: leave the process to the parent."""
         self.__init__()  # type: ignore[misc]
 
     def _start(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            return
-        self.close()
-        self._process = programs.start_confined("nanovllm.template_process", bufsize=0)
+        if not self._program.is_running:
+            self._end()
+            self._program.start()
+
+    def _end(self) -> int:
+        """End the process, and return its exit status."""
+        self._numbers.clear()
+        return self._program.end()
 
     def _use(
         self, template: str, tokens: Mapping[str, Any], request: Mapping[str, Any]
-    ) -> tuple[bytes, bytes]:
-        """The kind and the content of the answer to a request to render a template."""
+    ) -> dict[str, Any]:
+        """The answer to a request to render a template."""
         self._start()
         if template not in self._numbers:
             self._define(template, tokens)
         return self._ask({**request, "template": self._numbers[template]})
 
     def _define(self, template: str, tokens: Mapping[str, Any]) -> Facts:
-        """Give a template to the process."""
+        """Send a template to the process."""
         if len(self._numbers) >= MAX_TEMPLATES:
-            self.close()
+            self._end()
             self._start()
         number = len(self._numbers)
-        _, content = self._ask({"template": number, "source": template, "tokens": dict(tokens)})
+        found = self._ask({"template": number, "source": template, "tokens": dict(tokens)})
         self._numbers[template] = number
-        variables, writes_text = json.loads(content)
+        variables, writes_text = found["facts"]
         return Facts(frozenset(variables), bool(writes_text))
 
-    def _ask(self, request: Mapping[str, Any]) -> tuple[bytes, bytes]:
-        """The kind and the content of an answer. Raises ValueError."""
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a request. Raises ValueError."""
         data = _as_json({**request, "cpu_s": CPU_S})
-        assert self._process is not None
-        assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # then there is no answer
-                template_process.write(self._process.stdin.fileno(), data)
-            found = template_process.read(self._process.stdout.fileno())
+            self._program.send(data)
+            found = self._program.receive()
         except BaseException:  # such as Ctrl-C: an answer may be left in the pipe
-            self.close()
+            self._end()
             raise
-        if not found:
+        if found is None:
             raise self._ending()
-        kind, content = found[:1], found[1:]
-        if kind == ERROR:
-            raise ValueError(content.decode("utf-8", "replace"))
-        assert kind in (TEXT, TOO_LONG, FACTS), kind
-        return kind, content
+        if "error" in found:
+            raise ValueError(found["error"])
+        return dict(found)
 
     def _ending(self) -> ValueError:
-        assert self._process is not None
-        status = self._process.wait()
-        self.close()
+        assert self._program.process is not None
+        self._program.process.wait()
+        status = self._end()
         if status == -getattr(signal, "SIGPROF", 0):
             return _TooSlow(
                 f"the chat template takes longer than {CPU_S:g} s of processor time: it may loop "
@@ -190,12 +177,12 @@ def _as_json(request: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(request, ensure_ascii=False, default=_plain)
     except (TypeError, RecursionError) as error:
-        raise ValueError(f"the conversation cannot be given to a chat template: {error}") from error
+        raise ValueError(f"the chat template cannot take the conversation: {error}") from error
     return text.encode("utf-8", "surrogatepass")
 
 
 def _plain(value: Any) -> Any:
-    """A value of which JSON has a form. Raises TypeError for others."""
+    """A value in a form that JSON has. Raises TypeError for others."""
     if isinstance(value, Mapping):
         return dict(value)
     if callable(dump := getattr(value, "model_dump", None)):
@@ -206,4 +193,4 @@ def _plain(value: Any) -> Any:
         return as_list()
     if isinstance(value, Iterable):
         return list(value)
-    raise TypeError(f"it has a value of the type {type(value).__name__}, which JSON does not have")
+    raise TypeError(f"it has a value of the type {type(value).__name__}, which JSON cannot hold")

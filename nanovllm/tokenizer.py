@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, and text that is decoded token by token."""
+"""The checkpoint's tokenizer, and incremental decoding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# All files of a tokenizer in transformers' layouts. One of the first four means that there is one.
+# All files of a tokenizer in transformers' layouts. A folder with one of the first four has one.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -30,17 +30,15 @@ def import_library() -> Any:
 
 
 def load_full(folder: Path) -> Any:
-    """transformers' tokenizer of a folder. Raises ValueError for one with code of its own."""
+    """transformers' tokenizer of a folder. Raises ValueError for one that needs custom code."""
     library = import_library()
     try:
-        # without a value transformers would ask the user on stdin
+        # without a value transformers would prompt on stdin
         return library.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise ValueError(
-            f"the tokenizer in {folder} needs code of its own, which is not run"
-        ) from None
+        raise ValueError(f"the tokenizer in {folder} needs custom code, which is not run") from None
 
 
 class Decoding(NamedTuple):
@@ -56,9 +54,9 @@ DEFAULT = Decoding()
 class Tokenizer:
     """Encodes and decodes for the engine.
 
-    `full` is transformers' tokenizer, for users. `quick`, a `tokenizers.Tokenizer` that gives the
-    same ids and text, serves until somebody asks for `full`. From then on `full` serves, so changes
-    that users make to it count. `for_reading` is the same object, for callers that change nothing.
+    `full` is transformers' tokenizer, for users. `quick`, a `tokenizers.Tokenizer` with the same
+    ids and text, is used until `full` is first read. From then on `full` is used, so that users'
+    changes to it take effect. `for_reading` is the same object, for callers that do not change it.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class Tokenizer:
         self._derived: dict[str, Any] = {}
 
     def use_template(self, template: str) -> None:
-        """Have another chat template than the checkpoint's. Call it before any other method."""
+        """Replace the checkpoint's chat template. Call it before any other method."""
         load = self._load
 
         def load_with_template() -> Any:
@@ -110,8 +108,7 @@ class Tokenizer:
             return list(self.for_reading.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, token_ids: Sequence[int], how: Decoding = DEFAULT) -> str:
-        """The text of tokens. Bytes that are no whole character become one U+FFFD for each
-        incomplete character."""
+        """The text of tokens. Each incomplete character becomes one U+FFFD."""
         if how.skip_special_tokens or how.spaces_between_special_tokens:
             return self._decode(token_ids, how.skip_special_tokens)
         special = self.once("special", self._special_ids)
@@ -124,15 +121,15 @@ class Tokenizer:
         )
 
     def text_of(self, token_id: int) -> str:
-        """The text of one token, also of a special one. Each token is decoded once."""
+        """The text of one token, special or not. Each token is decoded once."""
         known: dict[int, str] = self.once("texts", dict)
         if token_id not in known:
             known[token_id] = self._decode([token_id], False)
         return known[token_id]
 
     def has_text(self, token_id: int, how: Decoding = DEFAULT) -> bool:
-        """Whether the token changes the text that it is in. Special tokens that are skipped, and
-        ids without a token, do not."""
+        """Whether the token adds to the text. Skipped special tokens and ids without a token do
+        not."""
         known: dict[tuple[int, bool], bool] = self.once("has text", dict)
         key = token_id, how.skip_special_tokens
         if key not in known:
@@ -142,8 +139,8 @@ class Tokenizer:
         return known[key]
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes of a token's text. A token of a vocabulary of bytes can have a part of a
-        character; `decode` has U+FFFD for it."""
+        """The bytes of a token's text. A token of a byte vocabulary can be a part of a character,
+        which `decode` shows as U+FFFD."""
         known: dict[int, bytes] = self.once("raw", dict)
         if token_id not in known:
             known[token_id] = self._bytes_of(token_id)
@@ -162,7 +159,7 @@ class Tokenizer:
         return found if found.decode("utf-8", "replace") == text else text.encode()
 
     def _written(self, token_id: int) -> str:
-        """A token as the vocabulary has it."""
+        """A token in the form of the vocabulary."""
         quick = self._quick
         if quick is not None:
             return quick.id_to_token(token_id) or ""
@@ -187,11 +184,11 @@ class Tokenizer:
         found = quick if quick is not None else self.for_reading
         found = getattr(found, "backend_tokenizer", found)
         if not hasattr(found, "to_str"):
-            raise ValueError("the tokenizer has no tokenizer.json, so its tokens are not known")
+            raise ValueError("the tokenizer has no tokenizer.json, so its tokens are unknown")
         return found
 
     def once(self, name: str, derive: Callable[[], Any]) -> Any:
-        """What `derive` says of the tokenizer, asked once."""
+        """The result of `derive`, computed once per tokenizer."""
         if name not in self._derived:
             self._derived[name] = derive()
         return self._derived[name]
@@ -205,7 +202,7 @@ class Tokenizer:
 
     def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         mended = self._mended(list(token_ids))
-        quick = self._quick  # another thread may ask for `full` meanwhile
+        quick = self._quick  # another thread may read `full` meanwhile
         reader = quick if quick is not None else self.for_reading
         return str(reader.decode(mended, skip_special_tokens=skip_special_tokens))
 

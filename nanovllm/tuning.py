@@ -30,18 +30,18 @@ class Tuning:
         kernel separately.
     fuse: fuse ops into our own kernels. False leaves all ops but attention, the cache write and the
         sampler to the lowering, as plain torch.
-    run_ahead: steps launched before the tokens of the first are read, 0 or 1; 2 gain nothing more.
+    run_ahead: steps launched before the tokens of the first are read, 0 or 1.
     pad_batches: False, in eager mode only, runs batches without padding.
-    vision_patch_budgets: the numbers of patches that programs of a model's vision tower are
-        compiled for, multiples of the patches of one token. Images are packed into calls of these
-        sizes; one that is larger than all of them runs op by op. See docs/structure.md.
+    vision_patch_budgets: the numbers of patches for which programs of the vision encoder are
+        compiled, multiples of the patches of one token. Images are packed into calls of these
+        sizes; an image larger than all of them runs op by op. See docs/structure.md.
     npu_graph_options: on an NPU, values for fields of the compiler's CompilerConfig: torchair's by
         path, such as {"experimental_config.tiling_schedule_optimize": True}, or npugraph_ex's by
         name, such as {"static_kernel_compile": True}.
     snapshot_bytes: memory for snapshots of the states of recurrent layers. Equal prefixes are
         shared up to a snapshot; 0: they are not. There are at most four for each of max_num_seqs.
     expert_prefetch: with expert_offload, fetch the experts that a layer's input would choose while
-        its attention runs. It gains little where the bus is the limit, and wrong guesses cost.
+        its attention runs. It gains little where the bus is the limit, and wrong guesses cost time.
     """
 
     capture: bool = True
@@ -56,7 +56,7 @@ class Tuning:
     def __post_init__(self) -> None:
         check_fields(self, ALLOWED)
         if self.npu_graph_options is not None:
-            # as JSON has it: other processes get the same (`to_options`)
+            # through JSON, so that other processes get an equal value (`to_options`)
             given = json.loads(json.dumps(self.npu_graph_options))
             object.__setattr__(self, "npu_graph_options", given)
 
@@ -65,8 +65,8 @@ NAMES = tuple(field.name for field in fields(Tuning))
 
 
 def moved(options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
-    """Options in which those of `Tuning` are in `tuning`, also those given beside it, as earlier
-    versions had them. Raises ValueError for one given in both places."""
+    """Move options of `Tuning` that are given beside `tuning`, as in earlier versions, into it.
+    Raises ValueError for one given in both places."""
     found = dict(options)
     beside = {name: found.pop(name) for name in NAMES if name in found}
     if not beside:
@@ -77,7 +77,7 @@ def moved(options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
     if both := sorted(beside.keys() & inside.keys()):
         raise ValueError(f"{_words(both)} is given as an option and in tuning: give it in tuning")
     if warn:
-        logger.warning("%s: give it in tuning={...}; the option goes away", _words(beside))
+        logger.warning("%s: give it in tuning={...}; outside it is deprecated", _words(beside))
     found["tuning"] = {**inside, **beside}
     return found
 

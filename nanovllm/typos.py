@@ -1,4 +1,4 @@
-"""Which known name a mistyped one may have meant."""
+"""Suggests the known name for a mistyped one."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from itertools import zip_longest
 
 
 def nearest(name: str, known: Iterable[str], help_command: str) -> str:
-    """The end of a message about an unknown name: what it may have meant, or where names are."""
+    """The end of a message about an unknown name: a suggestion, or the command that lists names."""
     found = closest(name, known)
     return f": see {help_command}" if found is None else f": did you mean {found}?"
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The name that this one is the beginning of, or that has the same words with a few wrong
-    letters; None if there is none, or no single beginning.
-
-    Words are parted by hyphens. A name that shares only some words with another one means something
-    else (--data-parallel-rank and --data-parallel-size).
-    """
+    """The known name that begins with this one, or that has the same words with a few wrong
+    letters; None if there is none, or more than one begins so. Words are separated by hyphens.
+    Names that share only some words mean different things (--data-parallel-rank and
+    --data-parallel-size)."""
     known = list(known)
     costs = {one: cost for one in known if (cost := _num_mistakes(name, one)) is not None}
     if costs:

@@ -4,10 +4,10 @@
     python scripts/accuracy.py --model tiny-qwen3-vl
     python scripts/accuracy.py --model tiny-qwen3-vl --base-url http://127.0.0.1:8000
 
-With --base-url a running server of the model is asked; options of the engine are refused. A model
-that sees is asked about pictures, the held-out ones of `tiny.picture_tasks`. A model that was
-trained with tools gets those of `tiny.tool_tasks` as well. Prints the accuracy by kind and one line
-of JSON. Exits with 1 if the total is below --min-accuracy.
+With --base-url the questions go to a running server; options of the engine are refused. A vision
+model gets questions about pictures, the held-out ones of `tiny.picture_tasks`. A model trained with
+tools also gets those of `tiny.tool_tasks`. Prints the accuracy by kind and one line of JSON. Exits
+with 1 if the total is below --min-accuracy.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from nanovllm.hub import resolve
 from nanovllm.media import settings
 from nanovllm.tools import command_line
 
-MAX_TOKENS = 192  # the longest reference answers, two calls, take up to 180
+MAX_TOKENS = 192  # the longest reference answers, two calls, have up to 180
 NUM_SHOWN = 10
 NUM_CLIENTS = 16  # requests to a server at once
 TIMEOUT_S = 60.0
@@ -61,7 +61,7 @@ def questions(model: str, num: int, seed: int) -> list[Question]:
 
 
 def ask(llm: LLM, asked: Sequence[Question]) -> tuple[dict[str, float], float, list[str]]:
-    """Greedy answers to questions: accuracy by kind, accuracy of all, and a line a mistake."""
+    """Greedy answers to questions: accuracy by kind, accuracy of all, and a line per mistake."""
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     if any(one.task.tools for one in asked):
         prompts = [
@@ -96,7 +96,7 @@ def ask_server(
 
 
 def _as_text(message: dict[str, Any]) -> str:
-    """The answer as the model wrote it: the server has taken the calls out."""
+    """The model's original text: the server has parsed the calls out of it."""
     functions = [one["function"] for one in message.get("tool_calls") or ()]
     calls = [Call(one["name"], json.loads(one["arguments"])) for one in functions]
     return "\n".join(filter(None, (message["content"], calls_text(calls))))
@@ -104,7 +104,7 @@ def _as_text(message: dict[str, Any]) -> str:
 
 def _as_json(message: dict[str, Any]) -> dict[str, Any]:
     """A message whose pictures are PNG in data URLs."""
-    if "tool_calls" in message:  # OpenAI has arguments as text
+    if "tool_calls" in message:  # in OpenAI's API arguments are text
         functions = [one["function"] for one in message["tool_calls"]]
         calls = [
             {"type": "function", "id": f"call_{idx}",
@@ -128,7 +128,7 @@ def _as_json(message: dict[str, Any]) -> dict[str, Any]:
 def score(
     asked: Sequence[Question], texts: Sequence[str]
 ) -> tuple[dict[str, float], float, list[str]]:
-    """Accuracy by kind, accuracy of all, and a line a mistake."""
+    """Accuracy by kind, accuracy of all, and a line per mistake."""
     num_asked, num_right = Counter(one.task.kind for one in asked), Counter[str]()
     wrong: list[str] = []
     for (task, _), text in zip(asked, texts, strict=True):
@@ -159,8 +159,8 @@ def main() -> int:
     parser.add_argument(
         "--model", default="tiny-qwen3", help="a folder, or the name of an embedded model"
     )
-    parser.add_argument("--base-url", help="ask this server instead of an engine of ours")
-    parser.add_argument("--num", type=int, default=500, help="questions to ask")
+    parser.add_argument("--base-url", help="use this server instead of an engine")
+    parser.add_argument("--num", type=int, default=500, help="number of questions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -178,7 +178,7 @@ def main() -> int:
         for name, value in _options(args).items():
             if value != parser.get_default(name):
                 option = name.replace("_", "-")
-                parser.error(f"--{option} is {value}: with --base-url the server decides on it")
+                parser.error(f"--{option} is {value}: the server chooses it with --base-url")
 
     asked = questions(args.model, args.num, args.seed)
     llm = None if args.base_url else LLM(args.model, **_options(args))

@@ -1,4 +1,4 @@
-"""Talks to a running server with the clients that programs use, and prints a table of what works.
+"""Tests a running server with common client libraries, and prints a table of working features.
 
     python -m venv clients
     clients/bin/pip install anthropic instructor langchain-openai litellm openai openai-agents
@@ -6,12 +6,12 @@
     nanovllm serve folder --served-model-name tiny-qwen3
     clients/bin/python scripts/clients.py
 
-`--write-model` copies tiny-qwen3 with a chat template that has tools. A client that is not
-installed is left out. litellm wants an openai client below 3; run `--clients openai` also where a
-newer one is. Each client asks for a plain answer, a stream, an answer to a conversation with its
-own last answer, a call of a tool and an answer to its result, an answer that matches a schema, and
-a model that the server does not have. `scripts/clients.mjs` does the same in JavaScript. Exits with
-1 if a case fails.
+`--write-model` copies tiny-qwen3 with a chat template that has tools. Clients that are not
+installed are skipped. litellm requires an openai client below 3; run `--clients openai` also with a
+newer one. Each client requests a plain answer, a stream, an answer to a conversation with its own
+last answer, a call of a tool and an answer to its result, an answer that matches a schema, and a
+model that the server does not have. `scripts/clients.mjs` does the same in JavaScript. Exits with 1
+if a case fails.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ TEMPLATE = (
 )
 
 
-# clients change what they are handed
+# copies, since clients change their arguments
 def tool() -> Any:
     return copy.deepcopy(TOOL)
 
@@ -76,7 +76,7 @@ def check_city(given: Any) -> None:
 
 
 def fails(work: Callable[[], Any], name: str = "NotFoundError") -> None:
-    """Whether work raises the error of a model that is not there."""
+    """Check that `work` raises the error of an unknown model."""
     try:
         work()
     except Exception as error:
@@ -91,7 +91,7 @@ def fails(work: Callable[[], Any], name: str = "NotFoundError") -> None:
 
 
 class Client:
-    """A client. Its methods are the cases; one that it does not have is none of its features."""
+    """A client. Its methods are the cases; it does not support cases without a method."""
 
     def __init__(self, url: str, model: str, *, key: str) -> None:
         self.url, self.model, self.key = url, model, key
@@ -176,7 +176,7 @@ class Responses(OpenAI):
 
 
 class LiteLLM(OpenAI):
-    """It has the methods of OpenAI's client. provider: by which API it asks."""
+    """It has the methods of OpenAI's client. provider: selects the API."""
 
     def __init__(self, *args: Any, provider: str = "hosted_vllm", **options: Any) -> None:
         Client.__init__(self, *args, **options)
@@ -229,7 +229,7 @@ class LangChain(Client):
 
 
 class Instructor(Client):
-    """It is made for forms: its calls of tools are forms, too."""
+    """Made for structured output: its tool calls are structured output, too."""
 
     def made(self, mode: str, *, base: str = "openai") -> Any:
         module = importlib.import_module("instructor")
@@ -244,7 +244,7 @@ class Instructor(Client):
     def place(self) -> Any:
         typing = importlib.import_module("typing")
         create = importlib.import_module("pydantic").create_model
-        config = {"extra": "forbid"}  # a small model would go on with other fields
+        config = {"extra": "forbid"}  # a small model would continue with other fields
         return create("Place", __config__=config, city=(typing.Literal["Oslo", "Rome"], ...))
 
     def ask(self, mode: str, messages: Any, form: Any, base: str = "openai", **options: Any) -> Any:
@@ -278,7 +278,7 @@ class Instructor(Client):
 
 
 class Agents(Client):
-    """model_class: by which API it asks."""
+    """model_class: selects the API."""
 
     model_class = "OpenAIChatCompletionsModel"
 

@@ -1,12 +1,12 @@
-"""Collect calibration data: what the experts of a model get while it answers prompts.
+"""Collect calibration data: the inputs of a model's experts while it answers prompts.
 
     python scripts/collect_moe_calib.py --model-path ./Mixtral-8x7B-v0.1 --out calib.safetensors \\
         --num-prompts 1000 --cap-per-group 4096
 
 The engine runs the model eagerly and without compressed experts. For each layer and expert it
-keeps a uniform sample of the inputs, prompts and answers alike. The file is what
-distill_experts_activation_aware.py needs. Prompts like those that the model will get make the best
-calibration data: name a file of them with --prompts.
+keeps a uniform sample of the inputs, prompts and answers alike. The file is the input of
+distill_experts_activation_aware.py. Prompts like those in production make the best calibration
+data: name a file of them with --prompts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIN_RANDOM_LEN, MAX_RANDOM_LEN = 8, 64  # of prompts for a model without a token
 
 
 def answer(llm: LLM, prompts: list[Conversation], params: SamplingParams, seed: int) -> None:
-    """Let the model answer, in its chat format if it has one."""
+    """Generate answers, in the model's chat format if it has one."""
     if llm.tokenizer is None:
         print("the model has no tokenizer: prompts are random tokens", file=sys.stderr)
         rng = random.Random(seed)
@@ -53,8 +53,8 @@ def collect(
     seed: int = 0,
     **options: Any,
 ) -> Recorder:
-    """Let an engine with `options` answer prompts, and record what its experts get."""
-    # without padding: its tokens are no inputs
+    """Generate answers on an engine with `options`, and record the inputs of its experts."""
+    # without padding, whose tokens are not inputs
     llm = LLM(model, enforce_eager=True, pad_batches=False, seed=seed, **options)
     with Recorder(llm.engine.runner.params, cap, seed) as recorder:
         answer(llm, prompts, params, seed)
@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument(
         "--prompts",
-        help="a file with one prompt in a line, or 'tasks', what the embedded models are trained "
+        help="a file with one prompt per line, or 'tasks', which the embedded models are trained "
         "on; default: 'tasks' for an embedded model, else general prompts that come with this "
         "script",
     )

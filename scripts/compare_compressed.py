@@ -2,8 +2,8 @@
 
     python scripts/compare_compressed.py --device cpu
 
-Compresses the experts of an embedded model to several ranks, both ways, and asks every engine the
-held-out questions of scripts/accuracy.py. Prints a line of JSON for each, and a table in Markdown.
+Compresses the experts of an embedded model to several ranks, both ways, and runs the held-out
+questions of scripts/accuracy.py on each. Prints a line of JSON for each, and a table in Markdown.
 Files are temporary.
 """
 
@@ -67,7 +67,7 @@ def accuracy(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def results(args: argparse.Namespace, source: Source, folder: Path) -> Iterator[dict[str, Any]]:
-    """What is measured, in the order of the table: first the model as it is."""
+    """The measurements, in the order of the table: first the uncompressed model."""
     device, chosen = choose_device(args.device), args.ranks or ranks(source, args.shares)
     for rank in chosen:
         check_rank(source, rank)
@@ -121,10 +121,10 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-mixtral", help="an embedded model, or a folder")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[0.75, 0.5, 0.35, 0.25],
-        help="of the bytes that experts take as they are",
+        help="of the bytes of uncompressed experts",
     )  # fmt: skip
     parser.add_argument("--ranks", type=int, nargs="+", help="instead of --shares")
-    parser.add_argument("--num", type=int, default=2600, help="questions to ask")
+    parser.add_argument("--num", type=int, default=2600, help="number of questions")
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
     parser.add_argument("--num-prompts", type=int, default=5000, help="for calibration")
     parser.add_argument("--cap-per-group", type=int, default=16384)

@@ -4,9 +4,9 @@
     python scripts/compare_transformers.py
     python scripts/compare_transformers.py --ours float32 float32+int8 --theirs float32 bfloat16
 
-All run in one process and take turns, so that they see the same machine. Ratios are to the first
-of `--theirs`; their medians do not depend on the order within a round. Greedy tokens are compared
-with those of the same dtype, because a ratio between different texts means little. In bf16 and
+All run in one process in turns, under the same conditions. Ratios are to the first of `--theirs`;
+their medians do not depend on the order within a round. Greedy tokens are compared with those of
+the same dtype, because a ratio between different texts means little. In bf16 and
 int8 they may differ: random weights give logits that are close together. On Linux, the load of
 other programs is measured too.
 """
@@ -36,7 +36,7 @@ from nanovllm.tools.shapes import CONFIGS
 
 
 def shape(layers: int) -> Qwen3Config:
-    """Qwen3-0.6B with this many layers, which never ends a text by itself."""
+    """Qwen3-0.6B with this many layers and without end-of-sequence."""
     changed = {"num_hidden_layers": layers, "eos_token_id": None, "dtype": None}
     config: Qwen3Config = Qwen3Config.from_dict(CONFIGS["Qwen3-0.6B"] | changed)
     return config
@@ -45,7 +45,7 @@ def shape(layers: int) -> Qwen3Config:
 class Timed(NamedTuple):
     seconds: float
     cpu_seconds: float  # of all threads of this process
-    others: float  # cores that other programs kept busy meanwhile
+    others: float  # cores used by other programs meanwhile
     tokens: list[list[int]]
 
 
@@ -73,7 +73,7 @@ def undisturbed(
 
 
 def _busy_seconds() -> float:
-    """Busy seconds of all cores since the machine started; 0 if the system does not tell."""
+    """Busy seconds of all cores since the machine started; 0 if unknown."""
     try:
         user, nice, system, _, _, irq, soft_irq, steal = map(
             int, Path("/proc/stat").read_text().split()[1:9]

@@ -1,12 +1,12 @@
-"""Compress the experts of a model with regard to what they compute on calibration data.
+"""Compress the experts of a model to fit their results on calibration data.
 
     python scripts/collect_moe_calib.py --model-path ./Mixtral-8x7B-v0.1 --out calib.safetensors
     python scripts/distill_experts_activation_aware.py --model-path ./Mixtral-8x7B-v0.1 \\
         --calib-path calib.safetensors --rank 1024
 
 The files have the layout of decompose_experts.py, and answers are better at the same size: bases
-and matrices are fitted to the inputs that the experts really get, by ridge regression, and down
-makes up for the errors of gate and up. An interrupted run continues with the next layer.
+and matrices are fitted to the experts' real inputs, by ridge regression, and down compensates for
+the errors of gate and up. An interrupted run continues with the next layer.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def parse_args() -> argparse.Namespace:
         "--calib-path", type=Path, required=True, help="the file of collect_moe_calib.py"
     )
     parser.add_argument(
-        "--ridge", type=float, default=0.01, help="how much matrices are held to the original ones"
+        "--ridge",
+        type=float,
+        default=0.01,
+        help="weight of the distance from the original matrices",
     )
     parser.add_argument("--chunk", type=int, default=4096, help="inputs at a time for gate and up")
     parser.add_argument("--chunk-w2", type=int, default=4096, help="inputs at a time for down")

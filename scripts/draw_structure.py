@@ -1,8 +1,8 @@
-"""Draws docs/structure.svg: the rooms of the code, and which room imports which.
+"""Draws docs/structure.svg: the folders of the code, and their imports.
 
 python scripts/draw_structure.py
 
-A room stands right below the rooms that import it. An arrow that follows from others is left out.
+A folder stands right below the folders that import it. Arrows that follow from others are omitted.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ WIDTH, HEIGHT, GAP_X, GAP_Y = 190, 56, 30, 46
 
 
 def room_of(module: str) -> str | None:
-    """The room of a module of ours; None for settings and for modules of others."""
+    """The folder of our module; None for settings and for other modules."""
     parts = module.split(".")
     return parts[1] if parts[0] == "nanovllm" and len(parts) > 1 and parts[1] in ROLES else None
 
 
 def imports() -> dict[str, set[str]]:
-    """The rooms that the files of each room import, at any depth of a file."""
+    """The folders that the files of each folder import, at any depth of a file."""
     found: dict[str, set[str]] = {room: set() for room in ROLES}
     for room in ROLES:
         folder = ROOT / room if room in ("compile", "kernels") else ROOT / "nanovllm" / room
@@ -57,7 +57,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def depth(room: str, edges: dict[str, set[str]]) -> int:
-    """The length of the longest chain of imports that leads to a room."""
+    """The length of the longest chain of imports that leads to a folder."""
     above = (depth(other, edges) for other in edges if room in edges[other])
     return 1 + max(above, default=-1)
 
@@ -82,7 +82,7 @@ def draw() -> str:
     for number, rooms in sorted(levels.items()):
         above = [place[other][0] for other in place if rooms[0] in direct[other]]
         left = (width - len(rooms) * (WIDTH + GAP_X) + GAP_X) / 2
-        if len(rooms) == 1 and above:  # a room alone stands between those that import it
+        if len(rooms) == 1 and above:  # a single folder stands between those that import it
             left = sum(above) / len(above)
         for i, room in enumerate(rooms):
             place[room] = left + i * (WIDTH + GAP_X), GAP_Y + number * (HEIGHT + GAP_Y)

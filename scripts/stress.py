@@ -1,21 +1,21 @@
-"""Sends mixed concurrent requests to `nanovllm serve` and compares every answer with a quiet one.
+"""Sends mixed concurrent requests to `nanovllm serve` and compares the answers with idle ones.
 
 # each embedded model, with 1 and 2 API processes, without and with two API keys
 python scripts/stress.py
 # one server, more answers, with options of `nanovllm serve`
 python scripts/stress.py --variants tiny-qwen3:1:2 --answers 5000 -- --max-num-seqs 8
 
-A variant is MODEL:API_PROCESSES:KEYS. First every request is sent alone to the idle server, whole
-and with a cache salt of its own. Then many connections send the requests at once, whole or
-streamed, with other priorities and cache salts. Some clients go away in the middle of an answer,
-and some close their sending side early. Requests have temperature 0 or a seed, so an answer must be
-the quiet one: texts, calls, reasons, counts, and log-probabilities within LOGPROB_TOLERANCE.
-(Batches of other sizes add numbers in another order. At a near tie of two tokens an answer may
-therefore differ; the report shows such answers.) At the end nothing may run, all cache blocks must
+A variant is MODEL:API_PROCESSES:KEYS. First every request is sent alone to the idle server, not
+streamed and with a unique cache salt. Then many connections send the requests concurrently,
+streamed or not, with other priorities and cache salts. Some clients disconnect in the middle of an
+answer, and some close their sending side early. Requests have temperature 0 or a seed, so an answer
+must equal the idle one: texts, calls, reasons, counts, and log-probabilities within
+LOGPROB_TOLERANCE. (Batches of other sizes sum in another order, so an answer may differ at a near
+tie of two tokens; the report shows such answers.) At the end nothing may run, all cache blocks must
 be free, and no process may be left after SIGTERM.
 
-It prints a line of JSON for each variant. The exit status is 1 if anything differs or is left.
-Requests go over loopback only. Each variant has a time limit.
+It prints a line of JSON for each variant. The exit status is 1 if an answer differs or anything is
+left. Requests go over loopback only. Each variant has a time limit.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from scripts.stress_requests import CHAT_TEMPLATE, RequestMaker
 VARIANTS = ("tiny-qwen3:1:0", "tiny-qwen3:2:2", "tiny-qwen3-vl:1:2", "tiny-qwen3-vl:2:0")
 KEYS = ("first-key", "second-key")
 MAX_SHOWN = 5  # differences of a variant
-QUIET_SECONDS = 30.0  # until nothing runs after the last answer
+QUIET_SECONDS = 30.0  # for the server to become idle after the last answer
 
 Json = dict[str, Any]
 
 
 class Sent(NamedTuple):
-    """A request. number: of its quiet answer."""
+    """A request. number: of its idle answer."""
 
     number: int
     path: str
@@ -75,8 +75,9 @@ class Client:
     def ask(
         self, sent: Sent, *, leaves_after: int | None = None, halves: bool = False
     ) -> list[Json]:
-        """The answer. leaves_after: close after so many bytes of it instead, and return nothing.
-        halves: close the sending side once the request is sent. Raises ValueError for an error."""
+        """The answer. leaves_after: disconnect after this many bytes of it instead, and return
+        nothing. halves: close the sending side once the request is sent. Raises ValueError for an
+        error."""
         assert self._address.hostname is not None
         connection = http.client.HTTPConnection(
             self._address.hostname, self._address.port, timeout=self._seconds
@@ -110,7 +111,8 @@ class Client:
         return {name: float(value) for name, value in found}
 
     def left(self) -> dict[str, float]:
-        """What still runs, waits or holds cache blocks, once nothing does or it takes too long."""
+        """The gauges of running and waiting requests and used blocks, once all are 0 or after a
+        timeout."""
         end = time.monotonic() + QUIET_SECONDS
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         while True:
@@ -122,7 +124,7 @@ class Client:
 
 
 class Load:
-    """Sends requests at random and counts how their answers compare with the quiet ones."""
+    """Sends requests at random and compares their answers with the idle ones."""
 
     def __init__(self, client: Client, requests: list[Sent], quiet: list[list[Json]]) -> None:
         self._client, self._requests, self._quiet = client, requests, quiet
@@ -163,7 +165,7 @@ class Load:
 
 
 def memory(pids: list[int]) -> dict[int, int]:
-    """The resident MiB of processes that run."""
+    """The resident MiB of running processes."""
     found = {}
     for pid in pids:
         try:

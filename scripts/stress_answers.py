@@ -1,4 +1,4 @@
-"""What must be equal of two answers to one request, for `stress.py`."""
+"""Extracts the comparable parts of answers, for `stress.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Json = dict[str, Any]
 
 
 def parts_of(path: str, body: Json) -> list[Json]:
-    """What must be equal of an answer that came whole: a dict for each choice, without ids."""
+    """The comparable parts of an unstreamed answer: a dict for each choice, without ids."""
     if path == "/v1/responses":
         items = [
             [item["type"], item.get("content"), item.get("name"), item.get("arguments")]
@@ -41,7 +41,7 @@ def logprobs_of(of: Json | None) -> list[Any]:
 
 
 def joined(path: str, events: list[Json]) -> list[Json]:
-    """The same of an answer that came as events."""
+    """The same for a streamed answer."""
     for event in events:
         if event.get("error"):
             raise ValueError(f"error in a stream: {event['error']}")

@@ -1,4 +1,4 @@
-"""Random requests of all kinds whose answers are determined, for `stress.py`."""
+"""Random requests of all kinds with deterministic answers, for `stress.py`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def picture(chance: random.Random) -> Json:
 
 
 class RequestMaker:
-    """sees: whether the model takes pictures. One that does not has CHAT_TEMPLATE."""
+    """sees: whether the model takes images. A text model has CHAT_TEMPLATE."""
 
     def __init__(self, chance: random.Random, *, sees: bool) -> None:
         self._chance, self._sees = chance, sees

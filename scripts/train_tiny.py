@@ -9,7 +9,7 @@ Takes minutes on one GPU. To try everything out on a CPU, add
 `--steps 20 --examples 2000 --batch-tokens 2048 --num-eval 32`.
 
 qwen3-vl is trained on questions about pictures (`tiny.picture_tasks`), on one CPU core within an
-hour. It saves its state every two minutes; with `--resume` an interrupted run goes on from there.
+hour. It saves its state every two minutes; with `--resume` an interrupted run continues from there.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         "--minutes",
         type=float,
         help="take fewer steps, if needed to end the training this long after the start; "
-        "the speed is measured first, and the evaluation comes on top",
+        "the speed is measured first, and the evaluation takes additional time",
     )
     group.add_argument("--examples", type=int, help="conversations to generate: 3000000")
     group.add_argument("--batch-tokens", type=int, help="65536")
@@ -95,7 +95,7 @@ def _add_seeing(group: argparse._ArgumentGroup) -> None:
         "--checkpoint", type=Path, help="file of the state of training: NAME.train.pt"
     )
     group.add_argument("--stop", type=int, help="end after this step, though more are planned")
-    group.add_argument("--resume", action="store_true", default=None, help="go on from it")
+    group.add_argument("--resume", action="store_true", default=None, help="continue from it")
 
 
 def _fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -110,7 +110,7 @@ def _fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     own, others = (seeing, text) if args.arch == SEEING else (text, seeing)
     for name in others:
         if getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} is no option of {args.arch}")
+            parser.error(f"--{name.replace('_', '-')} is not an option of {args.arch}")
     own["steps"] = 2400 if args.arch == SEEING else 6000
     own["workers"] = None if args.arch == SEEING else os.cpu_count()
     for name, default in own.items():
@@ -150,7 +150,7 @@ def score(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, flo
 
 
 def make_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Corpus:
-    """The training conversations, after a check that they are what the chat template writes."""
+    """The training conversations, checked against the chat template."""
     model_name = MODEL_NAMES[args.arch]
     for task in islice(tool_tasks.training_examples(args.seed), 100):
         messages, tools = conversation(task, model_name), list(task.tools)
@@ -195,7 +195,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train a text model, save it to `args.out`, score what was saved, and write the card."""
+    """Train a text model, save it to `args.out`, score the saved model, and write the card."""
     started = time.perf_counter()
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(args.seed)

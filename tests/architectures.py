@@ -24,8 +24,8 @@ CLAIMS = {
     "eager": "logits or tokens in eager mode are those of transformers, or of the published "
     "formulas, with random weights in fp32 on a CPU",
     "graph": "the same in graph mode",
-    "images": "the same for prompts with images that the engine encodes",
-    "sound": "the same for prompts with sound that the engine encodes",
+    "images": "the same for prompts with images encoded by the engine",
+    "sound": "the same for prompts with sound encoded by the engine",
     "ranks": "two or four ranks (`tensor_parallel_size`) give the logits or tokens of one",
     "NPU": 'device "npu" gives the tokens of the CPU; Ascend\'s graphs and ops run in an '
     "interpreter on the host, and not on an NPU (see [npu.md](npu.md))",
@@ -54,7 +54,7 @@ ARCHITECTURES: dict[str, Entry] = {
     "LlamaForCausalLM": Entry(TEXT, "Llama 1 to 3.x"),
     "MiniCPMForCausalLM": Entry(
         TEXT, "MiniCPM, MiniCPM4",
-        "dense attention alone: with a `sparse_config`, `max_model_len` must be below its "
+        "dense attention only: with a `sparse_config`, `max_model_len` must be below its "
         "`dense_len`",
     ),
     "MistralForCausalLM": Entry(TEXT, "Mistral, Mistral-Small 24B (2501)"),
@@ -74,7 +74,7 @@ ARCHITECTURES: dict[str, Entry] = {
             "Qwen2_5OmniModel",
             "Qwen2_5OmniThinkerForConditionalGeneration",
         ),
-        Entry(AUDIO, "Qwen2.5-Omni", "the thinker, which writes text"),
+        Entry(AUDIO, "Qwen2.5-Omni", "the thinker, which generates text"),
     ),
     "Qwen2_5_VLForConditionalGeneration": Entry(VISION, "Qwen2.5-VL"),
     "Qwen3VLForConditionalGeneration": Entry(VISION, "Qwen3-VL (2B to 32B)"),
@@ -148,11 +148,10 @@ def page() -> str:
     lines = [
         "# Architectures",
         "",
-        "`python -m tests.architectures` writes this page from what the tests declare. The file",
-        "config.json of a checkpoint names its architecture. Any other one is refused with the",
-        "list of these, and so is a field of a config that would change results in a way that is",
-        "not built. The columns, and the tests behind them, are explained",
-        "[below](#what-is-shown).",
+        "`python -m tests.architectures` writes this page from the tests' declarations. The file",
+        "config.json of a checkpoint names its architecture. Other architectures are refused with",
+        "the list of these, and so are config fields with an unsupported effect on results. The",
+        "columns, and the tests behind them, are explained [below](#what-is-shown).",
     ]
     for group in (TEXT, EXPERTS, VISION, AUDIO):
         entries = {name: entry for name, entry in ARCHITECTURES.items() if entry.group == group}

@@ -20,17 +20,17 @@ if not torch.cuda.is_available():
 # Compiling after warm-up is an error in all tests.
 os.environ["NANOVLLM_STRICT"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Processes that tests start use one thread, as `one_thread` does here. On a busy machine a tiny
-# model takes ten times the processor time with two: OpenMP's threads wait for each other busily.
+# Processes that tests start use one thread, like `one_thread` here. On a busy machine a tiny model
+# takes ten times the processor time with two, since OpenMP's threads spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell starts background jobs with SIGINT ignored, Python keeps that, and children inherit it.
+# Shells start background jobs with SIGINT ignored; Python keeps that, and children inherit it.
 # Tests interrupt themselves and the processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests that need more GPUs than there are, or a browser that is not there. A skip
-    means that something is wrong."""
+    """Deselect tests that need more GPUs than this machine has, or a missing browser. A skip would
+    mean that something is wrong."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     missing = [name for name, needed in (("gpu", 1), ("gpus", 2)) if num_gpus < needed]
     if not shutil.which("chromium"):

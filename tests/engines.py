@@ -100,12 +100,12 @@ def one_thread() -> Iterator[None]:
 def cpu_kernels() -> Path:
     """The folder of the built CPU kernels: building them takes half a minute of a processor."""
     folder = env.read().store_folder(None) / "cpp"
-    before = build._State.settings
+    before = build._LibraryState.settings
     build.configure(folder, env.read().cxx, may_compile=True)
     for load in (library.load, step._load, experts._load):
         # not what this process has loaded, perhaps from a store of one test
         load.__wrapped__()
-    build._State.settings = before
+    build._LibraryState.settings = before
     return folder
 
 

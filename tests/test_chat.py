@@ -163,7 +163,7 @@ def test_an_engine_may_have_another_chat_template(is_file: bool, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chat_template": "missing.jinja"}, "'missing.jinja', no template and no file of text"),
+        ({"chat_template": "missing.jinja"}, "'missing.jinja', neither a template nor a text file"),
         ({"chat_template": "EMPTY"}, "the file is empty"),
         ({"chat_template": "{{x}}", "skip_tokenizer_init": True}, "does not go with chat_template"),
     ],
@@ -182,5 +182,5 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(tmp_path
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(found))
     (tmp_path / "config.json").write_text('{"model_type": "own"}')
     (tmp_path / "own.py").write_text("raise SystemExit")
-    with pytest.raises(ValueError, match="needs code of its own, which is not run"):
+    with pytest.raises(ValueError, match="needs custom code, which is not run"):
         load_full(tmp_path)

@@ -28,5 +28,5 @@ def test_a_revision_is_passed_to_the_hub(
 
 @pytest.mark.parametrize("model", [*hub.EMBEDDED, "."])
 def test_a_revision_of_what_is_no_hub_id_is_refused(model: str) -> None:
-    with pytest.raises(ValueError, match=f"revision is 'v1', but model '{model}' is no Hub id"):
+    with pytest.raises(ValueError, match=f"revision is 'v1', but model '{model}' is not a Hub id"):
         hub.resolve(model, revision="v1")

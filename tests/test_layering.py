@@ -37,11 +37,19 @@ ALLOWED = {
     "compile": ("nanovllm.compile", "nanovllm.kernels"),
     "models": ("nanovllm.models", "nanovllm.kernels"),
     "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
-    "media": ("nanovllm.media", "nanovllm.env", "nanovllm.extras", "nanovllm.programs"),
+    "media": (
+        "nanovllm.media",
+        "nanovllm.confined",
+        "nanovllm.env",
+        "nanovllm.extras",
+        "nanovllm.programs",
+    ),
     "parsers": ("nanovllm.parsers",),
     "structured": (
         "nanovllm.structured",
+        "nanovllm.structured_params",
         "nanovllm.checks",
+        "nanovllm.confined",
         "nanovllm.env",
         "nanovllm.extras",
         "nanovllm.programs",
@@ -84,6 +92,7 @@ ALLOWED = {
         "nanovllm.models.vision",
         "nanovllm.media",
         "nanovllm.structured",
+        "nanovllm.structured_params",
         "nanovllm.startup.load",
         "nanovllm.prompts",
         "nanovllm.tokenizer",
@@ -129,7 +138,7 @@ ALLOWED = {
         "nanovllm.api",
         "nanovllm.parsers",
         "nanovllm.serving",
-        "nanovllm.structured.params",
+        "nanovllm.structured_params",
         "nanovllm.structured.tagged",
         "nanovllm.schedule.logprobs",
         "nanovllm.media.given",
@@ -164,8 +173,9 @@ DEVICELESS = (
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
-    "checks", "config", "compat/options", "env", "flag_file", "flags", "kernels/private", "log",
-    "media/options", "programs", "progress", "ray_note", "sampling", "structured/params", "tuning",
+    "checks", "config", "option_names", "env", "flag_file", "flags", "kernels/private_files",
+    "log",
+    "media/options", "programs", "progress", "ray_note", "sampling", "structured_params", "tuning",
     "typos",
 )  # fmt: skip
 
@@ -304,3 +314,42 @@ def test_the_picture_of_the_structure_shows_the_imports(monkeypatch: pytest.Monk
     assert picture.PICTURE.read_text(encoding="utf-8") == picture.draw(), (
         "run python scripts/draw_structure.py"
     )
+
+
+def module_imports() -> dict[str, set[str]]:
+    """The modules of ours that each module imports, also for types or inside a function."""
+    modules = {name.removesuffix(".__init__") for name in MODULES}
+    found: dict[str, set[str]] = {}
+    for path in all_files():
+        root = ROOT if path.relative_to(ROOT).parts[0] in ("compile", "kernels") else PACKAGE
+        parts = path.relative_to(root).with_suffix("").parts
+        below = found[".".join(("nanovllm", *parts)).removesuffix(".__init__")] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    below.add(full if full in modules else str(node.module))
+    return {name: below & found.keys() for name, below in found.items()}
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """The nodes of `edges` that lead to a circle; [] without one."""
+    left = dict(edges)
+    while ended := [node for node, below in left.items() if not (below - {node}) & left.keys()]:
+        for node in ended:
+            del left[node]
+    return sorted(left)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle(module_imports()) == []
+
+
+def test_no_rooms_import_each_other_in_a_circle() -> None:
+    """A file at the top of the package is a room as well."""
+    rooms: dict[str, set[str]] = {}
+    for name, below in module_imports().items():
+        own, *others = (f"{one}.".split(".")[1] for one in (name, *sorted(below)))
+        rooms.setdefault(own, set()).update(others)
+    rooms.pop("")  # the package itself exports what users import
+    assert circle(rooms) == []

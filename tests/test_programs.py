@@ -106,7 +106,7 @@ def run_decoder(_: Path) -> None:
     with (
         closing(Decoder(MediaOptions())) as decoder,
         Memory(1 << 30, 1).part(lambda: None) as part,
-        pytest.raises(ValueError, match="no picture"),
+        pytest.raises(ValueError, match="not a picture"),
     ):
         decoder.picture(b"text", part)
 

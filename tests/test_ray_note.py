@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm import env, ray_note
-from nanovllm.kernels import private
+from nanovllm.kernels import private_files
 
 ADDRESS = "10.0.0.5:6379"
 
@@ -41,9 +41,9 @@ def test_a_note_that_others_may_write_is_not_believed(
     note: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
     note.chmod(mode)
-    monkeypatch.setattr(private, "is_own_group", lambda _: False)
+    monkeypatch.setattr(private_files, "is_own_group", lambda _: False)
     assert env.ray_address() is None and f"its mode is {mode:o}" in caplog.text
-    monkeypatch.setattr(private, "is_own_group", lambda _: True)  # the umask is 002 then
+    monkeypatch.setattr(private_files, "is_own_group", lambda _: True)  # the umask is 002 then
     assert (env.ray_address() is None) is (mode == 0o666)
 
 
@@ -94,5 +94,5 @@ def test_where_others_may_replace_the_note_the_cluster_must_be_ours(
 def test_the_folder_of_the_note_must_not_be_another_users(
     note: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(private, "_trusted", lambda: (os.getuid() + 1,))
+    monkeypatch.setattr(private_files, "_trusted", lambda: (os.getuid() + 1,))
     assert env.ray_address() is None

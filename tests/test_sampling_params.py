@@ -16,7 +16,7 @@ import torch
 
 from nanovllm import SamplingParams
 from nanovllm.sampling import RequestOutputKind
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import StructuredOutputsParams
 
 NAN, INF = math.nan, math.inf
 
@@ -136,10 +136,10 @@ def test_switches_must_be_true_or_false(name: str, value: Any) -> None:
         ({"structured_outputs": {"regex": "a", "json_object": True}}, "has regex, json_object: ex"),
         ({"structured_outputs": {"regexp": "a"}}, "structured_outputs has no field 'regexp'"),
         ({"structured_outputs": {"choice": "a"}}, "structured_outputs.choice is 'a': it must be"),
-        ({"structured_outputs": {"choice": []}}, "choice is empty: no answer is possible"),
+        ({"structured_outputs": {"choice": []}}, "choice is empty: no output is possible"),
         (
             {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
-            "whitespace_pattern is given with regex: it is for JSON alone",
+            "whitespace_pattern is set with regex: it is only for JSON",
         ),
         (
             {"structured_outputs": {"json": {}, "structural_tag": "{}"}},

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from nanovllm import template_process, templates
+from nanovllm import templates
 from nanovllm.config import EngineConfig
+from nanovllm.confined import Confined
 from nanovllm.prompts import PromptTooLong
 from nanovllm.replicas import setups
 from nanovllm.templates import Renderer
@@ -119,7 +120,7 @@ def test_the_sandbox_is_that_of_transformers(renderer: Renderer, template: str) 
 
 def test_a_text_that_is_too_long_stays_in_the_process(renderer: Renderer) -> None:
     template = "{{ 'a' * 10 ** 8 }}"
-    with pytest.raises(PromptTooLong, match="100000000 characters in its template: at most 9 are"):
+    with pytest.raises(PromptTooLong, match="100000000 characters in its template: the limit is 9"):
         renderer.render(template, USER, {}, {}, 9)
     assert renderer.render(PLAIN, USER, {}, {}, 8) == "[user]hi"
 
@@ -157,11 +158,11 @@ def test_many_templates_are_forgotten_and_read_again(renderer: Renderer) -> None
 def test_an_answer_after_ctrl_c_is_not_that_of_another_conversation(
     renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(fd: int) -> bytes:
+    def interrupted(self: Confined) -> bytes:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(template_process, "read", interrupted)
+        patched.setattr(Confined, "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             render(renderer, PLAIN)
     assert render(renderer, "other") == "other"
@@ -169,7 +170,7 @@ def test_an_answer_after_ctrl_c_is_not_that_of_another_conversation(
 
 def test_a_process_that_was_killed_starts_again(renderer: Renderer) -> None:
     render(renderer, PLAIN)
-    process = renderer._process
+    process = renderer._program.process
     assert process is not None
     process.kill()
     process.wait()
@@ -178,26 +179,26 @@ def test_a_process_that_was_killed_starts_again(renderer: Renderer) -> None:
     assert renderer.is_ready
 
 
-def _killed_before_writes(renderer: Renderer, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process is killed before each of the next writes to it."""
-    write, left = template_process.write, [None] * count
+def _killed_before_requests(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is killed before each of the next requests to it."""
+    send, left = Confined.send, [None] * count
 
-    def killed(fd: int, *parts: bytes) -> None:
+    def killed(self: Confined, message: Any) -> None:
         if left:
             left.pop()
-            assert renderer._process is not None
-            renderer._process.kill()
-            renderer._process.wait()
-        write(fd, *parts)
+            assert self.process is not None
+            self.process.kill()
+            self.process.wait()
+        send(self, message)
 
-    monkeypatch.setattr(template_process, "write", killed)
+    monkeypatch.setattr(Confined, "send", killed)
 
 
 def test_a_conversation_is_rendered_though_its_process_is_killed(
     renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     render(renderer, PLAIN)
-    _killed_before_writes(renderer, 1, monkeypatch)
+    _killed_before_requests(1, monkeypatch)
     assert render(renderer, PLAIN) == "[user]hi"
 
 
@@ -205,7 +206,7 @@ def test_a_process_that_is_killed_twice_is_an_error(
     renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     render(renderer, PLAIN)
-    _killed_before_writes(renderer, 2, monkeypatch)
+    _killed_before_requests(2, monkeypatch)
     with pytest.raises(ValueError, match="the process of the chat template was killed"):
         render(renderer, PLAIN)
     assert render(renderer, PLAIN) == "[user]hi"
@@ -215,7 +216,8 @@ def test_a_process_that_is_killed_twice_is_an_error(
 def test_the_process_ends_with_the_one_that_uses_it(how: signal.Signals) -> None:
     code = (
         "from nanovllm.templates import renderer as r; import time; r.start()\n"
-        "print(r.render('x', [{}], {}, {}, None), r._process.pid, flush=True); time.sleep(60)"
+        "print(r.render('x', [{}], {}, {}, None), r._program.process.pid, flush=True)\n"
+        "time.sleep(60)"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -241,9 +243,9 @@ def test_a_forked_process_has_a_process_of_its_own(renderer: Renderer) -> None:
         "import os; from nanovllm.templates import renderer as r\n"
         "def ask(text):\n"
         "    return r.render('{{ messages[0].content }}', [{'content': text}], {}, {}, 9)\n"
-        "ask('a'); first = r._process.pid; pid = os.fork()\n"
+        "ask('a'); first = r._program.process.pid; pid = os.fork()\n"
         "ok = all(ask(str(pid)[:9]) == str(pid)[:9] for _ in range(200))\n"
-        "ok &= (r._process.pid == first) == bool(pid)\n"
+        "ok &= (r._program.process.pid == first) == bool(pid)\n"
         "if not pid: r.close(); os._exit(not ok)\n"
         "assert os.waitpid(pid, 0)[1] == 0 and ok"
     )
@@ -308,8 +310,8 @@ def test_the_process_has_no_keys_in_its_environment(monkeypatch: pytest.MonkeyPa
     renderer = Renderer()
     try:
         render(renderer, PLAIN)
-        assert renderer._process is not None
-        found = Path(f"/proc/{renderer._process.pid}/environ").read_bytes()
+        assert renderer._program.process is not None
+        found = Path(f"/proc/{renderer._program.process.pid}/environ").read_bytes()
     finally:
         renderer.close()
     assert b"PYTHONPATH" in found and b"hidden-key" not in found

@@ -1,4 +1,4 @@
-"""AOTAutograd for Ascend's compilers: they take functional graphs of few ops."""
+"""AOTAutograd for Ascend's compilers, which take functional graphs of few ops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def functional(
     """Make the graph functional, decompose it, merge equal ops; returns `compiler(graph, inputs)`.
 
     Writes to inputs become copies at the end of the graph. Placeholders with `node.meta["frozen"]`
-    are weights, whose memory never moves: the fake inputs of `compiler` say so.
+    are weights, whose memory never moves: the fake inputs of `compiler` are marked so.
     """
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._functorch.compile_utils import fx_graph_cse

@@ -2,7 +2,7 @@
 
 Where a platform has kernels for our ops, a region is a handful of calls into them and into torch's
 library. Inductor would add checks around each call, and importing it takes seconds at every start.
-A call list loads in a millisecond. It is data: it can name operators and nothing else.
+A call list loads in a millisecond. It is data: it can only name operators.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ GETITEM = "getitem"
 
 # Inductor would call these library functions as well.
 _LIBRARY = {"mm", "addmm", "bmm", "baddbmm", "embedding", "index_select"}
-# The most small ops that a call list may hold. Each costs a launch that Inductor could fuse away,
-# but starting Inductor takes seconds.
+# The most small ops in a call list. Inductor could fuse each into another launch, but starting
+# Inductor takes seconds.
 MAX_SMALL_OPS = 2
 
 _LITERALS = (bool, int, float, str)
@@ -75,7 +75,7 @@ def load(content: bytes) -> CallList:
     try:
         read = json.loads(content)
         return CallList(read["num_inputs"], read["calls"], read["outputs"])
-    except Exception as error:  # other bytes may raise anything
+    except Exception as error:  # invalid bytes may raise any error
         raise ValueError(f"not a call list: {error!r}") from error
 
 
@@ -115,7 +115,7 @@ def _op_name(target: Any) -> str:
     if target is operator.getitem:
         return GETITEM
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in NAMESPACES:
-        raise NotListable(f"{target} is no operator of {' or '.join(NAMESPACES)}")
+        raise NotListable(f"{target} is not an operator of {' or '.join(NAMESPACES)}")
     return str(target)
 
 

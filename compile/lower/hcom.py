@@ -1,8 +1,8 @@
 """Sums and gathers over ranks in Ascend IR: the ops HcomAllReduce and HcomAllGather.
 
-torchair's own converters take torch.distributed's global groups, and the graph has the name of one.
-Ours write a name that stands for any group: a program replaces it by that of the group in use when
-it first runs. A rank is an input of the graph. So all ranks share one stored graph.
+torchair's converters take torch.distributed's global groups and write a group's name into the
+graph. Ours write a placeholder, which a program replaces by the name of the group in use when it
+first runs. A rank is an input of the graph. So all ranks share one stored graph.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NO_FUSION = 0  # GE could join several sums into one
 
 @cache
 def register() -> None:
-    """Teach torchair to convert our ops, once in a process."""
+    """Register converters of our ops with torchair, once in a process."""
     from torchair import register_fx_node_ge_converter
 
     register_fx_node_ge_converter(ops.all_reduce)(_all_reduce)
@@ -36,7 +36,7 @@ def register() -> None:
 def _all_reduce(x: Any, residual: Any = None, meta_outputs: Any = None) -> Any:
     from torchair._ge_concrete_graph import ge_apis
 
-    assert residual is None, "the residual is an op of its own"
+    assert residual is None, "the residual is a separate op"
     return ge_apis.HcomAllReduce(x, reduction="sum", group=ANY_GROUP, fusion=NO_FUSION)
 
 
@@ -66,9 +66,9 @@ def rank_as_input(graph: GraphModule, fakes: Sequence[Tensor]) -> list[Tensor]:
 
 
 def join(module: ModuleType, folder_option: str) -> None:
-    """Have a generated graph, which GE has not compiled yet, communicate in the group in use.
+    """Put the group in use into a generated graph that GE has not compiled yet.
 
-    GE keeps the compiled graph in a folder of its own for each group and rank: ranks compile at
+    GE keeps the compiled graph in a separate folder for each group and rank, since ranks compile at
     the same time.
     """
     group = collectives.in_use()

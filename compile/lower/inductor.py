@@ -66,14 +66,14 @@ def load(content: bytes) -> InductorProgram:
         path.write_bytes(content)
         try:
             return InductorProgram(CompiledArtifact.load(path=str(path), format="binary"))
-        except Exception as error:  # torch may raise anything here; the caller compiles again
+        except Exception as error:  # torch may raise any error here; the caller compiles again
             raise ValueError(f"Inductor cannot read it: {type(error).__name__}: {error}") from error
 
 
 def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> InductorProgram:
     """Compile a graph of static shapes. The result takes its placeholders, without guards."""
     inductor = _import_inductor()
-    # standalone_compile reads the fake mode, which knows the static dimensions, from this key of
+    # standalone_compile reads the fake mode, which records the static dimensions, from this key of
     # the outputs. Dynamo sets it, make_fx does not; without it every dimension would be dynamic.
     outputs: Any = graph.graph.output_node().args[0]
     for node in outputs:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from nanovllm.compile.lower.aot import functional
 
 # Options of npugraph_ex that the engine sets. A step's inputs have the same memory each time, so
-# they are not copied; weights never move; all graphs share a memory pool, and keep their outputs.
+# they are not copied; weights never move; all graphs share a memory pool and keep their outputs.
 FIXED: dict[str, object] = {
     "mode": "npugraph_ex",
     "clone_input": False,
@@ -115,7 +115,7 @@ def lengths_as_inputs(graph: GraphModule, fakes: Sequence[Any]) -> list[SymInt]:
 
 
 def _symbol(shape_env: Any, name: str, hint: int) -> SymInt:
-    """A number that no pass takes for a constant."""
+    """A symbolic number, which passes do not treat as a constant."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
@@ -135,7 +135,7 @@ def generate(graph: GraphModule, examples: Sequence[Any], options: dict[str, obj
         return code
 
     with warnings.catch_warnings():
-        # it says twice per graph that frozen weights must not move
+        # it warns twice per graph that frozen weights must not move
         warnings.filterwarnings("ignore", message="When enable frozen_parameter")
         # Decompositions and patches of npugraph_ex concern collectives and gradients. They are left
         # out: torchair's cannot be registered after them, and another engine may need torchair.

@@ -3,7 +3,7 @@
 torchair's `cache_compile` takes only methods of an nn.Module and adds Dynamo's guards, so its steps
 are called here directly: AOTAutograd makes the graph functional and `get_compiler` converts it. The
 result is Python source with a serialised Ascend graph and a function `kernel`. The store keeps this
-source; GE keeps its compiled graph in a folder of its own.
+source; GE keeps its compiled graph in a separate folder.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def load(content: bytes) -> AscendProgram:
     """The program of `AscendProgram.stored()`. Raises ValueError if this torchair cannot run it."""
     try:
         return AscendProgram(content.decode())
-    except Exception as error:  # code of another version may raise anything; lower it again
+    except Exception as error:  # code of another version may raise any error; lower it again
         raise ValueError(f"torchair cannot take it: {type(error).__name__}: {error}") from error
 
 

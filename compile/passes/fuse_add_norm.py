@@ -1,4 +1,5 @@
-"""product + residual → RMS norm becomes product → add + RMS norm: one pass over memory less."""
+"""product + residual → RMS norm becomes product → add + RMS norm, which saves one pass over
+memory."""
 
 from __future__ import annotations
 
@@ -11,8 +12,7 @@ from torch.fx import GraphModule, Node
 
 from nanovllm.kernels import ops
 
-# Products, and their sums over ranks, that can add a residual, and its index among their arguments:
-# the last one.
+# The index of the residual, the last argument, of products and their sums over ranks.
 RESIDUAL_IDX = {op: product.num_weight_args + 2 for op, product in ops.PRODUCTS.items()}
 RESIDUAL_IDX[ops.all_reduce] = 1
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from nanovllm.kernels import ops
 
-# (x, *weight, fuses norm, fuses SiLU·up) -> whether the device's kernel is worth it
+# (x, *weight, fuses norm, fuses SiLU·up) -> whether the device's kernel is faster
 Takes = Callable[..., bool]
 
 

@@ -16,8 +16,8 @@ def fuse_reduce_norm(
 ) -> GraphModule:
     """Join every `add_rms_norm` with the `all_reduce` that only it reads.
 
-    Runs after `fuse_add_norm`, which moves residuals into norms. `takes` gets the fake tensor that
-    is summed, and says whether the op has few enough rows for one launch.
+    Runs after `fuse_add_norm`, which moves residuals into norms. `takes` gets the fake summed
+    tensor, and returns whether it has few enough rows for one launch.
     """
     for norm in [node for node in graph.graph.nodes if node.target is ops.add_rms_norm]:
         reduced: Any = norm.args[0]

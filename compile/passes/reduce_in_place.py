@@ -12,7 +12,7 @@ from nanovllm.kernels import ops
 
 
 def reduce_in_place(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
-    """Turn every `all_reduce` into `all_reduce_`, which copies nothing.
+    """Turn every `all_reduce` into `all_reduce_`, which makes no copy.
 
     It must be the last reader of its input, which must not be an input of the region.
     """

@@ -20,10 +20,10 @@ def replace_ops(
     table: Mapping[str, Callable[..., Any]] | None = None,
     keep: Callable[[str, Node], bool] = lambda name, node: False,
 ) -> GraphModule:
-    """Replace every op of ours, by tracing the graph once more.
+    """Replace all our ops by retracing the graph.
 
     `table` maps names of ops to their replacements. An op without an entry stays if `keep(name,
-    node)` is true or if a user asked for it by name (`ops.ASKED_FOR`); otherwise its plain-torch
+    node)` is true or if a user requested it by name (`ops.ASKED_FOR`); otherwise its plain-torch
     definition replaces it, which the lowering can fuse with its neighbours.
     """
     replacements = table or {}

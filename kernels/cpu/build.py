@@ -26,7 +26,13 @@ from typing import ClassVar
 import torch
 
 from nanovllm.kernels.code_files import BUILDING, digest, temporary_folder, write_whole
-from nanovllm.kernels.private import PRIVATE, Shared, SharedParent, make_private, read_private
+from nanovllm.kernels.private_files import (
+    PRIVATE,
+    UnsafeParent,
+    UnsafePath,
+    make_private,
+    read_private,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +73,7 @@ _KINDS = {
 }
 
 
-class Arguments:
+class ArgumentStruct:
     """A C struct that holds the arguments of a kernel: pointers, then integers, then floats.
 
     The fields are names separated by spaces, in the struct's order. `pack` takes their values in
@@ -97,7 +103,7 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Settings:
+class LibraryOptions:
     """Where libraries are kept, which compiler is used, and whether one may run.
 
     `folder` None is ~/.cache/nanovllm/cpp. `compiler` is a program, perhaps with options, as the
@@ -109,21 +115,21 @@ class Settings:
     may_compile: bool = True
 
 
-class _State:
-    settings = Settings()
+class _LibraryState:
+    settings = LibraryOptions()
     compiled: ClassVar[list[str]] = []
 
 
 def configure(folder: Path | None, compiler: str | None, may_compile: bool) -> None:
     """Settings for libraries that are not loaded yet; a process loads a library once."""
-    _State.settings = replace(
-        _State.settings, folder=folder, compiler=compiler, may_compile=may_compile
+    _LibraryState.settings = replace(
+        _LibraryState.settings, folder=folder, compiler=compiler, may_compile=may_compile
     )
 
 
 def compiled() -> list[str]:
     """Names of the libraries that this process has compiled."""
-    return list(_State.compiled)
+    return list(_LibraryState.compiled)
 
 
 @functools.cache
@@ -143,13 +149,13 @@ def instruction_set() -> str:
     return f"{platform.machine()} {' '.join(flags)}"
 
 
-def load(source: Path, structs: Sequence[Arguments] = ()) -> ctypes.CDLL:
+def load(source: Path, structs: Sequence[ArgumentStruct] = ()) -> ctypes.CDLL:
     """The library of a C++ file, whose argument structs must be those of `structs`.
 
     Raises RuntimeError if there is no compiler, if the compiler fails (also because a struct has
     other fields than Python packs), or if no library is found and compiling is not allowed.
     """
-    settings = _State.settings
+    settings = _LibraryState.settings
     folder = settings.folder or Path.home() / ".cache" / "nanovllm" / "cpp"
     text = "\n".join(
         [
@@ -166,8 +172,8 @@ def load(source: Path, structs: Sequence[Arguments] = ()) -> ctypes.CDLL:
     key = digest(repr((digest(text), flags, asked, instruction_set())).encode())[:32]
     try:
         make_private(folder)
-    except (OSError, SharedParent) as error:
-        if isinstance(error, SharedParent) and settings.folder is not None:
+    except (OSError, UnsafeParent) as error:
+        if isinstance(error, UnsafeParent) and settings.folder is not None:
             raise
         logger.warning("compiled C++ is kept for this process only: %s", error)
         folder = temporary_folder()
@@ -181,7 +187,7 @@ def load(source: Path, structs: Sequence[Arguments] = ()) -> ctypes.CDLL:
         # The digest is written last: a library without one is not used.
         write_whole(library, content)
         write_whole(recorded, digest(content).encode())
-        _State.compiled.append(source.stem)
+        _LibraryState.compiled.append(source.stem)
     return ctypes.CDLL(str(library))  # nobody else can change the private folder meanwhile
 
 
@@ -205,7 +211,7 @@ def _with_headers(source: Path) -> str:
 def _is_whole(library: Path, recorded: Path) -> bool:
     try:
         expected, content = read_private(recorded).decode(), read_private(library)
-    except Shared as error:
+    except UnsafePath as error:
         logger.warning("compiling it again: %s", error)
         return False
     except (OSError, UnicodeDecodeError):
@@ -233,7 +239,7 @@ def _compile(compiler: list[str], flags: list[str], text: bytes, folder: Path) -
 
 
 def _cause(errors: str) -> str:
-    """The line of a compiler's messages that says best why it failed."""
+    """The line of a compiler's messages that names the cause of its failure."""
     lines = errors.splitlines() or ["it printed no message"]
     for sign in (NO_SPACE, "error:"):
         for line in lines:
@@ -259,7 +265,7 @@ def script_of_compiler() -> Path | None:
 
     Inductor takes the name of a program only. Raises OSError.
     """
-    settings = _State.settings
+    settings = _LibraryState.settings
     words = _words(settings.compiler) if settings.compiler else []
     if len(words) < 2 or settings.folder is None:
         return None

@@ -1,5 +1,5 @@
-// Kernels for layers with experts, compiled at first use by experts.py; see kernels.cpp for how
-// arguments are passed. The meaning of each op stands in reference/.
+// Kernels for layers with experts, compiled at first use by experts.py. kernels.cpp describes how
+// arguments are passed, and reference/ has the meaning of each op.
 //
 // T tokens | K experts per token | P = T * K pairs of a token and one of its experts | E experts
 // D hidden | F expert width | O outputs
@@ -12,7 +12,7 @@
 
 namespace {
 
-struct Route {
+struct TopkSoftmax {
   float* weight;       // [T, K]
   int32_t* expert;     // [T, K]
   const char* logits;  // [T, E]
@@ -28,7 +28,7 @@ struct Experts {
   const char* gate_up;    // [E, 2F, D]
   const char* down;       // [E, D, F]
   const char* residual;   // [T, D] or null
-  int64_t num_tokens, num_chosen, num_experts, size, inner_size, are_spread;
+  int64_t num_tokens, num_chosen, num_experts, size, inner_size, is_expert_parallel;
   int64_t dtype, num_threads;
 };
 
@@ -41,10 +41,10 @@ struct ExpertLinear {
   int64_t dtype, num_threads;
 };
 
-// ------------------------------------------------------------------------------------------- route
+// ------------------------------------------------------------------------------------------- topk_softmax
 
 template <typename T>
-void route_token(const Route& at, int64_t token) {
+void topk_softmax_token(const TopkSoftmax& at, int64_t token) {
   const int64_t E = at.num_experts, K = at.top_k;
   const T* logits = (const T*)at.logits + token * at.logits_stride;
   float* weight = at.weight + token * K;
@@ -307,18 +307,18 @@ void expert_linear(const ExpertLinear& at) {
 
 }  // namespace
 
-extern "C" void nanovllm_route(const Route* args) {
+extern "C" void nanovllm_topk_softmax(const TopkSoftmax* args) {
   with_dtype(args->dtype, [&](auto zero) {
     const int64_t num_logits = args->num_tokens * args->num_experts;
     parallel_for(args->num_tokens, num_logits < kMinParallel ? 1 : args->num_threads,
-                 [&](int64_t token) { route_token<decltype(zero)>(*args, token); });
+                 [&](int64_t token) { topk_softmax_token<decltype(zero)>(*args, token); });
   });
 }
 
 // The next two return 0, and do nothing, if an expert's id is not below num_experts.
 extern "C" int64_t nanovllm_experts(const Experts* args) {
   const int64_t num_pairs = args->num_tokens * args->num_chosen;
-  if (!are_valid(args->expert, num_pairs, args->are_spread ? -1 : 0, args->num_experts)) return 0;
+  if (!are_valid(args->expert, num_pairs, args->is_expert_parallel ? -1 : 0, args->num_experts)) return 0;
   if (args->dtype == kFp32) experts<Fp32Step>(*args);
   else experts<Bf16Step>(*args);
   return 1;

@@ -18,48 +18,49 @@ from nanovllm.kernels.cpu import library as cpu_library
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
-_ROUTE = build.Arguments(
-    "Route",
+_TOPK_SOFTMAX = build.ArgumentStruct(
+    "TopkSoftmax",
     pointers="weight expert logits",
     integers="num_tokens num_experts top_k normalize logits_stride dtype num_threads",
 )
-_EXPERTS = build.Arguments(
+_EXPERTS = build.ArgumentStruct(
     "Experts",
     pointers="out x weight expert gate_up down residual",
-    integers="num_tokens num_chosen num_experts size inner_size are_spread dtype num_threads",
+    integers="num_tokens num_chosen num_experts size inner_size is_expert_parallel dtype "
+    "num_threads",
 )
-_EXPERT_LINEAR = build.Arguments(
+_EXPERT_LINEAR = build.ArgumentStruct(
     "ExpertLinear",
     pointers="out x expert weight",
     integers="num_pairs x_repeats num_experts num_outputs depth dtype num_threads",
 )
-_STRUCTS = (_ROUTE, _EXPERTS, _EXPERT_LINEAR)
+_STRUCTS = (_TOPK_SOFTMAX, _EXPERTS, _EXPERT_LINEAR)
 
 
 @functools.cache
 def _load() -> ctypes.CDLL:
     """Compile the library or find it in the cache, and load it. Raises as `build.load` does."""
     library = build.load(Path(__file__).with_suffix(".cpp"), _STRUCTS)
-    for name in ("route", "experts", "expert_linear"):
+    for name in ("topk_softmax", "experts", "expert_linear"):
         function = getattr(library, f"nanovllm_{name}")
         function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
-    library.nanovllm_route.restype = None
+    library.nanovllm_topk_softmax.restype = None
     cpu_library.lend_threads(cpu_library.load(), library)
     return library
 
 
-def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """`reference.experts.route` in one pass over the logits."""
+def topk_softmax(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """`reference.experts.topk_softmax` in one pass over the logits."""
     code = _DTYPE_CODES.get(logits_TE.dtype)
     num_tokens, num_experts = logits_TE.shape
     if code is None or not 0 < top_k <= num_experts:
-        return reference.experts.route(logits_TE, top_k, normalize)
+        return reference.experts.topk_softmax(logits_TE, top_k, normalize)
     if logits_TE.stride(1) != 1:
         logits_TE = logits_TE.contiguous()
     weight_TK = torch.empty((num_tokens, top_k))
     expert_TK = torch.empty((num_tokens, top_k), dtype=torch.int32)
-    _load().nanovllm_route(
-        _ROUTE.pack(
+    _load().nanovllm_topk_softmax(
+        _TOPK_SOFTMAX.pack(
             weight_TK.data_ptr(),
             expert_TK.data_ptr(),
             logits_TE.data_ptr(),
@@ -163,7 +164,9 @@ def _refuse(expert_TK: Tensor, num_experts: int) -> Tensor:
     raise IndexError(f"experts {low} to {high} are chosen, and there are {num_experts}")
 
 
+KERNELS = {kernel.__name__: kernel for kernel in (topk_softmax, experts, expert_linear)}
+
+
 def register() -> None:
     """Make these the ops' CPU kernels. Later calls do nothing."""
-    kernels = (route, experts, expert_linear)
-    ops.register_kernels("CPU", {kernel.__name__: kernel for kernel in kernels})
+    ops.register_kernels("CPU", KERNELS)

@@ -1,6 +1,6 @@
-// CPU kernels, compiled at first use by kernels.py.
+// CPU kernels, compiled at first use by library.py.
 //
-// Each exported function takes a pointer to a struct of arguments. kernels.py declares the fields
+// Each exported function takes a pointer to a struct of arguments. library.py declares the fields
 // of these structs, too, and has the compiler check that both agree (see build.py).
 //
 // Shapes are those of reference/. H head size, M query lanes (a lane: one head of a query token).
@@ -861,7 +861,7 @@ extern "C" void nanovllm_qk_norm_rope_store(const QkNormRopeStore* args) {
 
 namespace {
 
-struct KeepAllowed {
+struct TokenBitmask {
   void* out;
   const void* logits;
   const int32_t* allowed;
@@ -889,8 +889,8 @@ void keep_row(T* out, const T* logits, const int32_t* allowed, int64_t vocab_siz
 
 }  // namespace
 
-extern "C" void nanovllm_keep_allowed(const KeepAllowed* args) {
-  const KeepAllowed& at = *args;
+extern "C" void nanovllm_apply_token_bitmask(const TokenBitmask* args) {
+  const TokenBitmask& at = *args;
   const int64_t V = at.vocab_size;
   parallel_for(at.num_rows, at.num_rows * V < kMinParallel ? 1 : at.num_threads, [&](int64_t r) {
     const int32_t* allowed = at.allowed + at.row[r] * at.num_words;

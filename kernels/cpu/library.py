@@ -1,7 +1,7 @@
 """The library of `kernels.cpp`: compiled at first use (see `build.py`), called through ctypes.
 
 There is no build step at installation. A call packs its arguments into the bytes of one C struct
-(see `build.Arguments`). Dtypes and layouts that a kernel does not cover go to `reference/`.
+(see `build.ArgumentStruct`). Dtypes and layouts that a kernel does not cover go to `reference/`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nanovllm.kernels.cpu import build
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-ATTENTION = build.Arguments(
+ATTENTION = build.ArgumentStruct(
     "Attention",
     pointers="out q k_cache v_cache block_table seq_len q_start",
     integers="q_stride_T q_stride_N k_stride_C k_stride_B k_stride_K v_stride_C v_stride_B "
@@ -24,22 +24,24 @@ ATTENTION = build.Arguments(
     "max_q_len window q_dtype kv_dtype num_threads",
     floats="scale",
 )
-LINEAR = build.Arguments(
+LINEAR = build.ArgumentStruct(
     "Linear",
     pointers="out x weight bias scale",
     integers="num_tokens num_outputs depth x_stride weight_stride dtype num_threads",
 )
-WIDEN = build.Arguments("Widen", pointers="out in", integers="num_rows size in_stride num_threads")
-RMS_NORM = build.Arguments(
+WIDEN = build.ArgumentStruct(
+    "Widen", pointers="out in", integers="num_rows size in_stride num_threads"
+)
+RMS_NORM = build.ArgumentStruct(
     "RmsNorm",
     pointers="out residual_out x residual weight",
     integers="num_tokens size dtype num_threads",
     floats="eps",
 )
-SILU_MUL = build.Arguments(
+SILU_MUL = build.ArgumentStruct(
     "SiluMul", pointers="out gate_up", integers="num_tokens size dtype num_threads"
 )
-QK_NORM_ROPE_STORE = build.Arguments(
+QK_NORM_ROPE_STORE = build.ArgumentStruct(
     "QkNormRopeStore",
     pointers="q_out qkv q_norm k_norm cos_sin pos slot k_cache v_cache",
     integers="qkv_stride cos_sin_stride k_stride_C k_stride_B k_stride_K v_stride_C v_stride_B "
@@ -47,22 +49,22 @@ QK_NORM_ROPE_STORE = build.Arguments(
     "num_threads",
     floats="eps",
 )
-SAMPLE = build.Arguments(
+SAMPLE = build.ArgumentStruct(
     "Sample",
     pointers="logits temperature seed pos token best",
     integers="num_rows vocab_size row_stride first_token dtype num_threads",
 )
-KEEP_ALLOWED = build.Arguments(
-    "KeepAllowed",
+TOKEN_BITMASK = build.ArgumentStruct(
+    "TokenBitmask",
     pointers="out logits allowed row",
     integers="num_rows vocab_size row_stride num_words dtype num_threads",
 )
 _STRUCTS = (
-    ATTENTION, LINEAR, WIDEN, RMS_NORM, SILU_MUL, QK_NORM_ROPE_STORE, SAMPLE, KEEP_ALLOWED,
+    ATTENTION, LINEAR, WIDEN, RMS_NORM, SILU_MUL, QK_NORM_ROPE_STORE, SAMPLE, TOKEN_BITMASK,
 )  # fmt: skip
 
 _FUNCTIONS = (
-    "nanovllm_keep_allowed",
+    "nanovllm_apply_token_bitmask",
     "nanovllm_linear_int8",
     "nanovllm_paged_attention",
     "nanovllm_qk_norm_rope_store",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import collectives, reference
-from nanovllm.kernels.cpu.library import DTYPE_CODES, KEEP_ALLOWED, SAMPLE, load
+from nanovllm.kernels.cpu.library import DTYPE_CODES, SAMPLE, TOKEN_BITMASK, load
 
 
 def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
@@ -66,16 +66,16 @@ def _sample(
     return token_R
 
 
-def keep_allowed(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
-    """`reference.sample.keep_allowed`."""
+def apply_token_bitmask(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
+    """`reference.sample.apply_token_bitmask`."""
     if logits_RV.dtype not in DTYPE_CODES or allowed_SW.dtype is not torch.int32:
-        return reference.sample.keep_allowed(logits_RV, allowed_SW, row_R)
+        return reference.sample.apply_token_bitmask(logits_RV, allowed_SW, row_R)
     if logits_RV.stride(1) != 1:
         logits_RV = logits_RV.contiguous()
     allowed_SW, row_R = allowed_SW.contiguous(), row_R.long().contiguous()
     out_RV = torch.empty(logits_RV.shape, dtype=logits_RV.dtype)
-    load().nanovllm_keep_allowed(
-        KEEP_ALLOWED.pack(
+    load().nanovllm_apply_token_bitmask(
+        TOKEN_BITMASK.pack(
             out_RV.data_ptr(),
             logits_RV.data_ptr(),
             allowed_SW.data_ptr(),

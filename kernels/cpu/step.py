@@ -13,23 +13,23 @@ from nanovllm.kernels import ops
 from nanovllm.kernels.cpu import build
 
 _PER_ROW = "out_table out_seq_len out_q_start"
-_DECODE_INPUTS = build.Arguments(
+_DECODE_INPUTS = build.ArgumentStruct(
     "DecodeInputs",
     pointers=f"out_token out_pos out_slot {_PER_ROW} token pos rope_offset table row_idx",
     integers="num_rows num_blocks block_size",
 )
-_SPAN_INPUTS = build.Arguments(
+_SPAN_INPUTS = build.ArgumentStruct(
     "SpanInputs",
     pointers=f"out_token out_pos out_slot {_PER_ROW} out_row out_num out_last "
     "token pos rope_offset table row_idx num_tokens given",
     integers="num_rows num_blocks num_tokens_all pad_row block_size",
 )
-_SAMPLING_INPUTS = build.Arguments(
+_SAMPLING_INPUTS = build.ArgumentStruct(
     "SamplingInputs",
     pointers="out_temperature out_seed out_pos pos sampling seed row_idx num",
     integers="num_rows num_fields",
 )
-_ADVANCE = build.Arguments(
+_ADVANCE = build.ArgumentStruct(
     "Advance", pointers="token pos row_idx new_token num", integers="num_rows pad_row"
 )
 _STRUCTS = (_DECODE_INPUTS, _SPAN_INPUTS, _SAMPLING_INPUTS, _ADVANCE)
@@ -122,8 +122,12 @@ def advance(
     _load().nanovllm_advance(_ADVANCE.pack(*pointers, row_idx_R.shape[0], token_S.shape[0] - 1))
 
 
+KERNELS = {
+    kernel.__name__: kernel for kernel in (decode_inputs, span_inputs, sampling_inputs, advance)
+}
+
+
 def register() -> None:
     """Make these the ops' CPU kernels; compiles or loads the library. Later calls do nothing."""
     _load()
-    kernels = (decode_inputs, span_inputs, sampling_inputs, advance)
-    ops.register_kernels("CPU", {kernel.__name__: kernel for kernel in kernels})
+    ops.register_kernels("CPU", KERNELS)

@@ -29,7 +29,7 @@ inline void relax() {
 #endif
 }
 
-// A number that threads wait for: they look at it for a while, and then sleep.
+// A number that threads wait for: they poll it for a while, and then sleep.
 class Awaited {
  public:
   std::atomic<uint64_t> value{0};
@@ -41,7 +41,7 @@ class Awaited {
     changed_.notify_all();
   }
 
-  // Returns when is_there(value). One look takes 10 to 60 ns.
+  // Returns when is_there(value). One poll takes 10 to 60 ns.
   template <typename Test>
   void wait(int num_looks, const Test& is_there) {
     for (int look = 0; look < num_looks; ++look) {

@@ -76,7 +76,7 @@ constexpr int kPrefetchTokens = sizeof(Weight) < 4 ? 1 : 3;
 // out[t, o] of TB tokens and OB outputs, with TB * OB accumulators in registers. Every weight is
 // loaded once.
 template <typename Step, int TB, int OB>
-void linear_tile(float* out, const typename Step::X* x, int64_t x_stride,
+void skinny_tile(float* out, const typename Step::X* x, int64_t x_stride,
                  const typename Step::Weight* weight, int64_t weight_stride, int64_t depth,
                  int64_t prefetch) {
   typedef typename Step::Weight Weight;
@@ -159,11 +159,11 @@ void product_tiles(const Product<Step>& at, int64_t token, int64_t first, int64_
   int64_t o = first;
   for (; o + OB <= end; o += OB) {
     const typename Step::Weight* weight = at.weight + o * at.weight_stride;
-    linear_tile<Step, TB, OB>(sums, x, at.x_stride, weight, at.weight_stride, at.depth, prefetch);
+    skinny_tile<Step, TB, OB>(sums, x, at.x_stride, weight, at.weight_stride, at.depth, prefetch);
     finish(sums, token, TB, o, OB);
   }
   for (; o < end; ++o) {
-    linear_tile<Step, TB, 1>(sums, x, at.x_stride, at.weight + o * at.weight_stride,
+    skinny_tile<Step, TB, 1>(sums, x, at.x_stride, at.weight + o * at.weight_stride,
                              at.weight_stride, at.depth, 0);
     finish(sums, token, TB, o, 1);
   }

@@ -1,4 +1,4 @@
-"""Mixtures of experts as Ascend's fused ops: route, sort by expert, grouped products, weighted sum.
+"""Mixtures of experts as Ascend's fused ops: choice, sort by expert, grouped products, sum.
 
 All shapes are static and nothing is read by the host, so the same functions run op by op, captured
 and in graphs of GE. Every token reaches its K experts: there is no capacity and no padding.
@@ -42,12 +42,12 @@ def check_experts(num_experts: int, top_k: int, *row_sizes: int) -> None:
         )
 
 
-def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """`reference.experts.route`. Ascend's op returns weights in the dtype of its input, and does
-    not divide them by their sum.
+def topk_softmax(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """`reference.experts.topk_softmax`. Ascend's op returns weights in the dtype of its input, and
+    does not divide them by their sum.
 
-    Its documentation does not say what it does with NaN. A wrong expert would harm other tokens, so
-    a row that holds NaN or infinity is routed as zeros, and its weights are NaN.
+    What it does with NaN is not documented. A wrong expert would change other tokens' results, so a
+    row that holds NaN or infinity is routed as zeros, and its weights are NaN.
     """
     check_experts(logits_TE.shape[1], top_k)
     logits_TE = logits_TE.float()

@@ -43,8 +43,8 @@ __all__ = [
 
 
 def meaning(name: str) -> Callable[..., Any]:
-    """The meaning of an op, which a compiler can see through: no op of `offload`, since these read
-    the routing on the host. Raises KeyError for other names."""
+    """The meaning of an op, if a compiler can trace it: not of ops of `offload`, which read the
+    routing on the host. Raises KeyError for other names."""
     for topic in (attention, experts, linear, norm_act, rope_store, sample, step):
         if name in vars(topic):
             found: Callable[..., Any] = vars(topic)[name]

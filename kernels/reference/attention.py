@@ -22,11 +22,12 @@ def paged_attention(
     """Causal attention of each row's newest tokens over that row's blocks.
 
     Row r owns tokens q_start_S[r] .. q_start_S[r + 1] − 1 (S = R + 1): the last of its seq_len_R[r]
-    tokens. The query at position i sees the key at position j if i − window < j <= i (window <= 0:
-    all j <= i). With max_q_len 1 (decode) each row has one token, T = R, and q_start_S is not read.
-    The output is zero for rows with seq_len 0 and for tokens of no row. Cache entries outside a
-    row's first seq_len tokens never affect its output, even if they are NaN. With scales (see
-    `store_kv`) keys and values are the cache's entries times their head's scale.
+    tokens. The query at position i attends to the keys at positions j with i − window < j <= i
+    (window <= 0: all j <= i). With max_q_len 1 (decode) each row has one token, T = R, and
+    q_start_S is not read. The output is zero for rows with seq_len 0 and for tokens of no row.
+    Cache entries outside a row's first seq_len tokens never affect its output, even if they are
+    NaN. With scales (see `store_kv`) keys and values are the cache's entries times their head's
+    scale.
     """
     num_rows, block_size = block_table_RP.shape[0], k_cache_CBKH.shape[1]
     out_TNH = torch.zeros_like(q_TNH)
@@ -56,13 +57,13 @@ def paged_attention(
     return out_TNH
 
 
-def segment_attention(
+def varlen_attention(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, start_S: Tensor, max_len: int, scale: float
 ) -> Tensor:
     """Attention in both directions within segments: softmax(q · kᵀ · scale) · v, without a cache.
 
     Segment s owns tokens start_S[s] .. start_S[s + 1] − 1, at most `max_len` of them. `start_S` is
-    int32 and ascends; segments may be empty. Each query sees all keys of its segment. Tokens
+    int32 and ascends; segments may be empty. Each query attends to all keys of its segment. Tokens
     outside start_S[0] .. start_S[−1] − 1 belong to no segment: they never affect others, even if
     they are NaN, and kernels may leave their output unwritten. Here it is zero.
     """
@@ -73,7 +74,7 @@ def segment_attention(
     return _attend(q_TNH[None], k_TNH[None], v_TNH[None], seen_TT[None], scale)[0].contiguous()
 
 
-def zero_unowned_(out_TNH: Tensor, q_start_S: Tensor) -> None:
+def zero_padding_(out_TNH: Tensor, q_start_S: Tensor) -> None:
     """Write zeros to tokens of no row: before q_start_S[0], and from q_start_S[−1] on.
 
     Kernels of other packages leave these tokens of their result unwritten.

@@ -12,7 +12,7 @@ from nanovllm.kernels.reference.linear import linear
 from nanovllm.kernels.reference.norm_act import rms_norm, silu_mul
 
 
-def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+def topk_softmax(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """Choose the `top_k` likeliest experts of each token.
 
     Returns (weight_TK fp32, expert_TK int32): probabilities in softmax(logits), and experts, the
@@ -27,13 +27,12 @@ def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tenso
     return weight_TK.contiguous(), expert_TK.int()
 
 
-def norm_route(
+def norm_router_topk(
     x_TD: Tensor, norm_D: Tensor, router_ED: Tensor, eps: float, top_k: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = rms_norm(x); returns (y, weight_TK, expert_TK) with the experts that `route` chooses for
-    the logits y · routerᵀ."""
+    """y = rms_norm(x); returns (y, *topk_softmax(y · routerᵀ))."""
     normed_TD = rms_norm(x_TD, norm_D, eps)
-    return normed_TD, *route(linear(normed_TD, router_ED, None), top_k, normalize)
+    return normed_TD, *topk_softmax(linear(normed_TD, router_ED, None), top_k, normalize)
 
 
 def experts(

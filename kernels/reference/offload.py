@@ -1,9 +1,9 @@
 """The meaning of the ops for experts larger than the device, in plain torch.
 
-All experts of a layer lie in the host's memory, some also in slots on the device. A table says
-which: slot_I[i] is the slot of the expert with id i, or −1 − e if expert e of its layer has no
-slot. Layers may share one set of slots, so ids count the experts of all layers that do: expert e of
-a layer has the id first + e. A set of one layer has first = 0.
+All experts of a layer are in the host's memory, some also in slots on the device. In the table
+slot_I, entry i is the slot of the expert with id i, or −1 − e if expert e of its layer has no slot.
+Layers may share one set of slots, so ids count the experts of all layers that do: expert e of a
+layer has the id first + e. A set of one layer has first = 0.
 
 Shapes: T tokens | K experts per token | E experts | I ids | S slots | B entries of a buffer
 D hidden | F expert width | G = 2F | C counters
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # The counters that the ops add to, in experts. needed: distinct experts that a step's tokens chose,
-# in steps that look for them in slots. resident: those of them that had a slot. fetched: copied to
+# in steps that search them in slots. resident: those of them that had a slot. fetched: copied to
 # a slot. in_place: read over the bus, because all slots were in use. streamed: copied to a buffer.
 # ahead: copied to a slot because of a prediction.
 COUNTERS = ("needed", "resident", "fetched", "in_place", "streamed", "ahead")
@@ -38,12 +38,12 @@ def fetch_experts(
     clock_1: Tensor,
     ahead: bool = False,
 ) -> Tensor:
-    """Give the experts that tokens chose a slot, as far as slots go; returns expert_TK.
+    """Give the experts that tokens chose a slot while there are slots; returns expert_TK.
 
-    The clock goes on by one. Chosen experts that have a slot get its time as their stamp. Those
-    that have none are copied from the host, in ascending order, to slots that this step does not
-    need: each time to the one with the oldest stamp, the first of equal ones. Its owner loses it.
-    When all slots are needed, the other experts keep none. owner_S[s] is the id in slot s.
+    The clock goes on by one. Chosen experts with a slot get the clock's time as their stamp.
+    The others are copied from the host, in ascending order, to slots that this step does not need:
+    each to the slot with the oldest stamp, the first of equal ones. Its owner loses the slot.
+    Once all slots are needed, the remaining experts get none. owner_S[s] is the id in slot s.
 
     A token whose cache slot is below `num_pad_slots` is padding. Its choices are arbitrary, so they
     count for nothing, and in the result they are those of token 0: with padding after the real

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # What `sample` gives for a row in which no token can be chosen. The newest token of the row's state
-# is 0 then, so that no op looks up an id that is none.
+# is 0 then, so that no op looks up an invalid id.
 NO_TOKEN = -1
 MASK_32 = 0xFFFFFFFF
 
@@ -75,7 +75,7 @@ def best_column(
     return best_R, torch.where(best_R > minus_inf, token_R, NO_TOKEN)
 
 
-def keep_likely(
+def apply_top_k_top_p(
     logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
 ) -> Tensor:
     """Logits in which tokens outside min_p, then the top k, then the top p are −inf.
@@ -101,7 +101,7 @@ def keep_likely(
     )
 
 
-def keep_allowed(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
+def apply_token_bitmask(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
     """Logits in which the tokens that the rows' masks leave out are −inf.
 
     allowed_SW: int32 [S, ceil(V / 32)]. Token v of row r stays if bit v % 32 of

@@ -1,7 +1,8 @@
 """Sums and gathers of small tensors over the GPUs of one host, through memory that all can read.
 
 For decode steps NCCL's latency is most of the time of a sum. Here a rank writes its tensor to its
-own region (`peers.py`), tells the others by flags, waits for theirs, and reads their tensors:
+own region (`peers.py`), sets flags in the others' regions, waits for theirs, and reads their
+tensors:
 
 - one-shot: every rank reads and adds all tensors. The least latency.
 - two-shot: every rank adds one part of all tensors, then reads the others' sums. Less to read from
@@ -11,9 +12,9 @@ Sums are in fp32, in the order of ranks, and rounded once, so all ranks get the 
 
 Why one wait per launch is enough: a program writes to a half of its slab that it used two launches
 ago. Others may have read it then. They raise their flags of the next launch after that, and this
-program has waited for these flags. Each program waits for programs with its own index alone; those
-need nothing of this rank but flags, which it raises before it waits. So no rank waits forever
-unless another one has failed: then `stop` of `Peers.table` ends the waits.
+program has waited for these flags. Each program waits only for programs with its own index. Those
+need only this rank's flags, which it raises before it waits. So no rank waits forever unless
+another one has failed. Then `stop` of `Peers.table` ends the waits.
 
 Launches of one rank must not run at the same time, so all are on one stream. All ranks launch the
 same kernels in the same order.
@@ -226,7 +227,7 @@ def gather_columns_kernel(
     tl.store(counter_ptr, counter + 2)
 
 
-KERNELS = {"one-shot": one_shot_kernel, "two-shot": two_shot_kernel}
+BY_FORM = {"one-shot": one_shot_kernel, "two-shot": two_shot_kernel}
 
 
 class Tile(NamedTuple):
@@ -284,7 +285,7 @@ def reduce_by(
     is_two_shot = tile.form == "two-shot"
     whole = tile.size * regions.num_ranks if is_two_shot else tile.size
     size = {"PART" if is_two_shot else "TILE": tile.size}
-    KERNELS[tile.form][(triton.cdiv(x.numel(), whole),)](
+    BY_FORM[tile.form][(triton.cdiv(x.numel(), whole),)](
         x,
         x if residual is None else residual,
         out,

@@ -8,12 +8,11 @@ al. 2023, https://arxiv.org/abs/2301.03598; flash-decoding, Dao et al. 2023). Ea
 has W workers (programs). The keys of all rows are cut into tiles of S tokens and laid end to end.
 They are divided into W equal spans, and each worker runs the online softmax over its span. A row
 that lies within one span is written directly. A row that crosses span borders leaves one partial
-result per span, and the last of its workers to arrive merges them in the order of the spans. The
-result therefore depends on the lengths only, not on timing.
+result per span, and the last of its workers to arrive merges them in the order of the spans. So the
+result depends on the lengths only, not on timing.
 
 A span is one flat loop over the tiles of all its rows: the first tiles of the next row load while
-the last tiles of this row are computed. At 256 rows this reads 4.3 TB/s on an H200, the rate of a
-copy.
+the last tiles of this row are computed.
 
 Shapes: R rows | P blocks per row | C blocks in the cache | B block size in tokens | N query heads |
 K key-value heads | G = N / K query heads per key-value head | M = G padded for the matrix units | H
@@ -69,6 +68,79 @@ def _first_tile(seq_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
 def _num_tiles(seq_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """Tiles of a row. An empty row has one tile, all masked, so that its result is zeros."""
     return tl.maximum((seq_len + TILE - 1) // TILE - _first_tile(seq_len, TILE, WINDOW), 1)
+
+
+@triton.jit
+def _tile_addresses(k_ptr, v_ptr, table_at, table_blocks, first_key, seen_S, head_idx, s_S, h_Hp,
+                    K_STRIDE_BLOCK: tl.constexpr, K_STRIDE_SLOT: tl.constexpr,
+                    K_STRIDE_HEAD: tl.constexpr, V_STRIDE_BLOCK: tl.constexpr,
+                    V_STRIDE_SLOT: tl.constexpr, V_STRIDE_HEAD: tl.constexpr, BLOCK: tl.constexpr,
+                    TILE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Where the keys and the values of a tile are, each [S, H]."""
+    if BLOCK % TILE == 0:
+        # the pipeline also loads block numbers of tiles beyond the span
+        block = load_index(table_at + tl.minimum(first_key // BLOCK, table_blocks - 1), UPCAST).to(
+            tl.int64
+        )
+        slot = first_key % BLOCK
+        k_at = k_ptr + (block * K_STRIDE_BLOCK + slot * K_STRIDE_SLOT + head_idx * K_STRIDE_HEAD)
+        v_at = v_ptr + (block * V_STRIDE_BLOCK + slot * V_STRIDE_SLOT + head_idx * V_STRIDE_HEAD)
+        k_at_SHp = k_at + ((s_S * K_STRIDE_SLOT)[:, None] + h_Hp[None, :])
+        v_at_SHp = v_at + ((s_S * V_STRIDE_SLOT)[:, None] + h_Hp[None, :])
+    else:
+        key_S = first_key + s_S
+        block_S = tl.load(table_at + key_S // BLOCK, mask=seen_S, other=0).to(tl.int64)
+        k_at_S = (
+            block_S * K_STRIDE_BLOCK + (key_S % BLOCK) * K_STRIDE_SLOT + head_idx * K_STRIDE_HEAD
+        )
+        v_at_S = (
+            block_S * V_STRIDE_BLOCK + (key_S % BLOCK) * V_STRIDE_SLOT + head_idx * V_STRIDE_HEAD
+        )
+        k_at_SHp = k_ptr + (k_at_S[:, None] + h_Hp[None, :])
+        v_at_SHp = v_ptr + (v_at_S[:, None] + h_Hp[None, :])
+    return k_at_SHp, v_at_SHp
+
+
+@triton.jit
+def _seen_keys(s_S, first_key, seq_len, WINDOW: tl.constexpr):
+    """Which keys of a tile the query attends to."""
+    seen_S = s_S < seq_len - first_key
+    if WINDOW > 0:
+        seen_S = seen_S & (s_S >= seq_len - WINDOW - first_key)
+    return seen_S
+
+
+@triton.jit
+def _widened(q_MHp, k_SHp, v_SHp, FP8: tl.constexpr, UPCAST: tl.constexpr):
+    """Queries, keys and values in the dtype of their products, which fp8 is not."""
+    if FP8:
+        q_MHp = to_fp16(q_MHp, UPCAST)
+        k_SHp, v_SHp = (
+            from_fp8(k_SHp, q_MHp.dtype, UPCAST),
+            from_fp8_in_place(v_SHp, q_MHp.dtype, UPCAST),
+        )
+    return q_MHp, k_SHp, v_SHp
+
+
+@triton.jit
+def _store_result(acc_MHp, max_M, sum_M, v_scale, row_idx, row_begin, row_end, span_begin, span_end,
+                  out_ptr, part_out_ptr, part_lse_ptr, out_at_MHp, part_at_MHp, mask_MHp,
+                  SLOT: tl.constexpr, GROUP_M: tl.constexpr, HEAD_P: tl.constexpr,
+                  FP8: tl.constexpr):  # fmt: skip
+    """Stores the result of a row if it lies within the span, else of the span's part of it."""
+    safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)
+    out_MHp = acc_MHp / safe_sum_M[:, None]
+    if FP8:
+        out_MHp *= v_scale
+    if (row_begin >= span_begin) & (row_end <= span_end):
+        out_at = out_ptr + row_idx * SLOT + out_at_MHp
+        tl.store(out_at, out_MHp.to(out_ptr.dtype.element_ty), mask=mask_MHp)
+    else:
+        # slot 1 holds the beginning of a row (at most one a worker), slot 0 its continuation
+        part_at = tl.where(row_begin >= span_begin, SLOT, 0) + part_at_MHp
+        lse_MHp = tl.broadcast_to((max_M + tl.log2(safe_sum_M))[:, None], [GROUP_M, HEAD_P])
+        tl.store(part_out_ptr + part_at, out_MHp, mask=mask_MHp)
+        tl.store(part_lse_ptr + part_at, lse_MHp, mask=mask_MHp)
 
 
 @triton.jit
@@ -128,6 +200,28 @@ def _merge(
             acc_GpHp += weight_GpHp * outs[i]
         max_GpHp = new_max_GpHp
     tl.store(out_ptr + at_GpHp, (acc_GpHp / sum_GpHp).to(out_ptr.dtype.element_ty), mask=mask_GpHp)
+
+
+@triton.jit
+def _report_part(row_idx, row_begin, row_end, num_long, tiles_per_worker, head_idx, arrived_ptr,
+                 part_out_ptr, part_lse_ptr, out_ptr, NUM_KV_HEADS: tl.constexpr,
+                 GROUP: tl.constexpr, GROUP_P: tl.constexpr, HEAD: tl.constexpr,
+                 HEAD_P: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Counts this worker among those of a row. The last of them merges the parts."""
+    first_worker = _worker_of(row_begin, num_long, tiles_per_worker)
+    num_parts = _worker_of(row_end - 1, num_long, tiles_per_worker) - first_worker + 1
+    # all threads store before the one thread's release; its acquire comes before all loads
+    tl.debug_barrier()
+    arrived_at = arrived_ptr + first_worker * NUM_KV_HEADS + head_idx
+    num_before = tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu")
+    if num_before == num_parts - 1:
+        tl.store(arrived_at, 0)
+        _merge(
+            part_out_ptr, part_lse_ptr,
+            out_ptr + (row_idx * NUM_KV_HEADS + head_idx) * (GROUP * HEAD),
+            head_idx, first_worker, num_parts,
+            NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_workers", "table_blocks", "table_stride"])
@@ -208,6 +302,7 @@ def decode_kernel(
     # keys and values of an fp8 cache are used unscaled: the head's key scale multiplies the scores
     # and its value scale the result
     FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
+    v_scale = 1.0
     if FP8:
         scale_log2 = scale_log2 * tl.load(k_scale_ptr + head_idx)
         v_scale = tl.load(v_scale_ptr + head_idx)
@@ -230,50 +325,18 @@ def decode_kernel(
     acc_MHp = tl.zeros([GROUP_M, HEAD_P], tl.float32)
     for tile_idx in range(span_begin, span_end):
         first_key = (tile_idx - row_begin + _first_tile(seq_len, TILE, WINDOW)) * TILE
-        seen_S = s_S < seq_len - first_key
-        if WINDOW > 0:
-            seen_S = seen_S & (s_S >= seq_len - WINDOW - first_key)
-        table_at = table_ptr + row_idx * table_stride
-        if BLOCK % TILE == 0:
-            # the pipeline also loads block numbers of tiles beyond the span
-            block = load_index(
-                table_at + tl.minimum(first_key // BLOCK, table_blocks - 1), UPCAST
-            ).to(tl.int64)
-            slot = first_key % BLOCK
-            k_at = k_ptr + (
-                block * K_STRIDE_BLOCK + slot * K_STRIDE_SLOT + head_idx * K_STRIDE_HEAD
-            )
-            v_at = v_ptr + (
-                block * V_STRIDE_BLOCK + slot * V_STRIDE_SLOT + head_idx * V_STRIDE_HEAD
-            )
-            k_at_SHp = k_at + ((s_S * K_STRIDE_SLOT)[:, None] + h_Hp[None, :])
-            v_at_SHp = v_at + ((s_S * V_STRIDE_SLOT)[:, None] + h_Hp[None, :])
-        else:
-            key_S = first_key + s_S
-            block_S = tl.load(table_at + key_S // BLOCK, mask=seen_S, other=0).to(tl.int64)
-            k_at_S = (
-                block_S * K_STRIDE_BLOCK
-                + (key_S % BLOCK) * K_STRIDE_SLOT
-                + head_idx * K_STRIDE_HEAD
-            )
-            v_at_S = (
-                block_S * V_STRIDE_BLOCK
-                + (key_S % BLOCK) * V_STRIDE_SLOT
-                + head_idx * V_STRIDE_HEAD
-            )
-            k_at_SHp = k_ptr + (k_at_S[:, None] + h_Hp[None, :])
-            v_at_SHp = v_ptr + (v_at_S[:, None] + h_Hp[None, :])
+        seen_S = _seen_keys(s_S, first_key, seq_len, WINDOW)
+        k_at_SHp, v_at_SHp = _tile_addresses(
+            k_ptr, v_ptr, table_ptr + row_idx * table_stride, table_blocks, first_key, seen_S,
+            head_idx, s_S, h_Hp, K_STRIDE_BLOCK, K_STRIDE_SLOT, K_STRIDE_HEAD, V_STRIDE_BLOCK,
+            V_STRIDE_SLOT, V_STRIDE_HEAD, BLOCK, TILE, UPCAST,
+        )  # fmt: skip
         # unseen keys are read as zeros: they may hold NaN, and 0 · NaN would reach the result
         mask_SHp = seen_S[:, None] & (h_Hp < HEAD)[None, :]
         q_MHp = tl.load(q_ptr + row_idx * Q_STRIDE_ROW + q_at_MHp, mask=q_mask_MHp, other=0.0)
         k_SHp = tl.load(k_at_SHp, mask=mask_SHp, other=0.0)
         v_SHp = tl.load(v_at_SHp, mask=mask_SHp, other=0.0)
-        if FP8:
-            q_MHp = to_fp16(q_MHp, UPCAST)
-            k_SHp, v_SHp = (
-                from_fp8(k_SHp, q_MHp.dtype, UPCAST),
-                from_fp8_in_place(v_SHp, q_MHp.dtype, UPCAST),
-            )
+        q_MHp, k_SHp, v_SHp = _widened(q_MHp, k_SHp, v_SHp, FP8, UPCAST)
 
         is_first = (tile_idx == row_begin) | (tile_idx == span_begin)
         is_last = (tile_idx + 1 == row_end) | (tile_idx + 1 == span_end)
@@ -288,20 +351,11 @@ def decode_kernel(
         max_M = new_max_M
 
         if is_last:
-            safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)
-            out_MHp = acc_MHp / safe_sum_M[:, None]
-            if FP8:
-                out_MHp *= v_scale
-            if (row_begin >= span_begin) & (row_end <= span_end):
-                out_at = out_ptr + row_idx * SLOT + out_at_MHp
-                tl.store(out_at, out_MHp.to(out_ptr.dtype.element_ty), mask=q_mask_MHp)
-            else:
-                # slot 1 holds the beginning of a row (at most one a worker), slot 0 its
-                # continuation
-                part_at = tl.where(row_begin >= span_begin, SLOT, 0) + part_at_MHp
-                lse_MHp = tl.broadcast_to((max_M + tl.log2(safe_sum_M))[:, None], [GROUP_M, HEAD_P])
-                tl.store(part_out_ptr + part_at, out_MHp, mask=q_mask_MHp)
-                tl.store(part_lse_ptr + part_at, lse_MHp, mask=q_mask_MHp)
+            _store_result(
+                acc_MHp, max_M, sum_M, v_scale, row_idx, row_begin, row_end, span_begin, span_end,
+                out_ptr, part_out_ptr, part_lse_ptr, out_at_MHp, part_at_MHp, q_mask_MHp, SLOT,
+                GROUP_M, HEAD_P, FP8,
+            )  # fmt: skip
 
         if ROWS_P > 1:
             ends = tile_idx + 1 == row_end
@@ -318,20 +372,11 @@ def decode_kernel(
             part_row = tl.where(i == 0, first_row, row_idx)
             part_row_begin = tl.where(i == 0, first_begin, row_begin)
             part_row_end = tl.where(i == 0, first_end, row_end)
-            first_worker = _worker_of(part_row_begin, num_long, tiles_per_worker)
-            num_parts = _worker_of(part_row_end - 1, num_long, tiles_per_worker) - first_worker + 1
-            # all threads store before the one thread's release; its acquire comes before all loads
-            tl.debug_barrier()
-            arrived_at = arrived_ptr + first_worker * NUM_KV_HEADS + head_idx
-            num_before = tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu")
-            if num_before == num_parts - 1:
-                tl.store(arrived_at, 0)
-                _merge(
-                    part_out_ptr, part_lse_ptr,
-                    out_ptr + (part_row * NUM_KV_HEADS + head_idx) * (GROUP * HEAD),
-                    head_idx, first_worker, num_parts,
-                    NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS,
-                )  # fmt: skip
+            _report_part(
+                part_row, part_row_begin, part_row_end, num_long, tiles_per_worker, head_idx,
+                arrived_ptr, part_out_ptr, part_lse_ptr, out_ptr,
+                NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS,
+            )  # fmt: skip
 
 
 class DecodeTile(NamedTuple):

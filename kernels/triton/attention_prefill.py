@@ -66,7 +66,7 @@ def _attend_tiles(
 ):
     """Adds key tiles first_tile .. last_tile − 1 of one row to the online softmax.
 
-    Without MASKED, all queries see all these keys.
+    Without MASKED, all queries attend to all these keys.
     """
     h_Hp = tl.arange(0, HEAD_P)
     s_S = tl.arange(0, TILE)

@@ -8,7 +8,7 @@ probabilities by values while it computes the next ones, and the groups issue th
 turn, so that one computes exponentials while the other multiplies. Tiles are taken from the last
 to the first: the masked ones come first.
 
-`suits` says which calls these are; all others are `attention_prefill`'s. Gluon has no interpreter.
+`suits` selects these calls; `attention_prefill` takes all others. Gluon has no interpreter.
 
 Shapes: T tokens | R rows | P blocks per row | C blocks in the cache | B block size in tokens | N
 query heads | K key-value heads | H head size | M entries of a group of warps: tokens · N / K | S
@@ -108,7 +108,7 @@ def _load_tile(
 
 @gluon.jit
 def _masked(score, first_key, query_pos_M, MMA: gl.constexpr):
-    """Scores of the keys that a query sees; −inf for the others."""
+    """Scores of the keys that a query attends to; −inf for the others."""
     key_S = first_key + gl.arange(0, TILE, layout=gl.SliceLayout(0, MMA))
     return gl.where(key_S[None, :] <= query_pos_M[:, None], score, float("-inf"))
 
@@ -344,7 +344,7 @@ def prefill_hopper_kernel(
 
 
 class _Pieces(TensorDescriptor):  # type: ignore[misc]  # Triton has no types
-    """A descriptor without checks: `suits` made them, and a rehearsal's tensors have no address."""
+    """A descriptor without checks: `suits` made them, and a dry run's tensors have no address."""
 
     def __post_init__(self) -> None:
         pass

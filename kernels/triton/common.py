@@ -177,12 +177,12 @@ class Places(NamedTuple):
 
 
 @triton.jit
-def local_expert(local_ptr, expert, SPREAD: tl.constexpr):
+def local_expert(local_ptr, expert, EXPERT_PARALLEL: tl.constexpr):
     """The places of experts among the matrices that are here; negative for those elsewhere.
 
-    Unless SPREAD all are here, in their order. A negative number stays negative.
+    Unless EXPERT_PARALLEL all are here, in their order. A negative number stays negative.
     """
-    if SPREAD:
+    if EXPERT_PARALLEL:
         expert = tl.load(local_ptr + expert, mask=expert >= 0, other=-1)
     return expert
 
@@ -212,6 +212,24 @@ def prefetch_rows(row_at, FIRST: tl.constexpr, END: tl.constexpr, LINES_P: tl.co
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // $0", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def prefetch_and_wait(
+    weight_at, up_rows, FIRST: tl.constexpr, END: tl.constexpr, LINES_P: tl.constexpr,
+    SILU_MUL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """With PDL prefetches rows of weights as `prefetch_rows` does, unless LINES_P is 0, and waits
+    for earlier kernels.
+
+    With SILU_MUL it prefetches the rows `up_rows` elements further on, too: those of up.
+    """
+    if PDL:
+        if LINES_P > 0:
+            prefetch_rows(weight_at, FIRST, END, LINES_P)
+            if SILU_MUL:
+                prefetch_rows(weight_at + up_rows, FIRST, END, LINES_P)
+        tl.extra.cuda.gdc_wait()
 
 
 def padded_rows(num_rows: int) -> int:
@@ -267,7 +285,7 @@ _MAX_STREAMS = 128
 _COUNTERS_PER_STREAM = 4096
 _counters: dict[torch.device, Tensor] = {}
 _stream_slots: dict[tuple[torch.device, int], int] = {}
-counters_are_fake = False  # True while launches are rehearsed without a device
+counters_are_fake = False  # True while a dry run records launches without a device
 
 
 def arrival_counters(device: torch.device, num_counters: int) -> Tensor:

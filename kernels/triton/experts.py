@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton import experts_few as few
-from nanovllm.kernels.triton import experts_many as many
-from nanovllm.kernels.triton import offload
+from nanovllm.kernels.triton import grouped_gemm, moe_gemv, moe_sort, offload
 from nanovllm.kernels.triton.common import Places
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,7 +83,7 @@ def _run(
     # the share of pairs that stay here is that of experts, if tokens are spread evenly
     num_experts = num_experts if local_X is None else len(local_X)
     is_few = x_TD.shape[0] == 1 or expert_TK.numel() <= PAIRS_PER_EXPERT * num_experts
-    run = few.few_experts if is_few else many.many_experts
+    run = moe_gemv.moe_gemv if is_few else grouped_gemm.grouped_experts
     return run(
         x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X, places=places
     )
@@ -100,10 +98,10 @@ def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:
         or x.shape[0] == 0
     ):
         return reference.experts.expert_linear(x, expert_TK, weight_EOD)
-    x_by = many.BY_TOKEN.value if x.dim() == 2 else many.BY_PAIR.value
+    x_by = grouped_gemm.BY_TOKEN.value if x.dim() == 2 else grouped_gemm.BY_PAIR.value
     x_PD = x.contiguous().flatten(0, -2)
-    groups = many.sort_pairs(expert_TK, weight_EOD.shape[0])
-    out_PO = many.group_linear(
-        x_PD, weight_EOD, groups, expert_TK.shape[1], x_by=x_by, out_by=many.BY_PAIR.value
+    groups = moe_sort.sort_pairs(expert_TK, weight_EOD.shape[0])
+    out_PO = grouped_gemm.grouped_gemm(
+        x_PD, weight_EOD, groups, expert_TK.shape[1], x_by=x_by, out_by=grouped_gemm.BY_PAIR.value
     )
     return out_PO.view(*expert_TK.shape, -1)

@@ -6,21 +6,19 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton import linear_few as triton_linear_few
-from nanovllm.kernels.triton import linear_gated as triton_linear_gated
-from nanovllm.kernels.triton import linear_many as triton_linear_many
+from nanovllm.kernels.triton import gated_gemm, skinny_gemm, skinny_tiles, split_k_gemm
 
 
 def takes(x_TD: Tensor, weight_OD: Tensor, has_norm: bool, silu_mul: bool) -> bool:
     """True if `fused_linear` beats cuBLAS with separate kernels for norm and activation."""
     num_rows, (weight_rows, depth) = x_TD.shape[0], weight_OD.shape
-    if num_rows <= triton_linear_few.max_rows(weight_rows, depth, has_norm):
+    if num_rows <= skinny_tiles.max_rows(weight_rows, depth, has_norm):
         return True
     if has_norm:
         return False
-    if silu_mul and triton_linear_gated.takes(x_TD, weight_OD):
+    if silu_mul and gated_gemm.takes(x_TD, weight_OD):
         return True
-    return num_rows <= triton_linear_many.max_rows(weight_rows, depth)
+    return num_rows <= split_k_gemm.max_rows(weight_rows, depth)
 
 
 def fused_linear(
@@ -52,13 +50,13 @@ def fused_linear(
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     residual_TO = None if residual_TO is None else residual_TO.contiguous()
     weight_rows, depth = weight_OD.shape
-    if num_rows <= triton_linear_few.max_rows(weight_rows, depth, has_norm):
-        return triton_linear_few.few_rows_linear(
+    if num_rows <= skinny_tiles.max_rows(weight_rows, depth, has_norm):
+        return skinny_gemm.skinny_gemm(
             x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul
         )
-    if silu_mul and residual_TO is None and triton_linear_gated.takes(x_TD, weight_OD):
-        return triton_linear_gated.gated_linear(x_TD, weight_OD, bias_O)
-    return triton_linear_many.many_rows_linear(x_TD, weight_OD, bias_O, residual_TO, silu_mul)
+    if silu_mul and residual_TO is None and gated_gemm.takes(x_TD, weight_OD):
+        return gated_gemm.gated_gemm(x_TD, weight_OD, bias_O)
+    return split_k_gemm.split_k_gemm(x_TD, weight_OD, bias_O, residual_TO, silu_mul)
 
 
 def linear_(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> None:

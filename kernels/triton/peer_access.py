@@ -77,8 +77,8 @@ def wait_for_flags(own, stop_address, program, value, NUM_RANKS: tl.constexpr):
     """Waits until all ranks have raised their flags for this program to `value` or beyond.
 
     What was written before a flag is visible afterwards. Numbers wrap around, so differences are
-    compared. One warp looks and the others wait at the barrier: warps that look without a pause can
-    hold up the release of the flags of their own program.
+    compared. One warp polls and the others wait at the barrier: warps that poll without a pause can
+    delay the release of the flags of their own program.
     """
     flag_N = own + (program * MAX_RANKS + tl.arange(0, NUM_RANKS)) * 4
     if INTERPRETED:

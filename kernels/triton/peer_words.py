@@ -1,9 +1,9 @@
-"""Words: numbers that ranks write to each other's memory, and that say themselves when they arrive.
+"""Words: numbers that ranks write to each other's memory together with the number of a launch.
 
-A word is eight bytes that are written at once: four of data, and the number of the launch. A rank
-writes its words to the regions of all ranks, and reads from its own until all have this launch's
-number. So there are no flags to wait for, and nothing has to be written before anything else. Twice
-the bytes cross the link, so this is for few numbers. NCCL's protocol LL works like this.
+A word is eight bytes that are written at once: four of data, and the launch's number. A rank writes
+its words to the regions of all ranks, and reads from its own until all have this launch's number.
+So no flags and no order of writes are needed. Twice the bytes cross the link, so this is for few
+numbers. NCCL's protocol LL is the same.
 
 W words
 """
@@ -56,7 +56,7 @@ def receive(address_W, number_W, stop_address):
             word_W = tl.load(word_ptr)
         return word_W.to(tl.int32)
     else:
-        # It looks at the words, and once in 1024 times at the host's memory, which takes longer.
+        # It polls the words, and once in 1024 times the host's memory, which takes longer.
         return tl.inline_asm_elementwise(
             """{
             .reg .pred again;

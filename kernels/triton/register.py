@@ -3,6 +3,11 @@
 torch calls both CUDA. Importing this module needs triton: import it once the platform is known.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,17 +22,17 @@ from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton.attention_prefill_hopper import paged_attention_prefill_hopper, suits
 from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_experts
-from nanovllm.kernels.triton.filter import keep_likely
 from nanovllm.kernels.triton.linear import fused_linear, linear_
-from nanovllm.kernels.triton.mask import keep_allowed
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.offload import fetch_experts, stream_experts
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
-from nanovllm.kernels.triton.route import norm_route, route
 from nanovllm.kernels.triton.sample import sample
 from nanovllm.kernels.triton.sample_columns import sample_columns
-from nanovllm.kernels.triton.segment_attention import segment_attention
-from nanovllm.kernels.triton.unowned import zero_unowned_
+from nanovllm.kernels.triton.token_bitmask import apply_token_bitmask
+from nanovllm.kernels.triton.topk_softmax import norm_router_topk, topk_softmax
+from nanovllm.kernels.triton.topk_topp import apply_top_k_top_p
+from nanovllm.kernels.triton.varlen_attention import varlen_attention
+from nanovllm.kernels.triton.zero_padding import zero_padding_
 
 
 def paged_attention(
@@ -78,45 +83,39 @@ def paged_attention(
     )
 
 
+KERNELS: dict[str, Callable[..., Any]] = {
+    "all_reduce": all_reduce,
+    "all_reduce_": all_reduce_,
+    "all_reduce_norm": all_reduce_norm,
+    "gather_columns": gather_columns,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "silu_mul": silu_mul,
+    "rope": rope,
+    "store_kv": store_kv,
+    "qk_norm_rope_store": qk_norm_rope_store,
+    "paged_attention": paged_attention,
+    "varlen_attention": varlen_attention,
+    "zero_padding_": zero_padding_,
+    "fused_linear": fused_linear,
+    "linear_": linear_,
+    "sample": sample,
+    "sample_columns": sample_columns,
+    "apply_top_k_top_p": apply_top_k_top_p,
+    "apply_token_bitmask": apply_token_bitmask,
+    "topk_softmax": topk_softmax,
+    "norm_router_topk": norm_router_topk,
+    "experts": experts,
+    "expert_linear": expert_linear,
+    "fetch_experts": fetch_experts,
+    "stream_experts": stream_experts,
+    "offloaded_experts": offloaded_experts,
+}
+
+
 def register() -> None:
     """Register the kernels for the dispatch key CUDA; a second call changes nothing."""
-    global _registered
-    if not _registered:
-        ops.register_kernels(
-            "CUDA",
-            {
-                "all_reduce": all_reduce,
-                "all_reduce_": all_reduce_,
-                "all_reduce_norm": all_reduce_norm,
-                "gather_columns": gather_columns,
-                "rms_norm": rms_norm,
-                "add_rms_norm": add_rms_norm,
-                "silu_mul": silu_mul,
-                "rope": rope,
-                "store_kv": store_kv,
-                "qk_norm_rope_store": qk_norm_rope_store,
-                "paged_attention": paged_attention,
-                "segment_attention": segment_attention,
-                "zero_unowned_": zero_unowned_,
-                "fused_linear": fused_linear,
-                "linear_": linear_,
-                "sample": sample,
-                "sample_columns": sample_columns,
-                "keep_likely": keep_likely,
-                "keep_allowed": keep_allowed,
-                "route": route,
-                "norm_route": norm_route,
-                "experts": experts,
-                "expert_linear": expert_linear,
-                "fetch_experts": fetch_experts,
-                "stream_experts": stream_experts,
-                "offloaded_experts": offloaded_experts,
-            },
-        )
-        _registered = True
-
-
-_registered = False
+    ops.register_kernels("CUDA", KERNELS)
 
 
 def supported(device: torch.device) -> bool:

@@ -2,8 +2,8 @@
 
 It reads the logits once. A first kernel finds the best token of every span of the vocabulary, a
 second the best of a row's spans. The hash of the noise equals the reference's bit by bit, in 32-bit
-arithmetic. Logarithms are the hardware's, with a series where these are inaccurate, and the
-division by the temperature is a multiplication. Scores differ from the reference's by less than
+arithmetic. Logarithms are the hardware's, with a series where these are inaccurate. The
+temperature's inverse is a factor. Scores differ from the reference's by less than
 1e-5, so tokens differ only if the two best scores are as close. Greedy rows skip the noise. A NaN
 never wins; a row of NaN is found by the search for its best token, at no cost.
 

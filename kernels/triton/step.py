@@ -328,9 +328,13 @@ def advance(
     )
 
 
+KERNELS = {
+    kernel.__name__: kernel for kernel in (decode_inputs, span_inputs, sampling_inputs, advance)
+}
+
+
 def register() -> None:
     """Make these the ops' kernels for the dispatch key CUDA; later calls do nothing."""
     from nanovllm.kernels import ops
 
-    kernels = (decode_inputs, span_inputs, sampling_inputs, advance)
-    ops.register_kernels("CUDA", {kernel.__name__: kernel for kernel in kernels})
+    ops.register_kernels("CUDA", KERNELS)

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible HTTP server for an `AsyncEngine`. It needs the extra `serve`."""
+"""An OpenAI-compatible HTTP server around an `AsyncEngine`. Needs the extra `serve`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["ServerConfig", "serve"]
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Serve a model over HTTP until SIGTERM or SIGINT. Returns the exit code.
 
-    0: it has ended in order. 1: the engine or an API process has failed. 130: SIGINT came twice.
-    Call it in the main thread. The log has the URL once requests are answered. Raises ValueError
-    for options that the engine refuses, and OSError for an address that cannot be used.
+    0: a clean shutdown. 1: the engine or an API process failed. 130: a second SIGINT arrived.
+    Call it in the main thread. The URL is logged once the server accepts requests. Raises
+    ValueError for options that the engine refuses, OSError for an address that cannot be bound.
     """
     from nanovllm.api import start  # imports msgspec
 

@@ -1,4 +1,4 @@
-"""Where the server listens. It imports neither uvicorn nor the application."""
+"""The server's listening socket. Imports neither uvicorn nor the application."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """A socket at the server's address. It listens once the server runs. Raises OSError that names
+    """A socket bound to the server's address; it listens once the server runs. Raises OSError with
     the address."""
     try:
         return _bound(config.host, config.port)
@@ -27,7 +27,7 @@ def _bound(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # connections inherit these: a peer that is gone without a word is noticed
+        # connections inherit these: keepalive detects peers that vanished without closing
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE:
             if hasattr(socket, name):
@@ -40,7 +40,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def url_of(config: ServerConfig, sock: socket.socket) -> str:
-    """Where clients find the server."""
+    """The server's base URL."""
     host, port = sock.getsockname()[:2]
     scheme = "http" if config.ssl_certfile is None else "https"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,5 +1,5 @@
-"""The bodies of Anthropic's endpoints. Blocks, tools and `tool_choice` are checked where they are
-converted (`anthropic_input.py`). `nanovllm/api/fields.py` has the fields that are refused."""
+"""Bodies of Anthropic's endpoints. `anthropic_input.py` checks blocks, tools and `tool_choice`
+while it converts them. `nanovllm/api/fields.py` lists the refused fields."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nanovllm.api.bodies import Json
 
 
 class Thinking(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """type: whether the model reasons first, if its chat template lets requests choose; "adaptive"
-    leaves it to the template. budget_tokens: has no effect. display: "omitted" leaves the reasoning
-    out of the answer."""
+    """type: turns reasoning on or off if the chat template has such a switch; "adaptive" leaves it
+    to the template. budget_tokens: no effect. display: "omitted" removes the reasoning from the
+    response."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
@@ -26,7 +26,7 @@ class OutputFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """format: what the answer must match. effort: for chat templates that read it."""
+    """format: what the output must match. effort: passed to chat templates that use it."""
 
     format: OutputFormat | None = None
     effort: str | None = None

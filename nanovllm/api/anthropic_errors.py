@@ -12,7 +12,7 @@ TYPES = {
     408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 500: "api_error",
     503: "overloaded_error",
 }  # fmt: skip
-# what the fields of chat are called here
+# chat fields that have other names in this API
 OWN_NAMES = {
     "stop": "stop_sequences", "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort", "chat_template_kwargs": "thinking",
@@ -21,7 +21,7 @@ OF_TOOL = re.compile(r"(tools\[\d+\])\.function(?:\.(\w+))?")
 
 
 class AnthropicError(ApiError):
-    """The error of an endpoint of Anthropic's API."""
+    """An error of an Anthropic endpoint."""
 
     def __init__(self, error: ApiError, request_id: str) -> None:
         super().__init__(error.status, error.message, param=error.param, code=error.code)
@@ -32,7 +32,7 @@ class AnthropicError(ApiError):
         message = shortened(self.message)
         if self.param is not None:
             message = message.replace(self.param, own_name(self.param), 1)
-        if self.code == TOO_LONG:  # by these words clients know it
+        if self.code == TOO_LONG:  # clients match this prefix
             message = f"prompt is too long: {message}"
         kind = TYPES.get(self.status, "invalid_request_error")
         error = {"type": kind, "message": message}
@@ -43,7 +43,7 @@ class AnthropicError(ApiError):
 
 
 def own_name(field: str) -> str:
-    """What Anthropic calls a field that chat has."""
+    """Anthropic's name for a field of chat."""
     if in_tool := OF_TOOL.fullmatch(field):
         tool, inner = in_tool.groups()
         return tool if inner is None else f"{tool}.{inner.replace('parameters', 'input_schema')}"

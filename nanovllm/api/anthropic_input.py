@@ -1,4 +1,4 @@
-"""A request of Anthropic's API as the body that chat has."""
+"""Converts a request of Anthropic's API to a chat body."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ TOOL_KEYS = ("type", "name", "description", "input_schema", "strict")
 CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": None}
 CHOICE_KEYS = ("type", "name", "disable_parallel_tool_use")
 IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
-FAILED = "Error: "  # before the result of a tool that failed: templates have no field for it
+FAILED = "Error: "  # prefix of a failed tool's result: templates have no field for the failure
 
 
 class Block(NamedTuple):
-    """A block of content, with its kind, its fields that have a meaning, and its place."""
+    """A content block: its path in the request, its type, and its supported fields."""
 
     place: str
     kind: str
@@ -41,7 +41,7 @@ class Block(NamedTuple):
 
 
 def as_chat(body: CountTokensBody, most: int) -> ChatBody:
-    """The body for chat. Raises ApiError, also for more messages than `most`."""
+    """The chat body. Raises ApiError, also for more than `most` messages."""
     if not 0 < len(body.messages) <= most:
         words = f"messages has {len(body.messages)} messages: it must have at least 1, at most"
         raise invalid("messages", f"{words} {most}")
@@ -62,7 +62,7 @@ def as_chat(body: CountTokensBody, most: int) -> ChatBody:
         if output.format is not None:
             schema = JsonSchema(name="answer", schema=output.format.schema)
             chat.response_format = ResponseFormat(type="json_schema", json_schema=schema)
-    if chat.messages[-1]["role"] == ASSISTANT:  # the beginning of the answer
+    if chat.messages[-1]["role"] == ASSISTANT:  # a prefilled answer
         chat.continue_final_message = True
     if isinstance(body, MessagesBody):
         chat.max_tokens, chat.stop, chat.stream = body.max_tokens, body.stop_sequences, body.stream
@@ -80,7 +80,7 @@ def _messages(body: CountTokensBody) -> list[Json]:
         if role not in (USER, ASSISTANT, SYSTEM):
             raise invalid(f"{place}.role", f"{place}.role must be {USER} or {ASSISTANT}")
         blocks = _blocks(f"{place}.content", message.get("content"), role)
-        if turns and turns[-1][0] == role:  # messages of one role in a row are one
+        if turns and turns[-1][0] == role:  # consecutive messages of one role are merged
             turns[-1][1].extend(blocks)
         else:
             turns.append((role, blocks))
@@ -99,7 +99,7 @@ def _messages(body: CountTokensBody) -> list[Json]:
 
 
 def _blocks(place: str, content: Any, of: str) -> list[Block]:
-    """The blocks of a content. of: the role or block that has it."""
+    """The blocks of a message or block. of: its role or type."""
     if isinstance(content, str):
         return [Block(place, TEXT, {"text": content})]
     if not isinstance(content, list):
@@ -117,7 +117,7 @@ def _block(place: str, block: Any, of: str) -> Block:
 
 
 def _asked(blocks: Sequence[Block]) -> list[Json]:
-    """The messages of a user's turn: results of tools, and what the user says."""
+    """The chat messages of a user's turn: tool results and user content."""
     found: list[Json] = []
     for block in blocks:
         if block.kind == RESULT:
@@ -168,7 +168,7 @@ def _reference(url: str) -> Json:
 
 
 def _answer(blocks: Sequence[Block]) -> Json:
-    """An earlier answer, which the client sends back, or the beginning of the next one."""
+    """An assistant message: an earlier answer, or a prefilled one."""
     message: Json = {"role": ASSISTANT, "content": _texts([b for b in blocks if b.kind == TEXT])}
     reasoning = [one.text("thinking") for one in blocks if one.kind == THINKING]
     if reasoning:
@@ -186,7 +186,7 @@ def _call(block: Block) -> Json:
 
 
 def _texts(blocks: Sequence[Block]) -> Any:
-    """A content of texts, which is plain if it is one."""
+    """The content of text blocks: a plain string if there is only one."""
     texts = [one.text("text") for one in blocks]
     return list(map(_text, texts)) if len(texts) > 1 else "".join(texts)
 
@@ -202,7 +202,7 @@ def _tool(place: str, tool: Json) -> Json:
 
 
 def _choice(choice: Json | None) -> tuple[Any, bool | None]:
-    """`tool_choice` and `parallel_tool_calls` of chat."""
+    """Chat's `tool_choice` and `parallel_tool_calls`."""
     if choice is None:
         return None, None
     kind = choice.get("type")

@@ -1,4 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, on the machinery of chat."""
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, implemented on chat."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ async def messages(service: Service, exchange: Exchange) -> None:
 
 
 async def count_tokens(service: Service, exchange: Exchange) -> None:
-    """POST /v1/messages/count_tokens: how many tokens the prompt of a message has."""
+    """POST /v1/messages/count_tokens: the number of prompt tokens of a request."""
     body = await service.body(exchange, CountTokensBody)
     chat = as_chat(body, service.config.max_messages)
     service.readings.of(chat, service.params.of_chat(chat).structured_outputs)
     prompt = await service.prompts.of_chat(chat)
     if prompt.token_ids is None:
-        words = "messages has images, whose tokens are counted in the usage of an answer"
+        words = "messages has images, whose tokens are only counted in the usage of a response"
         raise invalid("messages", words)
     await exchange.json({"input_tokens": len(prompt.token_ids)})
 
 
 class Block:
-    """A block of an answer as it grows. kind: the class of the parts that go on with it."""
+    """A streamed content block. kind: the class of the parts that continue it."""
 
     def __init__(self, index: int, part: Part) -> None:
         self._texts: list[str] = []
@@ -75,11 +75,11 @@ class Block:
         self._texts.append(text)
 
     def delta(self, text: str) -> bytes:
-        """The event of more text."""
+        """The event with more text."""
         return b"%b%b}}\n\n" % (self._delta, msgspec.json.encode(text))
 
     def empty(self) -> dict[str, Any]:
-        """The block as its first event has it."""
+        """The block in its start event."""
         return {**self._fields, self._name: {} if self.kind is ArgumentsPart else ""}
 
     def whole(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Block:
 
 
 class MessageWriter:
-    """Writes a message. model: the name that the request has for it."""
+    """Writes a message. model: its name in the request."""
 
     def __init__(self, opened: Opened, model: str) -> None:
         self._generation, self._reading, prompt = opened
@@ -118,7 +118,7 @@ class MessageWriter:
         return _event("message_start", message=message) + PING
 
     def _parts(self, delta: Delta) -> list[Part]:
-        """What a part of the answer has."""
+        """The parsed parts of a delta."""
         if delta.finish_reason is not None:
             self._last = delta
         if self._stream is None:
@@ -129,7 +129,7 @@ class MessageWriter:
         return list(self._reading.kept(parts))
 
     def _begun(self, part: Part) -> Block:
-        """The block that begins with a part."""
+        """The block that a part opens."""
         self._has_calls |= isinstance(part, CallStart)
         self._block = Block(self._num_blocks, part)
         self._num_blocks += 1
@@ -186,7 +186,7 @@ class MessageWriter:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """The input of a call. That of an answer that was cut is no JSON object."""
+    """The input of a call; {} if a truncated answer left no JSON object."""
     try:
         found = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):

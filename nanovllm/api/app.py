@@ -60,7 +60,7 @@ ROUTES = {
     METRICS: Route("GET", others.metrics),
     "/openapi.json": Route("GET", openapi),
 }
-# what the endpoints call fields that have other names in the engine
+# each endpoint's names for fields that the engine names differently
 NAMES = {
     "/v1/chat/completions": {PROMPT: "messages"},
     "/v1/responses": {PROMPT: "input"},
@@ -68,14 +68,14 @@ NAMES = {
     "/v1/messages": {PROMPT: "messages"},
     "/v1/messages/count_tokens": {PROMPT: "messages"},
 }
-ANTHROPIC = "/v1/messages"  # how the paths of Anthropic's API begin
+ANTHROPIC = "/v1/messages"  # prefix of Anthropic's endpoints
 
 
 class App:
     """Answers HTTP requests with an engine."""
 
     def __init__(self, service: Service, hosts: Hosts) -> None:
-        """hosts: by which clients may call it."""
+        """hosts: the host names that clients may use."""
         self.service, self.config, self._hosts = service, service.config, hosts
         self.routes = dict(ROUTES)
         self._page = page.files()
@@ -91,7 +91,7 @@ class App:
         try:
             await self._answer(exchange)
         except (ClientGone, asyncio.CancelledError):
-            pass  # the client has left, or the server ends
+            pass  # the client disconnected, or the server shuts down
         except Exception as error:
             await self._refuse(exchange, error)
         finally:
@@ -127,7 +127,7 @@ class App:
 
     def _is_open(self, path: str) -> bool:
         if path.startswith(PAGE):
-            path = "/"  # the page is open as a whole
+            path = "/"  # the page's files are as open as the page
         return path in ALWAYS_OPEN or path in self.config.open_paths
 
     def _is_polled(self, exchange: Exchange) -> bool:
@@ -154,7 +154,7 @@ class App:
         service, names = self.service, NAMES.get(exchange.scope["path"])
         told = from_exception(error, names, service.engine.config.model, repr(service.model)[1:-1])
         if told.code == "internal_error":
-            # neither the message nor the values of variables: they may contain the prompt
+            # neither the message nor values of variables: they may contain the prompt
             logger.error(
                 "request %s: %s", exchange.record.request_id, _place_of(error), stacklevel=1
             )
@@ -174,7 +174,7 @@ def _wrong_method(method: str) -> ApiError:
 
 
 def _place_of(error: BaseException) -> str:
-    """The type of an error, and the functions in its traceback."""
+    """The type of an error and the functions of its traceback."""
     places = []
     traceback = error.__traceback__
     while traceback is not None:
@@ -185,7 +185,7 @@ def _place_of(error: BaseException) -> str:
 
 
 def _request_id(exchange: Exchange) -> str:
-    """The id that the client gives to its request, if it is a plain one, or a random one."""
+    """The client's request id if it is a plain one, else a random one."""
     given = exchange.header(b"x-request-id")
     if 0 < len(given) <= MAX_ID_CHARS and given.replace("-", "").replace("_", "").isalnum():
         return given if given.isascii() else secrets.token_hex(8)
@@ -207,7 +207,7 @@ def _log(exchange: Exchange) -> None:
     for name in ("user", "prompt"):
         if (value := getattr(record, name)) is not None:
             fields[name] = value[:MAX_LOGGED_CHARS]
-    try:  # JSON, so that a request cannot forge a line of the log
+    try:  # JSON, so that a request cannot forge log lines
         access.info("%s", msgspec.json.encode(fields).decode())
     except UnicodeEncodeError:
         access.info("request %s: %d", record.request_id, record.status)
@@ -223,6 +223,6 @@ def with_cors(app: App) -> Any:
         app,  # type: ignore[arg-type]
         allow_origins=list(app.config.allowed_origins),
         allow_methods=["GET", "POST"],
-        allow_headers=["*"],  # those that the request asks for: clients add some of their own
+        allow_headers=["*"],  # echoes the requested ones: clients add custom headers
         expose_headers=["x-request-id", "request-id", "retry-after"],
     )

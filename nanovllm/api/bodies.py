@@ -1,6 +1,6 @@
-"""The bodies of requests: every field that works, with its type.
+"""Request bodies: every supported field with its type.
 
-`nanovllm/api/fields.py` says which other fields are known and refused.
+`nanovllm/api/fields.py` lists the known fields that are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """include_usage: the last chunk has the token counts. continuous_usage_stats: all chunks."""
+    """include_usage: the last chunk has the token counts. continuous_usage_stats: every chunk."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -21,7 +21,7 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class JsonSchema(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A schema that the answer must match. strict changes nothing: schemas are always enforced."""
+    """A schema that the output must match. `strict` has no effect: schemas are always enforced."""
 
     name: str
     schema: Json | None = None
@@ -35,7 +35,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Sampling(msgspec.Struct, kw_only=True):
-    """Fields that completions and chat share."""
+    """Fields that completions and chat have in common."""
 
     model: str | None = None
     temperature: float | None = None
@@ -123,7 +123,7 @@ class TextConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Reasoning(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """effort: for chat templates that read it. Reasoning is given whole, without a summary."""
+    """effort: passed to chat templates that use it. Reasoning is never summarized."""
 
     effort: str | None = None
     summary: None = None
@@ -167,7 +167,7 @@ class EmbeddingBody(msgspec.Struct, kw_only=True):
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
-    """POST /tokenize: a text, or a conversation."""
+    """POST /tokenize: a text or a conversation."""
 
     model: str | None = None
     prompt: str | None = None

@@ -34,7 +34,7 @@ async def chat(service: Service, exchange: Exchange) -> None:
 
 
 class Opened(NamedTuple):
-    """A conversation whose answers are on their way. prompt: its text."""
+    """A queued conversation. prompt: its rendered text."""
 
     generation: Generation
     reading: Reading
@@ -58,7 +58,7 @@ async def open_chat(service: Service, exchange: Exchange, body: ChatBody) -> Ope
 
 @dataclass
 class _Growing:
-    """One streamed answer. has_begun: its first chunk is sent."""
+    """One streamed answer. has_begun: its first chunk was sent."""
 
     stream: AnswerStream | None
     has_begun: bool = False
@@ -66,7 +66,7 @@ class _Growing:
 
 
 class ChatWriter:
-    """Writes answers with OpenAI's fields and vLLM's."""
+    """Writes responses with OpenAI's and vLLM's fields."""
 
     def __init__(self, body: ChatBody, opened: Opened, meta: dict[str, Any]) -> None:
         self._body, self._meta = body, meta
@@ -96,7 +96,7 @@ class ChatWriter:
         return first + self._event(number, delta, growing, fields[-1])
 
     def _event(self, number: int, delta: Delta, growing: _Growing, fields: bytes) -> bytes:
-        """The event with the last fields of a part, and with what else the part has."""
+        """The event with the last fields of a delta and everything else the delta has."""
         if self._is_plain and delta.finish_reason is None:
             if not fields and growing.has_begun:
                 return b""
@@ -116,7 +116,7 @@ class ChatWriter:
         return self._chunks.full(number, content, choice, usage, more)
 
     def _delta(self, fields: bytes, growing: _Growing) -> bytes:
-        """The field `delta` of an event. An answer's first one has the role."""
+        """An event's `delta` field. The first one of an answer has the role."""
         if growing.has_begun:
             return b'"delta":{%b}' % fields
         growing.has_begun = True
@@ -167,7 +167,7 @@ class ChatWriter:
         return choice
 
     def _parsed(self, stream: AnswerStream, text: str) -> dict[str, Any]:
-        """The fields of a message, from its text."""
+        """The message fields parsed from an answer's text."""
         found = joined(self._reading.kept([*stream.push(text), *stream.finish()]))
         fields: dict[str, Any] = {"content": None if self._reading.is_forced else found.content}
         if found.reasoning:

@@ -29,7 +29,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     text_of = service.prompts.token_text
     form = form_field(body)
     generation = await Generation.open(service, exchange, prompts, params, body.priority, form)
-    try:  # token ids can be decoded once the engine has accepted them
+    try:  # only ids that the engine accepted can be decoded
         echoed = [_text(service, prompt) for prompt in prompts] if body.echo else None
     except BaseException:
         generation.abort()
@@ -49,9 +49,9 @@ def _text(service: Service, prompt: Prompt) -> str:
 
 
 class CompletionWriter:
-    """Writes answers with OpenAI's fields and vLLM's.
+    """Writes responses with OpenAI's and vLLM's fields.
 
-    echoed: the texts of the prompts, to begin answers with. text_of: returns the text of one token.
+    echoed: the prompts' texts, which start the answers. text_of: returns the text of one token.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class CompletionWriter:
         self._generation = generation
         self._has_usage, self._is_continuous = usage_options(body.stream_options)
         self._chunks = Chunks(meta, has_usage=self._has_usage)
-        self._lengths: dict[int, int] = {}  # characters sent, by the number of an answer
+        self._lengths: dict[int, int] = {}  # answer number -> characters sent
         self._is_plain = not (
             self._is_continuous or body.return_token_ids or body.logprobs is not None
         )
-        self._drops_answer = body.max_tokens == 0  # with echo alone
+        self._drops_answer = body.max_tokens == 0  # echo only
         self._as_ids = bool(body.return_tokens_as_token_ids)
 
     def events(self, number: int, delta: Delta) -> bytes:

@@ -1,4 +1,4 @@
-"""The server's options, checked before anything is loaded."""
+"""The server's options, checked before anything loads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from nanovllm.checks import Rule, check_fields, one_of, refuse_unknown, whole
 from nanovllm.parsers import reasoning, tools
 
-# paths that need no key: load balancers have none
+# load balancers have no API key
 ALWAYS_OPEN = ("/health", "/ready")
 
 
@@ -30,7 +30,7 @@ def _are_texts(values: Sequence[str]) -> bool:
 
 
 def _is_host(name: str) -> bool:
-    """Whether it is a name, an address (an IPv6 one perhaps in brackets) or "*", without a port."""
+    """Whether it is "*", a name or an address (IPv6 also in brackets), without a port."""
     if HOST_NAME.fullmatch(name):
         return True
     try:
@@ -49,7 +49,7 @@ def _is_url(text: str) -> bool:
 
 _SECONDS: Rule = ("a number of seconds above 0", lambda value: 0 < value < math.inf)
 
-# The allowed values of options, beyond their types. None is allowed too if it is the default.
+# Allowed values of options, beyond their types. None is also allowed where it is the default.
 ALLOWED: dict[str, Rule] = {
     "host": ("a name or an address", bool),
     "port": ("a whole number, 0 … 65535", lambda value: 0 <= value <= 65535),
@@ -95,68 +95,68 @@ ALLOWED: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Options of `nanovllm serve`, beside those of the engine.
+    """Options of `nanovllm serve`, in addition to the engine's.
 
-    host, port: where the server listens. Port 0 is any free one.
+    host, port: the address to listen on. Port 0 picks a free port.
     api_key: the valid API keys. A request needs one of them in the header `Authorization: Bearer
-        KEY` or `x-api-key: KEY`. With an empty list requests need no key. Other users of the
-        machine can see the arguments of a process: prefer `api_key_file` or the variable
-        NANOVLLM_API_KEY, which has keys with commas between them and counts if neither option is
-        set.
-    api_key_file: a file with more valid keys, one a line, that only its owner may read.
-    share_cache_between_keys: requests with different keys share cached prefixes and media. Holders
-        of a key can then find out what other keys' prompts begin with. Off, each key has a cache
-        of its own.
-    open_paths: paths that need no key, such as "/metrics" or "/" (the page). /health and /ready
-        never need one.
-    ssl_certfile, ssl_keyfile: PEM files of a certificate and its key. With them the server
+        KEY` or `x-api-key: KEY`. If the list is empty, no key is needed. Other users of the machine
+        can see command-line arguments: prefer `api_key_file` or the variable NANOVLLM_API_KEY
+        (keys separated by commas), which is used if neither option is set.
+    api_key_file: a file with more valid keys, one per line; only its owner may have access to it.
+    share_cache_between_keys: share cached prefixes and media between API keys. The holder of one
+        key can then probe for the beginnings of other keys' prompts. If off, each key has a
+        separate cache.
+    open_paths: paths that need no API key, such as "/metrics" or "/" (the page). /health and
+        /ready never need one.
+    ssl_certfile, ssl_keyfile: PEM files of a certificate and its key. If they are set, the server
         accepts only TLS.
-    served_model_name: the names of the model in requests. Answers have the first one. The default
-        is the Hub id, or the last part of the folder's path.
-    allowed_hosts: names and addresses, without ports, that the header Host of requests may have,
-        beside localhost, loopback addresses and `host`. Requests with others get 421, except those
-        for /health and /ready. "*" allows any. Empty: on loopback no others, elsewhere any.
-    allowed_origins: origins of web pages whose scripts may read answers (CORS). "*" allows all.
-    root_path: the path below which a proxy shows this server, such as "/models/a". Requests may
+    served_model_name: the model's names in requests. Responses use the first one. The default is
+        the Hub id, or the last part of the folder's path.
+    allowed_hosts: names and addresses, without ports, that the Host header of requests may have,
+        besides localhost, loopback addresses and `host`. Requests with others get 421, except for
+        /health and /ready. "*" allows any. Empty: no others if bound to loopback, else any.
+    allowed_origins: origins of web pages whose scripts may read responses (CORS). "*" allows all.
+    root_path: the path under which a proxy exposes this server, such as "/models/a". Requests may
         come with or without it.
-    default_chat_template_kwargs: variables of the chat template for requests that do not give them,
-        such as {"enable_thinking": false}.
-    tool_call_parser: the parser of tool calls, such as "hermes". "auto" chooses the one for the
-        chat template. "none" refuses requests with tools, unless tool_choice is "none", "required"
-        or a named tool.
-    reasoning_parser: the parser of reasoning, which answers have as reasoning_content. "auto"
-        chooses the one for the chat template. With "none" the reasoning stays in the content.
-    special_tokens_as_text: special tokens in the contents of users and tools, and in names, are
-        encoded as text: a request cannot forge turns. Off, they are special tokens.
-    drain_timeout: the seconds that running requests have to finish after SIGTERM.
+    default_chat_template_kwargs: default variables of the chat template, such as
+        {"enable_thinking": false}. Requests override them.
+    tool_call_parser: the parser of tool calls, such as "hermes". "auto" picks one from the chat
+        template. "none" refuses requests with tools, unless tool_choice is "none", "required" or a
+        named tool.
+    reasoning_parser: the parser of reasoning, which responses return as reasoning_content. "auto"
+        picks one from the chat template. "none" leaves the reasoning in the content.
+    special_tokens_as_text: encode special tokens in the contents of users and tools, and in names,
+        as plain text, so that a request cannot forge turns. If off, they are special tokens.
+    drain_timeout: the seconds that running requests get to finish after SIGTERM.
     api_processes: the number of processes that serve HTTP.
-    access_log: log every request: its id, status, tokens and times. Those for /health, /ready,
+    access_log: log every request: its id, status, tokens and times. Requests for /health, /ready,
         /metrics and the page are logged only if they fail.
-    log_prompts: log prompts in the access log.
-    uvicorn_log_level: the least level of what the HTTP server logs: "trace", "debug", "info",
-        "warning", "error" or "critical".
-    otlp_traces_endpoint: the URL of a collector that receives a span of each request, by OTLP over
+    log_prompts: include prompts in the access log.
+    uvicorn_log_level: the log level of the HTTP server: "trace", "debug", "info", "warning",
+        "error" or "critical".
+    otlp_traces_endpoint: the URL of a collector that receives one span per request by OTLP over
         HTTP, such as "http://127.0.0.1:4318/v1/traces".
-    max_body_bytes: the longest body of a request.
-    max_header_bytes: the longest request line together with the headers.
-    max_connections: concurrent connections of each API process. One more takes the place of the
-        longest idle one; without an idle one it is refused with 503.
-    max_queue_len: requests that wait for the engine. More are refused with 429.
+    max_body_bytes: the maximum size of a request body.
+    max_header_bytes: the maximum size of the request line and the headers together.
+    max_connections: the maximum number of connections per API process. A new one then replaces
+        the longest idle one; if none is idle, it is refused with 503.
+    max_queue_len: the maximum number of requests that wait for the engine. More are refused with
+        429.
     max_prompts: the maximum number of prompts in a request.
-    max_prompt_chars: the longest prompt as text, with tools and variables of the chat template.
-        None: 64 characters for each token of `max_model_len`.
+    max_prompt_chars: the maximum length of a prompt as text, with tools and variables of the chat
+        template. None: 64 characters per token of `max_model_len`.
     max_messages: the maximum number of messages in a conversation, of parts or calls in a message,
         and of items in the input of a response.
-    max_n: the maximum number of answers to a prompt.
-    max_logprobs: the maximum number of likeliest tokens that are reported per position.
+    max_n: the maximum number of answers per prompt.
+    max_logprobs: the maximum number of top log-probabilities per position.
     max_stop_strings, max_stop_chars: the maximum number of stop strings, and of their characters.
     max_bias: the maximum number of entries in logit_bias, allowed_token_ids, stop_token_ids or
         bad_words.
     max_tools: the maximum number of tools in a request.
-    header_timeout: the seconds in which a connection must send the headers of a request.
-    body_timeout: the seconds in which it must then send the body.
-    send_timeout: the seconds after which a client that reads nothing is disconnected.
-    keep_alive_timeout: the seconds that a connection stays open between requests.
+    header_timeout: the seconds within which a connection must send a request's headers.
+    body_timeout: the seconds within which it must then send the body.
+    send_timeout: the seconds after which a client that does not read is disconnected.
+    keep_alive_timeout: the seconds that an idle connection stays open between requests.
     """
 
     host: str = "127.0.0.1"
@@ -201,23 +201,23 @@ class ServerConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ServerConfig:
-        """The config for these options. Raises TypeError for an unknown one."""
+        """The config for these options. Raises TypeError for an unknown option."""
         refuse_unknown(cls, options)
         return cls(**options)
 
     def __post_init__(self) -> None:
         check_fields(self, ALLOWED, secrets=("api_key",))
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
-            raise ValueError("ssl_certfile and ssl_keyfile are given together or not at all")
+            raise ValueError("ssl_certfile and ssl_keyfile must be given together")
 
     def model_names(self, model: str) -> tuple[str, ...]:
-        """The names of the engine's model, without the path of its folder."""
+        """The model's names, without the path of its folder."""
         if self.served_model_name:
             return tuple(self.served_model_name)
         return (Path(model).resolve().name if Path(model).is_dir() else fspath(model),)
 
     def allows(self, key: str) -> bool:
-        """Whether a key is valid. Takes the same time for all wrong keys of equal length."""
+        """Whether a key is valid. Takes equal time for all wrong keys of equal length."""
         given = key.encode("utf-8", "surrogateescape")
         found = [hmac.compare_digest(given, one.encode()) for one in self.api_key]
         return any(found)

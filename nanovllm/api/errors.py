@@ -1,4 +1,4 @@
-"""Errors in OpenAI's format, and the mapping from exceptions to them."""
+"""Errors in OpenAI's format, and how exceptions map to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanovllm.prompts import PromptTooLong
 from nanovllm.serving.interface import Draining, EngineDead, QueueFull, Unavailable
 
 MAX_MESSAGE_CHARS = 500
-TOO_LONG = "context_length_exceeded"  # OpenAI's code, by which clients know it
+TOO_LONG = "context_length_exceeded"  # OpenAI's code, which clients check
 RETRY_AFTER_S = b"5"
 DONE = b"data: [DONE]\n\n"  # the end of OpenAI's streams
 TYPES = {
@@ -23,7 +23,7 @@ TYPES = {
 
 
 class ApiError(Exception):
-    """An answer with an error's status. param: the field of the request that it is about."""
+    """An error response. param: the field of the request at fault."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
@@ -37,7 +37,7 @@ class ApiError(Exception):
             self.headers.append((b"www-authenticate", b"Bearer"))
 
     def content(self) -> dict[str, Any]:
-        """The JSON object that clients get."""
+        """The JSON object sent to the client."""
         kind = TYPES.get(self.status, "invalid_request_error")
         fields = {
             "message": shortened(self.message), "type": kind, "param": self.param,
@@ -54,7 +54,7 @@ class ApiError(Exception):
             return msgspec.json.encode(self.content())
 
     def events(self) -> bytes:
-        """The last events of an answer that has begun."""
+        """The last events of a response that has started."""
         return b"data: %b\n\n%b" % (self.body(), DONE)
 
 
@@ -63,29 +63,29 @@ def shortened(message: str) -> str:
 
 
 def refused(name: str, reason: str) -> ApiError:
-    """The error for a field of a request that is not supported, or not allowed."""
+    """The error for a field that is not supported or not allowed."""
     return ApiError(400, reason, param=name, code="unsupported_parameter")
 
 
 def invalid(name: str, message: str, code: str = "invalid_value") -> ApiError:
-    """The error for a value of a field that is not allowed."""
+    """The error for an invalid value of a field."""
     return ApiError(400, message, param=name, code=code)
 
 
 def from_exception(
     error: Exception, names: Mapping[str, str] | None = None, hidden: str = "", model: str = ""
 ) -> ApiError:
-    """The error that a client gets for an exception. Messages of internal errors are not sent.
+    """The error that a client receives for an exception. Internal errors are sent without message.
 
-    names: what the endpoint calls fields that have other names here. hidden: the model's path,
-    which messages may have; they get the name `model` instead.
+    names: the endpoint's names for fields that the engine names differently. hidden: the model's
+    path, which `model` replaces in messages.
     """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
         return ApiError(429, "the queue is full: try again later", code="rate_limit_exceeded")
     if isinstance(error, Draining):
-        return ApiError(503, "the server shuts down and takes no new requests", code="draining")
+        return ApiError(503, "the server is shutting down", code="draining")
     if isinstance(error, Unavailable):
         return ApiError(503, str(error), code="unavailable")
     if isinstance(error, EngineDead):
@@ -97,4 +97,4 @@ def from_exception(
             param = names.get(param, param)
         code = TOO_LONG if isinstance(error, PromptTooLong) else "invalid_value"
         return ApiError(400, message, param=param, code=code)
-    return ApiError(500, "the server has made a mistake", code="internal_error")
+    return ApiError(500, "internal server error", code="internal_error")

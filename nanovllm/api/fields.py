@@ -1,4 +1,4 @@
-"""The fields of requests that are refused by name, with the reasons. All others work."""
+"""Known request fields that are refused, each with its reason. All other known fields work."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class Refusal(NamedTuple):
-    """allowed: values without effect, which are accepted like null."""
+    """allowed: values without effect, accepted like null."""
 
     reason: str
     allowed: tuple[Any, ...] = ()
 
 
-MAX_DEPTH = 512  # of a body: what is read can also be written again, which needs as much stack
+MAX_DEPTH = 512  # of a body: writing it again needs as much stack as reading it
 MAX_CONTAINERS = 1 << 18  # lists and objects of a body: each takes 20 times the memory of its text
-NO_FILES = "requests cannot bring code, templates or adapters"
+NO_FILES = "requests cannot supply code, templates or adapters"
 NOT_BUILT = "it is not implemented"
-STATEFUL = "the server keeps nothing between requests"
+STATEFUL = "the server keeps no state between requests"
 REFUSED_SAMPLING: dict[str, Refusal] = {
     "best_of": Refusal("use n", (1,)),
-    "use_beam_search": Refusal("beam search is offline only", (False,)),
-    "length_penalty": Refusal("beam search is offline only", (1, 1.0)),
-    "early_stopping": Refusal("beam search is offline only", (False,)),
+    "use_beam_search": Refusal("beam search is only available offline", (False,)),
+    "length_penalty": Refusal("beam search is only available offline", (1, 1.0)),
+    "early_stopping": Refusal("beam search is only available offline", (False,)),
     "logits_processors": Refusal(NO_FILES),
     "mm_processor_kwargs": Refusal(NOT_BUILT),
     "kv_transfer_params": Refusal(NOT_BUILT),
@@ -42,18 +42,18 @@ REFUSED_SAMPLING: dict[str, Refusal] = {
     "thinking_token_budget": Refusal(NOT_BUILT),
 }
 REFUSED_CHAT: dict[str, Refusal] = {
-    "add_special_tokens": Refusal("the chat template writes them", (False,)),
+    "add_special_tokens": Refusal("the chat template adds them", (False,)),
     "audio": Refusal("answers are text"),
     "modalities": Refusal("answers are text", (["text"],)),
     "function_call": Refusal("use tool_choice"),
     "functions": Refusal("use tools"),
     "moderation": Refusal(NOT_BUILT),
     "prediction": Refusal(NOT_BUILT),
-    "prompt_cache_options": Refusal("the cache has no options of requests"),
+    "prompt_cache_options": Refusal("the cache has no per-request options"),
     "prompt_cache_retention": Refusal("the cache is in memory", ("in_memory",)),
     "service_tier": Refusal("there is one tier", ("auto", "default")),
     "verbosity": Refusal("models have no such setting", ("medium",)),
-    "web_search_options": Refusal("the server opens no connections"),
+    "web_search_options": Refusal("the server cannot search the web"),
     "chat_template": Refusal(NO_FILES),
     "documents": Refusal("use chat_template_kwargs"),
     "echo": Refusal("use /v1/completions", (False,)),
@@ -70,7 +70,7 @@ REFUSED_RESPONSES: dict[str, Refusal] = {
     "moderation": Refusal(NOT_BUILT),
     "previous_response_id": Refusal(STATEFUL),
     "prompt": Refusal(STATEFUL),
-    "prompt_cache_options": Refusal("the cache has no options of requests"),
+    "prompt_cache_options": Refusal("the cache has no per-request options"),
     "prompt_cache_retention": Refusal("the cache is in memory", ("in_memory",)),
     "service_tier": Refusal("there is one tier", ("auto", "default")),
     "stream_options": Refusal(
@@ -80,7 +80,7 @@ REFUSED_RESPONSES: dict[str, Refusal] = {
     "truncation": Refusal("inputs that are too long are refused", ("disabled",)),
 }
 REFUSED_COUNT_TOKENS: dict[str, Refusal] = {
-    "mcp_servers": Refusal("the server opens no connections", ([],)),
+    "mcp_servers": Refusal("the server connects to no MCP servers", ([],)),
     "output_format": Refusal("use output_config"),
     "speed": Refusal("there is one speed", ("standard",)),
 }
@@ -102,15 +102,15 @@ REFUSED: dict[type[msgspec.Struct], Mapping[str, Refusal]] = {
     bodies.TokenizeBody: {"chat_template": Refusal(NO_FILES)},
     bodies.DetokenizeBody: {},
 }
-# msgspec ends its messages with the place: "Expected `int`, got `str` - at `$.n`"
+# msgspec appends the place to its messages: "Expected `int`, got `str` - at `$.n`"
 PLACE = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*)`)?", re.DOTALL)
-# a string may lack its end, so that no quote is a beginning twice: the time is linear
+# the closing quote is optional, so that no quote starts a match twice: the time is linear
 STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
 def decoded(data: bytes, kind: type[Body]) -> Body:
-    """The body of a request. Raises ApiError, which names the field, for what is not one."""
+    """The parsed body of a request. Raises ApiError, with the field, for an invalid one."""
     num = data.count(b"[") + data.count(b"{")
     if num > MAX_CONTAINERS and _num_containers(data) > MAX_CONTAINERS:
         words = f"the body has more than {MAX_CONTAINERS} lists and objects"
@@ -134,18 +134,18 @@ def decoded(data: bytes, kind: type[Body]) -> Body:
 
 
 def _num_containers(data: bytes) -> int:
-    """The lists and objects of a JSON text: its brackets outside of strings."""
+    """The number of lists and objects in a JSON text: brackets outside of strings."""
     bare = STRING.sub(b"", data)
     return bare.count(b"[") + bare.count(b"{")
 
 
 def _too_deep() -> ApiError:
-    words = f"the body is nested too deeply: at most {MAX_DEPTH} levels are read"
+    words = f"the body is nested too deeply: at most {MAX_DEPTH} levels are allowed"
     return ApiError(400, words, code="invalid_json")
 
 
 def _is_deeper(value: Any, most: int) -> bool:
-    """Whether a list or an object has more levels of others within it."""
+    """Whether lists and objects are nested more than `most` levels deep."""
     level = [value]
     for _ in range(most):
         level = [
@@ -160,7 +160,7 @@ def _is_deeper(value: Any, most: int) -> bool:
 
 
 def check_names(found: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
-    """Raises ApiError for unsupported fields, unless their value has no effect."""
+    """Raises ApiError for unsupported fields, unless their values have no effect."""
     works = kind.__struct_fields__
     for name, value in found.items():
         if name in works:
@@ -178,8 +178,8 @@ def check_names(found: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
 
 
 def _make_whole(found: dict[str, Any], kind: type[msgspec.Struct]) -> None:
-    """Turn 4.0 into 4 where a whole number belongs: in JSON both are the same number, and clients
-    in languages with one kind of number send either."""
+    """Turn 4.0 into 4 in whole-number fields: JSON does not distinguish them, and clients in
+    languages with one number type send either."""
     for name in _whole_numbers(kind) & found.keys():
         value = found[name]
         if type(value) is float and value.is_integer():
@@ -188,7 +188,7 @@ def _make_whole(found: dict[str, Any], kind: type[msgspec.Struct]) -> None:
 
 @functools.cache
 def _whole_numbers(kind: type[msgspec.Struct]) -> frozenset[str]:
-    """The fields of a body whose values are whole numbers."""
+    """The whole-number fields of a body."""
     hints = get_type_hints(kind)
     return frozenset(name for name, hint in hints.items() if int in (hint, *get_args(hint)))
 
@@ -198,7 +198,7 @@ def _is_in(value: Any, allowed: tuple[Any, ...]) -> bool:
 
 
 def _misfit(text: str) -> ApiError:
-    """The error for a value of a wrong type, from msgspec's text."""
+    """The error for a value of a wrong type, from msgspec's message."""
     match = PLACE.fullmatch(text)
     words, place = (match[1], match[2] or "") if match else (text, "")
     missing = MISSING.match(words)

@@ -1,4 +1,4 @@
-"""The engine's answers to one HTTP request: the streams of all its prompts, merged."""
+"""The engine's output for one HTTP request: the merged streams of all its prompts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from nanovllm.outputs import TopLogprobs
 from nanovllm.prompts import Prompt, PromptRefused
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.interface import Delta, Stream
-from nanovllm.structured.params import FIELD as FORM
+from nanovllm.structured_params import FIELD as FORM
 
-# the work of one log-probability, and that of a character of text, in those of `beside`
+# units of `beside`: the cost of one log-probability, and the characters of text per unit
 LOGPROB_COST, TEXT_COST = 4, 8
 NO_BUFFER = (b"x-accel-buffering", b"no")  # a proxy must not buffer events
 
@@ -50,11 +50,11 @@ class Answer:
 
 
 class Writer(Protocol):
-    """How an endpoint writes answers. Answers of a request have numbers: those to the first prompt
-    come first."""
+    """How an endpoint writes answers. The answers of a request are numbered, starting with those
+    to the first prompt."""
 
     def events(self, number: int, delta: Delta) -> bytes:
-        """The events of a part of an answer."""
+        """The events for one delta."""
         ...
 
     def end(self) -> bytes:
@@ -67,12 +67,12 @@ class Writer(Protocol):
 
 
 async def _with_media(exchange: Exchange, opening: Coroutine[Any, Any, Stream]) -> Stream:
-    """The stream of a prompt whose images or sound must be prepared, which takes time."""
+    """The stream of a prompt with media, which take time to prepare."""
     try:
         return await exchange.unless_gone(opening)
     except InvalidValue:
         raise
-    except ValueError as error:  # media have no field of a request
+    except ValueError as error:  # media name no request field
         raise PromptRefused(str(error)) from None
 
 
@@ -100,9 +100,9 @@ class Generation:
         priority: int | None = None,
         form: str | None = None,
     ) -> Generation:
-        """Queue all prompts, or none. Raises what `AsyncEngine.open` does.
+        """Queue all prompts or none. Raises the errors of `AsyncEngine.open`.
 
-        form: the field of the request that says which form the answers have.
+        form: the request field that constrains the output.
         """
         service.check_num_answers(len(prompts), params.n)
         engine, streams = service.engine, list[Stream]()
@@ -129,7 +129,7 @@ class Generation:
         return sum(len(stream.prompt_token_ids) for stream in self.streams)
 
     def prompt_ids(self, number: int) -> list[int]:
-        """The prompt of the answer with this number."""
+        """The prompt of an answer."""
         return self.streams[number // self._num_answers].prompt_token_ids
 
     def usage(self) -> dict[str, Any]:
@@ -146,13 +146,13 @@ class Generation:
             stream.abort()
 
     def parts(self) -> AsyncIterator[Delta]:
-        """The parts of all answers, with the number of their answer as output_index. `note` each
-        of them."""
-        # no generator in between: it would cost as much as writing an event
+        """The deltas of all answers, with the answer's number as output_index. Call `note` for
+        each of them."""
+        # no generator around a single stream: it would cost as much as writing an event
         return self.streams[0].__aiter__() if len(self.streams) == 1 else self._merged()
 
     def note(self, delta: Delta) -> None:
-        """Count a part. Raises ApiError if its answer has failed."""
+        """Count a delta. Raises ApiError if its answer has failed."""
         number, num_tokens = delta.output_index, len(delta.token_ids)
         self.num_tokens += num_tokens
         timer = self._timers[number]
@@ -165,17 +165,17 @@ class Generation:
 
     def _check_end(self, delta: Delta) -> None:
         if delta.finish_reason == "error" and delta.error_field is not None:
-            # what the engine's process alone can know, such as whether a form can be compiled
+            # errors that only the engine process detects, such as a grammar that does not compile
             if delta.error_field == FORM and self._form is not None:
                 raise misfit(self._form, str(delta.error))
             raise InvalidValue(delta.error_field, str(delta.error))
         if delta.finish_reason == "error":
-            raise ApiError(500, "the model could not go on with this answer", code="answer_failed")
+            raise ApiError(500, "generation failed", code="answer_failed")
         if delta.finish_reason == "abort":
-            raise ApiError(503, "the answer was ended by the server", code="aborted")
+            raise ApiError(503, "the server aborted the request", code="aborted")
 
     async def _merged(self) -> AsyncIterator[Delta]:
-        # back-pressure: with one place, a slow reader gets larger parts from every stream
+        # back-pressure: with a queue of one, a slow reader gets larger deltas from every stream
         found: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(1)
         tasks = [
             asyncio.create_task(self._forward(index, stream, found))
@@ -205,7 +205,7 @@ class Generation:
             await found.put(error)
 
     async def answers(self) -> list[Answer]:
-        """All answers, when all have ended."""
+        """All answers, once all have finished."""
         found = [Answer() for _ in range(self._num_answers * len(self.streams))]
         async for delta in self.parts():
             self.note(delta)
@@ -216,7 +216,7 @@ class Generation:
 async def respond(
     exchange: Exchange, generation: Generation, writer: Writer, *, is_stream: bool
 ) -> None:
-    """Send the answers, as events or as a whole. They are aborted if the client disconnects."""
+    """Send the answers, streamed or whole. They are aborted if the client disconnects."""
     gone = asyncio.create_task(exchange.gone())
     gone.add_done_callback(lambda task: generation.abort())
     record = exchange.record
@@ -238,7 +238,7 @@ async def respond(
 
 
 def _size(answer: Answer) -> int:
-    """How much there is to write of an answer, in characters of text."""
+    """The work of writing an answer, in the units of `beside`."""
     assert answer.last is not None
     found = (answer.logprobs, answer.last.prompt_logprobs)
     num_logprobs = sum(len(top or ()) for tops in found for top in tops or ())
@@ -248,7 +248,7 @@ def _size(answer: Answer) -> int:
 async def _send_events(exchange: Exchange, generation: Generation, writer: Writer) -> None:
     async for delta in generation.parts():
         generation.note(delta)
-        if not exchange.has_started:  # until then an error can have its own status
+        if not exchange.has_started:  # an error before this has its own status
             exchange.record.has_token()
             await exchange.start(200, [EVENTS, NO_STORE, NO_BUFFER])
         events = writer.events(delta.output_index, delta)
@@ -258,7 +258,7 @@ async def _send_events(exchange: Exchange, generation: Generation, writer: Write
 
 
 class Chunks:
-    """The events of completions and chat. Their constant parts are encoded once."""
+    """The events of completions and chat. Constant parts are encoded once."""
 
     def __init__(self, meta: dict[str, Any], *, has_usage: bool) -> None:
         self._meta = b"data: " + msgspec.json.encode(meta)[:-1]
@@ -267,7 +267,7 @@ class Chunks:
         self._plain = b',"logprobs":null,"finish_reason":null}' + self._usage
 
     def plain(self, number: int, content: bytes) -> bytes:
-        """The event of a part that has only content. content: a field as JSON."""
+        """The event of a delta with only content. content: a field as JSON."""
         return b"%b%d,%b%b" % (self._head, number, content, self._plain)
 
     def full(
@@ -278,9 +278,9 @@ class Chunks:
         usage: dict[str, Any] | None,
         more: dict[str, Any] | None = None,
     ) -> bytes:
-        """The event of a part with other fields of the choice, and perhaps the usage so far.
+        """The event of a delta with more fields of the choice, optionally with the usage so far.
 
-        more: fields beside the choices.
+        more: fields outside the choices.
         """
         fields = msgspec.json.encode(others)[1:]
         end = self._usage
@@ -291,7 +291,7 @@ class Chunks:
         return b"%b%d,%b,%b%b" % (self._head, number, content, fields, end)
 
     def end(self, usage: dict[str, Any] | None) -> bytes:
-        """The last event, after one with the usage if it is given."""
+        """The last event, preceded by a usage event if there is usage."""
         if usage is None:
             return DONE
         counts = msgspec.json.encode(usage)

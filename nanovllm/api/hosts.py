@@ -1,9 +1,8 @@
-"""Which names clients may call the server by: the check of the header Host.
+"""Checks the Host header: protection against DNS rebinding.
 
-A web page of another origin can reach a server on loopback under a name of the page's own, which
-its DNS server lets point to 127.0.0.1 once the page is loaded ("DNS rebinding"). The browser then
-takes the server for the page's own origin, so neither CORS nor the content type protects it. The
-header Host still has the page's name.
+A web page can use a host name of its own and, once loaded, let its DNS server resolve the name to
+127.0.0.1. The browser then treats a server on loopback as the page's origin, so neither CORS nor
+the content type protects the server. The Host header still has the page's name.
 """
 
 from __future__ import annotations
@@ -22,20 +21,19 @@ MAX_SHOWN_CHARS = 64
 
 
 class Hosts:
-    """The hosts of one server. Ports are not compared: a tunnel may have another one."""
+    """The host names that a server accepts. Ports are not compared: a tunnel may use another."""
 
     def __init__(self, config: ServerConfig, address: str) -> None:
-        """address: where the server is bound."""
+        """address: the address that the server is bound to."""
         is_local, named = is_loopback(address), config.allowed_hosts
         self._has_any = ANY in named or not (is_local or named)
         self._names = {LOCAL_NAME, *(plain(name) for name in (config.host, *named))}
 
     def check(self, given: Sequence[str]) -> None:
-        """Raises ApiError unless the values of a request's headers Host are one that is allowed.
+        """Raises ApiError unless there is exactly one Host header, with an allowed host.
 
-        The status is 421 (RFC 9110, 15.5.20): the server does not answer for the host that the
-        request is directed at. With 403 it would say that the client lacks a permission, such as a
-        key of its own. No client library tries again after a 421.
+        The status is 421 (RFC 9110, 15.5.20): the server is not responsible for that host. 403
+        would mean a missing permission, such as a key. No client library retries after 421.
         """
         if self._has_any:
             return
@@ -48,8 +46,8 @@ class Hosts:
 
 
 def plain(name: str) -> str:
-    """A name or an address as it is compared: in lower case, without brackets and a last dot, an
-    IPv6 address in its shortest form."""
+    """A name or address normalized for comparison: lower case, no brackets, no trailing dot, IPv6
+    in its shortest form."""
     bare = name.lower().strip("[]").removesuffix(".")
     try:
         return ip_address(bare).compressed
@@ -58,7 +56,7 @@ def plain(name: str) -> str:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether it is an address of loopback. Names are not."""
+    """Whether it is a loopback address. Names are not."""
     try:
         address = ip_address(name)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Requests and answers on plain ASGI: reading a body within limits, sending JSON and events."""
+"""Requests and responses on plain ASGI: reads bodies within limits, sends JSON and events."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Send = Callable[[Message], Awaitable[None]]
 JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 NO_STORE = (b"cache-control", b"no-store")
-MAX_DROPPED = 4  # a body up to this many times too long is still read to its end
+MAX_DROPPED = 4  # a body up to this many times too long is read to its end
 
 
 class ClientGone(Exception):
-    """The client has closed its connection before the body was there."""
+    """The client disconnected before its body was complete."""
 
 
 @dataclass
 class Record:
-    """The facts of a request for the access log and its span. Times are in seconds since its
-    arrival. route: the path of the endpoint that takes its body, once it is allowed to use it."""
+    """A request's entry in the access log and in traces. Times are seconds since its arrival.
+    route: the path of the endpoint, set once the request may use it."""
 
     request_id: str
     start: float = field(default_factory=time.perf_counter)
@@ -54,30 +54,30 @@ def too_long(max_bytes: int) -> ApiError:
 
 
 class Exchange:
-    """One request and its answer."""
+    """One request and its response."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         self.scope, self.record = scope, record
-        self.api_key = ""  # a valid one
+        self.api_key = ""  # set once it is checked
         self._receive, self._send = receive, send
         self.has_started = False
-        self.id_headers = [b"x-request-id"]  # in which the answer has the id of the request
+        self.id_headers = [b"x-request-id"]  # response headers with the request id
 
     def header(self, name: bytes) -> str:
-        """The value of a header; "" if it is missing. name: in lower case."""
+        """The value of a header; "" if it is missing. name: lower case."""
         found = self.headers(name)
         return found[0] if found else ""
 
     def headers(self, name: bytes) -> list[str]:
-        """The values of all headers of a name in lower case."""
+        """The values of all headers with this name. name: lower case."""
         given = self.scope["headers"]
         return [bytes(value).decode("latin-1") for key, value in given if key == name]
 
     async def body(self, max_bytes: int, timeout: float) -> bytes:
-        """The whole body of a JSON request. Raises ApiError: 408, 413 or 415; ClientGone."""
+        """The body of a JSON request. Raises ApiError (408, 413 or 415) and ClientGone."""
         kind = self.header(b"content-type").partition(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
-            # a web page can send other types to any server without permission (CORS)
+            # web pages can send other types to any server without permission (CORS)
             raise ApiError(415, "the content type must be application/json", code="content_type")
         encoding = self.header(b"content-encoding").strip().lower()
         if encoding not in ("", "identity"):
@@ -90,7 +90,7 @@ class Exchange:
         try:
             return await asyncio.wait_for(self._read(max_bytes), timeout)
         except asyncio.TimeoutError:
-            raise ApiError(408, f"the body has not come within {timeout:g} s") from None
+            raise ApiError(408, f"the body did not arrive within {timeout:g} s") from None
 
     async def _read(self, max_bytes: int) -> bytes:
         parts, num_bytes = [], 0
@@ -104,7 +104,7 @@ class Exchange:
             if num_bytes <= max_bytes:
                 parts.append(part)
             elif is_last or num_bytes > MAX_DROPPED * max_bytes:
-                # not earlier: a client that is still sending would not read the error
+                # not earlier: a client that is still sending does not read the error
                 raise too_long(max_bytes)
             else:
                 parts.clear()
@@ -112,13 +112,13 @@ class Exchange:
                 return b"".join(parts) if len(parts) > 1 else part
 
     async def gone(self) -> None:
-        """Wait until the client has closed its connection."""
+        """Wait until the client disconnects."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
     async def unless_gone(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of work that may take long. Raises ClientGone, and cancels the work, as soon
-        as the client has closed its connection."""
+        """The result of work that may take long. If the client disconnects first, cancels the work
+        and raises ClientGone."""
         working, leaving = asyncio.create_task(work), asyncio.create_task(self.gone())
         try:
             await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -139,7 +139,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def answer(self, status: int, body: bytes, headers: Sequence[Header]) -> None:
-        """A whole answer."""
+        """Send a whole response."""
         await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
         await self.send(body)
 
@@ -147,7 +147,7 @@ class Exchange:
         await self.answer(200, msgspec.json.encode(content), (JSON, NO_STORE))
 
     async def refuse(self, error: ApiError) -> None:
-        """An error as the answer or, in an answer that has begun, as its last event."""
+        """Send an error: as the response or, if that has started, as its last event."""
         if self.has_started:
             await self.send(error.events())
         else:

@@ -1,4 +1,4 @@
-"""The API keys of a server: from options, a file, or the environment."""
+"""A server's API keys: from options, a file, or the environment."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ OF_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 def with_keys(config: ServerConfig) -> ServerConfig:
-    """The options with all keys in `api_key`: those of `api_key` and `api_key_file`, or without
-    both those of the environment. Raises ValueError and OSError for a file that cannot be used."""
+    """The options with all keys in `api_key`: those of `api_key` and `api_key_file`; if neither is
+    set, those of the environment. Raises ValueError and OSError for an unusable file."""
     keys = list(config.api_key)
     found = env.server_api_keys()  # also removes them from the environment
     if config.api_key_file is not None:
@@ -27,8 +27,8 @@ def with_keys(config: ServerConfig) -> ServerConfig:
 
 
 def of_file(path: str | PathLike[str]) -> list[str]:
-    """The keys in a file, one a line. Raises OSError, and ValueError for a file that other users
-    may read or write, that has no key, or that is no text. Errors have no key."""
+    """The keys in a file, one per line. Raises OSError, and ValueError if other users have access
+    to the file, or if it has no keys or is not text. Errors never contain keys."""
     name = os.fspath(path)
     with open(name, "rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)

@@ -1,6 +1,6 @@
-"""Latencies of answers, which an API process measures, as histograms in shared memory.
+"""Latencies measured by the API processes, as histograms in shared memory.
 
-It imports no prometheus_client: the supervisor needs the size of the memory.
+Does not import prometheus_client: the supervisor needs only the size of the memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class Histogram:
-    """bounds: upper bounds of its buckets, in seconds, ascending. One more bucket has the rest."""
+    """bounds: upper bounds of the buckets in seconds, ascending. One more bucket has the rest."""
 
     name: str
     help: str
@@ -22,11 +22,11 @@ class Histogram:
 
     @property
     def size(self) -> int:
-        """The numbers that it keeps: a count for each bucket, and the sum."""
+        """The number of values: a count per bucket, and the sum."""
         return len(self.bounds) + 2
 
 
-# from a millisecond, which a small model reaches, to the timeouts of clients
+# from a millisecond, which small models reach, to the timeouts of clients
 SHORT = (
     0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075,
     0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0,
@@ -52,11 +52,11 @@ NUM_VALUES = sum(one.size for one in HISTOGRAMS)
 
 
 class Latencies:
-    """The latencies of answers, as histograms. One thread writes.
+    """Latency histograms. One thread writes.
 
-    memory: `SIZE_BYTES` bytes, zeros at first. Several API processes share memory: each writes its
-        own part and reads those of all, since a scrape reaches any of them. A number is one aligned
-        write, so nothing is locked; a reader may see a count without its share of the sum.
+    memory: `SIZE_BYTES` bytes, initially zero. API processes share memory: each writes its own part
+        and reads all parts, since a scrape may reach any process. Each number is one aligned
+        write, so there is no lock; a reader may get a count before its share of the sum.
     """
 
     SIZE_BYTES = NUM_VALUES * 8
@@ -69,22 +69,22 @@ class Latencies:
         self._values = memory.cast("B").cast("d")
 
     def timer(self, start: float | None = None) -> Timer:
-        """For one answer. start: when its request came, by `time.perf_counter()`; None is now."""
+        """A timer for one answer. start: its arrival by `time.perf_counter()`; None: now."""
         return Timer(self, time.perf_counter() if start is None else start)
 
     def observe(self, histogram: Histogram, seconds: float, times: int = 1) -> None:
-        """Count a latency."""
+        """Record a latency."""
         values, offset = self._values, OFFSETS[histogram]
         values[offset + bisect_left(histogram.bounds, seconds)] += times
         values[offset + histogram.size - 1] += seconds * times
 
     def read(self) -> array[float]:
-        """All numbers: the histograms one after the other."""
+        """All values: one histogram after another."""
         return array("d", self._values)
 
 
 class Timer:
-    """Measures one answer."""
+    """Measures the latencies of one answer."""
 
     __slots__ = ("_first", "_last", "_latencies", "_num_tokens", "_start")
 
@@ -94,7 +94,7 @@ class Timer:
         self._num_tokens = 0
 
     def tokens(self, num: int) -> None:
-        """New tokens have come. Those that come together share the time since the last ones."""
+        """Record new tokens. Tokens that arrive together share the time since the last ones."""
         if num < 1:
             return
         now = time.perf_counter()
@@ -107,7 +107,7 @@ class Timer:
         self._num_tokens += num
 
     def end(self) -> None:
-        """The answer has ended, with its last tokens."""
+        """Record the end of the answer."""
         self._latencies.observe(WHOLE, time.perf_counter() - self._start)
         if self._num_tokens > 1:
             seconds = (self._last - self._first) / (self._num_tokens - 1)

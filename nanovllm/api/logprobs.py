@@ -1,4 +1,4 @@
-"""Log-probabilities as OpenAI's API and vLLM write them."""
+"""Log-probabilities in the formats of OpenAI's API and vLLM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from nanovllm.outputs import TopLogprobs
 from nanovllm.schedule.logprobs import Logprob
 
-LOWEST = -9999.0  # OpenAI's number for an impossible token: JSON has no infinity
+LOWEST = -9999.0  # OpenAI's value for an impossible token: JSON has no infinity
 
 
 def token_text(token_id: int, value: Logprob, as_id: bool) -> str:
@@ -19,7 +19,7 @@ def token_text(token_id: int, value: Logprob, as_id: bool) -> str:
 def of_chat(
     token_ids: Sequence[int], found: Sequence[TopLogprobs], num_top: int, as_ids: bool
 ) -> dict[str, Any]:
-    """`logprobs` of a choice of chat."""
+    """`logprobs` of a chat choice."""
     content = []
     for token_id, top in zip(token_ids, found):
         entry = _entry(token_id, top[token_id], as_ids)
@@ -36,10 +36,10 @@ def of_completion(
     offset: int,
     first: str = "",
 ) -> dict[str, Any]:
-    """`logprobs` of a choice of completions.
+    """`logprobs` of a completion choice.
 
-    found: None for the first token of a prompt, whose text is `first`. offset: characters of the
-    answer before these.
+    found: None for a prompt's first token, whose text is `first`. offset: the characters of the
+    answer before these tokens.
     """
     tokens: list[str] = []
     values: list[float | None] = []
@@ -62,7 +62,7 @@ def of_completion(
 
 
 def of_prompt(found: Sequence[TopLogprobs | None]) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: for each position, tokens by their id."""
+    """vLLM's `prompt_logprobs`: for each position, entries by token id."""
     return [
         None
         if top is None

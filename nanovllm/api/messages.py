@@ -1,4 +1,4 @@
-"""Checks the messages of conversations and converts them for chat templates."""
+"""Checks the messages of a conversation and converts them for chat templates."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nanovllm.media import given as media_given
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 KEYS = ("role", "content", "tool_calls", *TEXTS)
-# Fields of parts beside the one that is called as the type. All but the first are options of Qwen's
-# processors that would change what the model reads: reading the media refuses them by name.
+# Fields of media parts besides the one named after the type. All but the first are options of
+# Qwen's processors that would change the model's input: reading the media refuses them by name.
 OF_MEDIA = (
     "video_metadata", "use_audio_in_video", "min_pixels", "max_pixels", "total_pixels",
     "resized_height", "resized_width", "fps", "nframes", "video_start", "video_end",
@@ -27,9 +27,9 @@ _logged: set[str] = set()  # names of ignored fields
 
 
 def checked_messages(messages: list[dict[str, Any]], most: int) -> tuple[list[dict[str, Any]], int]:
-    """The messages for a template, and their characters. Raises ApiError.
+    """The messages for the chat template, and their number of characters. Raises ApiError.
 
-    most: messages, and parts or calls in one of them.
+    most: the maximum number of messages, and of parts or calls in a message.
     """
     if not 0 < len(messages) <= most:
         raise invalid(
@@ -41,12 +41,12 @@ def checked_messages(messages: list[dict[str, Any]], most: int) -> tuple[list[di
 
 
 def num_chars_of(value: Any) -> int:
-    """The characters of a value as JSON, which is how templates write it."""
-    return len(msgspec.json.encode(value, enc_hook=str).decode())  # str: of CutArguments
+    """The number of characters of a value as JSON, as templates write it."""
+    return len(msgspec.json.encode(value, enc_hook=str).decode())  # str: for CutArguments
 
 
 def _num_chars(message: Mapping[str, Any]) -> int:
-    """The characters of a message. Images and sound have limits of their own."""
+    """The number of characters of a message. Media have limits of their own."""
     content = message["content"]
     others = {key: value for key, value in message.items() if key not in ("role", "content")}
     num = num_chars_of(others) if others else 0
@@ -57,7 +57,7 @@ def _num_chars(message: Mapping[str, Any]) -> int:
 
 
 def _message(place: str, message: Mapping[str, Any], most: int) -> dict[str, Any]:
-    """A message without fields that are null, and with the names that templates know."""
+    """A message without null fields, with the field names that templates use."""
     clean = {key: value for key, value in message.items() if not _says_nothing(key, value)}
     role = clean.get("role")
     if role not in ROLES:
@@ -83,8 +83,8 @@ def _message(place: str, message: Mapping[str, Any], most: int) -> dict[str, Any
 
 
 def known_fields(what: str, given: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
-    """The fields that have a meaning here. Others are logged, each name once: programs send back
-    answers with what other servers put into them."""
+    """The supported fields. Others are logged, each name once: clients send back answers with extra
+    fields of other servers."""
     for key, value in given.items():
         if key not in known and value is not None and len(_logged) < MAX_LOGGED:
             name = f"{what} has the field {_short(key)}, which is ignored"
@@ -95,12 +95,12 @@ def known_fields(what: str, given: Mapping[str, Any], known: Container[str]) -> 
 
 
 def _says_nothing(key: str, value: Any) -> bool:
-    """Whether a field may be left out. Clients send back the messages of answers as they are."""
+    """Whether a field can be dropped. Clients send back answers unchanged."""
     return value is None or (key == "annotations" and value == [])
 
 
 def _checked_content(place: str, content: Any) -> Any:
-    """The content with the fields of its parts that are known."""
+    """The content with the supported fields of its parts."""
     if content is None:
         raise invalid(place, f"{place} is missing")
     if not isinstance(content, (str, list)):
@@ -111,11 +111,11 @@ def _checked_content(place: str, content: Any) -> Any:
 
 
 def _checked_part(place: str, part: Any) -> Any:
-    """Images and sound are checked where they are read."""
+    """A checked part. Media are checked where they are read."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(part, str):
         return part
-    if kind == "refusal" and isinstance(part.get("refusal"), str):  # of another model's answer
+    if kind == "refusal" and isinstance(part.get("refusal"), str):  # an answer of another model
         return {"type": "text", "text": part["refusal"]}
     if kind in media_given.TYPES:
         return known_fields("a part", part, ("type", kind, *OF_MEDIA))
@@ -133,7 +133,7 @@ def _check_field(place: str, key: str, value: Any) -> None:
 
 
 def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:
-    """Calls with their arguments as objects: OpenAI has them as JSON text, templates do not."""
+    """Calls with their arguments as objects, as templates expect; OpenAI has JSON text."""
     if not isinstance(calls, list):
         raise invalid(place, f"{place} must be a list")
     return [_tool_call(f"{place}[{number}]", call) for number, call in enumerate(calls)]
@@ -150,7 +150,7 @@ def _tool_call(place: str, call: Any) -> dict[str, Any]:
 
 
 def _object(text: str) -> dict[str, Any] | CutArguments:
-    """The arguments of a call. Those of an answer that was cut are no JSON."""
+    """The arguments of a call. A truncated answer leaves invalid JSON."""
     try:
         found = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):

@@ -1,4 +1,4 @@
-"""The description of the server in OpenAPI's form, from the types of the bodies."""
+"""The server's OpenAPI document, generated from the types of the bodies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POSTS: dict[str, type[msgspec.Struct]] = {
 }
 GETS = ("/v1/models", "/health", "/ready", "/version", "/metrics", "/openapi.json")
 STATUSES = ("400", "401", "404", "408", "413", "415", "429", "500", "503")
-# Anthropic's endpoints, whose errors have its format
+# endpoints whose errors have Anthropic's format
 OF_ANTHROPIC = (anthropic_bodies.MessagesBody, anthropic_bodies.CountTokensBody)
 ANTHROPIC_ERROR = {
     "type": "object",

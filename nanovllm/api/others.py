@@ -1,4 +1,4 @@
-"""The endpoints that answer at once: models, tokens, health, version, metrics."""
+"""Endpoints that do not generate: models, tokens, health, version, metrics."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
 async def embeddings(service: Service, exchange: Exchange) -> None:
     """POST /v1/embeddings."""
     await service.body(exchange, EmbeddingBody)
-    words = f"{service.model!r} generates text and gives no embeddings"
+    words = f"{service.model!r} generates text, not embeddings"
     raise ApiError(400, words, param="model", code="unsupported_model")
 
 
@@ -73,27 +73,27 @@ async def detokenize(service: Service, exchange: Exchange) -> None:
     if tokenizer is None:
         raise invalid("tokens", "the model has no tokenizer")
     if len(body.tokens) > most:
-        raise invalid("tokens", f"tokens has {len(body.tokens)} ids: at most {most} are read")
+        raise invalid("tokens", f"tokens has {len(body.tokens)} ids: at most {most} are allowed")
     for number, token_id in enumerate(body.tokens):
         if not 0 <= token_id <= INT32_MAX:
-            raise invalid(f"tokens[{number}]", f"tokens[{number}] is no token id")
+            raise invalid(f"tokens[{number}]", f"tokens[{number}] is not a token id")
     decode = partial(tokenizer.decode, body.tokens, SHOW_SPECIAL)
     await exchange.json({"prompt": await beside(decode, len(body.tokens))})
 
 
 async def health(service: Service, exchange: Exchange) -> None:
-    """GET /health: whether the engine lives."""
+    """GET /health: whether the engine is alive."""
     if service.engine.failure is not None:
         raise ApiError(503, "the engine has failed", code="engine_dead")
     await exchange.json({})
 
 
 async def ready(service: Service, exchange: Exchange) -> None:
-    """GET /ready: whether the server takes requests."""
+    """GET /ready: whether the server accepts requests."""
     if service.engine.failure is not None:
         raise ApiError(503, "the engine has failed", code="engine_dead")
     if service.engine.is_draining:
-        raise ApiError(503, "the server shuts down", code="draining")
+        raise ApiError(503, "the server is shutting down", code="draining")
     await exchange.json({})
 
 

@@ -1,4 +1,4 @@
-"""Makes `SamplingParams` of the fields of a request, within the server's limits."""
+"""Builds `SamplingParams` from a request's fields, within the server's limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nanovllm.api.structured import structured_outputs
 from nanovllm.sampling import INT32_MAX, RequestOutputKind, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
-# fields of SamplingParams that do not go there as they are
+# fields of SamplingParams that are converted
 CHANGED = ("max_tokens", "min_tokens", "structured_outputs")
 SAME = tuple(
     field.name
@@ -24,7 +24,7 @@ LISTS_OF_TOKENS = ("logit_bias", "allowed_token_ids", "stop_token_ids", "bad_wor
 
 
 class ParamsMaker:
-    """Makes the parameters of requests. All methods raise ValueError, also as ApiError."""
+    """Builds the sampling parameters of requests. Methods raise ValueError or ApiError."""
 
     def __init__(self, config: ServerConfig, default: SamplingParams, max_model_len: int) -> None:
         self._config, self._default, self._max_len = config, default, max_model_len
@@ -34,7 +34,7 @@ class ParamsMaker:
         given = self._given(body)
         wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if wanted == 0 and body.echo:
-            wanted = 1  # only the prompt is requested; the engine generates at least one token
+            wanted = 1  # prompt only: the engine generates at least one token
         given["max_tokens"] = self._tokens("max_tokens", wanted)
         if body.logprobs is not None:
             given["logprobs"] = self._num_logprobs("logprobs", body.logprobs)
@@ -90,13 +90,13 @@ class ParamsMaker:
         return given
 
     def _tokens(self, name: str, wanted: int | None, least: int = 1) -> int | None:
-        """A number of tokens, no larger than any answer can be."""
+        """A token limit, capped at the model's maximum length."""
         if wanted is not None and wanted < least:
             raise invalid(name, f"{name} is {wanted}: it must be at least {least}")
         return None if wanted is None else min(wanted, self._max_len)
 
     def _num_logprobs(self, name: str, value: int) -> int:
-        """Log-probabilities per token. All of the vocabulary (-1) are not sent."""
+        """Log-probabilities per token. -1 (the whole vocabulary) is refused."""
         return _limited(name, value, 0, self._config.max_logprobs)
 
     def _check(self, body: Sampling) -> None:

@@ -1,4 +1,4 @@
-"""What to say to a client that asks for a path which this server does not have."""
+"""Hints for clients that request an unknown path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EMBEDDINGS, TOKENIZE = "POST /v1/embeddings", "POST /tokenize"
 MODELS, MODEL, VERSION = "GET /v1/models", "GET /v1/models/NAME", "GET /version"
 HEALTH, READY, METRICS = "GET /health", "GET /ready", "GET /metrics"
 
-# Paths of other servers, and the endpoint that does the same here. Sources: the API documentation
+# Paths of other servers and their equivalents here. Sources: the API documentation
 # of ollama, llama.cpp's server, SGLang, text-generation-inference, SageMaker and KServe.
 ELSEWHERE = {
     "/api/chat": CHAT, "/api/generate": COMPLETIONS, "/api/embed": EMBEDDINGS,
@@ -28,9 +28,9 @@ ELSEWHERE = {
 
 
 def hint(path: str, known: Iterable[str]) -> str:
-    """The end of the sentence "there is no such path: …". known: the paths of this server."""
+    """The hint after "there is no such path: ". known: the paths of this server."""
     endpoint = ELSEWHERE.get(path.rstrip("/"))
     if endpoint is not None:
-        return f"{endpoint} does this here"
+        return f"use {endpoint}"
     near = difflib.get_close_matches(path, known, n=1)
     return f"did you mean {near[0]}?" if near else "GET /openapi.json lists the paths"

@@ -1,4 +1,4 @@
-"""What an API process does: it serves HTTP once the engine is warm."""
+"""Main function of an API process: serves HTTP once the engine is warm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def serve_clients(process: ApiProcess) -> None:
-    """Serve until the supervisor requests the end."""
+    """Serve until the supervisor requests a shutdown."""
     uvloop.run(_serve_clients(process))
 
 
@@ -47,25 +47,25 @@ async def _serve_clients(process: ApiProcess) -> None:
 
         await run(service, engine, process.listener, stop, ready)
     except EngineDead:
-        await process.drain_begins()  # the supervisor knows why, and ends all processes
+        await process.drain_begins()  # the supervisor has the reason and ends all processes
     finally:
         await engine.close()
 
 
 async def _ready(engine: Client) -> None:
-    """Wait until the engine is warm, and until what conversations need is loaded: a request must
-    not wait for that."""
+    """Wait until the engine is warm and everything that conversations need is loaded, so that no
+    request waits for it."""
     await asyncio.to_thread(renderer.start)  # it imports transformers meanwhile
     await asyncio.to_thread(_import_transformers)
     await engine.ready()
     if engine.tokenizer is not None:
         await asyncio.to_thread(getattr, engine.tokenizer, "for_reading")
-        await asyncio.to_thread(renderer.facts, "", {})  # its process has imported what it needs
+        await asyncio.to_thread(renderer.facts, "", {})  # returns once its process has its imports
 
 
 def _import_transformers() -> None:
-    """Import what chat templates need, without torch, which transformers would import for
-    seconds. A client of a model that sees imports it afterwards."""
+    """Import what chat templates need without torch, which transformers would import for seconds.
+    Clients of a vision model import torch afterwards."""
     sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         tokenizer.import_library()

@@ -1,7 +1,7 @@
-"""/metrics: counts of the engine, and latencies that an API process measures, for Prometheus.
+"""/metrics for Prometheus: the engine's counters and the API processes' latencies.
 
-A name begins with "vllm:" where vLLM has a metric with the same meaning, so that its dashboards
-work. All other names begin with "nanovllm:".
+Metrics that exist in vLLM with the same meaning have its names ("vllm:..."), so that its dashboards
+work. All others begin with "nanovllm:".
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTENT_TYPE", "render"]
 
-# The engine's names (after "nanovllm:") that vLLM has a metric for: its name, and the meaning.
-# Counters get the ending "_total".
+# The engine's names (after "nanovllm:") that vLLM has a metric for: its name and help text.
+# Counters get the suffix "_total".
 NAMES = {
-    "num_requests_running": ("vllm:num_requests_running", "Requests that have a state row."),
-    "num_requests_waiting": ("vllm:num_requests_waiting", "Requests that wait to be admitted."),
-    "kv_cache_usage_perc": ("vllm:kv_cache_usage_perc", "Share of cache blocks in use, 0 to 1."),
-    "prompt_tokens": ("vllm:prompt_tokens", "Tokens of prompts."),
-    "generation_tokens": ("vllm:generation_tokens", "Tokens that were generated."),
+    "num_requests_running": ("vllm:num_requests_running", "Running requests."),
+    "num_requests_waiting": ("vllm:num_requests_waiting", "Requests waiting to be scheduled."),
+    "kv_cache_usage_perc": ("vllm:kv_cache_usage_perc", "Fraction of KV blocks in use, 0 to 1."),
+    "prompt_tokens": ("vllm:prompt_tokens", "Prompt tokens."),
+    "generation_tokens": ("vllm:generation_tokens", "Generated tokens."),
     "prefix_cache_query_tokens": (
         "vllm:prefix_cache_queries",
-        "Prompt tokens that were looked up in the prefix cache.",
+        "Prompt tokens looked up in the prefix cache.",
     ),
     "prefix_cache_hit_tokens": (
         "vllm:prefix_cache_hits",
-        "Prompt tokens that were found in the prefix cache.",
+        "Prompt tokens found in the prefix cache.",
     ),
-    "num_preemptions": ("vllm:num_preemptions", "Requests that gave back their cache blocks."),
-    "request_success": ("vllm:request_success", "Requests that have ended, by the reason."),
+    "num_preemptions": ("vllm:num_preemptions", "Preemptions of requests."),
+    "request_success": ("vllm:request_success", "Finished requests, by finish reason."),
 }
 HELP = {
-    "nanovllm:num_steps": "Steps of the model.",
-    "nanovllm:media_wait_seconds": "Seconds without other work than to wait for images.",
+    "nanovllm:num_steps": "Model steps.",
+    "nanovllm:media_wait_seconds": "Seconds with no work except waiting for media.",
 }
 
 
@@ -53,10 +53,10 @@ def render(
     latencies: Sequence[Latencies] = (),
     labels: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The text that Prometheus reads, of the type `CONTENT_TYPE`.
+    """The metrics in Prometheus' text format, of the type `CONTENT_TYPE`.
 
-    metrics: of the engine. latencies: of all API processes; they are added up.
-    labels: for all metrics; vLLM's dashboards select by "model_name".
+    metrics: the engine's. latencies: those of all API processes; they are summed.
+    labels: added to all metrics; vLLM's dashboards select by "model_name".
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Metrics(metrics, latencies, labels or {}))
@@ -64,7 +64,7 @@ def render(
 
 
 class _Metrics(Collector):
-    """The metrics of one moment."""
+    """A snapshot of the metrics."""
 
     def __init__(
         self, metrics: Sequence[Metric], latencies: Sequence[Latencies], labels: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""Makes prompts of the bodies of requests."""
+"""Builds prompts from request bodies."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from nanovllm.tokenizer import Tokenizer
 Result = TypeVar("Result")
 
 CHARS_PER_TOKEN = 64
-INLINE_CHARS = 4096  # shorter texts are worked on faster than another thread is woken
+INLINE_CHARS = 4096  # shorter texts are done before another thread would wake up
 MAX_VARIABLES = 16
 VARIABLES = "chat_template_kwargs"
-# names that templates get from elsewhere
+# names that templates get from other fields
 NO_VARIABLES = frozenset({"messages", *ChatOptions.__dataclass_fields__})
 
-# fields of /tokenize for conversations alone
+# fields of /tokenize that need messages
 OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "tools", VARIABLES)
 
 
 class PromptMaker:
-    """Makes the prompts of requests. All methods raise ValueError, also as ApiError."""
+    """Builds the prompts of requests. Methods raise ValueError or ApiError."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
         self._engine, self._config = engine, config
@@ -47,7 +47,7 @@ class PromptMaker:
         self._is_warm = False
 
     async def of_completion(self, body: CompletionBody) -> list[Prompt]:
-        """The prompts: one text, several, one list of token ids, or several."""
+        """The prompts: one or several texts, or one or several lists of token ids."""
         given = body.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]  # type: ignore[list-item]
@@ -63,7 +63,7 @@ class PromptMaker:
         return [await self._prompt(one, has_special, body.cache_salt) for one in given]
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The text of a prompt that was given as token ids."""
+        """The text of a prompt given as token ids."""
         if self._engine.tokenizer is None:
             raise invalid("echo", "the model has no tokenizer: echo needs one")
         return self._engine.tokenizer.decode(token_ids)
@@ -85,22 +85,24 @@ class PromptMaker:
         return await beside(encode, len(text))
 
     def check_length(self, text: str, name: str) -> None:
-        """Refuse a text that cannot fit, before it is encoded."""
+        """Refuse a text that is too long, before it is encoded."""
         if len(text) > self.max_chars:
             raise self._too_long(name, len(text))
 
     def _too_long(self, name: str, num_chars: int) -> ApiError:
         return invalid(
-            name, f"{name} has {num_chars} characters: at most {self.max_chars} are read", TOO_LONG
+            name,
+            f"{name} has {num_chars} characters: at most {self.max_chars} are allowed",
+            TOO_LONG,
         )
 
     async def warm(self) -> None:
-        """Load what the first conversation needs, in another thread."""
+        """Load in another thread what the first conversation needs."""
         with contextlib.suppress(ValueError):
             await self.conversation([{"role": "user", "content": "hello"}], None, None, None, {})
 
     async def of_chat(self, body: ChatBody) -> Prompt:
-        """The conversation in the model's template."""
+        """The conversation, rendered by the chat template."""
         variables = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             variables["reasoning_effort"] = body.reasoning_effort
@@ -114,11 +116,11 @@ class PromptMaker:
         if body.messages is None:
             for name in OF_MESSAGES:
                 if getattr(body, name) is not None:
-                    raise invalid(name, f"{name} goes with messages, not with prompt")
+                    raise invalid(name, f"{name} needs messages, not prompt")
             has_special = body.add_special_tokens is not False
             return await self.encode(body.prompt or "", add_special_tokens=has_special)
         if body.add_special_tokens:
-            words = "add_special_tokens is true: the chat template writes them"
+            words = "add_special_tokens is true: the chat template adds them"
             raise invalid("add_special_tokens", words)
         check_tools(body.tools or [], self._config.max_tools)
         prompt = await self.conversation(
@@ -126,7 +128,7 @@ class PromptMaker:
             dict(body.chat_template_kwargs or {}),
         )  # fmt: skip
         if prompt.token_ids is None or prompt.media:
-            raise invalid("messages", "messages have images or sound, which are no tokens of text")
+            raise invalid("messages", "messages have images or sound: only text can be tokenized")
         return prompt.token_ids
 
     async def conversation(
@@ -137,10 +139,10 @@ class PromptMaker:
         tools: list[dict[str, Any]] | None,
         variables: dict[str, Any],
     ) -> Prompt:
-        """Messages in the model's template, encoded."""
+        """Messages rendered by the chat template, as a prompt."""
         tokenizer = self._engine.tokenizer
         if tokenizer is None:
-            raise invalid("messages", "the model has no tokenizer, and so no chat")
+            raise invalid("messages", "the model has no tokenizer: chat needs one")
         clean, num_chars = checked_messages(messages, self._config.max_messages)
         if num_chars > self.max_chars:
             raise self._too_long("messages", num_chars)
@@ -151,7 +153,7 @@ class PromptMaker:
             if num > self.max_chars:
                 raise self._too_long(name, num)
             num_chars += num
-        # a list of parts without text is work, too
+        # parts without text take time, too
         num_chars += sum(len(one["content"]) for one in clean if isinstance(one["content"], list))
         going_on = bool(continue_final_message)
         begins = not going_on if add_generation_prompt is None else add_generation_prompt
@@ -163,7 +165,7 @@ class PromptMaker:
         args = (tokenizer, clean, options, self._engine.check_media, self.max_chars)
         try:
             work = partial(render, *args, drops_variables=True)
-            # it waits for a new process, and for other conversations
+            # the first rendering waits for the renderer's process, and for other conversations
             size = num_chars if self._is_warm and renderer.is_ready else INLINE_CHARS + 1
             prompt = (await beside(work, size))[0]
         except UnknownVariable as error:
@@ -186,13 +188,13 @@ class PromptMaker:
 
 
 async def beside(work: Callable[[], Result], size: int) -> Result:
-    """The result of work on a text or list of this size, in a thread if that would block the event
-    loop for long."""
+    """The result of work on a text or list of this size; runs in a thread if it would block the
+    event loop for long."""
     return work() if size <= INLINE_CHARS else await asyncio.to_thread(work)
 
 
 def check_defaults(tokenizer: Tokenizer | None, variables: Mapping[str, Any]) -> None:
-    """Raises ValueError for variables that no conversation of this model could have."""
+    """Raises ValueError for default variables that all conversations of this model refuse."""
     name = "default_chat_template_kwargs"
     if tokenizer is None or not tokenizer.for_reading.chat_template:
         raise ValueError(f"{name} is {variables!r}, but the model has no chat template")
@@ -209,5 +211,5 @@ def _check_variables(variables: Mapping[str, Any]) -> None:
         raise invalid(VARIABLES, words)
     for name in variables:
         if name in NO_VARIABLES:
-            words = f"{VARIABLES} has {name!r}, which is no variable: give it as a field"
+            words = f"{VARIABLES} has {name!r}, which is not a variable: use the field"
             raise invalid(VARIABLES, words)

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with limits on connections, headers, time, and what is received early."""
+"""uvicorn's HTTP protocol with limits on connections, headers, time, and pipelined data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BAD = _canned("400 Bad Request", ApiError(400, "this is not an HTTP request", co
 
 
 class _Flow(FlowControl):
-    """It reads on only if few bytes are held."""
+    """Resumes reading only while few bytes are held."""
 
     def __init__(self, transport: asyncio.Transport, held: bytearray) -> None:
         super().__init__(transport)
@@ -47,26 +47,26 @@ class _Flow(FlowControl):
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. uvicorn itself has none of these limits.
+    """One connection. uvicorn has none of these limits.
 
-    The parser gets the bytes of one request at a time. Bytes after it are held until its answer is
-    complete, and beyond 64 KiB they are left to the kernel. So pipelined requests take no more
-    memory than one, and malformed bytes do not lose the answers to the requests before them.
+    The parser gets the bytes of one request at a time. Later bytes are held until its response is
+    complete; beyond 64 KiB they stay in the kernel. So pipelined requests take no more memory than
+    one, and malformed bytes do not lose the responses to earlier requests.
     """
 
     limits: ServerConfig
-    idle: dict[LimitedProtocol, None]  # those that have no request, the longest idle one first
+    idle: dict[LimitedProtocol, None]  # connections without a request, longest idle first
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._num_header_bytes = 0  # received since the last complete headers or part of a body
-        self._held = bytearray()  # received after the request that is being answered
+        self._held = bytearray()  # received after the current request
         self.flow = _Flow(self.transport, self._held)
-        self._num_body_bytes = 0  # of the body that are still to come, if its length is known
+        self._num_body_bytes = 0  # still missing from the body, if its length is known
         self._is_receiving = False  # a part of a request is missing
-        self._is_answering = False  # a whole request is there, and its answer is not complete
-        self._has_eof = False  # the client sends no more
+        self._is_answering = False  # the request is complete, its response is not
+        self._has_eof = False  # the client has closed its sending side
         if len(self.connections) > self.limits.max_connections and not self._replace_idle():
             self._end(FULL)
             return
@@ -74,12 +74,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._time("headers", self.limits.header_timeout)
 
     def _replace_idle(self) -> bool:
-        """Close the connection that has been idle for the longest time, if there is one."""
+        """Close the longest idle connection. Returns False if none is idle."""
         longest = next(iter(self.idle), None)
         if longest is None:
             return False
         del self.idle[longest]
-        longest.transport.abort()  # it has nothing to send, and TLS would wait for it
+        longest.transport.abort()  # nothing is left to send, and TLS would wait
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -100,12 +100,12 @@ class LimitedProtocol(HttpToolsProtocol):
                 self.flow.pause_reading()
 
     def _parse(self, data: bytes | bytearray) -> int:
-        """Feed the parser up to the end of a request. Returns how many bytes it has taken."""
+        """Feed the parser up to the end of a request. Returns the number of bytes consumed."""
         self._unset_keepalive_if_required()
         at, size = 0, len(data)
         while at < size and not self._is_answering:
             end = self._end_of_piece(data, at, size)
-            at += self._feed(data[at:end])  # a copy: `_end` clears what is held
+            at += self._feed(data[at:end])  # a copy: `_end` clears the held bytes
             if self.transport.is_closing():
                 return size
         is_waiting = self._is_receiving or self.timeout_keep_alive_task is None
@@ -114,10 +114,10 @@ class LimitedProtocol(HttpToolsProtocol):
         return at
 
     def _end_of_piece(self, data: bytes | bytearray, at: int, size: int) -> int:
-        """Up to where the bytes from `at` have no byte of a second request."""
+        """The end of the bytes from `at` that cannot belong to a second request."""
         if self._num_body_bytes:
             return min(at + self._num_body_bytes, size)
-        if data[at] in b"\r\n":  # the rest of what ends a head, if its begin came before
+        if data[at] in b"\r\n":  # the rest of a head's end that was split
             line_ends = LINE_ENDS.match(data, at)
             assert line_ends is not None
             return line_ends.end()
@@ -125,8 +125,8 @@ class LimitedProtocol(HttpToolsProtocol):
         return size if found < 0 else found + len(HEAD_END)
 
     def _feed(self, piece: bytes | bytearray) -> int:
-        """Returns how many bytes the parser has taken."""
-        # the parser keeps incomplete headers, also those after a body
+        """Feed the parser. Returns the number of bytes consumed."""
+        # the parser buffers incomplete headers, also trailers
         self._num_header_bytes += len(piece)
         try:
             self.parser.feed_data(piece)
@@ -140,8 +140,8 @@ class LimitedProtocol(HttpToolsProtocol):
         return len(piece)
 
     def _ignore_upgrade(self) -> None:
-        """Parse the head once more, without the header upgrade. A server may ignore it (RFC 9110,
-        7.8), and the parser would take the body for bytes of another protocol."""
+        """Parse the head again without the Upgrade header. A server may ignore it (RFC 9110, 7.8),
+        but the parser would treat the body as bytes of another protocol."""
         method = self.parser.get_method()
         if method == b"CONNECT":
             self._end(BAD)
@@ -171,7 +171,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._end(TOO_LONG)
             return
         super().on_headers_complete()
-        self.headers = []  # what comes after the body is no header of the request
+        self.headers = []  # fields after the body are not headers of the request
 
     def on_body(self, body: bytes) -> None:
         self._num_header_bytes = 0
@@ -188,7 +188,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._is_answering = True
             super().on_message_complete()
             return
-        self._stop("headers")  # the answer did not need the body, and is complete
+        self._stop("headers")  # the response is complete and did not need the body
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
         )
@@ -210,9 +210,9 @@ class LimitedProtocol(HttpToolsProtocol):
                 self.transport.close()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether the connection stays open. A client may close its sending side alone and wait for
-        the answer. One that has closed the connection looks the same until it gets bytes, which it
-        refuses, so it gets some."""
+        """Whether the connection stays open. A client may close only its sending side and wait for
+        the response. A fully closed connection looks the same until a write fails, so the server
+        probes it."""
         if not self._is_answering or self.scheme == "https":  # TLS has no half-closed connections
             return False
         if not self._has_eof:
@@ -224,11 +224,11 @@ class LimitedProtocol(HttpToolsProtocol):
         self._timers["probe"] = self.loop.call_later(seconds, self._probe, seconds)
 
     def _probe(self, seconds: float) -> None:
-        """Send bytes that no client takes for an answer, unless those of an answer are sent. Once
-        the client has refused some, the next ones end the connection."""
+        """Write bytes that clients do not mistake for a response, unless the response is being
+        sent. If the client has closed the connection, a later write ends it."""
         if not self.cycle.response_started:
             if self.scope["http_version"] == "1.0":
-                self.transport.abort()  # it does not know 100 Continue
+                self.transport.abort()  # HTTP/1.0 has no 100 Continue
                 return
             self.transport.write(CONTINUE)
         self._probe_after(min(2 * seconds, MAX_PROBE_S))
@@ -238,7 +238,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @property
     def _is_idle(self) -> bool:
-        """Whether no request is being received, beside its head, or answered."""
+        """Whether no request is being received, beyond its head, or answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def pause_writing(self) -> None:
@@ -250,21 +250,21 @@ class LimitedProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _end(self, answer: bytes) -> None:
-        """Answer a malformed request with an error, unless another answer has begun, and close."""
+        """Answer a malformed request with an error, unless a response has started, and close."""
         if self.transport.is_closing():
             return
         self._stop("headers")
         self._held.clear()
         if self._is_idle:
             self.transport.write(answer)
-        elif not self.cycle.response_started:  # the application waits for the body
+        elif not self.cycle.response_started:  # the application is waiting for the body
             self.transport.write(answer)
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
 
     def _time(self, name: str, seconds: float) -> None:
-        """Close the connection if `_stop` is not called within these seconds."""
+        """Close the connection unless `_stop` is called within these seconds."""
         self._stop(name)
         self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
 

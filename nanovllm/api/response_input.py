@@ -1,4 +1,4 @@
-"""The input of a response, as the messages and tools that chat has."""
+"""Converts the input of a response to messages and tools of chat."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nanovllm.api.bodies import ChatBody, ResponsesBody
 from nanovllm.api.errors import invalid
 from nanovllm.api.messages import ROLES, known_fields
 
-# parts of messages here, and in chat
+# types of text parts
 TEXTS = ("input_text", "output_text", "text")
 PART_KEYS = ("type", "text", "annotations", "logprobs")
 MESSAGE, REASONING = "message", "reasoning"
@@ -20,12 +20,12 @@ ITEM_KEYS = {
     OUTPUT: ("type", "call_id", "output", "id", "status"),
 }
 TOOL_KEYS = ("type", "name", "description", "parameters", "strict")
-# fields of the messages of one answer that can come from several items
+# message fields that several items of one answer can provide
 REASONED, CALLS = "reasoning_content", "tool_calls"
 
 
 def messages_of(body: ResponsesBody, most: int) -> list[dict[str, Any]]:
-    """The conversation as chat has it. Raises ApiError, also for more items than `most`."""
+    """The conversation as chat messages. Raises ApiError, also for more than `most` items."""
     messages: list[dict[str, Any]] = []
     if body.instructions is not None:
         messages.append({"role": "system", "content": body.instructions})
@@ -46,7 +46,7 @@ def messages_of(body: ResponsesBody, most: int) -> list[dict[str, Any]]:
 
 
 def _goes_on(before: dict[str, Any], message: dict[str, Any]) -> bool:
-    """Whether an item belongs to the answer of the item before it: reasoning, text, then calls."""
+    """Whether an item continues the same answer: reasoning, text, then calls."""
     if REASONED in message:
         return False
     return CALLS in message or not ("content" in before or CALLS in before)
@@ -88,14 +88,14 @@ def _content(place: str, item: dict[str, Any], name: str) -> Any:
 
 
 def _call(place: str, item: dict[str, Any]) -> dict[str, Any]:
-    """An earlier call of a tool, which the client sends back."""
+    """An earlier tool call that the client sends back."""
     name, arguments, call_id = (_text(place, item, key) for key in ("name", "arguments", "call_id"))
     function = {"name": name, "arguments": arguments}
     return {"role": "assistant", CALLS: [{"id": call_id, "type": "function", "function": function}]}
 
 
 def _reasoning(place: str, item: dict[str, Any]) -> dict[str, Any]:
-    """The reasoning of an earlier answer, which the client sends back."""
+    """The reasoning of an earlier answer that the client sends back."""
     texts, content = [], item.get("content") or []
     if not isinstance(content, list):
         raise invalid(f"{place}.content", f"{place}.content must be a list of parts")
@@ -124,7 +124,7 @@ def _part(place: str, part: Any) -> dict[str, Any]:
 
 
 def _check_tool(place: str, tool: dict[str, Any]) -> None:
-    """Refuse fields of a tool that are not known, unless they are null."""
+    """Refuse unknown fields of a tool, unless they are null."""
     for key, value in tool.items():
         if key not in TOOL_KEYS and value is not None:
             words = f"{place} has the field {key[:64]!r}, which is not supported"
@@ -132,7 +132,7 @@ def _check_tool(place: str, tool: dict[str, Any]) -> None:
 
 
 def as_chat(body: ResponsesBody) -> ChatBody:
-    """The tools of a request in the form that chat has. Raises ApiError."""
+    """A chat body with the request's tools. Raises ApiError."""
     tools = []
     for number, tool in enumerate(body.tools or ()):
         place = f"tools[{number}]"

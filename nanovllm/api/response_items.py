@@ -1,7 +1,7 @@
-"""The items of a response as they grow: reasoning, a message, calls of tools.
+"""The items of a streamed response: reasoning, a message, tool calls.
 
-An item has an index, its place among the items, and a `place`, the fields by which events name it.
-Its `event` is what the names of the events about its text begin with.
+An item's `index` is its position in the output; `place` has the fields that identify it in events;
+`event` is the prefix of the events about its text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nanovllm.parsers import ArgumentsPart, CallStart, Part, ReasoningPart
 class TextItem:
     """A message, or the reasoning before it."""
 
-    is_whole = False  # its text does not tell
+    is_whole = False  # its text does not show it
 
     def __init__(self, index: int, *, is_reasoning: bool) -> None:
         self.index, self.is_reasoning = index, is_reasoning
@@ -34,13 +34,13 @@ class TextItem:
         return is_text and isinstance(part, ReasoningPart) == self.is_reasoning
 
     def add(self, part: Part) -> str:
-        """Add a part of the answer; returns its text."""
+        """Add a part of the answer. Returns its text."""
         assert not isinstance(part, CallStart)
         self.texts.append(part.text)
         return part.text
 
     def done(self) -> dict[str, Any]:
-        """The fields of the event at the end of its text."""
+        """The fields of the event that ends its text."""
         return {"text": "".join(self.texts), "logprobs": []}
 
     def content(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class TextItem:
 
 
 class CallItem:
-    """A call of a tool."""
+    """A tool call."""
 
     event = "response.function_call_arguments"
 
@@ -101,7 +101,7 @@ class CallItem:
 
 
 def item_for(index: int, part: Part) -> TextItem | CallItem:
-    """The item that begins with a part."""
+    """The item that a part starts."""
     if isinstance(part, CallStart):
         return CallItem(index, part)
     return TextItem(index, is_reasoning=isinstance(part, ReasoningPart))

@@ -1,6 +1,6 @@
-"""POST /v1/responses: text and calls of tools, whole or streamed.
+"""POST /v1/responses: text and tool calls, whole or streamed.
 
-The server keeps nothing between requests.
+The server keeps no state between requests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nanovllm.parsers import CallStart, ContentPart, Part
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.interface import Delta
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import StructuredOutputsParams
 
 
 async def responses(service: Service, exchange: Exchange) -> None:
@@ -44,12 +44,12 @@ async def responses(service: Service, exchange: Exchange) -> None:
 
 
 async def input_tokens(service: Service, exchange: Exchange) -> None:
-    """POST /v1/responses/input_tokens: how many tokens the prompt of a response has."""
+    """POST /v1/responses/input_tokens: the number of prompt tokens of a request."""
     body = await service.body(exchange, InputTokensBody)
     asked = service.params.of_response(body).structured_outputs
     _, prompt = await _read(service, body, asked)
     if prompt.token_ids is None:
-        words = "input has images, whose tokens are counted in the usage of a response"
+        words = "input has images, whose tokens are only counted in the usage of a response"
         raise invalid("input", words)
     num = len(prompt.token_ids)
     await exchange.json({"object": "response.input_tokens", "input_tokens": num})
@@ -58,7 +58,7 @@ async def input_tokens(service: Service, exchange: Exchange) -> None:
 async def _read(
     service: Service, body: ResponsesBody, asked: StructuredOutputsParams | None
 ) -> tuple[Reading, Prompt]:
-    """How to parse the answer, and the prompt."""
+    """How to parse the answer; the prompt."""
     try:
         as_in_chat = as_chat(body)
         reading = service.readings.of(as_in_chat, asked)
@@ -74,7 +74,7 @@ async def _read(
 
 
 def _own_name(field: str) -> str:
-    """What a response calls a field that chat has."""
+    """The Responses API's name for a field of chat."""
     if field.startswith("messages"):
         return "input"
     if field == "reasoning_effort":
@@ -83,7 +83,7 @@ def _own_name(field: str) -> str:
 
 
 def _about(body: ResponsesBody, params: SamplingParams, model: str) -> dict[str, Any]:
-    """The fields of a response that do not depend on the answer."""
+    """The fields of a response that do not depend on the output."""
     text: Any = {"format": {"type": "text"}}
     if body.text is not None and body.text.format is not None:
         given = msgspec.to_builtins(body.text.format)
@@ -101,7 +101,7 @@ def _about(body: ResponsesBody, params: SamplingParams, model: str) -> dict[str,
 
 
 class ResponseWriter:
-    """Writes a response. about: its fields that are known before its answer."""
+    """Writes a response. about: its fields that do not depend on the output."""
 
     def __init__(
         self, about: dict[str, Any], reading: Reading, prompt: str, generation: Generation
@@ -138,7 +138,7 @@ class ResponseWriter:
         return self._response(self._status())
 
     def _parts(self, delta: Delta) -> list[Part]:
-        """What a part of the answer has."""
+        """The parsed parts of a delta."""
         if self._stream is None:
             return [ContentPart(delta.text)] if delta.text else []
         parts = self._stream.push(delta.text)
@@ -147,7 +147,7 @@ class ResponseWriter:
         return list(self._reading.kept(parts))
 
     def _item(self, part: Part) -> TextItem | CallItem:
-        """The item that a part belongs to, perhaps a new one."""
+        """The item that a part belongs to; a new one if necessary."""
         if not self._items or not self._items[-1].takes(part):
             self._items.append(item_for(len(self._items), part))
         return self._items[-1]
@@ -170,7 +170,7 @@ class ResponseWriter:
         return b"".join(found)
 
     def _close(self, item: TextItem | CallItem) -> bytes:
-        """The events at the end of an item."""
+        """The events that end an item."""
         found = [self._event(f"{item.event}.done", **item.place, **item.done())]
         if isinstance(item, TextItem):
             found.append(self._content_event("done", item))
@@ -190,7 +190,7 @@ class ResponseWriter:
         return b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(fields))
 
     def _status_of(self, item: TextItem | CallItem) -> str:
-        """What is cut is the last item, unless it is a whole call."""
+        """The status of an item. Only the last one can be incomplete, unless it is a whole call."""
         is_last = item is self._items[-1]
         return self._status() if is_last and not item.is_whole else "completed"
 

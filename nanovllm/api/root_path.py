@@ -1,4 +1,4 @@
-"""A server behind a proxy that shows it below a path."""
+"""Support for a proxy that exposes the server under a path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nanovllm.api.http import Receive, Scope, Send
 
 
 def below(root_path: str, app: Any) -> Any:
-    """The application for requests with paths below `root_path`, too; "" is no path."""
+    """The application, which then also accepts paths under `root_path`; "" changes nothing."""
     return _Below(root_path, app) if root_path else app
 
 

@@ -1,4 +1,4 @@
-"""Runs the application in an event loop, with TLS, until it is told to stop."""
+"""Runs the application in an event loop, with TLS, until a shutdown is requested."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from nanovllm.serving.interface import AsyncEngine
 
 logger = logging.getLogger(__name__)
 CHECK_S = 0.2
-OTHER_FILES = 128  # beside connections of clients: of the engine, of images, of libraries
-LAST_WORDS_S = 0.5  # for errors to reach clients after the engine has failed
-CLOSE_S = 3  # afterwards connections of clients that do not read are closed
+OTHER_FILES = 128  # besides client connections: the engine, images, libraries
+LAST_WORDS_S = 0.5  # time for errors to reach clients after the engine failed
+CLOSE_S = 3  # then connections of clients that do not read are closed
 
 
 class Drainable(AsyncEngine, Protocol):
-    """An engine that can end in order."""
+    """An engine that can be drained."""
 
     async def drain(self, timeout: float | None = None) -> object: ...
 
 
 class Stop:
-    """The wish to end, which comes once `wish` is done."""
+    """A shutdown request, which is made once `wish` is done."""
 
     def __init__(self, wish: Awaitable[object]) -> None:
         self._wish = asyncio.ensure_future(wish)
@@ -45,7 +45,8 @@ class Stop:
         await asyncio.shield(self._wish)
 
     async def before(self, work: Coroutine[Any, Any, object]) -> bool:
-        """Whether work ends before somebody wishes to stop, which cancels it. Raises its error."""
+        """Whether work finishes before a shutdown is requested, which cancels it. Raises its
+        error."""
         task = asyncio.create_task(work)
         await asyncio.wait((task, self._wish), return_when=asyncio.FIRST_COMPLETED)
         is_done = task.done()
@@ -58,7 +59,7 @@ class Stop:
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # signals are ours: see `Stop`
+        yield  # `Stop` handles signals
 
 
 async def run(
@@ -68,10 +69,10 @@ async def run(
     stop: Stop,
     on_ready: Callable[[], object] = lambda: None,
 ) -> int:
-    """Serve until somebody asks to stop, or the engine fails. Returns the exit code.
+    """Serve until a shutdown is requested or the engine fails. Returns the exit code.
 
-    At the wish to stop, running requests have `drain_timeout` seconds to finish; new ones are
-    refused meanwhile.
+    On a shutdown request, running requests have `drain_timeout` seconds to finish; new ones are
+    refused.
     """
     config = service.config
     uvicorn_logger = logging.getLogger("uvicorn.error")
@@ -110,26 +111,26 @@ async def run(
 
 
 def _fitting(config: ServerConfig) -> ServerConfig:
-    """The options with as many connections as this process may have files. If it had none left, it
-    could neither refuse a connection nor open an image."""
+    """The options, with `max_connections` reduced to the process's limit of open files. Without a
+    free file the server could neither refuse a connection nor open an image."""
     wanted = config.max_connections + OTHER_FILES
     num_files = open_files.allow(wanted)
     if num_files >= wanted:
         return config
     most = max(1, num_files - OTHER_FILES)
     logger.warning(
-        "max_connections is %d, but a process may have %d files open (ulimit -n): %d connections "
-        "are served", config.max_connections, num_files, most,
+        "max_connections is %d, but the process can have only %d open files (ulimit -n): serving "
+        "%d connections", config.max_connections, num_files, most,
     )  # fmt: skip
     return replace(config, max_connections=most)
 
 
 async def _warm(service: Service) -> None:
     await service.prompts.warm()
-    gc.freeze()  # garbage collection of the objects of all modules would delay all streams
+    gc.freeze()  # collecting the objects of all modules would delay all streams
 
 
 async def _failure(engine: AsyncEngine) -> None:
-    """Wait until the engine has failed."""
+    """Wait until the engine fails."""
     while engine.failure is None:
         await asyncio.sleep(CHECK_S)

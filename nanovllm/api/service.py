@@ -1,4 +1,4 @@
-"""What all endpoints share."""
+"""State shared by all endpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_ID_CHARS = 64
 
 
 class Service:
-    """An engine behind HTTP, with its options and the names of its model."""
+    """An engine behind HTTP, with the server's options and the names of its model."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Service:
         index: int = 0,
         salts: CacheSalts | None = None,
     ) -> None:
-        """latencies: of all API processes. index: of this one. salts: None for those of a server
-        with a single API process."""
+        """latencies: of all API processes. index: of this process. salts: None for a server with a
+        single API process."""
         self.latencies = latencies or [Latencies()]
         self.own_latencies = self.latencies[index]
         self.engine, self.config = engine, config
@@ -62,7 +62,7 @@ class Service:
         return True
 
     async def body(self, exchange: Exchange, kind: type[Body]) -> Body:
-        """The body of a request, whose model must be ours. Raises ApiError."""
+        """A request's body; its model must be this server's. Raises ApiError."""
         data = await exchange.body(self.config.max_body_bytes, self.config.body_timeout)
         body = decoded(data, kind)
         self.check_model(getattr(body, "model", None))
@@ -81,11 +81,11 @@ class Service:
         most = max(self.config.max_prompts, self.config.max_n)
         if num_prompts * n > most:
             words = f"{num_prompts} prompts with n={n} are {num_prompts * n} answers: at most "
-            raise invalid("n", f"{words}{most} are made for a request")
+            raise invalid("n", f"{words}{most} per request")
 
 
 def response_id(prefix: str, given: str | None) -> str:
-    """The id of an answer: the one that the request gives, or a random one."""
+    """The id of a response: from the request, or a random one."""
     if given is None:
         return f"{prefix}{secrets.token_hex(16)}"
     if not 0 < len(given) <= MAX_ID_CHARS or not given.isascii() or not given.isprintable():
@@ -95,7 +95,7 @@ def response_id(prefix: str, given: str | None) -> str:
 
 
 def usage_options(options: StreamOptions | None) -> tuple[bool, bool]:
-    """Whether a stream ends with the usage, and whether every part has it."""
+    """Whether the stream ends with the usage, and whether every chunk has it."""
     if options is None:
         return False, False
     is_continuous = bool(options.continuous_usage_stats)

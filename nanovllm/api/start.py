@@ -1,7 +1,7 @@
-"""Starts a server: the engine's process and the processes that speak HTTP.
+"""Starts a server: the engine process and the API processes.
 
-The supervisor runs this. It imports nothing that it does not use itself: an import here delays the
-start of the engine.
+The supervisor runs this module. It imports only what it uses: every import delays the start of the
+engine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TARGET = "nanovllm.api.process:serve_clients"
 
 
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
-    """See `nanovllm.api.serve`."""
+    """Implements `nanovllm.api.serve`."""
     log.configure()
     server = with_keys(server)
     tls.check(server)

@@ -1,4 +1,4 @@
-"""Makes `SamplingParams.structured_outputs` of the fields of a request."""
+"""Builds `SamplingParams.structured_outputs` from a request's fields."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 from nanovllm.api.bodies import ResponsesBody, Sampling
 from nanovllm.api.errors import ApiError, invalid
-from nanovllm.structured.params import FIELD as FORM
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import FIELD as FORM
+from nanovllm.structured_params import StructuredOutputsParams
 
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-MAX_CHOICES = 1 << 16  # max_grammar_bytes allows fewer by default, but is checked later
+MAX_CHOICES = 1 << 16  # the default max_grammar_bytes allows fewer, but is checked later
 WHITESPACE = "guided_whitespace_pattern"
 
 
 def structured_outputs(body: Sampling | ResponsesBody) -> StructuredOutputsParams | None:
-    """The form of the answer; None if any text will do.
+    """The constraint on the output; None if any text is allowed.
 
-    Raises ApiError, which names the field, if a request gives two forms or a wrong one.
+    Raises ApiError, with the field, if a request has two constraints or an invalid one.
     """
     found = _given(body)
     if len(found) > 1:
-        raise invalid(list(found)[-1], f"{' and '.join(found)} are given: one of them may be")
+        raise invalid(list(found)[-1], f"{' and '.join(found)} cannot be combined")
     for name, form in found.items():
         choices = form.get("choice")
         if isinstance(choices, list) and len(choices) > MAX_CHOICES:
@@ -35,19 +35,19 @@ def structured_outputs(body: Sampling | ResponsesBody) -> StructuredOutputsParam
 
 
 def form_field(body: Sampling | ResponsesBody) -> str | None:
-    """The field of a request that says which form its answer has."""
+    """The request field that constrains its output."""
     return next(iter(_given(body)), None)
 
 
 def misfit(name: str, message: str) -> ApiError:
-    """The error for a form, by the field that the request gives it with."""
+    """The error for a constraint, under the name of the request's field."""
     if name == FORM:
         return invalid(name, message)
     return invalid(name, f"{name}: {message.removeprefix(FORM).lstrip('.: ')}")
 
 
 def _given(body: Sampling | ResponsesBody) -> dict[str, dict[str, Any]]:
-    """The forms that a request gives, by the name of the field."""
+    """A request's constraints by the name of the field."""
     if not isinstance(body, ResponsesBody):
         return _of_sampling(body)
     given = body.text.format if body.text is not None else None

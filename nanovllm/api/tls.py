@@ -1,4 +1,4 @@
-"""The files of a certificate and its key, read once before anything is started."""
+"""Checks the files of a TLS certificate and its key before anything starts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nanovllm.api.config import ServerConfig
 
 
 def check(config: ServerConfig) -> None:
-    """Raises ValueError for files that cannot be read, are no certificate and key of the same pair,
-    or need a passphrase, which nobody could type for every process."""
+    """Raises ValueError for files that cannot be read, are not a matching certificate and key, or
+    need a passphrase, which cannot be entered in every process."""
     if config.ssl_certfile is None or config.ssl_keyfile is None:
         return
     import ssl  # few servers need it

@@ -32,8 +32,8 @@ from nanovllm.parsers import (
 )
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
 from nanovllm.serving.interface import AsyncEngine
-from nanovllm.structured.params import StructuredOutputsParams
 from nanovllm.structured.tagged import tagged
+from nanovllm.structured_params import StructuredOutputsParams
 
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 NONE = "none"
@@ -43,8 +43,8 @@ NONE = "none"
 class Reading:
     """How to parse the answers to a request. parser: None if all text is content.
 
-    form: what answers must look like. at_most_one: calls after the first are dropped. is_forced:
-    answers are calls and nothing else; what is cut off before its name is known is dropped.
+    form: the constraint on answers. at_most_one: calls after the first are dropped. is_forced:
+    answers consist of calls only; a call that is cut off before its name is dropped.
     """
 
     parser: AnswerParser | None = None
@@ -58,14 +58,14 @@ class Reading:
         return self.parser is not None and self.parser.needs_special_tokens
 
     def stream(self, prompt: str) -> AnswerStream | None:
-        """A parser of one answer; None if all its text is content."""
+        """A parser for one answer; None if all text is content."""
         if self.parser is None:
             return None
         reasoning = self.parser.reasoning
         return self.parser.stream(reasoning is not None and reasoning.begins_in(prompt))
 
     def kept(self, parts: Sequence[Part]) -> Iterator[Part]:
-        """The parts that the request wants."""
+        """The parts that the request asked for."""
         for part in parts:
             is_later = isinstance(part, (CallStart, ArgumentsPart)) and part.index > 0
             if self.at_most_one and is_later:
@@ -78,7 +78,7 @@ class Reading:
 
 
 class Readings:
-    """The parsers of a model. They are looked up at the first conversation: the chat template is
+    """A model's parsers. They are chosen at the first conversation, because the chat template is
     read late."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
@@ -86,8 +86,8 @@ class Readings:
         self._found: tuple[ToolParser | None, ReasoningParser | None, list[str]] | None = None
 
     def of(self, body: ChatBody, form: StructuredOutputsParams | None) -> Reading:
-        """How to parse the answers to a request with this form. Raises ValueError or ApiError for
-        wrong tools."""
+        """How to parse the answers to a request with this constraint. Raises ValueError or ApiError
+        for invalid tools."""
         tools, reasoning, end_texts = self._parsers()
         choice = body.tool_choice
         check_tools(body.tools or [], self._config.max_tools)
@@ -96,7 +96,7 @@ class Readings:
         has_reasoning = body.include_reasoning is not False
         one = body.parallel_tool_calls is False
         if _is_forced(choice):
-            # a form is that of text, which the answer has none of
+            # the constraint is on text, and a forced call has no text
             name = _named(choice)
             asked = [tool for tool in body.tools or [] if name in (None, tool["function"]["name"])]
             self._check_size([tool["function"].get("parameters") for tool in asked])
@@ -112,7 +112,7 @@ class Readings:
             raise refused("tools", words)
         tools = None if is_free or tools is None else tools.with_tools(body.tools or [])
         if form is not None and tools is None:
-            return Reading(form=form)  # the whole answer has the form
+            return Reading(form=form)  # the constraint holds for the whole answer
         if tools is not None and (form is not None or _strict(body.tools or []) is not None):
             strict = [tool for tool in body.tools or [] if tool["function"].get("strict")]
             parameters = [tool["function"].get("parameters") for tool in strict]
@@ -128,7 +128,7 @@ class Readings:
         return Reading(parser, at_most_one=one, has_reasoning=has_reasoning)
 
     def _check_size(self, schemas: Sequence[Any]) -> None:
-        """Refuse schemas that make a grammar larger than the engine allows, before it is built."""
+        """Refuse schemas whose grammar would exceed the engine's limit, before it is built."""
         num_bytes, most = len(msgspec.json.encode(schemas)), self._engine.config.max_grammar_bytes
         if num_bytes > most:
             words = f"the schemas of tools and of the answer have {num_bytes} bytes together"
@@ -160,7 +160,7 @@ def _is_forced(choice: Any) -> bool:
 
 
 def _named(choice: Any) -> str | None:
-    """The tool that must be called, if one is named."""
+    """The tool that must be called, if tool_choice names one."""
     if not isinstance(choice, dict):
         return None
     function = choice.get("function")
@@ -172,16 +172,16 @@ def _named(choice: Any) -> str | None:
 
 
 def _strict(tools: Sequence[Any]) -> int | None:
-    """The number of the first strict tool."""
+    """The index of the first strict tool."""
     return next((i for i, tool in enumerate(tools) if tool["function"].get("strict")), None)
 
 
 def _grammar(
     parser: ToolParser, tools: Sequence[Any], form: StructuredOutputsParams | None
 ) -> StructuredOutputsParams:
-    """Answers with calls whose arguments match the schemas of strict tools, or with a form."""
+    """A grammar of answers: calls match strict tools' schemas, other text the constraint."""
     if parser.marks is None:
-        words = f"with the tool_call_parser {parser.name!r} nothing holds calls within text to"
+        words = f"on inline tool calls, the tool_call_parser {parser.name!r} cannot enforce"
         if form is None:
             name = f"tools[{_strict(tools)}].function.strict"
             raise refused(name, f"{words} a schema: use tool_choice 'required' or a named one")
@@ -196,7 +196,7 @@ def _grammar(
 
 
 def check_tools(tools: Sequence[Any], most: int) -> None:
-    """Raises ApiError for more tools than `most`, and for what is no tool."""
+    """Raises ApiError for more than `most` tools and for invalid ones."""
     if len(tools) > most:
         raise invalid("tools", f"tools has {len(tools)} tools: at most {most} are allowed")
     for number, tool in enumerate(tools):

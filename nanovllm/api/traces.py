@@ -1,8 +1,8 @@
-"""Traces of requests for OpenTelemetry: a span for each, sent to a collector by OTLP over HTTP.
+"""OpenTelemetry traces: a span for each request, sent to a collector by OTLP over HTTP.
 
-The names of attributes are those of OpenTelemetry's conventions for generative AI and HTTP, and
-vLLM's for the time to the first token. Spans have counts and times, and no texts: what a request
-can put into one is its id, of at most 64 letters, digits, "-" and "_".
+Attributes are named after OpenTelemetry's conventions for generative AI and HTTP, and vLLM's for
+the time to first token. Spans have counts and times, but no texts: a request controls only its id,
+which has at most 64 letters, digits, "-" and "_".
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Protocol
 from nanovllm import extras
 
 PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
-MAX_WAITING = 2048  # spans; more are dropped while the collector does not answer
+MAX_WAITING = 2048  # spans; more are dropped if the collector does not respond
 CLOSE_S = 3.0
 SERVER_ERROR = 500
 
 
 def check_installed() -> None:
-    """Raises ValueError if a package of the extra is missing. Imports none of them."""
+    """Raises ValueError if a package of the extra is missing. Imports nothing."""
     for name in PACKAGES:
         try:
             is_there = importlib.util.find_spec(name) is not None
-        except ModuleNotFoundError:  # not even the package above it
+        except ModuleNotFoundError:  # the parent package is missing
             is_there = False
         if not is_there:
             raise ValueError(
@@ -36,8 +36,8 @@ def check_installed() -> None:
 
 
 class Finished(Protocol):
-    """The facts of a request for its span. start: by `time.perf_counter()`. first_token: in
-    seconds after it."""
+    """A request's data for its span. start: by `time.perf_counter()`. first_token: seconds after
+    start."""
 
     request_id: str
     start: float
@@ -48,9 +48,9 @@ class Finished(Protocol):
 
 
 class Traces:
-    """Makes spans of requests that have ended, and sends them from a thread of its own.
+    """Makes a span for each finished request, and sends them from a separate thread.
 
-    endpoint: the URL that takes traces, such as http://127.0.0.1:4318/v1/traces.
+    endpoint: the collector's URL, such as http://127.0.0.1:4318/v1/traces.
     Raises ValueError if the packages of the extra are missing.
     """
 
@@ -73,8 +73,8 @@ class Traces:
         self._model = model
 
     def add(self, request: Finished, route: str, headers: Mapping[str, str]) -> None:
-        """A request has ended now. route: the path of its endpoint. The header traceparent names
-        the span that it belongs to."""
+        """Add the span of a request that ends now. route: the path of its endpoint. headers:
+        traceparent names the parent span."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -102,13 +102,13 @@ class Traces:
         span.end(end)
 
     def close(self) -> None:
-        """Send the waiting spans, for at most three seconds."""
-        # a collector that does not answer would hold the library for half a minute
+        """Send the remaining spans, for at most three seconds."""
+        # if the collector does not respond, the library would block for half a minute
         closing = threading.Thread(target=self._flush, daemon=True)
         closing.start()
         closing.join(CLOSE_S)
         if closing.is_alive():
-            self._exporter.shutdown()  # from now on, what is sent is dropped
+            self._exporter.shutdown()  # drops further spans
 
     def _flush(self) -> None:
         self._provider.force_flush()

@@ -1,28 +1,34 @@
-"""A whole batch job: checks what was asked for, and answers a file with one engine or replicas."""
+"""A whole batch job: checks the options, and answers a file with one engine or several replicas."""
 
 from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, fields
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from nanovllm.batch.job import Job
-from nanovllm.batch.worker import EngineWorker, Settings, Worker, load_engine
+from nanovllm.batch.worker import EngineWorker, Settings, load_engine
 from nanovllm.config import EngineConfig
 from nanovllm.programs import INTERRUPTED, TERMINATED
+from nanovllm.replicas import cluster
 
 # options that do not change answers: a job may go on with other values
-FREE_OPTIONS = ("compile_cache", "compile_cache_mode", "disable_log_stats")
+FREE_OPTIONS = (
+    "compile_cache", "compile_cache_mode", "disable_log_stats",
+    "data_parallel_size", "distributed_executor_backend",
+)  # fmt: skip
+USER = "--replicas (without --no-ray)"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a job is to do.
+    """The options of a job.
 
     params: sampling parameters of all rows. chat_options: options of `LLM.chat` for messages.
-    replicas: engines. uses_ray: False for one engine in this process; None: if there are several
+    replicas: engines in Ray. uses_ray: False for what `config` says; None: if there are several
     replicas or an address of a cluster.
     """
 
@@ -43,37 +49,47 @@ class Request:
         if self.replicas < 1:
             raise ValueError(f"--replicas is {self.replicas}: it must be at least 1")
         if self.uses_ray is False and self.ray_address is not None:
-            raise ValueError("--no-ray does not go with --ray-address")
+            raise ValueError("--no-ray cannot be combined with --ray-address")
         return self.uses_ray is None and (self.replicas > 1 or self.ray_address is not None)
+
+    @property
+    def engine(self) -> EngineConfig:
+        """The options of the engine, or of its replicas. Raises ValueError."""
+        if not self.is_on_ray:
+            return self.config
+        return replace(
+            self.config, data_parallel_size=self.replicas, distributed_executor_backend="ray"
+        )
 
 
 def answer_file(request: Request) -> int:
-    """Exit status 0: every row has its line in the output. INTERRUPTED: Ctrl-C has ended the job.
-    TERMINATED: SIGTERM has (`programs.sigterm_as_exit`).
+    """Exit status 0: every row has its line in the output. INTERRUPTED: ended by Ctrl-C.
+    TERMINATED: ended by SIGTERM (`programs.sigterm_as_exit`).
 
     Raises ValueError, TypeError and OSError for mistakes of the user.
     """
     params, chat = request.params, request.chat_options
     settings = Settings(_object("params", params), _object("chat_options", chat))
-    config, is_on_ray = request.config, request.is_on_ray
-
-    def make_worker(num_rows: int) -> Worker:
-        if not is_on_ray:
-            return EngineWorker(load_engine(config), settings)
-        from nanovllm.batch.replicas import Replicas
-
-        address = request.ray_address
-        return Replicas(config, settings, request.replicas, num_rows, address=address)
-
+    config = request.engine
     facts = {"params": settings.params, "chat_options": settings.chat, **_facts(config)}
     job = Job(request.source, request.target, facts, overwrite=request.overwrite)
-    try:
-        job.run(make_worker, show_progress=request.show_progress)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        print(f"stopped: {job.summary}; the same command goes on", file=sys.stderr)
-        return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED
-    finally:
-        job.close()
+    with ExitStack() as stack:
+        stack.callback(job.close)
+
+        def make_worker() -> EngineWorker:
+            if request.is_on_ray:
+                cluster.SHARED.open(USER, request.ray_address)
+                stack.callback(cluster.SHARED.close)
+            shared = load_engine(config)
+            if config.replicas_option:
+                stack.callback(shared.engine.close)
+            return EngineWorker(shared, settings)
+
+        try:
+            job.run(make_worker, show_progress=request.show_progress)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            print(f"stopped: {job.summary}; run the same command to resume", file=sys.stderr)
+            return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED
     print(f"{request.target}: {job.summary}")
     return 0
 
@@ -85,7 +101,7 @@ def _object(name: str, value: Any) -> dict[str, Any]:
 
 
 def _facts(config: EngineConfig) -> dict[str, Any]:
-    """The model, and the options that are not at their defaults."""
+    """The model, and the options that differ from their defaults."""
     folder = os.path.expanduser(config.model)
     model = os.path.realpath(folder) if os.path.isdir(folder) else config.model
     options = {

@@ -1,4 +1,4 @@
-"""A batch job, from the files to the summary."""
+"""A batch job, from its files to the summary."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nanovllm import progress
 from nanovllm.batch.output import InOrder, Output
 from nanovllm.batch.results import Result
 from nanovllm.batch.rows import Line, Scan, read_lines, scan
-from nanovllm.batch.worker import Worker
+from nanovllm.batch.worker import EngineWorker
 
-MakeWorker = Callable[[int], Worker]  # from the number of rows that are left
+MakeWorker = Callable[[], EngineWorker]
 
 
 @dataclass
 class Summary:
-    """Counts of a run. num_before: rows that earlier runs have written."""
+    """Counts of a run. num_before: rows written by earlier runs."""
 
     num_rows: int
     num_before: int
@@ -35,7 +35,7 @@ class Summary:
 
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
-        earlier = f" after {self.num_before:,} of earlier runs" if self.num_before else ""
+        earlier = f" after {self.num_before:,} from earlier runs" if self.num_before else ""
         return (
             f"{self.num_written:,} of {self.num_rows:,} rows written{earlier}, {self.num_left:,} "
             f"left; {self.num_errors:,} errors; {self.num_tokens:,} tokens in "
@@ -45,20 +45,20 @@ class Summary:
 
 
 class Job:
-    """A job on two files. `facts` say what the output belongs to, beside the input."""
+    """A job on two files. `facts` identify, with the input, the job that an output belongs to."""
 
     def __init__(
         self, source: Path, target: Path, facts: Mapping[str, Any], *, overwrite: bool
     ) -> None:
-        """Find out what is left to do. The output file exists afterwards, and is this job's alone.
+        """Determine what is left to do. The output file then exists and is locked for this job.
 
-        Raises OSError, and ValueError if the output belongs to another job, and `overwrite` is
+        Raises OSError, and ValueError if the output belongs to another job and `overwrite` is
         False.
         """
         if not source.is_file():
-            raise ValueError(f"{source} is no file")
+            raise ValueError(f"{source} is not a file")
         if target.exists() and target.samefile(source):
-            raise ValueError(f"{target} is the input: give another file with -o")
+            raise ValueError(f"{target} is the input: use another file with -o")
         self._source = source
         self._output = Output(target)
         try:
@@ -79,7 +79,7 @@ class Job:
             if found.num_rows != self._scan.num_before:
                 raise ValueError(
                     f"{self._output.path} has {found.num_rows} rows up to row {found.last_row}, "
-                    f"and the input {self._scan.num_before}; --overwrite starts anew"
+                    f"but the input has {self._scan.num_before}; --overwrite starts over"
                 )
             self._output.cut(found.num_bytes)
             self._next_row = found.last_row + 1
@@ -91,14 +91,14 @@ class Job:
         self._output.close()
 
     def run(self, make_worker: MakeWorker, *, show_progress: bool = True) -> None:
-        """Answer all rows that are left. `summary` counts, also if this raises.
+        """Answer all remaining rows. `summary` is valid even if this raises.
 
-        Raises what `make_worker` and the worker raise, and ValueError if the input changes.
+        Raises the errors of `make_worker` and the worker, and ValueError if the input changes.
         """
         summary = self.summary
         if not summary.num_left:
             return
-        worker = make_worker(summary.num_left)
+        worker = make_worker()
         started = time.perf_counter()
         counts: dict[str, Any] = {"total": summary.num_rows, "initial": summary.num_before}
         bar = progress.bar(unit="row", desc="rows", disable=not show_progress, **counts)
@@ -128,7 +128,7 @@ class Job:
         return state.st_size, state.st_mtime_ns
 
 
-def _answers(lines: Iterator[Line], worker: Worker) -> Iterator[list[Result]]:
+def _answers(lines: Iterator[Line], worker: EngineWorker) -> Iterator[list[Result]]:
     """The results of all lines in the order of the lines, some at a time."""
     order, more = InOrder(), True
     while True:

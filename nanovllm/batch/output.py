@@ -1,7 +1,7 @@
-"""The output of a batch job, and how a job that was stopped goes on.
+"""The output of a batch job, and how a stopped job resumes.
 
-Rows are written in the order of the input, so the last whole line tells where to go on. Beside the
-output lies OUT.job, which says what the output belongs to.
+Rows are written in input order, so the last complete line shows where to resume. The file OUT.job
+beside the output identifies its job.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from nanovllm.batch.rows import Line
 
 VERSION = 1
 BLOCK_BYTES = 1 << 20
-# One long answer holds back the rows after it. So many of them may finish in the meantime.
+# One long answer delays the rows after it. This many of them may finish in the meantime.
 MAX_WAITING, MAX_WAITING_BYTES = 8192, 256 << 20
 
 
 @dataclass(frozen=True)
 class Found:
-    """What an output holds. num_rows: its whole lines. last_row: the row of the last one, -1
-    without any. num_bytes: their length; what follows is the beginning of a row, which is cut."""
+    """The contents of an output. num_rows: complete lines. last_row: the row of the last one, -1 if
+    there is none. num_bytes: their length; an incomplete line after them is cut off."""
 
     num_rows: int
     last_row: int
@@ -35,25 +35,25 @@ class Found:
 
 
 class Output:
-    """The output file, which one job at a time may write."""
+    """The output file, locked by one job at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file. Raises OSError, and ValueError if another job writes to it."""
+        """Open or create the file. Raises OSError, and ValueError if another job is using it."""
         self.path, self.sidecar = path, Path(f"{path}.job")
         self._file: BinaryIO = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by `close`)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise ValueError(f"another job writes to {path}") from None
+            raise ValueError(f"another job is writing to {path}") from None
 
     def close(self) -> None:
-        """Write everything to the disk, and let other jobs use the file."""
+        """Sync the file to disk and unlock it."""
         os.fsync(self._file.fileno())
         self._file.close()
 
     def find(self) -> Found:
-        """Read what is there. Raises ValueError if it is not the output of a batch job."""
+        """Read the existing output. Raises ValueError if it is not that of a batch job."""
         self._file.seek(0)
         num_rows, position, num_bytes, tail, last = 0, 0, 0, b"", b""
         while block := self._file.read(BLOCK_BYTES):
@@ -79,25 +79,25 @@ class Output:
         return row
 
     def check(self, job: Mapping[str, Any]) -> None:
-        """Raise ValueError if the rows in the output belong to another job."""
+        """Raise ValueError if the existing output belongs to another job."""
         try:
             before = json.loads(self.sidecar.read_text(encoding="utf-8"))
         except FileNotFoundError:
             before = None
         except ValueError:
-            raise ValueError(f"{self.sidecar} is damaged; --overwrite starts anew") from None
+            raise ValueError(f"{self.sidecar} is damaged; --overwrite starts over") from None
         if not isinstance(before, dict):
             raise ValueError(f"{self.path} exists, but {self.sidecar} does not; use --overwrite")
         now = _as_stored(job)
         for name in (*now, *before):
             if before.get(name) != now.get(name):
                 raise ValueError(
-                    f"{self.path} was written with another {name}: {_shown(before.get(name))}, not "
-                    f"{_shown(now.get(name))}; --overwrite starts anew"
+                    f"{self.path} was written with a different {name}: {_shown(before.get(name))}, "
+                    f"not {_shown(now.get(name))}; --overwrite starts over"
                 )
 
     def start(self, job: Mapping[str, Any]) -> None:
-        """Empty the output, and store what it will belong to."""
+        """Empty the output, and store the facts of its job."""
         self._file.truncate(0)
         os.fsync(self._file.fileno())
         temporary = Path(f"{self.sidecar}.{os.getpid()}")
@@ -112,15 +112,15 @@ class Output:
         self._file.truncate(num_bytes)
 
     def append(self, lines: Iterable[bytes]) -> None:
-        """Add whole lines. When this returns, a kill of the process loses none of them."""
+        """Append complete lines. Once this returns, killing the process loses none of them."""
         left = memoryview(b"".join(lines))
         while left:
             left = left[self._file.write(left) :]
 
 
 class InOrder:
-    """Brings results into the order in which their rows were read. It holds a limited number of
-    rows: those that were read, and are unfinished or finished before their turn."""
+    """Reorders results into input order. It holds a limited number of rows: those being processed,
+    and those that finished before their turn."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, int]] = deque()  # (row, bytes of its line), in order
@@ -139,7 +139,7 @@ class InOrder:
         self._num_bytes += line.num_bytes
 
     def put(self, results: Iterable[Result]) -> list[Result]:
-        """Take results in any order; returns those whose turn it is. A row has one result."""
+        """Add results in any order; returns those whose turn it is. Each row has one result."""
         for result in results:
             assert result.row not in self._done, f"row {result.row} was answered twice"
             self._done[result.row] = result
@@ -152,7 +152,7 @@ class InOrder:
 
 
 def _as_stored(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The job as JSON gives it back."""
+    """The job after a round trip through JSON."""
     return json.loads(json.dumps({"version": VERSION, **job}, default=str))
 
 

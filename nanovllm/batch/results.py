@@ -15,7 +15,7 @@ MAX_ERROR_CHARS = 500
 
 @dataclass(frozen=True)
 class Result:
-    """A finished row. line: what is written, with its end of line. num_tokens: generated."""
+    """A finished row. line: the output line, with its newline. num_tokens: generated tokens."""
 
     row: int
     line: bytes
@@ -24,7 +24,7 @@ class Result:
 
 
 def answer(row: int, row_id: Any, done: Completion) -> Result:
-    """The result of a finished request, an error if the engine could choose no token."""
+    """The result of a finished request; an error if generation failed."""
     if done.error is not None:
         return failure(row, row_id, done.error)
     num_prompt, num_tokens = len(done.prompt_ids), len(done.token_ids)
@@ -48,14 +48,14 @@ def answer(row: int, row_id: Any, done: Completion) -> Result:
 
 
 def failure(row: int, row_id: Any, reason: str) -> Result:
-    """The result of a row that cannot be answered."""
+    """The result of a row with an error."""
     if len(reason) > MAX_ERROR_CHARS:
         reason = f"{reason[:MAX_ERROR_CHARS]}…"
     return Result(row, _line({"row": row, "id": row_id, "error": reason}), 0, is_error=True)
 
 
 def _position(found: dict[int, Logprob] | None) -> list[dict[str, Any]] | None:
-    """The log-probabilities at one position, likeliest first; None at the prompt's first token."""
+    """The log-probabilities of one position, likeliest first; None for the prompt's first token."""
     if found is None:
         return None
     return [
@@ -73,6 +73,6 @@ def _position(found: dict[int, Logprob] | None) -> list[dict[str, Any]] | None:
 def _line(fields: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError:  # an id, say, may hold half of a surrogate pair
+    except UnicodeEncodeError:  # an id, for example, may contain a lone surrogate
         text = json.dumps(fields, allow_nan=False).encode()
     return text + b"\n"

@@ -1,6 +1,6 @@
 """The input of a batch job: a file with one JSON object per line.
 
-A line that is no valid row gives a `Refused`, never an error of the job.
+An invalid line raises `Refused` and does not fail the job.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ BOM = b"\xef\xbb\xbf"
 class Line:
     """A line that is not blank.
 
-    row: its number in the file, from 0; blank lines count. num_bytes: its length, with the end of
-    line. text: None if it is longer than MAX_LINE_BYTES.
+    row: its index in the file, from 0, counting blank lines. num_bytes: its length with the
+    newline. text: None if it is longer than MAX_LINE_BYTES.
     """
 
     row: int
@@ -35,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Row:
-    """A valid row: either a prompt (text or token ids) or the messages of one conversation."""
+    """A valid row: a prompt (text or token ids) or the messages of one conversation."""
 
     id: Any
     prompt: str | list[Any] | None
@@ -44,7 +44,7 @@ class Row:
 
 
 class Refused(ValueError):
-    """A row that cannot be answered. `id` is the row's own, None if it is not known."""
+    """A row that cannot be answered. `id`: the row's id, None if it is unknown."""
 
     def __init__(self, reason: str, row_id: Any = None) -> None:
         super().__init__(reason)
@@ -53,9 +53,9 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Scan:
-    """What one reading of the whole input tells. sha256: of all bytes. num_rows: lines that are not
-    blank. num_before: those up to and with the row asked for. next_offset: where the line after it
-    begins, in bytes."""
+    """The result of reading the whole input once. sha256: of all bytes. num_rows: lines that are
+    not blank. num_before: those up to and including the requested row. next_offset: the byte offset
+    of the line after it."""
 
     sha256: str
     num_bytes: int
@@ -65,15 +65,15 @@ class Scan:
 
 
 class Readable(Protocol):
-    """What `read_lines` needs of a file."""
+    """The part of a file that `read_lines` uses."""
 
     def readline(self, limit: int, /) -> bytes: ...
 
 
 def read_lines(file: Readable, row: int = 0) -> Iterator[Line]:
-    """The lines from the file's position on, which is the beginning of line `row`.
+    """The lines from the file's position, which is the start of line `row`.
 
-    Blank lines are left out. At most MAX_LINE_BYTES of a line are in memory.
+    Blank lines are skipped. At most MAX_LINE_BYTES of a line are in memory.
     """
     while text := file.readline(MAX_LINE_BYTES + 1):
         num_bytes, whole = len(text), True
@@ -93,7 +93,7 @@ def read_lines(file: Readable, row: int = 0) -> Iterator[Line]:
 
 
 def scan(path: Path, last_row: int = -1) -> Scan:
-    """Read the whole file once. `last_row`: the row to report the place after; -1: the beginning.
+    """Read the whole file once. `last_row`: the row after which to report the offset; -1: none.
 
     Raises OSError.
     """
@@ -110,7 +110,7 @@ def scan(path: Path, last_row: int = -1) -> Scan:
 
 
 class _Hashed:
-    """A file whose lines go through a digest as they are read. position: bytes read so far."""
+    """A file that hashes its lines as they are read. position: bytes read so far."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest, self.position = file, digest, 0
@@ -123,28 +123,30 @@ class _Hashed:
 
 
 def parse(line: Line) -> Row:
-    """The row of a line. Raises Refused for what is no row."""
+    """The row in a line. Raises Refused for an invalid one."""
     if line.text is None:
-        raise Refused(f"the line has {line.num_bytes} bytes: at most {MAX_LINE_BYTES} are read")
+        raise Refused(f"the line has {line.num_bytes} bytes: at most {MAX_LINE_BYTES} are allowed")
     numbers = _Numbers()
     try:
         found = json.loads(
             line.text.decode("utf-8"), parse_float=numbers.read, parse_constant=numbers.read
         )
     except RecursionError:
-        raise Refused("the line is no valid JSON: it is nested too deeply") from None
+        raise Refused("the line is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
-        raise Refused(f"the line is no valid JSON: {error}") from None
+        raise Refused(f"the line is not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise Refused(f"the line is {_shown(found)}: it must be a JSON object")
     row_id = found.get("id")
     if not numbers.are_finite and (path := _not_finite(found)):
         is_own = re.match(r"id\b", path)
-        raise Refused(f"{path[:200]} is no finite number", None if is_own else row_id)
+        raise Refused(f"{path[:200]} is not a finite number", None if is_own else row_id)
     unknown = [key for key in found if key not in KEYS]
     if "custom_id" in unknown:
-        words = "the row is one of OpenAI's batch files: give what its body has as messages or "
-        raise Refused(f"{words}prompt, other fields as params, custom_id as id", found["custom_id"])
+        words = "the row is in OpenAI's batch format: put its body's messages or prompt into the "
+        raise Refused(
+            f"{words}row, other fields into params, custom_id into id", found["custom_id"]
+        )
     if unknown:
         raise Refused(f"the row has the key {unknown[0]!r}: use {', '.join(KEYS)}", row_id)
     try:
@@ -156,7 +158,7 @@ def parse(line: Line) -> Row:
 def _checked(row_id: Any, found: Mapping[str, Any]) -> Row:
     given = [key for key in ("prompt", "messages") if found.get(key) is not None]
     if len(given) != 1:
-        raise Refused(f"the row has {' and '.join(given) or 'no prompt'}: give prompt or messages")
+        raise Refused(f"the row has {' and '.join(given) or 'no prompt'}: use prompt or messages")
     prompt, messages, params = (found.get(key) for key in ("prompt", "messages", "params"))
     if prompt is not None and not isinstance(prompt, (str, list)):
         raise Refused(f"prompt is {_shown(prompt)}: it must be text or a list of token ids")
@@ -175,7 +177,7 @@ def _shown(value: Any) -> str:
 
 
 class _Numbers:
-    """Reads numbers, and notes whether one of them is NaN or infinite: 1e999 is."""
+    """Parses numbers, and records whether one is NaN or infinite, such as 1e999."""
 
     def __init__(self) -> None:
         self.are_finite = True
@@ -187,9 +189,9 @@ class _Numbers:
 
 
 def _not_finite(value: Any) -> str:
-    """The path of a number that is NaN or infinite, such as `params.temperature` or `id[2]`; empty
-    if there is none."""
-    left = [("", value)]  # not by recursion: what is read may be nested deeply
+    """The path of a NaN or infinite number, such as `params.temperature` or `id[2]`; "" if there is
+    none."""
+    left = [("", value)]  # no recursion: the input may be nested deeply
     while left:
         path, one = left.pop()
         if isinstance(one, float) and not math.isfinite(one):

@@ -1,4 +1,4 @@
-"""Answers rows with one engine."""
+"""Answers rows with an engine, or with replicas of one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.batch import results
 from nanovllm.batch.results import Result
@@ -14,7 +14,7 @@ from nanovllm.batch.rows import Line, Refused, Row, parse
 from nanovllm.chat import ChatOptions, render
 from nanovllm.config import EngineConfig
 from nanovllm.prompts import Prompt, as_prompt
-from nanovllm.replicas.opening import one_engine
+from nanovllm.replicas.opening import open_engine
 from nanovllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -28,47 +28,33 @@ ROWS_PER_SEQUENCE = 2  # rows in the engine for each sequence that runs
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for all rows.
+    """Settings for all rows.
 
-    params: fields of SamplingParams, in place of the checkpoint's defaults; a row's own fields come
-    before them. chat: options of `LLM.chat`, for rows with messages.
+    params: fields of SamplingParams that override the checkpoint's defaults; a row's fields
+    override them. chat: options of `LLM.chat`, for rows with messages.
     """
 
     params: Mapping[str, Any] = field(default_factory=dict)
     chat: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for unknown names and for values that are not allowed."""
+        """Raises ValueError for unknown names and invalid values."""
         _known(self.params)
         _one_answer(SamplingParams(**self.params))
         ChatOptions.from_options(self.chat)
 
 
-class Worker(Protocol):
-    """Takes lines and gives results, in any order."""
-
-    def has_room(self) -> bool:
-        """Whether it wants another line now."""
-
-    def submit(self, line: Line) -> None: ...
-
-    def wait(self) -> list[Result]:
-        """Wait until lines are finished; returns their results. All must be submitted before."""
-
-    def close(self) -> None:
-        """Drop everything that is unfinished."""
-
-
 def load_engine(config: EngineConfig) -> SharedEngine:
-    """Load a model and warm up. Raises what `load` raises."""
-    engine = one_engine(config)
+    """Load a model and warm up, or replicas of it. A lost replica's rows are answered again. Raises
+    what `load` raises."""
+    engine = open_engine(config, retries=True)
     from nanovllm.engine.sharing import SharedEngine  # imports torch
 
     return SharedEngine(engine)
 
 
 class EngineWorker:
-    """One engine. Several threads may each have an EngineWorker on the same engine."""
+    """Takes lines and gives results, in any order."""
 
     def __init__(self, shared: SharedEngine, settings: Settings) -> None:
         self._shared, self._settings = shared, settings
@@ -77,6 +63,7 @@ class EngineWorker:
         self._room = ROWS_PER_SEQUENCE * shared.engine.max_num_seqs
 
     def has_room(self) -> bool:
+        """Whether it wants another line now."""
         return len(self._owners) < self._room
 
     def submit(self, line: Line) -> None:
@@ -97,6 +84,8 @@ class EngineWorker:
         self._owners[request_id] = line.row, row.id
 
     def wait(self) -> list[Result]:
+        """Wait until lines are finished; returns their results. All must be submitted before.
+        Raises ReplicaFailed if no replica is left."""
         finished, self._refused = self._refused, []
         if finished or not self._owners:
             return finished
@@ -107,30 +96,22 @@ class EngineWorker:
         return finished
 
     def close(self) -> None:
+        """Drop everything that is unfinished."""
         self._shared.drop(self._owners)
         self._owners = {}
-
-    def answer(self, lines: list[Line]) -> list[Result]:
-        """The results of these lines, all of them."""
-        finished: list[Result] = []
-        for line in lines:
-            self.submit(line)
-        while len(finished) < len(lines):
-            finished += self.wait()
-        return finished
 
     def _prompt(self, row: Row) -> Prompt:
         if row.messages is None:
             return as_prompt(row.prompt)
         engine = self._shared.engine
         if engine.tokenizer is None:
-            raise ValueError(f"{engine.config.model!r} has no chat template: give prompts")
+            raise ValueError(f"{engine.config.model!r} has no chat template: use prompts")
         options = ChatOptions.from_options(self._settings.chat)
         return render(engine.tokenizer, row.messages, options, engine.check_media)[0]
 
     def _note_raw_prompt(self, row: Row, number: int) -> None:
-        """Warn once in a process if a model for chats gets a text that is in no chat template: it
-        often answers with nothing."""
+        """Warn once per process if a chat model gets a text without the chat template: it often
+        generates nothing."""
         tokenizer = self._shared.engine.tokenizer
         if tokenizer is None or not isinstance(row.prompt, str):
             return
@@ -141,9 +122,9 @@ class EngineWorker:
         tokenizer.once("warned of raw prompts", lambda: _warn_of_raw_prompt(number, model))
 
     def _params(self, row: Row, number: int) -> SamplingParams:
-        """The row's parameters over those of the settings over the checkpoint's.
+        """The row's parameters, over those of the settings, over the checkpoint's.
 
-        A seed that is drawn depends on the row alone, not on the other rows or the replica.
+        A drawn seed depends only on the row, not on other rows or the replica.
         """
         from nanovllm.engine.intake import drawn_seed
 
@@ -156,7 +137,7 @@ class EngineWorker:
 
 
 def _special_texts(tokenizer: Tokenizer) -> list[str] | None:
-    """The texts of special tokens, which chat templates write; None without a chat template."""
+    """The special tokens' texts, which chat templates write; None without a chat template."""
     if not tokenizer.for_reading.chat_template:
         return None
     try:
@@ -167,8 +148,8 @@ def _special_texts(tokenizer: Tokenizer) -> list[str] | None:
 
 def _warn_of_raw_prompt(number: int, model: str) -> None:
     logger.warning(
-        "row %d has a prompt without the chat template of %s, which may answer nothing to it: give "
-        "conversations as messages (said once, for the first such row)", number, model,
+        "row %d has a prompt without the chat template of %s, which may generate nothing for it: "
+        "use messages for conversations (logged only for the first such row)", number, model,
     )  # fmt: skip
 
 
@@ -176,7 +157,7 @@ def _known(params: Mapping[str, Any]) -> Mapping[str, Any]:
     known = {one.name for one in dataclasses.fields(SamplingParams)}
     for name in params:
         if name not in known:
-            raise ValueError(f"params has {name!r}, which is no sampling parameter")
+            raise ValueError(f"params has {name!r}, which is not a sampling parameter")
     return params
 
 

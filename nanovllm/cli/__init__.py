@@ -1,1 +1,1 @@
-"""The command `nanovllm`: one file for each of its commands."""
+"""The command `nanovllm`: one file per command."""

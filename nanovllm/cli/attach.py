@@ -1,4 +1,4 @@
-"""Files for a model: images, and text that stands before a message."""
+"""Attached files: images, and texts that are put before a message."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Part = Mapping[str, Any]
 
 
 def read(name: str) -> Part:
-    """A file as a part of a message. Raises OSError, and ValueError for one that is too large, or
+    """A file as a part of a message. Raises OSError, and ValueError for a file that is too large or
     neither an image nor text."""
     path = Path(name).expanduser()
     if not path.exists():
         raise ValueError(f"there is no file {name!r}")
     if not path.is_file():
-        raise ValueError(f"{name!r} is no file")
+        raise ValueError(f"{name!r} is not a file")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{name!r} has {size:,} bytes: at most {MAX_BYTES:,} can be attached")
     data = path.read_bytes()
@@ -37,7 +37,7 @@ def read(name: str) -> Part:
 
 
 def content(text: str, parts: Sequence[Part]) -> str | list[Part]:
-    """The content of a message: a text, or a list of parts if images are among them."""
+    """The content of a message: a text, or a list of parts if there are images."""
     parts = [*parts, {"type": "text", "text": text}]
     if any(part["type"] != "text" for part in parts):
         return parts

@@ -1,10 +1,10 @@
-"""Answers a file of prompts with one engine or with several replicas.
+"""Answers a file of prompts with one engine or several replicas.
 
 nanovllm batch prompts.jsonl -o out.jsonl [--model M] [--replicas N] [options of LLM]
 
 Each line of the input is a JSON object: "prompt" (text or token ids) or "messages", and optionally
-"id" and "params" (sampling parameters). The output has one line for each row, in the order of the
-input: an answer, or an "error". A job that was stopped goes on when it is started again.
+"id" and "params" (sampling parameters). The output has one line per row, in input order: an answer
+or an "error". Starting a stopped job again resumes it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def add_arguments(parser: Parser) -> None:
     add("input", metavar="INPUT", type=Path, help="a file with one JSON object per line")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
     add("--overwrite", action="store_true", help="start anew")
-    add("--replicas", type=int, default=1, metavar="N", help="engines; more than 1 need Ray")
-    add("--no-ray", action="store_true", help="one engine here, whatever --replicas says")
+    add("--replicas", type=int, default=1, metavar="N", help="engines in Ray, if above 1")
+    add("--no-ray", action="store_true", help="without Ray, whatever --replicas says")
     add("--ray-address", metavar="ADDRESS", help="a running cluster: HOST:PORT or auto")
-    params = "sampling parameters of all rows"
+    params = "sampling parameters for all rows"
     add("--params", type=json_value, metavar="JSON", help=params)
     chat = "options of LLM.chat for messages"
     add("--chat-options", type=json_value, metavar="JSON", help=chat)
@@ -39,8 +39,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status 0: every row has its line in the output. 130: Ctrl-C has ended the job.
-    143: SIGTERM has."""
+    """Exit status 0: every row has its line in the output. 130: Ctrl-C ended it. 143: SIGTERM."""
     from nanovllm.batch.command import Request, answer_file  # imports torch
 
     log.configure()

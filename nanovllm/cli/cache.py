@@ -23,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
     add("action", choices=("list", "verify", "prune"))
     folder = "the folder of compile_cache (default: NANOVLLM_CACHE, or ~/.cache/nanovllm)"
     add("folder", metavar="DIR", type=Path, nargs="?", help=folder)
-    most = "remove least recently used entries down to this, as 500M"
+    most = "remove the least recently used entries until the store has this size, such as 500M"
     add("--max-bytes", type=_bytes, metavar="SIZE", help=most)
 
 
@@ -31,10 +31,10 @@ def main(args: argparse.Namespace) -> int:
     """Exit status 1: `verify` found damage. Raises ValueError for a folder that is no store or that
     others may write to, and OSError."""
     if (args.action == "prune") != (args.max_bytes is not None):
-        raise ValueError("--max-bytes goes with prune, and prune needs it")
+        raise ValueError("use --max-bytes with prune, and only with it")
     folder = args.folder or env.read().store_folder(None)
     if not (folder / "entries").is_dir():
-        raise ValueError(f"{folder} is no store of compiled programs")
+        raise ValueError(f"{folder} is not a store of compiled programs")
     from nanovllm.tools import cache  # imports torch
 
     if args.action == "list":
@@ -51,5 +51,5 @@ def main(args: argparse.Namespace) -> int:
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+)([KMG]?)", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 1000000, 500K, 500M or 2G")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: use 1000000, 500K, 500M or 2G")
     return int(match[1]) * UNITS[match[2]]

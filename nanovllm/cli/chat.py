@@ -3,9 +3,9 @@
     nanovllm chat Qwen/Qwen3-0.6B
     nanovllm chat --url http://127.0.0.1:8000
 
-Ctrl-C ends an answer, Ctrl-D the program. /new begins a new conversation, /system TEXT does so with
-a system message, /file PATH attaches an image or a text to the next message, /again asks for
-another answer, /quit ends. A message of several lines is pasted, or stands between two \"\"\".
+Ctrl-C stops an answer, Ctrl-D exits. /new starts a new conversation, /system TEXT starts one with a
+system message, /file PATH attaches an image or a text to the next message, /again generates another
+answer, /quit exits. For a message of several lines, paste it or enclose it in \"\"\".
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from nanovllm.typos import nearest
 
 USAGE = "[MODEL] [options]"
 COMMANDS = ("/new", "/system", "/file", "/again", "/quit", "/help")
-HELP = """/new: forget the conversation
-/system TEXT: begin a new one with this system message; without TEXT: with none
+HELP = """/new: start a new conversation
+/system TEXT: start a new one with this system message; without TEXT: with none
 /file PATH: attach an image or a text to the next message
-/again: another answer to the last message
-/quit: end, as Ctrl-D does
-A message of several lines is pasted, or stands between two \"\"\"."""
+/again: generate another answer to the last message
+/quit: exit, like Ctrl-D
+For a message of several lines, paste it or enclose it in \"\"\"."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -37,17 +37,17 @@ def add_arguments(parser: Parser) -> None:
 
 
 def add_conversation(parser: Parser) -> None:
-    """Add the options of a conversation, which `run` has, too."""
+    """Add the options of a conversation, which `run` also has."""
     add = parser.add_argument
     add("--system", metavar="TEXT", help="the system message")
-    attached = "an image or a text for the first message; may be given several times"
+    attached = "an image or a text for the first message; can be repeated"
     add("--file", metavar="PATH", action="append", default=[], help=attached)
-    kept = "keep what is typed in a terminal for later sessions (default: yes)"
+    kept = "save terminal input for later sessions (default: yes)"
     add("--history", action=argparse.BooleanOptionalAction, default=True, help=kept)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Talk until the end of the input. Raises ValueError and OSError for wrong options."""
+    """Chat until the end of the input. Raises ValueError and OSError for invalid options."""
     parts = [attach.read(name) for name in args.file]
     model = talk.open_model(args)
     if not model.has_template:
@@ -71,13 +71,13 @@ class Chat:
         self._begin(system)
 
     def turn(self) -> bool:
-        """Read a message or a command and carry it out. Returns False at the end of the input."""
+        """Read a message or a command and run it. Returns False at the end of the input."""
         try:
             line = self.input.read()
         except EOFError:
             return False
         except KeyboardInterrupt:
-            print("\n(Ctrl-D or /quit ends)")
+            print("\n(Ctrl-D or /quit exits)")
             return True
         if line.startswith("/") and "\n" not in line:
             return self._command(*line.partition(" ")[::2])
@@ -120,7 +120,7 @@ class Chat:
             self.messages.append({"role": "system", "content": system})
 
     def _answer(self) -> None:
-        """Show and keep the answer to the last message; drop the message if there is none."""
+        """Show and keep the answer to the last message; drop the message if there is no answer."""
         texts: list[str] = []
 
         def write(text: str) -> None:

@@ -1,10 +1,10 @@
-"""Prints a script that completes commands, options and their values in a shell.
+"""Prints a shell script that completes commands, options and their values.
 
     bash:  nanovllm completion bash > ~/.local/share/bash-completion/completions/nanovllm
     zsh:   nanovllm completion zsh > ~/.zfunc/_nanovllm     # a folder in $fpath
     fish:  nanovllm completion fish > ~/.config/fish/completions/nanovllm.fish
 
-For one session: source <(nanovllm completion bash). The script has the options of this version.
+For one session: source <(nanovllm completion bash). The script covers the options of this version.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from nanovllm import hub
 from nanovllm.flags import Parser
 
 USAGE = "bash|zsh|fish"
-HELP_CHARS = 70  # of an option, in fish
+HELP_CHARS = 70  # per option, in fish
 
 
 @dataclass(frozen=True)
 class Completed:
-    """What follows a command.
+    """The completions after a command.
 
-    options: with the first words of their help. valued: options with a value that may be a file.
-    choices: the values of options that have no others. words: for what is no option.
+    options: with the start of their help. valued: options with a value that may be a file. choices:
+    options with a fixed set of values. words: completions that are not options.
     """
 
     options: dict[str, str] = field(default_factory=dict)
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def commands() -> dict[str, Completed]:
-    """What follows each command, and each group of commands; "" for the beginning."""
+    """The completions after each command and each group of commands; "" for the beginning."""
     from nanovllm.cli.main import COMMANDS, load
 
     found: dict[str, Completed] = {"": Completed({"--help": "", "--version": ""})}
@@ -82,7 +82,7 @@ def _cases(found: dict[str, Completed], line: Callable[[str, Completed], str]) -
 
 
 def _choices(found: dict[str, Completed]) -> str:
-    """A branch for each option with choices."""
+    """A case for each option with choices."""
     lines = [
         f'        "{name} {option}") words="{" ".join(values)}"; only=1 ;;'
         for name, one in found.items()
@@ -96,10 +96,10 @@ def _groups(found: dict[str, Completed]) -> str:
 
 
 def _posix(found: dict[str, Completed], before: str, after: str) -> str:
-    """The function of bash and of zsh, which sets `options`, `words`, `valued` and `only`.
+    """The function for bash and zsh, which sets `options`, `words`, `valued` and `only`.
 
-    before: sets `first`, `second` (the words after nanovllm before this one) and `previous`.
-    after: offers what was found.
+    before: sets `first`, `second` (the words after nanovllm and before the current one) and
+    `previous`. after: offers the completions.
     """
     options = _cases(
         found,
@@ -147,13 +147,13 @@ def zsh(found: dict[str, Completed]) -> str:
     if [[ "$current" == -* ]]; then compadd -- ${=options}; return; fi
     compadd -- ${=found}
     _files"""
-    # `words` is what zsh calls the command line
+    # `words` is zsh's variable for the command line
     made = (
         _posix(found, before, after)
         .replace('words="', 'found="')
         .replace("options words valued", "options found valued")
     )
-    # a file of $fpath is the body of a function of its name
+    # zsh uses a file in $fpath as the body of the function of that name
     call = """if [[ "$funcstack[1]" == _nanovllm ]]; then
     _nanovllm
 else

@@ -1,7 +1,7 @@
-"""A small HTTP/1.1 client on asyncio: JSON requests, and answers of server-sent events.
+"""A small HTTP/1.1 client on asyncio: JSON requests, and responses of server-sent events.
 
-It reads each event in the call that gives the bytes, so a process follows tens of thousands of
-events per second.
+It parses each event in the call that delivers its bytes, so one process handles tens of thousands
+of events per second.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from urllib.parse import urlsplit
 from nanovllm import programs
 
 T = TypeVar("T")
-OnEvent = Callable[[bytes], None]  # gets the data of an event
+OnEvent = Callable[[bytes], None]  # takes an event's data
 MAX_HEAD_BYTES = 64 << 10
-SHOWN_CHARS = 300  # of an answer that is not JSON
+SHOWN_CHARS = 300  # of a response that is not JSON
 
 
 class Answer(NamedTuple):
-    """body: empty for an answer of events, which have been given to the caller one by one."""
+    """body: empty for a stream of events, which were passed to the caller one by one."""
 
     status: int
     body: bytes
 
     def checked(self) -> Answer:
-        """The answer; raises ValueError with the server's message if it is an error."""
+        """The response itself. Raises ValueError, with the server's message, if it is an error."""
         if self.status == 200:
             return self
-        raise ValueError(f"the server answers {self.status}: {error_text(self.body)}")
+        raise ValueError(f"the server returned {self.status}: {error_text(self.body)}")
 
 
 class Broken(OSError):
-    """The connection ended before the answer."""
+    """The connection ended before the response was complete."""
 
 
 class Address(NamedTuple):
-    """The address of a server. path: the prefix of all paths, without the /v1 at the end of a base
-    URL of OpenAI's clients."""
+    """A server's address. path: the prefix of all paths, without the final /v1 of the base URLs of
+    OpenAI's clients."""
 
     host: str
     port: int
@@ -50,15 +50,15 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """Raises ValueError for an URL that is not one of HTTP."""
+        """Raises ValueError for a URL that is not http or https."""
         text = url if "://" in url else f"http://{url}"
         try:
             parts = urlsplit(text)
             port = parts.port
         except ValueError as error:
-            raise ValueError(f"{url!r} is no URL: {error}") from error
+            raise ValueError(f"{url!r} is not a URL: {error}") from error
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-            raise ValueError(f"{url!r} is no URL of a server, such as http://127.0.0.1:8000")
+            raise ValueError(f"{url!r} is not a server's URL, such as http://127.0.0.1:8000")
         is_tls = parts.scheme == "https"
         default = 443 if is_tls else 80
         return cls(
@@ -67,10 +67,10 @@ class Address(NamedTuple):
 
 
 class Client:
-    """Connections to one server, which stay open between requests. For one event loop."""
+    """Persistent connections to one server, for one event loop."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        """Raises ValueError for a wrong URL or key."""
+        """Raises ValueError for an invalid URL or key."""
         self.address = Address.of(url)
         host = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
         lines = [f"Host: {host}:{self.address.port}", "Accept: application/json, text/event-stream"]
@@ -83,7 +83,7 @@ class Client:
         self._tls = ssl.create_default_context() if self.address.is_tls else None
 
     def request(self, path: str, body: Mapping[str, Any] | None = None) -> bytes:
-        """The bytes of a request: POST of a body as JSON, or GET without one."""
+        """The bytes of a request: a POST with a JSON body, or a GET without a body."""
         method = "GET" if body is None else "POST"
         data = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
         about = f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n" if data else ""
@@ -91,10 +91,10 @@ class Client:
         return f"{line}{self._head}{about}\r\n".encode() + data
 
     async def send(self, request: bytes, on_event: OnEvent | None = None) -> Answer:
-        """The answer to the bytes of `request`. Events go to `on_event` as they come, without the
-        last one, [DONE]. Raises OSError, and Broken if the connection ends too early.
+        """The response to the bytes of `request`. Events go to `on_event` as they arrive, except
+        the final [DONE]. Raises OSError, and Broken if the connection ends too early.
 
-        Cancelling closes the connection: servers then stop.
+        Cancelling closes the connection, which makes servers stop.
         """
         while self._idle:
             connection = self._idle.pop()
@@ -103,7 +103,7 @@ class Client:
             except Broken:
                 if connection.has_received:
                     raise
-                # the server has closed it while it was idle
+                # the server closed it while it was idle
         return await self._send_on(await self._connect(), request, on_event)
 
     async def _connect(self) -> _Connection:
@@ -117,12 +117,12 @@ class Client:
         return connection
 
     async def get(self, path: str) -> Any:
-        """The JSON that the server has under a path. Raises ValueError and OSError."""
+        """The JSON at a path of the server. Raises ValueError and OSError."""
         answer = (await self.send(self.request(path))).checked()
         try:
             return json.loads(answer.body)
         except ValueError:
-            raise ValueError(f"the server answers {path} with no JSON") from None
+            raise ValueError(f"the server's response to {path} is not JSON") from None
 
     def close(self) -> None:
         while self._idle:
@@ -144,7 +144,7 @@ class Client:
 
 
 class _Connection(asyncio.Protocol):
-    """A connection, for one request after the other."""
+    """A connection, for one request at a time."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -157,7 +157,7 @@ class _Connection(asyncio.Protocol):
         self._done = asyncio.get_running_loop().create_future()
         self._on_event, self._status = on_event, 0
         self._rest, self._line, self._body = b"", b"", bytearray()
-        self._left: int | None = None  # bytes of the body; None: chunks, or until the end
+        self._left: int | None = None  # bytes left of the body; None: chunked, or until the end
         self._is_chunked = self._is_stream = self.has_received = False
         if self._is_closed or self._transport is None:
             self._fail()
@@ -176,7 +176,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._done is None or self._done.done():
-            self.is_reusable = False  # bytes that nobody has asked for
+            self.is_reusable = False  # unexpected bytes
             return
         self.has_received = True
         try:
@@ -185,7 +185,7 @@ class _Connection(asyncio.Protocol):
             else:
                 self._read_head(data)
         except ValueError as error:
-            self._end(Broken(f"the server's answer is no HTTP: {error}"))
+            self._end(Broken(f"the server's response is not HTTP: {error}"))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._is_closed, self.is_reusable = True, False
@@ -200,7 +200,7 @@ class _Connection(asyncio.Protocol):
         head, mark, body = self._rest.partition(b"\r\n\r\n")
         if not mark:
             if len(head) > MAX_HEAD_BYTES:
-                raise ValueError("its head does not end")
+                raise ValueError("its head is too long")
             return
         first, *lines = head.decode("latin-1").split("\r\n")
         if not first.startswith("HTTP/1."):
@@ -231,7 +231,7 @@ class _Connection(asyncio.Protocol):
                 self._finish()
 
     def _read_chunks(self, data: bytes) -> None:
-        """Take the complete chunks in `data`, and keep the rest."""
+        """Process the complete chunks in `data`, and keep the rest."""
         begin = 0
         while (line_end := data.find(b"\r\n", begin)) >= 0:
             size = int(data[begin:line_end].partition(b";")[0], 16)
@@ -247,7 +247,7 @@ class _Connection(asyncio.Protocol):
         self._rest = data[begin:]
 
     def _take(self, data: bytes) -> None:
-        """Take a piece of the body."""
+        """Process a piece of the body."""
         if not self._is_stream:
             self._body += data
             return
@@ -263,7 +263,7 @@ class _Connection(asyncio.Protocol):
         self._end(Answer(self._status, bytes(self._body)))
 
     def _fail(self) -> None:
-        self._end(Broken("the server has closed the connection before the end of its answer"))
+        self._end(Broken("the server closed the connection before the end of its response"))
 
     def _end(self, result: Answer | Broken) -> None:
         if self._done is None or self._done.done():
@@ -275,18 +275,18 @@ class _Connection(asyncio.Protocol):
 
 
 def error_text(body: bytes) -> str:
-    """The message of an error of OpenAI's form; the beginning of any other answer."""
+    """The message of an error in OpenAI's format; the beginning of any other response."""
     try:
         found = json.loads(body)
     except ValueError:
-        return body[:SHOWN_CHARS].decode(errors="replace").strip() or "an empty answer"
+        return body[:SHOWN_CHARS].decode(errors="replace").strip() or "an empty response"
     error = found.get("error", found) if isinstance(found, dict) else found
     message = error.get("message", error.get("detail")) if isinstance(error, dict) else error
     return str(message or error)[: 4 * SHOWN_CHARS]
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on uvloop or, if that is not installed, on asyncio's own loop."""
+    """Run a coroutine on uvloop or, if it is not installed, on asyncio's loop."""
     try:
         import uvloop
     except ImportError:
@@ -297,8 +297,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 def run_stoppable(main: Coroutine[Any, Any, T], run_on_loop: Callable[..., T] = asyncio.run) -> T:
     """Run a coroutine on a loop. Within `programs.sigterm_as_exit`, SIGTERM cancels it.
 
-    Then SystemExit is raised. asyncio does the same with Ctrl-C: uvloop drops an exception that a
-    signal's handler raises within a method of a protocol.
+    SystemExit is raised then. asyncio does the same for Ctrl-C. Raising in the signal handler would
+    not work: uvloop drops exceptions raised within a protocol's method.
     """
     if signal.getsignal(signal.SIGTERM) is not programs.exit_at_sigterm:
         return run_on_loop(main)

@@ -1,4 +1,4 @@
-"""Models in the cache of the Hugging Face Hub, and the models that come with nanovllm."""
+"""Models in the Hugging Face Hub's cache, and the models embedded in nanovllm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AGES = ((365 * 86400, "year"), (30 * 86400, "month"), (7 * 86400, "week"), (8640
 
 
 def scanned() -> HFCacheInfo | None:
-    """The cache of the Hub; None if there is none yet. Raises ValueError if it is no folder."""
+    """The Hub's cache; None if there is none yet. Raises ValueError if it is not a folder."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -30,7 +30,7 @@ def scanned() -> HFCacheInfo | None:
 
 
 def models(cache: HFCacheInfo | None) -> list[CachedRepoInfo]:
-    """The models in a cache, by name."""
+    """The models in a cache, sorted by name."""
     repos: Iterable[CachedRepoInfo] = () if cache is None else cache.repos
     return sorted(
         (one for one in repos if one.repo_type == "model"), key=lambda one: one.repo_id.lower()
@@ -38,7 +38,7 @@ def models(cache: HFCacheInfo | None) -> list[CachedRepoInfo]:
 
 
 def has_weights(model: CachedRepoInfo) -> bool:
-    """Whether a file of any revision is one that `hub.resolve` downloads for weights."""
+    """Whether any revision has a weight file that `hub.resolve` would download."""
     return any(
         Path(file.file_name).suffix == ".safetensors"
         for revision in model.revisions
@@ -51,7 +51,7 @@ def embedded_bytes(name: str) -> int:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people: 1.5 GB."""
+    """A human-readable size: 1.5 GB."""
     for factor, unit in UNITS:
         if num_bytes >= factor:
             return f"{num_bytes / factor:.1f} {unit}"
@@ -59,7 +59,7 @@ def size(num_bytes: float) -> str:
 
 
 def age(when: float) -> str:
-    """A time (seconds since 1970) for people: 3 days ago."""
+    """A human-readable age of a time (seconds since 1970): 3 days ago."""
     seconds = time.time() - when
     for factor, unit in AGES:
         if seconds >= factor:

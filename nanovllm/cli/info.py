@@ -1,9 +1,9 @@
-"""Shows the devices of this machine, and the choices of an engine with these options.
+"""Shows the devices of this machine, and the settings that an engine would choose.
 
     nanovllm info
     nanovllm info Qwen/Qwen3-0.6B --max-num-seqs 64 --json
 
-Reads the model's config.json, no weights. Kernels in C++ that the store lacks are compiled.
+Reads the model's config.json, but no weights. Compiles C++ kernels that the store lacks.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ GIVEN = "as given"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="write an object of JSON")
+    parser.add_argument("--json", action="store_true", help="write a JSON object")
     add_engine_options(parser, positional=True)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print it. Raises ValueError for options that device or model do not support."""
+    """Print the facts. Raises ValueError for options that the device or model does not support."""
     config = engine_config(args)
     from nanovllm.startup.choose import choose_without_weights  # imports torch
 
@@ -102,7 +102,7 @@ def _model(choice: Choice) -> dict[str, Any]:
 
 
 def _picked(choice: Choice, config: EngineConfig) -> dict[str, dict[str, Any]]:
-    """The options that are chosen when a model is loaded: {name: {"value": …, "why": …}}."""
+    """The options chosen when a model is loaded: {name: {"value": …, "why": …}}."""
     platform, spec, layout = choice.platform, choice.spec, choice.spec.layout
     traits, run_ahead = platform.traits, config.tuned.run_ahead
     store = choice.store.folder

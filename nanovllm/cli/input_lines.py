@@ -1,4 +1,4 @@
-"""Messages that a user types: lines that can be edited, pasted text as one message, a history."""
+"""User input: editable lines, pasted text as one message, a history."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm import env
-from nanovllm.kernels.private import Shared, make_private
+from nanovllm.kernels.private_files import UnsafePath, make_private
 
 logger = logging.getLogger(__name__)
 QUOTES = '"""'
-MOST_LINES = 1000  # of the history
+MOST_LINES = 1000  # in the history
 
 
 class Input:
-    """Messages from stdin. A message of several lines stands between two triple quotes, or is
-    pasted into a terminal. With `has_history` a terminal's lines are kept for later sessions."""
+    """Messages from stdin. A message of several lines is enclosed in triple quotes, or pasted into
+    a terminal. With `has_history` a terminal's lines are saved for later sessions."""
 
     def __init__(self, *, has_history: bool) -> None:
         self._is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -32,7 +32,7 @@ class Input:
                 self._history = History(readline, folder)
 
     def read(self) -> str:
-        """The next message, without spaces around it. Raises EOFError and KeyboardInterrupt."""
+        """The next message, stripped. Raises EOFError and KeyboardInterrupt."""
         line = self._line("> ").strip()
         if not line.startswith(QUOTES):
             return line
@@ -53,8 +53,8 @@ class Input:
 
 
 class History:
-    """The lines of earlier sessions, in a file that only its owner can read. Where that cannot be,
-    there is none."""
+    """The lines of earlier sessions, in a file that only its owner can read; no history where that
+    is impossible."""
 
     def __init__(self, readline: Any, folder: Path) -> None:
         self._readline = readline
@@ -63,12 +63,12 @@ class History:
             make_private(folder)
             self._protect()
             readline.read_history_file(self._path)
-        except (OSError, Shared) as error:
+        except (OSError, UnsafePath) as error:
             self._give_up(error)
         self._num_before = readline.get_current_history_length()
 
     def save(self) -> None:
-        """Append the lines of this session."""
+        """Append this session's lines to the file."""
         readline = self._readline
         num_new = readline.get_current_history_length() - self._num_before
         if self._path is None or num_new <= 0:
@@ -84,7 +84,7 @@ class History:
             self._give_up(error)
 
     def _protect(self) -> None:
-        """Create the file if it is missing, and let only its owner read it. Follows no link."""
+        """Create the file if it is missing, and make it private. Follows no links."""
         assert self._path is not None
         number = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
@@ -93,5 +93,5 @@ class History:
             os.close(number)
 
     def _give_up(self, error: Exception) -> None:
-        logger.debug("inputs are not kept: %s", error)
+        logger.debug("input history is not saved: %s", error)
         self._path = None

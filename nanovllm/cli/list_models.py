@@ -1,8 +1,8 @@
-"""Lists the models in the cache of the Hugging Face Hub, and the embedded ones.
+"""Lists the models in the Hugging Face Hub's cache, and the embedded ones.
 
 nanovllm list
 
-Used: when a file of the model was last read, as far as the file system keeps that.
+USED is the time when a file of the model was last read, if the file system records it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ USAGE = "[options]"
 
 
 def add_arguments(parser: Parser) -> None:
-    """It has no options but --help."""
+    """There are no options except --help."""
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the list. Raises ValueError and OSError for a cache that cannot be read."""
+    """Print the list. Raises ValueError and OSError for an unreadable cache."""
     cache = hub_models.scanned()
     rows = [("MODEL", "SIZE", "USED", "")]
     for one in hub_models.models(cache):

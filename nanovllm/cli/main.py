@@ -15,12 +15,12 @@ from nanovllm.typos import nearest
 
 
 class Command(NamedTuple):
-    """A module with `USAGE`, `add_arguments(parser)` and `main(args)`, and what it does. It may
-    have `PARSE`, another method of the parser than `parse_args`.
+    """A module with `USAGE`, `add_arguments(parser)` and `main(args)`, and its summary. It may have
+    `PARSE`, a method of the parser to use instead of `parse_args`.
 
     has_engine: an engine runs in this process or a child of it, so torch is imported.
 
-    The modules import nothing heavy at their top, so that --help is fast.
+    The modules' top-level imports are light, so that --help is fast.
     """
 
     module: str
@@ -30,10 +30,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("nanovllm.cli.serve", "serve OpenAI's API over HTTP"),
-    "chat": Command("nanovllm.cli.chat", "talk to a model in the terminal"),
+    "chat": Command("nanovllm.cli.chat", "chat with a model in the terminal"),
     "run": Command("nanovllm.cli.run", "answer one prompt"),
     "bench throughput": Command("nanovllm.cli.bench.throughput", "tokens per second of an engine"),
-    "bench latency": Command("nanovllm.cli.bench.latency", "the same for one request at a time"),
+    "bench latency": Command("nanovllm.cli.bench.latency", "the same, one request at a time"),
     "bench serve": Command(
         "nanovllm.cli.bench.serve", "throughput and latency of a server", has_engine=False
     ),
@@ -42,13 +42,13 @@ COMMANDS = {
     "cache": Command(
         "nanovllm.cli.cache", "list, verify or prune compiled programs", has_engine=False
     ),
-    "list": Command("nanovllm.cli.list_models", "list the models that are here", has_engine=False),
+    "list": Command("nanovllm.cli.list_models", "list the local models", has_engine=False),
     "pull": Command("nanovllm.cli.pull", "download a model", has_engine=False),
     "rm": Command("nanovllm.cli.rm", "remove downloaded models", has_engine=False),
-    "report": Command("nanovllm.cli.report", "draw a step with the cost of each kernel"),
-    "info": Command("nanovllm.cli.info", "devices of this machine, and an engine's choices"),
+    "report": Command("nanovllm.cli.report", "draw a step and the cost of each kernel"),
+    "info": Command("nanovllm.cli.info", "show devices, and an engine's settings"),
     "completion": Command(
-        "nanovllm.cli.completion", "a script that completes commands in a shell", has_engine=False
+        "nanovllm.cli.completion", "print a shell completion script", has_engine=False
     ),
 }
 
@@ -59,7 +59,7 @@ def entry() -> int:
 
 
 def main(words: Sequence[str] | None = None) -> int | None:
-    """Run the command that the words begin with."""
+    """Run the command that the words start with."""
     words = sys.argv[1:] if words is None else words
     groups = {name.split()[0] for name in COMMANDS if " " in name}
     num_words = 2 if words and words[0] in groups else 1
@@ -87,7 +87,7 @@ def main(words: Sequence[str] | None = None) -> int | None:
 def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> int | None:
     """Run a command of `COMMANDS` with the words after its name; None: those of `sys.argv`.
 
-    `program` is the name of a script that stands for the command. Raises SystemExit after SIGTERM.
+    `program` is the name of a script that is an alias of the command. Raises SystemExit on SIGTERM.
     """
     program = program or f"nanovllm {name}"
     with programs.sigterm_as_exit():

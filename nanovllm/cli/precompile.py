@@ -1,4 +1,4 @@
-"""Compile a model's programs and kernels before its first start. Reads config.json, no weights.
+"""Compiles a model's programs and kernels before its first start. Reads config.json, no weights.
 
     nanovllm precompile --model Qwen/Qwen3-0.6B --bs 1 2 4 8 16 --out /var/cache/qwen3
 
@@ -7,8 +7,8 @@ Then, in Python:
     LLM("Qwen/Qwen3-0.6B", compile_cache="/var/cache/qwen3", compile_cache_mode="require",
         graph_batch_sizes=[1, 2, 4, 8, 16])
 
-Options that shape programs must be the same for `LLM`. A store serves every checkpoint of the same
-shape.
+Options that affect programs must be the same for `LLM`. A store works for all checkpoints of the
+same shape.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status 1: a process that compiles has failed. Raises ValueError and OSError."""
+    """Exit status 1: a compile process failed. Raises ValueError and OSError."""
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}: it must be at least 1")
     log.configure()
@@ -60,14 +60,14 @@ def main(args: argparse.Namespace) -> int:
     kernels, seconds = sum(one.kernels for one in outcomes), time.perf_counter() - started
     store = config.compile_cache or env.read().store_folder(None)
     print(
-        f"{store}: {len(outcomes)} buckets, {programs} programs compiled, {found} were there, "
+        f"{store}: {len(outcomes)} buckets, {programs} programs compiled, {found} already there, "
         f"{kernels} kernels compiled, {seconds:.1f} s"
     )
     return 0
 
 
 def _filled(config: EngineConfig, jobs: int | None) -> list[Outcome] | None:
-    """What was compiled, bucket by bucket, and how far it is. None if a process has failed."""
+    """Compile, bucket by bucket, with progress. Returns the outcomes; None if a process failed."""
     from nanovllm.startup.compile_farm.farm import WorkerFailed
     from nanovllm.startup.precompile import fill  # imports torch
 

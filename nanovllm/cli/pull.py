@@ -1,9 +1,9 @@
-"""Downloads a model from the Hugging Face Hub into its cache, with the files that nanovllm reads.
+"""Downloads a model from the Hugging Face Hub into its cache: the files that nanovllm reads.
 
 nanovllm pull Qwen/Qwen3-0.6B
 
-The other commands do so, too, when they need a model. A token for private models is that of
-huggingface_hub (`hf auth login`, or HF_TOKEN).
+The other commands also download a model when they need one. For private models, set up
+huggingface_hub's token (`hf auth login`, or HF_TOKEN).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the folder. Raises ValueError for what is no Hub id, or cannot be downloaded or used"""
+    """Print the folder. Raises ValueError for an invalid Hub id or an unusable model."""
     if args.model in hub.EMBEDDED:
         raise ValueError(f"{args.model} is embedded in nanovllm: there is nothing to download")
     if not hub.HUB_ID.fullmatch(args.model):
-        raise ValueError(f"{args.model!r} is no Hub id (owner/name)")
+        raise ValueError(f"{args.model!r} is not a Hub id (owner/name)")
     folder = hub.download(args.model, revision=args.revision)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
-            f"{args.model} has no weights in the safetensors format, which is the only one that "
-            "nanovllm reads"
+            f"{args.model} has no weights in the safetensors format, the only one that nanovllm "
+            "reads"
         )
     print(folder)

@@ -1,7 +1,7 @@
-"""Writes a report on one bucket as a page of HTML: its graphs, its kernels, and the cost of each.
+"""Writes an HTML report on one bucket: its graphs, its kernels, and the cost of each.
 
-Builds one layer of each kind with random weights, runs the bucket on rows of a given length, and
-times every call with the arguments of the step. Reads no weights.
+Builds one layer of each kind with random weights, runs the bucket on rows of the requested length,
+and times every call with the arguments of the step. Reads no weights.
 
     nanovllm report --model tiny-qwen3 --bs 4 -o report.html
 """
@@ -35,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the page. Raises ValueError or OSError for a wrong option, trace or output file."""
+    """Write the page. Raises ValueError or OSError for an invalid option, trace or output file."""
     from nanovllm.tools import report, report_page  # imports torch
 
     log.configure()
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _with_bucket(config: EngineConfig, rows: int | None) -> EngineConfig:
-    """The options, with a decode bucket of `rows` rows among those that they give."""
+    """The options, with a decode bucket of `rows` rows added."""
     from nanovllm import platforms
     from nanovllm.compile import buckets
 

@@ -1,4 +1,4 @@
-"""Removes models, with all their revisions, from the cache of the Hugging Face Hub.
+"""Removes models, with all their revisions, from the Hugging Face Hub's cache.
 
 nanovllm rm Qwen/Qwen3-0.6B
 """
@@ -20,11 +20,11 @@ USAGE = "MODEL... [--yes]"
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("models", metavar="MODEL", nargs="+", help="a Hub id (owner/name)")
-    parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    parser.add_argument("-y", "--yes", action="store_true", help="do not ask for confirmation")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status 1: the user has said no. Raises ValueError for what is not in the cache, and
+    """Exit status 1: the user declined. Raises ValueError for a model that is not in the cache, and
     OSError."""
     cache = hub_models.scanned()
     here = {one.repo_id: one for one in hub_models.models(cache)}
@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
         if name not in here:
             raise ValueError(_absent(name, here))
     assert cache is not None, "it has these models"
-    # repositories may have the same commits: each is looked for in itself alone
+    # repositories may share commit hashes: look up each in its own repository only
     plans = [
         replace(cache, repos=frozenset({here[name]})).delete_revisions(
             *(revision.commit_hash for revision in here[name].revisions)
@@ -54,13 +54,13 @@ def main(args: argparse.Namespace) -> int:
 def _absent(name: str, here: Collection[str]) -> str:
     if name in hub.EMBEDDED:
         return f"{name} is embedded in nanovllm and cannot be removed"
-    return f"{name!r} is no model in the cache of the Hub{nearest(name, here, 'nanovllm list')}"
+    return f"{name!r} is not a model in the Hub's cache{nearest(name, here, 'nanovllm list')}"
 
 
 def _agrees(what: str) -> bool:
-    """Ask. Raises ValueError without a terminal."""
+    """Ask for confirmation. Raises ValueError without a terminal."""
     if not sys.stdin.isatty():
-        raise ValueError(f"this would remove {what}: give --yes, since there is no terminal to ask")
+        raise ValueError(f"this would remove {what}: use --yes, since there is no terminal")
     try:
         return input(f"remove {what}? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:

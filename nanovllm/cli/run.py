@@ -3,13 +3,13 @@
     nanovllm run Qwen/Qwen3-0.6B "What is 37 + 45?"
     nanovllm run Qwen/Qwen3-0.6B < question.txt
     nanovllm run Qwen/Qwen3-0.6B --raw "The capital of France is" --max-tokens 50
-    nanovllm run "What is 37 + 45?"         # the embedded model tiny-qwen3 answers
+    nanovllm run "What is 37 + 45?"         # uses the embedded model tiny-qwen3
 
-A word alone is the model if it has the form of one (an embedded model, a folder, owner/name), and a
-text with spaces is the prompt; so is any other word with --model or --url.
+A single word is the model if it looks like one (an embedded model, a folder, owner/name). A text
+with spaces is the prompt; with --model or --url, so is any other word.
 
-The prompt goes through the model's chat template if it has one. --raw continues it as it is.
-Without a prompt, in a terminal, this is nanovllm chat.
+The prompt is rendered with the model's chat template if there is one. --raw continues the prompt
+without it. In a terminal, without a prompt, this is nanovllm chat.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from nanovllm.flags import Parser
 from nanovllm.tools import terminal
 
 USAGE = "[MODEL] [PROMPT] [options]"
-PARSE = Parser.parse_intermixed_args  # options may stand between MODEL and PROMPT
+PARSE = Parser.parse_intermixed_args  # options may come between MODEL and PROMPT
 
 
 def add_arguments(parser: Parser) -> None:
-    words = "the model and the prompt, which is stdin if it is - or none; see above for one word"
+    words = "the model and the prompt; stdin is read if the prompt is - or missing; see above"
     parser.add_argument("words", metavar="[MODEL] [PROMPT]", nargs="*", help=words)
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is")
-    answer = "write one object of JSON: text, finish_reason, usage, model"
+    parser.add_argument("--raw", action="store_true", help="use no chat template")
+    answer = "write a JSON object: text, finish_reason, usage, model"
     parser.add_argument("--json", action="store_true", help=answer)
     chat.add_conversation(parser)
     talk.add_arguments(parser, positional=False)
@@ -40,11 +40,11 @@ def main(args: argparse.Namespace) -> None:
     """Write the answer. Raises ValueError and OSError."""
     for name, value in (("--system", args.system), ("--file", args.file)):
         if args.raw and value:
-            raise ValueError(f"{name} does not go with --raw, which uses no chat template")
+            raise ValueError(f"{name} cannot be combined with --raw, which uses no chat template")
     prompt = _take_words(args)
     if prompt is None and sys.stdin.isatty():
         if args.raw or args.json:
-            raise ValueError("there is no prompt: nanovllm run MODEL PROMPT, or < FILE")
+            raise ValueError("there is no prompt: use nanovllm run MODEL PROMPT, or < FILE")
         chat.main(args)
         return
     if prompt in (None, "-"):
@@ -85,9 +85,9 @@ def _answer(
 
 
 def _take_words(args: argparse.Namespace) -> str | None:
-    """The prompt among the words, None if there is none; the model among them goes to `args`.
+    """The prompt from the words; None if there is none. A model among the words goes to `args`.
 
-    Raises ValueError for one word that is neither a model nor, with its spaces, a prompt.
+    Raises ValueError for a single word that is neither a model nor a prompt with spaces.
     """
     from nanovllm import hub
 
@@ -97,7 +97,7 @@ def _take_words(args: argparse.Namespace) -> str | None:
     if args.model is not None:
         if rest and first != args.model:
             raise ValueError(
-                f"MODEL is {first!r}, but --model is {args.model!r}: give one of them, and quotes "
+                f"MODEL is {first!r}, but --model is {args.model!r}: use one of them, and quotes "
                 "around a prompt of several words"
             )
         return " ".join(rest) if rest else None if first == args.model else first
@@ -112,5 +112,5 @@ def _take_words(args: argparse.Namespace) -> str | None:
         return str(first)
     raise ValueError(
         f"{first!r} is neither an embedded model ({', '.join(hub.EMBEDDED)}), nor a folder, nor a "
-        f"Hub id (owner/name): write nanovllm run MODEL {' '.join(args.words)!r}"
+        f"Hub id (owner/name): use nanovllm run MODEL {' '.join(args.words)!r}"
     )

@@ -10,15 +10,15 @@ from nanovllm.api.config import ServerConfig
 from nanovllm.cli.engine_options import add_engine_options, engine_config
 from nanovllm.cli.server_options import add_server_options
 from nanovllm.cli.watch import add_quiet
-from nanovllm.compat.options import OF_LOGS
 from nanovllm.flags import Parser, given
+from nanovllm.option_names import OF_LOGS
 
 USAGE = "[MODEL] [options]"
 # the extra `serve`
 NEEDED = (
     "httptools", "llguidance", "prometheus_client", "starlette", "uvicorn", "uvloop",
 )  # fmt: skip
-# an engine logs no requests, so its options of these names mean nothing here
+# an engine logs no requests, so these names mean the server's options here
 OF_SERVER = {*ServerConfig.__dataclass_fields__, *OF_LOGS}
 
 
@@ -29,8 +29,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """The exit status of the server. Raises ValueError for a wrong option, and if a package of the
-    extra `serve` is missing."""
+    """The exit status of the server. Raises ValueError for an invalid option, and if a package of
+    the extra `serve` is missing."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ValueError(f"nanovllm serve needs {', '.join(missing)}: {extras.install('serve')}")
     from nanovllm import api

@@ -1,4 +1,4 @@
-"""The models of `chat` and `run`: one in this process, or one behind a server."""
+"""Chat backends of `chat` and `run`: a model in this process, or one behind a server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nanovllm.llm import LLM
     from nanovllm.prompts import Prompt
 
-# The parameters that matter for one answer in a terminal. The seed is the engine's option.
+# The parameters useful for one answer in a terminal. The seed is an engine option.
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "stop", "ignore_eos",
@@ -32,7 +32,7 @@ Write = Callable[[str], None]
 
 
 class Reply(NamedTuple):
-    """A whole answer. num_prompt, num_output: tokens."""
+    """A whole answer. num_prompt, num_output: numbers of tokens."""
 
     model: str
     text: str
@@ -42,7 +42,7 @@ class Reply(NamedTuple):
     num_output: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Without a reasoning_content that is empty; usage as in OpenAI's API."""
+        """As a dict, without an empty reasoning_content; usage as in OpenAI's API."""
         usage = {
             "prompt_tokens": self.num_prompt, "completion_tokens": self.num_output,
             "total_tokens": self.num_prompt + self.num_output,
@@ -53,21 +53,21 @@ class Reply(NamedTuple):
 
 
 class Model(Protocol):
-    """Gives answers piece by piece."""
+    """A chat backend that streams answers."""
 
     def answer(self, messages: Messages, write: Write, think: Write) -> None:
         """Write the answer to a conversation, and a server's reasoning_content to `think`.
 
-        Ctrl-C ends the answer and raises KeyboardInterrupt. Raises ValueError and OSError.
+        Ctrl-C stops the answer and raises KeyboardInterrupt. Raises ValueError and OSError.
         """
         ...
 
     def complete(self, prompt: str, write: Write) -> None:
-        """Write the text that continues a prompt."""
+        """Write the continuation of a prompt."""
         ...
 
     def ask(self, asked: Messages | str) -> Reply:
-        """The whole answer to a conversation, or the text that continues a prompt."""
+        """The whole answer to a conversation, or the continuation of a prompt."""
         ...
 
     @property
@@ -75,14 +75,14 @@ class Model(Protocol):
 
 
 def add_arguments(parser: Parser, *, positional: bool) -> None:
-    """Add the options of both models. `positional`: the first word is the model."""
+    """Add the options of both backends. `positional`: the first word is the model."""
     add = parser.add_argument
-    add("--url", help="ask the server at this URL, such as http://127.0.0.1:8000")
-    add("--api-key", metavar="KEY", help="of the server (default: the variable OPENAI_API_KEY)")
+    add("--url", help="use the server at this URL, such as http://127.0.0.1:8000")
+    add("--api-key", metavar="KEY", help="API key (default: the variable OPENAI_API_KEY)")
     template = 'variables of the chat template, such as {"enable_thinking": false}'
     add_quiet(parser)
     add("--chat-template-kwargs", type=json_value, metavar="JSON", default={}, help=template)
-    sampling = parser.add_argument_group("sampling parameters", "Those of SamplingParams.")
+    sampling = parser.add_argument_group("sampling parameters", "The fields of SamplingParams.")
     texts, types = documented(SamplingParams), hints(SamplingParams)
     for name in SAMPLING:
         hint = Sequence[str] if name == "stop" else types[name]
@@ -91,16 +91,16 @@ def add_arguments(parser: Parser, *, positional: bool) -> None:
 
 
 def open_model(args: argparse.Namespace) -> Model:
-    """The model that the arguments name. Raises ValueError for options that do not go together."""
+    """The backend for the arguments. Raises ValueError for conflicting options."""
     sampling = {name: value for name, value in vars(args).items() if name in SAMPLING}
     variables = args.chat_template_kwargs
     if not isinstance(variables, dict):
         raise ValueError(f"chat_template_kwargs is {variables!r}: it must be a JSON object")
-    SamplingParams(**sampling)  # checks them before anything is loaded
+    SamplingParams(**sampling)  # checked before anything is loaded
     model, options = engine_options(args)
     if args.url is None:
         if args.api_key is not None:
-            raise ValueError("--api-key goes with --url")
+            raise ValueError("--api-key needs --url")
         from nanovllm.llm import LLM
 
         return LocalModel(LLM(model, **options), sampling, variables)
@@ -108,7 +108,7 @@ def open_model(args: argparse.Namespace) -> Model:
         sampling["seed"] = options.pop("seed")
     if options:
         flag = f"--{next(iter(options)).replace('_', '-')}"
-        raise ValueError(f"{flag} is an option of an engine: it does not go with --url")
+        raise ValueError(f"{flag} is an engine option: not supported with --url")
     if variables:
         sampling["chat_template_kwargs"] = variables
     return ServedModel(args.url, args.api_key or env.api_key(), args.model, sampling)
@@ -166,15 +166,15 @@ class LocalModel:
 class ServedModel:
     """A model behind a server with OpenAI's API."""
 
-    has_template = True  # the server says so if not
+    has_template = True  # else the server returns an error
 
     def __init__(
         self, url: str, api_key: str | None, model: str | None, params: Mapping[str, Any]
     ) -> None:
-        """Asks the server for its model if none is named. Raises ValueError and OSError."""
+        """Gets the model's name from the server if there is none. Raises ValueError and OSError."""
         self.client, self.params = http.Client(url, api_key), dict(params)
         self.params["model"] = model or http.run(first_model(self.client))
-        self._finish_reason: str | None = None  # of the newest answer, as its usage
+        self._finish_reason: str | None = None  # of the latest answer, like `_usage`
         self._usage: dict[str, int] = {}
 
     def answer(self, messages: Messages, write: Write, think: Write) -> None:
@@ -189,7 +189,7 @@ class ServedModel:
         def on_choice(choice: dict[str, Any]) -> None:
             write(choice.get("text") or "")
 
-        # without max_tokens, a completion has 16
+        # the default max_tokens of a completion is 16
         self._stream("/v1/completions", {"max_tokens": 4096, "prompt": prompt}, on_choice)
 
     def ask(self, asked: Messages | str) -> Reply:
@@ -227,26 +227,26 @@ class ServedModel:
                 request = self.client.request(path, {**body, **self.params, "stream": True})
                 (await self.client.send(request, on_event)).checked()
             finally:
-                self.client.close()  # the next answer has an event loop of its own
+                self.client.close()  # the next answer uses a new event loop
 
         http.run(ask())
         if errors:
-            raise ValueError(f"the server ends the answer: {errors[0]}")
+            raise ValueError(f"the server aborted the answer: {errors[0]}")
 
 
 async def first_model(client: http.Client) -> str:
-    """The name of the model that a server has, the first if there are several."""
+    """The name of a server's first model."""
     try:
         return str((await client.get("/v1/models"))["data"][0]["id"])
     except (KeyError, IndexError, TypeError):
-        raise ValueError("the server names no model at /v1/models: use --model") from None
+        raise ValueError("the server lists no model at /v1/models: use --model") from None
     finally:
         client.close()
 
 
 @contextmanager
 def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """A function that says whether Ctrl-C was pressed. It interrupts no step; twice it does."""
+    """Returns whether Ctrl-C was pressed, which interrupts no step; pressing it twice does."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

@@ -1,4 +1,4 @@
-"""How far a long command is: a bar on a terminal, elsewhere a line on stderr every ten seconds."""
+"""Progress of a long command: a bar in a terminal, else a line on stderr every ten seconds."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ BAR_SECONDS, LINE_SECONDS = 0.5, 10.0
 
 
 def add_quiet(parser: Parser) -> None:
-    """Add --quiet, which `cli.main.run` obeys."""
+    """Add --quiet, which `cli.main.run` handles."""
     text = "no progress, and only warnings in the log"
     parser.add_argument("--quiet", action="store_true", help=text)
 
 
 class Watch:
-    """Shows a count that grows up to `total`; nothing with --quiet, or if it is not `shown`.
+    """Shows a count that grows up to `total`; nothing with --quiet or without `shown`.
 
-    A thread reads the count a few times per second at most, so what is counted is not slowed down.
-    `count` returns it; without `count` it is what `update` adds up.
+    A thread reads the count at most a few times per second, so counting stays fast. `count` returns
+    the count; the default is the sum of `update`.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Names and interfaces of vLLM and nano-vllm, on top of this engine's own."""
+"""vLLM's and nano-vllm's names and interfaces, implemented on this engine."""

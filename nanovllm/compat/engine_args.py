@@ -11,9 +11,9 @@ from typing import Any
 
 from nanovllm import tuning
 from nanovllm.checks import hints
-from nanovllm.compat.options import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, SHORT
 from nanovllm.config import EngineConfig
 from nanovllm.flags import Arguments, add_flag, add_flags
+from nanovllm.option_names import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, SHORT
 from nanovllm.tuning import Tuning
 
 DEFAULT_MODEL = "tiny-qwen3"
@@ -32,23 +32,23 @@ class EngineArgs(EngineConfig):
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Add an argument for each option, under its own name and vLLM's."""
+        """Add an argument for each option, under our name and vLLM's."""
         parser.add_argument("--model", default=DEFAULT_MODEL, help="see `LLM`")
         add_engine_flags(parser, skip=("model",))
         return parser
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> EngineArgs:
-        """The options that were given on the command line. Other arguments are left alone."""
+        """The options from the command line. Other arguments are ignored."""
         return cls(**given_engine_options(args))
 
 
 class AsyncEngineArgs(EngineArgs):
-    """The same for `AsyncLLM`: vLLM's name."""
+    """vLLM's name for the options of `AsyncLLM`."""
 
 
 def add_engine_flags(to: Arguments, *, skip: Collection[str] = ()) -> None:
-    """Add a flag for each option of an engine but those in `skip`, and for vLLM's names."""
+    """Add flags for the engine's options except those in `skip`, under our names and vLLM's."""
     add_flags(to, EngineConfig, skip=skip, also=SHORT)
     add_flags(to, Tuning, skip=skip)
     for theirs, ours in SAME_MEANING.items():
@@ -61,7 +61,7 @@ def add_engine_flags(to: Arguments, *, skip: Collection[str] = ()) -> None:
     for name in set(THEIRS) & ONE_VALUE.keys() - set(skip):
         is_switch = any(isinstance(value, bool) for value in ONE_VALUE[name])
         reading = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": _value}
-        # these are for command lines written for vLLM: the help lists what has a choice
+        # for command lines written for vLLM; hidden from the help, because they have one value
         flag = f"--{name.replace('_', '-')}"
         names = flag, *SHORT.get(name, ())
         to.add_argument(
@@ -70,7 +70,7 @@ def add_engine_flags(to: Arguments, *, skip: Collection[str] = ()) -> None:
 
 
 def given_engine_options(args: argparse.Namespace, *, skip: Collection[str] = ()) -> dict[str, Any]:
-    """The options of an engine that were given, under our names or vLLM's. Those of `Tuning` are in
+    """The engine options that were set, under our names or vLLM's. Those of `Tuning` are in
     `tuning`."""
     names = {*OURS, *tuning.NAMES, *THEIRS} - set(skip)
     given = {name: value for name, value in vars(args).items() if name in names}
@@ -78,7 +78,7 @@ def given_engine_options(args: argparse.Namespace, *, skip: Collection[str] = ()
 
 
 def _value(text: str) -> Any:
-    """A number, JSON, or a text that is neither."""
+    """A number or other JSON value, else the text itself."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""vLLM's LLMEngine: requests with names, stepped by hand, with their text so far."""
+"""vLLM's LLMEngine: named requests, stepped manually, with their text so far."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nanovllm.schedule.outputs import Increment
 
 
 class LLMEngine:
-    """An engine that is stepped by hand. Several threads may call it."""
+    """An engine that is stepped manually. Thread-safe."""
 
     @classmethod
     def from_engine_args(
@@ -27,26 +27,26 @@ class LLMEngine:
         stat_loggers: None = None,
         enable_multiprocessing: bool = False,
     ) -> LLMEngine:
-        """Load a model and warm up. `usage_context` is for vLLM's own statistics and has no effect.
-        Raises ValueError for other values of the last two options."""
+        """Load a model and warm it up. `usage_context` (vLLM's usage statistics) has no effect.
+        Raises ValueError for other values of the last two options than the defaults."""
         if stat_loggers is not None:
-            raise ValueError("stat_loggers is not supported: only None is; use `get_metrics()`")
+            raise ValueError("stat_loggers is not supported: use `get_metrics()`")
         if enable_multiprocessing is not False:
             raise ValueError(
                 f"enable_multiprocessing is {enable_multiprocessing!r}: only False is supported; "
-                "AsyncLLM has an engine in another process"
+                "AsyncLLM runs the engine in another process"
             )
         return cls(SharedEngine(open_engine(engine_args)))
 
     @classmethod
     def from_options(cls, model: str, **options: Any) -> LLMEngine:
-        """The same for the options of `LLM`."""
+        """An engine from the options of `LLM`."""
         return cls.from_engine_args(EngineConfig.from_options(model, options))
 
     def __init__(self, shared: SharedEngine) -> None:
         self.shared, self.engine = shared, shared.engine
         self._pending: dict[str, GrowingOutput] = {}
-        self._owner: dict[int, GrowingOutput] = {}  # by the ids of the engine's requests
+        self._owner: dict[int, GrowingOutput] = {}  # by the engine's request id
 
     def add_request(
         self,
@@ -57,14 +57,14 @@ class LLMEngine:
         lora_request: None = None,
         priority: int = 0,
     ) -> None:
-        """Queue a request under a name. Raises ValueError, and queues nothing, for a name that is
-        in use and for what `Engine.add_request` refuses."""
+        """Queue a request under a name. Raises ValueError, and queues nothing, for a name in use
+        and for anything that `Engine.add_request` refuses."""
         if not isinstance(request_id, str):
             raise ValueError(f"request_id is {request_id!r}: it must be text")
         if request_id in self._pending:
             raise ValueError(f"request_id {request_id!r} is in use")
         if lora_request is not None:
-            raise ValueError("lora_request is not supported: only None is")
+            raise ValueError("lora_request is not supported")
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params is {params!r}: it must be SamplingParams")
         given = as_prompt(prompt)
@@ -88,7 +88,7 @@ class LLMEngine:
             self._pending[request_id] = pending
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
-        """End requests without further outputs. Unknown names are ignored."""
+        """Abort requests without further outputs. Unknown names are ignored."""
         names = [request_id] if isinstance(request_id, str) else list(request_id)
         with self.shared.exclusive() as engine:
             for name in names:
@@ -99,12 +99,12 @@ class LLMEngine:
                         self._owner.pop(engine_id, None)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns the requests that have something new."""
+        """Run one step. Returns the requests with new output."""
         with self.shared.exclusive() as engine:
             if not engine.has_outputs(self._owner):
                 engine.advance()
             found: dict[str, dict[int, Increment]] = {}
-            # several of one request if `LLM.generate` has stepped in the meantime
+            # there may be several of one request if `LLM.generate` stepped in the meantime
             for increment in engine.take(self._owner):
                 increments = found.setdefault(self._owner[increment.request_id].request_id, {})
                 before = increments.get(increment.request_id)
@@ -136,12 +136,12 @@ class LLMEngine:
     tokenizer = property(get_tokenizer)
 
     def sleep(self, level: int = 1) -> None:
-        """See `LLM.sleep`."""
+        """Sleep as `LLM.sleep` does."""
         with self.shared.exclusive() as engine:
             engine.sleep(level)
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
-        """See `LLM.wake_up`."""
+        """Wake up as `LLM.wake_up` does."""
         with self.shared.exclusive() as engine:
             engine.wake_up(tags)
 

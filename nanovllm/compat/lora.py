@@ -1,10 +1,10 @@
-"""vLLM's LoRARequest, so that programs can import it; adapters are not supported yet."""
+"""vLLM's LoRARequest, so that programs can import it; adapters are not supported."""
 
 from __future__ import annotations
 
 
 class LoRARequest:
-    """Refused: LoRA adapters are not supported."""
+    """Not supported: raises ValueError."""
 
     def __init__(self, *_: object, **__: object) -> None:
         """Raises ValueError."""

@@ -1,7 +1,7 @@
-"""Import paths of vLLM and nano-vllm that have another place here.
+"""Aliases for import paths of vLLM and nano-vllm.
 
-`from nanovllm.inputs import TextPrompt` works as `from vllm.inputs import TextPrompt` does. These
-modules are made when they are imported, and so are the ones with the objects.
+`from nanovllm.inputs import TextPrompt` works like `from vllm.inputs import TextPrompt`. These
+modules, and the modules that define their names, are loaded on first use.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ LORA = "nanovllm.compat.lora"
 ARGUMENTS = "nanovllm.compat.engine_args"
 ASYNC_LLM = {"AsyncLLM": ROOT, "AsyncLLMEngine": ROOT}
 SAMPLING = "nanovllm.sampling"
-# The modules below nanovllm, and where each of their names is: "module" or "module:name". Those
+# The modules below nanovllm, and where each of their names is: "module" or "module:name". Modules
 # without names are packages.
 MODULES: dict[str, dict[str, str]] = {
     "sampling_params": {
         "SamplingParams": SAMPLING, "BeamSearchParams": SAMPLING, "RequestOutputKind": SAMPLING,
-        "StructuredOutputsParams": "nanovllm.structured.params",
+        "StructuredOutputsParams": "nanovllm.structured_params",
     },
     "inputs": {
         "TextPrompt": "nanovllm.prompts", "TokensPrompt": "nanovllm.prompts",
@@ -39,7 +39,7 @@ MODULES: dict[str, dict[str, str]] = {
     "entrypoints.llm": {"LLM": ROOT},
     "engine.arg_utils": {"EngineArgs": ARGUMENTS, "AsyncEngineArgs": ARGUMENTS},
     "engine.async_llm_engine": ASYNC_LLM,
-    # nano-vllm's, which is the base class of its LLM with the same methods; see v1 for vLLM's
+    # nano-vllm's: the base class of its LLM with the same methods; see v1 for vLLM's
     "engine.llm_engine": {"LLMEngine": "nanovllm:LLM"},
     "v1": {},
     "v1.engine": {},
@@ -49,7 +49,7 @@ MODULES: dict[str, dict[str, str]] = {
 
 
 class Alias(ModuleType):
-    """A module whose names are elsewhere."""
+    """A module whose names are defined elsewhere."""
 
     def __getattr__(self, name: str) -> Any:
         names = MODULES[self.__name__.removeprefix(f"{ROOT}.")]
@@ -68,7 +68,7 @@ class Alias(ModuleType):
 
 
 class Finder(MetaPathFinder, Loader):
-    """Finds the modules of `MODULES`; it is asked for names that no file has."""
+    """Finds the modules in `MODULES`, after all other finders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -82,7 +82,7 @@ class Finder(MetaPathFinder, Loader):
         return Alias(spec.name, "vLLM's or nano-vllm's name for a module.")
 
     def exec_module(self, module: ModuleType) -> None:
-        """Its names are found when they are asked for."""
+        """Nothing to run: names are resolved on access."""
 
 
 def install() -> None:

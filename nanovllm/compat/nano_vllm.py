@@ -1,4 +1,4 @@
-"""nano-vllm's names for parts of this engine, so that its scripts run unchanged."""
+"""nano-vllm's methods, so that its scripts run unchanged."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ if TYPE_CHECKING:
 
 
 class NanoMethods:
-    """The methods of nano-vllm's LLM that step requests by hand."""
+    """The methods of nano-vllm's LLM that step requests manually."""
 
     engine: AnyEngine
     shared: SharedEngine
 
     def add_request(self, prompt: Any, sampling_params: SamplingParams) -> None:
-        """Queue a prompt, a text or token ids."""
+        """Queue a prompt: text or token ids."""
         with self.shared.exclusive() as engine:
             request_id = engine.add_request(prompt, sampling_params, incremental=False)
         self._stepped().add(request_id)
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
-        """Run one step. Returns ([(request's number, token ids)] of requests that ended, and the
-        number of prompt tokens of the step or, negative, of its decode rows; 0 with several
-        replicas)."""
+        """Run one step. Returns ([(request number, token ids)] of finished requests, and the step's
+        number of prompt tokens or, negative, of decode rows; 0 with several replicas)."""
         with self.shared.exclusive() as engine:
             plan = engine.advance()
             increments = engine.take(self._stepped())
@@ -38,7 +37,7 @@ class NanoMethods:
         return [(request_id, completion.token_ids) for request_id, completion in ended], num_tokens
 
     def is_finished(self) -> bool:
-        """Whether all requests of `add_request` have ended."""
+        """Whether all requests of `add_request` have finished."""
         return not self._stepped()
 
     def exit(self) -> None:
@@ -47,5 +46,5 @@ class NanoMethods:
             engine.close()
 
     def _stepped(self) -> set[int]:
-        """The requests of `add_request` that have not ended."""
+        """The unfinished requests of `add_request`."""
         return self.__dict__.setdefault("_stepped_ids", set())

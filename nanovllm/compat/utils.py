@@ -1,4 +1,4 @@
-"""What programs import from vLLM's `utils` and `inputs`."""
+"""The names that programs import from vLLM's `utils` and `inputs`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine takes requests and returns increments, step by step. `Engine` is in `engine.py`."""
+"""The engine turns requests into increments, step by step. `Engine` is in `engine.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Engine"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Engine` is imported when it is used: other modules of this package do not need torch."""
+    """Imports `Engine` on first use: other modules of this package do not need torch."""
     if name == "Engine":
         from nanovllm.engine.engine import Engine
 

@@ -1,4 +1,4 @@
-"""Answers grow by the tokens of steps, and end: with a stop, at their limits, or with an error."""
+"""Adds the tokens of steps to answers, and ends answers: at a stop, a limit, or an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class Answers:
     """The unfinished requests of an engine, with the texts of their answers.
 
-    requests: by their ids. outbox: what nobody has taken yet.
+    requests: by their ids. outbox: outputs not taken yet.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class Answers:
         self.outbox = Outbox()
 
     def collect(self, plan: StepPlan, result: StepResult) -> None:
-        """Give a step's tokens to their requests. Tokens after a stop or an abort are dropped.
+        """Add a step's tokens to their requests. Tokens after a stop or an abort are dropped.
 
-        A request for which no token could be chosen ends with an error; the others go on.
+        A request for which no token could be chosen ends with an error; the others continue.
         """
         for wanted, values in zip(plan.prompt_logprobs, result.prompt_logprobs):
             if wanted.request_id in self.requests:
@@ -64,14 +64,15 @@ class Answers:
         self._end(*self.requests[request_id], reason, [], error)
 
     def forget(self, request: Request) -> None:
-        """Drop all that is kept of a request but its row and blocks. It may be known or not."""
+        """Drop everything kept for a request except its row and blocks. Unknown requests are
+        ignored."""
         self._preparation.drop(request.request_id)
         others = (other for other, _ in self.requests.values() if other is not request)
         self._held.release(request, others)
         self.requests.pop(request.request_id, None)
 
     def complete_ends(self) -> None:
-        """After an interrupt: requests whose last output is in the outbox have ended."""
+        """After an interrupt: finish the end of requests whose last output is in the outbox."""
         for output in self.outbox.outputs:
             if output.finished and output.request_id in self.requests:
                 self.forget(self.requests[output.request_id][0])
@@ -91,9 +92,9 @@ class Answers:
             self._extend(request, stream, known)
         if has_all or request.request_id not in self.requests:
             return
-        # The NaN may come from other tokens than its own: attention multiplies the values of later
-        # tokens by 0, and 0 · NaN is NaN. So wrong proposals reach the tokens before them, and
-        # shared blocks may hold NaN from the request that computed them.
+        # The NaN may come from other tokens: attention multiplies the values of later tokens by 0,
+        # and 0 · NaN is NaN. So wrong proposals reach the tokens before them, and shared blocks may
+        # hold NaN from the request that computed them.
         is_shared = request.num_shared or num_fed > len(token_ids)
         has_error = request.constraint is not None and request.constraint.error is not None
         if not request.is_alone and is_shared and not has_error:
@@ -112,7 +113,7 @@ class Answers:
         self._end(request, stream, "error", [], error)
 
     def _extend(self, request: Request, stream: TextStream, token_ids: list[int]) -> None:
-        """Put out a request's new `token_ids`, cut after the token that ends the request."""
+        """Output a request's new `token_ids`, cut after the token that ends the request."""
         num_before = len(request.output_ids) - len(token_ids)
         for num, token_id in enumerate(token_ids, start=1):
             num_outputs = num_before + num

@@ -1,4 +1,4 @@
-"""The engine takes requests and returns increments, step by step.
+"""The engine turns requests into increments, step by step.
 
 `LLM`, `LLMEngine` and servers use it.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.adapters import Adapters
 from nanovllm.engine.answers import Answers
 from nanovllm.engine.held_media import HeldMedia
 from nanovllm.engine.intake import Embeddings, Intake, drawn_seed
@@ -21,7 +22,7 @@ from nanovllm.engine.media_intake import MediaIntake, MediaPrompts, Scale
 from nanovllm.engine.metrics import EngineMetrics, StatsLog
 from nanovllm.engine.owner import Owner
 from nanovllm.engine.preparation import Preparation
-from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
+from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt, root_of
 from nanovllm.engine.step_watch import EVERY_STEPS, StepWatch
 from nanovllm.media.given import Given
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
@@ -39,7 +40,7 @@ from nanovllm.startup.load import Loaded, load
 from nanovllm.structured.grammars import Compiler, Grammars, Limits
 from nanovllm.structured.matcher import Matcher
 
-PREPARING_WAIT_S = 0.02  # of a thread that uses the engine: others may want it meanwhile
+PREPARING_WAIT_S = 0.02  # the longest wait of a thread that holds the engine
 
 
 class Engine:
@@ -79,12 +80,15 @@ class Engine:
             stall=loaded.stall,
             max_proposals=max(layout.verify_tokens, default=1) - 1,
         )
+        draft = self._runner.spec.draft
+        self.scheduler.num_drafts = 0 if draft is None else draft.proposer.num
         run_ahead = config.tuned.run_ahead
         self.run_ahead = self._runner.platform.traits.run_ahead if run_ahead is None else run_ahead
         self._in_flight: deque[Launched] = deque()
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         tower = self._runner.model.tower
         self.media_scale = None if tower is None else Scale.of(tower.config)
+        self.adapters = Adapters(self._runner.model.num_adapters)
         self._intake = Intake.of(config, self.tokenizer, self.info)
         prompts = MediaPrompts(
             config.model, self.tokenizer, self.media_scale, loaded.vision, config.media
@@ -115,7 +119,7 @@ class Engine:
         return Grammars(Compiler(self.tokenizer, vocab_size, eos_ids), limits)
 
     def close(self) -> None:
-        """Free the memory of weights, cache and graphs. A fork of the process leaves it alone."""
+        """Free the memory of weights, cache and graphs. Does nothing in a fork of the process."""
         self._is_closed = True
         if not self._owner.is_here:
             return
@@ -126,7 +130,7 @@ class Engine:
         self._sleeper.close()
 
     def sleep(self, level: int = 1) -> None:
-        """Give the memory of weights and cache back until `wake_up`; cached prefixes are forgotten.
+        """Give the memory of weights and cache back until `wake_up`; cached prefixes are dropped.
 
         Level 1 moves the weights to the host, level 2 drops them. Raises ValueError for another
         level, while requests are unfinished, and without enable_sleep_mode where that is needed.
@@ -166,7 +170,7 @@ class Engine:
 
     @property
     def info(self) -> EngineInfo:
-        """What others must know of this engine, but for the digest of its checkpoint."""
+        """The facts that clients need, except the digest of the checkpoint."""
         model, pool = self.model_config, self.scheduler.cache.pool
         return EngineInfo(
             "",
@@ -189,12 +193,12 @@ class Engine:
         return self._runner
 
     def enter_thread(self) -> None:
-        """Prepare the calling thread, which has not used the engine before."""
+        """Prepare the calling thread before it first uses the engine."""
         self._runner.platform.enter_thread()
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """The ids that end an answer, unless its parameters say otherwise."""
+        """The ids that end an answer by default."""
         return self._eos_ids
 
     @property
@@ -207,35 +211,31 @@ class Engine:
         return self._answers.requests[request_id][0].prompt_ids
 
     def token_ids(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, checked as `add_request` does. Raises ValueError, also for media."""
-        if prompt.media:
-            raise ValueError(f"the prompt has {prompt.media[0].name}: only text is supported here")
-        return self._intake.prompt_ids(prompt, SamplingParams())
+        """See `Intake.text_ids`."""
+        return self._intake.text_ids(prompt)
 
     def encoded(self, prompt: Prompt) -> Prompt:
-        """The prompt with token ids, unless it has media. Needs no lock, unlike `add_request`."""
-        if prompt.token_ids is not None or prompt.media or self.tokenizer is None:
-            return prompt
-        assert prompt.text is not None
-        return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
+        """See `Intake.encoded`. Needs no lock, unlike `add_request`."""
+        return self._intake.encoded(prompt)
 
     def check_media(self, media: Sequence[Given]) -> None:
-        """Raises ValueError for images or videos that no prompt of this model can have."""
+        """Raises ValueError for images or videos that this model does not support."""
         self._media.check_media(media)
 
     @property
     def propose(self) -> Proposer | None:
-        """A function from a `Request` to token ids that are likely to follow its known tokens.
+        """A function that proposes the next token ids of a `Request` (speculative decoding).
 
         A decode step verifies the proposals and keeps those that the model chooses as well, so
-        proposals do not change answers. None: each decode step yields one token a row.
+        proposals do not change answers. None: each decode step yields one token a row, unless the
+        device proposes tokens itself.
         """
         return self.scheduler.propose
 
     @propose.setter
     def propose(self, proposer: Proposer | None) -> None:
         if proposer is not None and not self.scheduler.max_proposals:
-            raise ValueError("propose needs draft_lengths: without them no step verifies proposals")
+            raise ValueError("propose needs draft_lengths: without it no step verifies proposals")
         self.scheduler.propose = proposer
 
     def add_request(
@@ -251,11 +251,11 @@ class Engine:
         """Queue a prompt (see `nanovllm/prompts.py`, or a prepared one); returns the request's id.
 
         With `incremental` False the request has one output, at its end. `embeddings` are (position,
-        [n, D]) pairs: they replace the embeddings of n prompt tokens from this position on, as the
-        checkpoint's table has them; the ids of these tokens are not read. In [n, K · D] the columns
-        behind the first D are added to the hidden states after the first layers, D after each.
-        `positions` are those of the prompt's tokens in time, height and width, int64 [3, T], for
-        models that have three. Requests with a lower `priority` number run first.
+        [n, D]) pairs: they replace the embeddings of n prompt tokens from this position on, on the
+        scale of the checkpoint's table; the ids of these tokens are not read. In [n, K · D] the
+        columns after the first D are added to the hidden states after the first layers, D after
+        each. `positions` are those of the prompt's tokens in time, height and width, int64 [3, T],
+        for models that have three. Requests with a lower `priority` number run first.
 
         Raises ValueError, and queues nothing, if the prompt is empty, too long or has ids outside
         the vocabulary, or if embeddings do not fit the prompt or the model. Media are prepared
@@ -268,7 +268,7 @@ class Engine:
         given = as_prompt(prompt)
         if given.media:
             self._intake.check(params)
-            self._check_media(given, params, embeddings, positions)
+            self._media.check(given, params, embeddings, positions)
         asked = self._intake.request(
             given,
             params,
@@ -280,13 +280,14 @@ class Engine:
         return self.add(asked, given if given.media else None)
 
     def add(self, asked: EngineRequest, with_media: Prompt | None = None) -> int:
-        """Queue a request that an `Intake` has checked; returns its id.
+        """Queue a request that `Intake` has checked; returns its id.
 
-        with_media: the prompt, if its media are not prepared yet. Raises ValueError for grammars
-        and edits of logits that cannot be.
+        with_media: the prompt, if its media are not prepared yet. Raises ValueError for invalid
+            grammars and edits of logits, and for an adapter that is not loaded.
         """
         self._check_open()
         self._sleeper.check_awake()
+        adapter = self.adapters.find(asked.adapter)
         params, prompt_ids = asked.params, asked.prompt_ids
         edits, source = self._intake.edits(params), self._intake.source(params)
         has_masks = source is not None
@@ -310,7 +311,8 @@ class Engine:
             prompt_position_3P=asked.positions,
             priority=asked.priority,
             edits=edits,
-            cache_root=asked.cache_root,
+            cache_root=root_of(asked.cache_root, adapter.digest) if adapter else asked.cache_root,
+            adapter=adapter.number if adapter else 0,
             status=Status.PREPARING,
         )
         if params.prompt_logprobs is not None:
@@ -330,23 +332,8 @@ class Engine:
             self._restart()
             raise
 
-    def _check_media(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        embeddings: Embeddings,
-        positions: np.ndarray | None,
-    ) -> None:
-        """Refuse a prompt with media that nothing can come of, or with options they exclude."""
-        if embeddings or positions is not None:
-            raise ValueError(
-                f"the prompt has {prompt.media[0].name}: embeddings and positions follow from it, "
-                "so none can be given"
-            )
-        self._media.check(prompt, params)
-
     def _queue(self, request: Request) -> None:
-        """Queue a request that has all that it needs, unless an interrupted step has done it."""
+        """Queue a request that is ready, unless an interrupted step has queued it."""
         if request.status is Status.PREPARING:
             request.status = Status.WAITING
             self.scheduler.add(request)
@@ -356,7 +343,7 @@ class Engine:
         """Queue requests whose media and grammars are ready, and end those whose media cannot be
         read or whose grammars are refused.
 
-        If none is, wait for one, but not longer than `wait_s`.
+        If none is ready, wait up to `wait_s` for one.
         """
         for request, error in self._preparation.ready(wait_s):
             if error is None:
@@ -365,22 +352,22 @@ class Engine:
                 self._answers.end(request.request_id, "error", error)
 
     def prepare_grammars(self) -> None:
-        """Begin to make what constrained answers need, in a thread. Call it when no request waits:
-        no other thread can run meanwhile.
+        """Begin to prepare structured output in a thread. Call it when no request waits: no other
+        thread can run meanwhile.
 
-        Without this call the first constrained request holds up all others.
+        Without this call the first constrained request delays all others.
         """
         self._grammars.prepare()
 
     def forget_prefixes(self) -> None:
-        """Let no later request find cached tokens of earlier ones."""
+        """Empty the prefix cache."""
         self.scheduler.cache.forget()
 
     def abort(self, request_id: int, reason: str = "abort") -> None:
         """End a request now. Unknown ids are ignored.
 
         The next step returns the request's last output, with this finish_reason: "stop" if the
-        caller has found a stop string.
+        caller found a stop string.
         """
         if request_id not in self._answers.requests:
             return
@@ -391,7 +378,7 @@ class Engine:
             raise
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
-        """End requests and drop their last outputs, for a caller that no longer listens."""
+        """End requests and drop their last outputs, for a caller that no longer reads them."""
         dropped = set(request_ids)
         for request_id in dropped:
             self.abort(request_id)
@@ -415,7 +402,8 @@ class Engine:
         return self._answers.outbox.has(request_ids)
 
     def advance(self) -> StepPlan | None:
-        """Launch the next step, whose plan is returned, and collect the results of an earlier one.
+        """Launch the next step, collect the results of an earlier one, and return the launched
+        plan.
 
         An error or Ctrl-C leaves the engine usable: unfinished requests continue from their known
         tokens.
@@ -464,7 +452,7 @@ class Engine:
         self.scheduler.restart(one for one in requests if one.status is not Status.PREPARING)
 
     def _wait_for_threads(self) -> None:
-        """Wait for what a thread makes, since no step can run before."""
+        """Wait for a worker thread, when no step can run before it is done."""
         if self._grammars.wait_for_mask(PREPARING_WAIT_S):
             return
         assert self._preparation, "there is work, but no step can run"

@@ -1,4 +1,4 @@
-"""The images, videos and clips of unfinished requests, from which the device makes embeddings."""
+"""The multimodal inputs of unfinished requests, for the encoders."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from nanovllm.schedule.request import Request
 
 
 class HeldMedia:
-    """Keeps media on the host by the keys of contents: requests with equal media share them."""
+    """Keeps media in host memory, keyed by content: requests with equal media share them."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.items: dict[str, Encodable] = {}
 
     def hold(self, media: Mapping[str, Encodable]) -> None:
-        """Keep the media of a prompt, by the keys of their contents."""
+        """Keep the media of a prompt, keyed by content."""
         self.items.update(media)
 
     def encode(self, plan: StepPlan) -> None:
-        """Encode what a plan needs and what has no embeddings yet."""
+        """Encode the media of a plan that have no embeddings yet."""
         keys = dict.fromkeys(one.key for one in plan.embeddings)
         missing = [key for key in keys if key not in self._runner.embeddings]
         if missing:
             self._runner.encode({key: self.items[key] for key in missing})
 
     def release(self, request: Request, others: Iterable[Request]) -> None:
-        """Drop the media and the given embeddings of a request that no other one has."""
+        """Drop a request's media and embeddings unless another request uses them."""
         if not request.contents:
             return
         in_use = {one.key for other in others for one in other.contents}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Content
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
-from nanovllm.structured.params import FIELD
+from nanovllm.structured_params import FIELD
 from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ Embeddings = Sequence[tuple[int, "Tensor"]]  # (position, [n, D]) pairs
 
 @dataclass(frozen=True)
 class Intake:
-    """The facts of a model that requests are checked against. All methods raise ValueError."""
+    """Checks requests against the limits of a model. All methods raise ValueError."""
 
     model: str
     tokenizer: Tokenizer | None
@@ -81,7 +81,7 @@ class Intake:
     ) -> EngineRequest:
         """A request for an engine. The arguments are those of `Engine.add_request`.
 
-        Media of a `Prompt` are not looked at. `check_forms` checks the rest of `params`.
+        Media of a `Prompt` are not checked. `check_forms` checks the rest of `params`.
         """
         self.check(params)
         media: dict[str, Encodable] = {}
@@ -96,7 +96,7 @@ class Intake:
         contents = self.contents(embeddings, len(prompt_ids))
         self.check_positions(positions, len(prompt_ids))
         if media and not self.has_towers:
-            raise ValueError(f"the prompt has images, but {self.model!r} reads text only")
+            raise ValueError(f"the prompt has images, but {self.model!r} accepts text only")
         return EngineRequest(
             prompt_ids,
             params,
@@ -118,7 +118,7 @@ class Intake:
             edit_limits.check(edits, self.vocab_size)
 
     def prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        """The prompt's token ids, truncated as `params` ask for, all within the limits."""
+        """The prompt's token ids, truncated as `params` require and checked against the limits."""
         if prompt.token_ids is not None:
             prompt_ids = prompt.token_ids
         elif self.tokenizer is None:
@@ -154,13 +154,26 @@ class Intake:
                 )
         return token_ids
 
+    def text_ids(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, checked as those of a request, but without media."""
+        if prompt.media:
+            raise ValueError(f"the prompt has {prompt.media[0].name}: only text is supported here")
+        return self.prompt_ids(prompt, SamplingParams())
+
+    def encoded(self, prompt: Prompt) -> Prompt:
+        """The prompt with token ids, unless it has media."""
+        if prompt.token_ids is not None or prompt.media or self.tokenizer is None:
+            return prompt
+        assert prompt.text is not None
+        return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
+
     def max_output(self, params: SamplingParams, prompt_len: int) -> int:
         """The most tokens of the answer: max_tokens, at most what max_model_len leaves."""
         left = self.max_model_len - prompt_len
         return left if params.max_tokens is None else min(params.max_tokens, left)
 
     def check(self, params: SamplingParams) -> None:
-        """Refuse what needs a tokenizer that is not there."""
+        """Refuse parameters that need a tokenizer if there is none."""
         if self.tokenizer is None:
             for name, given in (("stop", params.stop_strings), ("bad_words", params.bad_words)):
                 if given:
@@ -170,7 +183,7 @@ class Intake:
                     )
 
     def source(self, params: SamplingParams) -> Source | None:
-        """The grammar that `params` ask for, before it is compiled."""
+        """The grammar of `params`, before it is compiled."""
         if params.structured_outputs is None:
             return None
         if self.tokenizer is None:
@@ -181,7 +194,7 @@ class Intake:
         return library.source(params.structured_outputs, self.max_grammar_bytes)
 
     def edits(self, params: SamplingParams) -> LogitEdits | None:
-        """Changes to logits that `params` ask for."""
+        """The edits of logits that `params` specify."""
         if not params.has_edits:
             return None
         bad = [tokens for word in params.bad_words or () for tokens in self._bad_tokens(word)]
@@ -190,7 +203,7 @@ class Intake:
     def _bad_tokens(self, word: str) -> list[list[int]]:
         """The tokens of a word at the start of a text, and inside it after a space.
 
-        The second form is left out if the space is a token of its own: the first form forbids the
+        The second form is left out if the space is a separate token: the first form forbids the
         tokens after it.
         """
         assert self.tokenizer is not None
@@ -200,7 +213,7 @@ class Intake:
             for space in ("", " ")
         )
         if not start:
-            words = f"bad_words has {word!r}, which this tokenizer gives no tokens for"
+            words = f"bad_words has {word!r}, which this tokenizer cannot encode"
             raise InvalidValue("bad_words", words)
         return [start, inside] if inside[0] != start[0] and len(inside) == len(start) else [start]
 
@@ -247,7 +260,7 @@ class Intake:
 
 
 def drawn_seed(engine_seed: int, request_id: int) -> int:
-    """The seed of a request without one of its own."""
+    """The seed of a request that has none."""
     digest = hashlib.sha256(f"{engine_seed} {request_id}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 

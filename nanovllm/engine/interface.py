@@ -1,4 +1,4 @@
-"""What `LLM`, `LLMEngine` and `SharedEngine` use of an engine: one, or several behind a router."""
+"""The interface of an engine, one or several behind a router, for `LLM` and `SharedEngine`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nanovllm.tokenizer import Tokenizer
 
 
-# vLLM's methods that profile an engine until they are told to stop
+# vLLM's methods that start and stop a profile of an engine
 NO_PROFILE = (
     "start_profile and stop_profile are not supported: a captured step replays without its ops. "
     "`nanovllm bench throughput --profile DIR` profiles prompts and decode steps"
@@ -32,7 +32,7 @@ class Metrics(Protocol):
 
 
 class AnyEngine(Protocol):
-    """`Engine` describes the methods. `Router` is the other class that has them."""
+    """`Engine` documents the methods. `Router` is the other implementation."""
 
     config: EngineConfig
     max_model_len: int

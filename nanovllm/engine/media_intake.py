@@ -1,5 +1,4 @@
-"""Turns prompts with images, videos and sound into token ids, positions and patches, beside the
-engine."""
+"""Turns prompts with images, videos and audio into token ids, positions and patches, in threads."""
 
 from __future__ import annotations
 
@@ -7,12 +6,17 @@ import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from nanovllm import hub
 from nanovllm.checks import InvalidValue
+from nanovllm.config import EngineConfig
+from nanovllm.engine.intake import Embeddings
 from nanovllm.engine.mm_admission import MediaGate
 from nanovllm.engine.request import MediaPrompt
-from nanovllm.media import given
+from nanovllm.media import given, settings
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.placeholders import Expanded, Placeholders, Span
 from nanovllm.media.prepare import Preparation, Prepared, Preparer
@@ -28,7 +32,7 @@ from nanovllm.tokenizer import Tokenizer
 
 
 class Scale(NamedTuple):
-    """What the positions of a prompt depend on; the fields are those of `TowerConfig`."""
+    """The sizes from which the positions of a prompt follow; fields as in `TowerConfig`."""
 
     merge_size: int
     tokens_per_second: float
@@ -42,7 +46,7 @@ class Scale(NamedTuple):
 class MediaPrompts:
     """Makes the prompts of one checkpoint. Several threads can use it.
 
-    scale: that of its tower, None for a text model.
+    scale: None for a text model.
     """
 
     def __init__(
@@ -60,6 +64,19 @@ class MediaPrompts:
             self._preparer = Preparer(settings, options)
             self._placeholders = Placeholders(tokenizer, settings.with_times, **settings.tokens)
 
+    @classmethod
+    def of(
+        cls,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        scale: Sequence[Any],
+        options: MediaOptions,
+    ) -> MediaPrompts:
+        """Those of an engine elsewhere. scale: the fields of `Scale`. Raises ValueError for a
+        checkpoint whose processor is not supported."""
+        folder = hub.resolve(config.model, weights=False, revision=config.revision)
+        return cls(config.model, tokenizer, Scale(*scale), settings.load(folder), options)
+
     def check_media(self, media: Sequence[given.Given]) -> None:
         """Raises ValueError for media of a text model, and for too many."""
         if media and self._scale is None:
@@ -75,7 +92,7 @@ class MediaPrompts:
             given.refuse(self._model, sounds, "has no audio encoder")
 
     def check(self, prompt: Prompt, params: SamplingParams) -> None:
-        """`check_media`, and raises ValueError for more or fewer media than placeholders, and for
+        """`check_media`. Also raises ValueError for more or fewer media than placeholders, and for
         parameters that media exclude."""
         if params.truncate_prompt_tokens is not None:
             raise InvalidValue(
@@ -88,7 +105,7 @@ class MediaPrompts:
         self._placeholders.check(prompt.text, prompt.token_ids, [one.kind for one in prompt.media])
 
     def submit(self, prompt: Prompt) -> Preparation:
-        """Begin to prepare the media of a prompt, which `check` has let through."""
+        """Begin to prepare the media of a prompt that `check` has accepted."""
         assert self._preparer is not None
         return self._preparer.submit(prompt.media, prompt.cache_salt)
 
@@ -98,7 +115,7 @@ class MediaPrompts:
             self._preparer.close()
 
     def made(self, prompt: Prompt, items: list[Prepared]) -> MediaPrompt:
-        """The prompt, once its media are prepared. Raises ValueError if they do not fit it."""
+        """The prompt with its prepared media. Raises ValueError if they do not fit it."""
         assert self._placeholders is not None
         if prompt.token_ids is None:
             assert prompt.text is not None
@@ -114,8 +131,7 @@ class MediaPrompts:
         return MediaPrompt(expanded.token_ids, position_3T, images, prompt.cache_salt)
 
     def _items(self, items: Sequence[Prepared], expanded: Expanded) -> list[positions.Item]:
-        """The images and videos of a prompt in its order. A frame with tokens of its own is one
-        item."""
+        """The images and videos of a prompt in order. A frame with separate tokens is one item."""
         assert self._scale is not None
         merge, per_second, spans_time = self._scale
         found: list[positions.Item] = []
@@ -133,8 +149,8 @@ class MediaPrompts:
         return sorted(found)
 
     def _images(self, item: Prepared, spans: Sequence[Span]) -> Iterator[tuple[Content, Encodable]]:
-        """The frames of an item, each with its place in the prompt and a digest of its own; a clip
-        is whole."""
+        """The frames of an item (one for an audio clip), each with its place in the prompt and its
+        digest."""
         if item.kind == given.AUDIO:
             ((start, num_tokens),) = spans
             content = Content(start, num_tokens, item.digest)
@@ -152,7 +168,7 @@ class MediaPrompts:
 
 
 class MediaIntake:
-    """Prepares the prompts of requests in worker threads, as the gate lets them in. One thread at a
+    """Prepares the prompts of requests in worker threads, as the gate admits them. One thread at a
     time may use it."""
 
     def __init__(self, prompts: MediaPrompts, options: MediaOptions) -> None:
@@ -166,20 +182,31 @@ class MediaIntake:
         """See `MediaPrompts`."""
         self._prompts.check_media(media)
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> None:
-        """See `MediaPrompts`."""
+    def check(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        embeddings: Embeddings,
+        positions: np.ndarray | None,
+    ) -> None:
+        """`MediaPrompts.check`, and refuse what follows from media."""
+        if embeddings or positions is not None:
+            raise ValueError(
+                f"the prompt has {prompt.media[0].name}: embeddings and positions follow from it, "
+                "so none can be given"
+            )
         self._prompts.check(prompt, params)
 
     def add(self, request_id: int, prompt: Prompt) -> None:
-        """Prepare the prompt of a request, which `check` has let through."""
+        """Prepare the prompt of a request that `check` has accepted."""
         self._waiting[request_id] = prompt
         self._gate.enter(request_id, partial(self._begin, request_id))
 
     def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, MediaPrompt | str]]:
-        """Requests that are ready, with their prompts or with what is wrong with their media.
+        """Requests that are ready, with their prompts or with the errors of their media.
 
-        If none is, wait for one, but not longer than `wait_s`. A request is forgotten when the
-        caller asks for the next one: if Ctrl-C comes before, the request is given again.
+        If none is ready, wait up to `wait_s` for one. A request is removed when the caller advances
+        to the next one: after an earlier Ctrl-C it is yielded again.
         """
         if wait_s and not any(work.done() for _, work in self._running.values()):
             self._changed.wait(wait_s)
@@ -195,11 +222,11 @@ class MediaIntake:
             else:
                 num_bytes = found.num_bytes
                 yield request_id, found
-            if self._running.pop(request_id, None) is not None:  # else it has been dropped
+            if self._running.pop(request_id, None) is not None:  # unless it was dropped
                 self._gate.hold(request_id, num_bytes)
 
     def drop(self, request_id: int) -> None:
-        """Forget a request that has ended, and end the work on it."""
+        """Remove a request that has ended, and cancel its work."""
         self._waiting.pop(request_id, None)
         _, work = self._running.pop(request_id, (None, None))
         if work is not None and all(work is not other for _, other in self._running.values()):
@@ -221,7 +248,7 @@ class MediaIntake:
 
     def _begin(self, request_id: int) -> None:
         prompt = self._waiting.get(request_id)
-        if prompt is not None:  # else it has begun
+        if prompt is not None:  # unless it has begun
             self._running[request_id] = prompt, self._work(prompt)
             del self._waiting[request_id]
 

@@ -1,4 +1,4 @@
-"""Counts of an engine, in vLLM's form: a list of gauges and counters with names."""
+"""Metrics of an engine in vLLM's form: a list of named gauges and counters."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class Counter(Metric):
 
 
 class EngineMetrics:
-    """What an engine has done, and what it does now.
+    """Counts of an engine's past and current work.
 
-    `experts` is None unless experts are in the host's memory.
+    `experts` is None unless experts are in host memory.
     """
 
     def __init__(self, scheduler: Scheduler, experts: ExpertStats | None = None) -> None:
         self._scheduler, self.experts = scheduler, experts
         self.num_prompt_tokens = 0
-        self.num_generated_tokens = 0  # of requests that have ended, as the next two
+        self.num_generated_tokens = 0  # of finished requests, like the next two
         self.num_cached_tokens = 0
         self.num_looked_up_tokens = 0
         self.num_steps = 0
@@ -74,7 +74,7 @@ class EngineMetrics:
 
     @property
     def cache_usage(self) -> float:
-        """The share of cache blocks that requests hold."""
+        """The share of cache blocks in use by requests."""
         pool = self._scheduler.cache.pool
         return 1 - pool.num_free / (pool.num_blocks - 1)
 
@@ -117,7 +117,7 @@ class EngineMetrics:
 
 
 class StatsLog:
-    """Logs what an engine does, every ten seconds of work."""
+    """Logs throughput, requests and cache use every ten seconds of work."""
 
     def __init__(self, metrics: EngineMetrics, scheduler: Scheduler) -> None:
         self._metrics, self._scheduler = metrics, scheduler

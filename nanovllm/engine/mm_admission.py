@@ -1,5 +1,5 @@
-"""The gate for prompts with images, videos and sound: how many are prepared at the same time, and
-how many bytes they hold. Importing this module does not import torch."""
+"""Admission of prompts with images, videos and audio: bounds how many are prepared at the same
+time, and the bytes that they hold. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from nanovllm.media.options import MediaOptions
 
 
 class MediaGate:
-    """Lets prompts in, in their order. One thread or event loop at a time may use it.
+    """Admits prompts in order. One thread or event loop at a time may use it.
 
-    A few prompts are in preparation at the same time, and none is begun while the patches of
-    unfinished requests take `max_held` bytes. Ctrl-C can come between any two lines: methods and
-    `begin` may be called again for the same key.
+    A few prompts are prepared at the same time, and none starts while the patches of unfinished
+    requests take `max_held` bytes. Ctrl-C can come between any two lines: methods and `begin` may
+    be called again for the same key.
     """
 
     def __init__(self, options: MediaOptions, num_clients: int = 1) -> None:
-        """num_clients: who share the bytes."""
+        """num_clients: the processes that share the bytes."""
         self.num_slots = 2 * options.num_media_workers
         self.max_held = max(1, options.max_held_bytes // num_clients)
         self._waiting: dict[Hashable, Callable[[], object]] = {}
@@ -35,13 +35,13 @@ class MediaGate:
         self._open()
 
     def hold(self, key: Hashable, num_bytes: int) -> None:
-        """A prompt has been prepared; its patches are held until `leave`."""
+        """Count the patches of a prepared prompt until `leave`."""
         self._held[key] = num_bytes
         self._running.discard(key)
         self._open()
 
     def leave(self, key: Hashable) -> None:
-        """A request has ended, whether it has been let in or not."""
+        """Remove a request that has ended, admitted or not."""
         self._waiting.pop(key, None)
         self._running.discard(key)
         self._held.pop(key, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-_num_forks = 0  # between the first process that imported this module and this one
+_num_forks = 0  # since the first process that imported this module
 
 
 def _note_fork() -> None:
@@ -17,10 +17,11 @@ if hasattr(os, "register_at_fork"):
 
 
 class Owner:
-    """The process that makes this. A fork of it has the engine's memory, but none of its threads,
-    and shares its sockets and processes: a call would wait for ever, or disturb the owner.
+    """The process that creates this object. A fork has the engine's memory, but none of its
+    threads, and shares its sockets and processes: a call would hang or corrupt the owner's
+    messages.
 
-    Forks are counted, since to ask the system for the process's id at every step costs more.
+    Forks are counted, since reading the process id at every step costs more.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,6 @@ class Owner:
         if self._num_forks != _num_forks:
             raise RuntimeError(
                 f"this engine was loaded in process {self._pid}, and process {os.getpid()} is a "
-                "fork of it, where no engine can run: load the model in the process that uses it "
+                "fork of it, where it cannot run: load the model in the process that uses it "
                 "(multiprocessing: with the start method 'spawn')"
             )

@@ -1,5 +1,4 @@
-"""What requests wait for before they can be queued: their media and their grammars, which threads
-prepare."""
+"""Prepares media and grammars in threads, before their requests are queued."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ logger = logging.getLogger(__name__)
 class Preparation:
     """Requests with media or grammars, until they are queued. One thread at a time may use it.
 
-    Ctrl-C can come between any two lines. So a request gets what a thread has made before this is
-    forgotten, and it is queued before it is forgotten. What was interrupted is done again.
+    Ctrl-C can come between any two lines. So a result is stored in its request before it is removed
+    here, and a request is queued before it is removed. Interrupted work is repeated.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Preparation:
         return len(self._requests)
 
     def add(self, request: Request, prompt: Prompt | None, source: Source | None) -> None:
-        """Begin to prepare the media of a request's prompt, if it has some, and its grammar."""
+        """Begin to prepare a request's media, if any, and its grammar."""
         self._requests[request.request_id] = request
         if prompt is not None:
             self._media.add(request.request_id, prompt)
@@ -53,10 +52,10 @@ class Preparation:
             self._grammars.add(request.request_id, source, request.params)
 
     def ready(self, wait_s: float) -> Iterator[tuple[Request, ValueError | None]]:
-        """Requests that are ready, with None, or with what is wrong with their media or grammars.
+        """Requests that are ready, with None or with the error of their media or grammars.
 
-        If nothing is ready, wait for it, but not longer than `wait_s`. The caller queues or ends a
-        request before it asks for the next one.
+        If none is ready, wait up to `wait_s` for one. The caller queues or ends a request before it
+        advances to the next one.
         """
         with self._metrics.waiting_for_media(wait_s > 0 and bool(self._media)):
             for request_id, prompt in self._media.take(wait_s if self._media else 0.0):
@@ -69,14 +68,14 @@ class Preparation:
                 self._requests.pop(request_id, None)
 
     def _expand(self, request: Request, found: MediaPrompt) -> None:
-        """Give a request its whole prompt. Raises ValueError if this is too long."""
+        """Set a request's whole prompt. Raises ValueError if it is too long."""
         asked = self._intake.request(found, request.params)
         request.max_output = self._intake.max_output(request.params, len(asked.prompt_ids))
         self._held.hold(asked.media)
         request.expand(asked.prompt_ids, asked.contents, asked.positions)
 
     def drop(self, request_id: int) -> None:
-        """Forget a request that has ended, and end the work on it."""
+        """Remove a request that has ended, and cancel its work."""
         self._media.drop(request_id)
         self._grammars.drop(request_id)
         self._requests.pop(request_id, None)
@@ -90,12 +89,13 @@ class Preparation:
     def _failed(
         self, request_id: int, found: MediaPrompt | Matcher | Refusal | str
     ) -> Iterator[tuple[Request, ValueError]]:
-        """Give a request what was prepared for it; yields the request if that is not possible."""
+        """Store what was prepared in the request; yields the request and the error if that
+        fails."""
         request = self._requests[request_id]
         if isinstance(found, Matcher):
             request.constraint = found
         elif isinstance(found, Refusal):
-            # without the reason: it may quote what the user has sent
+            # without the reason, which may quote the user's input
             logger.error("request %d: structured_outputs.%s is refused", request_id, found.form)
             yield request, found.error
         else:

@@ -1,4 +1,4 @@
-"""What crosses the border of an engine: what others must know of it, and a checked request.
+"""Data passed to and from an engine: its facts for clients, and a checked request.
 
 Importing this module does not import torch.
 """
@@ -22,13 +22,18 @@ if TYPE_CHECKING:
     from nanovllm.runner.towers import Encodable
 
 
+def root_of(root: bytes, adapter: bytes) -> bytes:
+    """The start of a chain of digests for an adapter. No other root equals it."""
+    return sha256(sha256(root).digest() + sha256(adapter).digest()).digest()
+
+
 @dataclass(frozen=True)
 class EngineInfo:
-    """The limits of an engine that prompts are checked against, and what clients tell users.
+    """Facts of an engine: the limits for checks of prompts, and what clients report to users.
 
-    checkpoint: a digest; processes set it. num_blocks: of the cache. num_added: levels of features
-    that embeddings may have beside the first. has_axes: tokens have positions in time, height and
-    width. media_scale: the fields of `Scale`, None for a model of text.
+    checkpoint: a digest, set by processes. num_blocks: of the KV cache. num_added: levels of
+    features that embeddings may have after the first. has_axes: tokens have positions in time,
+    height and width. media_scale: the fields of `Scale`, None for a text model.
     """
 
     checkpoint: str
@@ -62,12 +67,13 @@ class MediaPrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A request that `Intake.request` has checked. Who adds it to an engine gives it away.
+    """A request that `Intake.request` has checked. Adding it to an engine transfers ownership.
 
-    seed: None draws one from the engine's. detokenizes: whether the engine makes the text and looks
-    for stop strings. contents: the places of given embeddings and of media in the prompt, with
-    digests. embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and
-    clips that a tower encodes. positions: int64 [3, T], or one for each token.
+    seed: None draws one from the engine's. detokenizes: whether the engine makes the text and finds
+        stop strings. contents: the positions of embeddings and media in the prompt, with digests.
+    embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and clips to
+        encode. positions: int64 [3, T], or one for each token. adapter: the name of a loaded one;
+        None: the model as it is.
     """
 
     prompt_ids: list[int]
@@ -81,11 +87,13 @@ class EngineRequest:
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     media: Mapping[str, Encodable] = field(default_factory=dict)
     positions: np.ndarray | None = None
+    adapter: str | None = None
 
     @property
     def cache_root(self) -> bytes:
-        """The start of the chain of its blocks' digests."""
-        return sha256(self.cache_salt.encode()).digest() if self.cache_salt else b""
+        """The start of the chain of its blocks' digests. An engine adds that of the adapter."""
+        root = sha256(self.cache_salt.encode()).digest() if self.cache_salt else b""
+        return root if self.adapter is None else root_of(root, self.adapter.encode())
 
     def block_digests(self, block_size: int) -> list[bytes]:
         """The digests of its prompt's full blocks, as an engine's cache has them."""

@@ -11,18 +11,18 @@ from nanovllm.engine.interface import AnyEngine
 from nanovllm.engine.owner import Owner
 from nanovllm.schedule.outputs import Increment
 
-WAIT_S = 1.0  # a sleeping thread looks again after this time: an interrupt can lose a notification
+WAIT_S = 1.0  # a waiting thread checks again after this time: an interrupt can lose a notification
 
 
 class SharedEngine:
     """One thread at a time uses the engine. Of the threads that wait for outputs, one steps.
 
-    The stepping thread goes on until it has outputs of its own requests. Other threads sleep until
-    their outputs are there, or until nobody steps. Threads that queue requests come in between two
-    steps.
+    The stepping thread continues until it has outputs of its own requests. Other threads sleep
+    until their outputs are ready, or until no thread steps. Threads that queue requests run between
+    two steps.
 
     Ctrl-C can raise KeyboardInterrupt at the beginning of any Python function and at any wait. So
-    `_user` is given back by an assignment, before any call, and `_lock` is entered directly, since
+    `_user` is reset by an assignment, before any call, and `_lock` is entered directly, since
     leaving a `Condition` is a Python function.
     """
 
@@ -60,7 +60,7 @@ class SharedEngine:
     def outputs(self, request_ids: Collection[int]) -> list[Increment]:
         """Wait for outputs of these requests, and step the engine if no other thread does.
 
-        Outputs of other requests stay for their own threads.
+        Outputs of other requests remain for their threads.
         """
         engine, me = self.engine, threading.get_ident()
         self._check_user(me)
@@ -88,11 +88,11 @@ class SharedEngine:
                 return taken
 
     def _is_awaited(self) -> bool:
-        """Whether another thread waits to use the engine, or for outputs that are there."""
+        """Whether another thread waits to use the engine, or has outputs ready."""
         return bool(self._callers) or self._have_outputs_for_sleeping()
 
     def _is_my_turn(self, me: int) -> bool:
-        """Whether this thread waits longest in `exclusive`, and no outputs wait for a thread.
+        """Whether this thread has waited longest in `exclusive`, and no thread has outputs ready.
 
         So a thread that calls `exclusive` in a loop leaves the engine to others.
         """
@@ -103,10 +103,10 @@ class SharedEngine:
         return has_outputs() and any(map(has_outputs, tuple(self._sleeping.values())))
 
     def drop(self, request_ids: Collection[int]) -> None:
-        """Abort requests whose outputs nobody reads any more. Finished requests are ignored.
+        """Abort requests whose outputs are no longer read. Finished requests are ignored.
 
-        If the engine is in use, its user drops them. That user may be this thread, where Python
-        closes a generator in the middle of a step.
+        If a thread uses the engine, that thread drops them. It may be this thread, if Python closes
+        a generator in the middle of a step.
         """
         if not self._owner.is_here:
             return  # a generator that a fork closes
@@ -114,13 +114,13 @@ class SharedEngine:
         self._after_use()
 
     def _check_user(self, me: int) -> None:
-        """Raise RuntimeError in a fork, and for a call within a call."""
+        """Raise RuntimeError in a fork, and for a nested call."""
         self._owner.check()
         if self._user == me:
             raise RuntimeError("this thread uses the engine already, in a call further up")
 
     def _take_over(self, me: int, is_ready: Callable[[], bool]) -> None:
-        """Wait until nobody uses the engine and `is_ready`; then this thread uses it."""
+        """Wait until the engine is free and `is_ready`, then take it."""
         while self._user is not None or not is_ready():
             self._changed.wait(WAIT_S)
         self._user = me
@@ -129,7 +129,7 @@ class SharedEngine:
             self._known_threads.entered = True
 
     def _after_use(self) -> None:
-        """Drop requests if nobody uses the engine, and wake threads that wait for it."""
+        """Drop requests if the engine is free, and wake threads that wait for it."""
         with self._lock:
             if self._user is not None:
                 return

@@ -1,4 +1,4 @@
-"""Says once if steps take much longer than at warm-up, and what may be the cause."""
+"""Warns once if steps take much longer than at warm-up, with possible causes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nanovllm.schedule.plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
-EVERY_STEPS = 16  # one step of so many is timed
-NUM_TIMED = 16  # their median counts: 256 steps
+EVERY_STEPS = 16  # one step in this many is timed
+NUM_TIMED = 16  # compared by their median: 256 steps
 SLOW_RATIO = 10.0
 
 
 class StepWatch:
-    """Compares the times of some decode steps with those at warm-up, until it has warned."""
+    """Compares the times of some decode steps with those at warm-up, until it warns."""
 
     def __init__(self, pace: DecodePace) -> None:
         self._pace, self._is_done = pace, not pace.step_ms
@@ -27,8 +27,8 @@ class StepWatch:
         self._times_ms: list[float] = []
 
     def note(self, seconds: float, launched: StepPlan | None, collected: StepPlan) -> None:
-        """Note the time in which a step was launched and the result of one was awaited. Only plain
-        decode steps count: others do work that warm-up has not timed."""
+        """Record the time to launch a step and to wait for a result. Only plain decode steps count:
+        others do work that warm-up has not timed."""
         if self._is_done or launched is None or not (_is_plain(launched) and _is_plain(collected)):
             return
         expected_ms = self._pace.most_ms(len(launched.rows), sum(launched.seq_lens))
@@ -52,7 +52,7 @@ def _is_plain(plan: StepPlan) -> bool:
 
 
 def _causes() -> Sequence[str]:
-    """What makes a machine slow, with what the system says of it."""
+    """Possible causes of slow steps, with the system's figures."""
     load = ""
     if hasattr(os, "getloadavg"):
         load = f" (the load average is {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)"
@@ -66,7 +66,7 @@ def _causes() -> Sequence[str]:
 
 
 def _swapped_bytes() -> int | None:
-    """The bytes of this process that are swapped out; None where Linux does not say."""
+    """The bytes of this process that are swapped out; None if unknown."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

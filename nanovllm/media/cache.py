@@ -1,4 +1,4 @@
-"""A cache that is bounded in bytes and drops what was used longest ago."""
+"""A least-recently-used cache with a limit in bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ByteCache(Generic[Value]):
             return entry[0]
 
     def put(self, digest: bytes, value: Value, num_bytes: int) -> None:
-        """Keep a value of `num_bytes`. One that is larger than the whole cache is not kept."""
+        """Keep a value of `num_bytes`. A value larger than the whole cache is not kept."""
         with self._lock:
             _, old_bytes = self._entries.pop(digest, (None, 0))
             self.num_bytes -= old_bytes

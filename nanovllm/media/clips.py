@@ -1,6 +1,6 @@
-"""Videos as frames: lists of pictures, arrays, and files through PyAV.
+"""Videos as frames: lists of images, arrays, and files through PyAV.
 
-Which frames count is up to the checkpoint's video processor: `sampled`.
+The checkpoint's video processor chooses the frames: `sampled`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nanovllm.media import libav, pictures
 from nanovllm.media.pictures import Pixels
 from nanovllm.media.settings import VideoSettings
 
-# All containers can name any of FFmpeg's decoders, of which few are in wide use and well tested.
+# A container can select any of FFmpeg's decoders; only these are widely used and well tested.
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg")
 _DECODERS = (*CODECS, "libvpx", "libvpx-vp9", "libdav1d", "libaom-av1")  # FFmpeg's names
 NUM_THREADS = 4  # of one video's decoder
@@ -29,10 +29,10 @@ CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1a\x45\xdf\xa3", "matroska"), (8, b"A
 class Clip:
     """A video whose frames have not been read.
 
-    num_frames, fps: of the whole video; fps is None if nobody said it.
-    pick: gives the frames with these indices, which rise. It asks for an index when it has given
-        the frame before.
-    indices: the frames that were chosen elsewhere, of `total_frames`; None if none were.
+    num_frames, fps: of the whole video; fps is None if unknown.
+    pick: yields the frames with these ascending indices. It takes an index after it has yielded the
+        previous frame.
+    indices: the frames already sampled by the caller, of `total_frames`; None for all.
     """
 
     num_frames: int
@@ -46,7 +46,7 @@ class Clip:
 def of_frames(
     frames: Sequence[Any], read: Callable[[Any], Pixels], metadata: dict[str, Any]
 ) -> Clip:
-    """A clip of single pictures, which `read` turns into bytes. See METADATA in given.py."""
+    """A clip of single images, which `read` turns into bytes. See METADATA in given.py."""
     indices = metadata.get("frames_indices")
     total = metadata.get("total_num_frames")
     if indices is not None:
@@ -59,7 +59,7 @@ def of_frames(
         raise ValueError(f"total_num_frames is {total!r}: it must be above all frames_indices")
     sample = metadata.get("do_sample_frames")
     if sample and indices is not None:
-        raise ValueError("do_sample_frames=True does not go with frames that were sampled already")
+        raise ValueError("do_sample_frames=True does not go with frames that are already sampled")
 
     def pick(chosen: Iterable[int]) -> Iterator[Pixels]:
         for i in chosen:
@@ -77,19 +77,19 @@ def of_file(
     """A clip of an encoded file: MP4, WebM, Matroska or AVI. Calls `reserve` with the pixels of a
     frame before decoding.
 
-    Frames between the chosen ones must be decoded too. So `max_video_pixels` limits the pixels of
-    all frames: a small file can have very many.
+    Frames between the chosen ones must be decoded too, and a small file can have very many. So
+    `max_video_pixels` limits the pixels of all frames.
     """
     kinds = [kind for at, magic, kind in CONTAINERS if data[at : at + len(magic)] == magic]
     if not kinds:
-        raise ValueError("the data are no video, or not in MP4, WebM, Matroska or AVI")
+        raise ValueError("the data are not a video in MP4, WebM, Matroska or AVI")
     opened = partial(libav.opened, pyav(), data, kinds[0], _DECODERS, "video")
     with opened() as container:
         stream = _video_stream(container)
         pictures.check_pixels(stream.width, stream.height, max_pixels)
         rate, num_frames = stream.average_rate, stream.frames
         stream_pixels = stream.width * stream.height
-        if not num_frames:  # Matroska does not say it
+        if not num_frames:  # Matroska does not store it
             num_frames = sum(packet.size > 0 for packet in container.demux(stream))
 
     def pick(chosen: Iterable[int]) -> Iterator[Pixels]:
@@ -114,17 +114,17 @@ def _frames(container: Any, chosen: Iterable[int], num_pixels: int) -> Iterator[
     for wanted in chosen:
         for i, frame in frames:
             if frame.width * frame.height > num_pixels:
-                raise ValueError("the video has frames that are larger than it says")
+                raise ValueError("the video has frames that are larger than declared")
             if i == wanted:
                 yield np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
                 break
         else:
-            raise ValueError("the video has fewer frames than it says: it is corrupt or truncated")
+            raise ValueError("the video has fewer frames than declared: it is corrupt or truncated")
 
 
 def _video_stream(container: Any) -> Any:
     if not container.streams.video:
-        raise ValueError("the file has no video in it")
+        raise ValueError("the file has no video stream")
     stream = container.streams.video[0]
     libav.checked(stream, _DECODERS, CODECS, "video")
     return stream
@@ -136,9 +136,9 @@ def pyav() -> Any:
 
 
 def sampled(clip: Clip, settings: VideoSettings) -> Sequence[int]:
-    """The indices of the frames that count, as the checkpoint's video processor chooses them."""
+    """The indices of the frames that the checkpoint's video processor chooses."""
     if clip.indices is not None:
-        return range(clip.num_frames)  # all that were given
+        return range(clip.num_frames)  # all frames
     if not (settings.do_sample_frames if clip.sample is None else clip.sample):
         return range(clip.num_frames)
     if settings.over_time:
@@ -163,7 +163,7 @@ def _by_steps(clip: Clip, settings: VideoSettings) -> Sequence[int]:
         num = round(num / over) * over
     elif settings.fps is not None:
         if clip.fps is None:
-            raise ValueError("the frames come without fps, which this model's sampling needs")
+            raise ValueError("the frames have no fps, which this model's sampling needs")
         most = min(settings.max_frames, total) // over * over
         wanted = total / clip.fps * settings.fps
         num = int(min(max(wanted, settings.min_frames), most, total) // over * over)
@@ -179,7 +179,7 @@ def _by_steps(clip: Clip, settings: VideoSettings) -> Sequence[int]:
 
 
 def times(clip: Clip, chosen: Sequence[int], settings: VideoSettings) -> list[float]:
-    """The seconds at which the chosen frames lie."""
+    """The times of the chosen frames, in seconds."""
     numbers = chosen if clip.indices is None else [clip.indices[i] for i in chosen]
     return [one / (clip.fps or settings.default_fps) for one in numbers]
 

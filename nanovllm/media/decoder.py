@@ -1,34 +1,33 @@
-"""The program of a process that decodes pictures, videos and sound which others have sent.
+"""The program of a process that decodes untrusted images, videos and audio.
 
-A decoder may crash, run for minutes or take all memory. Here it ends this process alone, and the
-process that serves requests can kill this one at any time (`decoders.py`).
+A decoder may crash, run for minutes or take all memory. This ends only this process, and the
+process that serves requests can kill it at any time (`decoders.py`).
 
-Requests and answers are lines of JSON. A file, and then the pixels of each picture or frame or the
-samples, are at the start of a shared file in memory, whose descriptor is the argument.
+Requests and answers go through `confined.py`. A file, and then the pixels of each picture or frame
+or the samples, are at the start of a shared file in memory, whose descriptor is the argument.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from nanovllm import programs
+from nanovllm import confined
 from nanovllm.media import clips, pictures, sounds
 from nanovllm.media.memory import BYTES_PER_PIXEL
 from nanovllm.media.pictures import Pixels
 
 PAGE_BYTES = 4096
-# What libraries take whatever the picture: arenas of malloc, stacks of the decoders' threads
+# Memory of libraries for any image: arenas of malloc, stacks of the decoders' threads
 LIBRARY_BYTES = 768 << 20
-KEPT_BYTES = 32 << 20  # of memory for the next picture: new pages take time
+KEPT_BYTES = 32 << 20  # of memory for the next image: new pages take time
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
-PYAV = {"video": clips.pyav, "audio": sounds.pyav}  # what needs it
+PYAV = {"video": clips.pyav, "audio": sounds.pyav}  # kinds that may need it
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
@@ -56,14 +55,14 @@ class _Decoding:
         self._allowed_bytes, self._has_av = 0, False
 
     def run(self) -> None:
-        _write({})  # the libraries are imported
-        while (request := _read()) is not None:
+        confined.answer({})  # the libraries are imported
+        while (request := confined.request()) is not None:
             try:
                 self._answer(request)
             except ValueError as error:
-                _write({"error": str(error)})
+                confined.answer({"error": str(error)})
             except MemoryError:
-                _write({"has_no_memory": True})
+                confined.answer({"has_no_memory": True})
 
     def _answer(self, request: dict[str, Any]) -> None:
         kind = request["kind"]
@@ -78,11 +77,11 @@ class _Decoding:
             limits = request["rate"], request["max_seconds"]
             samples = sounds.of_file(data, *limits, self._reserve)
             write_all(self._shared, samples)
-            _write({"num_samples": len(samples)})
+            confined.answer({"num_samples": len(samples)})
         else:
             limits = request["max_pixels"], request["max_video_pixels"]
             clip = clips.of_file(data, *limits, self._reserve_pixels)
-            _write({"num_frames": clip.num_frames, "fps": clip.fps})
+            confined.answer({"num_frames": clip.num_frames, "fps": clip.fps})
             for pixels in clip.pick(_wanted()):
                 self._share(pixels)
 
@@ -90,16 +89,16 @@ class _Decoding:
         self._reserve(num_pixels * BYTES_PER_PIXEL)
 
     def _reserve(self, num_bytes: int) -> None:
-        """Asks for the memory to decode."""
+        """Request memory for decoding from the other process."""
         if num_bytes > self._allowed_bytes:
-            _write({"needs_bytes": num_bytes})
-            reply = _read()
+            confined.answer({"needs_bytes": num_bytes})
+            reply = confined.request()
             if reply is None:
                 raise ValueError("the request was cancelled")
             self._allow(reply["memory_bytes"])
 
     def _allow(self, num_bytes: int) -> None:
-        """Sets how much memory this process may take beside what it has taken from the start."""
+        """Set how much memory this process may take in addition to its memory at the start."""
         if num_bytes == self._allowed_bytes or sys.platform != "linux":
             return
         import resource
@@ -112,23 +111,13 @@ class _Decoding:
 
     def _share(self, pixels: Pixels) -> None:
         write_all(self._shared, pixels)
-        _write({"height": pixels.shape[0], "width": pixels.shape[1]})
+        confined.answer({"height": pixels.shape[0], "width": pixels.shape[1]})
 
 
 def _wanted() -> Iterator[int]:
     """The indices of the frames that the other side asks for, until it ends."""
-    while (request := _read()) is not None and request["frame"] is not None:
+    while (request := confined.request()) is not None and request["frame"] is not None:
         yield request["frame"]
-
-
-def _read() -> dict[str, Any] | None:
-    line = sys.stdin.buffer.readline()
-    return json.loads(line) if line else None
-
-
-def _write(answer: dict[str, Any]) -> None:
-    programs.answers().write(json.dumps(answer).encode() + b"\n")
-    programs.answers().flush()
 
 
 def _size_bytes() -> int:
@@ -141,8 +130,8 @@ def _size_bytes() -> int:
 
 
 def _protect() -> None:
-    """End this process with its parent, and rather than its parent if memory is short. A crash
-    leaves no file with what users have sent."""
+    """End this process with its parent, and before its parent if memory runs out. A crash leaves no
+    core dump with users' data."""
     if sys.platform != "linux":
         return
     import resource

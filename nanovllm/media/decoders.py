@@ -1,12 +1,10 @@
-"""The engine's side of the processes that decode pictures, videos and sound (`decoder.py`)."""
+"""The engine's side of the processes that decode images, videos and audio (`decoder.py`)."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
-import select
 import subprocess
 import sys
 import tempfile
@@ -17,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from nanovllm import programs
+from nanovllm.confined import Confined
 from nanovllm.media import pictures, sounds
 from nanovllm.media.clips import Clip
 from nanovllm.media.decoder import read_all, write_all
-from nanovllm.media.memory import LOOK_S, Part
+from nanovllm.media.memory import Part
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.pictures import Pixels
 from nanovllm.media.sounds import Samples
@@ -28,35 +27,33 @@ from nanovllm.programs import DoesNotStart
 
 _START_S = 30.0  # to import the libraries
 _START_TRIES = 2  # something else may end a process, such as a lack of memory
+_ANSWER_BYTES = 1 << 16
 _KEPT_BYTES = 16 << 20  # of a shared file; memory that is in use already is faster than new one
-_LINE_BYTES = 1 << 16
 
 
 def start(shared: int) -> subprocess.Popen[bytes]:
     """A process that runs `decoder.py` with a shared file. Linux kills it when the thread that
     calls this ends."""
-    return programs.start_confined(
-        "nanovllm.media.decoder", str(shared), bufsize=0, pass_fds=(shared,)
-    )
+    return programs.start_confined("nanovllm.media.decoder", str(shared), pass_fds=(shared,))
 
 
 class Decoder:
-    """A process that decodes one file at a time. It starts when it is first needed, and again after
-    a file has ended it. One thread at a time may use it."""
+    """A process that decodes one file at a time. It starts on first use, and again after a file has
+    ended it. One thread at a time may use it."""
 
     def __init__(self, options: MediaOptions) -> None:
         self._options = options
-        self._process: subprocess.Popen[bytes] | None = None
+        self._program = Confined(lambda: start(self._shared), _ANSWER_BYTES)
         self._shared = -1
-        self._left_s = 0.0  # of the time to decode the present file
+        self._left_s = 0.0  # of the time to decode the current file
         self._has_clip = False  # the process waits for the numbers of frames
 
     def picture(self, data: bytes, part: Part) -> Pixels:
-        """An encoded picture as RGB, read-only.
+        """An encoded image as RGB, read-only.
 
         Raises ValueError if it cannot be read or exceeds a limit, MemoryError if it needs more
-        memory than a picture of its size may take, and DoesNotStart. The process ends if it is
-        late, or if the part's `check` raises.
+        memory than an image of its size may take, and DoesNotStart. The process is ended on a
+        timeout, or if the part's `check` raises.
         """
         return self._pixels(self._begin("image", data, part))
 
@@ -70,7 +67,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def clip(self, data: bytes, part: Part) -> Iterator[Clip]:
-        """A video file, whose frames can be read inside of the context. Raises as `picture`."""
+        """A video file, whose frames can be read inside the context. Raises as `picture`."""
         facts = self._begin("video", data, part)
         self._has_clip = True
 
@@ -82,23 +79,20 @@ class Decoder:
             yield Clip(facts["num_frames"], facts["fps"], pick)
         finally:
             if self._has_clip:
-                self._write({"frame": None})
+                self._program.send({"frame": None})
                 self._has_clip = False
 
     def close(self) -> None:
         """End the process."""
         self._has_clip = False
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+        self._program.end()
         if self._shared >= 0:
             os.close(self._shared)
             self._shared = -1
 
     def _begin(self, kind: str, data: bytes, part: Part, **wanted: float) -> dict[str, Any]:
         """Send a file; the first answer."""
-        if self._process is None or self._process.poll() is not None:
+        if not self._program.is_running:
             self._start(part)
         self._left_s = self._options.decode_timeout_s
         write_all(self._shared, data)
@@ -110,14 +104,14 @@ class Decoder:
         return self._asked(request, part)
 
     def _start(self, part: Part) -> None:
-        """Start the process, and again if it ends before it is ready."""
+        """Start the process; try again if it ends before it is ready."""
         deadline = time.monotonic() + _START_S
         for _ in range(_START_TRIES):
             self.close()
             try:
                 self._shared = _new_shared()
-                self._process = start(self._shared)
-                if self._line(deadline, part):
+                self._program.start()
+                if self._program.receive(deadline, part.check) is not None:
                     return
             except OSError as error:
                 self.close()
@@ -148,42 +142,18 @@ class Decoder:
         return answer
 
     def _answer(self, request: dict[str, Any], part: Part) -> dict[str, Any]:
-        self._write(request)
+        self._program.send(request)
         begin = time.monotonic()
-        line = self._line(begin + self._left_s, part)
+        answer = self._program.receive(begin + self._left_s, part.check)
         self._left_s -= time.monotonic() - begin
-        if line:
-            return dict(json.loads(line))
+        if answer is not None:
+            return dict(answer)
         if self._left_s <= 0:
             raise ValueError(
                 f"it takes longer than {self._options.decode_timeout_s:g} s to decode (option "
                 "decode_timeout_s)"
             )
         raise ValueError("it ended the process that decodes it: it is corrupt or too large")
-
-    def _line(self, deadline: float, part: Part) -> bytes:
-        """The next line; b"" if the process ends or is late."""
-        assert self._process is not None and self._process.stdout is not None
-        fd = self._process.stdout.fileno()
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        found = b""
-        while not found.endswith(b"\n") and len(found) < _LINE_BYTES:
-            part.check()
-            left_s = min(LOOK_S, deadline - time.monotonic())
-            if left_s <= 0:
-                return b""
-            if poll.poll(left_s * 1000):
-                piece = os.read(fd, _LINE_BYTES)
-                if not piece:
-                    return b""
-                found += piece
-        return found
-
-    def _write(self, message: dict[str, Any]) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
     def _pixels(self, answer: dict[str, Any]) -> Pixels:
         height, width = answer["height"], answer["width"]
@@ -209,7 +179,7 @@ class Decoders:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[Decoder]:
-        """A decoder that no other thread has."""
+        """A decoder for the exclusive use of this thread."""
         found = self._idle.get()
         try:
             yield found
@@ -223,7 +193,7 @@ class Decoders:
 
 
 def _new_shared() -> int:
-    """A file that has no name, in memory where possible."""
+    """An unnamed file, in memory where possible."""
     if sys.platform == "linux":
         return os.memfd_create("nanovllm-media")
     with tempfile.TemporaryFile() as file:

@@ -19,17 +19,17 @@ class _Group:
 
 class FairPool:
     """A free thread takes the next call of the group with the fewest running ones; among equal
-    groups, of the one that was served longest ago.
+    groups, of the least recently served one.
 
-    One group has at most `num_workers` threads at a time. There is one more, so a group with long
-    work does not keep another one from beginning.
+    One group has at most `num_workers` threads at a time. There is one more thread, so a group with
+    long work does not block another one.
     """
 
     def __init__(self, num_workers: int, name: str) -> None:
         self.num_threads = num_workers + 1
         self._most = num_workers
         self._threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix=name)
-        self._groups: dict[Hashable, _Group] = {}  # served longest ago first
+        self._groups: dict[Hashable, _Group] = {}  # least recently served first
         self._lock = threading.Lock()
 
     def submit(self, group: Hashable, call: Callable[[], Any]) -> Future[Any]:
@@ -41,7 +41,7 @@ class FairPool:
         return future
 
     def close(self) -> None:
-        """Cancels what waits, waits for what runs, and ends the threads."""
+        """Cancels waiting calls, waits for running ones, and ends the threads."""
         with self._lock:
             waiting = [future for group in self._groups.values() for future, _ in group.waiting]
         for future in waiting:

@@ -14,8 +14,8 @@ from urllib.parse import SplitResult, quote, urlsplit
 HTTPS_PORT = 443
 CHUNK_BYTES = 1 << 16
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for IPv4 ones (RFC 6052)
-# All addresses but these are reached over the internet: IANA's registries of special addresses, of
-# IPv4 and below. Python's `is_global` depends on its version, and takes some of these as global.
+# IANA's registries of special addresses, of IPv4 and below; all others are public. Python's
+# `is_global` depends on its version, and accepts some of these.
 SPECIAL_IPV4 = tuple(
     map(
         ipaddress.IPv4Network,
@@ -41,8 +41,8 @@ SPECIAL_IPV6 = tuple(
 def fetch(url: str, domains: Sequence[str], max_bytes: int, timeout_s: float) -> bytes:
     """The file that `url` names.
 
-    The host is resolved once. The connection goes to the address that was checked, so a second
-    answer of the name server cannot lead elsewhere. Raises ValueError without the URL in it.
+    The host is resolved once. The connection goes to the checked address, so a second DNS answer
+    cannot redirect it. Raises ValueError; messages do not contain the URL.
     """
     parts = _parts(url)
     host, port = _allowed(parts, domains)
@@ -71,11 +71,11 @@ def _parts(url: str) -> SplitResult:
 
 
 def _allowed(parts: SplitResult, domains: Sequence[str]) -> tuple[str, int]:
-    """(host, port) of a URL if `allowed_media_domains` has them."""
+    """(host, port) of a URL. Raises ValueError unless `allowed_media_domains` has them."""
     try:
         host = (parts.hostname or "").encode("idna").decode("ascii").lower()
     except UnicodeError:
-        raise ValueError("the URL has a host that is no name") from None
+        raise ValueError("the host of the URL is not a name") from None
     port = parts.port or HTTPS_PORT
     known = {(one if ":" in one else f"{one}:{HTTPS_PORT}").lower() for one in domains}
     if not host or f"{host}:{port}" not in known:
@@ -117,7 +117,7 @@ def is_public(text: str) -> bool:
 
 
 class PinnedConnection(http.client.HTTPSConnection):
-    """https to a host at an address that is known already. The certificate is the host's."""
+    """https to a host at a resolved address. The certificate is checked for the host."""
 
     def __init__(self, host: str, port: int, address: str, timeout_s: float) -> None:
         super().__init__(host, port, timeout=timeout_s)
@@ -135,7 +135,7 @@ class PinnedConnection(http.client.HTTPSConnection):
 def download(
     connection: http.client.HTTPConnection, target: str, max_bytes: int, timeout_s: float
 ) -> bytes:
-    """The answer to GET. Raises ValueError for anything but status 200 within the limits."""
+    """The response to GET. Raises ValueError for anything but status 200 within the limits."""
     with contextlib.closing(connection), _Deadline(connection, timeout_s) as deadline:
         try:
             connection.request("GET", target, headers={"Accept-Encoding": "identity"})
@@ -164,16 +164,16 @@ def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
         if not chunk:
             break
         body += chunk
-    if response.length:  # bytes that were announced and did not come
+    if response.length:  # fewer bytes than announced
         raise http.client.IncompleteRead(bytes(body), response.length)
     return bytes(body)
 
 
 class _Deadline:
-    """Ends a connection after `timeout_s` in all. A socket's own timeout is per read, so a server
-    that sends a byte from time to time would never meet it.
+    """Ends a connection after `timeout_s` in all. A socket's timeout is per read, so a server that
+    sends a byte from time to time would never reach it.
 
-    sock: the socket once the request is sent; http.client may forget it while an answer is read.
+    sock: the socket once the request is sent; http.client may drop it while a response is read.
     """
 
     def __init__(self, connection: http.client.HTTPConnection, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""The forms in which users give images, videos and clips of sound: all become a list of `Given`.
+"""Parses the forms of users' images, videos and audio clips into a list of `Given`.
 
 `from_data` reads vLLM's `multi_modal_data`, `from_messages` OpenAI's parts of contents.
 """
@@ -13,9 +13,9 @@ from nanovllm.media.options import MediaOptions
 
 IMAGE, VIDEO, AUDIO = "image", "video", "audio"
 KINDS = (IMAGE, VIDEO, AUDIO)
-# facts about a video that come with frames which were read elsewhere, with vLLM's names
+# metadata of a video whose frames were read elsewhere, with vLLM's names
 METADATA = ("fps", "total_num_frames", "frames_indices", "do_sample_frames")
-# facts that follow from the others, or that nothing here depends on
+# metadata that follows from the others or is not used
 UNUSED_METADATA = ("duration", "width", "height", "video_backend")
 # keys of parts: OpenAI's and vLLM's of references, and those of pictures in memory
 REFERENCES = {"image_url": IMAGE, "video_url": VIDEO, "audio_url": AUDIO}
@@ -28,11 +28,11 @@ TYPES = (*REFERENCES, *VALUES, *ENCODED)
 
 @dataclass(frozen=True)
 class Given:
-    """An image, a video or a clip of sound as given.
+    """An image, a video or an audio clip in the user's form.
 
     kind: "image", "video" or "audio". name: what errors call it, such as "image 2".
     value: a reference (text), a picture, for a video a list of these or an array of frames, for
-        sound a pair of an array of samples and their rate.
+        audio a pair of an array of samples and their rate.
     metadata: facts about a video's frames, by the names in METADATA.
     """
 
@@ -146,8 +146,8 @@ def is_picture(value: Any) -> bool:
 def from_messages(
     messages: Sequence[Mapping[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[Given]]:
-    """The messages of one conversation with bare parts, such as {"type": "image"}, in the place of
-    media, which is what chat templates read; and the media in the order of the parts."""
+    """The messages of one conversation with bare parts for media, such as {"type": "image"}, as
+    chat templates expect; and the media in the order of the parts."""
     bare: list[dict[str, Any]] = []
     given: list[Given] = []
     counts = dict.fromkeys(KINDS, 0)
@@ -190,7 +190,7 @@ def _of_part(part: Any, counts: dict[str, int]) -> Given | None:
 
 def _url(name: str, value: Any) -> str:
     """The reference in the value of image_url: a text, or {"url": text, "detail": "auto"}. As in
-    vLLM, the detail has no effect: the checkpoint's settings say how many pixels count."""
+    vLLM, the detail has no effect: the checkpoint's settings determine the number of pixels."""
     if isinstance(value, Mapping):
         unknown = [key for key in value if key not in ("url", "detail")]
         if unknown:
@@ -205,7 +205,7 @@ def _url(name: str, value: Any) -> str:
 
 def _data_url(name: str, value: Any) -> str:
     """The data URL of the value of input_audio: {"data": base64, "format": "mp3"}. The first bytes
-    of the data say what they are, whatever the format."""
+    of the data determine the format, not the key."""
     if not isinstance(value, Mapping) or value.keys() != {"data", "format"}:
         raise ValueError(f"{name} must have the keys 'data' and 'format'")
     if value["format"] not in FORMATS:
@@ -228,7 +228,7 @@ def check_counts(given: Sequence[Given], options: MediaOptions) -> None:
             raise ValueError(f"the prompt has {num} {kind}s: at most {most} are allowed")
 
 
-def refuse(model: str, given: Sequence[Given], why: str = "reads text only") -> None:
+def refuse(model: str, given: Sequence[Given], why: str = "accepts text only") -> None:
     """Raises ValueError if a prompt has media that a model cannot take."""
     if given:
         raise ValueError(f"the prompt has {given[0].name}, but {model!r} {why}")

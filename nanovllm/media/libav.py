@@ -1,5 +1,5 @@
-"""FFmpeg's libraries through PyAV, for files that anybody may have made: the caller names the
-container and the decoders, and no file opens another one."""
+"""FFmpeg's libraries through PyAV, for untrusted files: the caller names the container and the
+decoders, and no file can open another one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pyav(what: str, extra: str) -> Any:
 
 def checked(stream: Any, decoders: Sequence[str], codecs: Sequence[str], what: str) -> Any:
     """A stream's codec context. Raises ValueError for other decoders; errors name the codecs."""
-    context = stream.codec_context  # None: no decoder of FFmpeg's fits
+    context = stream.codec_context  # None: FFmpeg has no decoder for it
     name = "something unknown" if context is None else context.name
     if name not in decoders:
         raise ValueError(
@@ -35,18 +35,18 @@ def checked(stream: Any, decoders: Sequence[str], codecs: Sequence[str], what: s
 def opened(
     av: Any, data: bytes, container: str, decoders: Sequence[str], what: str
 ) -> Iterator[Any]:
-    """The file as one of these containers; no guess of FFmpeg's, which would also read playlists,
-    whose entries name other files and addresses.
+    """Open the file as one of these containers, without FFmpeg's detection, which would also open
+    playlists with names of other files and addresses.
 
-    PyAV's errors, which have names of files in them, become a ValueError about `what`.
+    PyAV's errors, which contain file names, become a ValueError about `what`.
     """
-    # no protocol: a file inside the file is not opened. Other decoders would run to find out what
-    # the file has.
+    # no protocol, so that files inside the file are not opened; and no other decoders, which would
+    # run during probing
     options = {"protocol_whitelist": "none", "codec_whitelist": ",".join(decoders)}
     try:
         with av.open(io.BytesIO(data), format=container, options=options) as found:
             yield found
-    except MemoryError:  # some of PyAV's errors are this too
+    except MemoryError:  # also raised by PyAV for other errors
         raise
     except av.FFmpegError:
         raise ValueError(f"the {what} cannot be decoded: it is corrupt or truncated") from None

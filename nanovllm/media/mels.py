@@ -1,9 +1,8 @@
-"""Mel features of samples, by transformers' feature extractor of Whisper. It needs NumPy and torch,
-and no torchaudio.
+"""Mel features of samples, by transformers' feature extractor of Whisper, without torchaudio.
 
 The extractor pads every clip to its longest length, five minutes in Qwen2.5-Omni. Features of a
-frame depend on the samples near it, and on the largest feature, which silence never has. So clips
-are padded with no more silence than their last frame sees.
+frame depend on the samples near it, and on the largest feature, which never comes from silence. So
+clips are padded only with the silence within the window of their last frame.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def num_tokens(frames: int) -> int:
 def features(samples: Samples, settings: AudioSettings) -> np.ndarray[Any, Any]:
     """The mel features [frames, mel bins], float32.
 
-    Raises ValueError for samples that are too few for one token.
+    Raises ValueError for too few samples for one token.
     """
     frames, hop = num_frames(len(samples), settings), settings.hop_length
     if num_tokens(frames) < 1:

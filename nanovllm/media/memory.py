@@ -1,4 +1,4 @@
-"""The memory that decoding takes, over all threads and processes of a `Preparer`."""
+"""The memory budget for decoding, over all threads and processes of a `Preparer`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from nanovllm.confined import LOOK_S
+
 # Decoders need as much beside the encoded file: coefficients of progressive JPEGs, reference frames
 # of videos, copies without transparency.
 BYTES_PER_PIXEL = 24
 WORKER_BYTES = 48 << 20  # 2 megapixels
-LOOK_S = 0.1  # how often a thread that waits looks whether its work is cancelled
 
 
 class Memory:
-    """Each of `num_workers` has a part of its own for ordinary files, at most half of `max_bytes`
-    in all. Larger files share the rest, first come, first served. One that is larger than the rest
-    runs when no other one has any of it.
+    """Each of `num_workers` has a reserved part for ordinary files, at most half of `max_bytes` in
+    all. Larger files share the rest, first come, first served. A file larger than the rest runs
+    when no other one uses it.
     """
 
     def __init__(self, max_bytes: int, num_workers: int) -> None:
@@ -37,7 +38,7 @@ class Memory:
             part.give_back()
 
     def take(self, num_bytes: int, check: Callable[[], None]) -> None:
-        """Waits for bytes that are shared."""
+        """Waits for shared bytes."""
         ticket = object()
         with self._changed:
             self._waiting.append(ticket)
@@ -60,15 +61,15 @@ class Memory:
 
 
 class Part:
-    """What one file may take: the worker's own bytes, or more after `grow`."""
+    """The memory of one file: the worker's reserved bytes, or more after `grow`."""
 
     def __init__(self, memory: Memory, check: Callable[[], None]) -> None:
         self.num_bytes, self.check = memory.worker_bytes, check
         self._memory, self._num_shared = memory, 0
 
     def grow(self, num_bytes: int) -> None:
-        """Waits until the file may take so many bytes. It must not use shared ones meanwhile: two
-        files that wait for each other's would wait for ever."""
+        """Waits until the file may take this many bytes. It must not hold shared bytes meanwhile:
+        two files that wait for each other would deadlock."""
         if num_bytes <= self.num_bytes:
             return
         self.give_back()

@@ -1,4 +1,4 @@
-"""What media a prompt may have, and where they may come from."""
+"""Limits on the media of a prompt, and their allowed sources."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class MediaOptions:
 
     allowed_media_domains: hosts that remote URLs may name, as "host" (port 443) or "host:port".
         https only, without redirects. Empty: remote URLs are refused.
-    allowed_local_media_path: the folder below which local paths are read. None: local paths are
+    allowed_local_media_path: the folder from which local paths are read. None: local paths are
         refused.
     max_images, max_videos: images and videos of one prompt.
     max_video_frames: frames of one video, after sampling.
-    max_audios: clips of sound of one prompt.
+    max_audios: audio clips of one prompt.
     max_audio_s: seconds of one clip.
     max_image_pixels: pixels of one image or frame, checked before it is decoded.
     max_video_pixels: pixels of all frames of one video file, checked before it is decoded.
@@ -30,15 +30,15 @@ class MediaOptions:
     max_prompt_bytes: bytes of all encoded images, videos and clips of one prompt.
     max_patches_bytes: bytes of the patches of one image or video.
     media_timeout_s: seconds for one remote download, in all.
-    decode_timeout_s: seconds to decode one file. Beyond them its decoder is ended.
-    max_decoding_bytes: memory of all decoders. An image or frame counts with 24 bytes for each
-        pixel, sound with 8 for each sample of the longest clip. One that exceeds the limit alone
-        is decoded when no other large one is.
+    decode_timeout_s: seconds to decode one file, after which its decoder is ended.
+    max_decoding_bytes: memory of all decoders. An image or frame counts as 24 bytes per pixel,
+        audio as 8 per sample of the longest clip. A file that alone exceeds the limit is decoded
+        when no other large one is.
     num_media_workers: threads that decode, resize and patch the media of one prompt. There is one
-        more for other prompts. Each has a process that decodes, which starts when it is needed.
-    media_cache_bytes: bytes of prepared images, videos and clips that are kept for later prompts.
-    embedding_cache_bytes: bytes of embeddings on the device that are kept for later prompts.
-    max_held_bytes: bytes of patches of unfinished requests beyond which no further prompt is
+        more for other prompts. Each has a decoder process, which starts on first use.
+    media_cache_bytes: bytes of prepared images, videos and clips kept for later prompts.
+    embedding_cache_bytes: bytes of embeddings on the device kept for later prompts.
+    max_held_bytes: bytes of patches of unfinished requests above which no further prompt is
         prepared.
     """
 
@@ -85,7 +85,7 @@ class MediaOptions:
 
     @cached_property
     def local_folder(self) -> Path:
-        """`allowed_local_media_path` without symlinks, which must be set."""
+        """`allowed_local_media_path`, which must be set, without symlinks."""
         assert self.allowed_local_media_path is not None
         return Path(self.allowed_local_media_path).expanduser().resolve()
 

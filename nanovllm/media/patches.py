@@ -1,4 +1,4 @@
-"""Pictures to patches: sizes, resizing, normalization, order. The numbers are transformers'.
+"""Images to patches: sizes, resizing, normalization, order. The results equal transformers'.
 
 T frames | H, W pixels of a frame | C = 3 colours | P patches of an item | D values of a patch
 """
@@ -18,8 +18,8 @@ from nanovllm.media.settings import PatchSettings, VideoSettings
 
 Floats = npt.NDArray[np.float32]
 Grid = tuple[int, int, int]  # patches over time, height and width
-STEP_PIXELS = 1 << 16  # that are looked up at a time: NumPy's copies of them stay in caches
-MAX_RATIO = 200  # of a picture's sides, as in transformers
+STEP_PIXELS = 1 << 16  # looked up at a time, so that NumPy's copies stay in CPU caches
+MAX_RATIO = 200  # of an image's sides, as in transformers
 
 
 def image_size(height: int, width: int, settings: PatchSettings) -> tuple[int, int]:
@@ -60,7 +60,8 @@ def video_size(
 def _fitted(
     height: int, width: int, factor: int, pixels: tuple[int, int], frames: tuple[int, int]
 ) -> tuple[int, int]:
-    """Sides within a range of pixels. `frames` counts as given, and rounded to whole patches."""
+    """Sides within a range of pixels. `frames` are the frame count and the count rounded to whole
+    patches."""
     if max(height, width) > MAX_RATIO * min(height, width):
         raise ValueError(
             f"the picture is {width} × {height} pixels: one side may be at most {MAX_RATIO} times "
@@ -96,7 +97,7 @@ def num_tokens(grid: Grid, settings: PatchSettings) -> int:
 
 
 def resized(picture_HWC: Pixels, height: int, width: int, resample: int) -> Pixels:
-    """A picture of another size, by Pillow. Threads run in parallel here."""
+    """Resize an image with Pillow, which releases the GIL."""
     if picture_HWC.shape[:2] == (height, width):
         return picture_HWC
     image = pillow().fromarray(picture_HWC)
@@ -104,7 +105,7 @@ def resized(picture_HWC: Pixels, height: int, width: int, resample: int) -> Pixe
 
 
 def image_patches(picture_HWC: Pixels, settings: PatchSettings) -> Floats:
-    """[P, D] of one resized picture, which stands for all frames of a patch."""
+    """[P, D] of one resized image, which stands for all frames of a patch."""
     frames = [picture_HWC] * settings.temporal_patch_size
     return _patches(frames, settings, image_table(settings))
 
@@ -157,8 +158,8 @@ def image_table(settings: PatchSettings) -> Floats:
 
 @lru_cache(maxsize=8)
 def video_table(settings: VideoSettings) -> Floats:
-    """[C, 256]: the value of each byte, as `rescale_and_normalize` of transformers' backend of
-    tensors, which joins the two steps."""
+    """[C, 256]: the value of each byte, as in `rescale_and_normalize` of transformers' tensor
+    backend, which fuses the two steps."""
     values = np.arange(256, dtype=np.float32)
     if not settings.do_normalize:
         scale = np.float32(settings.rescale_factor if settings.do_rescale else 1.0)

@@ -1,8 +1,8 @@
-"""Pictures as RGB bytes [H, W, 3], from encoded files, PIL images and arrays.
+"""Images as RGB bytes [H, W, 3], from encoded files, PIL images and arrays.
 
-The conversions are those of transformers' processors: transparent pixels lie over white, all other
-modes are Pillow's `convert("RGB")`. The rotation in EXIF is applied. Of an animation the first
-frame counts, as in Pillow and transformers: phones write pictures as files of several frames.
+The conversions are those of transformers' processors: transparent images are composed over white,
+all other modes use Pillow's `convert("RGB")`. The rotation in EXIF is applied. Of an animation the
+first frame is used, as in Pillow and transformers: phones write photos as files of several frames.
 16-bit grey keeps its high byte, as Pillow does for 16-bit colour; transformers would clip it.
 """
 
@@ -27,13 +27,13 @@ Pixels = npt.NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 WITHOUT_RANGE = ("I", "F")
-PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # Pillow converts them to these alone
+PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # the only conversions that Pillow has
 CHANNELS = (1, 3, 4)
 ORIENTATION = 0x0112  # the tag of EXIF
-# Of a progressive JPEG each scan goes over all pixels; programs write about ten.
+# Each scan of a progressive JPEG covers all pixels; usual files have about ten.
 MAX_SCANS = 100
 _JPEG, _SCAN, _END = b"\xff\xd8", 0xDA, 0xD9
-# The next marker of a JPEG: within a scan 0xff has a zero after it, or the number of a restart.
+# The next marker of a JPEG: within a scan, 0xff is followed by zero or a restart number.
 _MARKER = re.compile(rb"\xff([^\x00\xff\x01\xd0-\xd7])")
 # Pillow reads a file into an image on first use, and one image can be in several prompts.
 _loading = threading.Lock()
@@ -51,7 +51,7 @@ def pillow() -> Any:
 def decode(
     data: bytes, max_pixels: int, reserve: Callable[[int], object] = lambda num_pixels: None
 ) -> Pixels:
-    """An encoded picture as RGB. Calls `reserve` with its pixels before decoding.
+    """An encoded image as RGB. Calls `reserve` with its pixels before decoding.
 
     Raises ValueError for other formats, for corrupt or truncated data, and before decoding for more
     than `max_pixels` pixels or MAX_SCANS scans.
@@ -61,11 +61,11 @@ def decode(
         image = image_module.open(io.BytesIO(data), formats=FORMATS)
     except image_module.DecompressionBombError:
         raise ValueError(f"the picture has more than {max_pixels} pixels") from None
-    except MemoryError:  # says nothing of the data
+    except MemoryError:  # not an error of the data
         raise
-    except Exception:  # readers raise many kinds of errors, with addresses of objects in them
+    except Exception:  # readers raise many kinds of errors, some with addresses of objects
         raise ValueError(
-            f"the data are no picture, or not in one of the formats {', '.join(FORMATS)}"
+            f"the data are not a picture in one of the formats {', '.join(FORMATS)}"
         ) from None
     width, height = image.size
     check_pixels(width, height, max_pixels)
@@ -88,7 +88,7 @@ def num_scans(jpeg: bytes) -> int:
 
 
 def of_image(image: Any, max_pixels: int) -> Pixels:
-    """A PIL image as RGB, rotated as its EXIF data say."""
+    """A PIL image as RGB, rotated by its EXIF data."""
     width, height = image.size
     check_pixels(width, height, max_pixels)
     return _checked_rgb(image, _loading)
@@ -97,7 +97,7 @@ def of_image(image: Any, max_pixels: int) -> Pixels:
 def of_array(given: Any, max_pixels: int) -> Pixels:
     """An array of bytes [H, W], [H, W, C] or [C, H, W] as RGB; C is 1, 3 or 4.
 
-    If both the first and the last size can be C, the first is, as for transformers.
+    If both the first and the last size can be C, the first is used, as in transformers.
     """
     array = as_array(given)
     if array.dtype != np.uint8:
@@ -154,7 +154,7 @@ def _checked_rgb(image: Any, lock: AbstractContextManager[Any]) -> Pixels:
 def _rgb(image: Any) -> Pixels:
     from PIL import ImageOps
 
-    if image.getexif().get(ORIENTATION, 1) != 1:  # it copies an image which it does not turn
+    if image.getexif().get(ORIENTATION, 1) != 1:  # Pillow copies even images that need no rotation
         image = ImageOps.exif_transpose(image)
     image = image.convert(PREMULTIPLIED[image.mode]) if image.mode in PREMULTIPLIED else image
     if image.mode in GREY_16:

@@ -1,5 +1,4 @@
-"""Prompts with placeholders: one for each image, video and clip as given, one for each token
-after."""
+"""Expands placeholders of prompts: from one per image, video or clip to one per token."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ Span = tuple[int, int]  # (first token, number of tokens)
 
 
 class TextEncoder(Protocol):
-    """What is needed of a tokenizer."""
+    """The required interface of a tokenizer."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
@@ -26,7 +25,7 @@ class Expanded:
     """A prompt with all placeholder tokens.
 
     spans: for each item, in the order of the items, its runs of placeholder tokens. An image or
-    clip has one run; a video has one, or one for each patch over time where text stands between
+    clip has one run; a video has one, or one for each patch over time if there is text between
     them.
     """
 
@@ -82,8 +81,8 @@ class Placeholders:
         """The tokens of a text with one placeholder for each item. Raises ValueError if there are
         more or fewer placeholders than items of a kind.
 
-        Each patch of a video over time keeps one placeholder in the text, which becomes its tokens
-        afterwards: the tokenizer reads no long runs.
+        Each patch of a video over time keeps one placeholder in the text, which is expanded after
+        tokenization: the tokenizer gets no long runs.
         """
         kinds = [self._kind_of[one] for one in self._pattern.findall(text)]
         order = _order(kinds, [one.kind for one in items])
@@ -93,7 +92,7 @@ class Placeholders:
         return self._expanded(ids, order, items)
 
     def of_ids(self, token_ids: Sequence[int], items: Sequence[Prepared]) -> Expanded:
-        """The same for a prompt that is given as token ids."""
+        """The same for a prompt of token ids."""
         kind_of = self._kind_of_id
         kinds = [kind_of[one] for one in token_ids if one in kind_of]
         order = _order(kinds, [one.kind for one in items])
@@ -143,8 +142,8 @@ class Placeholders:
 
 
 def _order(kinds: Sequence[str], of_items: Sequence[str]) -> list[int]:
-    """The indices of the items that placeholders of these kinds stand for. Raises ValueError if
-    there are more or fewer."""
+    """The index of the item for each placeholder, by kind. Raises ValueError if there are more or
+    fewer."""
     waiting: dict[str, Iterator[int]] = {}
     for kind in KINDS:
         indices = [i for i, one in enumerate(of_items) if one == kind]

@@ -1,10 +1,9 @@
-"""Images and videos to patches, clips of sound to mel features: in threads, several at a time, with
-a cache by content.
+"""Prepares images and videos (patches) and audio clips (mel features) in threads, with a cache
+keyed by content.
 
-Encoded pictures, videos and sound are decoded in processes (`decoders.py`), since decoders can
-crash, hang or need all memory. All else is done in threads: Pillow, NumPy, zlib and hashlib let
-other threads run during their work, and a process would have to send megabytes of patches.
-docs/media.md has the figures.
+Encoded files are decoded in processes (`decoders.py`), since decoders can crash, hang or exhaust
+memory. The rest runs in threads: Pillow, NumPy, zlib and hashlib release the GIL, and a process
+would have to send megabytes of patches. docs/media.md has the figures.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from nanovllm.programs import DoesNotStart
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image, video or clip as the model's tower and the prompt need it.
+    """An image, video or clip in the form for the encoder and the prompt.
 
     values: the patches [P, C] or the mel features [frames, mel bins], float32. Prompts share it,
         so it must not be written to.
@@ -63,7 +62,7 @@ class Prepared:
 class _Budget:
     """The encoded bytes that a prompt may still read, and whether it was cancelled.
 
-    root: what all digests of its media begin with. `closed` is set when all prompts are cancelled.
+    root: the prefix of all digests of its media. `closed` is set when all prompts are cancelled.
     """
 
     def __init__(self, max_bytes: int, root: bytes, closed: threading.Event) -> None:
@@ -94,22 +93,22 @@ class Preparation:
         return all(one.done() for one in self._futures)
 
     def result(self, timeout_s: float | None = None) -> list[Prepared]:
-        """All items in the order in which they were given. Raises the first item's ValueError or
-        DoesNotStart, CancelledError after `cancel`, or TimeoutError."""
+        """All items in their original order. Raises the first item's ValueError or DoesNotStart,
+        CancelledError after `cancel`, or TimeoutError."""
         wait(self._futures, timeout_s, FIRST_EXCEPTION)
         try:
             for one in self._futures:
                 if one.done():
                     one.result()
         except BaseException:
-            self.cancel()  # the other items are of no use
+            self.cancel()  # the other items are not needed
             raise
         if not self.done():
             raise TimeoutError(f"the media were not ready after {timeout_s} s")
         return [one.result() for one in self._futures]
 
     def when_changed(self, call: Callable[[], object]) -> None:
-        """Call this in another thread, or at once, each time that an item is ready."""
+        """Call `call`, in another thread or at once, each time an item is ready."""
         for one in self._futures:
             one.add_done_callback(lambda _: call())
 
@@ -126,7 +125,7 @@ class Preparer:
     def __init__(self, settings: VisionSettings, options: MediaOptions) -> None:
         self.settings, self.options = settings, options
         self.cache: ByteCache[Prepared] = ByteCache(options.media_cache_bytes)
-        # digests of encoded pictures and clips: one that was seen before is not even decoded
+        # by digests of encoded images and clips: known ones are not decoded again
         self._seen: ByteCache[bytes] = ByteCache(1 << 20)
         self._of_kind = {IMAGE: self._image, VIDEO: self._video, AUDIO: self._audio}
         self._pool = FairPool(options.num_media_workers, "media")
@@ -138,8 +137,8 @@ class Preparer:
         """Starts the work. Nothing is read or decoded in the calling thread.
 
         Prompts share prepared media, and their digests, only with prompts of the same `salt`.
-        Pictures in memory must not change until the result is there. Raises ValueError for more
-        items than a prompt may have.
+        Images in memory must not change until the result is ready. Raises ValueError for more items
+        than a prompt may have.
         """
         check_counts(given, self.options)
         root = hashlib.sha256(salt.encode()).digest() if salt else b""

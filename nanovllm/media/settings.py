@@ -1,8 +1,8 @@
 """The settings of a checkpoint's image, video and audio processors, from its JSON files.
 
 These are the files and defaults of transformers' `Qwen2VLImageProcessor`, `Qwen2VLVideoProcessor`
-and `Qwen3VLVideoProcessor`. The work is done here: transformers' own video processors need
-torchvision, whose builds fit only some builds of torch, and the results would depend on it.
+and `Qwen3VLVideoProcessor`. They are implemented here: transformers' video processors need
+torchvision, whose builds fit only some builds of torch, and results would depend on it.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ TOKENS: dict[str, dict[str, str]] = {
     }
 }  # fmt: skip
 AUDIO_TYPE = "WhisperFeatureExtractor"
-# of the files that transformers reads, those with settings
+# the files with settings among those that transformers reads
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """How a picture becomes patches.
+    """How an image becomes patches.
 
     patch_size: pixels of a patch's side. merge_size: patches of a merged patch's side; a merged
     patch is one token. temporal_patch_size: frames of a patch.
@@ -130,7 +130,7 @@ class AudioSettings:
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """What a checkpoint says about pictures, and about sound if its model takes sound.
+    """A checkpoint's settings for images, and for audio if its model takes audio.
 
     with_times: its prompts have the times of frames. tokens: its special tokens, by the fields of
     `Placeholders`, where they are not the defaults.
@@ -162,7 +162,7 @@ def load(folder: Path) -> VisionSettings | None:
     audio = None
     if "audio_token" in tokens:
         audio = audio_settings(whole.get("feature_extractor") or image_file)
-        # transformers' processor has a size and a rate of its own for videos
+        # transformers' processor has a separate size and rate for videos
         others = {key: value for key, value in video.items() if not key.endswith("_pixels")}
         video = {**others, "size": None, "default_fps": 2.0}
     over_time = VIDEO_TYPES[video_type]
@@ -182,7 +182,7 @@ def video_settings(given: Mapping[str, Any], *, over_time: bool) -> VideoSetting
     """The settings in the fields of a video processor, with the defaults of Qwen2-VL's or, with
     `over_time`, of Qwen3-VL's."""
     side = 32 if over_time else 28
-    # Qwen3-VL's does not know the old names
+    # Qwen3-VL's has no old names
     named = {"size": given.get("size")} if over_time else given
     low, high = _pixel_range(named, 128 * side * side, 768 * side * side)
     defaults: dict[str, Any] = {"patch_size": 14}
@@ -198,7 +198,7 @@ def video_settings(given: Mapping[str, Any], *, over_time: bool) -> VideoSetting
 
 def audio_settings(given: Mapping[str, Any]) -> AudioSettings:
     """The settings in the fields of a feature extractor. Raises ValueError for another extractor,
-    and for steps that are not taken here."""
+    and for unsupported steps."""
     _check("feature_extractor_type", given.get("feature_extractor_type", AUDIO_TYPE), (AUDIO_TYPE,))
     for name, expected in (("padding_side", "right"), ("padding_value", 0.0), ("dither", 0.0)):
         if given.get(name, expected) != expected:
@@ -210,7 +210,7 @@ def audio_settings(given: Mapping[str, Any]) -> AudioSettings:
 
 
 def _pixel_range(given: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
-    """(min_pixels, max_pixels). Old files give these names, newer ones `size`; the old names win,
+    """(min_pixels, max_pixels). Old files have these names, newer ones `size`; the old names win,
     as in transformers."""
     size = {"shortest_edge": low, "longest_edge": high, **(given.get("size") or {})}
     names = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))

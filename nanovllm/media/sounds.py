@@ -1,4 +1,4 @@
-"""Arrays of samples and files of sound to one channel of float32 samples at a model's rate, through
+"""Converts arrays and audio files to one channel of float32 samples at the model's rate, with
 PyAV."""
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Samples = np.ndarray[Any, np.dtype[np.float32]]
 BYTES_PER_SAMPLE = 4
 MAX_CHANNELS = 8
 RATES = range(1000, 768_001)  # Hz; the resampler's filter grows with the ratio of two rates
-# Floats of this level are no samples between -1 and 1, not even loud ones that exceed them.
+# Floats above this level are not on the scale -1 … 1, even with loud peaks.
 MAX_LEVEL = 8.0
 LEVELS = {"u1": 1 << 7, "i2": 1 << 15, "i4": 1 << 31}  # full scale of integers
-# All containers can name any of FFmpeg's decoders, of which few are in wide use and well tested.
+# A container can select any of FFmpeg's decoders; only these are widely used and well tested.
 CODECS = ("mp3", "aac", "flac", "vorbis", "opus", "alac", "pcm_alaw", "pcm_mulaw", "pcm_u8",
           "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le")  # fmt: skip
 _DECODERS = (*CODECS, "mp3float")  # FFmpeg's names
@@ -28,9 +28,9 @@ _DECODERS = (*CODECS, "mp3float")  # FFmpeg's names
 CONTAINERS = (
     *clips.CONTAINERS, (8, b"WAVE", "wav"), (0, b"fLaC", "flac"), (0, b"OggS", "ogg")
 )  # fmt: skip
-# Containers that say how long they are. The end of AAC may lack a few frames of silence.
+# Containers that declare their length. AAC may lack a few frames of silence at the end.
 _MOST_MISSING = {"wav": 0, "flac": 0, "mp4": 4096}
-_PIPE_BYTES = 0x7FFF_0000  # sizes from here on stand in WAV files that were written to a pipe
+_PIPE_BYTES = 0x7FFF_0000  # WAV files that were written to a pipe declare this size or more
 
 
 def of_array(value: Any, rate: Any, wanted_rate: int, max_seconds: float) -> Samples:
@@ -38,8 +38,8 @@ def of_array(value: Any, rate: Any, wanted_rate: int, max_seconds: float) -> Sam
     wanted rate.
 
     Floats have a full scale of 1, integers that of their type: uint8, int16 or int32. Raises
-    ValueError for other types, shapes and rates, for too many samples and for what is no sound.
-    Another rate than the wanted one needs PyAV.
+    ValueError for other types, shapes and rates, for too many samples and for values that are not
+    audio. Resampling needs PyAV.
     """
     try:
         array = as_array(value)
@@ -68,14 +68,14 @@ def of_file(
     max_seconds: float,
     reserve: Callable[[int], object] = lambda num_bytes: None,
 ) -> Samples:
-    """The same of a file's first stream of sound: WAV, MP3, FLAC, Ogg, AAC, and what MP4, WebM,
-    Matroska and AVI have. Calls `reserve` with the bytes that it needs before decoding.
+    """The same for a file's first audio stream: WAV, MP3, FLAC, Ogg, AAC, and audio in MP4, WebM,
+    Matroska and AVI. Calls `reserve` with the bytes that it needs before decoding.
 
     Raises ValueError for other files and codecs, for damaged files and for too many seconds.
     """
     kind = _container(data)
     if kind is None:
-        raise ValueError("the data are no sound, or not in WAV, MP3, FLAC, Ogg, AAC, MP4 or WebM")
+        raise ValueError("the data are not audio in WAV, MP3, FLAC, Ogg, AAC, MP4 or WebM")
     if kind == "wav":
         _check_whole(data)
     with libav.opened(pyav(), data, kind, _DECODERS, "sound") as container:
@@ -108,7 +108,7 @@ def pyav() -> Any:
 
 
 class _Source(NamedTuple):
-    """A stream of sound. `num_samples` is None if the file does not say it."""
+    """An audio stream. `num_samples` is None if the file does not declare it."""
 
     stream: Any
     rate: int
@@ -120,7 +120,7 @@ def _container(data: bytes) -> str | None:
     at = 0
     if (
         data[:3] == b"ID3" and len(data) >= 10
-    ):  # a tag before the sound, with its size in 7 bits each
+    ):  # a tag before the audio; its size has 7 bits per byte
         at = 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0)))
     kinds = [kind for i, magic, kind in CONTAINERS if data[at + i : at + i + len(magic)] == magic]
     if kinds:
@@ -132,19 +132,19 @@ def _container(data: bytes) -> str | None:
 
 
 def _check_whole(data: bytes) -> None:
-    """FFmpeg takes a WAV file that has less than it says as a shorter one."""
-    # the size lacks 8 bytes of the file; some programs count them
+    """Refuse truncated WAV files, which FFmpeg reads as shorter ones."""
+    # the declared size excludes 8 bytes of the file, but some programs include them
     num_bytes = int.from_bytes(data[4:8], "little")
     if len(data) < num_bytes < _PIPE_BYTES:
         raise ValueError(
-            f"the WAV file says that it has {num_bytes + 8} bytes, but has {len(data)}: it is "
+            f"the WAV file declares {num_bytes + 8} bytes, but has {len(data)}: it is "
             "corrupt or truncated"
         )
 
 
 def _source(container: Any, kind: str) -> _Source:
     if not container.streams.audio:
-        raise ValueError("the file has no sound in it")
+        raise ValueError("the file has no audio stream")
     stream = container.streams.audio[0]
     context = libav.checked(stream, _DECODERS, CODECS, "sound")
     rate, channels = context.sample_rate, context.channels
@@ -172,8 +172,7 @@ def _pieces(
         yield from map(_of_frame, resampler.resample(frame))
     if num and num + _MOST_MISSING.get(kind, 0) < (source.num_samples or 0):
         raise ValueError(
-            f"it says that it has {source.num_samples} samples, but has {num}: it is corrupt or "
-            "truncated"
+            f"it declares {source.num_samples} samples, but has {num}: it is corrupt or truncated"
         )
     if num:
         yield from map(_of_frame, resampler.resample(None))

@@ -12,7 +12,7 @@ from pathlib import Path
 from nanovllm.media.fetch import fetch
 from nanovllm.media.options import MediaOptions
 
-# Opening waits for no pipe, follows no link, and is not passed on to other programs.
+# Opening does not block on a pipe or follow a link, and the descriptor is not inherited.
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 FOLDER_FLAGS = FILE_FLAGS | os.O_DIRECTORY
 _SPACE = " \t\r\n"
@@ -21,7 +21,7 @@ _FROM_URLS = str.maketrans("-_", "+/")
 
 
 def read(reference: str, kind: str, options: MediaOptions) -> bytes:
-    """The encoded bytes of an "image", "video" or "audio". Errors do not have the reference."""
+    """The encoded bytes of an "image", "video" or "audio". Errors do not contain the reference."""
     scheme = reference[:8].lower()
     if scheme.startswith("data:"):
         return _data_url(reference, kind, options.max_item_bytes)
@@ -49,15 +49,15 @@ def _data_url(url: str, kind: str, max_bytes: int) -> bytes:
     try:
         data = base64.b64decode(_plain(text), validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError("the data URL is no base64") from None
+        raise ValueError("the data URL is not base64") from None
     if len(data) > max_bytes:
         raise ValueError(f"the data URL has more than {max_bytes} bytes")
     return data
 
 
 def _plain(text: str) -> str:
-    """Base64 as Python reads it. Clients also leave out the padding, break lines, escape signs as
-    in other URLs, or use the alphabet of URLs and files (RFC 4648, section 5)."""
+    """Base64 in Python's form. Clients also omit the padding, break lines, percent-encode
+    characters, or use the URL-safe alphabet (RFC 4648, section 5)."""
     if "%" in text:
         text = urllib.parse.unquote(text)
     if "-" in text or "_" in text:
@@ -82,7 +82,7 @@ def _local(path: str, options: MediaOptions) -> bytes:
         raise ValueError("local paths are refused: allowed_local_media_path is not set")
     try:
         inside = Path(path).resolve().relative_to(options.local_folder)
-    except (ValueError, OSError, RuntimeError):  # no path; outside; a loop of links
+    except (ValueError, OSError, RuntimeError):  # not a path; outside; a loop of links
         raise ValueError("the path is not below allowed_local_media_path") from None
     try:
         return _read_below(options.local_folder, inside, options.max_item_bytes)
@@ -91,7 +91,7 @@ def _local(path: str, options: MediaOptions) -> bytes:
 
 
 def _read_below(folder: Path, inside: Path, max_bytes: int) -> bytes:
-    """Opens folder by folder and follows no link, since one may be put there after `resolve`."""
+    """Opens folder by folder without following links, which may appear after `resolve`."""
     handle = os.open(folder, FOLDER_FLAGS)
     try:
         for i, name in enumerate(inside.parts):

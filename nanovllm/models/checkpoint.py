@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's safetensors files: which file has each, and reading them fast.
+"""The tensors of a checkpoint's safetensors files: finds and reads them.
 
 safetensors checks each file when it is opened. The tensors' bytes are then read without it, by
 several threads: a thread that maps a file waits at every page, and a file that shrinks meanwhile
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Parts of numbers whose scales are tensors of their own: only formats read them (`packed`).
+# Dtypes of packed numbers, whose scales are separate tensors: only formats read them (`packed`).
 PACKED_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
@@ -31,12 +31,12 @@ PACKED_DTYPES = {
 READERS = 8  # threads: one reads 3 to 8 GB/s from the page cache
 PIECE_BYTES = 1 << 24  # that a thread reads at a time
 
-# Before the names of a text model's tensors in checkpoints with towers, in place of "model.".
+# The prefixes of a text model's tensors in checkpoints with towers, in place of "model.".
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
-# Before the names of all tensors of the part that reads and writes text, in checkpoints with parts.
+# The prefix of all tensors of the part for text, in checkpoints with several parts.
 PART_PREFIX = "thinker."
 
-Buffer = Callable[[int], Tensor]  # bytes on the host, which a device copies from
+Buffer = Callable[[int], Tensor]  # makes host memory from which a device copies
 
 
 class CheckpointError(ValueError):
@@ -65,7 +65,7 @@ class Cut(NamedTuple):
         return cls(shape, (math.prod(shape),), 0, 0, math.prod(shape))
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This part of a tensor that is there."""
+        """This part of a tensor."""
         return tensor.view(self.seen).narrow(self.axis, self.start, self.stop - self.start)
 
     @property
@@ -75,7 +75,7 @@ class Cut(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The numbers from the beginning of one run to that of the next."""
+        """The distance between the beginnings of two runs, in numbers."""
         return math.prod(self.seen[self.axis :])
 
     @property
@@ -115,10 +115,10 @@ class Checkpoint:
     """The tensors in a folder's safetensors files. Files are opened on first use, and closed at the
     end of a `with` block.
 
-    `buffer` makes the memory through which tensors go to a device. Raises CheckpointError that
-    names the file that is missing or damaged.
+    `buffer` makes the memory through which tensors go to a device. Raises CheckpointError, with the
+    name of the missing or damaged file.
 
-    The tensors of a text model have the names of a checkpoint of this model alone.
+    The tensors of a text model have the names that they have in a text-only checkpoint.
     """
 
     def __init__(self, folder: Path, buffer: Buffer = plain_buffer) -> None:
@@ -171,7 +171,7 @@ class Checkpoint:
         pieces = [piece for name, out, cut in wanted for piece in self._pieces(name, out, cut)]
         pieces.sort(key=lambda piece: (piece.file.path, piece.begin))
         if any(_staged(piece) for piece in pieces) and self._buffers.empty():
-            for _ in range(READERS):  # not in a thread: its current device may be another one
+            for _ in range(READERS):  # not in a thread, whose current device may differ
                 self._buffers.put(self._buffer(PIECE_BYTES))
         batches = _batches(pieces)
         if len(batches) == 1:
@@ -223,7 +223,7 @@ class Checkpoint:
             try:
                 staged = buffer[: piece.num_bytes]
                 piece.fill(staged)
-                with self._lock:  # a copy is shorter than a read, and some devices take one a time
+                with self._lock:  # a copy is faster than a read; some devices take one at a time
                     piece.out.copy_(staged.view(piece.dtype))
             finally:
                 self._buffers.put(buffer)
@@ -253,7 +253,7 @@ class Checkpoint:
             return found
         with safe_open(file.path, framework="pt") as opened:
             dtype = str(opened.get_tensor(self._stored[name]).dtype).removeprefix("torch.")
-        why = "it is quantized, which quantization_config in config.json does not say"
+        why = "it is quantized, but config.json has no quantization_config for it"
         if is_packed:
             why = f"its format asks for {str(wanted).removeprefix('torch.')}"
         raise CheckpointError(f"{self.folder}: tensor {name} is stored as {dtype}: {why}")
@@ -275,7 +275,7 @@ class Checkpoint:
 
 
 class _File:
-    """An open safetensors file and what its header says of its tensors."""
+    """An open safetensors file and its header."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, threading.Lock()
@@ -302,7 +302,7 @@ class _File:
 
         Raises CheckpointError if the file ends too early.
         """
-        # an array of numpy's would make the tensor's storage one that cannot be freed (sleep)
+        # through a numpy array the tensor's storage could not be freed (sleep)
         left = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")
         while left:
             count = self._read(left, begin)
@@ -329,12 +329,12 @@ def plain_name(name: str) -> str:
 
 
 def _staged(piece: _Piece) -> bool:
-    """True if a piece cannot be read to its place at once."""
+    """True if a piece must be read to host memory first."""
     return piece.out.device.type != "cpu" or piece.out.dtype is not piece.dtype
 
 
 def _batches(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
-    """Neighbours together, up to the size of one piece: small ones are not worth a task each."""
+    """Groups neighbours up to the size of one piece: small pieces are not worth a task each."""
     batches: list[list[_Piece]] = [[]]
     num_bytes = 0
     for piece in pieces:
@@ -347,7 +347,7 @@ def _batches(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    """The file of each tensor as an index has it."""
+    """The file of each tensor in an index."""
     folder = index.parent
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
@@ -355,7 +355,7 @@ def _indexed(index: Path) -> dict[str, Path]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a readable index: {error}") from error
     for name in dict.fromkeys(weight_map.values()):
-        # both kinds of separators on every system: a checkpoint is carried from one to another
+        # both kinds of separators on every system, since checkpoints move between systems
         if not name.endswith(".safetensors") or any(one in name for one in "/\\:\0"):
             raise CheckpointError(
                 f"{index}: it names the file {name!r}: it must be a .safetensors file beside the "
@@ -363,5 +363,5 @@ def _indexed(index: Path) -> dict[str, Path]:
             )
     missing = sorted({path.name for path in located.values() if not path.is_file()})
     if missing:
-        raise CheckpointError(f"{folder}: the index names {missing[0]}, which is not there")
+        raise CheckpointError(f"{folder}: the index names {missing[0]}, which does not exist")
     return located

@@ -1,4 +1,4 @@
-"""The numbers of a decoder-only model that regions, cache and loader need."""
+"""The sizes of a decoder-only model for regions, cache and loader."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SIZES = (
 )  # fmt: skip
 
 
-# Fields of configs whose router is another one, and the values with which it is the softmax of all
-# scores. No region computes anything else.
+# Fields of configs for other routers, and the values that mean a softmax of all scores. No region
+# computes anything else.
 ROUTER_FIELDS: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("scoring_func", "score_func", "score_function"), ("softmax",)),
     "moe_router_activation_func": ("softmax",),
@@ -42,10 +42,10 @@ class MoeConfig:
     """The experts of a sparse layer.
 
     A token goes to `top_k` of `num_experts` experts of width `expert_size`. With `normalize` the
-    weights of its experts sum to 1. `shared_size` is the width of an expert that every token goes
-    to, 0 without one. `compression` is None for experts that are stored as they are. With
-    `is_spread` each of several ranks has whole experts, and otherwise a part of every expert.
-    Raises ValueError for sizes that do not fit together.
+    weights of its experts sum to 1. `shared_size` is the width of the shared expert, 0 without one.
+    `compression` is None for uncompressed experts. With `is_expert_parallel` each of several ranks
+    has whole experts, otherwise a part of every expert. Raises ValueError for sizes that do not fit
+    together.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("top_k", "normalize")
@@ -56,7 +56,7 @@ class MoeConfig:
     normalize: bool
     shared_size: int = 0
     compression: Compression | None = None
-    is_spread: bool = False
+    is_expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         sizes = {
@@ -75,10 +75,10 @@ class MoeConfig:
             )
 
     def distinct_experts(self, num_tokens: float) -> float:
-        """The experts of a layer that so many tokens choose together, in the mean.
+        """The mean number of distinct experts of a layer that `num_tokens` tokens choose.
 
-        Routing is taken to be spread evenly: a token has each expert with probability K / E, and
-        tokens choose independently.
+        Assumes even routing: a token chooses each expert with probability K / E, and tokens choose
+        independently.
         """
         return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
 
@@ -86,7 +86,7 @@ class MoeConfig:
 class Rope(NamedTuple):
     """A rotary table: angle(m, j) = m · inv_freq[j]; cos and sin are multiplied by `scale`.
 
-    Elements of a head that are beyond the frequencies are not rotated.
+    Elements of a head beyond the frequencies are not rotated.
     """
 
     inv_freq: tuple[float, ...]
@@ -100,11 +100,11 @@ class ModelConfig:
     `max_position` is the longest sequence, prompt and answer together. `inv_freq` and `rope_scale`
     are the fields of the first `Rope`, `other_ropes` those that some layers have instead
     (`Model.layer_ropes`). With `rope_axes` a token has three positions, in time, height and width,
-    and frequency j turns by number rope_axes[j] of them. Given embeddings may bring numbers that
-    are added to hidden states after each of the first `num_added` layers. `ffn_size` is the width
-    of dense layers, `moe` describes sparse ones. On one of `num_ranks` ranks, the numbers of heads
-    are this rank's, and all other sizes are the model's (`Model.on_ranks`). Raises ValueError for
-    head sizes that the kernels do not take.
+    and frequency j turns by number rope_axes[j] of them. Embeddings of requests may include
+    features that are added to hidden states after each of the first `num_added` layers. `ffn_size`
+    is the width of dense layers, `moe` describes sparse ones. On one of `num_ranks` ranks, the
+    numbers of heads are this rank's, and all other sizes are the model's (`Model.on_ranks`). Raises
+    ValueError for head sizes that the kernels do not take.
 
     Regions may read GRAPH_FIELDS only. These and the shapes of all inputs are in the keys of
     compiled programs.
@@ -112,6 +112,7 @@ class ModelConfig:
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
         "vocab_size", "num_heads", "num_kv_heads", "head_dim", "norm_eps", "moe", "num_ranks",
+        "dtype",
     )  # fmt: skip
 
     architecture: str
@@ -151,7 +152,7 @@ class ModelConfig:
             raise ValueError(f"rms_norm_eps is {self.norm_eps}: it must be a finite number, from 0")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads "
+                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_kv_heads}"
             )
         if self.rope_axes and len(self.rope_axes) != len(self.inv_freq):
@@ -174,7 +175,7 @@ class ModelConfig:
 
     @property
     def largest_rope_scale(self) -> float:
-        """The most by which a table multiplies a key's length."""
+        """The largest factor of a table on a key's length."""
         half = self.head_dim // 2
         partial = any(len(rope.inv_freq) < half for rope in self.ropes)
         return max(*(rope.scale for rope in self.ropes), 1.0 if partial else 0.0)
@@ -182,8 +183,8 @@ class ModelConfig:
     def with_attention_scale(self, scale: float) -> ModelConfig:
         """The config of a model that multiplies products of queries and keys by `scale`.
 
-        Attention multiplies them by 1 / √H. The tables of rotation take the rest: queries and keys
-        are both multiplied by the root of it.
+        Attention multiplies them by 1 / √H. The rotary tables include the rest: its root multiplies
+        both queries and keys.
         """
         half = self.head_dim // 2
         assert all(len(rope.inv_freq) == half for rope in self.ropes)
@@ -204,8 +205,8 @@ def dense_config(
     """The config of a dense architecture, from transformers' config.
 
     `differences` are the fields in which the architecture departs from a plain Llama. With
-    `partial_rotary` it may rotate a part of each head, whose frequencies `inv_freq` has. A
-    `max_model_len` above what the checkpoint allows is lowered (`rope.sequence_length`). Raises
+    `partial_rotary` it may rotate a part of each head; `inv_freq` has the frequencies of this part.
+    A `max_model_len` above what the checkpoint allows is lowered (`rope.sequence_length`). Raises
     ValueError for settings that this engine does not support.
     """
     from nanovllm.models.rope import rotary_frequencies, sequence_length

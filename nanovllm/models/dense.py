@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models import kv_scales as bounds
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.formats import Weight, linear
+from nanovllm.models.formats import Weight, linear, lookup, own_lookup
 from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 from nanovllm.models.layer_state import PagedKV
 
@@ -88,11 +87,12 @@ def paged_kv(cfg: ModelConfig, window: int = 0) -> PagedKV:
 # regions -----------------------------------------------------------------------------------------
 
 
-def embed(cfg: ModelConfig, embed_VD: Tensor, token_T: Tensor) -> Tensor:
+def embed(cfg: ModelConfig, embed_VD: Weight, token_T: Tensor) -> Tensor:
     """Token ids to the hidden state [T, D]."""
-    if cfg.num_ranks > 1:
-        return ops.all_reduce(ops.shard_embedding(token_T, embed_VD))
-    return torch.nn.functional.embedding(token_T, embed_VD)
+    if cfg.num_ranks == 1:
+        return lookup(embed_VD, token_T, cfg.dtype)
+    num_rows = -(-cfg.vocab_size // cfg.num_ranks)
+    return ops.all_reduce(own_lookup(embed_VD, token_T, num_rows, cfg.dtype))
 
 
 def layer(
@@ -160,9 +160,9 @@ def attend(
 
 
 def kept(batch: Batch, o_TQ: Tensor, h_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that a layer goes on with after attention.
+    """The tokens for which a layer continues after attention.
 
-    Tokens do not interact any more, so rows that nobody reads are left out: T is R from here on.
+    Tokens no longer interact, so unused ones are dropped: T is R from here on.
     """
     if batch.keep_R is None:
         return o_TQ, h_TD

@@ -35,7 +35,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class GemmaConfig(ModelConfig):
-    """Logits are cap · tanh(logits / cap), or as they are if `logit_cap` is None."""
+    """Logits are cap · tanh(logits / cap), or unchanged if `logit_cap` is None."""
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (*ModelConfig.GRAPH_FIELDS, "logit_cap")
 
@@ -184,8 +184,8 @@ class PlusOne:
 
 
 def outer_params(cfg: ModelConfig) -> dict[str, Param]:
-    """`dense.outer_params`. A tied head is the table with its factor, which the final norm takes
-    back."""
+    """`dense.outer_params`. A tied head is the table with its factor, which the final norm
+    undoes."""
     declared, factor = dense.outer_params(cfg), _embed_factor(cfg)
     of_norm = PlusOne(1 / factor if cfg.tied_embeddings else 1.0)
     declared["embed_VD"] = declared["embed_VD"]._replace(adapt=Times(factor))

@@ -1,4 +1,4 @@
-"""What a model is to the rest of the engine: its layers' kinds, parameters, regions and inputs.
+"""The interface of a model: its layers' kinds, parameters, regions and inputs.
 
 T tokens | R rows (requests) | S = R + 1 | P blocks per row | C cache blocks | B block size
 D hidden | K kv heads | H head size | V vocabulary.
@@ -16,24 +16,24 @@ from torch import Tensor
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, num_bytes
-from nanovllm.models.formats.plain import Plain
 from nanovllm.models.layer_state import LayerState, PageGroups, Recurrent, page_groups
 from nanovllm.models.param import Param as Param
-from nanovllm.models.schemes import UNQUANTIZED, Scheme
+from nanovllm.models.schemes import UNQUANTIZED, Part, Scheme
 
 
 class Params(NamedTuple):
     """All weights. `layers` are the architecture's own named tuples.
 
-    `head_VD` is `embed_VD` itself where the checkpoint ties them and the format keeps it.
+    `head_VD` is `embed_VD` itself where the checkpoint ties them and both have one format.
     """
 
-    embed_VD: Tensor
+    embed_VD: Weight
     layers: tuple[Any, ...]
     final_norm_D: Tensor
     head_VD: Weight
-    tower: Any = None  # `vision.interface.TowerWeights` of a model that sees
-    audio_tower: Any = None  # `audio.interface.AudioWeights` of a model that hears
+    tower: Any = None  # `vision.interface.TowerWeights` of a model with a vision encoder
+    audio_tower: Any = None  # `audio.interface.AudioWeights` of a model with an audio encoder
+    draft: Any = None  # `Params` of a second model, which proposes tokens
 
 
 class LayerCache(NamedTuple):
@@ -85,7 +85,8 @@ class Batch(NamedTuple):
     block_table_RP: Tensor
     seq_len_R: Tensor  # tokens of each row, this step's included
     q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
-    keep_R: Tensor | None = None  # the only tokens that a layer goes on with after attention
+    keep_R: Tensor | None = None  # the only tokens for which a layer continues after attention
+    adapter_T: Tensor | None = None  # each token's adapter, 0 for none; of models with adapters
     others: tuple[Pages, ...] = ()  # those of groups 1, 2, … of layers
     states: States | None = None  # in models with recurrent layers
 
@@ -145,14 +146,14 @@ class Model:
     `kv_scales(config, weights)` gives the scales of one layer's fp8 cache, fp32 [K] for keys and
     for values; it is None if their bounds are not known.
 
-    Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is the
-    `vision.interface.Tower` of a model that sees, `audio_tower` the `audio.interface.AudioTower` of
-    one that hears.
-    `scheme` chooses the formats of weights (`schemes.with_scheme`).
-    `layer_ropes` are the numbers of the layers' rotary tables in `ModelConfig.ropes`; without them
-    all layers have the first. Embeddings that a request gives are multiplied by `embed_factor`, as
-    the checkpoint's table is when it is read. `whole_groups` are the `page_groups` of the whole
-    model, if this one is reduced.
+    Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is its
+    vision encoder, a `vision.interface.Tower`, `audio_tower` its audio encoder, an
+    `audio.interface.AudioTower`; None without one. `scheme` chooses the formats of weights
+    (`schemes.with_scheme`). `num_adapters` is the number of adapters that the layers have weights
+    for. Only with some do batches have `adapter_T`. `layer_ropes` are the numbers of the layers'
+    rotary tables in `ModelConfig.ropes`; without them all layers have the first. Embeddings that a
+    request gives are multiplied by `embed_factor`, as the checkpoint's table is when it is read.
+    `whole_groups` are the `page_groups` of the whole model, if this one is reduced.
 
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.
@@ -180,6 +181,7 @@ class Model:
     layer_ropes: tuple[int, ...] = ()
     embed_factor: float = 1.0
     scheme: Scheme = UNQUANTIZED
+    num_adapters: int = 0
     whole_groups: PageGroups | None = None
 
     def __post_init__(self) -> None:
@@ -212,8 +214,9 @@ class Model:
     def layer_programs(self, *, keeps_last: bool) -> tuple[tuple[str, LayerKind], ...]:
         """The program of each layer in one step, as (region, kind).
 
-        With `keeps_last` the step goes on with the last tokens of each row only, from the attention
-        of the last layer on: ordinary prefill does, decode and prompt log-probabilities do not.
+        With `keeps_last` the step continues with the last token of each row only, from the
+        attention of the last layer on: ordinary prefill does, decode and prompt log-probabilities
+        do not.
         """
         names = ["layer"] * (len(self.layer_kinds) - 1)
         names.append("last_layer" if keeps_last else "layer")
@@ -245,30 +248,39 @@ class Model:
 
     def with_scheme(self, scheme: Scheme) -> Model:
         """The model whose formats a scheme chooses. Layers of one kind in different formats become
-        layers of several kinds. Raises ValueError for experts in a format that has no product for
-        them."""
+        layers of several kinds. Raises ValueError for parameters that their formats do not take."""
         model = replace(self, scheme=scheme)
-        known: dict[LayerKind, list[tuple[Format, ...]]] = {}
+        outer, *layers = model.declared
+        model.check_formats(*outer.values(), *filter(None, [model.tied_head]))
+        known: dict[LayerKind, list[list[Any]]] = {}
         kinds = []
-        for kind, params in zip(self.layer_kinds, model.declared[1:]):
-            formats = tuple(model.checked_format(param) for param in params.values())
+        for kind, params in zip(self.layer_kinds, layers):
+            parts = model.check_formats(*params.values())
+            stored = [(part.format, part.param.shape) for part in parts]
             of_kind = known.setdefault(kind, [])
-            if formats not in of_kind:
-                of_kind.append(formats)
-            num = of_kind.index(formats)
+            if stored not in of_kind:
+                of_kind.append(stored)
+            num = of_kind.index(stored)
             kinds.append(replace(kind, name=f"{kind.name}_format{num}") if num else kind)
         return replace(model, layer_kinds=tuple(kinds))
 
-    def checked_format(self, param: Param) -> Format:
-        """The format of a parameter. Raises ValueError for experts in one without a product for
-        them."""
-        chosen = self.scheme.format(param)
-        if param.kind == "experts" and not chosen.takes_experts:
-            raise ValueError(
-                f"{self.scheme} is not supported for a model with experts "
-                f"({self.config.architecture})"
-            )
-        return chosen
+    def check_formats(self, *params: Param) -> list[Part]:
+        """The parts of parameters. Raises ValueError for one that its format does not take, as a
+        whole or as this rank's share."""
+        parts = [part for param in params for part in self.scheme.parts(param)]
+        for param, stored_as in parts:
+            if not stored_as.is_plain and param.kind not in stored_as.kinds:
+                what = "with experts" if param.kind == "experts" else "whose table is stored so"
+                raise ValueError(
+                    f"{self.scheme} is not supported for a model {what} "
+                    f"({self.config.architecture})"
+                )
+            if refusal := stored_as.refusal(self.extent(param)):
+                raise ValueError(
+                    f"{self.scheme}: {param.sources[0]} {list(param.shape)} cannot be shared by "
+                    f"{self.config.num_ranks} rank(s): {refusal}"
+                )
+        return parts
 
     def on_ranks(self, num_ranks: int) -> Model:
         """The model as each of `num_ranks` ranks has it. Raises ValueError if its heads, or the
@@ -291,8 +303,8 @@ class Model:
             replace(kind, keeps=kind.keeps.on_ranks(num_ranks)) for kind in self.layer_kinds
         )
         model = replace(self, config=config, layer_kinds=kinds, whole=cfg)
-        for param in (param for group in model.declared for param in group.values()):
-            param.local(num_ranks)
+        for group in model.declared:
+            model.check_formats(*group.values())
         return model
 
     # sizes ---------------------------------------------------------------------------------------
@@ -309,7 +321,13 @@ class Model:
         """The head that is the embedding table: a linear layer with the table's numbers."""
         if not self.config.tied_embeddings:
             return None
-        return self.declared[0]["embed_VD"]._replace(kind="linear")
+        return self._table._replace(kind="linear")
+
+    @property
+    def head_is_table(self) -> bool:
+        """True if head and table are tied and in one format: then they are one weight."""
+        head = self.tied_head
+        return head is not None and self._formats(head) == self._formats(self._table)
 
     @property
     def weight_bytes(self) -> int:
@@ -322,17 +340,15 @@ class Model:
         return sum(self._num_bytes(param) for param in self._read_params if param.kind == "experts")
 
     @property
-    def has_plain_experts(self) -> bool:
-        """True if no experts are in another format than plain tensors."""
+    def expert_formats(self) -> set[Format]:
+        """The formats of all experts."""
         experts = (param for param in self._read_params if param.kind == "experts")
-        return all(isinstance(self.scheme.format(param), Plain) for param in experts)
+        return {stored_as for param in experts for stored_as in self._formats(param)}
 
     @property
     def param_bytes(self) -> int:
         """Bytes that all weights take on the device, those of a tower included."""
-        head = self.tied_head
-        is_head = head is not None and isinstance(self.scheme.format(head), Plain)
-        table_bytes = 0 if is_head else self._num_bytes(self.declared[0]["embed_VD"])
+        table_bytes = 0 if self.head_is_table else self._num_bytes(self._table)
         tower_bytes = sum(
             math.prod(shape) * tower.config.dtype.itemsize
             for tower in self.towers.values()
@@ -362,6 +378,10 @@ class Model:
         return self.whole_groups or page_groups(self.kept, self.config.max_position)
 
     @property
+    def _table(self) -> Param:
+        return self.declared[0]["embed_VD"]
+
+    @property
     def _read_params(self) -> list[Param]:
         """All parameters without the table, or with the table as the head that it is."""
         outer, *layers = self.declared
@@ -371,11 +391,15 @@ class Model:
         return [param for group in (outer, *layers) for param in group.values()]
 
     def extent(self, param: Param) -> Extent:
-        """What a format is told of a parameter's part on this rank."""
+        """The extent of a parameter's part on this rank, for its format."""
         return param.extent(self.config.num_ranks, self.config.dtype)
 
+    def _formats(self, param: Param) -> list[Format]:
+        return [part.format for part in self.scheme.parts(param)]
+
     def _num_bytes(self, param: Param) -> int:
-        return num_bytes(self.scheme.format(param), self.extent(param))
+        parts = self.scheme.parts(param)
+        return sum(num_bytes(part.format, self.extent(part.param)) for part in parts)
 
 
 def tower_shapes(tower: Any) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Llama 1B to 3.x: dense, no qk norm, biases only where the config asks for them."""
+"""Llama 1B to 3.x: dense, no qk norm, biases only where the config has them."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ from nanovllm.models.checkpoint import Buffer, Checkpoint, CheckpointError, Cut,
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.formats import Weight
-from nanovllm.models.formats.format import Extent, Format, quantized
-from nanovllm.models.formats.plain import Plain
+from nanovllm.models.formats.format import Extent, Format, mapped, quantized
+from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.interface import LayerKind, Model, Param, Params
+from nanovllm.models.schemes import Part
 from nanovllm.models.shards import ALL, Shard, taken
 
 # Checkpoint tensors that no forward pass reads.
@@ -30,7 +31,7 @@ SLACK = 1 << 20  # numbers, for padding
 ROWS_AT_ONCE = 4096  # when two tables are compared
 
 Progress = Callable[[int], object]  # called with the number of layers that were added
-Place = Callable[[Tensor], Tensor]  # moves a weight as stored to memory of its own
+Place = Callable[[Tensor], Tensor]  # moves a stored weight to separate memory
 
 
 def _in_place(tensor: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class Target(NamedTuple):
 
     `place` takes each tensor once, in an order that depends on the model and the format alone, and
     returns the one to use. If it is an `Offloader`, experts are read to the host's memory. `buffer`
-    is that of `Checkpoint`. `shard` says which part of each parameter is wanted.
+    is that of `Checkpoint`. `shard` selects the part of each parameter.
     """
 
     device: torch.device
@@ -76,7 +77,7 @@ def load(model: Model, folder: Path, target: Target, progress: Progress) -> Para
 
 
 class Reader:
-    """Reads the parameters of a model from a checkpoint, and knows what it has not read."""
+    """Reads the parameters of a model from a checkpoint, and records which tensors are left."""
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, target: Target) -> None:
         self._config, self._checkpoint, self._target = config, checkpoint, target
@@ -197,8 +198,8 @@ def _padded(source: str, part: Tensor, cut: Cut) -> tuple[str, Tensor, Cut]:
 def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
     """True if the checkpoint has a head whose values, in `dtype`, differ from the embedding table.
 
-    Where that is so, transformers does not tie them, whatever the config says. Reads headers alone
-    if no head is stored, and otherwise up to the first difference. False without weights.
+    In this case transformers does not tie them, even if the config ties them. Reads only headers if
+    no head is stored, and otherwise up to the first difference. False without weights.
     """
     if not any(folder.glob("*.safetensors")):
         return False
@@ -217,21 +218,35 @@ def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
 
 
 def _read(model: Model, reader: Reader, param: Param) -> Weight:
-    """A parameter as it is stored: from the checkpoint's own numbers where its format reads them,
-    and else converted from the model's dtype."""
-    stored_as = model.scheme.format(param)
-    if isinstance(stored_as, Plain):
-        return reader.read(param)
-    if stored_as.is_packed:
-        return reader.read_packed(param, stored_as, model.extent(param))
-    return converted(model, param, reader.read(param))
+    """A parameter as it is stored: from the checkpoint's own numbers where a format reads them, and
+    else converted from the model's dtype."""
+
+    def read(part: Part) -> Weight:
+        extent = model.extent(part.param)
+        if part.format.is_packed:
+            return reader.read_packed(*part, extent)
+        return _quantized(part, reader.read(part.param), extent)
+
+    parts = model.scheme.parts(param)
+    return _joined(model, parts, list(map(read, parts)))
+
+
+def _quantized(part: Part, weight: Tensor, extent: Extent) -> Weight:
+    return quantized(part.format, ", ".join(part.param.sources), weight, extent)
+
+
+def _joined(model: Model, parts: Sequence[Part], weights: Sequence[Weight]) -> Weight:
+    """The weight whose rows are those of all parts of a parameter."""
+    if len(weights) == 1:
+        return weights[0]
+    return Mixed(tuple(weights), tuple(model.extent(part.param).shape[-2] for part in parts))
 
 
 def random(model: Model, target: Target, seed: int, progress: Progress) -> Params:
     """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero.
 
-    Routers need no more: tokens of such weights go to experts as if each chose at random.
-    The parts of all ranks are those of one model.
+    Routers of such weights route tokens as if at random. The parts of all ranks are those of one
+    model.
     """
     device, place, _, shard = target
     generator = torch.Generator(device).manual_seed(seed)
@@ -251,9 +266,13 @@ def random(model: Model, target: Target, seed: int, progress: Progress) -> Param
 
 
 def converted(model: Model, param: Param, weight: Tensor) -> Weight:
-    """This rank's part of a parameter, from the model's dtype to its format."""
-    stored_as, name = model.scheme.format(param), ", ".join(param.sources)
-    return quantized(stored_as, name, weight, model.extent(param))
+    """This rank's share of a parameter, from the model's dtype to its formats."""
+    parts = model.scheme.parts(param)
+    extents = [model.extent(part.param) for part in parts]
+    if len(parts) == 1:
+        return _quantized(parts[0], weight, extents[0])
+    rows = weight.split([extent.shape[-2] for extent in extents], dim=-2)
+    return _joined(model, parts, list(map(_quantized, parts, rows, extents)))
 
 
 def build(
@@ -261,13 +280,8 @@ def build(
 ) -> Params:
     """The parameters that `make` gives as they are stored."""
 
-    def placed(weight: Weight) -> Weight:
-        if isinstance(weight, Tensor):
-            return place(weight)
-        return type(weight)(*(place(x) if isinstance(x, Tensor) else x for x in weight))
-
     def made(declared: dict[str, Param]) -> dict[str, Any]:
-        return {name: placed(make(param)) for name, param in declared.items()}
+        return {name: mapped(place, make(param)) for name, param in declared.items()}
 
     def made_layer(declared: dict[str, Param], kind: LayerKind) -> Any:
         layer_type = model.layer_type(kind)
@@ -285,8 +299,9 @@ def build(
     outer = made(outer_params)
     if model.tied_head is not None:
         table = outer["embed_VD"]
-        head = converted(model, model.tied_head, table)
-        outer["head_VD"] = head if head is table else placed(head)
+        if not model.head_is_table:
+            table = mapped(place, converted(model, model.tied_head, table))
+        outer["head_VD"] = table
     layers = []
     for declared, kind in zip(layer_params, model.layer_kinds):
         layers.append(made_layer(declared, kind))

@@ -1,6 +1,6 @@
 """MiniCPM and MiniCPM4: a Llama with factors on embeddings, residuals and logits.
 
-transformers has no classes of theirs, so their configs are read as those of a Llama. The factors
+transformers has no classes for them, so their configs are read as Llama configs. The factors
 are those of MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training
 Strategies (Hu et al. 2024, https://arxiv.org/abs/2404.06395), appendix A.1. Longer positions are
 those of LongRoPE (Ding et al. 2024, https://arxiv.org/abs/2402.13753).
@@ -48,7 +48,7 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
 
 
 def _dense_length(hf: Any, max_model_len: int | None) -> int | None:
-    """`max_model_len`, or the longest sequence with dense attention if it is left open.
+    """`max_model_len`, or by default the longest sequence with dense attention.
 
     Raises ValueError for longer sequences.
     """

@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose layers see the newest `sliding_window` positions only."""
+"""Mistral: a Llama whose layers attend only to the newest `sliding_window` positions."""
 
 from __future__ import annotations
 

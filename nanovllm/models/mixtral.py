@@ -1,4 +1,4 @@
-"""Mixtral: a Mistral whose layers have experts in the place of the MLP."""
+"""Mixtral: a Mistral whose layers have experts in place of the MLP."""
 
 from __future__ import annotations
 

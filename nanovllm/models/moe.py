@@ -1,7 +1,7 @@
 """The decoder with experts: Mixtral, Qwen2-MoE and Qwen3-MoE are this mathematics.
 
-Attention is that of `dense`. A sparse layer has experts in the place of the MLP: each token goes to
-K of E experts, and perhaps to one more that all tokens share. Dense and sparse layers may mix.
+Attention is that of `dense`. A sparse layer has experts in place of the MLP: each token goes to K
+of E experts, and in some models to a shared expert too. Dense and sparse layers may mix.
 
 T tokens | K experts per token | E experts | D hidden | F expert width | G = 2F. Other letters are
 those of `dense`.
@@ -45,9 +45,9 @@ class SparseLayer(NamedTuple):
 class ExpertNames(NamedTuple):
     """The names of a checkpoint's tensors, after the layer's prefix.
 
-    `one` names a matrix of one expert: `gate`, `up` or `down` in the place of {matrix}, the
-    expert's number in that of {expert}. `stacked` are the two tensors of all experts as
-    transformers 5 has them: gate and up together, and down. See `Param` for `may_be_transposed`.
+    `one` names a matrix of one expert: {matrix} stands for `gate`, `up` or `down`, {expert} for the
+    expert's number. `stacked` are the two tensors of all experts in transformers 5: gate and up
+    together, and down. See `Param` for `may_be_transposed`.
     """
 
     router: str
@@ -168,7 +168,7 @@ def routed(cfg: ModelConfig, w: SparseLayer, h_TD: Tensor) -> tuple[Tensor, Tens
     assert cfg.moe is not None
     x_TD = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps)
     logits_TE = ops.linear(x_TD, w.router_ED, None)
-    return x_TD, *ops.route(logits_TE, cfg.moe.top_k, cfg.moe.normalize)
+    return x_TD, *ops.topk_softmax(logits_TE, cfg.moe.top_k, cfg.moe.normalize)
 
 
 # parameters --------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[
 
 def stacked_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:
     """A layer's experts as the checkpoint has them, by the fields of `experts.stacked.Stacked` or,
-    if each rank has some of them, of `experts.spread.Spread`."""
+    if each rank has some of them, of `experts.expert_parallel.ExpertParallel`."""
     assert cfg.moe is not None
     num, size, hidden = cfg.moe.num_experts, cfg.moe.expert_size, cfg.hidden_size
     prefix = f"model.layers.{layer_idx}."
@@ -220,11 +220,12 @@ def stacked_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict
     }  # fmt: skip
     for name, param in declared.items():
         declared[name] = param._replace(may_be_transposed=names.may_be_transposed)
-    if not cfg.moe.is_spread:
+    if not cfg.moe.is_expert_parallel:
         return declared
     places = {"local_X": Param("places", (num,), (), (), None)}
     return places | {
-        name: param._replace(shard_axis=None, is_spread=True) for name, param in declared.items()
+        name: param._replace(shard_axis=None, is_expert_parallel=True)
+        for name, param in declared.items()
     }
 
 

@@ -1,7 +1,7 @@
 """Reads parameters that a checkpoint stores in its own format: several tensors for a matrix.
 
-Only the numbers of this rank are read. They go to the device as they are stored, and the format
-puts them in the order that its product needs.
+Only this rank's part is read. It is copied to the device as stored, and the format arranges it for
+its product.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def first_name(stored_as: Format, shape: tuple[int, ...], source: str) -> str:
 
 
 def _check(checkpoint: Checkpoint, stored_as: Format, pieces: Sequence[Piece]) -> None:
-    """Refuse missing tensors and other shapes before there is memory for what the config asks."""
+    """Refuse missing tensors and other shapes before allocating the sizes of the config."""
     for piece in pieces:
         for name, companion in _named(stored_as, piece):
             if name not in checkpoint:
@@ -194,7 +194,7 @@ def _matrix(
 
 
 def _adapted(stored_as: Format, param: Param, weight: Any, parts: tuple[int, ...]) -> Weight:
-    """Fold what a family folds into a weight. Raises ValueError if the format cannot take it."""
+    """Apply `Param.adapt` to a weight. Raises ValueError if the format cannot take it."""
     adapt, found = param.adapt, weight
     try:
         if isinstance(adapt, RowOrder):

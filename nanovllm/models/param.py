@@ -17,6 +17,7 @@ from nanovllm.models.formats.format import Extent
 ParamKind = Literal[
     "linear", "norm", "bias", "table", "router", "experts", "basis", "places", "conv"
 ]  # fmt: skip
+PACKABLE = frozenset({"linear", "experts", "table"})  # a scheme chooses the formats of these kinds
 # (tensor, rows of each source in it), see `Param`
 Adapt = Callable[[Tensor, tuple[int, ...]], object]
 
@@ -42,34 +43,51 @@ class RowOrder(ABC):
         weight_OD.copy_(weight_OD[self.order(parts).to(weight_OD.device)])
 
 
+@dataclass(frozen=True)
+class OrderOfSome(RowOrder):
+    """The order of the rows of some sources: `before` and `after` are the rows of the others, all
+    of which keep their rows among themselves."""
+
+    whole: RowOrder
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def order(self, parts: tuple[int, ...]) -> Tensor:
+        first, num = sum(self.before), sum(parts)
+        order_O = self.whole.order((*self.before, *parts, *self.after))[first : first + num] - first
+        if order_O.min() < 0 or order_O.max() >= num:
+            raise ValueError("rows go from one source to another, which has another format")
+        return order_O
+
+
 class Param(NamedTuple):
     """One parameter: the checkpoint tensors `sources`, stacked along axis 0, have `shape`.
 
-    `kind` says what it is: "linear" is the weight of a linear layer [O, D], "experts" the matrices
-    of a layer's experts [E, O, D], whose rows are stacked expert by expert; a scheme (`schemes`)
-    chooses the formats of these two. All others are plain tensors: "table" is an embedding table,
-    "conv" the kernel of a convolution, "router" the matrix that scores experts, "basis" a matrix
-    that compressed experts share, "places" where a rank's experts are in its stack
-    (`Shard.places`), which no checkpoint has. `parts` are the row counts of the sources. A
-    checkpoint may have one tensor of `shape` with the name `other_name` instead. If it
-    `may_be_transposed`, its last two axes may be exchanged there.
+    `kind` is one of these. "linear" is the weight of a linear layer [O, D], "experts" the matrices
+    of a layer's experts [E, O, D], whose rows are stacked expert by expert, "table" an embedding
+    table: a scheme (`schemes`) chooses the formats of these. All others are plain tensors: "conv"
+    is the kernel of a convolution, "router" the matrix that scores experts, "basis" a matrix that
+    compressed experts share, "places" where a rank's experts are in its stack (`Shard.places`),
+    which no checkpoint has. `parts` are the row counts of the sources. A checkpoint may have one
+    tensor of `shape` with the name `other_name` instead. If it `may_be_transposed`, its last two
+    axes may be exchanged there.
 
     `shard_axis` is the axis of the sources that tensor parallelism splits, each source by itself;
     None for a parameter that every rank has (`shards`). `units` are the numbers of heads in the
     sources, which are not split; empty if every row or column may go to another rank. An `is_vocab`
     parameter has a row for each token id: its last part is padded. An `is_first_only` parameter is
     zero on all ranks but the first, since the sum over the ranks must have it once. The experts of
-    an `is_spread` parameter are not split: each rank has an equal share of them.
+    an `is_expert_parallel` parameter are not split: each rank has an equal share of them.
 
     `adapt` changes a tensor in place after it was read: it folds what a family does to a weight's
     result, or to its rows' order, into the weight. It gets this rank's part, with the row count of
-    each source in it. Weights that are not plain take a `RowOrder` and `Times` alone.
+    each source in it. Weights that are not plain take only a `RowOrder` and `Times`.
 
     If `source_shape` is given, each source has this shape and fills the first rows and columns of
     its part; the rest is zero. Only towers have such parameters (`vision.weights`).
 
-    A `compressed` parameter is read from `svd_experts`, which knows its sources. The checkpoint's
-    tensors that `replaces` names are not read.
+    A `compressed` parameter is read from `svd_experts`, which resolves its sources. The
+    checkpoint's tensors that `replaces` names are not read.
     """
 
     kind: ParamKind
@@ -83,7 +101,7 @@ class Param(NamedTuple):
     units: tuple[int, ...] = ()
     is_vocab: bool = False
     is_first_only: bool = False
-    is_spread: bool = False
+    is_expert_parallel: bool = False
     may_be_transposed: bool = False
     adapt: Adapt | None = None
     source_shape: tuple[int, ...] | None = None
@@ -104,6 +122,31 @@ class Param(NamedTuple):
     ) -> Param:
         """Several tensors with the same shape `rest` beyond axis 0, split along axis 0."""
         return cls(kind, (sum(parts), *rest), sources, parts, 0)
+
+    @property
+    def num_matrices(self) -> int:
+        return self.shape[0] if self.kind == "experts" else 1
+
+    def some(self, first: int, stop: int) -> Param:
+        """The rows of some of the sources: of each matrix those with the numbers from `first`."""
+        num = self.num_matrices
+        per_matrix = len(self.parts) // num
+        if stop - first == per_matrix:
+            return self
+        chosen = [m * per_matrix + i for m in range(num) for i in range(first, stop)]
+        parts = tuple(self.parts[i] for i in chosen)
+        shape = (*self.shape[:-2], sum(parts) // num, self.shape[-1])
+        adapt = self.adapt
+        if isinstance(adapt, RowOrder):
+            adapt = OrderOfSome(adapt, self.parts[:first], self.parts[stop:])
+        return self._replace(
+            shape=shape,
+            sources=tuple(self.sources[i] for i in chosen),
+            parts=parts,
+            units=self.units and self.units[first:stop],
+            other_name=None,
+            adapt=adapt,
+        )
 
     def share(self, source_idx: int, length: int, num_ranks: int) -> int:
         """How many of `length` rows or columns of a source each of `num_ranks` ranks has.
@@ -126,7 +169,7 @@ class Param(NamedTuple):
     def local(self, num_ranks: int) -> Param:
         """The parameter with the sizes that it has on each of `num_ranks` ranks."""
         axis = self.shard_axis
-        if self.is_spread:
+        if self.is_expert_parallel:
             num = self.shape[0] // num_ranks
             parts = self.parts[: len(self.parts) // num_ranks]
             return self._replace(shape=(num, *self.shape[1:]), parts=parts)
@@ -142,9 +185,9 @@ class Param(NamedTuple):
         return self._replace(shape=tuple(shape), parts=parts)
 
     def extent(self, num_ranks: int, dtype: torch.dtype) -> Extent:
-        """What a format is told of the part that each of `num_ranks` ranks has."""
+        """The extent of each rank's part, for its format."""
         small, axis = self.local(num_ranks), None if num_ranks == 1 else self.shard_axis
-        num = len(self.parts) // (self.shape[0] if self.kind == "experts" else 1)  # of a matrix
+        num = len(self.parts) // self.num_matrices
         bounds = [*accumulate(small.parts[: num - 1])]
         if axis == 0:
             bounds += small.parts[:num]
@@ -153,4 +196,4 @@ class Param(NamedTuple):
         if isinstance(self.adapt, RowOrder):
             bounds.append(1)
         columns = small.shape[-1] if axis == 1 else 0
-        return Extent(small.shape, dtype, math.gcd(*bounds), columns)
+        return Extent(small.shape, dtype, math.gcd(*bounds), columns, self.shape[-1])

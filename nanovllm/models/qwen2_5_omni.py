@@ -1,6 +1,6 @@
-"""Qwen2.5-Omni's thinker: the text model of Qwen2.5-VL, its vision tower, and an audio tower.
+"""Qwen2.5-Omni's thinker: the text model of Qwen2.5-VL, its vision encoder, and an audio encoder.
 
-The parts that make speech, talker and token2wav, are not read.
+The speech parts, talker and token2wav, are not read.
 """
 
 from __future__ import annotations

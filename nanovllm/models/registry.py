@@ -1,4 +1,4 @@
-"""The architectures that the engine knows, by the name that a checkpoint's config gives."""
+"""The supported architectures, by the name in a checkpoint's config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from nanovllm.models import (
     smollm3,
 )
 from nanovllm.models.interface import Model
-from nanovllm.models.schemes import UNQUANTIZED, of_checkpoint
+from nanovllm.models.quant_methods import of_checkpoint
+from nanovllm.models.schemes import UNQUANTIZED
 
 # (transformers' config, dtype=…, max_model_len=…) -> Model
 Architecture = Callable[..., Model]
@@ -75,7 +76,7 @@ def architecture(names: list[str] | None) -> Architecture:
 
 
 def _with_formats(make: Architecture, hf: Any, **settings: Any) -> Model:
-    """The model of a checkpoint, in the formats that its config says."""
+    """The model of a checkpoint, in the formats of its config."""
     scheme = of_checkpoint(hf)
     model = make(hf, **settings)
     return model if scheme is UNQUANTIZED else model.with_scheme(scheme)

@@ -11,8 +11,8 @@ from torch import Tensor
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
-# What rope parameters may hold: the keys of transformers' `RopeParameters`, an older name for the
-# type, a mark that changes nothing, and `attn_factor`.
+# The allowed rope parameters: the keys of transformers' `RopeParameters`, an older name for the
+# type, a flag without effect, and `attn_factor`.
 KEYS = frozenset(
     {
         "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor",
@@ -34,7 +34,7 @@ def rotary_frequencies(
 
     The engine has one table for all lengths. For rope types whose frequencies depend on the
     sequence length (dynamic, longrope) transformers changes them in mid-sequence, and older keys no
-    longer fit newer queries. Here `max_model_len` decides once: up to the original length the
+    longer match newer queries. Here `max_model_len` decides once: up to the original length the
     frequencies are the unscaled (short) ones.
 
     With yarn, `attention_factor` replaces the factor that transformers computes, and `attn_factor`
@@ -84,7 +84,7 @@ def _rotated_size(parameters: dict[str, Any], head_dim: int, partial: bool) -> i
 
 
 def sequence_length(hf: Any, max_model_len: int | None) -> int:
-    """`max_model_len`, lowered to the longest sequence that the rope type is made for.
+    """`max_model_len`, lowered to the longest sequence that the rope type supports.
 
     | type | longest sequence | without `max_model_len` |
     |---|---|---|
@@ -94,10 +94,10 @@ def sequence_length(hf: Any, max_model_len: int | None) -> int:
     | longrope | max_position_embeddings | original_max_position_embeddings |
     | dynamic | any | max_position_embeddings |
 
-    For linear the original length counts in place of max_position_embeddings, if it is given. For
-    linear and yarn max_position_embeddings counts if it is larger. vLLM derives the same limits. It
-    also takes the original length for longrope by default, since short sequences get other
-    frequencies, and so other answers, where longer ones are allowed.
+    For linear the original length, if present, replaces max_position_embeddings. For linear and
+    yarn max_position_embeddings counts if it is larger. vLLM derives the same limits. It also takes
+    the original length for longrope by default, since short sequences get other frequencies, and so
+    other answers, where longer ones are allowed.
     """
     parameters, positions = rope_parameters(hf), int(hf.max_position_embeddings)
     original = parameters.get("original_max_position_embeddings") or positions
@@ -161,8 +161,8 @@ def _check_attn_factor(parameters: dict[str, Any]) -> None:
 def axes_in_sections(sections: Sequence[int] | None, *, interleaved: bool) -> tuple[int, ...]:
     """Which of a token's positions (0 time, 1 height, 2 width) turns each of H/2 frequencies.
 
-    `sections` says how many frequencies each has: one after another (Qwen2.5-VL), or in turns until
-    height and width have theirs, or the frequencies end, time having what is left (Qwen3-VL, as in
+    `sections` are the numbers of frequencies of each: one after another (Qwen2.5-VL), or in turns
+    until height and width have theirs, or the frequencies end; time has the rest (Qwen3-VL, as in
     transformers' `Qwen3VLTextRotaryEmbedding`). Raises ValueError unless there are three.
     """
     if sections is None or len(sections) != 3 or min(sections) < 0:

@@ -32,12 +32,12 @@ class Factors:
 
     @property
     def of_table(self) -> float:
-        """What the rows of the embedding table are multiplied by."""
+        """The factor on the rows of the embedding table."""
         return self.embed[1] / self.residual[1]
 
     def outer_params(self, cfg: ModelConfig) -> dict[str, Param]:
         """`dense.outer_params`, with the factors folded in. A tied head is the table with its
-        factor, which the final norm takes back."""
+        factor, which the final norm undoes."""
         declared = outer_params(cfg)
         of_norm = self.head[1] / (self.of_table if cfg.tied_embeddings else 1.0)
         for name, factor in (("embed_VD", self.of_table), ("final_norm_D", of_norm)):
@@ -46,7 +46,7 @@ class Factors:
 
 
 def scaled_model(cfg: ModelConfig, factors: Factors) -> Model:
-    """`dense_model` with factors; `cfg` is that of the model without them."""
+    """`dense_model` with factors; `cfg` is the config without them."""
     residual = factors.residual[1]
     model = dense_model(replace(cfg, norm_eps=cfg.norm_eps / residual**2))
     return replace(model, outer_params=factors.outer_params, embed_factor=factors.of_table)

@@ -1,27 +1,34 @@
-"""Which format each parameter of a model has: from the option `quantization`, or from a checkpoint.
+"""Chooses the format of each parameter, by the option `quantization` or the checkpoint.
 
-A scheme chooses formats for linear layers and experts. All other parameters are plain tensors.
-To read checkpoints of another `quant_method`, add a function to `CHECKPOINTS` that makes a scheme
-from the checkpoint's `quantization_config`.
+A scheme chooses formats for linear layers, experts and embedding tables. All other parameters are
+plain tensors. The sources of one matrix may differ in format: then the matrix has several parts.
+`quant_methods` makes the scheme of a checkpoint.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import NamedTuple
 
 from nanovllm.models.checkpoint import plain_name
 from nanovllm.models.formats.format import Format
 from nanovllm.models.formats.int8 import Int8
 from nanovllm.models.formats.plain import PLAIN
-from nanovllm.models.param import Param
+from nanovllm.models.param import PACKABLE, Param
 
-HEAD = ("lm_head.weight",)
+HEAD = "lm_head.weight"
 REGEX = "re:"  # before a regular expression, as compressed-tensors has it
+
+
+class Part(NamedTuple):
+    """A parameter in one format, or those of its rows that are."""
+
+    param: Param
+    format: Format
 
 
 class Scheme(ABC):
@@ -29,8 +36,9 @@ class Scheme(ABC):
     messages."""
 
     @abstractmethod
-    def format(self, param: Param) -> Format:
-        """The format of a parameter. Raises ValueError if its sources have different ones."""
+    def parts(self, param: Param) -> tuple[Part, ...]:
+        """The parts of a parameter, in the order of its rows. Raises ValueError if the experts of
+        a layer differ in format."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +51,45 @@ class Converted(Scheme):
     def __str__(self) -> str:
         return f"quantization {self.linear.name!r}"
 
-    def format(self, param: Param) -> Format:
-        return self.linear if param.kind == "linear" else PLAIN
+    def parts(self, param: Param) -> tuple[Part, ...]:
+        return (Part(param, self.linear if param.kind == "linear" else PLAIN),)
 
 
 UNQUANTIZED = Converted()
 
 
+class BySource(Scheme):
+    """A scheme that chooses for each source of a parameter, as checkpoints do by modules."""
+
+    @abstractmethod
+    def format(self, param: Param, source: str) -> Format:
+        """The format of a source of a linear layer, of experts or of a table."""
+
+    def parts(self, param: Param) -> tuple[Part, ...]:
+        if param.kind not in PACKABLE or param.compressed:
+            return (Part(param, PLAIN),)
+        of_sources = [self.format(param, source) for source in param.sources]
+        per_matrix = len(of_sources) // param.num_matrices
+        chosen = of_sources[:per_matrix]
+        for i, one in enumerate(of_sources):
+            if one != chosen[i % per_matrix]:
+                raise ValueError(
+                    f"quantization_config gives {param.sources[i % per_matrix]} the format "
+                    f"{chosen[i % per_matrix].name} and {param.sources[i]} {one.name}: the experts "
+                    "of a layer have one format"
+                )
+        bounds = [
+            i for i in range(1, per_matrix)
+            if chosen[i] != chosen[i - 1] or not chosen[i].joins_sources
+        ]  # fmt: skip
+        ranges = zip([0, *bounds], [*bounds, per_matrix])
+        return tuple(Part(param.some(first, stop), chosen[first]) for first, stop in ranges)
+
+
 class Modules:
     """The modules of a checkpoint that its config names: by their names, by the beginning, middle
     or end of these in whole parts ("lm_head", "model.layers.0", "mlp.gate"), or after "re:" by a
-    regular expression. Raises ValueError for one that is none."""
+    regular expression. Raises ValueError for an invalid regular expression."""
 
     def __init__(self, patterns: Iterable[str] = ()) -> None:
         self.patterns = tuple(patterns)
@@ -90,58 +126,29 @@ class Modules:
 
 
 @dataclass(frozen=True)
-class Packed(Scheme):
+class Packed(BySource):
     """A checkpoint that stores linear layers and experts in one format.
 
-    The `plain` modules are not among them, and the head is only if it `has_head`.
+    The `plain` modules are not among them. The head and the embedding table are if it `has_head`
+    and `has_table`; a tied head is the table.
     """
 
     quant_method: str
     stored: Format
     plain: Modules = field(default_factory=Modules)
     has_head: bool = False
+    has_table: bool = False
 
     def __str__(self) -> str:
         return f"quant_method {self.quant_method!r}"
 
-    def format(self, param: Param) -> Format:
-        is_packed = param.kind in ("linear", "experts") and not param.compressed
-        if not is_packed or (param.is_vocab and not (self.has_head and param.sources == HEAD)):
+    def format(self, param: Param, source: str) -> Format:
+        if param.is_vocab and not (self.has_head if source == HEAD else self.has_table):
             return PLAIN
-        if param.other_name is not None and _module(param.other_name) in self.plain:
-            return PLAIN
-        found = {_module(source) in self.plain: source for source in param.sources}
-        if len(found) > 1:
-            raise ValueError(
-                f"quantization_config leaves {found[True]} as it is and not {found[False]}: they "
-                "are parts of one matrix here, which has one format"
-            )
-        return PLAIN if True in found else self.stored
+        names = (source,) if param.other_name is None else (source, param.other_name)
+        is_plain = any(name.removesuffix(".weight") in self.plain for name in names)
+        return PLAIN if is_plain else self.stored
 
 
-# The values of the option `quantization`, and the values of `quant_method` in checkpoints.
+# The values of the option `quantization`; `quant_methods` has those of checkpoints.
 OPTIONS: dict[str, Scheme] = {"int8": Converted(Int8())}
-CHECKPOINTS: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {}
-
-
-def of_checkpoint(hf: Any) -> Scheme:
-    """The scheme of a checkpoint, from transformers' config of it.
-
-    Raises ValueError for a `quant_method` that no scheme knows, and for values that its scheme
-    refuses.
-    """
-    found = getattr(hf, "quantization_config", None)
-    if not found:
-        return UNQUANTIZED
-    method = found.get("quant_method") if isinstance(found, Mapping) else found
-    if method not in CHECKPOINTS:
-        known = ", ".join(map(repr, CHECKPOINTS)) or "none is yet"
-        raise ValueError(
-            f"quantization_config has quant_method {method!r}, which is not supported ({known}): "
-            "use a checkpoint that is not quantized"
-        )
-    return CHECKPOINTS[method](found)
-
-
-def _module(source: str) -> str:
-    return source.removesuffix(".weight")

@@ -1,9 +1,9 @@
 """Which part of each parameter belongs to one rank of several (tensor parallelism).
 
-A parameter is split along its `shard_axis`, each source by itself. Of an `is_spread` parameter a
-rank has whole experts: an equal number, in the order of ranks. The pieces are `units`: a head
-of attention is one, and elsewhere each row or column. If there are fewer units than ranks, as with
-keys and values of a model with few of them, neighbours have the same unit.
+A parameter is split along its `shard_axis`, each source by itself. Of an `is_expert_parallel`
+parameter a rank has whole experts: an equal number, in the order of ranks. The pieces are `units`:
+a head of attention is one, and elsewhere each row or column. If there are fewer units than ranks,
+as with keys and values of a model with few of them, neighbours have the same unit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Shard:
     def sources(self, param: Param) -> range:
         """The indices of the sources of which this rank has a part."""
         num = len(param.sources)
-        return self.experts(num) if param.is_spread else range(num)
+        return self.experts(num) if param.is_expert_parallel else range(num)
 
     def cut(self, param: Param, source_idx: int) -> Cut:
         """The part of a source that this rank has."""
@@ -69,13 +69,13 @@ class Shard:
         With `is_joined` they are in the one tensor named `other_name`: experts beside each other,
         the sources of a matrix below each other.
         """
-        num = param.shape[0] if param.kind == "experts" else 1
+        num = param.num_matrices
         per_matrix, (all_rows, all_columns) = len(param.parts) // num, param.shape[-2:]
         columns = range(all_columns)
         if param.shard_axis == 1 and self.size > 1:
             columns = range(*self._range(param, 0, all_columns))
         pieces = []
-        for expert in self.experts(num) if param.is_spread else range(num):
+        for expert in self.experts(num) if param.is_expert_parallel else range(num):
             first = 0
             for i in range(expert * per_matrix, (expert + 1) * per_matrix):
                 num_rows = param.parts[i]
@@ -95,7 +95,7 @@ class Shard:
 
     def _cut_stacked(self, param: Param) -> Cut:
         shape, axis = param.shape, param.shard_axis
-        if param.is_spread:
+        if param.is_expert_parallel:
             own = self.experts(shape[0])
             return Cut(shape, shape, 0, own.start, own.stop)
         if axis is None or self.size == 1:
@@ -120,12 +120,12 @@ ALL = Shard()
 
 
 def taken(shard: Shard, param: Param, whole: Tensor) -> Tensor:
-    """A rank's part of a parameter that is there as a whole: [..], padded with zeros."""
+    """A rank's part of a whole parameter, padded with zeros."""
     if shard.size == 1:
         return whole
     if param.is_first_only and shard.rank:
         return torch.zeros_like(whole)
-    if param.is_spread:
+    if param.is_expert_parallel:
         own = shard.experts(len(whole))
         return whole[own.start : own.stop].clone()
     if param.shard_axis is None:

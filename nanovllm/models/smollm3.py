@@ -1,4 +1,4 @@
-"""SmolLM3: a Llama in which every fourth layer, say, rotates nothing."""
+"""SmolLM3: a Llama in which some layers, such as every fourth, have no rotary embedding."""
 
 from __future__ import annotations
 

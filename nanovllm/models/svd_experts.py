@@ -1,8 +1,8 @@
-"""Compressed experts beside a checkpoint: the names of their files, and what describes them.
+"""Compressed experts beside a checkpoint: their files and metadata.
 
     svd_experts/U_matrices.safetensors                       the bases that a layer's experts share
-    svd_experts/V_experts/layer_0_expert_0.safetensors       what each expert has of its own
-    svd_experts/metadata.json                                written last: without it nothing counts
+    svd_experts/V_experts/layer_0_expert_0.safetensors       the matrices of each expert
+    svd_experts/metadata.json                                written last; marks completeness
 
 A matrix [O, I] of expert e, which maps x [I] to x · Wᵀ, is stored as Wᵀ ≈ U · V_e. U [I, L] is the
 basis of the layer and the kind of matrix, V_e is [L, O].
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "svd_experts"
 BASES, METADATA = "U_matrices.safetensors", "metadata.json"
 OWN = "V_experts"
-# what the scripts that make the files may leave beside them if they are interrupted at the end
+# files that an interrupted compression script may leave
 PROGRESS, FINISHED = "progress.json", "U_finished"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GATE, UP, DOWN = KINDS = ("w1", "w3", "w2")  # the kinds of matrices, in Mixtral's names
@@ -55,18 +55,19 @@ def expert_name(kind: str) -> str:
 
 
 def basis_source(layer_idx: int, kind: str) -> str:
-    """A basis as `Param.sources` names it."""
+    """The name of a basis in `Param.sources`."""
     return f"{FOLDER}/{BASES}:{basis_name(layer_idx, kind)}"
 
 
 def expert_source(layer_idx: int, expert: int, kind: str) -> str:
-    """A matrix of an expert as `Param.sources` names it."""
+    """The name of an expert's matrix in `Param.sources`."""
     return f"{FOLDER}/{expert_file(layer_idx, expert)}:{expert_name(kind)}"
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What metadata.json says. `method` is "pca" or "distilled"; `made_from` is for people."""
+    """The content of metadata.json. `method` is "pca" or "distilled"; `made_from` is for
+    readers."""
 
     method: str
     rank: int
@@ -97,7 +98,7 @@ class Metadata:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The content of a metadata.json. Raises CheckpointError that names it if it is damaged."""
+    """The content of a metadata.json. Raises CheckpointError, with its path, if it is damaged."""
     try:
         found = json.loads(path.read_text())
         metadata = Metadata(**{field.name: found[field.name] for field in fields(Metadata)})
@@ -108,7 +109,7 @@ def read_metadata(path: Path) -> Metadata:
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable: {type(error).__name__} {error}") from error
-    if metadata.dtype not in tuple(DTYPES):  # it may be a list, which is in no dict
+    if metadata.dtype not in tuple(DTYPES):  # a tuple, since a list is not hashable
         raise CheckpointError(
             f"{path}: dtype is {metadata.dtype!r}: it must be one of {', '.join(DTYPES)}"
         )
@@ -120,7 +121,7 @@ def read_metadata(path: Path) -> Metadata:
 def find(folder: Path, cfg: ModelConfig) -> Compression | None:
     """How the experts beside the checkpoint in `folder` are compressed; None if there are none.
 
-    Raises CheckpointError that names the file if they are not complete or of another model.
+    Raises CheckpointError, with the file, if they are incomplete or of another model.
     """
     path = folder / FOLDER / METADATA
     if not path.parent.is_dir():
@@ -148,7 +149,7 @@ def find(folder: Path, cfg: ModelConfig) -> Compression | None:
 
 
 def max_rank(cfg: ModelConfig) -> int:
-    """The largest rank of bases: no more columns than the narrowest matrix has inputs."""
+    """The largest rank of bases: the number of inputs of the narrowest matrix."""
     assert cfg.moe is not None
     return min(cfg.hidden_size, cfg.moe.expert_size)
 
@@ -174,8 +175,8 @@ def applied(model: Model, folder: Path) -> Model:
 
 
 def _refuse_others(folder: Path, layers: Iterable[int], num_experts: int) -> None:
-    """Raise CheckpointError that names a file that is of no expert of these layers. Names that
-    begin with a dot are those of other programs."""
+    """Raise CheckpointError for a file that belongs to no expert of these layers. Files of other
+    programs, whose names begin with a dot, are ignored."""
     known = {expert_file(layer_idx, e) for layer_idx in layers for e in range(num_experts)}
     known |= {BASES, METADATA, OWN, PROGRESS, FINISHED}
     found = [path.name for path in folder.iterdir()]
@@ -184,7 +185,7 @@ def _refuse_others(folder: Path, layers: Iterable[int], num_experts: int) -> Non
     others = (name for name in found if not name.rpartition("/")[2].startswith("."))
     if unknown := sorted(set(others) - known):
         raise CheckpointError(
-            f"{folder / unknown[0]} is no file of the compressed experts that the metadata "
+            f"{folder / unknown[0]} is not a file of the compressed experts that the metadata "
             f"describes ({len(unknown)} such file(s)): the folder may hold those of another model. "
             f"Remove it, or: {_way_out(folder)}"
         )
@@ -193,19 +194,19 @@ def _refuse_others(folder: Path, layers: Iterable[int], num_experts: int) -> Non
 def read(folder: Path, compression: Compression, wanted: Iterable[tuple[str, Tensor]]) -> None:
     """Copy the transpose of each source, "file:tensor" in the checkpoint's folder, to a tensor.
 
-    Raises CheckpointError that names a file that is missing, damaged, of another rank or dtype, or
-    holds NaN or infinity.
+    Raises CheckpointError for a file that is missing, damaged, of another rank or dtype, or holds
+    NaN or infinity.
     """
     sources, outs = zip(*wanted)
     shapes = (out_OI.shape for out_OI in outs)
     with ThreadPoolExecutor(READERS, "read-experts") as pool:
         found = pool.map(lambda *one: _transposed(folder, compression, *one), sources, shapes)
         for out_OI, matrix_OI in zip(outs, found):
-            out_OI.copy_(matrix_OI)  # not in a thread: its current device may be another one
+            out_OI.copy_(matrix_OI)  # not in a thread, whose current device may differ
 
 
 def _transposed(folder: Path, compression: Compression, source: str, shape: torch.Size) -> Tensor:
-    """The transpose of a source, which must have `shape`, in memory of its own."""
+    """The transpose of a source, which must have `shape`, as a copy."""
     file_name, _, name = source.rpartition(":")
     path = folder / file_name
     if not path.is_file():

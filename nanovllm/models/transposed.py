@@ -11,18 +11,19 @@ from nanovllm.models.checkpoint import Checkpoint, CheckpointError, Cut
 from nanovllm.models.interface import Param
 from nanovllm.models.shards import ALL, Shard, taken
 
-STAGED_BYTES = 1 << 27  # of experts that are read at a time: memory beside the parameter's
+STAGED_BYTES = 1 << 27  # of experts read at a time, in addition to the parameter's memory
 
 
 class Orientations:
-    """What a checkpoint's tensors of experts say of each other: all are transposed, or none."""
+    """Checks the orientation of a checkpoint's expert tensors: all are transposed, or none."""
 
     def __init__(self) -> None:
         self._known: dict[bool, str] = {}  # an example of each
         self._square: str | None = None
 
     def is_transposed(self, checkpoint: Checkpoint, name: str, param: Param) -> bool:
-        """Whether the tensor `name` is transposed, by its shape; a square one counts as it is.
+        """Whether the tensor `name` is transposed, by its shape; a square one counts as not
+        transposed.
 
         Raises CheckpointError if others show that it is not, or must be the other way round.
         """
@@ -50,7 +51,7 @@ def read(checkpoint: Checkpoint, shard: Shard, param: Param, out_EOD: Tensor) ->
     num, rows, columns = param.shape
     stored, per_expert = (num, columns, rows), len(param.parts) // num
     own, part = range(num), shard
-    if param.is_spread:
+    if param.is_expert_parallel:
         own, part = shard.experts(num), ALL
     step = max(1, STAGED_BYTES // (rows * columns * out_EOD.element_size()))
     for first in range(0, len(own), step):

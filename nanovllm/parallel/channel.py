@@ -1,4 +1,4 @@
-"""Messages between two processes over a private pair of sockets: no port, no name, no pickle."""
+"""Messages between two processes over a private socket pair: no port, no name, no pickle."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from collections.abc import Iterator
 HEADER = struct.Struct("<IQ")
 MAX_NAME_BYTES = 1 << 10
 MAX_PAYLOAD_BYTES = 1 << 30
-_PIECE_BYTES = 1 << 20  # at most so much is read at once
+_PIECE_BYTES = 1 << 20  # maximum size of one read
 
 Message = tuple[str, bytes]  # a name and a payload
 
 
 class ChannelClosed(ConnectionError):
-    """The process at the other end has ended or has closed its end."""
+    """The process at the other end has ended or closed its end."""
 
 
 def pack(name: str, payload: bytes = b"") -> bytes:
@@ -28,7 +28,7 @@ def pack(name: str, payload: bytes = b"") -> bytes:
 
 
 def unpack(received: bytearray) -> Message | None:
-    """Take the first message out of bytes; None if it is not complete."""
+    """Remove and return the first message in a buffer; None if it is incomplete."""
     if len(received) < HEADER.size:
         return None
     num_name, num_payload = HEADER.unpack_from(received)
@@ -44,13 +44,13 @@ def unpack(received: bytearray) -> Message | None:
 
 
 class Channel:
-    """One end of a pair of connected sockets (AF_UNIX), which sends and receives messages.
+    """One end of a connected socket pair (AF_UNIX) that sends and receives messages.
 
-    Several threads may send. One thread may receive.
+    Several threads may send; one thread may receive.
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        """Takes over the socket."""
+        """Takes ownership of the socket."""
         sock.setblocking(True)
         self.sock = sock
         self._received = bytearray()
@@ -61,7 +61,7 @@ class Channel:
         return self.sock.fileno()
 
     def send(self, name: str, payload: bytes = b"") -> None:
-        """Send a message. It waits only if the other end has not read the messages before it.
+        """Send a message. Blocks only if the other end has not read earlier messages.
 
         Raises ValueError as `pack` does, and ChannelClosed.
         """
@@ -77,7 +77,7 @@ class Channel:
             raise ChannelClosed(f"cannot send {name!r}: {error}") from error
 
     def send_packed(self, messages: bytes | bytearray) -> None:
-        """The same for messages that were packed by `pack`."""
+        """Send messages packed by `pack`."""
         try:
             with self._sending:
                 self.sock.sendall(messages)
@@ -85,22 +85,22 @@ class Channel:
             raise ChannelClosed(f"cannot send: {error}") from error
 
     def receive(self) -> Message:
-        """Wait for the next message. Raises ChannelClosed, or ValueError for one that is no message
-        or is too large."""
+        """Wait for the next message. Raises ChannelClosed, or ValueError for an invalid or too
+        large message."""
         while (message := unpack(self._received)) is None:
             self._read()
         return message
 
     def receive_available(self) -> Iterator[Message]:
-        """The messages that are complete once what is there now has been read, which must be
-        something. It never waits for the rest of a message. Raises as `receive` does."""
+        """Read what is available (there must be something) and yield the complete messages. Never
+        waits for the rest of a message. Raises as `receive` does."""
         self._read()
         yield from self._complete()
 
     def pending(self, *, wait: bool) -> list[Message]:
-        """The messages that are complete now; with `wait`, at least one. Raises as `receive` does.
+        """The complete messages; with `wait`, at least one. Raises as `receive` does.
 
-        Unlike `receive_available` it may follow `receive`.
+        Unlike `receive_available` it may be used after `receive`.
         """
         found = list(self._complete())
         poll = select.poll()
@@ -111,8 +111,8 @@ class Channel:
         return found
 
     def shut_down(self) -> None:
-        """End the connection: whoever waits to send or receive here gets ChannelClosed."""
-        with contextlib.suppress(OSError):  # it has ended already
+        """End the connection: threads that send or receive here get ChannelClosed."""
+        with contextlib.suppress(OSError):  # already ended
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -129,18 +129,18 @@ class Channel:
         self._received += piece
 
     def _complete(self) -> Iterator[Message]:
-        """Take the complete messages out of what has been received."""
+        """Remove and return the complete messages of the buffer."""
         return iter(lambda: unpack(self._received), None)
 
 
 def channel_pair() -> tuple[Channel, socket.socket]:
-    """A channel, and the socket of its other end, for a process that inherits it."""
+    """A channel, and the socket of its other end for a process to inherit."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     return Channel(ours), theirs
 
 
 def _head(name: str, payload: bytes) -> bytes:
-    """What precedes the payload."""
+    """The bytes before the payload."""
     name_bytes = name.encode()
     _check_sizes(len(name_bytes), len(payload))
     return HEADER.pack(len(name_bytes), len(payload)) + name_bytes

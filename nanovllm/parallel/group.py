@@ -1,11 +1,11 @@
-"""The collective operations of one engine's ranks: gloo on the CPU, NCCL on a GPU, HCCL on an NPU.
+"""Collective operations of one engine's ranks: gloo on the CPU, NCCL on a GPU, HCCL on an NPU.
 
-Each engine has process groups of its own, so it neither uses nor disturbs torch.distributed's
-global one. Ranks meet through a file in a private folder. gloo listens on 127.0.0.1 and NCCL on
-the loopback interface, unless NCCL_SOCKET_IFNAME is set.
+Each engine has its own process groups and neither uses nor affects torch.distributed's global one.
+Ranks rendezvous through a file in a private folder. gloo listens on 127.0.0.1, NCCL on the loopback
+interface unless NCCL_SOCKET_IFNAME is set.
 
-On GPUs that can read each other's memory, `Group.peers` is such memory. Kernels add small tensors
-through it.
+On GPUs that can read each other's memory, `Group.peers` is such memory. Kernels all-reduce small
+tensors through it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from nanovllm import env
 from nanovllm.kernels.peers import Connect, OwnedPeers
 from nanovllm.parallel import hccl
 
-c10d: Any = _distributed_c10d  # its stub lacks names, and some builds lack NCCL
+c10d: Any = _distributed_c10d  # its stub is incomplete, and some builds lack NCCL
 
-# How long the ranks may take to connect, once all of them are there.
+# How long the ranks may take to connect, once all are present.
 CONNECT_TIMEOUT = timedelta(seconds=15)
-# Collectives have no limit of their own: a rank may compile or load while the others wait for it.
-# Whoever watches the processes calls `abort`.
+# Collectives have no timeout: a rank may compile or load while the others wait. The code that
+# monitors the processes calls `abort`.
 _NO_TIMEOUT = timedelta(days=30)
-# Groups are numbered, since a library may confuse two of one name in a process.
+# Groups are numbered because a library may confuse two groups with one name in a process.
 _number = itertools.count()
 # NCCL's settings, unless the user has set them.
 _NCCL_ENVIRONMENT = {
     "NCCL_SOCKET_IFNAME": "lo",
-    "NCCL_RAS_ENABLE": "0",  # it would listen on a fixed port
-    # torch would end the whole process when another rank fails, or write traces to /tmp
+    "NCCL_RAS_ENABLE": "0",  # else it listens on a fixed port
+    # else torch ends the whole process when another rank fails, or writes traces to /tmp
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
@@ -48,15 +48,15 @@ _NCCL_ENVIRONMENT = {
 
 
 class Group:
-    """The ranks of one engine. Every rank makes one, and calls the same methods in the same order.
+    """The ranks of one engine. Every rank creates one and calls the same methods in the same order.
 
-    On a GPU or NPU `all_reduce` and `all_gather` are in the order of the current stream and do not
-    wait for the device. On a GPU they can be captured in a CUDA graph. Destroy such graphs before
-    `close`: NCCL waits for them.
+    On a GPU or NPU `all_reduce` and `all_gather` run on the current stream and do not wait for the
+    device. On a GPU they can be captured in a CUDA graph. Destroy such graphs before `close`: NCCL
+    waits for them.
 
-    A failed rank: on the CPU the others get an error as soon as its process has ended. On a GPU
-    they wait until `abort`, and what they have read from the device since is meaningless: call
-    `check` before it is used.
+    If a rank fails: on the CPU the others get an error as soon as its process has ended. On a GPU
+    they wait until `abort`, and results read from the device after the failure are invalid: call
+    `check` before using them.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Group:
     ) -> None:
         """Waits for all ranks. `folder` is private and the same for all; use it for one group.
 
-        `check` raises an error if a rank has failed (`Ranks.check`). It is called while this waits
-        for the other ranks, and to explain an error of a collective. `connect_peers` makes memory
-        that all ranks can read, for small tensors (`Platform.connect_peers`). Raises ValueError for
-        a device without collectives, and RuntimeError if the ranks cannot connect.
+        `check` raises an error if a rank has failed (`Ranks.check`). It is called while waiting for
+        the other ranks, and to explain an error of a collective. `connect_peers` makes memory that
+        all ranks can read, for small tensors (`Platform.connect_peers`). Raises ValueError for a
+        device without collectives, and RuntimeError if the ranks cannot connect.
         """
         backend = distributed.Backend.default_device_backend_map.get(device.type, "none")
         if backend not in _BACKENDS:
@@ -90,20 +90,17 @@ class Group:
         self.name: str = store.get("name").decode()
         with self._explained():
             self._backend: Any = _BACKENDS[backend](store, rank, size, self.name)
-            self.barrier()  # connects: that is not possible while a graph is captured
+            self.barrier()  # connects, which is impossible during graph capture
         self.peers: OwnedPeers | None = None
         if connect_peers is not None and not env.read().disable_peer_memory:
             self.peers = connect_peers(rank, size, self.all_gather, self._agree)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Replace x, which is contiguous, by its sum over the ranks; returns x.
-
-        Every rank gets the same bits.
-        """
+        """Replace contiguous x by its sum over the ranks, bit-identical on each. Returns x."""
         return self._reduced(x, self._all_reduce)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """x of every rank, [size, *x.shape]; x has the same shape on all of them."""
+        """x of every rank, [size, *x.shape]; x has the same shape on all ranks."""
         out = x.new_empty(self.size, *x.shape)
         with self._explained():
             flat = x.contiguous().view(-1)
@@ -116,28 +113,29 @@ class Group:
         self._reduced(number, self._min_reduce)
         with self._explained():
             least = int(number.item())
-        self._check()  # after `abort` the device has gone on with any number
+        self._check()  # after `abort` the number is undefined
         return least
 
     def barrier(self) -> None:
-        """Wait until all ranks are here and their devices have done what came before."""
+        """Wait until all ranks are here and their devices have finished earlier work."""
         self.min_int(0)
 
     def abort(self) -> None:
-        """Have this rank no longer wait for the others. Any thread may call it.
+        """Stop waiting for the other ranks. May be called from any thread.
 
-        On a GPU it ends the running collective. On the CPU the others' end does that: there is
-        nothing to do. It waits at most a second: NCCL cannot finish while a captured graph lives.
+        On a GPU it ends the running collective. On the CPU nothing needs to be done: the end of the
+        other rank does that. It waits at most a second: NCCL cannot finish while a captured graph
+        exists.
         """
         self._abort(seconds=1.0)
 
     def close(self) -> None:
-        """Give up the connections and NCCL's memory. Waits for no other rank."""
+        """Release the connections and NCCL's memory. Waits for no other rank."""
         self._abort(seconds=5.0)
         self._backend = None
         if self.peers is not None:
             memory, self.peers = self.peers, None
-            # a device that never finishes must not hold up the end of the process
+            # a device that never finishes must not block the end of the process
             thread = threading.Thread(target=memory.close, name="close", daemon=True)
             thread.start()
             thread.join(5.0)
@@ -162,11 +160,11 @@ class Group:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Within it an error that a failed rank has caused becomes the error of `check`."""
+        """Turn errors caused by a failed rank into the error of `check`."""
         try:
             yield
         except RuntimeError:
-            # the connection closes shortly before it is known that the process has ended
+            # a connection closes shortly before the end of its process is detected
             for _ in range(100):
                 self._check()
                 time.sleep(0.02)
@@ -174,9 +172,9 @@ class Group:
 
 
 def _meet(folder: Path, rank: int, size: int, check: Callable[[], None]) -> None:
-    """Wait until all ranks are here, for as long as `check` raises nothing.
+    """Wait until all ranks are here, or `check` raises.
 
-    Waiting for the others in torch could not be interrupted when one of them ends.
+    torch's own waiting could not be interrupted when a rank ends.
     """
     (folder / f"rank-{rank}").touch()
     missing = {folder / f"rank-{other}" for other in range(size)}
@@ -187,13 +185,13 @@ def _meet(folder: Path, rank: int, size: int, check: Callable[[], None]) -> None
 
 def _reduction(op: Any = c10d.ReduceOp.SUM) -> Any:
     options = c10d.AllreduceOptions()
-    # without asyncOp the current stream runs it, and the host does not wait
+    # without asyncOp it runs on the current stream, and the host does not wait
     options.reduceOp, options.timeout, options.asyncOp = op, _NO_TIMEOUT, False
     return options
 
 
 def _wait(work: Any) -> None:
-    """Wait for gloo's work, and let the current stream wait for HCCL's. NCCL has none, since its
+    """Wait for gloo's work, and make the current stream wait for HCCL's. NCCL returns none: its
     work is on the current stream."""
     if work is not None:
         work.wait()

@@ -1,8 +1,8 @@
-"""HCCL, the collectives of Ascend NPUs, as the backend of a `Group`.
+"""HCCL, the collectives of Ascend NPUs, as a backend of `Group`.
 
-A graph of GE has the communicator's name in its collective ops, so the communicator gets the name
-of the group. HCCL listens on the loopback interface and on ports that the system chooses, unless
-its variables are set.
+A GE graph names the communicator in its collective ops, so the communicator has the name of the
+group. HCCL listens on the loopback interface and on ports chosen by the system, unless its
+variables are set.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 from nanovllm import env
 
-MAX_NAME_LENGTH = 32  # of a communicator, by torch_npu's documentation
+MAX_NAME_LENGTH = 32  # of a communicator, from torch_npu's documentation
 # HCCL's settings, unless the user has set them.
 _ENVIRONMENT = {
     "HCCL_SOCKET_IFNAME": "=lo",
     "HCCL_HOST_SOCKET_PORT_RANGE": "auto",
-    # Seconds that an op waits for other ranks: without limit, since a rank may compile meanwhile.
+    # Seconds that an op waits for other ranks: unlimited, since a rank may be compiling.
     "HCCL_EXEC_TIMEOUT": str(2**31 - 1),
-    # torch_npu would end the whole process when another rank fails, or write traces to /tmp
+    # else torch_npu ends the whole process when another rank fails, or writes traces to /tmp
     "TORCH_HCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_HCCL_ENABLE_MONITORING": "0",
     "TORCH_HCCL_DUMP_ON_TIMEOUT": "0",
@@ -30,7 +30,7 @@ _ENVIRONMENT = {
 def connect(store: Any, rank: int, size: int, name: str, timeout: timedelta) -> Any:
     """A process group whose communicator has this name. Waits for all ranks.
 
-    Raises ValueError if this CANN gives the communicator another name.
+    Raises ValueError if CANN names the communicator differently.
     """
     assert len(name) <= MAX_NAME_LENGTH, name
     for variable, value in _ENVIRONMENT.items():
@@ -43,7 +43,7 @@ def connect(store: Any, rank: int, size: int, name: str, timeout: timedelta) -> 
     found = group.get_hccl_comm_name(rank)
     if found != name:
         raise ValueError(
-            f"tensor_parallel_size is {size}: HCCL calls its communicator {found!r} instead of "
-            f"{name!r}, which graphs need. Install a CANN that can give communicators names"
+            f"tensor_parallel_size is {size}: HCCL names its communicator {found!r} instead of "
+            f"{name!r}, which graphs need. Install a CANN that supports communicator names"
         )
     return group

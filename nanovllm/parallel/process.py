@@ -1,4 +1,4 @@
-"""A rank's process as the process that starts it sees it: start, output, signs of life, end."""
+"""A rank's process, managed by its parent: start, output, heartbeats, end."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from nanovllm import env, programs
 from nanovllm.parallel.channel import ChannelClosed, channel_pair
 from nanovllm.parallel.serve import BEAT_SECONDS, SETUP
 
-# A rank hangs if it is silent, uses no processor and gets no page from a file for so many seconds;
-# before it has connected it may wait for files that it imports.
+# A rank hangs if it sends no heartbeat, uses no CPU time and has no major page fault for this many
+# seconds; until it has connected, it may be waiting for files that it imports.
 SILENT_SECONDS, SILENT_SECONDS_AT_START = 5.0, 60.0
-_LATE_SECONDS = 1.5 * BEAT_SECONDS  # a heartbeat is missing
-# So much processor time is a computation. Threads that wait for Python's lock look for it 200 times
-# a second, which adds up to 0.02 s in some seconds.
+_LATE_SECONDS = 1.5 * BEAT_SECONDS  # after this time a heartbeat is missing
+# This much CPU time is a computation. Threads that wait for the GIL wake up 200 times a second,
+# which adds up to 0.02 s in some seconds.
 _BUSY_SECONDS = 0.1
 _LAST_LINES = 12
 _PIECE_BYTES = 1 << 16
 
 
 class RankProcess:
-    """The process of rank `rank`, its channel, and two pipes from it: heartbeats and output.
+    """The process of rank `rank`, its channel, and pipes for its heartbeats and output.
 
-    Messages and the lines of its output begin with `name`.
+    Messages and lines of its output begin with `name`.
 
-    Linux kills the process when the thread that made this ends, so that thread must stay. The
-    process has the file descriptors `inherited`, too, under their numbers.
+    Linux kills the process when the thread that created it ends, so that thread must stay. The
+    process inherits the file descriptors `inherited` under the same numbers.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class RankProcess:
                 stderr=output,
                 pass_fds=(sock.fileno(), beats, *inherited),
                 env=env.for_children(),
-                start_new_session=True,  # Ctrl-C in a terminal reaches rank 0 alone
+                start_new_session=True,  # Ctrl-C in a terminal reaches only rank 0
             )
         except BaseException:
             self._close()
@@ -75,41 +75,41 @@ class RankProcess:
         return self._process.pid
 
     def send_setup(self, setup: dict[str, Any], folder: Path) -> None:
-        # if it has ended, its exit code says more than an error here
+        # if the process has ended, its exit code is more useful than an error here
         with contextlib.suppress(ChannelClosed):
             content = {"setup": setup, "folder": str(folder)}
             self.channel.send(SETUP, json.dumps(content).encode())
 
     def has_ended(self, seconds: float = 0.0) -> bool:
-        """Whether the process ends within so many seconds."""
+        """Whether the process ends within this many seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         return self._process.returncode is not None
 
     def kill(self) -> None:
-        """Kill the process and those that it started, unless it has ended."""
+        """Kill the process and its children, unless it has ended."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Write the rest of the output and close the pipes, after the process has ended."""
+        """Write the rest of the output and close the pipes. Call it after the process has ended."""
         self.forward_output()
         self._forward(self._line)
         self._close()
 
     def note_beats(self) -> None:
-        """Read the heartbeats that have come."""
+        """Read the heartbeats that have arrived."""
         with contextlib.suppress(BlockingIOError):
             if os.read(self.beats, _PIECE_BYTES):
                 self._silent_seconds = 0.0
 
     def is_hung(self, seconds: float) -> bool:
-        """Whether the process has stopped, when `seconds` more have passed.
+        """Whether the process hangs, after `seconds` more have passed.
 
-        It hangs if it sends no heartbeat, uses no processor and gets no page from a file. Without a
-        heartbeat it may still compute, or load a large library from a slow disk: code that keeps
-        Python's lock keeps the thread that sends them from running.
+        It hangs if it sends no heartbeat, uses no CPU time and has no major page fault. A missing
+        heartbeat alone may be a computation, or a large library loading from a slow disk: code that
+        holds the GIL stops the heartbeat thread.
         """
         self._silent_seconds += seconds
         if self._silent_seconds < _LATE_SECONDS:
@@ -122,7 +122,7 @@ class RankProcess:
         return self._silent_seconds >= limit
 
     def forward_output(self) -> bool:
-        """Write the lines that have come to stderr, with the rank. False at the end of output."""
+        """Write complete lines to stderr, with the rank's name. False at the end of the output."""
         try:
             while piece := os.read(self.output, _PIECE_BYTES):
                 *lines, self._line = (self._line + piece).split(b"\n")
@@ -133,14 +133,14 @@ class RankProcess:
         return False
 
     def ending(self) -> tuple[str, str]:
-        """How the process has ended, and the last lines of its output."""
+        """How the process ended, and the last lines of its output."""
         self.forward_output()
         code = self._process.returncode
         if code is None:
-            how = "stopped answering"
+            how = "stopped responding"
         elif code < 0:
             names = {one.value: one.name for one in signal.Signals}
-            how = f"was ended by {names.get(-code, f'signal {-code}')}"
+            how = f"was killed by {names.get(-code, f'signal {-code}')}"
         else:
             how = f"ended with exit code {code}"
         lines = "".join(f"\n  {line}" for line in self._last_lines)
@@ -154,8 +154,8 @@ class RankProcess:
                 sys.stderr.write(f"{self.name}: {text}\n")
 
     def _work_done(self) -> tuple[float, int]:
-        """Seconds of processor time that all its threads have used, and the pages that they have
-        waited for (major faults); zeros where /proc is missing."""
+        """CPU seconds used by all its threads, and its number of major page faults; zeros where
+        /proc is missing."""
         try:
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:

@@ -1,5 +1,5 @@
-"""Rank 0's side of the processes of one engine: it starts the others, tells them what to do and
-learns of their failures."""
+"""Rank 0's side of an engine's processes: starts the other ranks, sends them messages and detects
+failures."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Result = TypeVar("Result")
 
 
 class Ranks:
-    """Ranks 1 … size - 1, each a process. Make it with `start`; use it from one thread at a time.
+    """Ranks 1 … size - 1, each a process. Create with `start`; use from one thread at a time.
 
-    What is noticed, and how soon: a rank that has ended, within a second; an error of a handler, at
-    once; a rank that is stopped (SIGSTOP) or stuck outside Python, so that for 5 seconds it neither
-    sends a heartbeat nor uses a processor, within 8 seconds (62 before it has connected). Not
-    noticed: a rank whose Python waits for ever, since its heartbeats go on, and one that computes
-    for ever. Compiling, loading and long computations are not taken for a hang.
+    Detected failures: a rank that has ended, within a second; an error of a handler, at once; a
+    rank that is stopped (SIGSTOP) or stuck outside Python, so that for 5 seconds it neither sends a
+    heartbeat nor uses a processor, within 8 seconds (62 before it has connected). Not detected: a
+    rank whose Python code waits forever, since its heartbeats continue, and one that computes
+    forever. Compiling, loading and long computations do not count as a hang.
 
     After a failure all ranks are killed, and every call here raises the failure.
     """
@@ -48,15 +48,15 @@ class Ranks:
         received: Callable[[str, bytes], None] | None = None,
         inherited: Sequence[int] = (),
     ) -> Ranks:
-        """Start `python -m module` for ranks 1 … size - 1, without waiting for what they import.
+        """Start `python -m module` for ranks 1 … size - 1, without waiting for their imports.
 
         The module calls `serve.connect` with its arguments, then `serve.serve`. `setup` is JSON and
-        the first thing that a rank gets. Ranks have the environment of this process. Their output
-        appears on stderr, each line with its rank. `folder` is where the private folder of the
-        ranks is made (None: among the temporary files). `names` are those of all ranks in errors
-        and output (None: "rank 0", …). Messages of a rank that answer no question go to
-        `received(name, payload)`, in another thread. Ranks have the file descriptors `inherited`,
-        too, under their numbers. Raises OSError.
+        the first message to a rank. Ranks have the environment of this process. Their output
+        appears on stderr, each line with its rank. `folder` is the parent of the ranks' private
+        folder (None: the temporary folder). `names` are the names of all ranks in errors and output
+        (None: "rank 0", …). Messages from a rank other than replies go to `received(name,
+        payload)`, in another thread. Ranks inherit the file descriptors `inherited` under the same
+        numbers. Raises OSError.
         """
         names = names or [f"rank {i}" for i in range(size)]
         watch = Watch(setup, names, module, folder, received, inherited)
@@ -73,7 +73,7 @@ class Ranks:
 
     @property
     def folder(self) -> Path:
-        """The private folder of all ranks (mode 0700), removed with them."""
+        """The private folder of all ranks (mode 0700), removed when they end."""
         return self._watch.folder
 
     @property
@@ -82,9 +82,9 @@ class Ranks:
         return [process.pid for process in self._watch.processes]
 
     def tell(self, name: str, payload: bytes = b"") -> None:
-        """Have every rank call its handler `name`, and wait for none. Raises the failure.
+        """Call the handler `name` on every rank without waiting. Raises the failure.
 
-        An error of the handler is a failure: it is raised by a later call.
+        An error of the handler is a failure: a later call raises it.
         """
         with deferred_interrupts():
             self.check()
@@ -95,10 +95,10 @@ class Ranks:
                 self._raise_failure(error)
 
     def ask(self, name: str, payload: bytes = b"") -> list[bytes]:
-        """Have every rank call its handler `name`; returns their results, rank 1's first.
+        """Call the handler `name` on every rank; returns their results, rank 1's first.
 
-        If every rank raises the same error, it is raised here, and the ranks stay usable: a
-        ValueError as it is, any other as RankFailed. Otherwise an error is a failure.
+        If every rank raises the same error, it is raised here and the ranks stay usable: a
+        ValueError unchanged, any other as RankFailed. Otherwise an error is a failure.
         """
         question = self._put(name, payload)
         self._wait(question)
@@ -113,9 +113,9 @@ class Ranks:
     def together(
         self, name: str, payload: bytes, own: Callable[[], Result]
     ) -> tuple[Result, list[bytes]]:
-        """`ask` while this process does the same with `own()`; returns both results.
+        """`ask`, while this process runs `own()`; returns both results.
 
-        Use it if the ranks need one another meanwhile. If `own` and every rank raise the same
+        Use it for work in which the ranks need one another. If `own` and every rank raise the same
         error, it is raised and the ranks stay usable. If only some do, that is a failure.
         """
         question = self._put(name, payload)
@@ -133,29 +133,29 @@ class Ranks:
         return result, self._answers(question)
 
     def check(self) -> None:
-        """Raise the failure, if the ranks have failed. It costs nothing."""
+        """Raise the failure if the ranks have failed. Costs nothing."""
         if self._watch.failure is not None:
             self._raise_failure()
 
     def fail(self, error: Exception) -> None:
-        """Kill all ranks: this process has failed in the middle of what all do together."""
+        """Kill all ranks because this process failed during a collective operation."""
         self._watch.fail(RankFailed(f"rank 0: {type(error).__name__}: {error}"))
 
     def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
         """Call it with the failure, in another thread, when the ranks fail; at once if they have.
 
-        By then the ranks have been killed. `Group.abort` belongs here.
+        The ranks have been killed by then. Use it for `Group.abort`.
         """
         self._watch.call_on_failure(callback)
 
     def begin_close(self) -> None:
-        """Begin what `close` does, for a caller that closes several."""
+        """Start `close` without waiting, for a caller that closes several."""
         self._watch.begin_end()
 
     def close(self) -> None:
-        """End all ranks: they have 3 seconds to end by themselves. Nothing of them is left."""
+        """End all ranks; they have 3 seconds to exit. Removes everything they left."""
         self._finalizer()
-        self._watch.end()  # another thread may be in the finalizer, which runs once
+        self._watch.end()  # another thread may be in the finalizer, which runs only once
 
     def _put(self, name: str, payload: bytes) -> Question:
         self._num_asked += 1
@@ -165,7 +165,7 @@ class Ranks:
         return question
 
     def _wait(self, question: Question) -> None:
-        """Wait until every rank has answered or refused. Raises the failure."""
+        """Wait until every rank has replied. Raises the failure."""
         watch = self._watch
         with watch.changed:
             watch.changed.wait_for(lambda: question.is_complete or watch.failure is not None)
@@ -179,18 +179,18 @@ class Ranks:
         return [answer for _, answer in sorted(question.answers.items())]
 
     def _raise_failure(self, cause: Exception | None = None) -> NoReturn:
-        """Raise the failure, which is noticed within a second after a channel has closed."""
+        """Raise the failure, which is detected within a second after a channel has closed."""
         watch = self._watch
         with watch.changed:
             watch.changed.wait_for(lambda: watch.failure or watch.is_ending, timeout=2.0)
         failure = watch.failure or RankFailed("the ranks are closed")
-        # a copy: the traceback of an exception that is raised again grows
+        # a copy: re-raising an exception extends its traceback
         raise type(failure)(*failure.args) from cause
 
 
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Within it Ctrl-C waits until the end: otherwise only some ranks would take a step."""
+    """Defer Ctrl-C until the end of the block: otherwise only some ranks would run a step."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield

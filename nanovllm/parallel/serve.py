@@ -1,6 +1,6 @@
-"""A rank's side: it connects to rank 0 and answers until rank 0 closes the channel.
+"""A rank's side: connects to rank 0 and handles messages until rank 0 closes the channel.
 
-Does not import torch, so a rank can connect before it imports what takes seconds.
+Does not import torch, so that a rank can connect before slow imports.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from nanovllm.parallel.channel import Channel, ChannelClosed
 
 BEAT_SECONDS = 1.0
 
-# A message of rank 0 is named after a handler; NAME?NUMBER wants an answer. The first one is SETUP.
-# A rank sends CONNECTED once, then ANSWER and ERROR with the number, or none, after them.
+# A message from rank 0 has the name of a handler; NAME?NUMBER requests a reply. The first is SETUP.
+# A rank sends CONNECTED once, then ANSWER and ERROR, followed by the number if there is one.
 ASKS = "?"
 SETUP, CONNECTED, ANSWER, ERROR = "setup", "connected", "answer", "error"
 
@@ -36,10 +36,10 @@ Handler = Callable[[bytes], "bytes | None"]
 
 
 class Connection(NamedTuple):
-    """What a rank knows at its start.
+    """A rank's data from its start.
 
-    setup: what rank 0 passed to `Ranks.start`.
-    folder: a private folder of all ranks, which rank 0 removes at the end.
+    setup: from `Ranks.start`.
+    folder: a private folder of all ranks, removed by rank 0 at the end.
     """
 
     rank: int
@@ -50,11 +50,11 @@ class Connection(NamedTuple):
 
 
 def connect(argv: Sequence[str]) -> Connection:
-    """Connect to rank 0; `argv` are the arguments of the process, as `Ranks.start` passes them.
+    """Connect to rank 0; `argv` are the arguments of the process, as passed by `Ranks.start`.
 
-    From now on a thread sends a heartbeat, and the process ends when rank 0's process ends. It
-    ignores SIGINT: rank 0 ends it after Ctrl-C. It keeps its temporary files in the folder of all
-    ranks, and so does a compiler that it runs: both may be killed.
+    Starts a heartbeat thread; the process now ends when rank 0's process ends. It ignores SIGINT:
+    rank 0 ends it after Ctrl-C. Its temporary files, and those of compilers that it runs, are in
+    the ranks' folder, because both may be killed.
     """
     parser = argparse.ArgumentParser()
     for name in ("rank", "size", "channel", "beats"):
@@ -79,10 +79,10 @@ def connect(argv: Sequence[str]) -> Connection:
 
 
 def serve(channel: Channel, handlers: Mapping[str, Handler]) -> None:
-    """Call the handler that each message names, in their order, until rank 0 closes the channel.
+    """Call the handler named by each message, in order, until rank 0 closes the channel.
 
-    The result of a handler that `Ranks.ask` called is its answer. An error of a handler goes to
-    rank 0. Its traceback goes to stderr unless it is a ValueError, which is a user's mistake.
+    The result of a handler called by `Ranks.ask` is the reply. Errors of handlers are sent to rank
+    0; the traceback goes to stderr unless the error is a ValueError, which is a user's mistake.
     """
     with contextlib.suppress(ChannelClosed):
         while True:
@@ -106,23 +106,23 @@ def error_bytes(error: Exception) -> bytes:
 
 
 def _beat(fd: int) -> None:
-    """Write a byte to the pipe `fd` every second; end the process once nobody can read it.
+    """Write a byte to the pipe `fd` every second; exit when its other end is closed.
 
-    Writing needs no answer, so a parent that is stopped or slow does no harm.
+    Writing does not wait for a reader, so a stopped or slow parent does no harm.
     """
     os.set_blocking(fd, False)
     poll = select.poll()
     poll.register(fd, 0)  # only errors: the other end is closed
     while not poll.poll(1000 * BEAT_SECONDS):
-        with contextlib.suppress(OSError):  # a full pipe; a closed one ends the loop
+        with contextlib.suppress(OSError):  # the pipe is full; if it is closed, the loop ends
             os.write(fd, b".")
     os._exit(1)
 
 
 def _end_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends, even if it is stopped then.
+    """Make Linux kill this process when its parent ends, even if this process is stopped.
 
-    Elsewhere, or if the parent has ended before this call, the heartbeat notices it.
+    Elsewhere, or if the parent has already ended, the heartbeat detects it.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

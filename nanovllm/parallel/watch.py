@@ -1,4 +1,4 @@
-"""The thread of rank 0's process that starts the other ranks, watches them and ends them."""
+"""A thread in rank 0's process that starts, monitors and ends the other ranks."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from nanovllm.parallel.serve import ANSWER, CONNECTED, ERROR
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
-# After one rank has refused, the others get so long to refuse as well or to answer.
+# Time for the other ranks to reply after one has refused.
 GRACE_SECONDS = 3.0
-CLOSE_SECONDS = 3.0  # for ranks to end by themselves
+CLOSE_SECONDS = 3.0  # for ranks to exit
 
 
 class RankFailed(RuntimeError):
-    """A rank has ended, hangs, or has raised an error that the others have not.
+    """A rank has ended, hangs, or raised an error that the others did not.
 
-    what: the rank's name and how it has failed. details: texts of errors and output, which may
-    hold paths and prompts.
+    what: the rank's name and how it failed. details: texts of errors and output, which may contain
+    paths and prompts.
     """
 
     def __init__(self, what: str, details: str = "") -> None:
@@ -43,7 +43,7 @@ class RankFailed(RuntimeError):
 
 
 class RankRefused(ValueError):
-    """A rank has refused what a user has given: its name and the text of its ValueError."""
+    """A rank refused user input: its name and the text of its ValueError."""
 
     def __init__(self, name: str, text: str) -> None:
         super().__init__(name, text)
@@ -54,7 +54,7 @@ class RankRefused(ValueError):
 
 
 def without_name(error: Exception) -> Exception:
-    """An error of a process that works alone: a user's mistake is told without its name."""
+    """The error of a process that is the only rank: a user's mistake without its name."""
     return ValueError(error.text) if isinstance(error, RankRefused) else error
 
 
@@ -66,7 +66,7 @@ class Refusal(NamedTuple):
     is_mistake: bool
 
     def error(self, name: str) -> Exception:
-        """The error for rank 0 to raise, with the rank's name: a user's mistake stays a
+        """The error that rank 0 raises, with the rank's name: a user's mistake stays a
         ValueError."""
         if self.is_mistake:
             return RankRefused(name, self.text)
@@ -74,13 +74,13 @@ class Refusal(NamedTuple):
 
 
 class Question:
-    """The answers, by rank, to a message that was sent to all ranks."""
+    """The replies, by rank, to a message sent to all ranks."""
 
     def __init__(self, number: int, num_ranks: int) -> None:
         self.number, self.num_ranks = number, num_ranks
         self.answers: dict[int, bytes] = {}
         self.refusals: dict[int, Refusal] = {}
-        # who refused first, with what, and when; rank 0 does not count as one of the others
+        # the first rank that refused, its error, and the time; rank 0 is not counted in `refusals`
         self.first_refusal: tuple[int, Refusal, float] | None = None
 
     @property
@@ -102,9 +102,9 @@ class Question:
 class Watch(threading.Thread):
     """Starts ranks 1 … size - 1, and owns their processes and the folder until `end`.
 
-    Everything that must be undone is made and undone in this thread, where Ctrl-C never arrives.
-    After a failure it kills all ranks. `changed` is notified of answers and of a failure. `names`
-    are those of all ranks. `received` is called with all other messages. The processes have the
+    All cleanup and everything that needs it happen in this thread, which Ctrl-C never interrupts.
+    After a failure it kills all ranks. `changed` is notified of replies and of a failure. `names`
+    are those of all ranks. `received` is called with all other messages. The processes inherit the
     file descriptors `inherited`, which must stay open here until `has_started`.
     """
 
@@ -141,7 +141,7 @@ class Watch(threading.Thread):
                 for key, _ in self._selector.select(TICK_SECONDS):
                     key.data()
                 now = time.monotonic()
-                # not the whole time: this process may have been stopped, and the ranks with it
+                # capped: this process, and the ranks with it, may have been suspended
                 self._tick(min(now - last, 2 * TICK_SECONDS))
                 last = now
         except BaseException as error:
@@ -152,27 +152,27 @@ class Watch(threading.Thread):
 
     @property
     def folder(self) -> Path:
-        """The folder of all ranks, once they have been started."""
+        """The folder of all ranks, once they have started."""
         assert self._folder is not None
         return self._folder.path
 
     def end(self) -> None:
-        """End all ranks and wait until nothing is left."""
+        """End all ranks and wait until everything is cleaned up."""
         self.begin_end()
         if os.getpid() == self._pid and threading.current_thread() is not self and self.is_alive():
             self.join()
 
     def begin_end(self) -> None:
-        """The same without waiting."""
+        """Start `end` without waiting."""
         if os.getpid() != self._pid:
             return  # a fork of the process that started the ranks
         self.is_ending = True
         if self.is_alive() and threading.current_thread() is not self:
-            with contextlib.suppress(OSError):  # the thread is at its end
+            with contextlib.suppress(OSError):  # the thread is ending
                 self._wake.send(b".")
 
     def fail(self, error: Exception) -> None:
-        """Make `error` the failure, unless there is one: kill all ranks, then tell who listens."""
+        """Make `error` the failure, unless there is one: kill all ranks, then run the callbacks."""
         with self.changed:
             if self.failure is not None or self.is_ending:
                 return
@@ -181,7 +181,7 @@ class Watch(threading.Thread):
             self.changed.notify_all()
         for process in self.processes:
             process.kill()
-            # a thread that waits to send goes on, even if the process cannot be killed at once
+            # unblocks a thread that is sending, even if the process cannot be killed at once
             process.channel.shut_down()
         for callback in callbacks:
             _call(callback, error)
@@ -224,7 +224,7 @@ class Watch(threading.Thread):
             self.fail(RankFailed(*process.ending()))
 
     def _take(self, process: RankProcess, name: str, payload: bytes) -> None:
-        """Take a message of a rank."""
+        """Handle a message from a rank."""
         if name == CONNECTED:
             process.is_connected = True
             return
@@ -244,7 +244,7 @@ class Watch(threading.Thread):
             self._received(name, payload)
 
     def _fail_by(self, rank: int, refusal: Refusal) -> None:
-        """Fail with a rank's error, unless it has followed from the end of another rank."""
+        """Fail with a rank's error, unless another rank's end caused it."""
         for _ in range(20):
             for process in self.processes:
                 if process.has_ended():
@@ -256,7 +256,7 @@ class Watch(threading.Thread):
         self.fail(refusal.error(self.names[rank]))
 
     def _tick(self, seconds: float) -> None:
-        """Look for ranks that have ended or hang, and for a question that will have no answer."""
+        """Detect ranks that have ended or hang, and requests that will not get all replies."""
         for process in self.processes:
             if process.has_ended() or process.is_hung(seconds):
                 self.fail(RankFailed(*process.ending()))
@@ -267,13 +267,13 @@ class Watch(threading.Thread):
                 self._fail_by(rank, refusal)
 
     def _clean_up(self) -> None:
-        """End all ranks: those that have not failed have some seconds to end by themselves."""
+        """End all ranks; healthy ones have a few seconds to exit."""
         for process in self.processes:
             process.channel.shut_down()
         deadline = time.monotonic() + (CLOSE_SECONDS if self.failure is None else 0.0)
         while time.monotonic() < deadline and not all(one.has_ended() for one in self.processes):
             for process in self.processes:
-                process.forward_output()  # nobody waits until a full pipe is read
+                process.forward_output()  # a full pipe would block their exit
             time.sleep(0.01)
         for process in self.processes:
             process.kill()
@@ -296,4 +296,4 @@ def _call(callback: Callable[[Exception], None], error: Exception) -> None:
     try:
         callback(error)
     except Exception:
-        logger.exception("a callback of failed ranks has failed")
+        logger.exception("a failure callback raised an error")

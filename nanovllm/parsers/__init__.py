@@ -1,6 +1,6 @@
-"""Parsers of tool calls and reasoning in the text of answers, whole or streamed.
+"""Parsers of tool calls and reasoning in generated text, whole or streamed.
 
-An `AnswerParser` has a parser for tools and one for reasoning, or one of them:
+An `AnswerParser` combines a parser for tools and one for reasoning, or has one of them:
 
     parser = AnswerParser(tool_parser("hermes"), reasoning_parser("think"))
     stream = parser.stream()
@@ -8,8 +8,8 @@ An `AnswerParser` has a parser for tools and one for reasoning, or one of them:
         parts = stream.push(text)
     parts = stream.finish()
 
-`parser.parse(text)` parses a whole text. A stream gives the same result, wherever it is cut. No
-text raises an error. Nothing here needs torch.
+`parser.parse(text)` parses a whole text. A stream gives the same result for any split of the text.
+No text raises an error. This package needs no torch.
 """
 
 from nanovllm.parsers.answers import AnswerParser, AnswerStream

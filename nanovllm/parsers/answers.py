@@ -16,8 +16,8 @@ class AnswerParser:
     """Parses reasoning at the beginning, then content and calls.
 
     tools, reasoning: None for answers without them.
-    end_texts: special tokens that end an answer, such as "<|eot_id|>". They are in the text if it
-        is decoded with `skip_special_tokens=False`. The first of them ends the answer.
+    end_texts: special tokens that end an answer, such as "<|eot_id|>". They appear in text decoded
+        with `skip_special_tokens=False`. The first of them ends the answer.
     """
 
     tools: ToolParser | None = None
@@ -31,7 +31,7 @@ class AnswerParser:
         return any(one is not None and one.needs_special_tokens for one in parts)
 
     def stream(self, inside_reasoning: bool = False) -> AnswerStream:
-        """A parser of one answer that comes in pieces.
+        """A parser for one streamed answer.
 
         inside_reasoning: `ReasoningParser.begins_in` of the prompt.
         """
@@ -43,7 +43,7 @@ class AnswerParser:
         return AnswerStream(stages)
 
     def parse(self, text: str, inside_reasoning: bool = False) -> Parsed:
-        """A whole answer."""
+        """Parse a whole answer."""
         stream = self.stream(inside_reasoning)
         return joined([*stream.push(text), *stream.finish()])
 
@@ -53,20 +53,20 @@ class AnswerParser:
 
 
 class AnswerStream:
-    """A streamed answer. Each stage parses the content that the stage before it found."""
+    """A streamed answer. Each stage parses the content found by the stage before it."""
 
     def __init__(self, stages: Sequence[TextParser]) -> None:
         self._stages = stages
 
     def push(self, text: str) -> list[Part]:
-        """Read more of the text. Returns what is known of the answer now."""
+        """Parse more text. Returns the new parts."""
         parts: list[Part] = [ContentPart(text)] if text else []
         for stage in self._stages:
             parts = _through(stage, parts)
         return parts
 
     def finish(self) -> list[Part]:
-        """End the text. Returns the rest of the answer, [] at a second call."""
+        """End the text. Returns the remaining parts; [] if called again."""
         parts: list[Part] = []
         for stage in self._stages:
             parts = [*_through(stage, parts), *stage.finish()]
@@ -74,7 +74,7 @@ class AnswerStream:
 
 
 def _through(stage: TextParser, parts: Sequence[Part]) -> list[Part]:
-    """The parts, with their content parsed by this stage."""
+    """The parts after this stage has parsed their content."""
     found: list[Part] = []
     for part in parts:
         found += stage.push(part.text) if isinstance(part, ContentPart) else [part]

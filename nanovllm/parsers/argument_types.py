@@ -1,6 +1,6 @@
 """The JSON types of arguments that a model writes as plain text.
 
-In an XML format `5` may be a number or a string. The JSON schema of the tool says which.
+In an XML format `5` may be a number or a string. The tool's JSON schema decides.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 ANY: frozenset[str] = frozenset()
 STRING = frozenset(["string"])
-MAX_SCHEMAS = 100  # that the type of one parameter refers to; with more it is not known
+MAX_SCHEMAS = 100  # visited for the type of one parameter; above it the type is unknown
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 KINDS = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
 
 
 class ArgumentTypes:
-    """The types of the parameters of tools. Parts of them that are no JSON schema are ignored."""
+    """The types of tools' parameters. Anything that is not a JSON schema is ignored."""
 
     def __init__(self, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         """tools: as in OpenAI's API."""
@@ -26,7 +26,7 @@ class ArgumentTypes:
         self._found: dict[tuple[str, str], frozenset[str]] = {}  # a schema can have long lists
 
     def of(self, tool: str, parameter: str) -> frozenset[str]:
-        """The JSON types that the schema allows; ANY if it does not say."""
+        """The JSON types that the schema allows; ANY if it does not restrict them."""
         if (tool, parameter) not in self._found:
             root = self._parameters.get(tool, {})
             schema = _mapping(root.get("properties")).get(parameter)
@@ -35,8 +35,8 @@ class ArgumentTypes:
 
 
 def as_json(text: str, types: frozenset[str]) -> str:
-    """The JSON for an argument: the text itself if it is a JSON value of these types (or True,
-    False or None in place of JSON's words), else a string."""
+    """An argument as JSON: the text itself if it is a JSON value of these types (True, False and
+    None count as JSON's words), else a string."""
     bare = text.strip()
     bare = PYTHON_WORDS.get(bare, bare)
     try:
@@ -64,7 +64,7 @@ def _kinds(value: Any) -> tuple[str, ...]:
 
 
 def _types(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
-    """The types that a schema allows. root: what its references start at."""
+    """The types that a schema allows. root: the document that its references resolve in."""
     types: set[str] = set()
     pending, seen = [schema], set()
     while pending:

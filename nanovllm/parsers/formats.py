@@ -1,8 +1,8 @@
 """Formats of tool calls with JSON arguments, one function each. XML formats are in xml_calls.py.
 
-They were written from the chat templates of the models: a template shows earlier calls in the
-format that the model was trained to write. Text that begins like a call but is not one stays
-content. Arguments that are not JSON are passed on as they are, up to the end of the call.
+They follow the models' chat templates, which render earlier calls in the format that the model was
+trained on. Text that begins like a call but is not one stays content. Arguments that are not JSON
+are passed through up to the end of the call.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end
 CALL_BEGIN, CALL_END, CALL_SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 FENCE, FENCE_JSON = "```", "```json"
 
-AFTER_OBJECT = re.compile(r"[\s}]+")  # small models write a bracket too many
+AFTER_OBJECT = re.compile(r"[\s}]+")  # small models write extra brackets
 SEPARATORS = re.compile(r"[\s;,]+")
 NAME = re.compile(r"[^\s\[{<`]+")
 ID = re.compile(r"[\w-]+")
 
 
 def hermes(reader: Reader, sink: Sink) -> Wait[None]:
-    """<tool_call>{"name": …, "arguments": {…}}</tool_call>, several in a row.
+    """<tool_call>{"name": …, "arguments": {…}}</tool_call>, possibly several.
 
     Templates of Hermes 2 Pro and 3, Qwen 2.5, Qwen 3, SmolLM 3.
     """
@@ -51,7 +51,7 @@ def hermes(reader: Reader, sink: Sink) -> Wait[None]:
 def llama3(reader: Reader, sink: Sink) -> Wait[None]:
     """{"name": …, "parameters": {…}} as the whole answer, or after <|python_tag|> anywhere.
 
-    Several are separated by semicolons. Templates of Llama 3.1, 3.2 and 3.3.
+    Several calls are separated by semicolons. Templates of Llama 3.1, 3.2 and 3.3.
     """
     reader.keep()
     yield from reader.spaces()
@@ -73,7 +73,7 @@ def llama3(reader: Reader, sink: Sink) -> Wait[None]:
 
 def mistral(reader: Reader, sink: Sink) -> Wait[None]:
     """[TOOL_CALLS] [{"name": …, "arguments": {…}}, …], or for each call
-    [TOOL_CALLS]name[CALL_ID]id[ARGS]{…}, where [CALL_ID]id and [ARGS] may be missing.
+    [TOOL_CALLS]name[CALL_ID]id[ARGS]{…}, where [CALL_ID]id and [ARGS] are optional.
 
     Templates of Mistral 7B v0.3, Nemo, Small, Devstral, Ministral 3.
     """
@@ -96,7 +96,7 @@ def granite(reader: Reader, sink: Sink) -> Wait[None]:
 def _after_marks(
     reader: Reader, sink: Sink, marks: Sequence[str], read: Callable[[Reader, Sink], Wait[Outcome]]
 ) -> Wait[None]:
-    """Content, and after each mark the calls that `read` reads."""
+    """Content, and after each mark the calls that `read` parses."""
     mark = yield from reader.until(marks, sink.content)
     while mark:
         reader.keep(mark)
@@ -155,7 +155,7 @@ def deepseek(reader: Reader, sink: Sink) -> Wait[None]:
 
 
 def _unmarked(kept: str) -> str:
-    """Nothing if only the markers around calls were kept."""
+    """ "" if only the markers around calls were kept."""
     bare = kept.replace(CALLS_BEGIN, "").replace(CALLS_END, "")
     return kept if bare.strip() else ""
 
@@ -166,7 +166,7 @@ def _deepseek_call(reader: Reader, sink: Sink) -> Wait[Outcome]:
     if not (yield from reader.accept(CALL_SEP)):
         return Outcome.NO_CALL
     yield from reader.spaces()
-    if (yield from reader.peek()) != "{":  # the word before was the type of the call
+    if (yield from reader.peek()) != "{":  # the previous word was the type of the call
         name.clear()
         yield from reader.run(NAME, name.append)
         yield from reader.spaces()
@@ -187,7 +187,7 @@ def _deepseek_call(reader: Reader, sink: Sink) -> Wait[Outcome]:
 
 
 def json_list(reader: Reader, sink: Sink) -> Wait[None]:
-    """[{"name": …, "arguments": {…}}, …] and nothing else: what `required_schema` allows."""
+    """[{"name": …, "arguments": {…}}, …] and nothing else, as `required_schema` allows."""
     reader.keep()
     yield from reader.spaces()
     outcome = yield from read_calls(reader, sink)

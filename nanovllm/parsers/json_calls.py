@@ -20,8 +20,8 @@ KEYS = ("name", "id", "type", *ARGUMENTS)
 
 
 class Outcome(enum.Enum):
-    NO_CALL = enum.auto()  # nothing was given to the sink
-    BROKEN = enum.auto()  # the call has begun; what follows is not JSON
+    NO_CALL = enum.auto()  # nothing was sent to the sink
+    BROKEN = enum.auto()  # the call has begun; the rest is not JSON
     DONE = enum.auto()
 
 
@@ -40,7 +40,7 @@ def read_string(reader: Reader, emit: Emit) -> Wait[bool]:
 def read_value(reader: Reader, emit: Emit) -> Wait[bool]:
     """Read a JSON value and emit it unchanged. False as soon as the text cannot be JSON.
 
-    Checks strings and brackets. Of other tokens it checks only the characters.
+    Checks strings and brackets; of other tokens only the characters.
     """
     open_brackets: list[str] = []
     while True:
@@ -62,8 +62,8 @@ def read_value(reader: Reader, emit: Emit) -> Wait[bool]:
 
 
 def read_arguments(reader: Reader, emit: Emit) -> Wait[bool]:
-    """Read the arguments of a call: an object; or a string that holds it, which is decoded; or
-    null for no arguments. False where the text is not JSON."""
+    """Read a call's arguments: an object; a string that contains it, which is decoded; or null for
+    no arguments. False where the text is not JSON."""
     char = yield from reader.peek()
     if char in ("{", "["):
         return (yield from read_value(reader, emit))
@@ -78,8 +78,8 @@ def read_arguments(reader: Reader, emit: Emit) -> Wait[bool]:
 def _decoded(text: str) -> Any:
     """The value of a JSON text; the text itself if it is not JSON, None if it is nested too deeply.
 
-    Half of a surrogate pair ("\\ud83d" alone) is JSON but no character, so no answer could be sent
-    with it. It becomes U+FFFD.
+    A lone surrogate ("\\ud83d" alone) is valid JSON but cannot be encoded in UTF-8. It becomes
+    U+FFFD.
     """
     try:
         value = json.loads(text, strict=False)
@@ -93,7 +93,7 @@ def _decoded(text: str) -> Any:
 
 
 class _Call:
-    """One call while it is read."""
+    """A call being read."""
 
     def __init__(self, reader: Reader, sink: Sink) -> None:
         self._reader, self._sink = reader, sink
@@ -103,7 +103,7 @@ class _Call:
         self._has_arguments = self.has_begun = False
 
     def read_field(self) -> Wait[bool]:
-        """Read a key and its value. False if they are not those of a call."""
+        """Read a key and its value. False if they do not belong to a call."""
         pieces: list[str] = []
         if not (yield from read_string(self._reader, pieces.append)):
             return False
@@ -114,7 +114,7 @@ class _Call:
         yield from self._reader.spaces()
         if key in ARGUMENTS and not self._has_arguments:
             return (yield from self._read_arguments())
-        if self.has_begun:  # its name and id are given already
+        if self.has_begun:  # its name and id have been sent
             return (yield from read_value(self._reader, ignore))
         return key in KEYS and (yield from self._read_word(key))
 
@@ -149,7 +149,7 @@ class _Call:
             self._sink.arguments(piece)
 
     def close(self) -> bool:
-        """The object has ended. False if it is no call."""
+        """Finish the object. False if it is not a call."""
         if self._name is None:
             return False
         if not self.has_begun:
@@ -159,9 +159,9 @@ class _Call:
 
 
 def read_call(reader: Reader, sink: Sink) -> Wait[Outcome]:
-    """Read {"name": …, "arguments" or "parameters": …, "id": …} and give it to the sink.
+    """Read {"name": …, "arguments" or "parameters": …, "id": …} and send it to the sink.
 
-    For NO_CALL, and only then, the reader still remembers what it has read.
+    After NO_CALL, and only then, the reader still keeps the text that it has read.
     """
     call = _Call(reader, sink)
     is_call = yield from reader.accept("{")
@@ -176,8 +176,8 @@ def read_call(reader: Reader, sink: Sink) -> Wait[Outcome]:
 
 
 def read_calls(reader: Reader, sink: Sink) -> Wait[Outcome]:
-    """Read [call, call, …]. NO_CALL if not all is a list of calls; the reader then remembers what
-    it has read after the last call."""
+    """Read [call, call, …]. NO_CALL if it is not entirely a list of calls; the reader then keeps
+    the text after the last call."""
     outcome = Outcome.NO_CALL
     if not (yield from reader.accept("[")):
         return outcome

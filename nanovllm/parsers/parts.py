@@ -19,7 +19,7 @@ class ReasoningPart:
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """The beginning of a tool call. index: 0, 1, … in one answer. id: if the model wrote one."""
+    """The start of a tool call. index: 0, 1, … in an answer. id: only if the model wrote one."""
 
     index: int
     name: str
@@ -28,7 +28,7 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class ArgumentsPart:
-    """The next piece of the arguments of a call."""
+    """More of a call's arguments."""
 
     index: int
     text: str
@@ -75,10 +75,10 @@ def joined(parts: Iterable[Part]) -> Parsed:
 
 
 class Sink:
-    """Collects parts. Neighbours of one kind become one part.
+    """Collects parts, and merges adjacent ones of the same kind.
 
-    White space before the first other content is held: it counts only if there is no call. White
-    space at the end of the reasoning is dropped.
+    Leading whitespace of the content is held back and dropped if a call follows. Trailing
+    whitespace of the reasoning is dropped.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Sink:
         self._kind: type[ContentPart | ReasoningPart | ArgumentsPart] = ContentPart
         self._pieces: list[str] = []
         self._leading: list[str] | None = []
-        self._trailing: list[str] = []  # white space of the reasoning
+        self._trailing: list[str] = []  # whitespace of the reasoning
         self._num_calls = 0
 
     def content(self, text: str) -> None:
@@ -106,7 +106,7 @@ class Sink:
             self._trailing.append(text[len(bare) :])
 
     def call(self, name: str, call_id: str | None = None) -> None:
-        """Begin a call. Arguments that follow are its own."""
+        """Start a call. The arguments that follow belong to it."""
         self._close()
         self._leading = None
         self._done.append(CallStart(self._num_calls, name, call_id))

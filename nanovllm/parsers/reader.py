@@ -1,10 +1,10 @@
-"""Reads a text that arrives in pieces.
+"""Incremental reading of a text that arrives in pieces.
 
-The readers are generators: a bare `yield` waits for more text, and returns at once when there is
-more or the text has ended. Their result does not depend on where the text is cut.
+Readers are generators: a bare `yield` waits for more text or its end. Their results do not depend
+on where the text is split.
 
-Each character is examined a bounded number of times: only the beginning of a marker can stay
-unread, and it is shorter than the marker.
+Each character is examined a bounded number of times: only a prefix of a marker, which is shorter
+than the marker, can stay unread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPACES = re.compile(r"\s+")
 
 
 def ignore(text: str) -> None:
-    """An `Emit` for text that is dropped."""
+    """An `Emit` that drops the text."""
 
 
 class Reader:
@@ -36,16 +36,16 @@ class Reader:
         self._text, self._at = self._text[self._at :] + text, 0
 
     def keep(self, prefix: str = "") -> None:
-        """Remember all text that is read from here on, after `prefix`."""
+        """Keep all text read from now on, after `prefix`."""
         self._kept = [prefix]
 
     def kept(self) -> str:
-        """Return the remembered text, and stop remembering."""
+        """Return the kept text, and stop keeping."""
         kept, self._kept = self._kept or [], None
         return "".join(kept)
 
     def peek(self) -> Wait[str]:
-        """The next character, "" at the end."""
+        """The next character; "" at the end."""
         while self._at == len(self._text):
             if self.ended:
                 return ""
@@ -53,12 +53,12 @@ class Reader:
         return self._text[self._at]
 
     def next(self) -> Wait[str]:
-        """Read one character, "" at the end."""
+        """Read one character; "" at the end."""
         char = yield from self.peek()
         return self._read(len(char))
 
     def run(self, characters: re.Pattern[str], emit: Emit) -> Wait[bool]:
-        """Read while characters match. `characters` is one class with "+". True if any did."""
+        """Read while characters match `characters`, one class with "+". True if any did."""
         some = False
         while True:
             match = characters.match(self._text, self._at)
@@ -73,7 +73,7 @@ class Reader:
         yield from self.run(SPACES, ignore)
 
     def accept(self, marker: str) -> Wait[bool]:
-        """Read the marker if it comes next. Returns whether it does."""
+        """Read the marker if it comes next. Returns whether it did."""
         while True:
             have = self._text[self._at : self._at + len(marker)]
             if have == marker:
@@ -84,9 +84,9 @@ class Reader:
             yield
 
     def until(self, markers: Sequence[str], emit: Emit) -> Wait[str]:
-        """Read up to the first of the markers and over it, and return it; "" at the end.
+        """Read up to and including the first of the markers; returns it, or "" at the end.
 
-        No marker is within another one.
+        No marker may contain another one.
         """
         pattern = re.compile("|".join(map(re.escape, markers)))  # re caches it
         while True:
@@ -109,7 +109,7 @@ class Reader:
             yield
 
     def _num_held(self, markers: Sequence[str]) -> int:
-        """The length of the longest end of the text that a marker can begin with."""
+        """The length of the longest end of the text that is a prefix of a marker."""
         longest = min(max(map(len, markers)) - 1, len(self._text) - self._at)
         tail = self._text[len(self._text) - longest :]
         if not any(marker[0] in tail for marker in markers):
@@ -129,7 +129,7 @@ class Reader:
 
 
 class TextParser:
-    """Runs a generator of a format over a text that comes in pieces."""
+    """Runs a format's generator on a text that arrives in pieces."""
 
     def __init__(self, work: Callable[[Reader, Sink], Wait[None]]) -> None:
         self._reader, self._sink = Reader(), Sink()
@@ -137,7 +137,7 @@ class TextParser:
         next(self._work, None)
 
     def push(self, text: str) -> list[Part]:
-        """Read more of the text. Returns what is known of the answer now."""
+        """Parse more text. Returns the new parts."""
         if self._reader.ended:
             raise RuntimeError("the text has ended")
         self._reader.feed(text)
@@ -145,7 +145,7 @@ class TextParser:
         return self._sink.take()
 
     def finish(self) -> list[Part]:
-        """End the text. Returns the rest of the answer, [] at a second call."""
+        """End the text. Returns the remaining parts; [] if called again."""
         self._reader.ended = True
         next(self._work, None)
         self._sink.end()

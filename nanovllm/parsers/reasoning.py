@@ -12,8 +12,8 @@ from nanovllm.parsers.reader import Reader, TextParser, Wait
 class ReasoningParser:
     """Splits an answer into reasoning and content.
 
-    opening, closing: the marks around the reasoning, which is at the beginning of an answer. White
-    space around it is dropped. Without the closing mark the whole answer is reasoning.
+    opening, closing: the marks around the reasoning at the beginning of an answer. Whitespace
+    around the reasoning is dropped. Without the closing mark the whole answer is reasoning.
     """
 
     name: str
@@ -22,16 +22,15 @@ class ReasoningParser:
     needs_special_tokens: bool = False
 
     def begins_in(self, prompt: str) -> bool:
-        """Whether the prompt ends with the opening mark, so that the answer begins inside.
+        """Whether the prompt ends with the opening mark, so that the answer starts as reasoning.
 
-        Some templates write the mark themselves (DeepSeek R1, Qwen 3 Thinking). Others let the
-        model do it (Qwen 3), or write both marks if there shall be no reasoning
-        (enable_thinking=False).
+        Some templates write the mark themselves (DeepSeek R1, Qwen 3 Thinking). Others leave it to
+        the model (Qwen 3), or write both marks to disable reasoning (enable_thinking=False).
         """
         return prompt.rstrip().endswith(self.opening)
 
     def stream(self, inside: bool = False) -> TextParser:
-        """A parser of one answer that comes in pieces. inside: the prompt has the opening mark."""
+        """A parser for one streamed answer. inside: the prompt has the opening mark."""
 
         def work(reader: Reader, sink: Sink) -> Wait[None]:
             reader.keep()
@@ -77,6 +76,6 @@ def reasoning_parser(name: str) -> ReasoningParser:
 
 
 def reasoning_parser_for(chat_template: str | None) -> str | None:
-    """The name of the parser for the marks that a chat template has, or None."""
+    """The name of the parser for the marks in a chat template, or None."""
     template = chat_template or ""
     return next((name for name, one in PARSERS.items() if one.closing in template), None)

@@ -10,7 +10,7 @@ MAX_DEPTH = 64
 DATA = ("const", "enum", "default", "examples")
 # keywords whose values map names to schemas
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-# keywords of a whole document; the parameters become a part of one
+# keywords of a whole document; the parameters become part of another one
 IDENTITY = ("$schema", "$id")
 
 
@@ -20,11 +20,11 @@ def required_schema(
     """The schema of [{"name": …, "arguments": …}, …], which the parser "json" reads.
 
     tools: as in OpenAI's API, {"type": "function", "function": {"name", "parameters"}}.
-    name: the tool that must be called; None for any of them, at least one.
-    parallel: several calls are allowed. A named tool is called once.
+    name: the tool that must be called; None for at least one call of any tool.
+    parallel: whether several calls are allowed. A named tool is called once.
 
-    References within the parameters stay valid. Raises ValueError for no tools, an unknown
-    name, and parameters that are no schema or are nested too deeply.
+    References within the parameters stay valid. Raises ValueError for no tools, an unknown name,
+    and parameters that are not a schema or are nested too deeply.
     """
     functions = {str(tool["function"]["name"]): tool["function"] for tool in tools}
     if not functions:
@@ -42,8 +42,8 @@ def required_schema(
 
 
 def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The schema of {"name": …, "arguments": …}, a call of one of the tools. The arguments of a
-    tool that is not strict are any object.
+    """The schema of {"name": …, "arguments": …}, a call of one of the tools. Tools that are not
+    strict accept any object as arguments.
 
     Raises ValueError as `required_schema` does.
     """
@@ -55,9 +55,9 @@ def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _any_call(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The schema of a call, and the definitions at the root that it refers to.
+    """The schema of a call, and the root definitions that it refers to.
 
-    parameters: schemas by the names of tools; None: any object.
+    parameters: tool name -> schema; None: any object.
     """
     definitions: dict[str, Any] = {}
     calls = []
@@ -78,7 +78,7 @@ def _call_schema(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _moved(schema: Any, root: str, depth: int = 0, *, has_names: bool = False) -> Any:
-    """The schema with references to its own root changed to references to `root`.
+    """The schema with references to its root changed to references to `root`.
 
     has_names: the keys are names of properties or definitions, not keywords.
     """

@@ -1,4 +1,4 @@
-"""Parsers of tool calls by name, and the choice of one from a chat template."""
+"""Parsers of tool calls by name, and the choice of a parser from a chat template."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ REQUIRED = "json"  # the parser for answers that `required_schema` constrains
 
 @dataclass(frozen=True)
 class ToolParser:
-    """needs_special_tokens: the marks of calls are special tokens, so the text must show them.
+    """needs_special_tokens: the marks of calls are special tokens, which the text must include.
 
-    work: reads one answer, with the types of the arguments, which XML formats need.
-    marks: the texts before and after each call, if a call is the JSON of `call_schema` between two
-        texts and the first of them is nowhere else.
+    work: reads one answer, with the arguments' types for XML formats.
+    marks: the texts before and after each call, if a call is the JSON of `call_schema` between them
+        and the first of them appears nowhere else.
     """
 
     name: str
@@ -34,7 +34,7 @@ class ToolParser:
         return replace(self, types=ArgumentTypes(tools))
 
     def stream(self) -> TextParser:
-        """A parser of one answer that comes in pieces."""
+        """A parser for one streamed answer."""
         return TextParser(lambda reader, sink: self.work(reader, sink, self.types))
 
     def parse(self, text: str) -> Parsed:
@@ -46,7 +46,7 @@ class ToolParser:
 def _json(
     work: Callable[[Reader, Sink], Wait[None]],
 ) -> Callable[[Reader, Sink, ArgumentTypes], Wait[None]]:
-    """A format whose arguments are JSON already."""
+    """A format with JSON arguments, which needs no types."""
     return lambda reader, sink, _: work(reader, sink)
 
 
@@ -64,7 +64,7 @@ PARSERS = {
         ToolParser(REQUIRED, False, _json(formats.json_list)),
     )
 }
-# marks in chat templates; the first one that a template has decides. None: a format without parser
+# marks in chat templates; the first match decides. None: a format without a parser
 MARKS = {
     "<seed:tool_call>": None,  # Seed-OSS
     "<｜DSML｜": None,  # DeepSeek V3.2
@@ -87,10 +87,10 @@ def tool_parser(name: str) -> ToolParser:
 
 
 def tool_parser_for(chat_template: str | None) -> str | None:
-    """The name of the parser for the calls that a chat template shows. None if it shows none, or
-    calls in a format without a parser.
+    """The name of the parser for the call format in a chat template; None if there is no format,
+    or no parser for it.
 
-    The architecture does not tell the format: checkpoints of one architecture are trained on
+    The architecture does not determine the format: checkpoints of one architecture are trained on
     different formats.
     """
     template = chat_template or ""

@@ -1,8 +1,8 @@
 """Formats of tool calls in which each argument is an XML element, one function each.
 
-The arguments become a JSON object. An argument has the JSON type that the tool's schema allows. A
-string is given as it comes, other values when they are complete. XML escapes do not count: models
-write values as they are. So a value ends at the first mark of an end.
+The arguments become a JSON object, with the JSON types that the tool's schema allows. Strings are
+streamed; other values are sent when complete. Models do not escape XML in values, so a value ends
+at the first end mark.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ARG_KEY, END_ARG_KEY = "<arg_key>", "</arg_key>"
 ARG_VALUE, END_ARG_VALUE = "<arg_value>", "</arg_value>"
 
 TAG_NAME = re.compile(r"[^\s<>]+")
-# the ends of a value; those after the first stand in for one that the model left out
+# marks that end a value; those after the first one apply if the model omitted it
 VALUE_ENDS = (END_PARAMETER, PARAMETER, END_FUNCTION, END_TOOL_CALL)
 ARG_VALUE_ENDS = (END_ARG_VALUE, ARG_KEY, END_TOOL_CALL)
 KEY_ENDS = (END_ARG_KEY, ARG_VALUE, END_TOOL_CALL)
@@ -29,8 +29,8 @@ KEY_ENDS = (END_ARG_KEY, ARG_VALUE, END_TOOL_CALL)
 
 def qwen3_coder(reader: Reader, sink: Sink, types: ArgumentTypes) -> Wait[None]:
     """<tool_call><function=name><parameter=key>value</parameter>…</function></tool_call>, where
-    <tool_call> may be missing. A line break after <parameter=key>, and one before </parameter>,
-    are not of the value.
+    <tool_call> is optional. A newline after <parameter=key>, and one before </parameter>, are not
+    part of the value.
 
     Templates of Qwen 3 Coder and Qwen 3.5.
     """
@@ -57,7 +57,7 @@ def _parameters(reader: Reader, arguments: _Arguments) -> Wait[bool]:
     """Read parameters and the end of the call. False if the text ends first."""
     mark = ""
     while mark not in (END_FUNCTION, END_TOOL_CALL):
-        if mark != PARAMETER:  # else the model left out the end of the value before it
+        if mark != PARAMETER:  # else the model omitted the previous value's end
             mark = yield from reader.until((PARAMETER, END_FUNCTION, END_TOOL_CALL), ignore)
         if not mark:
             return False
@@ -74,7 +74,7 @@ def _parameters(reader: Reader, arguments: _Arguments) -> Wait[bool]:
 
 
 def _tag_name(reader: Reader) -> Wait[str]:
-    """Read the rest of <function=name> or <parameter=key>: its name, "" if it is malformed."""
+    """Read the rest of <function=name> or <parameter=key>. Returns the name; "" if malformed."""
     pieces: list[str] = []
     yield from reader.run(TAG_NAME, pieces.append)
     return "".join(pieces) if (yield from reader.accept(">")) else ""
@@ -82,7 +82,7 @@ def _tag_name(reader: Reader) -> Wait[str]:
 
 def glm45(reader: Reader, sink: Sink, types: ArgumentTypes) -> Wait[None]:
     """<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>, with or
-    without line breaks between the elements.
+    without newlines between the elements.
 
     Templates of GLM 4.5, 4.6 and 4.7.
     """
@@ -104,11 +104,11 @@ def glm45(reader: Reader, sink: Sink, types: ArgumentTypes) -> Wait[None]:
 
 
 def _pairs(reader: Reader, arguments: _Arguments) -> Wait[bool]:
-    """Read keys with their values, from within the first <arg_key> on, and the end of the call.
-    False if the text ends first."""
+    """Read keys and values, starting inside the first <arg_key>, and the end of the call. False if
+    the text ends first."""
     mark = ARG_KEY
     while mark != END_TOOL_CALL:
-        if mark != ARG_KEY:  # else the model left out the end of the value before it
+        if mark != ARG_KEY:  # else the model omitted the previous value's end
             mark = yield from reader.until((ARG_KEY, END_TOOL_CALL), ignore)
         if mark == ARG_KEY:
             key: list[str] = []
@@ -124,7 +124,7 @@ def _pairs(reader: Reader, arguments: _Arguments) -> Wait[bool]:
 
 
 class _Arguments:
-    """The arguments of a call while they are read. Gives them to the sink as a JSON object."""
+    """The arguments of a call being read. Sends them to the sink as a JSON object."""
 
     def __init__(self, reader: Reader, sink: Sink, name: str, types: ArgumentTypes) -> None:
         self._reader, self._sink, self._name, self._types = reader, sink, name, types
@@ -132,8 +132,8 @@ class _Arguments:
         sink.call(name)
 
     def read(self, key: str, ends: Sequence[str], *, drops_break: bool = False) -> Wait[str]:
-        """Read a value and one of the marks that end it, and return the mark; "" at the end of the
-        text. drops_break: a line break at the end is not of the value."""
+        """Read a value and its end mark. Returns the mark; "" at the end of the text. drops_break:
+        a trailing newline is not part of the value."""
         self._sink.arguments(f"{self._before}{quoted(key)}: ")
         self._before = ", "
         types = self._types.of(self._name, key)
@@ -155,8 +155,7 @@ class _Arguments:
 
 
 class _Escaped:
-    """Gives text on as the inside of a JSON string. With `drops_break`, without a line break at
-    its end."""
+    """Emits text as the inside of a JSON string. With `drops_break`, without a trailing newline."""
 
     def __init__(self, emit: Emit, drops_break: bool) -> None:
         self._emit, self._drops_break, self._held = emit, drops_break, ""

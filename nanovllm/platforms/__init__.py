@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
     indexed: True if "name:N" names device number N.
     options: options of `LLM` that only this device has.
-    ray_resource: what Ray calls devices of this kind; None: it does not share them out for us.
+    ray_resource: Ray's name for devices of this kind; None: Ray does not assign them.
     """
 
     indexed: bool = False
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     ray_resource: str | None = None
 
 
-# device="auto" takes the first that can be used
+# device="auto" selects the first usable one
 DEVICES = {
     "cuda": Entry(indexed=True, ray_resource="GPU"),
     "npu": Entry(indexed=True, options=("npu_graph_mode", "npu_graph_options")),

@@ -21,7 +21,7 @@ class Accelerator(Platform):
     runtime: Any
 
     def enter_thread(self) -> None:
-        self.runtime.set_device(self.device)  # each thread has a current device of its own
+        self.runtime.set_device(self.device)  # the current device is per thread
 
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         # the pinned allocator keeps the buffer until the copy has run
@@ -37,7 +37,7 @@ class Accelerator(Platform):
         return pinned_if_possible(num_bytes)
 
     def synchronize(self) -> None:
-        # an engine that nobody closed is deleted while Python exits, when torch_npu is torn down
+        # an engine that was not closed is deleted while Python exits, after torch_npu is torn down
         if not sys.is_finalizing():
             self.runtime.synchronize(self.device)
 
@@ -72,16 +72,16 @@ class Accelerator(Platform):
 
 
 def visible_devices(first: int, num_devices: int, visible: str | None) -> str:
-    """The value of the driver's variable that leaves a process `num_devices` devices.
+    """The value of the driver's variable that shows a process `num_devices` devices.
 
-    They are the ones from number `first` on, among those that `visible`, our own value, names.
+    They are those from number `first` on among the devices in `visible`, our own value.
     """
     names = [str(i) for i in range(first + num_devices)] if visible is None else visible.split(",")
     return ",".join(name.strip() for name in names[first : first + num_devices])
 
 
 def pinned_if_possible(num_bytes: int) -> Tensor:
-    """Memory of the host, pinned if the system allows it: copies are then several times as fast."""
+    """Host memory, pinned if the system allows it: copies are then several times as fast."""
     try:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     except RuntimeError:

@@ -21,10 +21,9 @@ from nanovllm.platforms.base import Platform
 OWN = ""  # the device's own kernels for `paged_attention`
 FLASH = "flash_attn_"  # and a generation
 
-# What "auto" takes instead of the own kernels, where it was measured to be faster: by the name of
-# the GPU, the generation of flash-attn and the head size, the least tokens of a prefill step.
-# For decode nothing installed was faster. scripts/bench/attention_packages.py measures it, and
-# docs/benchmarks.md has the times.
+# Where "auto" uses flash-attn instead of our kernels, by measurement: GPU name → generation of
+# flash-attn → head size → least tokens of a prefill step. For decode our kernels were faster.
+# scripts/bench/attention_packages.py measures it, and docs/benchmarks.md has the times.
 FASTER_PREFILL: dict[str, dict[int, dict[int, int]]] = {"NVIDIA H200": {3: {128: 4096}}}
 
 
@@ -62,12 +61,12 @@ class Attention(NamedTuple):
         return self.prefill if num_tokens >= self.prefill_from else self.shorter
 
     def generation(self) -> int:
-        """The generation of flash-attn that is used; 0 if none is."""
+        """The generation of flash-attn in use; 0 without it."""
         keys = (self.prefill, self.decode)
         return next((int(key[-1]) for key in keys if key.startswith(FLASH)), 0)
 
     def describe(self) -> str:
-        """In words, for the log and `nanovllm info`."""
+        """A description for the log and `nanovllm info`."""
         if self.decode == self.prefill:
             return _name(self.prefill)
         return (
@@ -111,7 +110,8 @@ def choose(name: str, platform: Platform, facts: Facts) -> Attention:
 
 
 def _fastest(platform: Platform, facts: Facts) -> Attention:
-    """The own kernels, but for prefill what is installed, supports the model and is faster."""
+    """Our own kernels, except for prefill where an installed package supports the model and is
+    faster."""
     for generation, tokens in FASTER_PREFILL.get(platform.hardware_name(), {}).items():
         if facts.head_dim not in tokens or facts.cache_dtype not in (None, facts.dtype):
             continue
@@ -135,7 +135,7 @@ def _problem(flash: Flash, facts: Facts) -> str:
 def default_block_size(
     attention: Attention, platform: Platform, head_dim: int, cache_dtype: torch.dtype | None = None
 ) -> int:
-    """Tokens per cache block if the user does not set them.
+    """The default number of tokens per cache block.
 
     Blocks of an fp8 cache have twice as many: decode attention then reads tiles of as many bytes.
     """
@@ -162,7 +162,7 @@ def attention_backend_info(device: str = "auto") -> str:
 
 
 def attention_facts(platform: Platform) -> dict[str, str]:
-    """The device, what is installed, and why each attention_backend can or cannot run."""
+    """The device, installed packages, and why each attention_backend can or cannot run."""
     name, offered = platform.traits.name, platform.traits.attention_backends
     versions = [
         f"torch {torch.__version__}",

@@ -25,17 +25,17 @@ from nanovllm.kernels.flash_attention import Flash, Missing
 from nanovllm.kernels.peers import Agree, Gather, OwnedPeers
 from nanovllm.platforms.regions import Region, SplitRegion
 
-# Ops whose meaning in plain torch reads the routing on the host, so that it cannot be traced.
+# Ops whose reference reads the routing on the host, so that it cannot be traced.
 OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
-# Ops of a step with kernels of ours on CPU and CUDA.
+# Ops of a step with our kernels on CPU and CUDA.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
-    "paged_attention", "qk_norm_rope_store", "rms_norm", "route", "sample", "sampling_inputs",
-    "segment_attention", "silu_mul", "span_inputs", *OFFLOAD_OPS, *COLLECTIVES,
+    "paged_attention", "qk_norm_rope_store", "rms_norm", "sample", "sampling_inputs", "silu_mul",
+    "span_inputs", "topk_softmax", "varlen_attention", *OFFLOAD_OPS, *COLLECTIVES,
 })  # fmt: skip
-# The passes of fuse=False: only ops that no lowering can generate stay kernels of ours.
+# The passes of fuse=False: our kernels are used only for ops that no lowering can generate.
 UNFUSED_OPS = frozenset({
-    "paged_attention", "segment_attention", "store_kv", "sample", "route", "experts",
+    "paged_attention", "varlen_attention", "store_kv", "sample", "topk_softmax", "experts",
     "expert_linear", *OFFLOAD_OPS, *COLLECTIVES,
 })  # fmt: skip
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
@@ -50,9 +50,10 @@ class Traits:
     name: the device's name in the option `device`.
     supported_dtypes: dtypes that a model can run in.
     auto_dtype: the dtype of dtype="auto"; None means the checkpoint's.
-    quantizations: supported weight formats besides the plain one.
+    quantizations: supported values of the option `quantization`.
+    takes_quantized: True if quantized checkpoints run.
     supports_fp8_cache: True if kernels read and write a float8_e4m3fn cache.
-    supports_offload: True if kernels read experts in the host's memory.
+    supports_offload: True if kernels can read experts in host memory.
     attention_backends: supported values of the option `attention_backend` besides "auto".
     block_size: default tokens per cache block.
     cache_blocks: default number of cache blocks; None means as many as `memory_budget` allows.
@@ -72,6 +73,7 @@ class Traits:
     supported_dtypes: tuple[torch.dtype, ...]
     auto_dtype: torch.dtype | None = None
     quantizations: tuple[str, ...] = ()
+    takes_quantized: bool = False
     supports_fp8_cache: bool = False
     supports_offload: bool = False
     attention_backends: tuple[str, ...] = ()
@@ -122,7 +124,7 @@ class Replay(Protocol):
     def __call__(self) -> None: ...
 
 
-class Rehearsal(Protocol):
+class DryRun(Protocol):
     """Runs steps on fake tensors, made under `mode`, and records the kernels they would launch.
 
     kernels: compile requests, each with a number that grows with its compile time.
@@ -138,12 +140,12 @@ class Rehearsal(Protocol):
         ...
 
     def compile(self, request: str) -> None:
-        """Compile a kernel that a rehearsal recorded, in this or another process."""
+        """Compile a kernel that a dry run recorded, in this or another process."""
         ...
 
 
 class Platform(ABC):
-    """A device as the engine uses it. Override what differs from the defaults."""
+    """The engine's interface to a device. Override what differs from the defaults."""
 
     def __init__(self, device: torch.device, traits: Traits) -> None:
         self.device, self.traits = device, traits
@@ -154,7 +156,7 @@ class Platform(ABC):
         """Register this device's kernels. An engine calls this once, before it builds programs.
 
         C++ kernels are compiled by `cxx` (None: any compiler found) into the folder `libraries`.
-        With may_compile=False only libraries that exist already are used.
+        With may_compile=False only existing libraries are used.
         """
 
     # Compiling -----------------------------------------------------------------------------
@@ -175,12 +177,12 @@ class Platform(ABC):
         """Number of processes that compile at a cold start; below 2, this process compiles alone.
 
         bytes_each: device memory of one such process.
-        bytes_own: device memory that this process is going to take.
+        bytes_own: device memory that this process will take.
         """
         return 0
 
-    def rehearsal(self) -> Rehearsal | None:
-        """A new rehearsal; None where kernels compile fast or only running steps finds them."""
+    def dry_run(self) -> DryRun | None:
+        """A new dry run; None where kernels compile fast or only running steps finds them."""
         return None
 
     def kernels_compiled(self) -> list[str]:
@@ -195,22 +197,22 @@ class Platform(ABC):
     def connect_peers(
         self, rank: int, num_ranks: int, gather: Gather, agree: Agree
     ) -> OwnedPeers | None:
-        """Memory that the devices of all ranks can read; None where kernels have no use for it.
+        """Memory that the devices of all ranks can read; None where no kernel uses it.
 
         All ranks call it at the same time, and all get memory or all get None.
         """
         return None
 
     def rank_environment(self, rank: int, own: Mapping[str, str]) -> dict[str, str]:
-        """Variables that let a process with an environment like our own see the device of one rank
-        alone."""
+        """Environment variables with which a process sees only the device of one rank, from our
+        environment `own`."""
         return {}
 
     def part_environment(
         self, part: int, num_parts: int, num_devices: int, own: Mapping[str, str]
     ) -> dict[str, str]:
-        """Variables that give a process with an environment like our own one of `num_parts` parts
-        of the machine: `num_devices` devices, or an equal share of the cores."""
+        """Environment variables that give a process one of `num_parts` parts of the machine:
+        `num_devices` devices, or an equal share of the cores. `own` is our environment."""
         return {}
 
     def share_cores(self, num_processes: int) -> None:
@@ -253,7 +255,7 @@ class Platform(ABC):
         """The largest KV cache that a user may request."""
 
     def total_bytes(self) -> int:
-        """The device's memory; 0 if it is not known."""
+        """The device's memory; 0 if unknown."""
         return 0
 
     def used_bytes(self) -> int:
@@ -271,7 +273,8 @@ class Platform(ABC):
         """Return unused cached memory to the device."""
 
     def enable_sleep(self) -> None:
-        """Let `region` return regions that can be given back. Raises ValueError without them."""
+        """Make `region` return regions that can be freed for sleep. Raises ValueError if
+        unsupported."""
         raise ValueError(
             f"enable_sleep_mode is True, but sleep is not supported on a {self.traits.name} device"
         )
@@ -282,13 +285,13 @@ class Platform(ABC):
         return Region(self.device, f"sleep is not supported on a {name} device")
 
     def split_region(self) -> SplitRegion:
-        """A new region for weights of which a part lies in the host's memory."""
+        """A new region for weights that are partly in host memory."""
         return SplitRegion(self.device)
 
     # Information ---------------------------------------------------------------------------
 
     def describe(self) -> str:
-        """The hardware in words."""
+        """A description of the hardware."""
         return machine.processor() or machine.machine()
 
     def own_attention(self) -> str:

@@ -9,7 +9,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroups: Path = CGROUPS, own_groups: Path = Path("/proc/self/cgroup")) -> int:
-    """Whole cores, at least one. With more threads, every parallel loop waits for a time slice."""
+    """Whole cores, at least one. More threads would make every parallel loop wait for a time
+    slice."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, int(min([cores, *_quotas(cgroups, own_groups)])))
@@ -33,7 +34,7 @@ def _quotas(cgroups: Path, own_groups: Path) -> list[float]:
 
 
 def _numbers(file: Path) -> list[float]:
-    """The numbers in a file; none if the file does not exist or says "max"."""
+    """The numbers in a file; none if the file does not exist or contains "max"."""
     try:
         return [float(word) for word in file.read_text().split() if word != "max"]
     except (OSError, ValueError):

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # The cache's share of free memory, and its limit: other programs need the machine's memory too.
 CACHE_SHARE, CACHE_CEILING_BYTES = 0.25, 8 << 30
 
-# Ops with C++ kernels of ours: as fast as Inductor's code, which is compiled for every bucket.
+# Ops with our C++ kernels: as fast as Inductor's code, which is compiled for every bucket.
 KERNEL_OPS = STEP_OPS | {"linear_int8"}
 
 
@@ -44,6 +44,7 @@ TRAITS = Traits(
     supported_dtypes=(torch.float32, torch.bfloat16),
     auto_dtype=torch.float32,
     quantizations=("int8",),
+    takes_quantized=True,
     supports_fp8_cache=True,
     supports_offload=True,
     attention_backends=("sdpa",),
@@ -77,7 +78,7 @@ class CpuPlatform(Platform):
         available, why = cpu_library.available()
         self._compiler_problem = "" if available else why
         if available:
-            # a store that cannot be written has what Inductor would compile, or torch reports it
+            # a read-only store already has Inductor's output, or torch reports the error
             with contextlib.suppress(OSError):
                 inductor.use_compiler(cpp_build.script_of_compiler())
             cpu_register.register()
@@ -95,7 +96,7 @@ class CpuPlatform(Platform):
         self.enter_thread()
 
     def enter_thread(self) -> None:
-        torch.set_num_threads(self._num_threads)  # OpenMP counts threads for each caller
+        torch.set_num_threads(self._num_threads)  # OpenMP's thread count is per calling thread
 
     def lowering(self) -> tuple[Lowering | None, str]:
         if self._compiler_problem:
@@ -129,22 +130,22 @@ class CpuPlatform(Platform):
         return _physical_bytes()
 
     def enable_sleep(self) -> None:
-        """Nothing to prepare: every region of the host can be given back."""
+        """Nothing to prepare: every region in host memory can be freed."""
 
     def region(self) -> Region:
         return HostRegion()
 
     def peak_bytes(self) -> int:
-        """The process's peak since it started: the system offers no way to reset it."""
+        """The process's peak since its start: the system cannot reset it."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
 def _limit_threads() -> None:
-    """Use at most one thread per usable core: torch does not know the limits of control groups."""
+    """Use at most one thread per usable core: torch ignores the limits of control groups."""
     cores, threads = usable_cores(), torch.get_num_threads()
     if threads > cores:
-        message = "%d threads instead of %d: this process may use so many cores"
+        message = "%d threads instead of %d: this process may not use more cores"
         logger.info(message, cores, threads)
         torch.set_num_threads(cores)
     logger.debug("%d threads on %d usable cores", torch.get_num_threads(), cores)
@@ -160,7 +161,7 @@ def _keeps_op(name: str, node: Node) -> bool:
 
 
 def _available_bytes() -> int:
-    """Memory available to programs, or all memory where the system does not say."""
+    """Memory available to programs, or all memory where that is unknown."""
     try:
         with open("/proc/meminfo") as meminfo:
             for line in meminfo:

@@ -19,7 +19,7 @@ from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_reduce_norm import fuse_reduce_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
-from nanovllm.compile.passes.fuse_route import fuse_route
+from nanovllm.compile.passes.fuse_router import fuse_router
 from nanovllm.compile.passes.reduce_in_place import reduce_in_place
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
@@ -28,13 +28,13 @@ from nanovllm.kernels.flash_attention import Flash, Missing
 from nanovllm.kernels.peers import Agree, Gather, OwnedPeers
 from nanovllm.platforms import cuda_memory, cuda_peers, preload
 from nanovllm.platforms.accelerator import Accelerator, visible_devices
-from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, Rehearsal, Replay, Traits
+from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, DryRun, Replay, Traits
 from nanovllm.platforms.cuda_memory import Driver, MappedRegion, PinnedRegion
 from nanovllm.platforms.regions import Region, SplitRegion
 
-# Ops with Triton kernels of ours. Inductor could fuse norms and activations too, but it has no
-# programmatic dependent launch and compiles for seconds per bucket.
-KERNEL_OPS = STEP_OPS | {"fused_linear", "linear_", "norm_route"}
+# Ops with our Triton kernels. Inductor could fuse norms and activations too, but it has no
+# programmatic dependent launch and takes seconds per bucket.
+KERNEL_OPS = STEP_OPS | {"fused_linear", "linear_", "norm_router_topk"}
 
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -49,17 +49,17 @@ TRAITS = Traits(
     num_seqs=256,
     max_stall_ms=60.0,
     run_ahead=1,
-    # Close together up to 32 rows, where a row of padding takes a share of a short step. Above 160
-    # rows the buckets are sizes at which cuBLAS is fast on an H200 (docs/log.md).
+    # Close together up to 32 rows, where padding costs a large share of a short step. Above 160
+    # rows, sizes at which cuBLAS is fast on an H200 (docs/log.md).
     decode_rows=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 176, 208, 224, 256),
 )
 
 
 def problem(index: int) -> str | None:
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+        return "torch finds no CUDA device"
     num_devices = torch.cuda.device_count()
-    return None if index < num_devices else f"torch sees {num_devices} CUDA device(s)"
+    return None if index < num_devices else f"torch finds {num_devices} CUDA device(s)"
 
 
 def create(index: int, options: Mapping[str, Any]) -> CudaPlatform:
@@ -76,6 +76,7 @@ class CudaPlatform(Accelerator):
         traits = replace(
             TRAITS,
             supported_dtypes=TRAITS.supported_dtypes + bfloat16,
+            takes_quantized=True,
             supports_fp8_cache=capability >= (8, 9),  # Triton converts float8_e4m3fn from 8.9 on
             supports_offload=torch.version.hip is None,
             max_ranks=torch.cuda.device_count(),
@@ -92,7 +93,7 @@ class CudaPlatform(Accelerator):
     ) -> None:
         torch.cuda.set_device(self.device)
         try:
-            from nanovllm.kernels.triton import build as triton_build
+            from nanovllm.kernels.triton import compile_log
             from nanovllm.kernels.triton import register as triton_kernels
             from nanovllm.kernels.triton import step as triton_step
         except ImportError as error:
@@ -102,7 +103,7 @@ class CudaPlatform(Accelerator):
             raise ValueError(
                 f"this GPU is of compute capability {major}.{minor}: at least 7.5 is needed"
             )
-        triton_build.watch()
+        compile_log.watch()
         triton_kernels.register()
         triton_step.register()
 
@@ -128,13 +129,13 @@ class CudaPlatform(Accelerator):
         from nanovllm.kernels.triton import all_reduce as triton_all_reduce
         from nanovllm.kernels.triton import common as triton_common
         from nanovllm.kernels.triton import linear as triton_linear
-        from nanovllm.kernels.triton import route as triton_route
+        from nanovllm.kernels.triton import topk_softmax as triton_topk
 
         has_matrix_units = triton_common.has_matrix_units(self.device)
         takes = triton_linear.takes if has_matrix_units else _takes_one_row
         return (
             ("fuse_rope_store", fuse_rope_store),
-            ("fuse_route", partial(fuse_route, takes=triton_route.takes)),
+            ("fuse_router", partial(fuse_router, takes=triton_topk.takes)),
             ("fuse_linear", partial(fuse_linear, takes={ops.linear: takes})),
             ("fuse_add_norm", fuse_add_norm),
             ("fuse_reduce_norm", partial(fuse_reduce_norm, takes=triton_all_reduce.has_few_rows)),
@@ -161,15 +162,15 @@ class CudaPlatform(Accelerator):
         fitting = (free_bytes - bytes_own) // max(bytes_each, 1 << 30)
         return max(0, min(preload.max_processes(), fitting))
 
-    def rehearsal(self) -> Rehearsal | None:
-        from nanovllm.kernels.triton import rehearsal as triton_rehearsal
+    def dry_run(self) -> DryRun | None:
+        from nanovllm.kernels.triton import dry_run as triton_dry_run
 
-        return triton_rehearsal.Rehearsal()
+        return triton_dry_run.TritonDryRun()
 
     def kernels_compiled(self) -> list[str]:
-        from nanovllm.kernels.triton import build as triton_build
+        from nanovllm.kernels.triton import compile_log
 
-        return triton_build.compiled()
+        return compile_log.compiled()
 
     def capture(self, step: Callable[[], None]) -> Replay:
         torch.cuda.synchronize()
@@ -177,7 +178,7 @@ class CudaPlatform(Accelerator):
             self._pool = torch.cuda.graph_pool_handle()
             self._capture_stream = torch.cuda.Stream(self.device)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        # not torch.cuda.graph(): it collects garbage at every capture, which takes 0.2 s
+        # not torch.cuda.graph(), which collects garbage at every capture for 0.2 s
         self._capture_stream.wait_stream(current)
         with torch.cuda.stream(self._capture_stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -186,7 +187,7 @@ class CudaPlatform(Accelerator):
             finally:
                 graph.capture_end()
         current.wait_stream(self._capture_stream)
-        # keep one graph alive: a pool without graphs is freed and takes no new ones
+        # keep one graph alive: a pool without graphs is freed and cannot be used again
         self._first_graph = self._first_graph or graph
         return graph.replay
 

@@ -1,11 +1,11 @@
-"""Memory through CUDA's driver API, which is called through ctypes.
+"""Memory through CUDA's driver API, called through ctypes.
 
 Device memory behind fixed addresses can be unmapped, and mapped again in the same place. Captured
-graphs keep the addresses of weights and cache. So a sleeping engine must give back the memory and
-keep the addresses. The driver has both as objects of their own ("virtual memory management" in the
-CUDA driver API reference).
+graphs contain the addresses of weights and cache. So a sleeping engine must free the memory and
+keep the addresses, which the driver manages separately ("virtual memory management" in the CUDA
+driver API reference).
 
-Pinned memory of the host has the same address for the device, which reads it over the bus ("unified
+Pinned host memory has the same address on the device, which reads it over the bus ("unified
 addressing").
 """
 
@@ -24,7 +24,7 @@ from nanovllm.platforms.accelerator import pinned_if_possible
 from nanovllm.platforms.regions import SplitRegion, TensorRegion
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-ALIGNMENT = 512  # bytes, as in torch's allocator: kernels choose their loads by it
+ALIGNMENT = 512  # bytes, as in torch's allocator: kernels choose loads by alignment
 CHUNK_BYTES = 32 << 20  # the least memory that a region maps at a time
 PIECE_BYTES = 64 << 20  # on the host: a power of two, to which torch rounds pinned memory up
 
@@ -119,16 +119,16 @@ class Driver:
         return found.value
 
     def free(self, address: int, num_bytes: int) -> None:
-        """Give reserved addresses back. Nothing may be mapped there."""
+        """Release reserved addresses. Nothing may be mapped there."""
         self._call("cuMemAddressFree", address, num_bytes)
 
     def map(self, address: int, num_bytes: int) -> None:
-        """Put new memory behind addresses. Raises torch.OutOfMemoryError."""
+        """Map new memory at addresses. Raises torch.OutOfMemoryError."""
         handle = self._create(num_bytes)
         try:
             self._call("cuMemMap", address, num_bytes, 0, handle, 0)
         finally:
-            self._call("cuMemRelease", handle)  # the memory lives as long as it is mapped
+            self._call("cuMemRelease", handle)  # the memory stays as long as it is mapped
         try:
             self._call("cuMemSetAccess", address, num_bytes, ctypes.byref(self._access), 1)
         except DriverError:
@@ -136,11 +136,11 @@ class Driver:
             raise
 
     def unmap(self, address: int, num_bytes: int) -> None:
-        """Free the memory behind addresses, a range that one call of `map` was given."""
+        """Free the memory mapped by one call of `map` with the same range."""
         self._call("cuMemUnmap", address, num_bytes)
 
     def pin(self, num_bytes: int) -> int:
-        """New memory of the host that the device can read; returns its address for both.
+        """Allocate host memory that the device can read; returns its address, the same for both.
 
         Raises torch.OutOfMemoryError.
         """
@@ -157,7 +157,7 @@ class Driver:
         return found.value
 
     def unpin(self, address: int) -> None:
-        """Free the memory at an address of `pin`."""
+        """Free memory allocated by `pin`."""
         self._call("cuMemFreeHost", address)
 
     def _create(self, num_bytes: int) -> int:
@@ -197,11 +197,11 @@ class Driver:
         torch.cuda.synchronize(self.device)
 
     def release_unused(self) -> None:
-        """Give memory that torch's allocator has cached back to the device."""
+        """Return the cached memory of torch's allocator to the device."""
         torch.cuda.empty_cache()
 
     def release_unused_on_host(self) -> None:
-        """Give pinned memory that torch's allocator has cached back to the system."""
+        """Return the cached pinned memory of torch's allocator to the system."""
         torch._C._host_emptyCache()
 
     def host_bytes(self, num_bytes: int) -> Tensor:
@@ -209,9 +209,9 @@ class Driver:
 
 
 class MappedRegion(TensorRegion):
-    """Tensors one after the other behind a range of addresses, in chunks of memory.
+    """Consecutive tensors in a range of addresses, with memory mapped in chunks.
 
-    The range is larger than the device's memory, so that chunks can be added as tensors come.
+    The range is larger than the device's memory, so that chunks can be added for further tensors.
     """
 
     def __init__(self, driver: Driver) -> None:
@@ -231,7 +231,7 @@ class MappedRegion(TensorRegion):
 
     @property
     def mapped_bytes(self) -> int:
-        """Memory of the device that the region holds."""
+        """The region's device memory."""
         return sum(size for _, size in self._chunks) if self._is_mapped else 0
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class MappedRegion(TensorRegion):
         self._driver.release_unused_on_host()
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor after the last one. Adds a chunk if the chunks so far end before it does."""
+        """A tensor after the last one. Adds a chunk if it does not fit."""
         start = self._tensors_end
         end = start + _round_up(math.prod(shape) * dtype.itemsize, ALIGNMENT)
         if end > self._chunks_end:
@@ -305,7 +305,7 @@ class MappedRegion(TensorRegion):
         return saved
 
     def _pieces(self) -> list[Tensor]:
-        """The bytes of all tensors, in pieces that lie in one chunk each."""
+        """The bytes of all tensors, in pieces within one chunk each."""
         found = []
         for address, size in self._chunks:
             end = min(address + size, self._tensors_end)
@@ -355,9 +355,9 @@ def _round_up(value: int, multiple: int) -> int:
 def _tensor_at(
     address: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A tensor over memory that the caller keeps; it has a storage of its own.
+    """A tensor, with a separate storage, over memory that the caller keeps alive.
 
-    `__cuda_array_interface__` would ask the driver which device an address belongs to.
+    `__cuda_array_interface__` would query the driver for the device of the address.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     storage = torch._C._construct_storage_from_data_pointer(address, device, num_bytes)

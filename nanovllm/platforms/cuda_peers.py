@@ -1,8 +1,8 @@
-"""Memory of a GPU that the other ranks of the host read and write, through CUDA's driver API.
+"""GPU memory that the other ranks of the host read and write, through CUDA's driver API.
 
 Every rank allocates a region and gives the others a handle of it (CUDA's inter-process handles: 64
-bytes, of use to processes of this user on this machine alone). The others map it. No multicast is
-used. A rank sees no GPU but its own, which is enough: a mapping needs no visible device.
+bytes, valid only for processes of this user on this machine). The others map it. No multicast is
+used. Only its own GPU is visible to a rank, which is enough: a mapping needs no visible device.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 
 class Unavailable(RuntimeError):
-    """The GPUs cannot read each other's memory; the text says why."""
+    """The GPUs cannot read each other's memory; the message has the reason."""
 
 
 class _Driver:
@@ -91,13 +91,14 @@ class PeerMemory:
             assert host.value is not None
             self._stop = host.value
             ctypes.memset(self._stop, 0, _STOP_BYTES)
-            torch.cuda.synchronize(device)  # zeros are there before another rank writes
+            torch.cuda.synchronize(device)  # the zeros are written before another rank writes
         except BaseException:
             self.close()
             raise
 
     def handle(self) -> Tensor:
-        """What another rank needs to map this rank's region, on the device. Raises Unavailable."""
+        """The handle with which another rank maps this region, on the device. Raises
+        Unavailable."""
         found = _Handle()
         self._driver("cuIpcGetMemHandle", ctypes.byref(found), self._own)
         return torch.tensor(list(found.reserved), dtype=torch.uint8, device=self._device)
@@ -124,24 +125,24 @@ class PeerMemory:
         torch.cuda.synchronize(self._device)
 
     def check_probe(self) -> None:
-        """Read what all ranks have written; some machines' buses lose it. Raises Unavailable."""
+        """Check the numbers of all ranks: some machines' buses lose writes. Raises Unavailable."""
         found = [self._numbers(rank).tolist()[: self.num_ranks] for rank in range(self.num_ranks)]
         ranks = range(self.num_ranks)
         if found != [[1000 * writer + rank + 1 for writer in ranks] for rank in ranks]:
             raise Unavailable(f"numbers that GPUs wrote to each other arrived as {found}")
 
     def clear_probe(self) -> None:
-        """Make the flags zeros again."""
+        """Reset the flags to zero."""
         self._numbers(self.rank).zero_()
         torch.cuda.synchronize(self._device)
 
     def stop(self) -> None:
-        """Have kernels no longer wait for other ranks, from now on. Any thread may call it."""
+        """Make kernels stop waiting for other ranks, from now on. Any thread may call it."""
         if self._stop:
             ctypes.c_int32.from_address(self._stop).value = 1
 
     def close(self) -> None:
-        """Give the memory back, once the device has done what was launched."""
+        """Free the memory after all launched work is done."""
         self.stop()
         torch.cuda.synchronize(self._device)
         for address in self._mapped:
@@ -161,7 +162,7 @@ class PeerMemory:
 
 
 def problem(num_ranks: int, device: torch.device, gather: Gather) -> str | None:
-    """Why the ranks cannot share memory, as far as that is known without trying."""
+    """Why the ranks cannot share memory, from checks before trying; None if none fails."""
     if device.type != "cuda" or torch.version.hip is not None or sys.platform != "linux":
         return "it needs NVIDIA GPUs under Linux"
     if num_ranks not in peers.NUM_RANKS:
@@ -174,7 +175,7 @@ def problem(num_ranks: int, device: torch.device, gather: Gather) -> str | None:
 def connect(
     rank: int, num_ranks: int, device: torch.device, gather: Gather, agree: Agree
 ) -> PeerMemory | None:
-    """The regions of all ranks, or None where that is impossible; the log says why.
+    """The regions of all ranks, or None where that is impossible; logs the reason.
 
     All ranks call it at the same time, and all get regions or all get None.
     """
@@ -190,7 +191,8 @@ def connect(
 def _connected(
     rank: int, num_ranks: int, device: torch.device, gather: Gather, agree: Agree
 ) -> tuple[PeerMemory | None, str]:
-    """The regions, or None and why. A step that fails on one rank is the last one of all ranks."""
+    """The regions, or None and the reason. When a step fails on one rank, all ranks stop after
+    it."""
     memory, why = None, ""
     handle = torch.zeros(_HANDLE_BYTES, dtype=torch.uint8, device=device)
     try:

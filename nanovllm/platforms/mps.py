@@ -2,7 +2,7 @@
 
 There is no lowering and no capture. Attention is matmul and softmax, because on MPS
 scaled_dot_product_attention has given wrong results for one query and many keys, as in decode. MPS
-has no float64, so nothing here makes a float64 tensor. Sampling hashes in int64; torch declares MPS
+has no float64, so this file makes no float64 tensors. Sampling hashes in int64; torch declares MPS
 kernels for the products, shifts and masks that it needs.
 """
 
@@ -27,7 +27,7 @@ TRAITS = Traits(
     name="mps",
     supported_dtypes=(torch.float32, torch.float16),
     block_size=16,
-    # fixed, and small enough for a small machine: free memory changes as other programs use it
+    # fixed, and small enough for a small machine: free memory depends on other programs
     cache_blocks=1024,
     batched_tokens=512,
     num_seqs=16,
@@ -38,7 +38,7 @@ def problem(index: int) -> str | None:
     if not torch.backends.mps.is_built():
         return "this build of torch is without MPS support (macOS wheels for Apple silicon have it)"
     if not torch.backends.mps.is_available():
-        return "torch sees no MPS device: it needs Apple silicon and macOS 14 or later"
+        return "torch finds no MPS device: it needs Apple silicon and macOS 14 or later"
     return None
 
 
@@ -74,7 +74,7 @@ class MpsPlatform(Platform):
         return {"mps": "eager"}
 
     def cache_limit_bytes(self) -> int:
-        """The driver's recommended maximum, less what is in use."""
+        """The driver's recommended maximum, minus the memory in use."""
         if self._is_real:
             return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -83,7 +83,7 @@ class MpsPlatform(Platform):
         return MemoryBudget(int(utilization * self.cache_limit_bytes()), scratch_bytes=0)
 
     def used_bytes(self) -> int:
-        # also the peak: the driver counts none, and torch frees nothing before `release`
+        # also the peak: the driver has no counter, and torch frees nothing before `release`
         return torch.mps.driver_allocated_memory() if self._is_real else 0
 
     def synchronize(self) -> None:

@@ -39,8 +39,8 @@ CANN_LIBRARIES = (
 
 # Modes in which the attention of a decode step takes lengths from the host.
 CAPTURED_MODES = ("aclgraph", "npugraph_ex")
-# torchair's own limit. Every captured graph holds some of about 2000 streams; the limit of a
-# real device has not been measured.
+# torchair's limit. Every captured graph holds some of about 2000 streams; the limit of a real
+# device has not been measured.
 MAX_CAPTURED_SIZES = 64
 MAX_ROWS = 65536  # the batch axis of fused_infer_attention_score
 VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
@@ -67,7 +67,7 @@ def problem(index: int) -> str | None:
     except ImportError as error:
         return str(error)
     num_devices = _torch.npu.device_count()
-    return None if index < num_devices else f"torch_npu sees {num_devices} NPU(s)"
+    return None if index < num_devices else f"torch_npu finds {num_devices} NPU(s)"
 
 
 def create(index: int, options: Mapping[str, Any]) -> NpuPlatform:
@@ -80,11 +80,11 @@ def create(index: int, options: Mapping[str, Any]) -> NpuPlatform:
 
 
 def load_torch_npu() -> None:
-    """Import torch_npu. Raises ImportError that names the missing package or CANN libraries."""
+    """Import torch_npu. Raises ImportError, with the missing package or CANN libraries."""
     if importlib.util.find_spec("torch_npu") is None:
         raise ImportError(
             "torch_npu is not installed: pip install torch_npu, in the version of torch "
-            f"({torch.__version__.split('+')[0]}), and the CANN toolkit that goes with it "
+            f"({torch.__version__.split('+')[0]}), and the matching CANN toolkit "
             "(docs/npu.md)"
         )
     try:
@@ -159,7 +159,7 @@ class NpuPlatform(Accelerator):
         elif graph_mode == "npugraph_ex":
             with _keeping_signal_handlers():
                 npugraph_ex.check(self.ex_settings)
-        # A captured step's lengths are replaced in place, so the step before must have ended.
+        # A captured step's lengths are replaced in place, so the previous step must have ended.
         run_ahead = 0 if self.captures else 1
         traits = replace(
             TRAITS,
@@ -217,7 +217,7 @@ class NpuPlatform(Accelerator):
             table = {name: table[name] for name in table if name in npu_kernels.NEVER_PLAIN}
         passes.append(("replace_ops", partial(replace_ops, table=table)))
         if self.graph_mode == "aclgraph":
-            # compile/lower/aot.py merges later: a functional graph has more equal ops
+            # in other modes compile/lower/aot.py merges: a functional graph has more equal ops
             passes.append(("merge_equal", merge_equal))
         return tuple(passes)
 

@@ -1,8 +1,8 @@
-"""Slow preparations that run before or while torch is imported, which itself takes seconds.
+"""Slow preparations that run before or during the import of torch, which itself takes seconds.
 
 `begin` starts threads in the engine's process: they import Triton and open the GPU. The other
-functions run in the process from which compile processes are forked, so that every fork starts with
-all imports done. Importing this module does not import torch.
+functions run in the fork server of compile processes, so that every fork starts with all imports
+done. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# Files of a GPU driver: NVIDIA's, AMD's, and that of WSL. Whether torch can use it shows later.
+# Device files of GPU drivers: NVIDIA's, AMD's, and WSL's. torch may still be unable to use them.
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
@@ -33,8 +33,8 @@ def begin(device: str) -> Callable[[], None]:
     """Start threads that import Triton and open the GPU.
 
     Returns a function that waits for these threads. Call it after importing torch and before
-    changing os.environ: the CUDA driver reads it while it initialises. Errors are ignored here,
-    because the engine meets them again.
+    changing os.environ: the CUDA driver reads it while it initialises. Errors are ignored here: the
+    engine raises them again.
     """
     if not may_have_gpu(device):
         return lambda: None
@@ -54,7 +54,7 @@ def _import_triton() -> None:
     with contextlib.suppress(ImportError, OSError):
         from triton.runtime.cache import triton_key
 
-        triton_key()  # digests hundreds of megabytes; Triton keeps it for the first launch
+        triton_key()  # hashes hundreds of megabytes; Triton caches the result for the first launch
 
 
 def _torch_is_for_cuda() -> bool:
@@ -74,14 +74,14 @@ def _open_device(index: int) -> None:
 
 # Compile processes -------------------------------------------------------------------------
 
-# Makes torch look for GPUs with NVML: CUDA does not work in forks of a process that initialised it.
+# Makes torch detect GPUs with NVML: CUDA does not work in forks of a process that initialised it.
 ENVIRONMENT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 MAX_PROCESSES = 14  # compile processes of a cold start
 
 
 def max_processes() -> int:
-    """Number of compile processes for this machine's cores, two of which stay free; at most 14.
+    """Number of compile processes: this machine's cores but two, at most 14.
 
     A cold start compiles about 60 Triton kernels, each for 0.1 to 1.5 s on one core.
     """
@@ -89,7 +89,7 @@ def max_processes() -> int:
 
 
 def import_compilers() -> None:
-    """Import what tracing needs, and our Triton kernels where Triton is installed.
+    """Import the modules for tracing, and our Triton kernels where Triton is installed.
 
     No thread of this function is alive when it returns, so the process can be forked.
     """
@@ -97,8 +97,8 @@ def import_compilers() -> None:
     if importlib.util.find_spec("triton") is not None:
         from triton.runtime.cache import triton_key
 
+        from nanovllm.kernels.triton import dry_run as triton_dry_run  # noqa: F401
         from nanovllm.kernels.triton import register as triton_kernels  # noqa: F401
-        from nanovllm.kernels.triton import rehearsal as triton_rehearsal  # noqa: F401
         from nanovllm.kernels.triton import step as triton_step  # noqa: F401
 
         digest = threading.Thread(target=triton_key)  # see _import_triton

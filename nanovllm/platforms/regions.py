@@ -1,4 +1,4 @@
-"""Device memory that a sleeping engine gives back: a region for its weights, one for its cache."""
+"""Device memory that a sleeping engine frees: a region for weights, one for the cache."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Place = Callable[[Tensor], Tensor]  # moves a new tensor to memory of its own
+Place = Callable[[Tensor], Tensor]  # moves a new tensor to separate memory
 
 
 class Region:
-    """Memory for tensors. This one cannot be given back: `problem` says why."""
+    """Memory for tensors. This one cannot be freed for sleep: `problem` has the reason."""
 
     def __init__(self, device: torch.device, problem: str = "") -> None:
         self.device, self.problem = device, problem
 
     def place(self, tensor: Tensor) -> Tensor:
-        """The tensor, or a copy of it in this region. The caller gives the original up."""
+        """The tensor, or a copy of it in this region. The caller drops the original."""
         return tensor
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -30,17 +30,18 @@ class Region:
         raise ValueError(self.problem)
 
     def drop(self, *, keep: bool) -> None:
-        """Give the memory back to the device. `keep` moves the contents to the host before that.
+        """Free the device memory. `keep` first moves the contents to the host.
 
-        If it was given back already, keep=False drops the contents on the host. The device must be
-        idle. Raises ValueError if the region cannot be given back.
+        If it is already freed, keep=False drops the contents on the host. The device must be idle.
+        Raises ValueError if the region cannot be freed.
         """
         raise ValueError(self.problem)
 
     def take_back(self) -> bool:
-        """Take the memory again. False: the contents are lost, and the caller writes them anew.
+        """Allocate the memory again. False: the contents are lost, and the caller must rewrite
+        them.
 
-        Raises torch.OutOfMemoryError. The memory stays given back then.
+        Raises torch.OutOfMemoryError; the memory then stays freed.
         """
         return True
 
@@ -48,20 +49,20 @@ class Region:
         """Fill all tensors with zeros."""
 
     def close(self) -> None:
-        """Free the memory for good. Nothing may use its tensors after that."""
+        """Free the memory permanently. Its tensors must not be used afterwards."""
 
 
 class SplitRegion(Region):
-    """A region for weights of which a part lies in the host's memory and is read there.
+    """A region for weights that are partly in host memory and are read there.
 
-    This one is for devices that compute in the host's memory.
+    This one is for devices that compute in host memory.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device, "sleep is not supported with expert_offload")
 
     def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A new tensor in the host's memory, for the processor. It lives as long as the region.
+        """A new tensor in host memory, for the processor. It stays as long as the region.
 
         Raises torch.OutOfMemoryError.
         """
@@ -73,7 +74,7 @@ class SplitRegion(Region):
 
 
 class TensorRegion(Region):
-    """A region that knows its tensors, in the order in which they were made."""
+    """A region that records its tensors in order of creation."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -105,14 +106,14 @@ class TensorRegion(Region):
 
 
 class HostRegion(TensorRegion):
-    """Tensors in the host's memory: freed and allocated again, at other addresses.
+    """Tensors in host memory: freed and allocated again, at other addresses.
 
-    On a CPU nothing keeps addresses between two steps. Contents to keep stay where they are.
+    On a CPU nothing keeps addresses between two steps. Contents to keep stay in place.
     """
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
-        self._sizes: list[int] = []  # bytes of the storages that were freed
+        self._sizes: list[int] = []  # bytes of the freed storages
 
     def drop(self, *, keep: bool) -> None:
         if keep or self._sizes:
@@ -138,7 +139,8 @@ class HostRegion(TensorRegion):
 
 
 def _trim() -> None:
-    """Let glibc return freed memory to the system, which it does at once for large blocks only."""
+    """Make glibc return freed memory to the system, which it otherwise does only for large
+    blocks."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries lack it
         if trim is not None:

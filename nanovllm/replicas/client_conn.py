@@ -1,4 +1,4 @@
-"""The engine's side of a client: a socket on which the engine never blocks."""
+"""The engine's side of a client connection: a non-blocking socket."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from nanovllm.replicas.messages import Outputs, Row
 
 PIECE_BYTES = 1 << 20  # after reading this much, other clients are served first
 # If more numbers (tokens, log-probabilities) wait for a client, its requests are aborted. 256
-# answers of 32,768 tokens are half of it.
+# answers of 32,768 tokens use half of it.
 MAX_HELD_NUMBERS = 1 << 24
 
 
 class ClientConn:
-    """Collects the new tokens of a step, and sends them as one message.
+    """Collects the new tokens of a step and sends them as one message.
 
-    If the client has not read the messages before, the tokens wait here, those of an answer as one
-    row. So a slow client gets fewer and larger messages, and the memory for it is bounded.
+    While the client has not read earlier messages, its tokens are held here, one row per answer. So
+    a slow client gets fewer and larger messages, and memory is bounded.
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        """Takes over the socket."""
+        """Takes ownership of the socket."""
         sock.setblocking(False)
         self._sock = sock
-        self.answers: dict[int, int] = {}  # unfinished: the client's ids and the engine's
-        self.media = b""  # of the next prompt
+        self.answers: dict[int, int] = {}  # unfinished: the client's id -> the engine's
+        self.media = b""  # for the next prompt
         self._received = bytearray()
         self._unsent = bytearray()
         self._ids: list[int] = []
@@ -42,11 +42,11 @@ class ClientConn:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether messages wait until the client has read the ones before them."""
+        """Whether messages wait for the client to read earlier ones."""
         return bool(self._unsent)
 
     def add_token(self, request_id: int, token_id: int) -> None:
-        """Collect the only new token of an answer that has no other news."""
+        """Collect an answer's new token that comes alone."""
         self._ids.append(request_id)
         self._tokens.append(token_id)
 
@@ -65,12 +65,12 @@ class ClientConn:
         self._ids, self._tokens, self._rows = [], [], []
 
     def send(self, name: str, payload: bytes) -> None:
-        """Send a message, or keep what the socket does not take now. Raises ChannelClosed."""
+        """Send a message, and keep what the socket does not accept now. Raises ChannelClosed."""
         self._unsent += pack(name, payload)
         self.send_more()
 
     def send_more(self) -> None:
-        """Send waiting messages, as far as the client reads. Raises ChannelClosed."""
+        """Send waiting messages as far as the client reads. Raises ChannelClosed."""
         while self._unsent:
             try:
                 num = self._sock.send(self._unsent)
@@ -84,8 +84,7 @@ class ClientConn:
                 self._held, self._num_held = {}, 0
 
     def read(self) -> list[Message]:
-        """The messages that are complete, once what is there has been read. Raises
-        ChannelClosed."""
+        """Read the available bytes and return the complete messages. Raises ChannelClosed."""
         num_bytes = 0
         while num_bytes < PIECE_BYTES:
             try:
@@ -95,7 +94,7 @@ class ClientConn:
             except OSError as error:
                 raise ChannelClosed(f"cannot receive: {error}") from error
             if not piece:
-                raise ChannelClosed("the client has closed its end")
+                raise ChannelClosed("the client has closed the connection")
             self._received += piece
             num_bytes += len(piece)
         return list(iter(lambda: unpack(self._received), None))
@@ -105,15 +104,14 @@ class ClientConn:
             self._sock.close()
 
     def _hold(self) -> None:
-        """Join what has been collected with what waits. Raises ChannelClosed if that is too
-        much."""
+        """Merge collected tokens into the held rows. Raises ChannelClosed above the limit."""
         rows = [Row(*one) for one in zip(self._ids, ([token] for token in self._tokens))]
         for row in rows + self._rows:
             self._num_held += len(row.token_ids) + sum(len(top or ()) for top in row.logprobs or ())
             if row.request_id in self._held:
                 self._held[row.request_id].extend(row)
             else:
-                # the engine continues to change its own list
+                # a copy: the engine continues to change its list
                 row.token_ids = row.token_ids[:]
                 self._held[row.request_id] = row
         if self._num_held > MAX_HELD_NUMBERS:
@@ -121,8 +119,8 @@ class ClientConn:
 
 
 class ParentConn(ClientConn):
-    """The same for the process that has started the engine's, over its channel. A thread there
-    reads it at any time, so the engine may wait."""
+    """The connection to the parent process, over its channel. A thread of the parent reads at any
+    time, so the engine may block."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__(channel.sock)
@@ -138,13 +136,13 @@ class ParentConn(ClientConn):
 
 
 def _packed(ids: list[int], tokens: list[int], rows: list[Row]) -> bytes:
-    """New tokens as a message. If it would be too large, rows are messages of their own, and one
-    that is too large itself ends its answer with an error."""
+    """New tokens as a message. If it would be too large, each row becomes its own message; a row
+    that is too large ends its answer with an error."""
     try:
         return pack(messages.OUTPUTS, messages.dump(Outputs(ids, tokens, rows)))
     except ValueError as error:
         if len(rows) > 1 or ids:
             singles = [_packed([], [], [row]) for row in rows]
             return b"".join([_packed(ids, tokens, []), *singles] if ids else singles)
-        told = ValueError(f"the log-probabilities of a step are too many: {error}")
+        told = ValueError(f"a step has too many log-probabilities: {error}")
         return _packed([], [], [messages.failed(rows[0].request_id, told)])

@@ -1,4 +1,4 @@
-"""A Ray cluster: one of this machine's own, or a running one, and what a replica gets of it.
+"""Ray clusters: connecting to one, and the resources of each replica.
 
 Does not import torch.
 """
@@ -20,15 +20,15 @@ from nanovllm.platforms import DEVICES
 
 logger = logging.getLogger(__name__)
 
-# for the chunks on their way to replicas; Ray's own choice is a third of the machine's memory
+# for the chunks sent to replicas; Ray's default is a third of the machine's memory
 OBJECT_STORE_BYTES = 1 << 30
 
 
 def connect(address: str | None, user: str) -> Any:
     """Ray's module, connected to the cluster at `address`; None starts one on this machine.
 
-    The processes of the latter listen on the loopback interface alone. `user` is the option that
-    needs Ray. Raises ValueError if Ray is not installed, or nothing answers at the address.
+    A cluster started here listens only on the loopback interface. `user` is the option that needs
+    Ray. Raises ValueError if Ray is not installed or the address does not respond.
     """
     if address is not None and address.startswith("ray://"):
         raise ValueError(
@@ -37,8 +37,8 @@ def connect(address: str | None, user: str) -> Any:
         )
     env.set_default("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:
-        # Ray replaces a given 127.0.0.1 by the machine's address, and listens on all interfaces,
-        # unless it is told that there is one machine only. It reads this when it is imported.
+        # Unless told that there is only one machine, Ray replaces 127.0.0.1 by the machine's
+        # address and listens on all interfaces. It reads this variable at import.
         env.set_default("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
@@ -49,11 +49,11 @@ def connect(address: str | None, user: str) -> Any:
         ) from None
     if address is None and ray_constants.ENABLE_RAY_CLUSTER:
         raise ValueError(
-            f"{user} would start Ray on all network interfaces, because Ray was imported before: "
+            f"{user} would start Ray on all network interfaces, because Ray is already imported: "
             "call ray.init() first, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 for Ray on this "
-            "machine alone"
+            "machine only"
         )
-    # Ray's own way to end on this signal would skip the job's
+    # Ray's handler of this signal would replace the job's
     handler = signal.getsignal(signal.SIGTERM)
     try:
         _init(ray, address)
@@ -64,16 +64,16 @@ def connect(address: str | None, user: str) -> Any:
 
 
 class _Folders(list[str]):
-    """Where processes of Ray look for modules first. Ray adds the working directory of this process
-    and the folder of its script, which then come before the standard library."""
+    """The first folders of Ray processes' module path. Ray adds the driver's working directory and
+    the folder of its script, which would come before the standard library."""
 
     def extend(self, folders: Iterable[str]) -> None:
         """Adds nothing."""
 
 
 def _job(ray: Any) -> Any:
-    """A job whose actors import this package from where it is here, and nothing from the working
-    directory, which may be another user's."""
+    """A job whose actors import this package from its location here, and nothing from the working
+    directory, which may belong to another user."""
     root = str(Path(__file__).absolute().parents[2])
     return ray.job_config.JobConfig(_py_driver_sys_path=_Folders([root]))
 
@@ -100,19 +100,19 @@ def _init(ray: Any, address: str | None) -> None:
 
 @contextmanager
 def closing() -> Iterator[None]:
-    """Errors of Ray while something closes go to the log at DEBUG: an actor, a node or the cluster
-    may be gone, for which Ray has many types of errors."""
+    """Log Ray's errors during cleanup at DEBUG: an actor, a node or the cluster may be gone, and
+    Ray has many error types for that."""
     try:
         yield
     except Exception:
-        logger.debug("Ray failed while something was closed", exc_info=True)
+        logger.debug("Ray failed during cleanup", exc_info=True)
 
 
 class Shared:
-    """One connection of this process for several engines.
+    """A connection to Ray shared by several engines of this process.
 
-    While there is an engine, Ray's functions do not connect by themselves. Otherwise a call of an
-    engine's thread that overlaps the user's `ray.shutdown()` could start another cluster.
+    While an engine uses it, Ray's functions do not connect automatically. Otherwise a call in an
+    engine's thread during the user's `ray.shutdown()` could start another cluster.
     """
 
     def __init__(self) -> None:
@@ -120,14 +120,14 @@ class Shared:
         self._num_users, self._is_own = 0, False
         self._connects_by_itself = True  # Ray's setting before the first engine
 
-    def open(self, user: str) -> Any:
+    def open(self, user: str, address: str | None) -> Any:
         """Ray's module, connected: to what this process is connected to already, else to the
-        cluster that `env.ray_address` names, else to one of this machine's own. Raises ValueError
-        as `connect` does."""
+        cluster at this address, else to one of this machine's own. Raises ValueError as `connect`
+        does."""
         with self._lock:
             ray = sys.modules.get("ray")
             if ray is None or not ray.is_initialized():
-                ray = connect(env.ray_address(), user)
+                ray = connect(address, user)
                 self._is_own = True
             if self._num_users == 0:
                 self._connects_by_itself = _connect_by_itself(False)
@@ -135,7 +135,7 @@ class Shared:
             return ray
 
     def close(self) -> None:
-        """Disconnect after the last user, unless the caller of the first one had connected."""
+        """Disconnect after the last user, unless Ray was connected before the first one."""
         with self._lock:
             self._num_users -= 1
             if self._num_users:
@@ -149,9 +149,9 @@ class Shared:
 
 
 def _connect_by_itself(allowed: bool) -> bool:
-    """Set whether Ray's functions connect when nothing is connected. Returns the setting before.
+    """Set whether Ray's functions connect automatically. Returns the previous setting.
 
-    Ray has an environment variable for it, which it reads once, when it is imported.
+    Ray's environment variable for this is read only once, at import.
     """
     from ray._private import auto_init_hook
 
@@ -163,17 +163,17 @@ SHARED = Shared()
 
 
 def share(config: EngineConfig, num: int, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The resources of each of `num` replicas, as Ray's options of an actor.
+    """The resources of each of `num` replicas, as options of a Ray actor.
 
-    nodes: the resources of each node. A replica gets a whole GPU for each of its ranks, or an equal
-    share of the CPUs. Raises ValueError if the nodes have less, and for a device that Ray does not
-    share out.
+    nodes: each node's resources. A replica gets a whole GPU per rank, or an equal share of the
+    CPUs. Raises ValueError if the nodes have too little, and for a device that Ray does not
+    manage.
     """
     kinds = {name: entry.ray_resource for name, entry in DEVICES.items() if entry.ray_resource}
     if config.device not in ("auto", *kinds):
         *names, last = ("auto", *kinds)
         raise ValueError(
-            f"device is {config.device!r}: Ray gives each replica its device, so it must be "
+            f"device is {config.device!r}: Ray assigns the devices of replicas, so it must be "
             f"{', '.join(names)} or {last}"
         )
     wanted = list(kinds.values()) if config.device == "auto" else [kinds[config.device]]

@@ -1,16 +1,16 @@
-"""Chooses a replica for each request: one with the prompt's beginning in its cache, or an idle one.
+"""Chooses a replica for each request: one that has the prompt's prefix cached, or an idle one.
 
-Load and costs are tokens: those of a prompt and of the longest answer to it. Clients in several
-processes share what they know, in memory where each writes to places of its own, or writes a single
-number. A reader may see an older one, which costs a worse choice and no more.
+Load and cost are in tokens: the prompt plus the longest possible answer. Clients in several
+processes share their view through memory. Each writes only its own counters, or single numbers; a
+reader may get a stale one, which only makes its choice worse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-# A replica is much busier than the idlest one if its load exceeds so many times that one's load,
-# and so many times the new request. The second keeps a short queue beside an idle replica.
+# A replica is much busier than the idlest one if its load exceeds this multiple of that load plus
+# this multiple of the new request. The second term tolerates a short queue beside an idle replica.
 MUCH_BUSIER, FEW_REQUESTS = 2, 4
 NUM_SLOTS = 1 << 18  # for the digests of a replica's blocks
 NUMBER_BYTES = 8
@@ -18,16 +18,16 @@ _STAMPS = 1 << 32
 
 
 def num_bytes(num_clients: int) -> int:
-    """The bytes of memory that the clients of one replica share."""
+    """The size of the memory that the clients of one replica share."""
     return NUMBER_BYTES * (2 * num_clients + NUM_SLOTS)
 
 
 class Place:
     """The load of a replica, and the prompt blocks that it has probably cached.
 
-    `capacity` is the number of its cache blocks. The blocks of the prompts that were sent there
-    last are taken for cached. A block's digest chooses its slot, which has 32 bits of it and a
-    stamp: how many new blocks were sent before. Another block may take the slot over.
+    `capacity` is its number of KV cache blocks. The most recently sent prompt blocks are assumed to
+    be cached. A block's digest selects a slot, which stores 32 bits of the digest and a stamp: the
+    number of new blocks sent before. Another block may overwrite the slot.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Place:
         client: int = 0,
         num_clients: int = 1,
     ) -> None:
-        """memory: zeros at first, `num_bytes` of them; None for a client alone."""
+        """memory: `num_bytes` bytes, initially zero; None for a single client."""
         numbers = (memory or memoryview(bytearray(num_bytes(num_clients)))).cast("Q")
         self._loads, self._counts = numbers[:num_clients], numbers[num_clients : 2 * num_clients]
         self._slots = numbers[2 * num_clients :]
@@ -50,7 +50,7 @@ class Place:
         return sum(self._loads)
 
     def num_cached(self, digests: Sequence[bytes]) -> int:
-        """The length of the chain's longest beginning that is cached, in blocks."""
+        """The number of leading blocks that are cached."""
         count = sum(self._counts)
         for num, digest in enumerate(digests):
             if not self._is_cached(digest, count):
@@ -60,7 +60,7 @@ class Place:
     def add(self, digests: Sequence[bytes], cost: int) -> None:
         self._loads[self._client] += cost
         count = sum(self._counts)
-        for digest in reversed(digests):  # the end of a chain is dropped first
+        for digest in reversed(digests):  # blocks at the end are evicted first
             if not self._is_cached(digest, count):
                 self._counts[self._client] += 1
                 count += 1
@@ -68,11 +68,11 @@ class Place:
             self._slots[slot] = tag * _STAMPS + count % _STAMPS
 
     def release(self, cost: int) -> None:
-        """Subtract the cost of a request that has ended."""
+        """Subtract the cost of a finished request."""
         self._loads[self._client] -= cost
 
     def forget(self) -> None:
-        """Take no block for cached."""
+        """Assume that no block is cached."""
         self._first_stamp = sum(self._counts)
 
     def _is_cached(self, digest: bytes, count: int) -> bool:
@@ -83,7 +83,7 @@ class Place:
 
 
 def _slot_and_tag(digest: bytes) -> tuple[int, int]:
-    """The place of a digest, and a number above 0 for it."""
+    """The slot of a digest, and its tag, which is above 0."""
     number = int.from_bytes(digest[:8], "little")
     return number % NUM_SLOTS, (number // NUM_SLOTS) % _STAMPS or 1
 
@@ -91,10 +91,10 @@ def _slot_and_tag(digest: bytes) -> tuple[int, int]:
 def choose(
     places: Sequence[Place], among: Collection[int], digests: Sequence[bytes], cost: int
 ) -> int:
-    """The number of the place, among some, for a request with these prompt blocks.
+    """The index of the place for a request with these prompt blocks.
 
-    It is the one with the longest cached beginning, and the idlest of several such, unless it is
-    much busier than the idlest of all.
+    The one with the longest cached prefix, the idlest if there are several, unless it is much
+    busier than the idlest of all.
     """
     loads = {index: places[index].load for index in among}
     limit = MUCH_BUSIER * min(loads.values()) + FEW_REQUESTS * cost

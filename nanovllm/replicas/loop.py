@@ -1,7 +1,7 @@
-"""The work of an engine's process: it takes requests from clients and sends them tokens.
+"""The loop of an engine process: takes requests from clients and sends them tokens.
 
-Per step it sends one message to each client with new tokens, and waits for no client. Importing
-this module does not import torch.
+After each step it sends one message to each client that has new tokens, and never waits for a
+client. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from nanovllm.engine.interface import AnyEngine
 
 logger = logging.getLogger(__name__)
-# Idle time before what all grammars share is made, if clients of other processes may come.
+# Idle time before grammar tables are preloaded, if other processes can be clients.
 IDLE_SECONDS = 2.0
 
 
 class Owner(NamedTuple):
-    """The client that requested an answer, and the client's id for it."""
+    """The client that requested an answer, and the client's id of it."""
 
     client: ClientConn
     request_id: int
@@ -38,18 +38,18 @@ class Owner(NamedTuple):
 
 
 class Loop:
-    """Steps an engine while it has requests, and reads messages between two steps.
+    """Steps an engine while it has requests, and reads messages between steps.
 
-    The process that has started this one is a client, too; it ends the loop by closing its channel.
+    The parent process is also a client; it ends the loop by closing its channel.
     """
 
     def __init__(self, engine: AnyEngine, clients: Sequence[ClientConn], control: Channel) -> None:
-        """control: the channel to the process that has started this one."""
+        """control: the channel to the parent process."""
         self._engine, self._parent = engine, ParentConn(control)
         self._clients = [*clients, self._parent]
-        self._owners: dict[int, Owner] = {}  # by the engine's ids
+        self._owners: dict[int, Owner] = {}  # by engine id
         self._idle_since: float | None = None
-        self._is_prepared = not clients  # for grammars
+        self._is_prepared = not clients  # grammar tables are loaded
         self._handlers: dict[str, Callable[[ClientConn, bytes], bytes | None]] = {
             messages.GO: lambda client, payload: None,
             messages.MEDIA: self._take_media,
@@ -64,11 +64,11 @@ class Loop:
             self._selector.register(client, selectors.EVENT_READ, client)
 
     def run(self, info: EngineInfo) -> NoReturn:
-        """Raises ChannelClosed once the control channel closes, and the errors of a step."""
+        """Raises ChannelClosed when the control channel closes, and the errors of a step."""
         payload = messages.dump(info)
         for client in list(self._clients):
             self._guarded(client, partial(ClientConn.send, name=messages.READY, payload=payload))
-        self._guarded(self._parent, self._serve)  # its channel may have read some messages
+        self._guarded(self._parent, self._serve)  # its channel may already hold messages
         while True:
             for key, _ in self._ready():
                 self._guarded(key.data, self._serve)
@@ -77,8 +77,8 @@ class Loop:
                 self._pass_on(self._engine.take())
 
     def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
-        """The sockets that have something to do. Without requests, wait for one; if none comes for
-        a while, prepare for grammars."""
+        """The sockets that are ready. Without requests, wait for one; after some idle time, preload
+        the grammar tables."""
         if self._owners:
             self._idle_since = None
             return self._selector.select(0)
@@ -93,7 +93,7 @@ class Loop:
         return self._selector.select()
 
     def _serve(self, client: ClientConn) -> None:
-        """Send a client its waiting messages, and handle those that it has sent."""
+        """Send a client its waiting messages, and handle those that it sent."""
         client.send_more()
         for name, payload in client.read():
             name, _, number = name.partition(ASKS)
@@ -104,14 +104,14 @@ class Loop:
                 client.send(name, answer)
 
     def _guarded(self, client: ClientConn, use: Callable[[ClientConn], None]) -> None:
-        """Use a connection. If its client is gone, abort its requests."""
+        """Use a connection. If the client has disconnected, abort its requests."""
         try:
             use(client)
         except ChannelClosed as error:
             if client is self._parent:
                 raise
             if client.answers:
-                logger.warning("a client has left %d answers: %s", len(client.answers), error)
+                logger.warning("client gone, %d answers aborted: %s", len(client.answers), error)
             self._drop(client)
             return
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.is_waiting else 0)
@@ -125,7 +125,7 @@ class Loop:
         self._abort(client, list(client.answers))
 
     def _pass_on(self, increments: Iterable[Increment]) -> None:
-        """Send the new tokens of a step to the clients."""
+        """Send a step's new tokens to the clients."""
         owners = self._owners
         for one in increments:
             client, request_id, incremental = owners[one.request_id]
@@ -145,12 +145,12 @@ class Loop:
             self._guarded(client, ClientConn.flush)
 
     def _take_media(self, client: ClientConn, payload: bytes) -> None:
-        """Keep what the next prompt has beside its tokens."""
+        """Store the MEDIA for the client's next prompt."""
         client.media = payload
 
     def _add(self, client: ClientConn, payload: bytes) -> None:
-        """Queue the answers to a prompt. What the client cannot know, such as full memory, ends
-        them alone."""
+        """Queue the answers to a prompt. Errors that the client cannot detect, such as full memory,
+        end only these answers."""
         asked = messages.load_add(payload)
         media, client.media = client.media, b""
         request: EngineRequest | None = None
@@ -159,7 +159,7 @@ class Loop:
                 request = request or messages.load_request(asked, media)
                 of_engine = self._engine.add(replace(request, seed=seed))
             except Exception as error:
-                logger.error("a request is refused: %s", error)
+                logger.error("request refused: %s", error)
                 client.add_row(messages.failed(request_id, error))
                 continue
             client.answers[request_id] = of_engine
@@ -167,7 +167,7 @@ class Loop:
         client.flush()
 
     def _end(self, client: ClientConn, payload: bytes) -> None:
-        """End answers. Some may have ended while the message was on its way."""
+        """End answers. Some may have ended before the message arrived."""
         asked = messages.load_end(payload)
         unfinished = [one for one in asked.ids if one in client.answers]
         if asked.reason == messages.STOP:
@@ -177,7 +177,7 @@ class Loop:
             self._abort(client, unfinished)
 
     def _abort(self, client: ClientConn, request_ids: Iterable[int]) -> None:
-        """Abort answers that nobody reads any more."""
+        """Abort answers without sending their last output."""
         of_engine = [client.answers.pop(one) for one in request_ids]
         self._engine.abort_all(of_engine)
         for one in of_engine:

@@ -1,4 +1,4 @@
-"""This machine as the place of several replicas."""
+"""Replicas on this machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from nanovllm.tokenizer import Tokenizer
 
 
 class ProcessStarter:
-    """Starts each replica as a process with its part of this machine's devices or cores."""
+    """Starts each replica as a process with its share of this machine's devices or cores."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Raises ValueError for more replicas than devices."""
+        """Raises ValueError if there are more ranks than devices."""
         num, num_ranks = config.data_parallel_size, config.tensor_parallel_size
         platform = select_platform(config)
         limit = platform.traits.max_ranks
@@ -40,11 +40,14 @@ class ProcessStarter:
             for index in range(num)
         ]
 
-    def start(self, index: int, inbox: Inbox, clients: Sequence[int] = ()) -> ProcessReplica:
-        return ProcessReplica(index, self._setups[index], inbox, clients)
+    def start(
+        self, index: int, inbox: Inbox, clients: Sequence[int] = (), *, again: bool = False
+    ) -> ProcessReplica:
+        setup = {**self._setups[index], "waits_for": None} if again else self._setups[index]
+        return ProcessReplica(index, setup, inbox, clients)
 
     def tokenizer(self) -> Tokenizer | None:
         return setups.tokenizer(self._config)
 
     def close(self) -> None:
-        """The replicas had nothing together."""
+        """Nothing to do: the replicas share nothing."""

@@ -1,9 +1,9 @@
-"""What clients and the process of an engine send to each other: msgpack, in the frames of
+"""The messages between clients and an engine process: msgpack, in the frames of
 `parallel/channel.py`. A client is a task of an event loop, or the router of `LLM`.
 
-The process sends READY once with its `EngineInfo`, OUTPUTS after each step, and answers METRICS.
-Clients send ADD, END and METRICS, and MEDIA before the ADD of a prompt with images, embeddings or
-positions. GO, FORGET and PREPARE_GRAMMARS come from the process that has started the engine's.
+The engine process sends READY once with its `EngineInfo`, OUTPUTS after each step, and the replies
+to METRICS. Clients send ADD, END and METRICS, and MEDIA before the ADD of a prompt with media,
+embeddings or positions. Only the parent process sends GO, FORGET and PREPARE_GRAMMARS.
 
 Importing this module does not import torch.
 """
@@ -31,24 +31,24 @@ MEDIA, ADD, END = "media", "add", "end"
 GO, FORGET, PREPARE_GRAMMARS = "go", "forget", "prepare_grammars"
 ABORT, STOP = "abort", "stop"
 
-# The client reads output_kind, and has truncated the prompt. Seeds are a field of their own.
+# The client handles output_kind and has truncated the prompt. Seeds have a field of their own.
 OF_CLIENT = frozenset(("n", "seed", "output_kind", "truncate_prompt_tokens"))
-# the same for a client that makes the texts
+# for clients that detokenize
 OF_TEXT = OF_CLIENT | {"stop", "detokenize", "include_stop_str_in_output"}
 
-Top = list[tuple[int, float, int]]  # the token's id, its log-probability, its rank
+Top = list[tuple[int, float, int]]  # token id, log-probability, rank
 
 
 class Array(msgspec.Struct, array_like=True):
-    """A tensor or array: its bytes, in the order of its dimensions."""
+    """A tensor or array: its contiguous bytes."""
 
     dtype: str
     shape: list[int]
-    data: bytearray  # a view of the bytes where it is written
+    data: bytearray  # a view when encoding
 
 
 class MediaItem(msgspec.Struct, array_like=True):
-    """An image, a frame or a clip, by its digest: the fields of `Encodable`."""
+    """An image, a frame or a clip, with its digest: the fields of `Encodable`."""
 
     digest: bytes
     values: Array
@@ -57,8 +57,8 @@ class MediaItem(msgspec.Struct, array_like=True):
 
 
 class Media(msgspec.Struct, array_like=True):
-    """What the next prompt of this client has beside its tokens. The fields are those of
-    `EngineRequest`; contents are (start, number of tokens, digest)."""
+    """The multimodal inputs of this client's next prompt. The fields are those of `EngineRequest`;
+    contents are (start, number of tokens, digest)."""
 
     contents: list[tuple[int, int, bytes]]
     embeddings: list[tuple[bytes, Array]]
@@ -67,10 +67,10 @@ class Media(msgspec.Struct, array_like=True):
 
 
 class Add(msgspec.Struct, array_like=True):
-    """A prompt with an answer for each of `ids`, the client's own, and of `seeds`.
+    """A prompt and its answers: one for each of `ids` (chosen by the client) and `seeds`.
 
-    params: the fields of `SamplingParams` that are not the default. has_media: those of the MEDIA
-    before it. The other fields are those of `EngineRequest`.
+    params: the fields of `SamplingParams` that differ from the default. has_media: the MEDIA before
+    it belong to it. The other fields are those of `EngineRequest`.
     """
 
     ids: list[int]
@@ -82,12 +82,13 @@ class Add(msgspec.Struct, array_like=True):
     cache_salt: str | None
     detokenizes: bool = False
     has_media: bool = False
+    adapter: str | None = None
 
 
 class End(msgspec.Struct, array_like=True):
-    """Answers that their client ends.
+    """Answers that the client ends.
 
-    reason: ABORT, and nothing more is sent of them, or STOP, for stop strings: the last row is.
+    reason: ABORT sends nothing more of them. STOP, for stop strings, sends their last row.
     """
 
     ids: list[int]
@@ -95,7 +96,7 @@ class End(msgspec.Struct, array_like=True):
 
 
 class Done(msgspec.Struct, array_like=True):
-    """How an answer has ended. The fields are those of `Completion`."""
+    """The end of an answer. The fields are those of `Completion`."""
 
     finish_reason: str
     stop_reason: int | str | None
@@ -106,19 +107,19 @@ class Done(msgspec.Struct, array_like=True):
 
 
 class Row(msgspec.Struct, array_like=True):
-    """New tokens of one answer, with log-probabilities if they were asked for.
+    """New tokens of one answer, with log-probabilities if requested.
 
-    text: the new text in UTF-8, if the engine makes it. Halves of surrogate pairs are let through.
+    text: the new text in UTF-8, if the engine detokenizes. May contain surrogates.
     """
 
     request_id: int
     token_ids: list[int]
-    logprobs: list[Top | None] | None = None  # of an answer's tokens none is None
+    logprobs: list[Top | None] | None = None  # no entry of an answer is None
     done: Done | None = None
     text: bytearray = bytearray()
 
     def extend(self, later: Row) -> None:
-        """Add the next row of the same answer. What is there is not copied."""
+        """Append the next row of the same answer, without copying the existing values."""
         self.token_ids += later.token_ids
         self.text += later.text
         if self.logprobs is None:
@@ -129,9 +130,9 @@ class Row(msgspec.Struct, array_like=True):
 
 
 class Outputs(msgspec.Struct, array_like=True):
-    """The new tokens of a step for one client.
+    """A step's new tokens for one client.
 
-    ids, tokens: answers with one new token and nothing else, the usual case. rows: all others.
+    ids, tokens: answers with exactly one new token, the usual case. rows: all others.
     """
 
     ids: list[int]
@@ -153,7 +154,7 @@ _load_metrics = msgspec.msgpack.Decoder(list[tuple[bool, str, float, dict[str, s
 
 
 def params_fields(params: SamplingParams, *, detokenizes: bool) -> dict[str, Any]:
-    """The fields of parameters that an engine needs. detokenizes: whether it makes the text."""
+    """The parameters that the engine needs. detokenizes: whether the engine makes the text."""
     found = params.non_default(without=OF_CLIENT if detokenizes else OF_TEXT)
     if found.get("stop"):
         found["stop"] = [text.encode("utf-8", "surrogatepass") for text in found["stop"]]
@@ -161,14 +162,14 @@ def params_fields(params: SamplingParams, *, detokenizes: bool) -> dict[str, Any
 
 
 def load_params(found: Mapping[str, Any]) -> SamplingParams:
-    """The parameters of these fields. Raises ValueError."""
+    """The parameters from these fields. Raises ValueError."""
     if stop := found.get("stop"):
         found = {**found, "stop": [text.decode("utf-8", "surrogatepass") for text in stop]}
     return SamplingParams(**found)
 
 
 def dump_media(request: EngineRequest) -> bytes:
-    """The payload of MEDIA; nothing for a prompt that needs none."""
+    """The payload of MEDIA; empty for a prompt that needs none."""
     if not request.contents and request.positions is None:
         return b""
     positions = request.positions
@@ -186,7 +187,7 @@ def dump_media(request: EngineRequest) -> bytes:
 
 
 def load_request(found: Add, media: bytes) -> EngineRequest:
-    """The request of an ADD and the MEDIA before it. Raises ValueError."""
+    """The request from an ADD and the MEDIA before it. Raises ValueError."""
     request = EngineRequest(
         found.prompt_ids,
         load_params(found.params),
@@ -194,12 +195,13 @@ def load_request(found: Add, media: bytes) -> EngineRequest:
         found.priority,
         found.cache_salt,
         detokenizes=found.detokenizes,
+        adapter=found.adapter,
     )
     return with_media(request, media) if found.has_media else request
 
 
 def with_media(request: EngineRequest, payload: bytes) -> EngineRequest:
-    """The request with what `dump_media` has written."""
+    """The request with the payload of `dump_media`."""
     from nanovllm.runner.towers import Encodable  # imports torch
 
     found = _load_media(payload)
@@ -216,7 +218,7 @@ def with_media(request: EngineRequest, payload: bytes) -> EngineRequest:
 
 
 def _array(values: Any) -> Array:
-    """A tensor of any device and strides, or an array."""
+    """Encode a tensor of any device and strides, or an array."""
     import torch
 
     if isinstance(values, np.ndarray):
@@ -233,7 +235,7 @@ def _tensor(array: Array) -> Any:
 
     dtype = getattr(torch, array.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{array.dtype!r} is no dtype")
+        raise ValueError(f"{array.dtype!r} is not a dtype")
     if not array.data:
         return torch.empty(array.shape, dtype=dtype)
     return torch.frombuffer(array.data, dtype=dtype).reshape(array.shape)
@@ -243,7 +245,7 @@ def _tensor(array: Array) -> Any:
 
 
 def row(request_id: int, one: Increment, *, incremental: bool) -> Row:
-    """The row of an engine's increment. Without `incremental` it is the only one of its answer."""
+    """The row of an engine's increment. Without `incremental` it is the answer's only one."""
     found = one.completion
     token_ids, logprobs, text = one.token_ids, one.logprobs, one.text
     if found is not None and not incremental:
@@ -253,7 +255,7 @@ def row(request_id: int, one: Increment, *, incremental: bool) -> Row:
 
 
 def failed(request_id: int, error: Exception) -> Row:
-    """The only row of a request that the engine has refused."""
+    """The single row of a request that the engine refused."""
     field = error.field if isinstance(error, InvalidValue) else None
     text = f"{type(error).__name__}: {error}" if field is None else str(error)
     return Row(request_id, [], None, Done("error", None, 0, None, _clean(text), field))
@@ -266,8 +268,8 @@ def text_of(found: Row) -> str:
 def completion(
     end: Done, row_of_all: Row, prompt_ids: list[int], tokenizer: Tokenizer | None
 ) -> Completion:
-    """A whole answer. row_of_all: everything that was sent of it. `tokenizer` gives
-    log-probabilities texts."""
+    """A whole answer. row_of_all: everything sent of it. tokenizer: for the texts of
+    log-probabilities."""
     return Completion(
         text_of(row_of_all),
         row_of_all.token_ids,
@@ -287,7 +289,7 @@ def _utf8(text: str) -> bytearray:
 
 
 def _clean(text: str) -> str:
-    """A message without halves of surrogate pairs, which it may quote."""
+    """A message without surrogates, which it may quote."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -303,7 +305,7 @@ def _done(found: Completion) -> Done:
 
 
 def numbers(positions: Any) -> list[Top | None] | None:
-    """Log-probabilities of positions without their texts, in their order."""
+    """Log-probabilities per position without texts, in order."""
     if positions is None:
         return None
     return [
@@ -313,7 +315,7 @@ def numbers(positions: Any) -> list[Top | None] | None:
 
 
 def logprobs(positions: list[Top | None] | None, tokenizer: Tokenizer | None) -> Any:
-    """What `numbers` has been given."""
+    """The inverse of `numbers`."""
     if positions is None:
         return None
     return [

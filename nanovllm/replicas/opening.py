@@ -1,4 +1,4 @@
-"""Makes the engine that options ask for. Does not import torch before it must."""
+"""Opens the engine for a config. Imports torch as late as possible."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from nanovllm.replicas.replica import Starter
 
 
-def open_engine(config: EngineConfig) -> AnyEngine:
-    """A warm engine, or several replicas of one behind a front. Errors are those of `load`."""
+def open_engine(config: EngineConfig, *, retries: bool = False) -> AnyEngine:
+    """A warm engine, or several replicas of one behind a router, which gets `retries`. Errors are
+    those of `load`."""
     if not config.replicas_option:
         return one_engine(config)
     from nanovllm.replicas.router import Router
 
-    return Router(config, _starter(config))
+    return Router(config, _starter(config), retries=retries)
 
 
 def _starter(config: EngineConfig) -> Starter:
-    """What starts the replicas where `distributed_executor_backend` says."""
+    """The starter of replicas for `distributed_executor_backend`."""
     if config.distributed_executor_backend == "ray":
         from nanovllm.replicas.ray_replica import RayStarter
 
@@ -43,8 +44,7 @@ def one_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     env.limit_spinning()
     with closing(CompileFarm.start(config)) as farm:
         wait = preload.begin(config.device)
-        # This import takes long, because it imports torch: the farm and the device start in the
-        # meantime.
+        # Importing torch takes long: the farm and the device start in the meantime.
         from nanovllm.engine.engine import Engine
         from nanovllm.startup.load import load
 

@@ -1,4 +1,4 @@
-"""The program of a process with an engine (`python -m`), or with the replicas of one as children.
+"""The program of a process with an engine (`python -m`), or with its replicas as children.
 Importing this module does not import torch, which reads the environment."""
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm import env, log
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.channel import Channel, ChannelClosed
 from nanovllm.parallel.serve import ERROR, connect, error_bytes
 from nanovllm.replicas.opening import one_engine, open_engine
+
+if TYPE_CHECKING:
+    from nanovllm.replicas.handshake import Fleet
+    from nanovllm.replicas.replica import Event
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +34,9 @@ def main() -> None:
 
 
 def run(work: Callable[[dict[str, Any], Channel], None]) -> None:
-    """Connect, do the work of this process, and end it once the other side closes the channel.
+    """Connect, run `work`, and end this process once the other side closes the channel.
 
-    `work` gets the setup and the channel, and raises ChannelClosed. Any other error goes to the
+    `work` gets the setup and the channel, and raises ChannelClosed. Any other error is sent to the
     other side, which ends this process.
     """
     connection = connect(sys.argv[1:])
@@ -51,17 +55,17 @@ def run(work: Callable[[dict[str, Any], Channel], None]) -> None:
             while True:
                 channel.receive()
     sys.stderr.flush()
-    os._exit(0)  # an orderly end of torch and the device's libraries would take a second
+    os._exit(0)  # shutting down torch and the device's libraries takes a second
 
 
 def serve(setup: dict[str, Any], channel: Channel) -> None:
     """Load an engine and let clients use it. Raises ChannelClosed once the other side closes."""
-    inherited = [descriptor for of_engine in setup["clients"] for descriptor in of_engine]
-    for descriptor in inherited:
+    inherited = list(chain.from_iterable(setup["clients"]))
+    for descriptor in [*inherited, *setup["parents"]]:
         os.set_inheritable(descriptor, False)
     config = EngineConfig(**setup["options"])
     if len(setup["clients"]) > 1:
-        serve_replicas(config, setup["clients"], channel)
+        serve_replicas(config, setup["clients"], setup["parents"], channel)
         return
     if setup["waits_for"] is not None:
         wait_for_programs(config, channel)
@@ -74,7 +78,7 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
     info = engine.info
     info = info if info.checkpoint else replace(info, checkpoint=digest_of(config))
     clients = [ClientConn(socket.socket(fileno=one)) for one in inherited]
-    gc.freeze()  # a collection among so many objects would delay steps by 0.1 s
+    gc.freeze()  # collecting garbage among so many objects delays steps by 0.1 s
     try:
         Loop(engine, clients, channel).run(info)
     finally:
@@ -82,11 +86,13 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
 
 
 def serve_replicas(
-    config: EngineConfig, clients: Sequence[Sequence[int]], channel: Channel
+    config: EngineConfig, clients: Sequence[Sequence[int]], parents: Sequence[int], channel: Channel
 ) -> None:
-    """Start replicas, whose clients use these sockets, and watch them.
+    """Start replicas, whose clients use these sockets, and start lost ones again.
 
-    Raises ChannelClosed once the other side closes, and ReplicaFailed when no replica is left.
+    clients: file descriptors for each replica. parents: those on which each client gets new sockets
+    (`handover.py`). Raises ChannelClosed once the other side closes, and ReplicaFailed when no
+    replica is left.
     """
     from nanovllm.replicas.handshake import Fleet
     from nanovllm.replicas.machine import ProcessStarter
@@ -96,6 +102,7 @@ def serve_replicas(
     fleet = Fleet(ProcessStarter(config), config.data_parallel_size, clients)
     for descriptor in chain.from_iterable(clients):
         os.close(descriptor)  # a replica's end is that of its sockets
+    to_clients = [socket.socket(fileno=one) for one in parents]
     try:
         channel.send(READY)
 
@@ -103,20 +110,37 @@ def serve_replicas(
             with suppress(ChannelClosed):
                 while True:
                     channel.receive()
-            fleet.inbox.put(Event(fleet.replicas[0], "", b"", ChannelClosed("the parent's end")))
+            fleet.inbox.put(
+                Event(fleet.replicas[0], "", b"", ChannelClosed("the parent has ended"))
+            )
 
         threading.Thread(target=listen, name="parent", daemon=True).start()
-        while True:
-            replica, _, _, failure = fleet.inbox.get()
-            if isinstance(failure, ChannelClosed):
-                raise failure
-            if failure is not None:
-                replica.failure = failure
-                logger.error("the requests of a replica end with an error: %s", failure)
-            if all(one.failure is not None for one in fleet.replicas):
-                raise ReplicaFailed(f"no replica is left: {fleet.causes}")
+        while not fleet.is_lost:
+            event = fleet.inbox.get()
+            if isinstance(event.failure, ChannelClosed):
+                raise event.failure
+            _start_again(fleet, event, to_clients)
+        raise ReplicaFailed(f"no replica is left: {fleet.causes}")
     finally:
         fleet.close()
+
+
+def _start_again(fleet: Fleet, event: Event, to_clients: Sequence[socket.socket]) -> None:
+    """Start a replica again after its failure, and note that it is warm."""
+    from nanovllm.replicas import handover
+
+    replica, failure = event.replica, event.failure
+    if replica is not fleet.replicas[replica.index] or replica.failure is not None:
+        return  # another one has its place
+    if failure is None:
+        try:
+            fleet.begin(replica, event.payload)
+        except ValueError as error:
+            failure = error
+    if failure is not None:
+        logger.error("a replica failed, its requests end with an error: %s", failure)
+        with handover.new_sockets(to_clients, replica.index) as descriptors:
+            fleet.restart(replica, failure, descriptors)
 
 
 def wait_for_programs(config: EngineConfig, channel: Channel) -> None:

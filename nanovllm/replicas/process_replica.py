@@ -1,4 +1,4 @@
-"""A replica as a process of this machine. Importing this module does not import torch."""
+"""A replica as a process on this machine. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class ProcessReplica(Replica):
     def __init__(
         self, index: int, setup: dict[str, Any], inbox: Inbox, clients: Sequence[int] = ()
     ) -> None:
-        """Start the process, without waiting for it. Raises OSError.
+        """Start the process without waiting for it. Raises OSError.
 
-        clients: file descriptors of sockets to its clients, which it inherits.
+        clients: descriptors of its clients' sockets, which it inherits.
         """
         super().__init__(index, setup)
         self._ranks = Ranks.start(
-            {**setup, "clients": [list(clients)]},
+            {**setup, "clients": [list(clients)], "parents": []},
             2,  # this process and the replica's
             PROGRAM,
             names=("the process of LLM", self.name),

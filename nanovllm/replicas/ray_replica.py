@@ -1,4 +1,4 @@
-"""Replicas as Ray actors: a placement group with a bundle for each of them."""
+"""Replicas as Ray actors: a placement group with one bundle per replica."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nanovllm.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 USER = "distributed_executor_backend='ray'"
-PLACE_S = 60.0  # for the placement group, if others use what it needs
-# An actor that answers no call for so long is lost; Ray starts its process before the first call.
+PLACE_S = 60.0  # to wait for the placement group while others use its resources
+# An actor that does not respond for this long is lost; Ray starts its process before any call.
 SILENT_S, SILENT_AT_START_S = 8, 120
-CLOSE_S = 10.0  # for a replica to end by itself
-# Replicas do not talk to each other, so nothing is gained by putting them on one node. On several
-# nodes a lost node costs the fewest of them, and each has more of the host's memory bandwidth.
+CLOSE_S = 10.0  # for a replica to exit
+# Replicas do not communicate, so one node has no advantage. On several nodes, a lost node costs
+# fewer of them, and each has more of a host's memory bandwidth.
 STRATEGY = "SPREAD"
 
 
@@ -34,11 +34,11 @@ class RayReplica(Replica):
     """An engine on a node of a Ray cluster, behind an actor (`Relay`)."""
 
     def __init__(self, index: int, setup: dict[str, Any], inbox: Inbox, ray: Any, actor: Any):
-        """actor: the actor's class with its options, which are its place in the cluster."""
+        """actor: the actor's class with its options, including its place in the cluster."""
         super().__init__(index, setup)
         self._ray, self._inbox = ray, inbox
         self._num_told = 0
-        self._has_failed = self._is_closing = self._is_closed = False
+        self._has_begun = self._has_failed = self._is_closing = self._is_closed = False
         self._closing: Any = None  # the call of the actor's `close`
         self._actor = actor.remote(index, json.dumps(setup).encode())
         self._thread = threading.Thread(target=self._receive, name=self.name, daemon=True)
@@ -50,7 +50,7 @@ class RayReplica(Replica):
         try:
             self._check()
             self._actor.tell.remote(self._num_told, name, payload)
-        except (ReplicaFailed, self._ray.exceptions.RayError):  # the latter if Ray ends meanwhile
+        except (ReplicaFailed, self._ray.exceptions.RayError):  # the latter if Ray shuts down
             return False
         self._num_told += 1
         return True
@@ -69,7 +69,8 @@ class RayReplica(Replica):
         if not self._is_closing:
             self._is_closing = True
             with cluster.closing():
-                if self._ray.is_initialized() and not self._has_failed:
+                # an actor that has no place yet would not answer
+                if self._ray.is_initialized() and self._has_begun and not self._has_failed:
                     self._closing = self._actor.close.remote()
 
     def close(self) -> None:
@@ -85,36 +86,36 @@ class RayReplica(Replica):
             self._thread.join()
 
     def _receive(self) -> None:
-        """Turn what the actor passes on into events, until its end."""
+        """Turn messages from the actor into events, until its end."""
         limit = SILENT_AT_START_S
         try:
             while not self._is_closing:
                 self._check()
                 call = self._actor.receive.remote()
                 self._wait(call, limit)
-                limit = SILENT_S
+                limit, self._has_begun = SILENT_S, True
                 received = bytearray(self._ray.get(call))
                 while (message := unpack(received)) is not None:
                     self._take(*message)
-        except BaseException as error:  # SystemExit if Ray has been shut down
+        except BaseException as error:  # SystemExit if Ray was shut down
             if not self._is_closing:
-                self._kill()  # an engine that nobody hears must not go on
+                self._kill()  # do not leave an unreachable engine running
             self._fail(error if isinstance(error, ReplicaFailed) else self._lost(error))
 
     def _wait(self, call: Any, seconds: int) -> None:
-        """Raises ReplicaFailed if the call has no result in time."""
-        for _ in range(seconds):  # one by one: this process may be stopped in the meantime
+        """Wait for a call. Raises ReplicaFailed after this time."""
+        for _ in range(seconds):  # one by one: this process may be suspended meanwhile
             if self._ray.wait([call], timeout=1.0)[0]:
                 return
             self._check()
-        raise ReplicaFailed(f"{self.name} has not answered for {seconds} s")
+        raise ReplicaFailed(f"{self.name} has not responded for {seconds} s")
 
     def _check(self) -> None:
-        """Raises ReplicaFailed after the end."""
+        """Raises ReplicaFailed if the replica or Ray is closed."""
         if self._is_closing:
             raise ReplicaFailed(f"{self.name} is closed")
         if not self._ray.is_initialized():
-            raise ReplicaFailed(f"{self.name} is lost: Ray has been shut down in this process")
+            raise ReplicaFailed(f"{self.name} is lost: Ray was shut down in this process")
 
     def _take(self, name: str, payload: bytes) -> None:
         if name != ERROR:
@@ -124,7 +125,7 @@ class RayReplica(Replica):
         self._fail(ValueError(text) if is_mistake else ReplicaFailed(text))
 
     def _fail(self, failure: Exception) -> None:
-        """Report the first failure, unless it is the end that the router wants."""
+        """Report the first failure, unless the router is closing the replica."""
         if not self._has_failed and not self._is_closing:
             self._has_failed = True
             self._inbox.put(Event(self, "", b"", failure))
@@ -139,19 +140,19 @@ class RayReplica(Replica):
 
 
 class RayStarter:
-    """Gives each replica its place in a cluster, on one node each."""
+    """Places each replica on one node of a cluster."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Connect to a cluster (`cluster.Shared.open`) and wait for the places.
+        """Connect to a cluster (`cluster.Shared.open`) and wait for the resources.
 
-        Raises ValueError if Ray is missing or the cluster is too small, and RuntimeError if others
-        use it.
+        Raises ValueError if Ray is missing or the cluster is too small, RuntimeError if its
+        resources are in use.
         """
         self._config = setups.with_full_paths(config)
-        self._replicas: list[RayReplica] = []
+        self._replicas: dict[int, RayReplica] = {}
         self._group: Any = None
         self._is_closed = False
-        self._ray = cluster.SHARED.open(USER)
+        self._ray = cluster.SHARED.open(USER, env.ray_address())
         atexit.register(self.close)  # before Ray's own end, which comes later in the list
         try:
             self._place()
@@ -159,15 +160,20 @@ class RayStarter:
             self.close()
             raise
 
-    def start(self, index: int, inbox: Inbox, clients: Sequence[int] = ()) -> RayReplica:
+    def start(
+        self, index: int, inbox: Inbox, clients: Sequence[int] = (), *, again: bool = False
+    ) -> RayReplica:
+        """Raises ReplicaFailed, besides, if Ray has been shut down."""
         assert not clients, "sockets end with this machine"
-        node = self._node_ids[index]
-        first = self._node_ids.index(node)
+        if not self._ray.is_initialized():
+            raise ReplicaFailed("Ray was shut down in this process")
+        first = self._node_ids.index(self._node_ids[index])
         setup = setups.setup(
             self._config,
-            f"replica {index} on node {self._addresses[node]}",
+            f"replica {index}{self._place_of(index)}",
             compile_cache=self._config.compile_cache,
-            waits_for=first if first != index else None,  # a node has its own store
+            # a node has its own store
+            waits_for=first if first != index and not again else None,
             environment=env.settings(),
         )
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -181,21 +187,34 @@ class RayStarter:
             **self._resources,
         )
         replica = RayReplica(index, setup, inbox, self._ray, actor)
-        self._replicas.append(replica)
+        self._replicas[index] = replica
         return replica
+
+    def _place_of(self, index: int) -> str:
+        """The node of a replica, in words; nothing while Ray looks for another one."""
+        place = self._nodes()[index]
+        for node in self._ray.nodes():
+            if node["Alive"] and node["NodeID"] == place:
+                return f" on node {node['NodeManagerAddress']}"
+        return ""
+
+    def _nodes(self) -> list[str]:
+        """The ids of the replicas' nodes."""
+        places = self._ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        return [places[index] for index in range(self._config.data_parallel_size)]
 
     def tokenizer(self) -> Tokenizer | None:
         return setups.tokenizer(self._config)
 
     def close(self) -> None:
-        """End the replicas, and give their places back."""
+        """End the replicas and release their resources."""
         if self._is_closed:
             return
         self._is_closed = True
         atexit.unregister(self.close)
-        for replica in self._replicas:
+        for replica in self._replicas.values():
             replica.begin_close()
-        for replica in self._replicas:
+        for replica in self._replicas.values():
             replica.close()
         if self._group is not None:
             with cluster.closing():
@@ -213,18 +232,16 @@ class RayStarter:
         bundle = {
             kind: self._resources[name] for kind, name in kinds.items() if self._resources.get(name)
         }
-        # a bundle is on one node, and so are the ranks of its replica
+        # a bundle, and thus all ranks of a replica, is on one node
         self._group = ray.util.placement_group([bundle] * num, strategy=STRATEGY)
         ready, _ = ray.wait([self._group.ready()], timeout=PLACE_S)
         if not ready:
             free = {kind: ray.available_resources().get(kind, 0) for kind in bundle}
             raise RuntimeError(
-                f"the Ray cluster has had no place for {num} × {_counts(bundle)} for "
+                f"the Ray cluster had no room for {num} × {_counts(bundle)} within "
                 f"{PLACE_S:.0f} s: others use it, and {_counts(free)} of all nodes are free"
             )
-        table = ray.util.placement_group_table(self._group)
-        self._node_ids = [table["bundles_to_node_id"][index] for index in range(num)]
-        self._addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
+        self._node_ids = self._nodes()
 
 
 def _counts(resources: dict[str, float]) -> str:
@@ -232,5 +249,5 @@ def _counts(resources: dict[str, float]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The text of one of Ray's errors, which has many lines."""
+    """The text of a Ray error, which has many lines, in one line."""
     return " ".join(str(error).split())[:300]

@@ -1,9 +1,9 @@
-"""The Ray actor of a replica: it runs the replica's process on its node and passes messages on.
+"""The Ray actor of a replica: runs the replica's process on its node and relays messages.
 
-Its arguments and results are numbers, names and bytes: no object of ours is pickled. The engine has
-a process of its own, as on one machine: the actor then sees one that dies or hangs, has its last
-lines of output, and answers the router meanwhile. Importing this module does not import torch or
-Ray.
+Its arguments and results are numbers, names and bytes: nothing of ours is pickled. The engine runs
+in a child process, as on one machine, so that the actor can detect that it died or hangs, keep its
+last lines of output, and respond to the router meanwhile. Importing this module does not import
+torch or Ray.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from nanovllm.parallel.serve import ERROR, error_bytes
 from nanovllm.replicas.process_replica import ProcessReplica
 from nanovllm.replicas.replica import Event, Inbox, ReplicaFailed
 
-POLL_S = 1.0  # `receive` returns after this time, which shows that the actor lives
-NUM_THREADS = 8  # calls that run at the same time; few of them wait
+POLL_S = 1.0  # `receive` returns after this time to show that the actor is alive
+NUM_THREADS = 8  # concurrent calls; few of them wait
 
 
 class Relay:
@@ -33,21 +33,20 @@ class Relay:
         self._inbox: Inbox = queue.SimpleQueue()
         self._replica = ProcessReplica(index, json.loads(setup), self._inbox)
         self._order = threading.Lock()
-        self._early: dict[int, Message] = {}  # messages that have come before earlier ones
+        self._early: dict[int, Message] = {}  # messages that arrived before earlier ones
         self._num_told = 0
 
     def tell(self, number: int, name: str, payload: bytes) -> None:
-        """Pass on a message. Ray may run calls in another order than they were made, so messages
-        have numbers, from 0."""
+        """Forward a message. Ray may reorder calls, so messages are numbered from 0."""
         with self._order:
             self._early[number] = name, payload
             while (message := self._early.pop(self._num_told, None)) is not None:
                 self._num_told += 1
-                self._replica.tell(*message)  # if it has failed, an event says so
+                self._replica.tell(*message)  # a failure is reported as an event
 
     def receive(self) -> bytes:
-        """Packed messages of the replica, one after another; none after POLL_S without any. Its
-        failure is an ERROR."""
+        """Packed messages of the replica; empty if there are none for POLL_S. A failure is an ERROR
+        message."""
         found = bytearray()
         with suppress(queue.Empty):
             found += _packed(self._inbox.get(timeout=POLL_S))
@@ -63,7 +62,7 @@ class Relay:
             return b""
 
     def close(self) -> None:
-        """End the replica's process. Nothing of it is left."""
+        """End the replica's process and everything it started."""
         self._replica.close()
 
 

@@ -1,4 +1,4 @@
-"""One replica as the router sees it, wherever it runs, and what it reports."""
+"""The router's interface to a replica, wherever it runs, and to its events."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from nanovllm.engine.metrics import Gauge, Metric
+from nanovllm.engine.metrics import Metric
 from nanovllm.replicas import messages
+from nanovllm.replicas.totals import LastMetrics
 
 if TYPE_CHECKING:
     from nanovllm.tokenizer import Tokenizer
 
 
 class ReplicaFailed(RuntimeError):
-    """A replica has ended, hangs, or a step of it has failed. The message names it."""
+    """A replica has ended or hangs, or one of its steps has failed. The message names it."""
 
 
 class Event(NamedTuple):
-    """A message of a replica, or its failure."""
+    """A message from a replica, or its failure."""
 
     replica: Replica
     name: str
@@ -32,62 +33,68 @@ Inbox = queue.SimpleQueue[Event]
 
 
 class Replica(ABC):
-    """An engine in another process. Its events appear in an `Inbox`, in their order.
+    """An engine in another process. Its events go to an `Inbox`, in order.
 
-    The router's thread uses it; `read_metrics` may be called by any thread.
+    Only the router's thread uses it, except `read_metrics`, which any thread may call.
 
-    setup: what its program is told (`setups.setup`).
+    setup: the arguments of its program (`setups.setup`).
     """
 
     def __init__(self, index: int, setup: dict[str, Any]) -> None:
         self.index, self.name = index, str(setup["name"])
-        # the number of the replica that compiles for this one; None: it compiles itself
+        # the index of the replica that compiles for this one; None: this one compiles
         self.waits_for: int | None = setup["waits_for"]
+        self.is_ready = False  # it is warm and has not failed
         self.failure: Exception | None = None  # once the router has taken the event
         self._asking = threading.Lock()
-        self._metrics: list[Metric] = []  # when they were last read
+        self._metrics = LastMetrics()
 
     @abstractmethod
     def tell(self, name: str, payload: bytes = b"") -> bool:
-        """Send a message. False if the replica has failed: its event then follows."""
+        """Send a message. False if the replica has failed; its event follows."""
 
     @abstractmethod
     def ask_metrics(self) -> bytes:
-        """The engine's metrics, as `messages` has them. Raises ReplicaFailed."""
+        """The engine's metrics as a `messages` payload. Raises ReplicaFailed."""
 
     @abstractmethod
     def begin_close(self) -> None:
-        """Begin what `close` does, for a caller that closes several."""
+        """Start `close` without waiting, for a caller that closes several replicas."""
 
     @abstractmethod
     def close(self) -> None:
-        """End the engine. Nothing of it is left."""
+        """End the engine and everything it started."""
+
+    def follow(self, lost: Replica) -> None:
+        """Count on from a lost replica, in whose place this one has been started."""
+        self._metrics.follow(lost._metrics)
 
     def read_metrics(self) -> list[Metric]:
-        """The engine's metrics; of a replica that has ended, the last that are known, at 0 for what
-        it does now."""
+        """The engine's metrics; of one that has ended, or is not ready, the last that are known, at
+        0 for what it does now."""
         with self._asking:
             try:
-                self._metrics = messages.load_metrics(self.ask_metrics())
+                if self.is_ready:
+                    self._metrics.note(messages.load_metrics(self.ask_metrics()))
             except ReplicaFailed:
-                self._metrics = [
-                    Gauge(one.name, 0, one.labels) if isinstance(one, Gauge) else one
-                    for one in self._metrics
-                ]
-            return self._metrics
+                self._metrics.rest()
+            return self._metrics.all
 
 
 class Starter(Protocol):
     """Starts the replicas of one router."""
 
-    def start(self, index: int, inbox: Inbox, clients: Sequence[int] = ()) -> Replica:
+    def start(
+        self, index: int, inbox: Inbox, clients: Sequence[int] = (), *, again: bool = False
+    ) -> Replica:
         """Start a replica without waiting for it. Raises OSError.
 
-        clients: file descriptors of sockets to its clients.
+        clients: file descriptors of sockets to its clients. again: after it was lost, so it waits
+        for what no other replica compiles.
         """
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that the replicas have."""
+        """The replicas' tokenizer."""
 
     def close(self) -> None:
-        """Give back what the replicas had together, after they have been closed."""
+        """Release what the replicas share, after they are closed."""

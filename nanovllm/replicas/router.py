@@ -1,11 +1,13 @@
-"""Replicas of an engine, which run in other processes, with the interface of one engine."""
+"""A router for replicas of an engine in other processes, with the interface of one engine."""
 
 from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Collection, Container, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,38 +16,34 @@ from nanovllm.engine.intake import Embeddings, Intake, drawn_seed
 from nanovllm.engine.metrics import Metric
 from nanovllm.engine.owner import Owner
 from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
+from nanovllm.media import given as media_given
 from nanovllm.media.given import Given
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES
 from nanovllm.parallel.ranks import deferred_interrupts
-from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
+from nanovllm.prompts import AnyPrompt, Prompt, PromptRefused, as_prompt
 from nanovllm.replicas import messages
+from nanovllm.replicas.dispatcher import Dispatcher, Parcel, Pending
 from nanovllm.replicas.handshake import Fleet, raisable
-from nanovllm.replicas.load_balancer import Place, choose
-from nanovllm.replicas.messages import Add, Done, End, Row
+from nanovllm.replicas.messages import Add, Done, Row
 from nanovllm.replicas.replica import Event, Replica, ReplicaFailed, Starter
 from nanovllm.replicas.totals import totals
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import Increment, Outbox
 
+if TYPE_CHECKING:
+    from nanovllm.engine.media_intake import MediaIntake
+
 logger = logging.getLogger(__name__)
 
-# A thread that waits for outputs lets others in after this time.
+# A thread that waits for outputs releases the engine after this time.
 WAIT_S = 0.005
 MAX_MEDIA_BYTES = MAX_PAYLOAD_BYTES // 2
 
-
-@dataclass
-class _Pending:
-    """An unfinished request. row: all that its replica has sent of the answer."""
-
-    replica: Replica
-    prompt_ids: list[int]
-    cost: int
-    row: Row
+Ask = Callable[[MediaPrompt], EngineRequest]  # raises ValueError
 
 
 class _Metrics:
-    """The metrics of all replicas together."""
+    """The combined metrics of all replicas."""
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self._replicas = replicas
@@ -58,19 +56,22 @@ class Router:
     """`data_parallel_size` engines in other processes, with the interface of one (`AnyEngine`).
 
     Use it from one thread at a time (`SharedEngine`). A request runs on one replica from its
-    beginning to its end. A replica that fails ends its requests with an error; the others go on.
-    Requests get the ids, and so the seeds, that one engine would give them.
+    beginning to its end. A replica that fails is started again, and ends its requests with an
+    error; the others go on. With `retries` its requests are tried again instead, unless tokens of
+    them have come (`Dispatcher`). Requests get the ids, and so the seeds, that one engine would
+    give them.
     """
 
-    def __init__(self, config: EngineConfig, starter: Starter) -> None:
+    def __init__(self, config: EngineConfig, starter: Starter, *, retries: bool = False) -> None:
         """Start all replicas and wait until they are warm. Errors are those of `load`, and
         ReplicaFailed."""
         self.config = config
+        self._media: MediaIntake | None = None
         self._outbox = Outbox()
-        self._pending: dict[int, _Pending] = {}
         self._num_added = 0
         self._is_closed = False
         self._owner = Owner()
+        self._retries = retries
         self._fleet = Fleet(starter, config.data_parallel_size)
         self.replicas, self._inbox = self._fleet.replicas, self._fleet.inbox
         self.tokenizer, infos = self._fleet.tokenizer, self._fleet.infos
@@ -80,14 +81,28 @@ class Router:
         self.default_params = SamplingParams(**self.info.default_params)
         self.eos_ids = frozenset(self.info.eos_ids)
         self.metrics = _Metrics(self.replicas)
-        self._places = [Place(one.num_blocks) for one in infos]
+        self._dispatcher = Dispatcher(self._fleet, retries=retries)
+        self._pending = self._dispatcher.pending
         self._intake = Intake.of(config, self.tokenizer, self.info)
+        self._preparing: dict[int, Ask] = {}  # requests whose media are prepared
+        self._media = self._new_media()
+
+    def _new_media(self) -> MediaIntake | None:
+        """None for a model that reads text only."""
+        if self.info.media_scale is None:
+            return None
+        from nanovllm.engine.media_intake import MediaIntake, MediaPrompts  # imports torch
+
+        options = self.config.media
+        made = MediaPrompts.of(self.config, self.tokenizer, self.info.media_scale, options)
+        return MediaIntake(made, options)
 
     def close(self) -> None:
-        """End all replicas. Nothing of them is left. A fork of the process leaves them alone."""
+        """End all replicas and everything they started. Does nothing in a fork of the process."""
         self._is_closed = True
         if self._owner.is_here and hasattr(self, "_fleet"):
-            self._pending.clear()
+            if self._media is not None:
+                self._media.close()
             self._fleet.close()
 
     def __del__(self) -> None:
@@ -95,11 +110,11 @@ class Router:
             self.close()
 
     def sleep(self, level: int = 1) -> None:
-        """Raises ValueError."""
+        """Not supported: raises ValueError."""
         self._refuse("sleep")
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
-        """Raises ValueError."""
+        """Not supported: raises ValueError."""
         self._refuse("wake_up")
 
     @property
@@ -107,38 +122,34 @@ class Router:
         return False
 
     def enter_thread(self) -> None:
-        """Threads need no preparation: steps run in other processes."""
+        """Nothing to do: steps run in other processes."""
 
     def prompt_ids(self, request_id: int) -> list[int]:
         """The prompt of an unfinished request."""
         return self._pending[request_id].prompt_ids
 
     def token_ids(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, checked as `add_request` does. Raises ValueError, also for media."""
-        self.check_media(prompt.media)
-        return self._intake.prompt_ids(prompt, SamplingParams())
+        """See `Intake.text_ids`."""
+        return self._intake.text_ids(prompt)
 
     def encoded(self, prompt: Prompt) -> Prompt:
-        """The prompt with token ids, unless it has media."""
-        if prompt.token_ids is not None or prompt.media or self.tokenizer is None:
-            return prompt
-        assert prompt.text is not None
-        return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
+        """See `Intake.encoded`."""
+        return self._intake.encoded(prompt)
 
     def check_media(self, media: Sequence[Given]) -> None:
-        """Raises ValueError for images and videos: only prepared ones cross processes."""
-        if media:
-            self._refuse(media[0].name)
+        """Raises ValueError for images or videos that no prompt of this model can have."""
+        if self._media is None:
+            media_given.refuse(self.config.model, media)
+        else:
+            self._media.check_media(media)
 
     def forget_prefixes(self) -> None:
-        """Let no later request find cached tokens of earlier ones."""
+        """Invalidate the prefix caches for later requests."""
         with deferred_interrupts():
-            for replica, place in zip(self.replicas, self._places):
-                replica.tell(messages.FORGET)
-                place.forget()
+            self._dispatcher.forget_prefixes()
 
     def prepare_grammars(self) -> None:
-        """See `Engine.prepare_grammars`."""
+        """Implements `Engine.prepare_grammars`."""
         with deferred_interrupts():
             for replica in self.replicas:
                 replica.tell(messages.PREPARE_GRAMMARS)
@@ -153,68 +164,108 @@ class Router:
         positions: np.ndarray | None = None,
         priority: int = 0,
     ) -> int:
-        """Queue a prompt at a replica; returns the request's id. Arguments are those of `Engine`.
+        """Queue a prompt on a replica. Returns the request's id. Arguments are those of `Engine`.
 
-        Raises ValueError as `Engine` does, for images and videos that are not prepared, and for
-        more embeddings or patches than a message takes. Raises ReplicaFailed if no replica is left.
+        Raises ValueError as `Engine` does, and for more embeddings or patches than a message takes.
+        Raises ReplicaFailed if no replica is left.
         """
         self._check_open()
-        if not isinstance(prompt, MediaPrompt):
-            prompt = as_prompt(prompt)
-            self.check_media(prompt.media)
         params = params or SamplingParams()
-        asked = self._intake.request(
-            prompt,
-            params,
-            incremental=incremental,
-            embeddings=embeddings,
-            positions=positions,
-            priority=priority,
+        given = prompt if isinstance(prompt, MediaPrompt) else as_prompt(prompt)
+        media = self._media_for(given, params, embeddings, positions)
+        if media is not None:
+            params = params.clone()  # it is used once they are prepared
+        ask = partial(
+            self._intake.request, params=params, incremental=incremental, priority=priority
         )
+        asked = ask(given, embeddings=embeddings, positions=positions)
         self._intake.check_forms(params)
-        return self.add(asked)
+        if media is None or isinstance(given, MediaPrompt):
+            return self.add(asked)
+        with deferred_interrupts():
+            request_id = self._new_request(asked)
+            self._preparing[request_id] = ask
+            media.add(request_id, given)
+        return request_id
+
+    def _media_for(
+        self,
+        prompt: Prompt | MediaPrompt,
+        params: SamplingParams,
+        embeddings: Embeddings,
+        positions: np.ndarray | None,
+    ) -> MediaIntake | None:
+        """What prepares the media of a prompt, if it has some. Raises ValueError for those that it
+        cannot have."""
+        if isinstance(prompt, MediaPrompt) or not prompt.media:
+            return None
+        self.check_media(prompt.media)
+        assert self._media is not None
+        self._media.check(prompt, params, embeddings, positions)
+        return self._media
 
     def add(self, asked: EngineRequest) -> int:
-        """Queue a request that an `Intake` has checked at a replica. Raises as `add_request`."""
+        """Queue a request that an `Intake` has checked. Raises the errors of `add_request`."""
         self._check_open()
-        num_bytes = asked.num_bytes
-        if num_bytes > MAX_MEDIA_BYTES:
-            raise ValueError(
-                f"the prompt's images and embeddings have {num_bytes} bytes: with "
-                f"{self.config.replicas_option} at most {MAX_MEDIA_BYTES} are supported"
-            )
-        request_id, prompt_ids = self._num_added, asked.prompt_ids
+        self._check_size(asked)
+        with deferred_interrupts():
+            request_id = self._new_request(asked)
+            try:
+                self._send(request_id, asked)
+            except BaseException:
+                del self._pending[request_id]
+                raise
+        return request_id
+
+    def _new_request(self, asked: EngineRequest) -> int:
+        """Note a request, and return its id. Raises ReplicaFailed."""
+        if self._fleet.is_lost:
+            raise ReplicaFailed(self._no_replica)
+        request_id = self._num_added
+        self._num_added += 1
+        row = Row(request_id, [], None if asked.params.logprobs is None else [])
+        self._pending[request_id] = Pending(asked.prompt_ids, row)
+        return request_id
+
+    def _send(self, request_id: int, asked: EngineRequest) -> None:
+        """Send a request to a replica."""
+        prompt_ids = asked.prompt_ids
         seed = drawn_seed(self.config.seed, request_id) if asked.seed is None else asked.seed
         media = messages.dump_media(asked)
         fields = messages.params_fields(asked.params, detokenizes=asked.detokenizes)
         message = Add(
             [request_id], [seed], prompt_ids, fields, asked.incremental, asked.priority,
-            asked.cache_salt, asked.detokenizes, has_media=bool(media),
+            asked.cache_salt, asked.detokenizes, has_media=bool(media), adapter=asked.adapter,
         )  # fmt: skip
         cost = len(prompt_ids) + self._intake.max_output(asked.params, len(prompt_ids))
-        with deferred_interrupts():
-            digests = []
-            if self.config.enable_prefix_caching:
-                digests = asked.block_digests(self.info.block_size)
-            replica = self._send(messages.dump(message), media, digests, cost)
-            self._num_added += 1
-            row = Row(request_id, [], None if asked.params.logprobs is None else [])
-            self._pending[request_id] = _Pending(replica, prompt_ids, cost, row)
-        return request_id
+        digests = []
+        if self.config.enable_prefix_caching:
+            digests = asked.block_digests(self.info.block_size)
+        self._dispatcher.send(request_id, Parcel(messages.dump(message), media, digests, cost))
+
+    def _check_size(self, asked: EngineRequest) -> None:
+        if asked.num_bytes > MAX_MEDIA_BYTES:
+            raise ValueError(
+                f"the prompt's images and embeddings have {asked.num_bytes} bytes: with "
+                f"{self.config.replicas_option} at most {MAX_MEDIA_BYTES} are supported"
+            )
 
     def abort(self, request_id: int, reason: str = "abort") -> None:
-        """End a request now, with a last output. Unknown ids are ignored."""
+        """End a request now; its last output follows. Unknown ids are ignored."""
         if pending := self._drop([request_id]).get(request_id):
             self._outbox.outputs.append(self._ended(request_id, pending, reason))
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
-        """End requests and drop their last outputs, for a caller that no longer listens."""
+        """End requests and drop their last outputs."""
         dropped = set(request_ids)
         self._drop(dropped)
         self._outbox.take(dropped)
 
     def advance(self) -> None:
-        """Take what the replicas have sent; if there is nothing, wait for some milliseconds."""
+        """Take what the replicas have sent; if there is nothing, wait for some milliseconds.
+
+        With `retries` it raises ReplicaFailed once no replica is left.
+        """
         self._check_open()
         with deferred_interrupts():
             timeout = WAIT_S if self._pending else 0.0
@@ -224,68 +275,86 @@ class Router:
                     self._take(self._inbox.get_nowait())
             except queue.Empty:
                 pass
+            if self._preparing:
+                self._send_prepared()
+            if self._fleet.is_lost:
+                self._end_all()
+            self._dispatcher.give_out()
 
     def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
-        """Remove and return the waiting outputs of these requests, or of all requests."""
+        """Remove and return the waiting outputs of these requests, or of all."""
         return self._outbox.take(request_ids)
 
     def has_outputs(self, request_ids: Container[int] | None = None) -> bool:
-        """Whether outputs of these requests, or of any, wait for `take`."""
+        """Whether outputs of these requests, or of any, are waiting."""
         return self._outbox.has(request_ids)
 
-    def _send(self, payload: bytes, media: bytes, digests: list[bytes], cost: int) -> Replica:
-        """Give a request to the replica that suits it best, or to another if that has failed."""
-        living = {replica.index for replica in self.replicas if replica.failure is None}
-        while living:
-            index = choose(self._places, living, digests, cost)
-            replica = self.replicas[index]
-            if (not media or replica.tell(messages.MEDIA, media)) and replica.tell(
-                messages.ADD, payload
-            ):
-                self._places[index].add(digests, cost)
-                return replica
-            living.remove(index)
-        while any(replica.failure is None for replica in self.replicas):
-            self._take(self._inbox.get())  # the failures, which the refused messages announce
-        raise ReplicaFailed(f"no replica is left: {self._fleet.causes}")
-
-    def _drop(self, request_ids: Collection[int]) -> dict[int, _Pending]:
+    def _drop(self, request_ids: Iterable[int]) -> dict[int, Pending]:
         """Forget unfinished requests here and at their replicas; returns them."""
         with deferred_interrupts():
-            dropped = {one: self._finish(one) for one in request_ids if one in self._pending}
-            for replica in self.replicas:
-                ids = [one for one, pending in dropped.items() if pending.replica is replica]
-                if ids:
-                    replica.tell(messages.END, messages.dump(End(ids, messages.ABORT)))
+            dropped = self._dispatcher.drop(request_ids)
+            for request_id in dropped:
+                self._release(request_id)
         return dropped
 
-    def _finish(self, request_id: int) -> _Pending:
-        pending = self._pending.pop(request_id)
-        self._places[pending.replica.index].release(pending.cost)
-        return pending
+    def _finish(self, request_id: int) -> Pending:
+        self._release(request_id)
+        return self._dispatcher.finish(request_id)
+
+    def _release(self, request_id: int) -> None:
+        """Forget the media of a request."""
+        if self._media is not None:
+            self._preparing.pop(request_id, None)
+            self._media.drop(request_id)
+
+    def _send_prepared(self) -> None:
+        """Send the requests whose media have been prepared."""
+        assert self._media is not None
+        for request_id, found in self._media.take():
+            ask = self._preparing.pop(request_id)
+            try:
+                if isinstance(found, str):
+                    raise PromptRefused(found)
+                asked = ask(found)
+                self._check_size(asked)
+                self._pending[request_id].prompt_ids = asked.prompt_ids
+                self._send(request_id, asked)
+            except ValueError as error:
+                logger.error("request %d: %s", request_id, error)
+                self._fail(request_id, str(error))
 
     def _take(self, event: Event) -> None:
         """Turn a message or a failure of a replica into outputs."""
+        replica = event.replica
+        if replica is not self.replicas[replica.index] or replica.failure is not None:
+            return  # it is lost
         if event.failure is not None:
-            self._end_requests(event.replica, raisable(event.failure))
-            return
-        found = messages.load_outputs(event.payload)
-        for request_id, token_id in zip(found.ids, found.tokens):
-            self._grow(Row(request_id, [token_id]))
-        for row in found.rows:
-            self._grow(row)
+            self._lose(replica, raisable(event.failure))
+        elif event.name == messages.READY:
+            try:
+                self._dispatcher.ready(replica, event.payload)
+            except ValueError as error:
+                self._lose(replica, error)
+        else:
+            found = messages.load_outputs(event.payload)
+            for request_id, token_id in zip(found.ids, found.tokens):
+                self._grow(Row(request_id, [token_id]))
+            for row in found.rows:
+                self._grow(row)
 
     def _grow(self, row: Row) -> None:
-        """Put out what is new of an answer."""
+        """Output the new part of an answer."""
         pending = self._pending.get(row.request_id)
         if pending is None:
-            return  # it has been aborted in the meantime
+            return  # it was aborted in the meantime
         pending.row.extend(row)
         if row.done is not None:
             self._finish(row.request_id)
+            if pending.replica is not None:
+                self._fleet.note_answer(pending.replica.index)
         self._outbox.outputs.append(self._increment(row, pending, row.done))
 
-    def _increment(self, row: Row, pending: _Pending, done: Done | None) -> Increment:
+    def _increment(self, row: Row, pending: Pending, done: Done | None) -> Increment:
         """New tokens, and the whole answer if it is `done`."""
         tokenizer = self.tokenizer
         completion = None
@@ -296,20 +365,32 @@ class Router:
         return Increment(row.request_id, row.token_ids, text, logprobs, completion)
 
     def _ended(
-        self, request_id: int, pending: _Pending, reason: str, error: str | None = None
+        self, request_id: int, pending: Pending, reason: str, error: str | None = None
     ) -> Increment:
-        """The last output of a request that its replica does not finish."""
+        """The last output of a request that its replica did not finish."""
         done = Done(reason, None, 0, None, error)
         row = Row(request_id, [], None if pending.row.logprobs is None else [])
         return self._increment(row, pending, done)
 
-    def _end_requests(self, replica: Replica, failure: Exception) -> None:
-        replica.failure = failure
-        own = [one for one, pending in self._pending.items() if pending.replica is replica]
-        logger.error("%d request(s) end with an error: %s", len(own), failure)
-        for request_id in own:
-            pending = self._finish(request_id)
-            self._outbox.outputs.append(self._ended(request_id, pending, "error", str(failure)))
+    def _fail(self, request_id: int, error: str) -> None:
+        """End a request with an error."""
+        pending = self._finish(request_id)
+        self._outbox.outputs.append(self._ended(request_id, pending, "error", error))
+
+    def _lose(self, replica: Replica, failure: Exception) -> None:
+        for request_id, reason in self._dispatcher.lost(replica, failure).items():
+            self._fail(request_id, reason)
+
+    def _end_all(self) -> None:
+        """End the requests that wait for a replica, since none is left."""
+        if self._retries:
+            raise ReplicaFailed(self._no_replica)
+        for request_id in list(self._pending):
+            self._fail(request_id, self._no_replica)
+
+    @property
+    def _no_replica(self) -> str:
+        return f"no replica is left: {self._fleet.causes}"
 
     def _check_open(self) -> None:
         self._owner.check()

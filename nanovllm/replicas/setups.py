@@ -1,5 +1,4 @@
-"""What the programs of replicas are told at their start. Importing this module does not import
-torch."""
+"""The arguments of replica programs. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -25,11 +24,11 @@ def setup(
     waits_for: int | None,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What a replica's program is told, as JSON has it.
+    """The arguments of a replica's program, as JSON values.
 
-    name: the replica's name in errors and output. waits_for: the number of the replica that
-    compiles for this one, if the store lacks programs; None: it compiles itself. environment:
-    variables that it sets before it imports torch.
+    name: the replica's name in errors and output. waits_for: the index of the replica that compiles
+    for this one if the store lacks programs; None: this one compiles. environment: variables to set
+    before it imports torch.
     """
     alone = replace(
         config, compile_cache=compile_cache, data_parallel_size=1, distributed_executor_backend="mp"
@@ -43,7 +42,7 @@ def setup(
 
 
 def with_full_paths(config: EngineConfig) -> EngineConfig:
-    """The same for a process in another folder: folders that exist here have their full paths."""
+    """The config for a process in another folder: existing local folders become absolute paths."""
     store = config.compile_cache and env.read().store_folder(config.compile_cache)
     tokenizer = config.tokenizer and _full_path(config.tokenizer)
     return replace(
@@ -53,7 +52,7 @@ def with_full_paths(config: EngineConfig) -> EngineConfig:
 
 
 def tokenizer(config: EngineConfig) -> Tokenizer | None:
-    """The tokenizer that the replicas have. Only the small files of a checkpoint are needed."""
+    """The replicas' tokenizer. Needs only the small files of a checkpoint."""
     folder = hub.resolve(config.model, weights=False, revision=config.revision)
     return read_tokenizer_of(config, folder, open_store(config, has_kernels=False))
 

@@ -51,7 +51,7 @@ class AudioSteps(EncoderSteps):
         if tuple(values.shape) != (sum(clips), cfg.num_mels):
             raise ValueError(
                 f"the features of {len(clips)} clips have shape {list(values.shape)}, but their "
-                f"lengths ask for {[sum(clips), cfg.num_mels]}"
+                f"lengths require {[sum(clips), cfg.num_mels]}"
             )
         chunks = layouts.chunks(clips, cfg.chunk_frames)
         first, num = 0, len(chunks.frames)

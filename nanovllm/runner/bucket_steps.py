@@ -1,4 +1,4 @@
-"""The step of each bucket: made and captured when it is first used, which is at warm-up."""
+"""The step of each bucket, made and captured on first use, which is at warm-up."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _as_it_is(step: Callable[[], None]) -> Replay:
 
 
 class Captures(NamedTuple):
-    """How steps of each kind are captured. What is not captured is launched op by op: decode steps
-    and spans by themselves, calls of towers with None."""
+    """How steps of each kind are captured. Steps that are not captured run op by op; `tower` is
+    then None."""
 
     decode: Capture
     spans: Capture
@@ -31,11 +31,11 @@ class Captures(NamedTuple):
 
     @classmethod
     def of(cls, platform: Platform, spec: EngineSpec, *, is_graph: bool) -> Captures:
-        """What the platform and its attention allow. Eager mode shows each op where it runs, so
-        nothing is captured there."""
+        """The captures that the platform and its attention allow. Eager mode captures nothing, so
+        that each op is visible where it runs."""
         record = platform.capture if is_graph else _as_it_is
         decode, spans = attention.recordable(spec.attention)
-        # the host announces lengths for decode steps only
+        # the host passes lengths to decode steps only
         others = _as_it_is if platform.traits.wants_lengths else record
         return cls(
             decode=record if decode else _as_it_is,
@@ -60,13 +60,13 @@ class BucketSteps:
         self._steps, self._platform, self._layout = steps, platform, layout
         self._captures, self._given = captures, given
         self.decode_steps: dict[int, DecodeStep] = {}
-        # by tokens, and whether embeddings are given
+        # by tokens, and whether embeddings are among the inputs
         self.prefill_steps: dict[tuple[int, bool], PrefillStep] = {}
         self.verify_steps: dict[tuple[int, int], VerifyStep] = {}
 
     @property
     def variants(self) -> tuple[bool, ...]:
-        """Whether embeddings are given, for each kind of prefill step that has programs."""
+        """The kinds of prefill steps that have programs: with embeddings or not."""
         return (False, True) if self._steps.model.takes_embeddings else (False,)
 
     def decode(self, num_rows: int) -> DecodeStep:
@@ -95,7 +95,7 @@ class BucketSteps:
         step = self.prefill_steps.get((num_tokens, has_given))
         if step is None:
             step = self._new_prefill(num_tokens, num_rows, has_given)
-            # without padding every step has a size of its own
+            # without padding every step has a different size
             if self._layout.pad and has_given in self.variants:
                 with torch.no_grad():
                     step.build_hidden()
@@ -109,7 +109,7 @@ class BucketSteps:
         return [self._new_prefill(*bucket, has_given) for has_given in self.variants]
 
     def given_inputs(self, num_tokens: int) -> GivenInputs:
-        """Those that all steps share, or new ones for steps of up to so many tokens."""
+        """The inputs that all steps share, or new ones for steps of up to `num_tokens` tokens."""
         return self._given or GivenInputs(self._steps.model.config, self._platform, num_tokens)
 
     def span_arrays(
@@ -131,7 +131,7 @@ class BucketSteps:
         )
 
     def close(self) -> None:
-        """Drop all steps and what they use. Captured ones refer to themselves, so reference
+        """Drop all steps and what they use. Captured ones are in reference cycles, so reference
         counting alone would not free them."""
         for steps in (self.decode_steps, self.prefill_steps, self.verify_steps):
             for step in steps.values():

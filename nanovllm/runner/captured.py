@@ -86,14 +86,16 @@ class DecodeStep:
         self._launch(self._steps)
 
     def _launch(self, steps: Steps) -> None:
-        token_R, logits_RW = steps.decode(self.row_idx_R)
-        self.token_R.copy_(token_R)
+        with steps.proposing(self.row_idx_R):
+            token_R, logits_RW = steps.decode(self.row_idx_R)
+            self.token_R.copy_(token_R)
         if steps.whole:
             self._logits_RW = logits_RW
 
     def _launch_with(self, variant: Variant, steps: Steps) -> None:
-        logits_RV = steps.gathered(steps.decode_logits(self.row_idx_R))
-        self.token_R.copy_(variant.choose(self.row_idx_R, logits_RV))
+        with steps.proposing(self.row_idx_R):
+            logits_RV = steps.gathered(steps.decode_logits(self.row_idx_R))
+            self.token_R.copy_(variant.choose(self.row_idx_R, logits_RV))
 
     def _without_sampler(self) -> None:
         self._logits_RW = self._steps.decode_logits(self.row_idx_R)
@@ -132,7 +134,7 @@ class SpanStep(ABC):
 class PrefillStep(SpanStep):
     """Writes keys and values of prompts and chooses the next token of each row.
 
-    `given` are static inputs as well; None for steps that are given nothing but tokens.
+    `given` are static inputs as well; None for steps with token ids only.
     """
 
     def __init__(
@@ -148,7 +150,8 @@ class PrefillStep(SpanStep):
         self.token_R = torch.zeros_like(self.span.row_idx_R)
 
     def _launch(self, steps: Steps) -> None:
-        self.token_R.copy_(self.sample(steps.prefill_logits(self.span, self.given), steps))
+        with steps.proposing(self.span):
+            self.token_R.copy_(self.sample(steps.prefill_logits(self.span, self.given), steps))
 
     def sample(self, logits_RW: Tensor, steps: Steps | None = None) -> Tensor:
         """Run the plain sampler; returns token_R."""
@@ -170,7 +173,7 @@ class PrefillStep(SpanStep):
 
 
 class VerifyStep(SpanStep):
-    """Feeds up to K tokens of each row, its newest and proposals, and keeps the right proposals."""
+    """Feeds up to K tokens of each row, its newest and proposals, and keeps the accepted ones."""
 
     def __init__(self, steps: Steps, platform: Platform, num_rows: int, num: int) -> None:
         super().__init__(steps, platform, num_rows * num, num_rows)
@@ -180,8 +183,9 @@ class VerifyStep(SpanStep):
         self._logits: tuple[Tensor, SpanTokens] | None = None
 
     def _launch(self, steps: Steps) -> None:
-        token_RK, count_R, logits_TW, tokens = steps.verify(self.span, self.num)
-        self.set(token_RK, count_R)
+        with steps.proposing(self.span, self.num):
+            token_RK, count_R, logits_TW, tokens = steps.verify(self.span, self.num)
+            self.set(token_RK, count_R)
         if steps.whole:
             self._logits = logits_TW, tokens
 

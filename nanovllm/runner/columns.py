@@ -1,8 +1,8 @@
 """Logits on several ranks: each rank computes the columns of its part of the vocabulary.
 
-The plain sampler takes the columns as they are (`ops.sample_columns`): ranks exchange one number
-for each row. Whoever needs whole logits, such as filters, penalties and log-probabilities, gathers
-them. On one rank the columns are the whole logits, and nothing here changes a program.
+The plain sampler takes the columns (`ops.sample_columns`): ranks exchange one number for each row.
+Filters, penalties and log-probabilities need whole logits, so they gather them. On one rank the
+columns are the whole logits, and programs do not change.
 
 R rows | V vocabulary | W columns of one rank, V on one
 """
@@ -33,7 +33,7 @@ def gathered(cfg: ModelConfig, logits_RW: Tensor) -> Tensor:
 
 
 def warm_up(cfg: ModelConfig, sizes: Iterable[int], device: torch.device) -> None:
-    """Load the kernels that gather, for these numbers of rows: a request must not wait for them."""
+    """Load the gathering kernels for these numbers of rows, so that no request waits for them."""
     if cfg.num_ranks == 1:
         return
     width = -(-cfg.vocab_size // cfg.num_ranks)

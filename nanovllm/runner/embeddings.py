@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 class Embeddings:
-    """Given embeddings stay until they are dropped. Of those that the tower has computed, the ones
-    that were used longest ago are dropped beyond `max_bytes`, since they can be computed again.
+    """Embeddings of requests stay until they are dropped. Computed embeddings can be computed
+    again, so beyond `max_bytes` the least recently used ones are dropped.
 
     Each is [n, K · D]: n tokens, D numbers of the embedding and of K − 1 levels to add.
     """
@@ -24,16 +24,16 @@ class Embeddings:
         self._given[key] = embeds
 
     def keep(self, key: str, embeds: Tensor) -> None:
-        """Add computed ones. Nothing is dropped before `trim`."""
+        """Add computed embeddings. Nothing is dropped before `trim`."""
         self._computed[key] = embeds
 
     def drop(self, keys: Iterable[str]) -> None:
-        """Forget given ones. Others are ignored."""
+        """Drop embeddings of requests. Other keys are ignored."""
         for key in keys:
             self._given.pop(key, None)
 
     def trim(self) -> None:
-        """Drop computed ones until they take `max_bytes` at most."""
+        """Drop computed embeddings until they take at most `max_bytes`."""
         num_bytes = sum(one.nbytes for one in self._computed.values())
         while num_bytes > self.max_bytes:
             _, dropped = self._computed.popitem(last=False)
@@ -47,7 +47,7 @@ class Embeddings:
         return key in self._given or key in self._computed
 
     def __getitem__(self, key: str) -> Tensor:
-        """Raises KeyError for embeddings that are not there."""
+        """Raises KeyError for missing embeddings."""
         if key in self._given:
             return self._given[key]
         self._computed.move_to_end(key)

@@ -1,4 +1,4 @@
-"""Runs an encoder of images or sound: media are packed into calls of static sizes.
+"""Runs a vision or audio encoder: media are packed into calls of static sizes.
 
 L levels of features | G tokens | O text model's hidden size
 """
@@ -21,7 +21,7 @@ from nanovllm.runner.captured import Capture
 
 class EncoderCall(NamedTuple):
     """A call with media. budget: None runs op by op. inputs: those of `EncoderSteps.run`, on the
-    device. token_g: which tokens of the call are of media; None: the first `num_tokens`."""
+    device. token_g: the tokens of the call that belong to media; None: the first `num_tokens`."""
 
     budget: int | None
     inputs: tuple[Any, ...]
@@ -71,24 +71,24 @@ class EncoderSteps(ABC):
         """One call, by a compiler that is the last input: tokens [L, G, O], those of padding
         included. Reads nothing on the host.
 
-        With `few` it runs as few blocks as use every program; the result means nothing.
+        With `few` it runs the fewest blocks that use every program; the result is meaningless.
         """
 
     def features(self, values: Tensor, grids: Sequence[Any]) -> Tensor:
         """The tokens of media, in order: [L, G, O] on the device, in the tower's dtype.
 
-        Level 0 takes the place of the placeholders' embeddings. Level l, if there are more, is
-        added to the hidden states of these tokens after layer l − 1 of the text model.
+        Level 0 replaces the placeholders' embeddings. Level l, if there are more, is added to the
+        hidden states of these tokens after layer l − 1 of the text model.
 
-        values: what the checkpoint's processor makes of all media, on the host and of any float
-        dtype: patches [patches, C], or mel features [frames, M]. grids: the sizes of each medium.
-        Raises ValueError for other shapes, and for a clip that is too short for a token.
+        values: the checkpoint processor's output for all media, on the host and of any float dtype:
+        patches [patches, C], or mel features [frames, M]. grids: the sizes of each medium. Raises
+        ValueError for other shapes, and for a clip that is too short for a token.
         """
         found = [self._tokens(call) for call in self.calls(values, grids)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def _tokens(self, call: EncoderCall) -> Tensor:
-        """The tokens of a call's media, in memory of their own."""
+        """A copy of the tokens of a call's media."""
         captured = None if call.budget is None else self._captured.get(call.budget)
         if captured is not None:
             tokens_LGO = captured(call.inputs)
@@ -104,7 +104,7 @@ class EncoderSteps(ABC):
         self.run(*self.padding(budget), self.compiler, few=few)
 
     def capture(self, capture: Capture) -> None:
-        """Capture a call of every budget, whose programs have all run: `features` replays them."""
+        """Capture a call of every budget, for `features`. All programs must have run."""
 
         def run(*inputs: Any) -> Tensor:
             return self.run(*inputs, self.compiler)
@@ -115,7 +115,7 @@ class EncoderSteps(ABC):
 
 
 class CapturedCall:
-    """A call of one budget with static inputs, captured: its launches need no host."""
+    """A captured call of one budget with static inputs."""
 
     def __init__(
         self, run: Callable[..., Tensor], inputs: tuple[Any, ...], capture: Capture

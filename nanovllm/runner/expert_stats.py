@@ -1,4 +1,4 @@
-"""How experts that are larger than the device moved over the bus (`expert_offload`)."""
+"""Traffic of offloaded experts over the bus (`expert_offload`)."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class ExpertTraffic:
 
     @property
     def bus_seconds(self) -> float:
-        """The time that these bytes take at the measured rate: what steps lost to the bus, unless
-        they computed meanwhile."""
+        """The time of these bytes at the measured rate: an upper bound on what steps lost to the
+        bus."""
         return self.moved_bytes / self.bus_rate if self.bus_rate else 0.0
 
     def __str__(self) -> str:
@@ -79,7 +79,8 @@ class ExpertStats:
         self.batch = self.total = self._since(self._first)
 
     def after_step(self, *, has_run: bool, is_idle: bool) -> None:
-        """Note a call of the engine, which perhaps has run a step, and perhaps is idle now."""
+        """Record a call of the engine: whether a step has run, and whether the engine is now
+        idle."""
         self._is_open |= has_run
         if self._is_open and is_idle:
             self._is_open = False

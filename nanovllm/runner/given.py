@@ -1,4 +1,4 @@
-"""Embeddings and positions that requests give for tokens of a prefill step.
+"""Embeddings and positions of requests as inputs of a prefill step.
 
 They are inputs of fixed shapes, so that a step with images is one program, or one captured graph,
 per bucket. A step without any has programs without these inputs.
@@ -23,14 +23,14 @@ from nanovllm.schedule.plan import StepPlan
 
 
 class Given(NamedTuple):
-    """What replaces embeddings and positions of a span's tokens.
+    """Replacements for embeddings and positions of a span's tokens.
 
-    embeds_LTD: the embeddings of tokens, and what is added to their hidden states after the first
-        L − 1 layers.
+    embeds_LTD: the embeddings of tokens, and the features added to their hidden states after the
+        first L − 1 layers.
     is_given_T: bool; embeddings of other tokens are not read.
     position_3T: the positions in time, height and width. None for models with one per token.
-    axis_H: which of the three turns each element of a head. row_T: the numbers of the tokens, which
-        are the rows of their rotations.
+    axis_H: which of the three positions rotates each element of a head. row_T: the numbers of the
+        tokens, which are the rows of their rotations.
     """
 
     embeds_LTD: Tensor
@@ -47,7 +47,7 @@ def with_given(
     factor: float, given: Given, cos_sin_MH: Tensor, h_TD: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The hidden states with the given embeddings times `factor`, and the rotation [T, H] of each
-    token if tokens have three positions. So few ops that a GPU's workers need not run it
+    token if tokens have three positions. It has so few ops that it can be a call list on a GPU
     (`lower.calls`)."""
     embeds_TD = given.embeds_LTD.select(0, 0)
     if factor != 1.0:
@@ -94,9 +94,9 @@ class GivenInputs:
 
 
 def fill(given: Given, plan: StepPlan, embeddings: Embeddings, platform: Platform) -> None:
-    """Copy what a plan gives to a step's inputs. Does not synchronise.
+    """Copy a plan's embeddings and positions to a step's inputs. Does not synchronise.
 
-    `embeddings` are [n, D] to [n, L · D]; levels that they do not have are zero.
+    `embeddings` are [n, D] to [n, L · D]; missing levels are zero.
     """
     _, num_tokens, size = given.embeds_LTD.shape
     is_given_T = np.zeros(num_tokens, np.bool_)

@@ -1,4 +1,4 @@
-"""A step on its way: what the device computes, and its result once the host waits for it."""
+"""A launched step, and its result once the host waits for it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from nanovllm.schedule.plan import Logprobs, StepPlan, StepResult
 
 @dataclass(frozen=True)
 class Launched:
-    """A step on its way to its `StepResult`."""
+    """A launched step."""
 
     plan: StepPlan
     tokens: HostCopy  # [bucket's rows], or [rows, K] with counts
     counts: HostCopy | None
     logprobs: LogprobCopies | None
-    prompt_logprobs: list[list[LogprobCopies]]  # parts of each of the plan's
+    prompt_logprobs: list[list[LogprobCopies]]  # by entry of the plan, in parts
     check: Callable[[], None] = lambda: None  # raises if the result is not one
 
     def wait(self) -> StepResult:
-        """Wait for the device and return what the step brought."""
+        """Block until the step is done; return its StepResult."""
         found = self.tokens.tolist()
         self.check()
         if self.counts is None:

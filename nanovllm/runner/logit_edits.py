@@ -1,9 +1,9 @@
-"""Edits of logits, as each request asks: a bias, allowed tokens, bad words.
+"""Edits of each request's logits: a bias, allowed tokens, bad words.
 
-Everything is in tables with a row per row of the state, and a step updates them itself. So a step
-with edits needs nothing from the host and can be captured. Bias, allowed tokens and bad words of
-one token are one table of numbers that are added to the logits. Bad words of several tokens are
-compared with the newest tokens of the output.
+The edits are in tables with a row per row of the state, which the step itself updates. So a step
+with edits needs no data from the host and can be captured. Bias, allowed tokens and bad words of
+one token are one table that is added to the logits. Bad words of several tokens are compared with
+the newest tokens of the output.
 
 S rows of the state | R rows of a step | V vocabulary | N bad words of several tokens in a row
 P tokens of a bad word before its last one, and newest output tokens.
@@ -26,7 +26,7 @@ MINUS_INF = float("-inf")
 # Token ids are not negative. In `BadWords.prefix_SNP`, ANY equals every token and NEVER none. NONE
 # stands for a token before the first one of the output.
 ANY, NEVER, NONE = -1, -2, -3
-# The smallest N and P of tables. Both double when they grow, so steps are seldom captured again.
+# The smallest N and P of tables. Both double when they grow, so steps are rarely recaptured.
 MIN_BAD_WORDS, MIN_CONTEXT = 8, 4
 
 
@@ -41,7 +41,7 @@ class BadWords(NamedTuple):
 class EditTables:
     """Owns the tables. The first request with edits allocates them.
 
-    `version` changes when a table moves: a step that was captured before reads freed memory.
+    `version` changes when a table moves: a step captured before that reads freed memory.
     """
 
     def __init__(self, platform: Platform, num_rows: int, vocab_size: int) -> None:
@@ -138,7 +138,8 @@ class EditTables:
             self._addend_SV.view(-1).index_add_(0, place_M, value_M)
 
     def _grown(self, num_words: int, context: int) -> BadWords:
-        """Tables with room for `num_words` and `context` tokens, and the content of today's."""
+        """Tables with room for `num_words` and `context` tokens, and the content of the current
+        ones."""
         old, device = self._bad, self._platform.device
         if old is not None:
             num_words = max(num_words, old.last_SN.shape[1])

@@ -1,7 +1,7 @@
 """Masks of the tokens that constrained rows may choose, in a table that steps read.
 
-A step with masks needs the table alone, so it can be captured. The host writes the masks of a
-step's constrained rows before the step.
+A step with masks needs only the table, so it can be captured. The host writes the masks of a step's
+constrained rows before the step.
 
 S rows of the state | R rows of a step | M masked rows | V vocabulary | W words of 32 tokens.
 """
@@ -33,7 +33,7 @@ class MaskTable:
         self._newest: tuple[list[int], Tensor] | None = None  # masked rows, also on the device
 
     def reserve(self) -> None:
-        """Allocate the table. Nothing has changed if memory runs out."""
+        """Allocate the table. Changes nothing if memory runs out."""
         if self._allowed_SW is None:
             device = self._platform.device
             self._allowed_SW = torch.full(self._shape, ALL, dtype=torch.int32, device=device)
@@ -43,7 +43,7 @@ class MaskTable:
         self.reserve()
         assert self._allowed_SW is not None
         upload = self._platform.upload
-        self._masked.update(masked)  # first: an interrupt must leave no mask that is not known
+        self._masked.update(masked)  # first: an interrupt must not leave an unrecorded mask
         stale = self._masked.intersection(rows).difference(masked)
         if stale:
             self._allowed_SW.index_fill_(0, upload(sorted(stale), torch.int64), ALL)
@@ -52,14 +52,14 @@ class MaskTable:
             self._newest = list(masked), upload(list(masked), torch.int64)
         self._allowed_SW.index_copy_(0, self._newest[1], upload(allowed_MW, torch.int32))
 
-    def keep_allowed(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
+    def apply_token_bitmask(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
         """Logits with −inf for the tokens that the rows' masks forbid."""
         assert self._allowed_SW is not None, "masks have been written"
-        return ops.keep_allowed(logits_RV, self._allowed_SW, row_idx_R)
+        return ops.apply_token_bitmask(logits_RV, self._allowed_SW, row_idx_R)
 
     def warm_up(self, logits_1V: Tensor) -> None:
-        """Load the kernel: the first constrained request must not wait for it."""
+        """Load the kernel, so that the first constrained request does not wait for it."""
         row_1 = torch.zeros(1, dtype=torch.int64, device=logits_1V.device)
         shape = 1, self._shape[1]
         allowed_1W = torch.full(shape, ALL, dtype=torch.int32, device=logits_1V.device)
-        ops.keep_allowed(logits_1V, allowed_1W, row_1)
+        ops.apply_token_bitmask(logits_1V, allowed_1W, row_1)

@@ -1,7 +1,7 @@
-"""The runner of the first of several ranks: it tells the other ranks what it does.
+"""The runner of the first rank of several: it sends its calls to the other ranks.
 
-Every rank launches every step, each on its own device. What a step needs of the host is in its
-plan, so the others never answer, except to say that memory was allocated.
+Every rank launches every step on its own device. A plan has all host data of its step, so the other
+ranks do not answer, except to confirm allocations.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from nanovllm.runner.runner import Runner
 from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.plan import LogitEdits, StepPlan
 
-GROUP_BYTES = 1 << 27  # of patches, or of features of sound, in one message
+GROUP_BYTES = 1 << 27  # of patches or mel features in one message
 
 
 class Followers(Protocol):
-    """The other ranks, and what is closed with them."""
+    """The other ranks."""
 
     @property
     def ranks(self) -> Ranks: ...
@@ -104,7 +104,7 @@ class MirroredRunner(Runner):
 
 
 def _groups(media: Mapping[str, Encodable]) -> Iterator[dict[str, Encodable]]:
-    """What goes in one message: up to GROUP_BYTES, unless a single item has more."""
+    """The media of each message: up to GROUP_BYTES, unless a single item is larger."""
     group: dict[str, Encodable] = {}
     num_bytes = 0
     for key, one in media.items():
@@ -124,7 +124,7 @@ def _close(found: weakref.ref[MirroredRunner]) -> None:
 
 
 def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
-    """What another rank does with each message of the first one."""
+    """The other ranks' handlers for the first rank's messages."""
 
     def launch(payload: bytes) -> None:
         runner.launch(StepPlan.from_bytes(payload))

@@ -1,4 +1,4 @@
-"""Gradients are off while the engine works on the device, and as before afterwards."""
+"""Turns gradients off while the engine works on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 def without_grad(function: Callable[Args, Result]) -> Callable[Args, Result]:
-    """A function that runs without gradients and leaves the mode of its caller's thread as it was.
+    """A function that runs without gradients and restores the mode of its caller's thread.
 
     `torch.no_grad` can leave gradients off after Ctrl-C: it is written in Python, and the exception
     may be raised in its `__exit__` before the mode is set. Python handles signals where a Python

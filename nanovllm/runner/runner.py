@@ -28,7 +28,8 @@ from nanovllm.platforms.regions import Region
 from nanovllm.runner import columns
 from nanovllm.runner.allocation import allocate
 from nanovllm.runner.bucket_steps import BucketSteps, Captures
-from nanovllm.runner.captured import VerifyStep
+from nanovllm.runner.captured import PrefillStep, VerifyStep
+from nanovllm.runner.draft import DraftParts
 from nanovllm.runner.embeddings import Embeddings
 from nanovllm.runner.given import GivenInputs, fill
 from nanovllm.runner.launched import Launched
@@ -80,9 +81,15 @@ class Runner:
         self.platform, self.compiler = platform, compiler
         is_graph = capture and compiler.lowering is not None
         self._captures = Captures.of(platform, spec, is_graph=is_graph)
-        num_groups = len(model.page_groups.groups)
-        sizes = layout.max_num_seqs, layout.blocks_per_row, num_groups
-        self.state = new_state(*sizes, platform.device)
+        self.state = new_state(
+            layout.max_num_seqs,
+            layout.blocks_per_row,
+            platform.device,
+            num_groups=len(model.page_groups.groups),
+            has_adapters=model.num_adapters > 0,
+            num_drafts=0 if spec.draft is None else spec.draft.proposer.num,
+        )
+        self._draft = None if spec.draft is None else DraftParts(spec, params, self.state, cfg)
         self.cos_sin_MH, *others = (
             rotary_table(*rope, layout.max_model_len, platform.device, cfg.head_dim)
             for rope in cfg.ropes
@@ -96,8 +103,8 @@ class Runner:
             self._given = GivenInputs(cfg, platform, layout.prefill_tokens[-1])
         self.towers = Towers(model, params, platform, compiler, layout, self.embeddings)
         self._scales = [self._kv_scales(*one) for one in zip(model.kept, params.layers)]
-        # False: a step that was interrupted has perhaps changed the tables of resident experts and
-        # not their weights
+        # False: an interrupted step may have changed the tables of resident experts but not their
+        # weights
         self.residents_are_known = True
         self.graphs_bytes = 0  # device memory that capturing steps took
         self.cache_region = Region(platform.device)
@@ -108,8 +115,11 @@ class Runner:
 
     @property
     def block_bytes(self) -> int:
-        groups = self.model.page_groups
-        return groups.block_bytes(self.layout.block_size, self.spec.cache_dtype)
+        layout = self.layout
+        num_bytes = self.model.page_groups.block_bytes(layout.block_size, self.spec.cache_dtype)
+        if self.spec.draft is not None:
+            num_bytes += self.spec.draft.kv_bytes_per_token * layout.block_size
+        return num_bytes
 
     @property
     def snapshot_bytes(self) -> int:
@@ -125,7 +135,7 @@ class Runner:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of experts in the host's memory."""
+        """Bytes of experts in host memory."""
         return sum(one.num_experts * one.expert_bytes for one in self.offloaded)
 
     @property
@@ -141,8 +151,8 @@ class Runner:
 
     @_in_group
     def measure_budget(self, utilization: float) -> MemoryBudget:
-        """Run the largest prefill step and call of the tower once; returns the memory that they,
-        weights and the cache of embeddings leave."""
+        """Run the largest prefill step and the largest call of each encoder once. Returns the
+        memory left after them, the weights and the cache of embeddings."""
         self.platform.reset_peak()
         self.run_bucket("prefill", self.layout.prefill_tokens[-1])
         self.towers.run_largest()
@@ -152,7 +162,7 @@ class Runner:
         return replace(budget, allowance_bytes=budget.allowance_bytes - kept_bytes)
 
     def allocate_cache(self, num_blocks: int) -> None:
-        """Zeroed cache blocks; the state's block tables refer to them by number."""
+        """Allocate zeroed cache blocks; the state's block tables refer to them by number."""
         self.buckets.close()
         del self.steps, self.buckets  # with the states of rows, which take more than two blocks
         self.cache_region = self.platform.region()
@@ -215,8 +225,8 @@ class Runner:
     ) -> None:
         """Launch a bucket's decode step of rows op by op under `watch`. For profiling.
 
-        Requests go on as if it had not run: it writes the keys and values that their next step
-        writes too, and the state is restored.
+        Requests are not affected: it writes the keys and values that their next step writes too,
+        and the state is restored.
         """
         step = self.buckets.decode(num_rows)
         step.fill(list(rows))
@@ -231,7 +241,8 @@ class Runner:
         tables = ("cos_sin_MH", "other_tables")
         self._given = None
         self.towers.by_name.clear()
-        for name in ("steps", "snapshots", "params", "state", "sampler", "compiler", *tables):
+        parts = ("steps", "snapshots", "params", "state", "sampler", "compiler", "_draft")
+        for name in (*parts, *tables):
             self.__dict__.pop(name, None)
         self.cache_region.close()
         self.platform.release()
@@ -258,6 +269,11 @@ class Runner:
             compiler=compiler,
             whole=whole,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
+            drafting=(
+                None
+                if self._draft is None
+                else self._draft.drafting(num_blocks, self.cache_region.zeros, compiler)
+            ),
         )
 
     def _make_buckets(self) -> BucketSteps:
@@ -269,7 +285,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> Launched:
         """Start a step; returns at once on devices that work asynchronously.
 
-        Raises ValueError for an adapter, since none can be loaded.
+        Raises ValueError for an adapter if the model has none.
         """
         if not self.residents_are_known:
             self._reset_residents()
@@ -309,8 +325,8 @@ class Runner:
         """Keep embeddings [n, D] on the device for plans that name them, until they are dropped."""
         if self.steps.whole and not self.model.takes_embeddings:
             raise ValueError(
-                "embeddings are given, but where a step is one program only models with "
-                "towers have programs that take them: use enforce_eager=True"
+                "embeddings are not supported: where a step is one program, only models with "
+                "encoders have programs that take them: use enforce_eager=True"
             )
         self.embeddings.give(key, embeds.to(self.platform.device, self.model_dtype))
 
@@ -320,7 +336,7 @@ class Runner:
         self.towers.encode(media)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
-        """Forget those that `add_embeddings` has added."""
+        """Drop embeddings that `add_embeddings` has added."""
         self.embeddings.drop(keys)
 
     def _launched(
@@ -349,13 +365,14 @@ class Runner:
         elif not plan.choice.needs_host and not self.steps.whole:
             step.replay_with(self.sampler.variant(plan.choice))
         else:
-            logits_RV = step.logits()
-            token_R = self.sampler.sample(plan.choice, step.row_idx_R, logits_RV)
+            with self.steps.proposing(step.row_idx_R):
+                logits_RV = step.logits()
+                token_R = self.sampler.sample(plan.choice, step.row_idx_R, logits_RV)
             return self._launched(plan, token_R, logits_RV)
         return self._launched(plan, step.token_R)
 
     def announce(self, seq_lens: list[int], num_rows: int) -> None:
-        """Give the lengths of a decode step's rows to a platform that needs them on the host. The
+        """Pass the lengths of a decode step's rows to a platform that needs them on the host. The
         other rows of the bucket are padding."""
         if self.platform.traits.wants_lengths:
             self.platform.announce(seq_lens + [1] * (num_rows - len(seq_lens)))
@@ -371,9 +388,10 @@ class Runner:
             step.replay()
         else:
             assert plan.choice.state_suffices
-            logits_TV, tokens = step.logits()
-            chosen_T = self.sampler.choose(tokens.row_T, logits_TV, tokens.num_T)
-            step.set(*accept_and_advance(num, self.state, step.span, tokens, chosen_T))
+            with self.steps.proposing(step.span, num):
+                logits_TV, tokens = step.logits()
+                chosen_T = self.sampler.choose(tokens.row_T, logits_TV, tokens.num_T)
+                step.set(*accept_and_advance(num, self.state, step.span, tokens, chosen_T))
         return self._launched(plan, step.token_RK, counts=step.count_R)
 
     def _prefill(self, plan: StepPlan) -> Launched:
@@ -385,11 +403,16 @@ class Runner:
         if plan.choice.is_plain and not plan.prompt_logprobs:
             step.replay()
             return self._launched(plan, step.token_R)
+        with self.steps.proposing(step.span):
+            return self._prefill_edited(plan, step, bucket[1])
+
+    def _prefill_edited(self, plan: StepPlan, step: PrefillStep, group: int) -> Launched:
+        """A prefill step with another sampler, or with log-probabilities of prompts."""
         prompt_logprobs: list[list[LogprobCopies]] = []
         if plan.prompt_logprobs:
             h_TD, last_R = step.hidden()
             prompt_logprobs = [
-                self._prompt_logprobs(one, h_TD, bucket[1]) for one in plan.prompt_logprobs
+                self._prompt_logprobs(one, h_TD, group) for one in plan.prompt_logprobs
             ]
             logits_RW = self.steps.logits_at(h_TD, last_R)
             if plan.choice.is_plain:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.platforms.base import HostCopy, Platform, Rehearsal
+from nanovllm.platforms.base import DryRun, HostCopy, Platform
 from nanovllm.runner.logit_edits import EditTables
 from nanovllm.runner.masks import WORD_TOKENS, MaskTable
 from nanovllm.runner.state import DeviceState, advance, choose_and_advance
@@ -59,23 +59,23 @@ def penalize(logits_RV: Tensor, p: Penalties) -> Tensor:
 
 
 def sample_filtered(logits_RV: Tensor, fields_RF: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
-    """`ops.keep_likely`, then `ops.sample`. The columns of fields_RF are SAMPLING_FIELDS."""
+    """`ops.apply_top_k_top_p`, then `ops.sample`. The columns of fields_RF are SAMPLING_FIELDS."""
     temperature_R, top_p_R, min_p_R, top_k_R = fields_RF.unbind(1)[:REPETITION]
-    kept_RV = ops.keep_likely(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R)
+    kept_RV = ops.apply_top_k_top_p(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R)
     return ops.sample(kept_RV, temperature_R, seed_R, pos_R)
 
 
-def rehearse_filtered(visit: Callable[..., object], logits_RV: Tensor, one_R: Tensor) -> None:
+def dry_run_filtered(visit: Callable[..., object], logits_RV: Tensor, one_R: Tensor) -> None:
     """Call `visit(op, args, kwargs)` for each op that `sample_filtered` calls."""
-    visit(ops.keep_likely, [logits_RV, one_R, one_R, one_R, one_R], {})
+    visit(ops.apply_top_k_top_p, [logits_RV, one_R, one_R, one_R, one_R], {})
     visit(ops.sample, [logits_RV, one_R, one_R.long(), one_R.long()], {})
 
 
-def rehearse_masked(visit: Callable[..., object], logits_RV: Tensor, row_R: Tensor) -> None:
+def dry_run_masked(visit: Callable[..., object], logits_RV: Tensor, row_R: Tensor) -> None:
     """Call `visit(op, args, kwargs)` for the op of `MaskTable`."""
     num_words = -(-logits_RV.shape[1] // WORD_TOKENS)
     allowed_RW = row_R.new_zeros((len(row_R), num_words), dtype=torch.int32)
-    visit(ops.keep_allowed, [logits_RV, allowed_RW, row_R], {})
+    visit(ops.apply_token_bitmask, [logits_RV, allowed_RW, row_R], {})
 
 
 def logprobs(
@@ -110,7 +110,7 @@ def copy_logprobs(
 
 
 class Kind(NamedTuple):
-    """What a sampler does beside the temperature, with tables on the device alone."""
+    """The parts of a sampler beside the temperature that need only tables on the device."""
 
     has_filters: bool
     has_penalties: bool
@@ -152,22 +152,23 @@ class Sampler:
         self._in_prompt_SV: Tensor | None = None
 
     def warm_up(self) -> None:
-        """Load the kernels of filters and masks: the first request with some must not wait."""
+        """Load the kernels of filters and masks, so that the first request with them does not
+        wait."""
         pad_row_1 = torch.full((1,), self.state.pad_row, device=self.platform.device)
         for dtype in self._dtypes:
             logits_1V = torch.zeros(1, self.vocab_size, dtype=dtype, device=self.platform.device)
             self.masks.warm_up(logits_1V)
             self.choose_and_advance(pad_row_1, logits_1V)
 
-    def rehearse(self, rehearsal: Rehearsal) -> None:
+    def dry_run(self, dry_run: DryRun) -> None:
         """Call the ops of `warm_up` with fake tensors."""
         for dtype in self._dtypes:
-            with rehearsal.mode:
+            with dry_run.mode:
                 one_1 = torch.ones(1, device=self.platform.device)
                 logits_1V = torch.ones(1, self.vocab_size, dtype=dtype, device=self.platform.device)
                 row_1 = one_1.long()
-            rehearse_filtered(rehearsal.visit, logits_1V, one_1)
-            rehearse_masked(rehearsal.visit, logits_1V, row_1)
+            dry_run_filtered(dry_run.visit, logits_1V, one_1)
+            dry_run_masked(dry_run.visit, logits_1V, row_1)
 
     def prepare(self, edits: LogitEdits | None, has_penalties: bool, has_masks: bool) -> None:
         """Allocate what a request with these edits, with penalties or with masks needs.
@@ -234,11 +235,11 @@ class Sampler:
     def _sample(
         self, kind: Kind, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
     ) -> Tensor:
-        """`sample` without what needs the host."""
+        """The part of `sample` that does not need the host."""
         if kind.has_edits:
             logits_RV = self.edits.edit(row_idx_R, logits_RV)
         if kind.has_masks:
-            logits_RV = self.masks.keep_allowed(row_idx_R, logits_RV)
+            logits_RV = self.masks.apply_token_bitmask(row_idx_R, logits_RV)
         if kind.has_penalties:
             logits_RV = self._penalize(row_idx_R, logits_RV)
         if kind.has_filters:

@@ -1,7 +1,7 @@
-"""Sleep: an idle engine gives the memory of its weights and cache back to the device.
+"""Sleep: an idle engine frees the device memory of its weights and cache.
 
-Programs and captured steps stay. They keep the addresses of weights and cache, so a region takes
-its memory back at the same addresses, on devices where addresses matter.
+Programs and captured steps stay. They contain the addresses of weights and cache, so on waking a
+region gets memory at the same addresses, on devices where addresses matter.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ LEVELS = (1, 2)
 class Sleeper:
     """Puts the parts of an engine to sleep and wakes them up. The device must be idle.
 
-    `reload` reads the weights again and passes them, in the order of the first time, to the
-    function that it is given.
+    `reload` reads the weights again and passes them, in the original order, to the function in its
+    argument.
     """
 
     def __init__(self, weights: Region, cache: Region, reload: Callable[[Place], object]) -> None:
@@ -35,7 +35,7 @@ class Sleeper:
                 f"level is {level!r}: it must be 1 (weights move to the host) or 2 (weights are "
                 "dropped)"
             )
-        # first, because it can fail: the host may lack the memory
+        # first, since the host may run out of memory
         self._weights.drop(keep=level == 1)
         self.asleep.add(WEIGHTS)
         self._cache.drop(keep=False)
@@ -45,7 +45,7 @@ class Sleeper:
         """Wake the parts with these names, or all parts. Parts that are awake stay so.
 
         Raises ValueError for an unknown name, torch.OutOfMemoryError, and what reading the weights
-        raises. The part sleeps on then.
+        raises. The part then stays asleep.
         """
         wanted = self._checked(tags) & self.asleep
         if WEIGHTS in wanted:  # before the cache: reading weights takes extra memory

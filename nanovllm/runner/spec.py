@@ -1,14 +1,16 @@
-"""The choices of an engine beside its model: sizes, attention, format of the cache."""
+"""The settings of an engine beside its model: sizes, attention, cache dtype."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from nanovllm.compile import buckets
 from nanovllm.models.experts.offloaded import OffloadPlan
+from nanovllm.models.interface import Model
 from nanovllm.platforms.attention import Attention
+from nanovllm.runner.proposer import DeviceProposer
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,28 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class EngineSpec:
-    """The choices of one engine. `snapshot_slots` are those of states of recurrent layers.
+class DraftSpec:
+    """What proposes tokens on the device, and its model. The model's weights are `Params.draft`."""
 
-    `attention` says what computes attention in each bucket. `cache_dtype` is the dtype of keys and
-    values. `offload` says which experts are on the device, None for all. Embeddings of images take
-    `embedding_cache_bytes` of the device at most between steps.
+    proposer: DeviceProposer
+    model: Model | None = field(default=None, repr=False)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token takes in the caches of the second model."""
+        return (
+            0 if self.model is None else self.model.page_groups.token_bytes(self.model.config.dtype)
+        )
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """The settings of one engine.
+
+    `attention` names the attention op of each bucket. `cache_dtype` is the dtype of keys and
+    values. `offload` is the placement of experts, None for all on the device. Embeddings of images
+    take `embedding_cache_bytes` of the device at most between steps. `draft` proposes tokens on the
+    device. `snapshot_slots` are those for states of recurrent layers.
     """
 
     layout: Layout
@@ -86,4 +104,5 @@ class EngineSpec:
     cache_dtype: torch.dtype
     offload: OffloadPlan | None = None
     embedding_cache_bytes: int = 0
+    draft: DraftSpec | None = None
     snapshot_slots: int = 0

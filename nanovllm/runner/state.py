@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models.interface import Batch, Pages, States
-from nanovllm.schedule.plan import PAD_BLOCK, SAMPLING_FIELDS
+from nanovllm.schedule.plan import DRAFT, PAD_BLOCK, SAMPLING_FIELDS
 
 # Logits, temperatures, seeds and positions to tokens: `ops.sample`, or that of several ranks
 Draw = Callable[..., Tensor]
@@ -29,6 +29,8 @@ class DeviceState(NamedTuple):
     block_tables: tuple[Tensor, ...]  # [S, P] of each group of layers
     sampling_SF: Tensor  # SAMPLING_FIELDS
     seed_S: Tensor
+    adapter_S: Tensor | None = None  # 0: none. Only of models with adapters
+    draft_SK: Tensor | None = None  # draft tokens after token_S; with a proposer on the device
 
     @property
     def pad_row(self) -> int:
@@ -50,7 +52,7 @@ class Span(NamedTuple):
 
     row_idx_R: Tensor
     num_tokens_R: Tensor
-    token_T: Tensor  # row after row; plan.NEWEST stands for the row's newest token
+    token_T: Tensor  # row after row; plan.NEWEST and plan.DRAFT stand for tokens of the state
 
 
 class SpanTokens(NamedTuple):
@@ -64,7 +66,13 @@ class SpanTokens(NamedTuple):
 
 
 def new_state(
-    num_rows: int, blocks_per_row: int, num_groups: int, device: torch.device
+    num_rows: int,
+    blocks_per_row: int,
+    device: torch.device,
+    *,
+    num_groups: int = 1,
+    has_adapters: bool = False,
+    num_drafts: int = 0,
 ) -> DeviceState:
     rows = num_rows + 1
 
@@ -82,6 +90,8 @@ def new_state(
         ),
         sampling_SF=sampling_SF,
         seed_S=zeros(),
+        adapter_S=zeros() if has_adapters else None,
+        draft_SK=zeros(num_drafts) if num_drafts else None,
     )
 
 
@@ -93,7 +103,7 @@ def decode_batch(block_size: int, state: DeviceState, row_idx_R: Tensor) -> tupl
     ]
     token_R, *batch = made[0]
     others = tuple(Pages(*one[2:4]) for one in made[1:])
-    return token_R, Batch(*batch)._replace(others=others)
+    return token_R, _with_adapters(Batch(*batch)._replace(others=others), state, row_idx_R)
 
 
 def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTokens, Batch]:
@@ -101,9 +111,28 @@ def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTok
     made = [
         ops.span_inputs(*state[:3], table_SP, *span, block_size) for table_SP in state.block_tables
     ]
-    token_T, *batch, row_T, num_T, last_R = made[0]
-    others = tuple(Pages(*one[2:4]) for one in made[1:])
-    return SpanTokens(token_T, row_T, num_T, last_R), Batch(*batch)._replace(others=others)
+    token_T, *places, row_T, num_T, last_R = made[0]
+    if state.draft_SK is not None:
+        token_T = _with_drafts(state.draft_SK, span.token_T, token_T, row_T, num_T)
+    tokens = SpanTokens(token_T, row_T, num_T, last_R)
+    batch = Batch(*places)._replace(others=tuple(Pages(*one[2:4]) for one in made[1:]))
+    return tokens, _with_adapters(batch, state, row_T)
+
+
+def _with_drafts(
+    draft_SK: Tensor, given_T: Tensor, token_T: Tensor, row_T: Tensor, num_T: Tensor
+) -> Tensor:
+    """The tokens with those of the state in the places of DRAFT: a row's second token is its first
+    draft token."""
+    num = draft_SK.shape[1]
+    draft_T = draft_SK.flatten()[row_T * num + (num_T - 2).clamp(0, num - 1)]
+    return torch.where(given_T == DRAFT, draft_T, token_T)
+
+
+def _with_adapters(batch: Batch, state: DeviceState, row_T: Tensor) -> Batch:
+    if state.adapter_S is None:
+        return batch
+    return batch._replace(adapter_T=state.adapter_S.index_select(0, row_T))
 
 
 def decode_states(num_places: int, state: DeviceState, row_idx_R: Tensor) -> States:

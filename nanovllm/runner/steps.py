@@ -9,7 +9,7 @@ W columns of this rank's logits: V, or its part on several ranks (`columns.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from nanovllm.models.interface import Batch, Kept, LayerCache, LayerCall, Model,
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.columns import drawing, gathered
 from nanovllm.runner.given import Given, add_features, with_given
+from nanovllm.runner.proposer import Drafting, Fed, write
 from nanovllm.runner.state import (
     DeviceState,
     Places,
@@ -42,6 +43,9 @@ from nanovllm.runner.state import (
 FROZEN = (
     "params", "w", "tower_weights", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH", "tables",
 )  # fmt: skip
+
+
+ALONE = nullcontext()  # of steps without a proposer
 
 
 class Table(NamedTuple):
@@ -107,7 +111,8 @@ class Steps:
     """The steps of one model. Programs are built on first use; `Runner.warm_up` uses every bucket.
 
     `other_tables` are the rotary tables of `ModelConfig.other_ropes`. With `whole` the regions of a
-    step are inlined into one program: some compilers need this.
+    step are inlined into one program: some compilers need this. `drafting` proposes tokens after
+    each step.
     """
 
     model: Model
@@ -120,6 +125,7 @@ class Steps:
     whole: bool = False
     predicts: bool = False  # see `LayerCall`
     other_tables: tuple[Table, ...] = ()
+    drafting: Drafting | None = None
 
     @property
     def pages(self) -> LayerCache:
@@ -148,7 +154,13 @@ class Steps:
             model=self.model.reduced(),
             params=self.params._replace(layers=layers),
             caches=tuple(self.caches[layer_idx] for layer_idx in chosen),
+            drafting=self._reduced_drafting(),
         )
+
+    def _reduced_drafting(self) -> Drafting | None:
+        if self.drafting is None or self.drafting.steps is None:
+            return self.drafting
+        return self.drafting._replace(steps=self.drafting.steps.of_each_program())
 
     @contextmanager
     def restoring_state(self) -> Iterator[None]:
@@ -157,6 +169,55 @@ class Steps:
         yield
         self.state.token_S.copy_(token_S)
         self.state.pos_S.copy_(pos_S)
+
+    # proposals --------------------------------------------------------------------------------
+
+    def proposing(
+        self, fed: Tensor | Span, max_q_len: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Around a step of rows or of a span: draft the tokens after it, if there is a proposer.
+
+        `max_q_len` is that of the span's layers, None for a prompt's.
+        """
+        return ALONE if self.drafting is None else self._proposing(self.drafting, fed, max_q_len)
+
+    @contextmanager
+    def _proposing(
+        self, drafting: Drafting, given: Tensor | Span, max_q_len: int | None
+    ) -> Iterator[None]:
+        # before the step, which moves the rows on
+        if isinstance(given, Span):
+            fed = self._fed_by_span(given, max_q_len)
+        else:
+            fed = self._fed_by_rows(given)
+        yield
+        fed = fed._replace(hidden=drafting.hidden(fed.token_T.shape[0]))
+        write(self.state, fed.row_idx_R, drafting.proposer.propose(self.state, fed, drafting.steps))
+
+    def _fed_by_rows(self, row_idx_R: Tensor) -> Fed:
+        place = partial(decode_batch, self.block_size)
+        key = (row_idx_R.shape[0],)
+        token_R, batch = self._run("fed", key, place, state=self.state, row_idx_R=row_idx_R)
+        return Fed("decode", 1, row_idx_R, token_R, batch)
+
+    def _fed_by_span(self, span: Span, max_q_len: int | None) -> Fed:
+        num_tokens, place = span.token_T.shape[0], partial(span_batch, self.block_size)
+        key = (num_tokens, span.row_idx_R.shape[0])
+        tokens, batch = self._run("fed", key, place, state=self.state, span=span)
+        phase = "prefill" if max_q_len is None else "verify"
+        return Fed(phase, max_q_len or num_tokens, span.row_idx_R, tokens.token_T, batch)
+
+    def feed(self, fed: Fed) -> Tensor:
+        """Write keys and values of the tokens that another model's step has fed; returns the hidden
+        states [T, D] after the last layer."""
+        h_TD = self._run(
+            "embed",
+            (fed.token_T.shape[0],),
+            partial(self.model.embed, self.model.config),
+            embed_VD=self.params.embed_VD,
+            token_T=fed.token_T,
+        )
+        return self._layers(fed.phase, h_TD, fed.batch, fed.max_q_len)
 
     # one token for each row -------------------------------------------------------------------
 
@@ -186,7 +247,9 @@ class Steps:
 
     def prefill_logits(self, span: Span, given: Given | None = None) -> Tensor:
         """Write keys and values of a span; returns logits [R, W] after each row's last token."""
-        if self.whole or (given is not None and self.model.adds_to_last):
+        needs_all = given is not None and self.model.adds_to_last
+        needs_all = needs_all or (self.drafting is not None and self.drafting.reads_last)
+        if self.whole or needs_all:
             return self.logits_at(*self.hidden(span, given))
         h_RD, _ = self._prefill(span, given, keeps_last=True)
         return self._head(h_RD)
@@ -225,8 +288,8 @@ class Steps:
     def _of_given(
         self, name: str, function: Callable[..., Any], h_TD: Tensor, **inputs: object
     ) -> Any:
-        """Run a region of steps with given embeddings: as a program for models that see, and else
-        op by op, since a program that few need is not built."""
+        """Run a region of steps with given embeddings: as a program for models that take images or
+        audio, and otherwise op by op, since such steps are rare."""
         inputs["h_TD"] = h_TD
         if self.compiler.lowering is None or not self.model.takes_embeddings:
             return function(*inputs.values())
@@ -323,6 +386,8 @@ class Steps:
                 batch=own._replace(keep_R=last_R) if name == "last_layer" else own,
                 h_TD=h_TD,
             )
+            if self.drafting is not None:
+                self.drafting.keep(layer_idx, h_TD)
             # the last layer of a reduced model may be one after which the whole one adds features
             adds = given is not None and layer_idx + 1 < len(given.embeds_LTD)
             if adds and name != "last_layer":
@@ -351,7 +416,7 @@ class Steps:
         return [tables[rope] for rope in layer_ropes]
 
     def _streamed(self, num_tokens: int, last_R: Tensor | None) -> list[list[Offloaded]]:
-        """For each layer, the experts whose way to the device begins before it."""
+        """For each layer, the experts whose copy to the device starts before it."""
         layers, moe = self.params.layers, self.model.config.moe
         if moe is None:
             return [[] for _ in layers]
@@ -376,7 +441,7 @@ class Steps:
         shapes = [tensor.shape[0] for tensor in tensors(tuple(inputs.values()))]
         params: Any = self.params._replace(tower=None)
         if params.head_VD is params.embed_VD:
-            # a tensor that is passed twice would be two weights to the compiler
+            # the compiler would treat a tensor that is passed twice as two weights
             params = params._replace(head_VD=None)
         return self._run(
             name,

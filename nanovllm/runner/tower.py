@@ -27,7 +27,7 @@ class TowerSteps(EncoderSteps):
     """The calls of a vision tower.
 
     Budgets are patches T, multiples of the tower's patches per token (`vision.budgets`). A frame
-    with more patches than the largest runs op by op, in a call of its own size.
+    with more patches than the largest runs op by op, in a call of the frame's size.
     """
 
     name = "vision"
@@ -45,7 +45,7 @@ class TowerSteps(EncoderSteps):
         if tuple(values.shape) != (num_patches, cfg.patch_size):
             raise ValueError(
                 f"the patches of {len(grids)} images or videos have shape {list(values.shape)}, "
-                f"but their grids ask for {[num_patches, cfg.patch_size]}"
+                f"but their grids require {[num_patches, cfg.patch_size]}"
             )
         done = 0
         for call in layouts.calls(frames_F2, self.budgets):

@@ -1,4 +1,4 @@
-"""The towers of a model: one that sees, one that hears. They make embeddings of media.
+"""The vision and audio encoders ("towers") of a model, which compute embeddings of media.
 
 L levels of features | G tokens | O their width
 """
@@ -24,9 +24,9 @@ from nanovllm.runner.tower import TowerSteps
 
 
 class Encodable(NamedTuple):
-    """What a tower makes embeddings of: an image, a video or a clip of sound, as the checkpoint's
-    processor gives it. `values` are patches and `grid` their (frames, rows, columns), or mel
-    features and their (frames,). `tower` is a key of `Towers.by_name`."""
+    """The input of an encoder: an image, a video or an audio clip, in the form of the checkpoint's
+    processor. `values` are patches and `grid` their (frames, rows, columns), or mel features and
+    their (frames,). `tower` is a key of `Towers.by_name`."""
 
     values: Tensor
     grid: tuple[int, ...]
@@ -53,7 +53,7 @@ class Towers:
                 model.tower, params.tower, platform, compiler, layout.vision_patches, whole
             )
         if model.audio_tower is not None:
-            # its regions are programs of their own, which such platforms cannot have
+            # its regions are separate programs, which such platforms do not support
             own = Compiler(None) if whole else compiler
             self.by_name["audio"] = AudioSteps(
                 model.audio_tower, params.audio_tower, platform, own, layout.audio_chunks

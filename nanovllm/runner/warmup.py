@@ -1,4 +1,4 @@
-"""Parts of warm-up that only look at a runner: rehearsing a bucket, timing prefill steps."""
+"""Parts of warm-up that do not change a runner: a dry run of a bucket, timing steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from nanovllm.kernels import collectives
 from nanovllm.models.experts.offloaded import prepare
-from nanovllm.platforms.base import Rehearsal
+from nanovllm.platforms.base import DryRun
 from nanovllm.runner.captured import VerifyStep
 from nanovllm.runner.runner import Runner
 from nanovllm.schedule.pace import DecodePace
@@ -22,19 +22,18 @@ logger = logging.getLogger(__name__)
 
 # The context against which attention is timed. It is long, so that attention is most of the step.
 STALL_CONTEXT_TOKENS = 16_384
-# A step is timed twice, or once if it takes so many milliseconds: a disturbance is then a small
-# share of it.
+# A step is timed twice, or once if it takes at least this many milliseconds, where noise is small.
 STALL_REPEATS, STALL_LONG_MS = 2, 20.0
 BUS_REPEATS = 3
 
 
-def rehearse_bucket(runner: Runner, kind: str, size: int, rehearsal: Rehearsal) -> None:
-    """Build the programs of one bucket, and call them with fake tensors of the rehearsal's mode.
+def dry_run_bucket(runner: Runner, kind: str, size: int, dry_run: DryRun) -> None:
+    """Build the programs of one bucket, and call them with fake tensors of the dry run's mode.
 
     A runner that was made under that mode computes nothing and takes no memory. Its
     `compiler.instead` must stand in for the programs.
     """
-    mode, steps, platform, layout = rehearsal.mode, runner.steps, runner.platform, runner.layout
+    mode, steps, platform, layout = dry_run.mode, runner.steps, runner.platform, runner.layout
     with torch.no_grad():
         if kind == "prefill":
             with mode:
@@ -50,7 +49,7 @@ def rehearse_bucket(runner: Runner, kind: str, size: int, rehearsal: Rehearsal) 
         for one in verify:
             steps.verify(one.span, one.num)
         if size == layout.decode_rows[0]:
-            runner.sampler.rehearse(rehearsal)
+            runner.sampler.dry_run(dry_run)
 
 
 def measure_stall(runner: Runner, max_ms: float) -> StallBound:
@@ -77,8 +76,8 @@ def measure_stall(runner: Runner, max_ms: float) -> StallBound:
 def measure_pace(runner: Runner) -> DecodePace:
     """Time the smallest and the largest decode step. `Runner.warm_up` must have run.
 
-    No times if steps have no padding, or if experts are in the host's memory: which of them a step
-    fetches depends on its tokens.
+    Returns no times if steps have no padding, or if experts are in host memory, since the fetched
+    experts depend on the tokens.
     """
     if not runner.layout.pad or runner.offloaded:
         return DecodePace()
@@ -127,8 +126,8 @@ def measure_bus(runner: Runner) -> float | None:
 def _prefill_ms(runner: Runner, num_tokens: int, context: int = 0) -> float:
     """The milliseconds of a step of padding, on the slowest rank.
 
-    With `context` it feeds the last of so many tokens, all in the padding block, in a row that no
-    request has yet.
+    With `context` it feeds the last of that many tokens, all in the padding block, in a row without
+    a request.
     """
     state = runner.state
     bucket = runner.layout.prefill_bucket(num_tokens, 1)
@@ -158,7 +157,7 @@ def _best_ms(
             replay()
         synchronize()
         taken_ns = int(1e9 * (time.perf_counter() - started))
-        # all ranks go on with the same number, since they must run the same steps
+        # all ranks use the same number, since they must run the same steps
         best_ms = min(best_ms, -runner.smallest(-taken_ns) / 1e6)
         if best_ms >= STALL_LONG_MS:
             break

@@ -1,5 +1,5 @@
-"""Writes what a step does not derive from the state: rows of new requests, new blocks, and the
-sampler's tables.
+"""Writes the host's updates of the state: rows of new requests, new blocks, and the sampler's
+tables.
 
 R rows | N new blocks | P blocks per row | F sampling fields | S rows of the state
 """
@@ -16,7 +16,7 @@ from nanovllm.schedule.plan import PAD_BLOCK, StepPlan
 
 
 def write(plan: StepPlan, state: DeviceState, sampler: Sampler, platform: Platform) -> None:
-    """Write a plan's data to the device. Raises ValueError for an adapter: none can be loaded."""
+    """Write a plan's data to the device. Raises ValueError for an adapter if the model has none."""
     if plan.settings:
         _write_rows(plan, state, platform)
         sampler.edits.clear(row.row for row in plan.settings)
@@ -33,12 +33,15 @@ def write(plan: StepPlan, state: DeviceState, sampler: Sampler, platform: Platfo
 
 def _write_rows(plan: StepPlan, state: DeviceState, platform: Platform) -> None:
     rows, upload = plan.settings, platform.upload
-    if adapter := next((row.adapter for row in rows if row.adapter), 0):
-        raise ValueError(f"adapter {adapter} is not loaded: only 0, none, is")
+    adapters = [row.adapter for row in rows]
+    if state.adapter_S is None and any(adapters):
+        raise ValueError(f"adapter {max(adapters)} is not loaded: only 0, none, is")
     numbers = [(row.row, row.pos, row.rope_offset, row.seed) for row in rows]
     row_R, *columns = upload(numbers, torch.int64).unbind(1)
     for target, values in zip((state.pos_S, state.rope_offset_S, state.seed_S), columns):
         target.index_copy_(0, row_R, values)
+    if state.adapter_S is not None:
+        state.adapter_S.index_copy_(0, row_R, upload(adapters, torch.int64))
     sampling_RF = upload([row.sampling for row in rows], torch.float32)
     state.sampling_SF.index_copy_(0, row_R, sampling_RF)
     for group, table_SP in enumerate(state.block_tables):

@@ -99,7 +99,7 @@ class BlockPool:
             self._free.pop(block, None)
 
     def allocate(self, num: int) -> list[int]:
-        """`num` blocks with one reference each and unknown content; needs num <= `num_free`."""
+        """`num` blocks with one reference each and undefined content; needs num <= `num_free`."""
         assert num <= len(self._free), (num, len(self._free))
         blocks = [self._free.popitem(last=False)[0] for _ in range(num)]
         for block in blocks:
@@ -110,7 +110,7 @@ class BlockPool:
         return blocks
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Let `cached_prefix` find a full block. It finds the first of two equal blocks."""
+        """Add a full block to the prefix cache. Of two equal blocks the first is used."""
         if (
             self.enable_prefix_caching
             and digest not in self._by_digest
@@ -120,14 +120,14 @@ class BlockPool:
             self._digest_of[block] = digest
 
     def reset(self) -> None:
-        """Free all blocks and forget their content. Owners must drop their blocks."""
+        """Free all blocks and drop their content. Owners must drop their blocks."""
         self._num_refs = [0] * self.num_blocks
         self._free = OrderedDict((block, None) for block in range(1, self.num_blocks))
         self._by_digest.clear()
         self._digest_of.clear()
 
     def forget(self, blocks: Iterable[int] | None = None) -> None:
-        """Let no request find the content of these blocks, or of any, any more.
+        """Remove these blocks, or all, from the prefix cache.
 
         Blocks stay with their owners.
         """

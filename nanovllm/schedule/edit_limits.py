@@ -1,4 +1,4 @@
-"""What edits of logits may hold. The tables are in `runner/logit_edits.py`."""
+"""Limits on edits of logits. The tables are in `runner/logit_edits.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nanovllm.checks import InvalidValue
 from nanovllm.schedule.plan import LogitEdits
 
 MINUS_INF = float("-inf")
-LARGEST_BIAS = 1e30  # far from fp32's largest number: sums with logits stay finite
+LARGEST_BIAS = 1e30  # far below fp32's largest number: sums with logits stay finite
 # Limits on bad words of several tokens, which bound the tables' size.
 MAX_BAD_WORDS, MAX_BAD_TOKENS = 4096, 64
 

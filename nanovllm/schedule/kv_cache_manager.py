@@ -39,9 +39,9 @@ class KVCacheManager:
 
     # requests ------------------------------------------------------------------------------------
 
-    def admit(self, request: Request, num_others: int) -> bool:
-        """Give a request cached blocks of its known tokens, and new ones for the others: with
-        windows, for those of its first step.
+    def admit(self, request: Request, num_tokens: int, num_others: int) -> bool:
+        """Give a request cached blocks of its known tokens, and new ones for the others of
+        `num_tokens`: with windows, for those of its first step.
 
         False, and nothing changes, if this would leave less than one block of each group for each
         of the `num_others` running requests: the new request would soon be preempted.
@@ -55,7 +55,7 @@ class KVCacheManager:
             else digests[: (len(known_ids) - 1) // self.block_size]
         )
         tables = self.cached_prefix(usable)
-        num_cached, whole = len(tables[0]), self.groups.num_blocks(len(known_ids))
+        num_cached, whole = len(tables[0]), self.groups.num_blocks(num_tokens)
         held = whole
         if self._windows:
             first_seen = num_cached - self.groups.num_blocks(max(self.groups.windows) - 1)
@@ -91,7 +91,10 @@ class KVCacheManager:
         self.trim(request, request.num_computed)
         end = request.num_computed + num_tokens
         num_before = len(request.blocks[self._windows[0][0]])
-        num_more = self.groups.num_blocks(end) - num_before
+        num_wanted = self.groups.num_blocks(end)
+        if end == request.num_known and self._unbounded:
+            num_wanted = len(request.blocks[self._unbounded[0]])  # with what the device drafts
+        num_more = num_wanted - num_before
         if num_more > 0:
             num_free, num_tables = self.pool.num_free, len(self._windows)
             least = int(num_before * self.block_size == request.num_computed)
@@ -101,8 +104,10 @@ class KVCacheManager:
                 for block in self.pool.allocate(num_more):
                     new.append((request.row, group, len(request.blocks[group]), block))
                     request.blocks[group].append(block)
-        last = len(request.blocks[self._windows[0][0]]) * self.block_size
-        return min(end, last) - request.num_computed, new
+        num_blocks = len(request.blocks[self._windows[0][0]])
+        if num_blocks < num_wanted:  # all tables of a decoding request have one length
+            end = min(end - 1, num_blocks * self.block_size)
+        return end - request.num_computed, new
 
     def begin_step(self) -> None:
         """Let the requests of the next step find the snapshots that earlier steps make."""
@@ -152,6 +157,13 @@ class KVCacheManager:
             table.append(block)
         index = len(request.blocks[0]) - 1
         return [(request.row, group, index, block) for group, block in enumerate(blocks)]
+
+    def add_ahead(self, request: Request, num_tokens: int) -> list[NewBlock]:
+        """Give a decoding request blocks for `num_tokens` tokens, as far as there are some."""
+        new: list[NewBlock] = []
+        while len(request.blocks[0]) * self.block_size < num_tokens and self.has_room():
+            new += self.add_blocks(request)
+        return new
 
     def trim(self, request: Request, pos: int) -> None:
         """Free the blocks that no query from position `pos` on sees. Steps in flight may still

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, as users read them."""
+"""Log-probabilities of tokens in outputs."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Logprob(float):
 
     @property
     def decoded_token(self) -> str | None:
-        # decoded on demand: most requests with log-probabilities read the numbers alone
+        # decoded on demand: most users of log-probabilities read only the numbers
         if self._text is None and self._tokenizer is not None:
             self._text = self._tokenizer.text_of(self._token_id)
         return self._text
 
     @property
     def token_bytes(self) -> bytes:
-        """The bytes of the token's text, also if they are a part of a character."""
+        """The bytes of the token's text, which may be part of a character."""
         text = self.decoded_token or ""
         if self._tokenizer is None or REPLACEMENT not in text:
             return text.encode()

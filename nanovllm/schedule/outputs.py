@@ -20,8 +20,8 @@ class Completion:
     stop_reason: the stop string, or the one of `stop_token_ids`, that ended the text.
     num_cached_tokens: prompt tokens found in the prefix cache.
     logprobs: per generated token. prompt_logprobs: per prompt token, None for the first.
-    error: what went wrong, for finish_reason "error". error_field: the parameter that is the cause,
-        if one is.
+    error: what went wrong, for finish_reason "error". error_field: the parameter that caused it, if
+        any.
     """
 
     text: str
@@ -61,8 +61,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class Increment:
-    """One request's new tokens, their log-probabilities if asked for, and the new text. Its last
-    increment also holds the whole completion."""
+    """One request's new tokens, their log-probabilities if requested, and the new text. Its last
+    increment also holds the completion."""
 
     request_id: int
     token_ids: list[int]
@@ -93,7 +93,7 @@ class Outbox:
     outputs: list[Increment] = field(default_factory=list)
 
     def has(self, request_ids: Container[int] | None = None) -> bool:
-        """Whether outputs of these requests, or of any, are there."""
+        """Whether there are outputs of these requests, or of any."""
         if request_ids is None:
             return bool(self.outputs)
         return any(output.request_id in request_ids for output in self.outputs)
@@ -129,14 +129,14 @@ class TextStream:
         if self._tokenizer is not None and (incremental or self._stops):
             self._growing = GrowingText(self._tokenizer, self._how)
         self._state = 0  # of the automaton, after `text`
-        # The text that was taken, and what is new, in pieces: joining them for each token would
-        # copy a long text each time.
+        # The taken text and the new text, in pieces: joining them for each token would copy a long
+        # text each time.
         self._taken: list[str] = []
         self._new: list[str] = []
 
     @property
     def text(self) -> str:
-        """The whole text so far. Joins its pieces, so do not ask for each token."""
+        """The whole text so far. Joins its pieces, so do not call it for each token."""
         return "".join(self._taken + self._new)
 
     @property

@@ -1,13 +1,13 @@
-"""How long decode steps take at warm-up, and so how long they should take later."""
+"""The times of decode steps at warm-up, and the times expected of later steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What the host does beside a step takes no longer. It is the larger part for the smallest models.
+# An upper bound on the host's work per step, which dominates for the smallest models.
 HOST_MS = 2.0
-# Attention reads the cache, and the rest of a decode step the weights. It reads a byte in at most
-# so many times the time.
+# Attention reads the cache, the rest of a decode step the weights. Attention takes at most this
+# many times longer per byte.
 ATTENTION_FACTOR = 10.0
 
 
@@ -25,8 +25,8 @@ class DecodePace:
     spread: float = 1.0
 
     def most_ms(self, num_rows: int, num_cached: int) -> float:
-        """The most milliseconds that a decode step of so many rows should take, whose rows have
-        `num_cached` tokens in the cache together."""
+        """The most milliseconds that a decode step of `num_rows` rows should take, which have
+        `num_cached` tokens in the cache in total."""
         (low, low_ms), (high, high_ms) = self.step_ms[0], self.step_ms[-1]
         share = min(1.0, (num_rows - low) / max(1, high - low))
         step_ms = low_ms + share * max(0.0, high_ms - low_ms)

@@ -1,7 +1,7 @@
 """Plans and results of steps: numbers and arrays only, no requests and no tensors.
 
-A plan can be stored, sent to another process and run there with the same result. R rows take part
-in a step. Together they feed T tokens, row after row.
+A plan can be stored, sent to another process and run there with the same result. A step has R rows,
+which feed T tokens, row after row.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 
 PAD_BLOCK = 0  # belongs to padding, never to a request
 NO_TOKEN = -1  # in `StepResult.tokens`: no token could be chosen (`reference.sample.sample`)
-ALL_TOKENS = -1  # as a number of likeliest tokens: the whole vocabulary
+ALL_TOKENS = -1  # for `num_top` and `num_logprobs`: the whole vocabulary
 NEWEST = -1  # in `StepPlan.token_T`: the row's newest token, which may be only on the device
+DRAFT = -2  # the row's next proposed token, which a proposer on the device has left in the state
 # Columns of the device's table of sampling settings. The plain sampler reads only the first one.
 SAMPLING_FIELDS = (
     "temperature", "top_p", "min_p", "top_k",
@@ -93,7 +94,7 @@ class RowEdits(NamedTuple):
 
 
 class PromptLogprobs(NamedTuple):
-    """Asks for log-probabilities of the prompt tokens `token_ids` from position `first` on.
+    """A request for log-probabilities of the prompt tokens `token_ids` from position `first` on.
 
     Their logits are those after tokens number `start`, `start + 1`, … of the step. `num_top` may be
     ALL_TOKENS.
@@ -168,9 +169,11 @@ class StepPlan:
     request_ids, rows: [R] the requests, and their rows of the device state.
     num_tokens: [R] tokens that each row feeds; in a decode step its newest token and the proposed
         tokens after it.
-    seq_lens: [R] tokens of each row in the cache after the step.
-    token_T: int64 [T] the tokens, row after row; NEWEST for a row's newest token. Empty in a decode
-        step in which every row feeds only its newest token.
+    seq_lens: [R] tokens of each row in the cache after the step; at most so many while it is not
+        known how many proposals of an earlier step were accepted.
+    token_T: int64 [T] the tokens, row after row; NEWEST for a row's newest token, DRAFT for those
+        that follow it in the state. Empty in a decode step in which every row feeds only its newest
+        token.
     is_sampled: [R] whether the step samples the row's next token.
     restores: copies from slots to rows before the step. snapshots: from rows to slots after it.
     position_3T: int64 [3, T] the positions of the tokens in time, height and width. None: each has
@@ -205,7 +208,7 @@ class StepPlan:
 
     @property
     def has_given(self) -> bool:
-        """True if the step needs more of its tokens than their ids."""
+        """True if tokens have embeddings or M-RoPE positions."""
         return bool(self.embeddings) or self.position_3T is not None
 
     def to_bytes(self) -> bytes:
@@ -258,7 +261,7 @@ class StepResult:
 
     tokens: [R] lists of each row's new tokens: 1 … K of them, none for rows that do not sample.
         The last one is NO_TOKEN if all logits after the token before it are NaN or −inf.
-    logprobs: those of each row's new token, if the plan asks for them.
+    logprobs: those of each row's new token, if the plan requests them.
     prompt_logprobs: one entry for each entry of `StepPlan.prompt_logprobs`.
     """
 
@@ -292,7 +295,7 @@ def _unpack(data: bytes) -> dict[str, Any]:
             return value
         dtype, shape = np.dtype(value["dtype"]), tuple(value["shape"])
         count = int(np.prod(shape))
-        # a copy is aligned and writable, as torch wants it
+        # a copy is aligned and writable, as torch requires
         array = np.frombuffer(raw, dtype, count, offset).reshape(shape).copy()
         offset += array.nbytes
         return array

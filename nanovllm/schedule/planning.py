@@ -161,8 +161,8 @@ def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
 
 
 def _positions(chunks: Sequence[Chunk], has_embeddings: bool) -> np.ndarray | None:
-    """`StepPlan.position_3T`; None if no prompt has positions of its own, or if all are those that
-    the device derives from the state and the step needs nothing else."""
+    """`StepPlan.position_3T`; None if no prompt has M-RoPE positions, or if the device derives all
+    of them from the state and the step has no embeddings."""
     if all(chunk.request.prompt_position_3P is None for chunk in chunks):
         return None
     spans = [(one.request, one.start, one.start + one.num_tokens) for one in chunks]
@@ -198,4 +198,5 @@ def _settings(chunk: Chunk) -> RowSettings:
         sampling=[float(getattr(request.params, name)) for name in SAMPLING_FIELDS],
         blocks=[table[:] for table in request.blocks],
         rope_offset=request.rope_offset,
+        adapter=request.adapter,
     )

@@ -20,7 +20,7 @@ STRUCTURED, EDITS = "structured_outputs", ("allowed_token_ids", "bad_words", "lo
 
 
 class Status(enum.Enum):
-    # its media or its grammar are being prepared; the scheduler does not know it yet
+    # its media or grammar are being prepared; not yet in the scheduler
     PREPARING = "preparing"
     WAITING = "waiting"
     RUNNING = "running"
@@ -28,7 +28,7 @@ class Status(enum.Enum):
 
 
 class Content(NamedTuple):
-    """Embeddings given for prompt tokens `start` … `start + num − 1`. Their digest is their key."""
+    """Embeddings for prompt tokens `start` … `start + num − 1`. Their digest is their key."""
 
     start: int
     num: int
@@ -42,8 +42,8 @@ class Content(NamedTuple):
 def block_content(
     contents: Sequence[Content], position_3T: np.ndarray | None, start: int, end: int
 ) -> bytes:
-    """What keys and values of tokens `start` … `end − 1` depend on beside their ids: digests and
-    offsets of given embeddings, and positions if they are others than their own in the sequence."""
+    """What keys and values of tokens `start` … `end − 1` depend on beside token ids: digests and
+    offsets of embeddings, and positions that differ from those in the sequence."""
     found = [
         one.digest + (one.start - start).to_bytes(8, "little", signed=True)
         for one in contents
@@ -55,10 +55,10 @@ def block_content(
 
 
 class Constraint(Protocol):
-    """What an answer must look like, and the answer so far.
+    """The grammar of an answer, and its state after the tokens so far.
 
-    is_ended: no token but the end of the sequence may follow.
-    error: what is wrong, once nothing can follow; None otherwise.
+    is_ended: only end-of-sequence may follow. error: the reason if nothing can follow; None
+    otherwise.
     """
 
     is_ended: bool
@@ -66,7 +66,7 @@ class Constraint(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is known which tokens may follow."""
+        """Whether the next allowed tokens are known."""
         ...
 
     def push(self, token_id: int) -> None:
@@ -89,13 +89,14 @@ class Request:
     seed: int
     max_output: int  # max_tokens, at most what max_model_len leaves for the output
     stop_ids: frozenset[int]  # within the vocabulary
-    incremental: bool = False  # somebody reads its tokens as they come
+    incremental: bool = False  # its tokens are streamed
     contents: tuple[Content, ...] = ()
     prompt_position_3P: np.ndarray | None = None  # of the prompt's tokens, in time, height, width
     priority: int = 0  # requests with lower numbers go first
     edits: LogitEdits | None = None
-    constraint: Constraint | None = None  # has seen exactly output_ids
+    constraint: Constraint | None = None  # has consumed exactly output_ids
     cache_root: bytes = b""  # start of the digest chain: data that all keys and values depend on
+    adapter: int = 0  # its number on the device; 0: none
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: str | None = None
@@ -103,7 +104,7 @@ class Request:
     blocks: list[list[int]] = field(default_factory=list)  # a table for each group of layers
     block_digests: list[bytes] = field(default_factory=list)  # of the full blocks, chained
     is_decoding: bool = False  # its last prefill chunk has been launched
-    is_verifying: bool = False  # a step with proposals is in flight
+    is_verifying: bool = False  # a step with proposals of the host is in flight
     is_failing: bool = False  # its tokens in flight are dropped, then it restarts
     is_alone: bool = False  # it shares no cached blocks and has no proposals
     snapshot: int | None = None  # the pinned slot whose state its first step begins with
@@ -177,8 +178,8 @@ class Request:
 
     @property
     def waits_for_mask(self) -> bool:
-        """True if it is not known which tokens may follow: the token in flight decides it, or a
-        thread computes it."""
+        """True if the next allowed tokens are not known yet: they depend on the token in flight, or
+        a thread computes them."""
         if self.constraint is None:
             return False
         return self.num_in_flight > 0 or not self.constraint.is_ready
@@ -202,7 +203,7 @@ class Request:
         if self.constraint is not None:
             return InvalidValue(
                 STRUCTURED,
-                f"structured_outputs: {error}, perhaps since bias, allowed tokens, bad words and "
+                f"structured_outputs: {error}, perhaps because bias, allowed tokens, bad words and "
                 "min_tokens forbid what the grammar allows",
             )
         names = [name for name in EDITS if getattr(self.params, name)]
@@ -210,7 +211,7 @@ class Request:
             names.append("min_tokens")
         if not names:
             return RuntimeError(error)
-        words = "perhaps since bias, allowed tokens, bad words and min_tokens forbid all"
+        words = "perhaps because bias, allowed tokens, bad words and min_tokens forbid all"
         return InvalidValue(names[0], f"{error}, {words}")
 
     def content(self, start: int, end: int) -> bytes:

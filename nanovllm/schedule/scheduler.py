@@ -2,10 +2,10 @@
 
 First come, first served, by priority. A step is either a prefill step (chunks of prompts, at most
 `max_num_batched_tokens` tokens) or a decode step (the newest token of each of at most
-`max_decode_rows` rows, and proposals for the tokens after it). While somebody reads the tokens of a
-running request as they come (`Request.incremental`), prefill and decode steps take turns and a time
-bound (`StallBound`) limits each prefill step: a long prompt delays the next token by at most one
-short prefill step. Otherwise prefill goes first without a bound: the whole batch finishes sooner.
+`max_decode_rows` rows, and proposals for the tokens after it). While a running request is streamed
+(`Request.incremental`), prefill and decode steps take turns and a time bound (`StallBound`) limits
+each prefill step: a long prompt delays the next token by at most one short prefill step. Otherwise
+prefill goes first without a bound: the whole batch finishes sooner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
-from nanovllm.schedule.plan import NewBlock, StepPlan
+from nanovllm.schedule.plan import DRAFT, NewBlock, StepPlan
 from nanovllm.schedule.planning import Chunk, choice_of, decode_plan, prefill_plan
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.stall import StallBound
@@ -37,7 +37,11 @@ class Scheduler:
         max_proposals: int = 0,
     ) -> None:
         """`propose`, if set, is called for requests whose tokens are all known, and at most
-        `max_proposals` of its tokens are used. Steps whose choice needs the host have none."""
+        `max_proposals` of its tokens are used. Steps whose choice needs the host have none.
+
+        Without it, `num_drafts` tokens that the device has left in its state are proposed: then the
+        next step need not wait for the tokens of this one.
+        """
         self.cache = cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -46,6 +50,7 @@ class Scheduler:
         self.stall = stall
         self.max_proposals = max_proposals
         self.propose: Proposer | None = None
+        self.num_drafts = 0
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
         self.num_preemptions = 0
@@ -75,9 +80,9 @@ class Scheduler:
         request.finish_reason = reason
 
     def restart(self, requests: Iterable[Request]) -> None:
-        """Start again with `requests`: all unfinished ones, oldest first.
+        """Restart with `requests`: all unfinished ones, oldest first.
 
-        For an error in a step: the cache's content and the records of it may no longer agree.
+        Used after an error in a step, when the cache's content and its records may differ.
         """
         self.cache.reset()
         self.running = []
@@ -108,7 +113,7 @@ class Scheduler:
         if plan is None:
             plan = self._decode(decodable, may_preempt)
         if plan is None and may_preempt:
-            # decode has sent all its rows back: prompts of better priorities have their blocks now
+            # decode has preempted all its rows: prompts of better priorities have their blocks now
             plan = self._plan_prefill(math.inf)
             while plan is None and not all(request.is_decoding for request in self.running):
                 self._preempt()  # every prompt waits for blocks that the others have
@@ -206,7 +211,7 @@ class Scheduler:
 
         Returns False if there are too few free blocks.
         """
-        if not self.cache.admit(request, len(self.running)):
+        if not self.cache.admit(request, self._num_reached(request), len(self.running)):
             return False
         if request.num_cached is None:
             request.num_cached = request.num_computed
@@ -232,8 +237,8 @@ class Scheduler:
             decodable = (decodable[start:] + decodable[:start])[: self.max_decode_rows]
             self._next_decode = start + self.max_decode_rows
         short = [request for request in decodable if self.cache.needs_blocks(request)]
-        for request in short:
-            self.cache.trim(request, request.num_computed)
+        for request in short:  # tokens in flight may be drafts that are rejected
+            self.cache.trim(request, request.num_known - 1)
         if not may_preempt and not self.cache.has_room(len(short)):
             return None
         new_blocks: list[NewBlock] = []
@@ -254,31 +259,41 @@ class Scheduler:
             request.num_in_flight += 1
         choice = choice_of(chosen)
         proposals: list[Sequence[int]] = []
-        if self.propose is not None and choice.state_suffices:
+        if (self.propose is not None or self.num_drafts) and choice.state_suffices:
             proposals = [self._proposals(request, new_blocks) for request in chosen]
         return decode_plan(chosen, proposals, new_blocks, choice)
 
     def _proposals(self, request: Request, new_blocks: list[NewBlock]) -> Sequence[int]:
         """The proposed tokens after a request's newest, as many as blocks and its length allow.
 
-        They count as computed and in flight until `tokens_known` is told the accepted ones.
+        They count as computed and in flight until `tokens_known` gets the accepted ones.
         """
-        if request.num_in_flight > 1 or request.is_alone:
+        proposed: Sequence[int] = (DRAFT,) * self.num_drafts
+        if request.is_alone or (self.propose is not None and request.num_in_flight > 1):
             return ()
-        assert self.propose is not None
+        if self.propose is not None:
+            proposed = self.propose(request)
         num_left = request.max_output - request.num_scheduled_outputs
-        proposed = self.propose(request)[: min(self.max_proposals, num_left)]
+        proposed = proposed[: min(self.max_proposals, num_left)]
         for num, _ in enumerate(proposed):
             if self.cache.needs_blocks(request):
-                # the queries of this step begin at the newest token
-                self.cache.trim(request, request.num_computed - 1 - num)
+                self.cache.trim(request, request.num_known - 1)
                 if not self.cache.has_room():
                     return proposed[:num]
                 new_blocks += self.cache.add_blocks(request)
             request.num_computed += 1
             request.num_in_flight += 1
-            request.is_verifying = True
+            request.is_verifying = self.propose is not None
+        if self.propose is None:
+            new_blocks += self.cache.add_ahead(request, self._num_reached(request))
         return proposed
+
+    def _num_reached(self, request: Request) -> int:
+        """The tokens for which a request needs blocks: those fed, and those that the device drafts
+        after them."""
+        longest = len(request.prompt_ids) + request.max_output
+        fed = request.num_computed if request.row >= 0 else request.num_known
+        return min(fed + self.num_drafts, longest)
 
     def _make_room(self, request: Request) -> None:
         """Preempt requests until there are blocks for `request`, or it is preempted itself."""
@@ -291,7 +306,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _send_back(self, request: Request) -> None:
-        """Let a running request wait again, before the others of its priority."""
+        """Preempt a running request: it waits again, before the others of its priority."""
         self._vacate(request)
         request.restart()
         num_before = sum(other.priority < request.priority for other in self.waiting)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 # Tokens. A chunk that does not fill its bucket has a multiple of this size: cache blocks end there.
 GRAIN = 64
-# Without `max_stall_ms` a prefill step takes at most so many times the shortest step. A decode step
-# follows each prefill step. With few rows it takes about as long as the shortest step, and yields
-# few tokens. So such steps take about a tenth of the time, whatever the size of the model.
+# Without `max_stall_ms` a prefill step takes at most this many times the shortest step. A decode
+# step follows each prefill step. With few rows it takes about as long as the shortest step, and
+# yields few tokens. So such steps take about a tenth of the time, whatever the size of the model.
 SHORTEST_STEPS = 12
 
 

@@ -1,4 +1,4 @@
-"""The client's side of one answer: it receives tokens from the engine and detokenizes them."""
+"""The client's side of one answer: receives tokens from the engine and detokenizes them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nanovllm.tokenizer import Tokenizer
 class Answer:
     """Decodes tokens and finds stop strings, as the engine does for `LLM`.
 
-    Tokens are decoded when somebody takes them, several at once if the reader is late. With stop
-    strings they are decoded as they come.
+    Tokens are decoded when they are read, several at once for a slow reader. With stop strings they
+    are decoded as they arrive.
 
-    index: of the answer to its prompt. done: its end, once that is known.
+    index: the answer's number for its prompt. done: the finished output, once it has ended.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Answer:
         self.done: Completion | None = None
 
     def add_token(self, token_id: int) -> bool:
-        """Add the next token, which has nothing beside it; returns whether a stop string ends the
-        text there. The engine does not know of it."""
+        """Add the next token, which comes alone. Returns whether a stop string ends the text there;
+        the engine does not check stop strings."""
         if not self._has_stops:
             self._token_ids.append(token_id)
             return False
@@ -50,7 +50,7 @@ class Answer:
         return self._has_stopped
 
     def add(self, row: Row) -> bool:
-        """The same for any tokens, and for the end if it is there."""
+        """Add any number of tokens and, if present, the end. Returns the same as `add_token`."""
         self._end = row.done
         if self._has_stopped:
             return False
@@ -66,7 +66,7 @@ class Answer:
         return self._text.stop_string is not None
 
     def take(self) -> Increment | None:
-        """What is new since the last call; None if nothing is."""
+        """The output since the last call; None if there is none."""
         if self.done is not None:
             return None
         self._decode()

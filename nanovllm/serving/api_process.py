@@ -1,16 +1,16 @@
-"""The program of an API process (`python -m`): it lets a function serve clients of its own.
+"""The program of an API process (`python -m`): it runs a function that serves clients.
 
 The function is named "package.module:function" and called with an `ApiProcess`, in the main thread:
 
     def run(process: ApiProcess) -> None: ...
 
-It makes the engine's client with `process.client()` in its event loop and accepts connections at
-`process.listener`, which all API processes share. Once `process.drain_begins` is done it accepts no
-more requests, finishes what runs (`Client.drain(process.drain_timeout)`) and returns. It installs
-no signal handlers: only the supervisor gets signals. The process ends when the function has
-returned and the supervisor closes the channel, or as soon as the supervisor ends or wants an end at
-once. If the function returns before it is told to, or raises an error, the whole server ends;
-a ValueError is about options, and the supervisor raises it.
+It creates the engine's client with `process.client()` in its event loop and accepts connections on
+`process.listener`, which all API processes share. Once `process.drain_begins` is done, it refuses
+new requests, finishes the running ones (`Client.drain(process.drain_timeout)`) and returns. It
+installs no signal handlers: only the supervisor gets signals. The process ends after the function
+has returned and the supervisor has closed the channel, or at once if the supervisor dies or kills
+it. If the function returns early or raises an error, the whole server ends; the supervisor raises a
+ValueError, which is about options.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ from nanovllm.serving.supervisor import DONE, DRAIN
 
 
 class ApiProcess:
-    """What an API process is given.
+    """The arguments of an API process.
 
-    options: what the supervisor was given for it, JSON. index: of this process among `num`.
-    listener: a listening socket. memory: what all API processes share, `shared_bytes` of the
-    supervisor's `Service`. drain_timeout: the seconds that requests have once draining has
-    begun.
+    options: from the supervisor, JSON. index: of this process among `num`. listener: a listening
+    socket. memory: shared by all API processes, `shared_bytes` of the supervisor's `Service`.
+    drain_timeout: the seconds that running requests get once draining begins.
     """
 
     def __init__(self, setup: dict[str, Any]) -> None:
@@ -60,13 +59,13 @@ class ApiProcess:
         self._draining: Future[None] = Future()
 
     def client(self) -> Client:
-        """The engine's client; call it once. `await client.ready()` waits for a warm engine."""
+        """The engine's client; call this once. `await client.ready()` waits for a warm engine."""
         return Client(
             self.config, self._engines, self._counts, index=self.index, max_queued=self._max_queued
         )
 
     async def drain_begins(self) -> None:
-        """Wait until the server is told to end. May be awaited many times."""
+        """Wait until the server is asked to shut down. May be awaited many times."""
         await asyncio.shield(asyncio.wrap_future(self._draining))
 
     def begin_drain(self) -> None:
@@ -75,7 +74,7 @@ class ApiProcess:
 
 
 def serve(setup: dict[str, Any], channel: Channel) -> None:
-    """Call the function. Raises its errors and ChannelClosed."""
+    """Call the target function. Raises its errors and ChannelClosed."""
     process = ApiProcess(setup)
     listening = threading.Thread(
         target=_listen, args=(channel, process), name="supervisor", daemon=True
@@ -85,11 +84,11 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
     module, _, name = setup["target"].partition(":")
     getattr(importlib.import_module(module), name)(process)
     channel.send(DONE)
-    listening.join()  # it ends the process
+    listening.join()  # this ends the process
 
 
 def _listen(channel: Channel, process: ApiProcess) -> None:
-    """Take the supervisor's messages; end this process with the channel."""
+    """Handle the supervisor's messages; exit when the channel closes."""
     try:
         while channel.receive()[0] == DRAIN:
             process.begin_drain()

@@ -1,4 +1,4 @@
-"""Online inference in a Python program: the tasks of one event loop share an engine."""
+"""Online inference in a Python program: tasks of one event loop share an engine."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 class AsyncLLM(Client):
-    """A model in a process of its own, for tasks of one event loop.
+    """A model in a separate process, for tasks of one event loop.
 
-    The constructor checks the options, starts the process and returns at once; it may be called
-    without a running loop. The model loads meanwhile, and the first request waits for it. To wait
-    beforehand: `llm = await AsyncLLM.start(model)`, `async with AsyncLLM(model) as llm`, or
+    The constructor checks the options, starts the process and returns; it needs no running loop.
+    The model loads in the background, and the first request waits for it. To wait earlier, use
+    `llm = await AsyncLLM.start(model)`, `async with AsyncLLM(model) as llm`, or
     `await llm.ready()`. Then `async for output in llm.generate(prompt, params)`.
 
-    `await llm.close()` and `llm.shutdown()` end the process, from any event loop and thread. So
-    does the end of the last reference to it, and the end of this process.
+    `await llm.close()` and `llm.shutdown()` end the process, from any event loop and thread. It
+    also ends when the last reference to the object goes away and when this process ends.
 
     Options are those of `LLM`; `max_queued` is that of `Client`. Raises TypeError for an unknown
     option, and ValueError.
@@ -51,13 +51,13 @@ class AsyncLLM(Client):
         super().__init__(
             config,
             self._process.clients[0],
-            quota.own_counts(len(self._process.clients[0])),
+            quota.own_counts(self._process.num_engines),
             max_queued=max_queued,
         )
         found = weakref.WeakMethod(self._note_cause)
 
         def note(cause: Exception) -> None:
-            # the process's thread must not keep this engine, whose end ends the process
+            # the process's thread must not keep the engine alive: collecting it ends the process
             method = found()
             if method is not None:
                 method(cause)
@@ -66,7 +66,7 @@ class AsyncLLM(Client):
 
     @classmethod
     async def start(cls, model: str | PathLike[str], **options: Any) -> AsyncLLM:
-        """A warm engine. Raises the errors of the constructor and of `ready`, after cleaning up."""
+        """A warm engine. Raises the errors of the constructor and of `ready`, after cleanup."""
         llm = cls(model, **options)
         try:
             await llm.ready()
@@ -83,28 +83,28 @@ class AsyncLLM(Client):
         usage_context: object = None,
         stat_loggers: None = None,
     ) -> AsyncLLM:
-        """The same for vLLM's `AsyncEngineArgs`. `usage_context` is for vLLM's own
-        statistics and has no effect. Raises ValueError for other values of the last option and of
-        `start_engine_loop`."""
+        """An engine from vLLM's `AsyncEngineArgs`. `usage_context` (vLLM's usage statistics) has no
+        effect. Raises ValueError for other values of `start_engine_loop` and `stat_loggers` than
+        the defaults."""
         if start_engine_loop is not True:
             raise ValueError(f"start_engine_loop is {start_engine_loop!r}: only True is supported")
         if stat_loggers is not None:
-            raise ValueError("stat_loggers is not supported: only None is; use `metrics()`")
+            raise ValueError("stat_loggers is not supported: use `metrics()`")
         options = {one.name: getattr(engine_args, one.name) for one in fields(EngineConfig)}
         return cls(**options)
 
     def abort(self, request_id: str | Iterable[str]) -> Awaitable[None]:  # type: ignore[override]
-        """End one or more requests: their readers get the end of their answers. Unknown ids are
-        ignored. It has happened when this returns; vLLM's `await llm.abort(…)` works, too."""
+        """Abort one or more requests; their streams end. Unknown ids are ignored. Takes effect
+        before it returns; vLLM's `await llm.abort(…)` also works."""
         for name in [request_id] if isinstance(request_id, str) else list(request_id):
             super().abort(name)
         return _Done()
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """What `close` does, for programs without an event loop; blocks meanwhile. vLLM's name.
+        """Do what `close` does, blocking, for programs without an event loop. vLLM's name.
 
-        timeout: the process is killed if it has not ended by itself after 3 seconds; only None and
-        more seconds than that are supported.
+        timeout: None or at least 3 seconds; in any case the process is killed if it has not ended
+        after 3 seconds.
         """
         if timeout is not None and timeout < CLOSE_SECONDS:
             raise ValueError(f"timeout is {timeout!r}: it must be None or at least {CLOSE_SECONDS}")
@@ -132,29 +132,29 @@ class AsyncLLM(Client):
         await self.close()
 
     def _note_cause(self, cause: Exception) -> None:
-        """Called in another thread when the process has ended by itself."""
+        """Record why the process ended on its own. Called in another thread."""
         logger.error("%s", cause)
-        # output and texts of errors may hold paths and prompts
+        # the process's output and texts of errors may contain paths and prompts
         self._cause = EngineDead(cause.what) if isinstance(cause, RankFailed) else cause
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._fail, self._cause)
 
     async def start_profile(self, *_: object, **__: object) -> None:
-        """Refused, like stop_profile: see `nanovllm bench throughput --profile`."""
+        """Not supported, like stop_profile: use `nanovllm bench throughput --profile`."""
         raise ValueError(NO_PROFILE)
 
     stop_profile = start_profile
 
-    def _lost(self, index: int) -> None:
+    def _lost_all(self) -> None:
         if self._cause is not None:
             self._fail(self._cause)
         else:
-            super()._lost(index)
+            super()._lost_all()
 
 
 class _Done(Awaitable[None]):
-    """What has happened, for callers that await it and for those that do not."""
+    """An awaitable that is done, for callers that await the result."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield from ()

@@ -1,4 +1,4 @@
-"""A client of the engine's process: checks and encodes prompts, decodes answers."""
+"""A client of engine processes: checks and encodes prompts, decodes tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nanovllm.growing import GrowingAnswer, GrowingOutput
 from nanovllm.media.given import Given
 from nanovllm.outputs import RequestOutput
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
-from nanovllm.replicas import messages, setups
+from nanovllm.replicas import handover, messages, setups
 from nanovllm.replicas.handshake import check_agreement
 from nanovllm.replicas.load_balancer import choose
 from nanovllm.replicas.messages import Add, End
@@ -30,14 +30,14 @@ from nanovllm.serving import quota
 from nanovllm.serving.answer import Answer
 from nanovllm.serving.connection import Connection
 from nanovllm.serving.encoding import Encoder
-from nanovllm.serving.interface import Draining, EngineDead
+from nanovllm.serving.interface import Draining, EngineDead, Unavailable
 from nanovllm.serving.quota import MAX_QUEUED, Counts, Quota
 from nanovllm.serving.stream import Feed, OpenStream
 from nanovllm.tokenizer import Tokenizer
 
 
 class Open(NamedTuple):
-    """An unfinished answer. engine: its number. cost: see `load_balancer`."""
+    """An unfinished answer. engine: its index. cost: see `load_balancer`."""
 
     feed: Feed
     answer: Answer
@@ -46,14 +46,15 @@ class Open(NamedTuple):
 
 
 class Client:
-    """An `AsyncEngine` over a socket to the process of each engine: of one, or of its replicas.
+    """An `AsyncEngine` over sockets to engine processes: one engine, or its replicas.
 
-    An answer comes from one engine. One that is lost ends its answers with an error; without any
-    left the client fails.
+    An answer comes from one engine. One that is lost ends its answers with an error, and takes
+    requests again once it has been started again. If it does not start, or is alone, the client
+    fails.
 
-    It belongs to the event loop in which it was first awaited: use it in tasks of that loop. Only
-    `close` works everywhere. What the engine says of itself (`max_model_len`, `tokenizer`, …) is
-    known once `ready` has returned.
+    A client belongs to the event loop in which it is first awaited: use it in tasks of that loop.
+    Only `close` works everywhere. The engine's properties (`max_model_len`, `tokenizer`, …) are
+    available once `ready` has returned.
     """
 
     tokenizer: Tokenizer | None
@@ -61,7 +62,7 @@ class Client:
     max_num_seqs: int
     default_params: SamplingParams
     eos_ids: frozenset[int]
-    # how long to wait for the reason after the end of the connection
+    # how long to wait for the reason after a lost connection
     _patience_s = 0.0
 
     def __init__(
@@ -73,17 +74,19 @@ class Client:
         index: int = 0,
         max_queued: int = MAX_QUEUED,
     ) -> None:
-        """Takes over the sockets. index: of this client. counts: the answers of all clients.
+        """Takes over the sockets, those of `EngineProcess.clients`. index: of this client. counts:
+        the answers of all clients.
 
-        max_queued: how many answers of all clients may wait while as many run as can. More are
-        refused with QueueFull.
+        max_queued: the maximum number of answers of all clients that may wait while the engines are
+        full. More are refused with QueueFull.
         """
         self.config = config
         self._socks, self._counts, self._index = list(socks), counts, index
+        self._restarts: dict[int, asyncio.Task[None]] = {}  # of engines that are not ready
         self._max_queued = quota.checked_limit(max_queued)
         self._next_id = 0
         self._feeds: dict[str, Feed] = {}  # unfinished
-        self._answers: dict[int, Open] = {}  # by their ids
+        self._answers: dict[int, Open] = {}  # by id
         self._engines: list[Connection] = []
         self._failure: EngineDead | None = None
         self._is_draining = self._is_closed = False
@@ -94,14 +97,14 @@ class Client:
 
     def __getattr__(self, name: str) -> Any:
         if name in Client.__annotations__:
-            raise AttributeError(f"{name} is not known before `await ready()`")
+            raise AttributeError(f"{name} is not available before `await ready()`")
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     # start and end ----------------------------------------------------------------------------
 
     async def ready(self) -> None:
         """Wait until the engine is warm. Raises ValueError for options that it refuses, EngineDead,
-        and RuntimeError in a fork of the process or another event loop."""
+        and RuntimeError in a fork of the process or in another event loop."""
         self._owner.check()
         loop = asyncio.get_running_loop()
         if self._loop is None:
@@ -112,8 +115,11 @@ class Client:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        for index, sock in enumerate(self._socks):
+        num_engines = max(1, len(self._socks) - 1)
+        for index, sock in enumerate(self._socks[:num_engines]):
             self._engines.append(await self._connected(index, sock))
+        for parent in self._socks[num_engines:]:
+            self._watch_restarts(parent)
         reading = asyncio.to_thread(setups.tokenizer, self.config)
         infos, self.tokenizer = await asyncio.gather(self._infos(), reading)
         first = infos[0]
@@ -137,8 +143,8 @@ class Client:
         return infos
 
     async def _connected(self, index: int, sock: socket.socket) -> Connection:
-        """The connection to an engine. It does not keep this client from being collected: its loop,
-        which may run for ever, refers to it."""
+        """The connection to an engine. Its loop, which may run forever, refers to the connection,
+        which therefore holds only a weak reference to this client."""
         found = weakref.ref(self)
 
         def take(payload: bytes) -> None:
@@ -153,11 +159,42 @@ class Client:
 
         return await Connection.open(sock, take, lose)
 
-    async def close(self) -> None:
-        """End all requests, the connection and what else this client has.
+    def _watch_restarts(self, parent: socket.socket) -> None:
+        """Take the sockets of engines that are started again, until their parent's end."""
+        loop, found = asyncio.get_running_loop(), weakref.ref(self)
 
-        It may be called in any event loop and thread, also after the end of the client's own loop,
-        and again. A fork of the process leaves everything alone.
+        def take() -> None:
+            client, given = found(), handover.take(parent)
+            if given is None or client is None:
+                loop.remove_reader(parent)
+            if client is not None and given is not None:
+                client._restart(*given)
+            elif client is not None and not client._is_closed:
+                client._lost_all()
+
+        loop.add_reader(parent, take)
+
+    def _restart(self, index: int, sock: socket.socket) -> None:
+        """An engine has been started again: it takes requests once it is warm."""
+        if (earlier := self._restarts.get(index)) is not None:
+            earlier.cancel()
+        assert self._loop is not None
+        self._restarts[index] = self._loop.create_task(self._begin_again(index, sock))
+
+    async def _begin_again(self, index: int, sock: socket.socket) -> None:
+        engine = await self._connected(index, sock)
+        engine.follow(self._engines[index])
+        self._engines[index] = engine
+        await asyncio.wait([engine.info])
+        if engine.info.exception() is None:  # else the client has failed
+            self._places[index].forget()
+            engine.is_lost = False
+
+    async def close(self) -> None:
+        """Abort all requests, close the connections and free everything else.
+
+        May be called in any event loop and thread, after the client's own loop has ended, and more
+        than once. In a fork of the process it does nothing.
         """
         if not self._owner.is_here:
             return
@@ -165,36 +202,41 @@ class Client:
         await asyncio.to_thread(self._finish_close)
 
     def _begin_close(self) -> None:
-        """Refuse requests from now on, and end those of tasks in the client's loop."""
+        """Refuse new requests, and end those of tasks in the client's loop."""
         self._is_closed = True
         loop = self._loop
         if loop is None or loop.is_closed():
             for sock in self._socks:
-                sock.close()  # no task waits for anything
+                sock.close()  # no task is waiting
         elif loop is _running_loop():
             self._end_tasks()
         else:
-            with suppress(RuntimeError):  # it has been closed meanwhile
+            with suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(self._end_tasks)
 
     def _end_tasks(self) -> None:
-        """End what tasks wait for. Called in the client's loop."""
+        """End everything that tasks wait for. Called in the client's loop."""
         self.abort_all()
         self._starting.cancel()
+        for restart in self._restarts.values():
+            restart.cancel()
+        for parent in self._socks[len(self._engines) :]:
+            asyncio.get_running_loop().remove_reader(parent)
+            parent.close()
         for engine in self._engines:
             engine.close()
         if encoder := self.__dict__.get("_encoder"):
             encoder.cancel()
 
     def _finish_close(self) -> None:
-        """Wait until the threads have ended."""
+        """Wait for the threads to end."""
         if encoder := self.__dict__.get("_encoder"):
             encoder.close()
 
     async def drain(self, timeout: float | None = None) -> bool:
-        """Refuse new requests with Draining, and wait for those that run or wait.
+        """Refuse new requests with Draining, and wait for running and waiting ones.
 
-        After `timeout` seconds what is left is aborted. Returns whether nothing was.
+        After `timeout` seconds the rest is aborted. Returns whether nothing was aborted.
         """
         self._is_draining = True
         try:
@@ -215,8 +257,8 @@ class Client:
     # requests ---------------------------------------------------------------------------------
 
     def check_media(self, media: Sequence[Given]) -> None:
-        """Raises ValueError for images, videos and sound that the model or the options do not
-        allow. Call it after `ready`."""
+        """Raises ValueError for media that the model or the options do not allow. Call it after
+        `ready`."""
         self._encoder.check_media(media)
 
     async def open(
@@ -229,16 +271,16 @@ class Client:
     ) -> OpenStream:
         """Queue a prompt; its answers come through the stream.
 
-        With params.output_kind FINAL_ONLY an answer is one part. Without params those of the
-        checkpoint are used. Images are prepared first; cancelling the task ends that. Raises
-        ValueError for an invalid prompt, for images that cannot be read and for a request_id that
-        is in use, QueueFull, Draining, Unavailable, EngineDead.
+        With params.output_kind FINAL_ONLY an answer is a single delta. Without params the
+        checkpoint's defaults are used. Media are prepared first; cancelling the task stops that.
+        Raises ValueError for an invalid prompt, unreadable media or a request_id in use, and
+        QueueFull, Draining, Unavailable, EngineDead.
         """
         await self.ready()
         params = self._checked(self.default_params if params is None else params)
         given = as_prompt(prompt)
         self._check_open()
-        self._quota.take(params.n)  # a prompt whose images are being prepared waits, too
+        self._quota.take(params.n)  # prompts whose media are being prepared count as waiting
         key: object | None = None
         try:
             asked, media, key = await self._encoder.encode(given, params, priority)
@@ -260,9 +302,9 @@ class Client:
         *,
         priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
-        """Yield the answers as they grow, as sampling_params.output_kind says; see `open`.
+        """Yield outputs as they grow, according to sampling_params.output_kind; see `open`.
 
-        Leaving the loop, and a cancelled task, abort the request.
+        Leaving the loop or cancelling the task aborts the request.
         """
         await self.ready()
         params = self.default_params if sampling_params is None else sampling_params
@@ -281,7 +323,7 @@ class Client:
             stream.abort()
 
     def abort(self, request_id: str) -> None:
-        """End a request: its readers get the end of its answers. Unknown ids are ignored."""
+        """Abort a request; its stream ends. Unknown ids are ignored."""
         if request_id in self._feeds:
             self.abort_feed(self._feeds[request_id])
 
@@ -290,7 +332,7 @@ class Client:
             self.abort_feed(feed)
 
     def abort_feed(self, feed: Feed) -> None:
-        """End the answers of a feed that have not ended."""
+        """Abort the unfinished answers of a request."""
         ids = [feed.first_id + answer.index for answer in feed.answers]
         unfinished = [one for one in ids if one in self._answers]
         self._send_ends(unfinished, messages.ABORT)
@@ -299,7 +341,7 @@ class Client:
             self._finish(one)
 
     async def metrics(self) -> list[Metric]:
-        """The metrics of all engines together. Raises EngineDead."""
+        """The summed metrics of all engines. Raises EngineDead."""
         await self.ready()
         self._check_alive()
         return totals(await asyncio.gather(*(one.metrics() for one in self._engines)))
@@ -315,10 +357,10 @@ class Client:
     def _check_open(self) -> None:
         self._check_alive()
         if self._is_draining:
-            raise Draining("the engine finishes what runs and takes no new requests")
+            raise Draining("the engine is draining and accepts no new requests")
 
     def _checked(self, params: SamplingParams) -> SamplingParams:
-        """The same, if an engine takes them."""
+        """The same parameters. Raises ValueError if the engine refuses them."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"the parameters are {params!r}: they must be SamplingParams")
         self._intake.check(params)
@@ -326,20 +368,20 @@ class Client:
         option = self.config.replicas_option
         is_relayed = option and len(self._engines) == 1
         if is_relayed and params.stop and params.prompt_logprobs is not None:
-            # the router sends no more of an answer that a client has ended
-            words = f"prompt_logprobs does not go with stop and {option}"
+            # the router stops forwarding an answer once a client ends it
+            words = f"prompt_logprobs cannot be combined with stop and {option}"
             raise InvalidValue("prompt_logprobs", words)
         return params
 
     def _checked_name(self, request_id: str | None) -> str:
         name = uuid.uuid4().hex if request_id is None else request_id
         if not isinstance(name, str) or name in self._feeds:
-            words = f"request_id is {name!r}: it must be text that is not in use"
+            words = f"request_id is {name!r}: it must be text and not in use"
             raise InvalidValue("request_id", words)
         return name
 
     def _seeds(self, params: SamplingParams) -> list[int]:
-        """The seeds of the n answers. Clients draw different ones; a single one those of `LLM`."""
+        """The seeds of the n answers. Each client draws its own; a single one draws `LLM`'s."""
         if params.seed is not None:
             return [one.seed for one in params.of_answers() if one.seed is not None]
         num_clients = quota.num_clients_of(self._counts)
@@ -355,7 +397,7 @@ class Client:
         return Feed(name, self._next_id, answers)
 
     def _send(self, feed: Feed, asked: EngineRequest, media: bytes) -> None:
-        """Send a request to the engines of its answers, one message to each."""
+        """Send a request's answers to their engines, one message per engine."""
         params, num_prompt = asked.params, len(asked.prompt_ids)
         seeds = self._seeds(params)
         cost = num_prompt + self._intake.max_output(params, num_prompt)
@@ -363,8 +405,9 @@ class Client:
         add = Add(
             list(range(feed.first_id, feed.first_id + params.n)), seeds, asked.prompt_ids, fields,
             asked.incremental, asked.priority, asked.cache_salt, has_media=bool(media),
+            adapter=asked.adapter,
         )  # fmt: skip
-        message = messages.dump(add)  # raises before anything is noted
+        message = messages.dump(add)  # may raise: before any state changes
         by_engine = self._chosen(asked, cost, params.n)
         self._next_id += params.n
         self._feeds[feed.name] = feed
@@ -382,14 +425,15 @@ class Client:
             self._engines[engine].send(messages.ADD, message)
 
     def _chosen(self, asked: EngineRequest, cost: int, num: int) -> dict[int, list[int]]:
-        """The answers that each engine gives."""
+        """The answers assigned to each engine."""
         if not self._places:
             return {0: list(range(num))}
         digests = []
         if self.config.enable_prefix_caching:
             digests = asked.block_digests(self._block_size)
-        every = range(len(self._engines))
-        living = [index for index in every if not self._engines[index].is_lost] or every
+        living = [index for index, engine in enumerate(self._engines) if not engine.is_lost]
+        if not living:
+            raise Unavailable("all replicas are being started again")
         found: dict[int, list[int]] = {}
         for index in range(num):
             engine = choose(self._places, living, digests, cost)
@@ -398,7 +442,7 @@ class Client:
         return found
 
     def _send_ends(self, ids: Sequence[int], reason: str) -> None:
-        """Let the engines end these answers."""
+        """Ask the engines to end these answers."""
         by_engine: dict[int, list[int]] = {}
         for one in ids:
             by_engine.setdefault(self._answers[one].engine, []).append(one)
@@ -409,7 +453,7 @@ class Client:
         outputs, answers = messages.load_outputs(payload), self._answers
         stopped: list[int] = []
         for request_id, token_id in zip(outputs.ids, outputs.tokens):
-            if request_id in answers:  # else the answer was aborted meanwhile
+            if request_id in answers:  # else the answer has been aborted
                 feed, answer, _, _ = answers[request_id]
                 if answer.add_token(token_id):
                     stopped.append(request_id)
@@ -427,7 +471,7 @@ class Client:
             self._send_ends(stopped, messages.STOP)
 
     def _finish(self, one: int) -> None:
-        """Forget an answer that has ended, and its feed with its last answer."""
+        """Remove an answer that has ended; with the last one also its feed."""
         feed, answer, engine, cost = self._answers.pop(one)
         self._quota.give_back(1)
         if self._places:
@@ -441,22 +485,27 @@ class Client:
             self._idle.set()
 
     def _lost(self, index: int) -> None:
-        """The connection to an engine has ended."""
+        """Handle the end of the connection to an engine."""
         if self._is_closed:
             return
-        self._engines[index].is_lost = True
-        if all(one.is_lost for one in self._engines) or not self.__dict__.get("_places"):
-            assert self._loop is not None
-            error = EngineDead("the engine's process has ended")
-            self._loop.call_later(self._patience_s, self._fail, error)
+        if not self.__dict__.get("_places"):  # it is the only one, or has not started
+            self._lost_all()
             return
         self._engines[index].rest()
         for one in [one for one, found in self._answers.items() if found.engine == index]:
-            self._answers[one].answer.end("error", f"replica {index} has ended: the log has why")
+            self._answers[one].answer.end("error", f"replica {index} has ended: see the log")
             self._finish(one)
 
+    def _lost_all(self) -> None:
+        """No engine is left."""
+        for engine in self._engines:
+            engine.is_lost = True
+        assert self._loop is not None
+        error = EngineDead("the engine process has ended")
+        self._loop.call_later(self._patience_s, self._fail, error)
+
     def _fail(self, error: Exception) -> None:
-        """Raise the error in all waiting tasks. A ValueError is about the options."""
+        """Raise the error in all waiting tasks. A ValueError is about options."""
         if self._failure is not None:
             return
         self._failure = error if isinstance(error, EngineDead) else EngineDead(str(error))
@@ -470,7 +519,7 @@ class Client:
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
-    """The event loop that runs in this thread."""
+    """The event loop running in this thread."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:

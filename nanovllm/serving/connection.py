@@ -1,4 +1,4 @@
-"""A client's end of its socket to an engine's process, in an event loop."""
+"""A client's connection to an engine process, in an event loop."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
-from nanovllm.engine.metrics import Gauge, Metric
+from nanovllm.engine.metrics import Metric
 from nanovllm.engine.request import EngineInfo
 from nanovllm.parallel.channel import pack, unpack
 from nanovllm.replicas import messages
+from nanovllm.replicas.totals import LastMetrics
 
 
 class Connection(asyncio.Protocol):
-    """Calls `received(payload)` for new tokens, and `lost()` once the socket closes.
+    """Calls `received(payload)` for new tokens, and `lost()` when the socket closes.
 
-    info: what the engine says of itself, once it is warm.
+    info: the engine's description, once it is warm.
     """
 
     def __init__(self, received: Callable[[bytes], None], lost: Callable[[], None]) -> None:
@@ -25,38 +26,42 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self.info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self.is_lost = False
-        self._asked: list[asyncio.Future[list[Metric]]] = []
-        self._metrics: list[Metric] = []  # when they were last read
+        self._asked: list[asyncio.Future[None]] = []
+        self._metrics = LastMetrics()
 
     @classmethod
     async def open(
         cls, sock: socket.socket, received: Callable[[bytes], None], lost: Callable[[], None]
     ) -> Connection:
-        """Takes over the socket."""
+        """Takes ownership of the socket."""
         loop = asyncio.get_running_loop()
         _, found = await loop.create_unix_connection(lambda: cls(received, lost), sock=sock)
         return found
 
     async def metrics(self) -> list[Metric]:
-        """The engine's metrics; of one that is lost the last that are known, at 0 for what it does
-        now. Raises what `fail` was called with."""
+        """The engine's metrics; for a lost engine the last ones, with gauges at 0. Raises the error
+        that `fail` was called with."""
         if not self.is_lost:
             self._asked.append(asyncio.get_running_loop().create_future())
             if len(self._asked) == 1:
                 self.send(messages.METRICS)
-            self._metrics = await asyncio.shield(self._asked[-1])
-        return self._metrics
+            await asyncio.shield(self._asked[-1])
+        return self._metrics.all
+
+    def follow(self, lost: Connection) -> None:
+        """Be the connection to an engine that was started in the place of a lost one. It is lost,
+        too, until that is ready."""
+        self.is_lost = True
+        self._metrics.follow(lost._metrics)
 
     def rest(self) -> None:
         """Note that the engine does nothing any more, but other engines go on."""
-        self._metrics = [
-            Gauge(one.name, 0, one.labels) if isinstance(one, Gauge) else one
-            for one in self._metrics
-        ]
-        self._answer(self._metrics)
+        self.is_lost = True
+        self._metrics.rest()
+        self._answer()
 
     def fail(self, error: Exception) -> None:
-        """Raise the error where an answer of the engine is waited for."""
+        """Raise the error in everything that waits for the engine."""
         if not self.info.done():
             self.info.set_exception(error)
         asked, self._asked = self._asked, []
@@ -64,23 +69,24 @@ class Connection(asyncio.Protocol):
             if not future.done():
                 future.set_exception(type(error)(*error.args))
 
-    def _answer(self, metrics: list[Metric]) -> None:
+    def _answer(self) -> None:
         asked, self._asked = self._asked, []
         for future in asked:
             if not future.done():
-                future.set_result(metrics)
+                future.set_result(None)
 
     def _take(self, name: str, payload: bytes) -> None:
         if name == messages.OUTPUTS:
             self._on_outputs(payload)
         elif name == messages.METRICS:
-            self._answer(messages.load_metrics(payload))
+            self._metrics.note(messages.load_metrics(payload))
+            self._answer()
         else:
             assert name == messages.READY, name
             self.info.set_result(messages.load_info(payload))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are no subclasses of asyncio's
+        # uvloop's transports are not subclasses of asyncio's
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
@@ -92,12 +98,12 @@ class Connection(asyncio.Protocol):
         self._on_loss()
 
     def send(self, name: str, payload: bytes = b"") -> None:
-        """Send a message without waiting. After the end of the connection it does nothing."""
+        """Send a message without waiting. Does nothing after the connection has ended."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(pack(name, payload))
 
     def send_packed(self, message: bytes) -> None:
-        """Send a message that was packed by `pack`; a thread can pack a long one."""
+        """Send a message packed by `pack`; long ones can be packed in a thread."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(message)
 

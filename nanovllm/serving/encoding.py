@@ -1,4 +1,4 @@
-"""Encodes the prompts of a client for the engine, without blocking the event loop."""
+"""Encodes a client's prompts for the engine without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ LONG_TEXT_CHARACTERS = 4096
 
 
 class Encoder:
-    """Encodes texts, and prepares images, videos and sound."""
+    """Encodes texts, and prepares media."""
 
     def __init__(self, intake: Intake, seeing: Seeing | None) -> None:
-        """seeing: None for a model that reads text only."""
+        """seeing: None for a text-only model."""
         self._intake, self._seeing = intake, seeing
 
     @classmethod
     async def open(
         cls, config: EngineConfig, intake: Intake, info: EngineInfo, num_clients: int
     ) -> Encoder:
-        """num_clients: how many of them share the bounds of images. Raises ValueError."""
+        """num_clients: the clients that share the limits on media. Raises ValueError."""
         if info.media_scale is None:
             return cls(intake, None)
         args = config, intake.tokenizer, info.media_scale, num_clients
@@ -47,9 +47,9 @@ class Encoder:
     async def encode(
         self, prompt: Prompt, params: SamplingParams, priority: int
     ) -> tuple[EngineRequest, bytes, object | None]:
-        """The request, the message with its media, and the key of these for `release`, once its
-        answers have ended. Raises as `Seeing.prepare` does, and ValueError for an invalid prompt.
-        """
+        """The request, the message with its media, and the media's key: call `release` with it when
+        the answers have ended. Raises the errors of `Seeing.prepare`, and ValueError for an invalid
+        prompt."""
         incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
         asked = partial(
             self._intake.request, params=params, incremental=incremental, priority=priority
@@ -66,16 +66,16 @@ class Encoder:
         return asked(prompt), b"", None
 
     def release(self, key: object | None) -> None:
-        """Release the media of a request that has ended."""
+        """Release the media of a finished request."""
         if key is not None and self._seeing is not None:
             self._seeing.gate.leave(key)
 
     def cancel(self) -> None:
-        """End the preparation of images. Call it in the client's event loop."""
+        """Cancel the preparation of media. Call it in the client's event loop."""
         if self._seeing is not None:
             self._seeing.cancel()
 
     def close(self) -> None:
-        """Wait until the threads have ended. Any thread may call it."""
+        """Wait for the threads to end. May be called from any thread."""
         if self._seeing is not None:
             self._seeing.close()

@@ -1,4 +1,4 @@
-"""The interface of an engine to servers: requests from tasks of one event loop, and streams."""
+"""The engine's interface for servers: requests from tasks of one event loop, and streams."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class QueueFull(Exception):
 
 
 class Draining(Exception):
-    """The engine finishes running requests and takes no new ones."""
+    """The engine finishes running requests and accepts no new ones."""
 
 
 class Unavailable(Exception):
-    """A request cannot be served now, and that is not its fault: a later one may be."""
+    """A valid request cannot be served now; it may succeed later."""
 
 
 class EngineDead(Exception):
-    """The engine's process has ended. The message says why, without paths or prompts."""
+    """The engine process has ended. The message has the reason, without paths or prompts."""
 
 
 @dataclass(slots=True)
 class Delta:
-    """The new part of one answer: everything since the part before it.
+    """The new part of one answer since the previous delta.
 
-    output_index: of the answer, 0 … n − 1. The last part of an answer has a finish_reason, and the
+    output_index: of the answer, 0 … n − 1. The last delta of an answer has a finish_reason and the
     fields after it.
     """
 
@@ -47,23 +47,23 @@ class Delta:
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
     stop_reason: int | str | None = None
     error: str | None = None
-    error_field: str | None = None  # the parameter that is the cause, if one is
+    error_field: str | None = None  # the parameter at fault, if any
     num_cached_tokens: int = 0
     prompt_logprobs: list[TopLogprobs | None] | None = None
 
 
 class Stream(Protocol):
-    """The answers to one prompt. A reader that falls behind gets larger parts, not more of them."""
+    """The answers to one prompt. A slow reader gets larger deltas, not more of them."""
 
     request_id: str
-    prompt_token_ids: list[int]  # with the tokens of images, once the first part has arrived
+    prompt_token_ids: list[int]  # including media tokens, once the first delta has arrived
 
     def __aiter__(self) -> AsyncIterator[Delta]:
-        """Yields until the last of the n answers has ended. Raises EngineDead."""
+        """Yields until the last of the n answers ends. Raises EngineDead."""
         ...
 
     def abort(self) -> None:
-        """Abort the unfinished answers. May be called at any time, also twice."""
+        """Abort the unfinished answers. May be called at any time, and repeatedly."""
         ...
 
 
@@ -82,7 +82,7 @@ class AsyncEngine(Protocol):
     def failure(self) -> EngineDead | None: ...
 
     def check_media(self, media: Sequence[Given]) -> None:
-        """Raises ValueError for images and sound that the model or the options do not allow."""
+        """Raises ValueError for media that the model or the options do not allow."""
         ...
 
     async def open(

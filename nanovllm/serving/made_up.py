@@ -1,6 +1,6 @@
-"""An `AsyncEngine` without a model: it makes tokens up, to measure and test what is in front of it.
+"""An `AsyncEngine` that makes up tokens without a model, to test and measure servers.
 
-It imports no torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ CHECK_S = 0.005
 
 @dataclass(frozen=True)
 class MadeUpOptions:
-    """What is answered, how fast tokens come, and how many prompts are taken.
+    """Its output, speed and queue.
 
-    text: what every answer says, a token for each character. None: tokens that its seed chooses.
+    text: the text of every answer, one token per character. None: tokens chosen by the seed.
 
-    tokens_per_s: of each answer; inf is as fast as they are read. tokens_per_delta: the tokens of a
-        part, with inf.
-    max_queue_len: waiting prompts.
+    tokens_per_s: per answer; inf: as fast as they are read. tokens_per_delta: used if
+        tokens_per_s is inf.
+    max_queue_len: the maximum number of waiting prompts.
     """
 
     text: str | None = None
@@ -48,7 +48,7 @@ class MadeUpOptions:
 
 
 class MadeUpEngine:
-    """Answers every prompt with tokens that its seed chooses, up to max_tokens or a stop string."""
+    """Answers every prompt with tokens chosen by the seed, up to max_tokens or a stop string."""
 
     def __init__(
         self,
@@ -84,10 +84,10 @@ class MadeUpEngine:
         if self.failure is not None:
             raise self.failure
         if self.is_draining:
-            raise Draining("the engine takes no new requests")
+            raise Draining("the engine is draining and accepts no new requests")
         most = self.options.max_num_seqs + self.options.max_queue_len
         if len(self.streams) >= most:
-            raise QueueFull(f"{self.options.max_queue_len} requests wait: no more may")
+            raise QueueFull(f"the queue has {self.options.max_queue_len} requests, its limit")
         params = params or self.default_params
         prompt_ids = self._prompt_ids(as_prompt(prompt))
         number = next(self._numbers)
@@ -110,7 +110,7 @@ class MadeUpEngine:
         ]
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Take no new prompts, and wait until no answer is left, or abort them at the timeout."""
+        """Refuse new prompts and wait until all answers end; at the timeout abort the rest."""
         self.is_draining = True
         end = math.inf if timeout is None else time.monotonic() + timeout
         while self.streams and time.monotonic() < end:
@@ -122,7 +122,7 @@ class MadeUpEngine:
         await self.drain(0)
 
     def fail(self, message: str) -> None:
-        """Fail like an engine whose process dies."""
+        """Fail like an engine whose process has died."""
         self.failure = EngineDead(message)
 
     def text_of(self, token_id: int) -> str:
@@ -157,7 +157,7 @@ class MadeUpEngine:
 
 @dataclass
 class _Answer:
-    """One answer as it grows. texts: of all its tokens, the last one cut at a stop string."""
+    """One answer. texts: of all its tokens, the last one cut at a stop string."""
 
     index: int
     token_ids: list[int]
@@ -224,7 +224,7 @@ class MadeUpStream:
         return answer
 
     def _next(self, answer: _Answer, due: float | None) -> Iterator[Delta]:
-        """The next part of an answer, if it is time: what is `due`, or the usual number."""
+        """The next delta of an answer, if it is due: up to `due` tokens, or the usual number."""
         start, params = answer.num_given, self._params
         wanted = start + self._engine.options.tokens_per_delta if due is None else int(due)
         end = min(wanted, len(answer.token_ids))
@@ -249,7 +249,7 @@ class MadeUpStream:
         yield delta
 
     def _logprobs(self, token_id: int, num_top: int) -> TopLogprobs:
-        """The log-probabilities: the token is always the likeliest."""
+        """Log-probabilities in which the token is always the most likely one."""
         ids = [token_id, *((token_id + i) % VOCAB_SIZE for i in range(1, num_top))]
         tokenizer = self._engine.tokenizer
         return {one: Logprob(-0.5 * r, r, one, tokenizer) for r, one in enumerate(ids, 1)}

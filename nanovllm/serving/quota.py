@@ -1,4 +1,4 @@
-"""The limit on waiting answers that all clients of one engine share, and the memory for it."""
+"""The limit on waiting answers, shared by all clients of an engine, and its memory."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from nanovllm.replicas import load_balancer
 from nanovllm.replicas.load_balancer import Place
 from nanovllm.serving.interface import QueueFull
 
-# The number of clients, each client's number of unfinished answers, and with several engines what
-# clients know of the load and the cache of each.
+# Layout: the number of clients, each client's number of unfinished answers and, with several
+# engines, each engine's load and cache as clients track them.
 Counts = mmap.mmap
 MAX_QUEUED = 4096  # the default of `Client`
 _NUMBER = struct.Struct("<q")
 
 
 class Quota:
-    """Unfinished answers of all clients: each counts its own in a place of shared memory.
+    """Unfinished answers of all clients; each client counts its own in shared memory.
 
-    Only the client writes to its place, so no lock is needed. Two clients that look at the same
-    moment can go over the limit by what they add.
+    Each client writes only its own counter, so no lock is needed. Clients that check at the same
+    moment can exceed the limit by what they add.
     """
 
     def __init__(self, index: int, memory: Counts, limit: int) -> None:
-        """index: of this client. limit: the most answers of all clients."""
+        """index: of this client. limit: the maximum number of answers of all clients."""
         self.limit, self._num_own = limit, 0
         places = slice(_NUMBER.size, _NUMBER.size + num_clients_of(memory) * _NUMBER.size)
         self._places, self._offset = memoryview(memory)[places], index * _NUMBER.size
@@ -41,7 +41,7 @@ class Quota:
         used = self.num_all
         if used + num > self.limit:
             raise QueueFull(
-                f"{used} answers are unfinished and {num} are asked for: at most {self.limit} may "
+                f"{used} answers are unfinished and {num} are requested: at most {self.limit} may "
                 "run and wait"
             )
         self._set(self._num_own + num)
@@ -55,20 +55,20 @@ class Quota:
 
 
 def checked_limit(max_queued: int) -> int:
-    """Returns the limit. Raises ValueError if it is invalid."""
+    """The limit. Raises ValueError if it is invalid."""
     if type(max_queued) is not int or max_queued < 0:
         raise ValueError(f"max_queued is {max_queued!r}: it must be a whole number, at least 0")
     return max_queued
 
 
 def own_counts(num_engines: int = 1) -> Counts:
-    """The memory of the only client of so many engines."""
+    """The memory for a single client of this many engines."""
     return _begun(mmap.mmap(-1, _num_bytes(1, num_engines)), 1)
 
 
 @contextmanager
 def new_file(num_clients: int, num_engines: int = 1) -> Iterator[int]:
-    """The descriptor of such memory, for processes that are started within. It has no name."""
+    """A file descriptor of such memory, for child processes to inherit. The file has no name."""
     with tempfile.TemporaryFile() as file:
         file.truncate(_num_bytes(num_clients, num_engines))
         _begun(inherited_counts(file.fileno()), num_clients)
@@ -76,7 +76,7 @@ def new_file(num_clients: int, num_engines: int = 1) -> Iterator[int]:
 
 
 def inherited_counts(descriptor: int) -> Counts:
-    """The memory in a file that this process has inherited."""
+    """The memory in an inherited file."""
     return mmap.mmap(descriptor, 0)
 
 
@@ -85,7 +85,7 @@ def num_clients_of(counts: Counts) -> int:
 
 
 def places(counts: Counts, index: int, capacities: Sequence[int]) -> list[Place]:
-    """What the client of this index knows of engines with so many cache blocks."""
+    """The client's view of engines with these numbers of cache blocks."""
     num_clients = num_clients_of(counts)
     size, start = load_balancer.num_bytes(num_clients), _num_bytes(num_clients, 1)
     views = (memoryview(counts)[start + size * i :][:size] for i in range(len(capacities)))

@@ -1,7 +1,7 @@
-"""Prepares prompts with images, videos and sound in the client's process: in threads and
-processes, beside its event loop.
+"""Prepares prompts with media in the client's process: in threads and processes, outside its event
+loop.
 
-Importing this module does not import torch. Making a `Seeing` does.
+Importing this module does not import torch; creating a `Seeing` does.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import hub
 from nanovllm.config import EngineConfig
 from nanovllm.engine.mm_admission import MediaGate
 from nanovllm.engine.request import EngineRequest, MediaPrompt
-from nanovllm.media import settings
 from nanovllm.media.given import Given
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES, pack
 from nanovllm.programs import DoesNotStart
@@ -41,10 +39,10 @@ Prepared = tuple[EngineRequest, bytes, object]
 
 
 class Seeing:
-    """Prepares the prompts of one client. Use it in one event loop.
+    """Prepares the multimodal prompts of one client. Use it in one event loop.
 
-    The gate has the client's share of `max_held_bytes`. Encoded images of prompts that wait for
-    their preparation may take as much.
+    The gate has the client's share of `max_held_bytes`. Encoded media of prompts that wait for
+    preparation may take as much again.
     """
 
     def __init__(
@@ -56,7 +54,7 @@ class Seeing:
     ) -> None:
         """scale: the fields of `Scale`. num_clients: who share the bounds in bytes. Raises
         ValueError for a checkpoint whose processor is not supported."""
-        from nanovllm.engine.media_intake import MediaPrompts, Scale  # imports torch
+        from nanovllm.engine.media_intake import MediaPrompts  # imports torch
 
         options = config.media
         self.gate = MediaGate(options, num_clients)
@@ -65,32 +63,29 @@ class Seeing:
             media_cache_bytes=options.media_cache_bytes // num_clients,
             max_decoding_bytes=max(1, options.max_decoding_bytes // num_clients),
         )
-        folder = hub.resolve(config.model, weights=False, revision=config.revision)
-        self._prompts = MediaPrompts(
-            config.model, tokenizer, Scale(*scale), settings.load(folder), shared
-        )
+        self._prompts = MediaPrompts.of(config, tokenizer, scale, shared)
         self._pool = ThreadPoolExecutor(self.gate.num_slots, thread_name_prefix="prompts")
         self._running: set[Preparation] = set()
-        self.num_given = 0  # bytes of encoded images that wait
+        self.num_given = 0  # bytes of encoded media that wait
 
     def check_media(self, media: Sequence[Given]) -> None:
         """Raises ValueError for media that the model or the options do not allow."""
         self._prompts.check_media(media)
 
     async def prepare(self, prompt: Prompt, params: SamplingParams, ask: Ask) -> Prepared:
-        """The request that `ask` makes of the prompt with its images, the message with these, and
-        its key: the gate's `leave` gets it once the answers have ended.
+        """The request that `ask` makes of the prompt with its media, the message with the media,
+        and their key: pass it to the gate's `leave` when the answers have ended.
 
-        A cancelled task ends the work. Raises ValueError for images that cannot be read or do not
-        fit, QueueFull if those that wait take too many bytes, Unavailable if the process that
+        Cancelling the task stops the work. Raises ValueError for media that cannot be read or do
+        not fit, QueueFull if waiting media take too many bytes, Unavailable if the process that
         decodes them does not start, and EngineDead after `close`.
         """
         self._prompts.check(prompt, params)
         num_given = sum(_num_bytes(one.value) for one in prompt.media)
         if self.num_given and self.num_given + num_given > self.gate.max_held:
             raise QueueFull(
-                f"the images that wait have {self.num_given} bytes and {num_given} are added: at "
-                f"most {self.gate.max_held} may wait"
+                f"the waiting images have {self.num_given} bytes and {num_given} are added: the "
+                f"limit is {self.gate.max_held}"
             )
         self.num_given += num_given
         try:
@@ -123,7 +118,7 @@ class Seeing:
     def _encoded(
         self, prompt: Prompt, work: Preparation, ask: Ask
     ) -> tuple[EngineRequest, bytes, int]:
-        """Wait for the images, and put the prompt together. Called in a thread."""
+        """Wait for the media and assemble the prompt. Called in a thread."""
         try:
             found = self._prompts.made(prompt, work.result())
         except CancelledError:
@@ -140,12 +135,12 @@ class Seeing:
         return asked, pack(messages.MEDIA, messages.dump_media(asked)), found.num_bytes
 
     def cancel(self) -> None:
-        """End all work. Call it in the event loop."""
+        """Cancel all work. Call it in the event loop."""
         for work in self._running:
             work.cancel()
 
     def close(self) -> None:
-        """Wait until the threads have ended. Any thread may call it."""
+        """Wait for the threads to end. May be called from any thread."""
         self._prompts.close()
         self._pool.shutdown()
 
@@ -156,7 +151,7 @@ def _resolve(future: asyncio.Future[None]) -> None:
 
 
 def _num_bytes(value: Any) -> int:
-    """The bytes of encoded images: of a reference, or of the frames of a video."""
+    """The size of encoded media: a reference, or the frames of a video."""
     if isinstance(value, (list, tuple)):
         return sum(map(_num_bytes, value))
     return len(value) if isinstance(value, str) else 0

@@ -1,34 +1,31 @@
-"""The answers to one prompt: the queue between the client and the task that reads them."""
+"""The answers to one prompt: a queue between the client and the task that reads them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from nanovllm.schedule.outputs import Increment
 from nanovllm.serving.answer import Answer
 from nanovllm.serving.interface import Delta, EngineDead
 
-if TYPE_CHECKING:
-    from nanovllm.serving.client import Client
-
 
 class Feed:
-    """The answers with unread tokens. The client writes, one task reads."""
+    """A request's answers and their unread tokens. The client writes, one task reads."""
 
     def __init__(self, name: str, first_id: int, answers: Sequence[Answer]) -> None:
-        """first_id: the id of the first answer; those of the others follow."""
+        """first_id: the id of the first answer; the others follow."""
         self.name, self.first_id, self.answers = name, first_id, answers
         self.num_unfinished = len(answers)
-        self.media_key: object | None = None  # of the prompt's images, which the engine holds
-        self._fresh: dict[int, None] = {}  # indices of answers, in the order of their news
+        self.media_key: object | None = None  # key of the prompt's media, which the engine holds
+        self._fresh: dict[int, None] = {}  # indices of answers with unread tokens, oldest first
         self._waiter: asyncio.Future[None] | None = None
         self._failure: EngineDead | None = None
 
     def note(self, answer: Answer) -> None:
-        """Note that an answer has unread tokens."""
+        """Record that an answer has unread tokens."""
         self._fresh[answer.index] = None
         self._wake()
 
@@ -37,7 +34,7 @@ class Feed:
         self._wake()
 
     async def take(self) -> list[Increment]:
-        """Wait for unread tokens; [] after the end of all answers. Raises EngineDead."""
+        """Wait for unread tokens; [] after all answers have ended. Raises EngineDead."""
         while True:
             fresh, self._fresh = self._fresh, {}
             found = [one for index in fresh if (one := self.answers[index].take()) is not None]
@@ -46,7 +43,7 @@ class Feed:
             if self._failure is not None:
                 raise EngineDead(*self._failure.args)
             if self._waiter is not None:
-                raise RuntimeError("another task reads these answers")
+                raise RuntimeError("another task is reading these answers")
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
@@ -58,10 +55,15 @@ class Feed:
             self._waiter.set_result(None)
 
 
-class OpenStream:
-    """See `Stream`. Leaving the loop over it aborts unfinished answers."""
+class Aborts(Protocol):
+    def abort_feed(self, feed: Feed) -> None:
+        """Abort the unfinished answers of one prompt."""
 
-    def __init__(self, client: Client, prompt_token_ids: list[int], feed: Feed) -> None:
+
+class OpenStream:
+    """Implements `Stream`. Leaving the loop over it aborts unfinished answers."""
+
+    def __init__(self, client: Aborts, prompt_token_ids: list[int], feed: Feed) -> None:
         self.request_id, self.prompt_token_ids = feed.name, prompt_token_ids
         self._client, self._feed = client, feed
         self._loop = asyncio.get_running_loop()
@@ -75,8 +77,8 @@ class OpenStream:
             self.abort()
 
     async def take(self) -> list[Increment]:
-        """Everything that is new, at most one increment of each answer, whose `request_id` is the
-        answer's index. Waits for it; [] after the end. Raises EngineDead."""
+        """Wait for new output: at most one increment per answer, whose `request_id` is the answer's
+        index; [] after the end. Raises EngineDead."""
         return await self._feed.take()
 
     def abort(self) -> None:
@@ -90,7 +92,7 @@ class OpenStream:
 
 
 def delta(one: Increment) -> Delta:
-    """An increment, whose `request_id` is the index of its answer, as readers get it."""
+    """Convert an increment, whose `request_id` is the index of its answer, for readers."""
     done = one.completion
     if done is None:
         return Delta(one.request_id, one.text, one.token_ids, one.logprobs)

@@ -1,8 +1,8 @@
-"""Starts the processes of a server, passes signals on, and ends all processes together.
+"""Starts a server's processes, forwards signals, and ends all processes together.
 
-The engine's process and the API processes are children of the supervisor, which has nothing to do
-with requests. A process that dies ends the server: its clients' requests are lost in any case, and
-whoever has started the server can start it again.
+The engine process and the API processes are children of the supervisor, which handles no requests.
+If a process dies, the server ends: its clients' requests are lost in any case, and the server can
+be started again from outside.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 PROGRAM = "nanovllm.serving.api_process"
 DRAIN, DONE = "drain", "done"  # messages between the supervisor and API processes
-# After the time for requests, API processes have so long to close their connections; after the
-# engine's end, to tell their clients.
+# Time for API processes to close their connections after the requests' time is over, and to inform
+# clients after the engine has ended.
 TICK_SECONDS = 0.25
 GRACE_SECONDS = 3.0
 FAREWELL_SECONDS = 1.0
@@ -41,13 +41,13 @@ FAREWELL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Service:
-    """What a server consists of.
+    """A server's parts.
 
     target: "package.module:function", which API processes run (see `api_process`); they find the
-    package in the folder where this process does. options: what they are given, JSON. listener: a
-    listening socket for all of them. drain_timeout: seconds that running requests have after
-    SIGTERM. max_queued: that of `Client`.
-    shared_bytes: of memory that all API processes share, zeros at first.
+    package in the same folder as this process. options: their arguments, JSON. listener: a
+    listening socket for all of them. drain_timeout: the seconds that running requests get after
+    SIGTERM. max_queued: that of `Client`. shared_bytes: the size of memory that all API processes
+    share, initially zero.
     """
 
     config: EngineConfig
@@ -62,7 +62,7 @@ class Service:
 
 @dataclass(frozen=True)
 class _Event:
-    """A signal, the failure of a process, or the end of the work of an API process."""
+    """A signal, a failed process, or an API process whose function has returned."""
 
     signal: int = 0
     failure: Exception | None = None
@@ -79,12 +79,12 @@ class Supervisor:
         self._processes: list[Ranks] = []
 
     def run(self) -> int:
-        """Start everything, and wait for the end; returns the exit code.
+        """Start all processes and wait for the end. Returns the exit code.
 
-        0: SIGTERM or SIGINT has ended the server, after what ran has finished or drain_timeout has
-        passed. 130: SIGINT came twice, which ends everything at once. 1: a process has failed, and
-        the log says how. Nothing is left in any case. Raises OSError, and ValueError for options
-        that a process refuses.
+        0: SIGTERM or SIGINT, after running requests have finished or drain_timeout has passed. 130:
+        a second SIGINT, which ends everything at once. 1: a process failed; the log has the reason.
+        No process is left in any case. Raises OSError, and ValueError for options that a process
+        refuses.
         """
         with ExitStack() as stack:
             stack.enter_context(self._signals())
@@ -96,8 +96,10 @@ class Supervisor:
         service, num = self._service, self._service.num_api_processes
         self._engine = EngineProcess(service.config, num)
         self._engine.call_on_failure(self._note_failure)
-        num_engines = len(self._engine.clients[0])
-        with quota.new_file(num, num_engines) as counts, tempfile.TemporaryFile() as memory:
+        with (
+            quota.new_file(num, self._engine.num_engines) as counts,
+            tempfile.TemporaryFile() as memory,
+        ):
             memory.truncate(service.shared_bytes)
             for index, socks in enumerate(self._engine.clients):
                 descriptors = {
@@ -113,7 +115,7 @@ class Supervisor:
     def _start_api_process(
         self, index: int, descriptors: dict[str, int], engines: list[int]
     ) -> Ranks:
-        """engines: the descriptors of its sockets to the engines."""
+        """engines: the descriptors of its sockets, as `EngineProcess.clients` has them."""
         service = self._service
         setup = {
             "target": service.target,
@@ -140,28 +142,28 @@ class Supervisor:
         return process
 
     def _watch(self) -> int:
-        """Wait for the first event, and end the server as it demands."""
+        """Wait for the first event, and end the server accordingly."""
         event = self._next(math.inf)
         assert event is not None
         if event.done is not None:
-            logger.error("API process %d has ended by itself", event.done)
+            logger.error("API process %d has ended unexpectedly", event.done)
             return 1
         if event.failure is not None:
             self._fail(event.failure)
             return 1
         service = self._service
-        logger.info("the server ends: running requests have %g seconds", service.drain_timeout)
+        logger.info("shutting down: running requests have %g seconds", service.drain_timeout)
         return self._drain(service.drain_timeout + GRACE_SECONDS)
 
     def _fail(self, failure: Exception) -> None:
-        """Log why the server ends, and let API processes tell their clients."""
+        """Log why the server ends, and let API processes inform their clients."""
         if isinstance(failure, ValueError):
             raise failure
-        logger.error("the server ends: %s", failure)
+        logger.error("shutting down: %s", failure)
         self._drain(FAREWELL_SECONDS)
 
     def _drain(self, seconds: float) -> int:
-        """Let API processes finish running requests, and wait for them; returns the exit code."""
+        """Let API processes finish running requests, and wait for them. Returns the exit code."""
         self._service.listener.close()  # it exists until the API processes close it
         for process in self._processes:
             with suppress(RankFailed):
@@ -173,7 +175,7 @@ class Supervisor:
                 logger.warning("%d API processes have not ended in time", len(waiting))
                 return 0
             if event.failure is not None:
-                logger.error("the server ends: %s", event.failure)
+                logger.error("shutting down: %s", event.failure)
                 return 1
             if event.signal == signal.SIGINT:
                 self._kill()
@@ -184,8 +186,8 @@ class Supervisor:
     def _next(self, deadline: float) -> _Event | None:
         """Wait for the next event; None at the deadline.
 
-        Python calls a signal's handler in this thread. If another thread got the signal, nothing
-        wakes this one up, so it wakes up by itself.
+        Python runs signal handlers in this thread. A signal that another thread received does not
+        wake this one, so it polls.
         """
         while (seconds := deadline - time.monotonic()) > 0:
             with suppress(queue.Empty):
@@ -194,7 +196,7 @@ class Supervisor:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT become events."""
+        """Turn SIGTERM and SIGINT into events."""
 
         def note(number: int, frame: FrameType | None) -> None:
             self._events.put(_Event(signal=number))
@@ -213,10 +215,10 @@ class Supervisor:
         assert self._engine is not None
         self._engine.kill()
         for process in self._processes:
-            process.fail(InterruptedError("the server is interrupted"))
+            process.fail(InterruptedError("the server was interrupted"))
 
     def _close(self) -> None:
-        """End all processes. Those that have not failed get some seconds to end by themselves."""
+        """End all processes. Healthy ones get a few seconds to exit."""
         for process in self._processes:
             process.begin_close()
         if self._engine is not None:

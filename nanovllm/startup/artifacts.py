@@ -1,4 +1,4 @@
-"""Ingredients that all keys share, and the note of a full store."""
+"""Ingredients that all keys share, and the marker of a full store."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-READY = "ready"  # the kind of the note that a store has every bucket of a model and layout
+READY = "ready"  # the kind of the marker that a store has every bucket of a model and layout
+SHARED_MODULES = ("config", "dense", "interface", "layer_state")
 # The folders of models whose modules regions of several architectures may use.
 SHARED_FOLDERS = ("audio", "formats", "experts", "vision")
 
 
-def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) -> dict[str, str]:
-    """All that can change a program of a model on this platform: sources, versions, device, passes.
+def common_ingredients(
+    platform: Platform, passes: Sequence[str], model: Model, draft: Model | None = None
+) -> dict[str, str]:
+    """Everything that can change a model's programs on this platform: sources, versions, device,
+    passes. `draft` is a second model whose programs have the same ingredients.
 
-    The sources of a model are the modules of its regions, what models have in common, formats,
-    forms of experts, and towers.
+    The sources of a model are the modules of its regions, shared modules, formats, forms of
+    experts, and towers.
     """
     models, engine = Path(interface.__file__).parent, Path(steps.__file__).parent
     chosen_by = Path(sys.modules[type(platform).__module__].__file__ or "")
     stored = [path for folder in SHARED_FOLDERS for path in (models / folder).glob("*.py")]
-    shared = [
-        *(models / f"{name}.py" for name in ("config", "dense", "interface", "layer_state")),
-        *stored,
-    ]
-    regions = sorted({region.__module__ for region in (model.embed, model.layer, model.head)})
+    shared = [*(models / f"{name}.py" for name in SHARED_MODULES), *stored]
+    both = (model,) if draft is None else (model, draft)
+    regions = sorted({r.__module__ for one in both for r in (one.embed, one.layer, one.head)})
     files = {name: Path(sys.modules[name].__file__ or "") for name in regions}
     return {
         **keys.own_sources(),
@@ -87,7 +89,7 @@ def _ready_key(choice: Choice) -> Key:
 
 
 def mark_ready(choice: Choice) -> None:
-    """Give kernels their digests, then note that the store has everything for all buckets."""
+    """Record the digests of kernels, then mark the store as complete for all buckets."""
     folder = choice.store.folder
     seal_kernels(folder)
     content = str(num_kernels(folder)).encode()
@@ -95,16 +97,16 @@ def mark_ready(choice: Choice) -> None:
 
 
 def is_ready(choice: Choice) -> bool:
-    """Whether an earlier start has left that note, and no kernel has been deleted since."""
+    """Whether an earlier start has left this marker, and no kernel has been deleted since."""
     found = choice.store.find(_ready_key(choice))
     return found is not None and num_kernels(choice.store.folder) >= int(found.content)
 
 
 def finish(choice: Choice, made: Sequence[str]) -> None:
-    """Give the kernels that warm-up has `made` their digests, and mark the store as ready.
+    """Record the digests of the kernels that warm-up has `made`, and mark the store as ready.
 
     `choice` has max_model_len as the options have it, not as the cache's size lowered it: the next
-    start looks for that. Raises CompileRequired if a kernel was made in "require" mode.
+    start's key has that value. Raises CompileRequired if a kernel was made in "require" mode.
     """
     folder = choice.store.folder
     if choice.config.compile_cache_mode == "require":

@@ -53,7 +53,7 @@ def build(
     group: Communicator | None = None,
     make: Callable[..., Runner] = Runner,
 ) -> Built:
-    """Size the cache, run every bucket, time prefill, and note that the store has everything.
+    """Size the cache, run every bucket, time prefill, and mark the store as complete.
 
     All ranks of `group` build at the same time. `make` makes the runner.
 
@@ -100,7 +100,7 @@ def build(
 
 
 def _stall_bound(choice: Choice, runner: Runner) -> StallBound | None:
-    """The bound that the options ask for, or the device's default; None if that is infinite."""
+    """The bound of the options, or the device's default; None if that is infinite."""
     asked_ms = choice.config.max_stall_ms
     max_ms = choice.platform.traits.max_stall_ms if asked_ms is None else asked_ms
     if not math.isfinite(max_ms):
@@ -110,7 +110,7 @@ def _stall_bound(choice: Choice, runner: Runner) -> StallBound | None:
 
 
 def _expert_stats(runner: Runner) -> ExpertStats | None:
-    """Counts from now on, if experts are in the host's memory."""
+    """Counts from now on, if experts are in host memory."""
     if not runner.offloaded:
         return None
     rate, expert_bytes = measure_bus(runner), runner.offloaded[0].expert_bytes
@@ -125,7 +125,8 @@ def make_compiler(choice: Choice, group: Communicator | None = None) -> Compiler
     config, platform, environment = choice.config, choice.platform, env.read()
     lowering = None if config.enforce_eager else platform.lowering()[0]
     passes = platform.passes(config.tuned.fuse) if lowering is not None else ()
-    names = [name for name, _ in passes]
+    names, draft = [name for name, _ in passes], choice.spec.draft
+    draft_model = None if draft is None else draft.model
     return Compiler(
         lowering,
         passes=passes,
@@ -134,7 +135,7 @@ def make_compiler(choice: Choice, group: Communicator | None = None) -> Compiler
         frozen=steps.FROZEN,
         strict=environment.strict,
         store=choice.store,
-        ingredients=common_ingredients(platform, names, choice.model),
+        ingredients=common_ingredients(platform, names, choice.model, draft_model),
         require=config.compile_cache_mode == "require",
         agree=None if group is None else group.min_int,
         is_first=choice.shard.rank == 0,
@@ -187,9 +188,9 @@ def cache_groups(runner: Runner) -> CacheGroups:
 
 
 def _num_blocks(choice: Choice, runner: Runner) -> tuple[int, MemoryBudget | None]:
-    """As many blocks as asked for, or as fit and can be used; and the budget if it was measured.
+    """The requested blocks, or as many as fit and can be used; and the budget if it was measured.
 
-    Raises ValueError if more are asked for than fit.
+    Raises ValueError if the requested blocks do not fit.
     """
     config, platform, layout = choice.config, choice.platform, choice.spec.layout
     if config.num_kvcache_blocks is not None:

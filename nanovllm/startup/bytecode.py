@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanovllm import env
-from nanovllm.kernels.private import Shared, make_private
+from nanovllm.kernels.private_files import UnsafePath, make_private
 
 logger = logging.getLogger(__name__)
 FOLDER = "bytecode"
@@ -23,16 +23,16 @@ FOLDER = "bytecode"
 def keep(store_folder: Callable[[], Path]) -> None:
     """Keep bytecode in the store if torch has none and Python may not write it next to torch.
 
-    This holds for this process and those that it starts. It is for programs of ours: whoever runs
-    another program chooses where Python writes. A PYTHONPYCACHEPREFIX of the user's is left as it
-    is, and so is everything if the folder is not private or cannot be made.
+    Applies to this process and those that it starts. Only our programs call it: other programs
+    choose where Python writes. A PYTHONPYCACHEPREFIX set by the user stays. Nothing changes if the
+    folder is not private or cannot be made.
     """
     if missing_in() is None or sys.pycache_prefix:
         return
     folder = store_folder() / FOLDER
     try:
         make_private(folder.parent, folder)
-    except (OSError, Shared) as error:
+    except (OSError, UnsafePath) as error:
         logger.debug("bytecode is not kept: %s", error)
         return
     sys.pycache_prefix, sys.dont_write_bytecode = str(folder), False

@@ -1,4 +1,4 @@
-"""Keeps configs and tokenizers in the store, so that later starts need not import transformers.
+"""Caches configs and tokenizers in the store, so that later starts need not import transformers.
 
 A config is kept as its attributes, a tokenizer as the description of its `tokenizers` object, each
 only if that loses nothing. Their keys are digests of the files and versions of the libraries.
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG, TOKENIZER = "config", "tokenizer"
 UNREAD = ("id2label", "label2id", "ignore_keys_at_rope_validation")  # no model reads them
-FORMAT = 4  # in every key: count up when the content changes
-# A tokenizer is kept only if it treats these texts as transformers does.
+FORMAT = 4  # in every key: increment when the content changes
+# A tokenizer is kept only if it encodes and decodes these texts as transformers does.
 PROBES = (
     "", " ", "Hello, world!", "  two  spaces\n\n\tand a tab ", "it's don't I'll",
     "naïve café — 12,345.67 €", "日本語 текст עברית", "🙂👩‍👩‍👧", "<s>[INST] x [/INST]</s>",
@@ -86,7 +86,7 @@ def _written(hf: Any) -> bytes | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON returns the value unchanged. It does not for keys that are numbers."""
+    """Whether the value survives JSON unchanged. Keys that are numbers do not."""
     try:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, ValueError):
@@ -94,8 +94,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def read_tokenizer_of(config: EngineConfig, folder: Path, store: Store) -> Tokenizer | None:
-    """The tokenizer that the options ask for; `folder` is the checkpoint's. None if there is
-    none."""
+    """The tokenizer of the options; `folder` is the checkpoint's. None if there is none."""
     if config.skip_tokenizer_init:
         return None
     if config.tokenizer is not None:

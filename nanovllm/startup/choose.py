@@ -1,4 +1,4 @@
-"""Chooses all that is decided before weights are loaded: model, dtypes, attention, sizes."""
+"""Makes the choices before weights are loaded: model, dtypes, attention, sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.models import registry, svd_experts
-from nanovllm.models.config import ModelConfig
 from nanovllm.models.interface import Model
 from nanovllm.models.layer_state import recurrent_bytes
 from nanovllm.models.loader import has_own_head
@@ -26,13 +25,12 @@ from nanovllm.platforms import attention
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.audio_tower import BUDGETS as AUDIO_BUDGETS
 from nanovllm.runner.spec import EngineSpec, Layout
-from nanovllm.startup.artifacts import is_ready
 from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.expert_parallel import with_experts_on_ranks
 from nanovllm.startup.generation_config import generation_config
 from nanovllm.startup.laps import Laps
-from nanovllm.startup.offload import choose_offload, device_bytes
+from nanovllm.startup.offload import choose_offload
 from nanovllm.startup.store_folder import open_store
 
 logger = logging.getLogger(__name__)
@@ -40,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """What the later steps of a start need to know.
+    """The choices for the later steps of a start.
 
     `folder` is the checkpoint's, `hf` transformers' config of it or the store's copy of that.
     `eos_ids` end an answer. `num_workers` processes compile while this one reads weights. `shard`
-    is this process's part of the weights.
+    is this process's part of the weights. `draft_folder` is the checkpoint of a second model.
     """
 
     config: EngineConfig
@@ -57,6 +55,7 @@ class Choice:
     eos_ids: frozenset[int]
     num_workers: int = 0
     shard: Shard = ALL
+    draft_folder: Path | None = None
 
     def shortened(self, max_model_len: int) -> Choice:
         """The same for shorter requests: other sizes, and perhaps another rotary table."""
@@ -64,7 +63,7 @@ class Choice:
         model = make_model(config, self.hf, cfg.dtype)
         model = replace(model, config=replace(model.config, moe=cfg.moe))
         model = model.on_ranks(config.tensor_parallel_size)
-        spec = make_spec(config, model, self.platform)
+        spec = replace(make_spec(config, model, self.platform), draft=self.spec.draft)
         return replace(self, config=config, model=model, spec=spec)
 
     def prepare_kernels(self) -> None:
@@ -73,7 +72,7 @@ class Choice:
         self.platform.prepare(self.store.folder / "cpp", env.read().cxx, may_compile=may_compile)
 
     def check_graphs(self) -> None:
-        """Warn if graphs are asked for and impossible on this device; call `prepare_kernels` first.
+        """Warn if graphs are requested but impossible on this device; call `prepare_kernels` first.
 
         Raises CompileRequired or ValueError for options that need graphs.
         """
@@ -98,40 +97,21 @@ def choose(config: EngineConfig, farm: CompileFarm, laps: Laps) -> Choice:
     laps.end("device")
     folder = hub.resolve(config.model, weights=not config.random_weights, revision=config.revision)
     store = open_store(config)
-    # Workers open the store that the options name, so they cannot fill a temporary one.
-    is_shared = store.folder == env.read().store_folder(config.compile_cache)
-    helps = is_shared and not config.enforce_eager and config.compile_cache_mode == "auto"
-    is_cold = helps and not any(store.entries())
+    is_cold = workers_may_help(config, store) and not any(store.entries())
     farm.start_workers(platform.compile_workers(0, 0) if is_cold else 0)
     choice = choose_model(config, platform, store, folder, weights=not config.random_weights)
     laps.end("config")
     choice.prepare_kernels()
     choice.check_graphs()
-    if helps and platform.lowering()[0] is not None:
-        choice = replace(choice, num_workers=_num_workers(choice))
     laps.end("kernels")
     return choice
 
 
-def _num_workers(choice: Choice) -> int:
-    """0 if compiling is fast on this device, or if an earlier start has compiled everything."""
-    cfg, spec, model = choice.model.config, choice.spec, choice.model
-    token_size = _mlp_size(cfg) + 8 * cfg.hidden_size + 3 * cfg.qkv_size
-    scratch_bytes = spec.layout.prefill_tokens[-1] * token_size * cfg.dtype.itemsize
-    params_bytes = model.reduced().param_bytes
-    worker_bytes = params_bytes + scratch_bytes + (1 << 30)  # for the device's context
-    own_bytes = device_bytes(model, spec.offload)
-    count = choice.platform.compile_workers(worker_bytes, own_bytes)
-    return 0 if count < 2 or is_ready(choice) else count
-
-
-def _mlp_size(cfg: ModelConfig) -> int:
-    """Numbers that a token takes in the MLP of a layer: several values of its inner width, and the
-    result of each of its experts."""
-    if cfg.moe is None:
-        return 4 * cfg.ffn_size
-    of_experts = cfg.moe.top_k * (4 * cfg.moe.expert_size + cfg.hidden_size)
-    return max(4 * cfg.ffn_size, of_experts + 4 * cfg.moe.shared_size)
+def workers_may_help(config: EngineConfig, store: Store) -> bool:
+    """True if processes may compile for this one. They open the store that the options name, so
+    they cannot fill a temporary one."""
+    is_shared = store.folder == env.read().store_folder(config.compile_cache)
+    return is_shared and not config.enforce_eager and config.compile_cache_mode == "auto"
 
 
 def choose_model(
@@ -156,6 +136,8 @@ def choose_model(
         )  # fmt: skip
         hf.tie_word_embeddings = False
     model = make_model(config, hf, dtype)
+    if config.quantization is None and model.scheme != UNQUANTIZED:
+        check_quantized(model, folder, platform)
     if not config.random_weights and not env.read().disable_svd:
         model = svd_experts.applied(model, folder)
     config = within_limit(config, model, hf)
@@ -167,9 +149,22 @@ def choose_model(
     return Choice(config, platform, store, folder, hf, model, spec, eos_ids, shard=shard)
 
 
+def check_quantized(model: Model, folder: Path, platform: Platform) -> None:
+    """Refuse a quantized checkpoint on a device that does not run it, and warn elsewhere."""
+    if not platform.traits.takes_quantized:
+        raise ValueError(
+            f"{folder} is quantized ({model.scheme}), which is not supported on a "
+            f"{platform.traits.name} device: use a checkpoint that is not, or another device"
+        )
+    logger.warning(
+        "%s: weights stay quantized (%s), and products dequantize them, which is slower than "
+        "products of a checkpoint that is not quantized", folder, model.scheme,
+    )  # fmt: skip
+
+
 def make_model(config: EngineConfig, hf: Any, dtype: torch.dtype) -> Model:
-    """The model of a checkpoint's config, with the formats that the checkpoint or the option
-    `quantization` says. Raises ValueError if they do not go with the model, or both say some."""
+    """The model of a checkpoint's config, with the formats of the checkpoint or of the option
+    `quantization`. Raises ValueError if they do not fit the model, or if both choose formats."""
     architecture = registry.architecture(hf.architectures)
     model = architecture(hf, dtype=dtype, max_model_len=config.max_model_len)
     if config.quantization is None:
@@ -273,7 +268,8 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
     offload = choose_offload(config, model, platform)
     embedding_bytes = config.media.embedding_cache_bytes if model.takes_embeddings else 0
     slots = _snapshot_slots(config, model, layout)
-    return EngineSpec(layout, backend, cache_dtype, offload, embedding_bytes, slots)
+    spec = EngineSpec(layout, backend, cache_dtype, offload, embedding_bytes)
+    return replace(spec, snapshot_slots=slots)
 
 
 def _snapshot_slots(config: EngineConfig, model: Model, layout: Layout) -> int:
@@ -370,7 +366,7 @@ def make_layout(
 def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
     """All ids that end an answer: those in generation_config.json, or else in config.json.
 
-    Raises ValueError that names the file for values that are no ids.
+    Raises ValueError, with the file's name, for values that are not ids.
     """
     path = folder / "generation_config.json"
     found = generation_config(folder).get("eos_token_id")

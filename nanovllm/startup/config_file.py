@@ -15,19 +15,19 @@ from typing import Any
 from nanovllm.models import registry
 from nanovllm.models.rope import refuse_nested
 
-# transformers reads these names too, though they are no fields of a config class.
+# transformers reads these names too, although they are not fields of a config class.
 OTHER_NAMES = frozenset(
     {"head_dim", "is_causal", "original_max_position_embeddings", "partial_rotary_factor",
      "quantization_config", "rope_scaling", "rope_theta", "torch_dtype"}
 )  # fmt: skip
-# What the config of a whole model says for its text model too.
+# Fields of a whole model's config that apply to its text model too.
 OF_ALL = (
     "architectures", "tie_word_embeddings", "dtype", "quantization_config", "image_token_id",
     "video_token_id", "vision_start_token_id", "vision_end_token_id", "audio_token_id",
     "position_id_per_seconds",
 )  # fmt: skip
-# The largest numbers that fields of configs may have, so that no list or table of this size is made
-# of a damaged or hostile file. Real models stay far below.
+# The largest values of config fields, so that a damaged or hostile file cannot cause huge lists or
+# tables. Real models are far below.
 LARGEST = {
     **dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers"), 1 << 12),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 1 << 16),
@@ -40,7 +40,7 @@ LARGEST_OTHER = (1 << 63) - 1
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError that names the file."""
+    """The JSON object in a file. Raises ValueError, with the file's name."""
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -53,9 +53,9 @@ def read_object(path: Path) -> dict[str, Any]:
 def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
     """transformers' config of a config.json, in which `overrides` replace fields.
 
-    Raises ValueError that names the file for an unknown architecture or model type, for rope
-    parameters per layer type, for values that transformers refuses, and for overrides that the
-    config has no field for.
+    Raises ValueError, with the file's name, for an unknown architecture or model type, for rope
+    parameters per layer type, for values that transformers refuses, and for overrides of unknown
+    fields.
     """
     stored = read_object(path)
     fields = overridden(stored, overrides) if overrides else stored
@@ -76,7 +76,9 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
         model_type, defaults = registry.READ_AS[model_type]
         fields = {**defaults, **fields, "model_type": model_type}
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ValueError(f"{path}: model_type is {model_type!r}, which transformers does not know")
+        raise ValueError(
+            f"{path}: model_type is {model_type!r}, which transformers does not support"
+        )
     try:
         with _without_docstrings():
             hf = CONFIG_MAPPING[model_type].from_dict(fields)
@@ -86,10 +88,10 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
     known = {field.name for field in dataclasses.fields(hf)} | set(stored) | OTHER_NAMES
     if unknown := sorted(set(overrides) - known):
         raise ValueError(
-            f"hf_overrides has {unknown[0]!r}, which is no field of {type(hf).__name__}: "
+            f"hf_overrides has {unknown[0]!r}, which is not a field of {type(hf).__name__}: "
             f"use one of {', '.join(sorted(known))}"
         )
-    # a checkpoint that also speaks has the part that reads and writes text as `thinker_config`
+    # checkpoints with speech output have the text model's part as `thinker_config`
     part = getattr(hf, "thinker_config", hf)
     return _of_text(hf, part) if hasattr(part, "text_config") else hf
 
@@ -105,8 +107,8 @@ def _check_sizes(fields: Mapping[str, Any]) -> None:
 
 
 def _of_text(whole: Any, part: Any) -> Any:
-    """The config of the text model of a checkpoint that has towers as well. It gets what the config
-    of the whole model, or of the part with the towers, says of all, and the towers' fields as
+    """The config of the text model of a checkpoint with towers. It gets the common fields of the
+    configs of the whole model and of the part with the towers, and the towers' fields as
     `vision_config` and `audio_config`."""
 
     def first(name: str, *configs: Any) -> Any:
@@ -152,7 +154,7 @@ def _merged(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with one name for each meaning, so that an override meets what it replaces."""
+    """The fields with one name for each meaning, so that an override replaces the right field."""
     result = dict(fields)
     old_dtype = result.pop("torch_dtype", None)
     if old_dtype is not None and result.get("dtype") is None:
@@ -161,7 +163,7 @@ def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
     found = [result.pop(name) for name in names]
     rope: Any = next((value for value in found if value), {})  # the order of transformers
     if not isinstance(rope, dict):
-        return {**result, names[found.index(rope)]: rope}  # transformers refuses it
+        return {**result, names[found.index(rope)]: rope}  # transformers will refuse it
     rope = dict(rope)
     if names and not rope:
         rope["rope_type"] = "default"

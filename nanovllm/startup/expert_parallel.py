@@ -1,4 +1,4 @@
-"""Chooses whether several ranks have whole experts each, or a part of every expert."""
+"""Chooses between whole experts per rank and a part of every expert on each rank."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nanovllm.models.interface import Model
 
 logger = logging.getLogger(__name__)
 
-# What the kernels of experts need of an expert's width on a rank. A warp reads a row of a down
-# matrix, which is that long, 256 numbers at a time: half of its threads have work at 128. Loads
-# have 16 bytes: 8 numbers of 16 bits.
+# The requirements of the expert kernels on an expert's width per rank, the length of a row of the
+# down matrix. A warp reads 256 numbers of a row at a time: at 128 half of its threads have work.
+# Loads have 16 bytes: 8 numbers of 16 bits.
 MIN_WIDTH, WIDTH_STEP = 128, 8
 
 
@@ -28,7 +28,7 @@ def places_whole_experts(moe: MoeConfig, num_ranks: int) -> bool:
 
 
 def with_experts_on_ranks(asked: bool | str, model: Model, num_ranks: int) -> Model:
-    """The model with `is_spread` of its experts chosen, for several ranks.
+    """The model with `is_expert_parallel` of its experts chosen, for several ranks.
 
     `asked` is the option expert_parallel. Raises ValueError if it does not go with the model.
     """
@@ -42,12 +42,14 @@ def with_experts_on_ranks(asked: bool | str, model: Model, num_ranks: int) -> Mo
             f"expert_parallel is True and tensor_parallel_size {num_ranks}, which must divide the "
             f"{moe.num_experts} experts of a layer"
         )
-    is_spread = places_whole_experts(moe, num_ranks) if isinstance(asked, str) else asked
+    is_expert_parallel = places_whole_experts(moe, num_ranks) if isinstance(asked, str) else asked
     logger.info(
         "each of %d ranks has %s",
         num_ranks,
         f"{moe.num_experts // num_ranks} whole experts of a layer"
-        if is_spread
+        if is_expert_parallel
         else f"1/{num_ranks} of every expert",
     )
-    return replace(model, config=replace(cfg, moe=replace(moe, is_spread=is_spread)))
+    return replace(
+        model, config=replace(cfg, moe=replace(moe, is_expert_parallel=is_expert_parallel))
+    )

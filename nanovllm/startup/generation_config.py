@@ -1,4 +1,4 @@
-"""The checkpoint's generation_config.json: how its author samples from it."""
+"""The checkpoint's generation_config.json: its default sampling parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def generation_config(folder: Path) -> dict[str, Any]:
 
 
 def default_params(content: Mapping[str, Any]) -> SamplingParams:
-    """Sampling parameters for requests that come without any. Raises ValueError for bad values."""
+    """Sampling parameters for requests without any. Raises ValueError for invalid values."""
     given = {name: content[key] for name, key in FIELDS.items() if content.get(key) is not None}
     if content.get("do_sample") is False:
         given["temperature"] = 0.0

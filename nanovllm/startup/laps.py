@@ -1,4 +1,4 @@
-"""How long each stage of a start took."""
+"""The duration of each stage of a start."""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm import env, progress
@@ -34,6 +35,8 @@ from nanovllm.startup.build import build
 from nanovllm.startup.checkpoint_cache import read_tokenizer_of
 from nanovllm.startup.choose import Choice, choose
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
+from nanovllm.startup.compile_workers import num_workers
+from nanovllm.startup.draft import Draft, with_draft
 from nanovllm.startup.generation_config import default_params, generation_config
 from nanovllm.startup.laps import Laps
 from nanovllm.startup.memory import MemoryReport
@@ -44,7 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# If no worker answers for so long, this process goes on alone. A bucket or kernel takes seconds.
+# After this time without an answer of a worker, this process compiles alone. A bucket or kernel
+# takes seconds.
 PATIENCE_S = 600.0
 
 
@@ -72,12 +76,17 @@ class Loaded:
 
 
 def load(
-    config: EngineConfig, farm: CompileFarm | None = None, *, show_progress: bool = True
+    config: EngineConfig,
+    farm: CompileFarm | None = None,
+    *,
+    show_progress: bool = True,
+    draft: Draft | None = None,
 ) -> Loaded:
     """Turn options into the parts of a warm engine; shows a progress bar over layers, then buckets.
 
-    `farm` was started for the same options, and the caller closes it. Raises ValueError for options
-    that the device or checkpoint does not support, CheckpointError, and CompileRequired.
+    `farm` was started for the same options, and the caller closes it. `draft` proposes tokens on
+    the device. Raises ValueError for options that the device or checkpoint does not support,
+    CheckpointError, and CompileRequired.
     """
     if option := config.replicas_option:
         raise ValueError(f"{option} is for LLM and LLMEngine, which run engines elsewhere")
@@ -85,6 +94,9 @@ def load(
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))
         choice = choose(config, farm, laps)
+        if draft is not None:
+            choice = with_draft(choice, draft)
+        choice = replace(choice, num_workers=num_workers(choice))
         if choice.shard.size == 1:
             return load_chosen(choice, farm, laps, show_progress=show_progress)
         team = ranks.start(choice)
@@ -112,7 +124,7 @@ def load_chosen(
     with ExitStack() as stack:
         if choice.num_workers:
             # this process runs every bucket itself, so workers need not run them
-            farm.build(choice.spec.layout.buckets, choice.num_workers, rehearse=True)
+            farm.build(choice.spec.layout.buckets, choice.num_workers, dry_run=True)
         else:
             farm.close()
         bar = progress.bar(
@@ -171,8 +183,8 @@ def _load_weights(
     tokenizer_of = partial(read_tokenizer_of, choice.config, choice.folder, choice.store)
     with ThreadPoolExecutor(1) as reader:
         read = partial(reader.submit, tokenizer_of)
-        # Imports hold Python's lock, and reading weights does not. So the tokenizer is read beside
-        # the weights, unless threads hand out tasks at the same time.
+        # Imports hold the GIL, and reading weights does not. So the tokenizer is read in parallel
+        # with the weights, unless threads hand out tasks at the same time.
         tokenizer = None if choice.num_workers else read()
         params = _read_weights(choice, bar.update, place)
         choice.platform.synchronize()
@@ -192,10 +204,16 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
     platform, model = choice.platform, choice.model
     target = loader.Target(platform.device, place, platform.host_buffer, choice.shard)
     seed = choice.config.seed
-    if choice.config.random_weights:
-        params = loader.random(model, target, seed, progress)
-    else:
-        params = loader.load(model, choice.folder, target, progress)
+
+    def read(one: Model, folder: Path, progress: loader.Progress) -> Params:
+        if choice.config.random_weights:
+            return loader.random(one, target, seed, progress)
+        return loader.load(one, folder, target, progress)
+
+    params, draft = read(model, choice.folder, progress), choice.spec.draft
+    if draft is not None and draft.model is not None and choice.draft_folder is not None:
+        second = read(draft.model, choice.draft_folder, lambda num_layers: None)
+        params = params._replace(draft=second)
     if choice.config.random_weights:
         make = partial(weights.random, target=target, seed=seed)
     else:
@@ -204,7 +222,7 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
 
 
 def _wait(farm: CompileFarm) -> None:
-    """Wait until the store has what workers compile, and the device has the memory they took."""
+    """Wait until workers have filled the store and released their device memory."""
     try:
         farm.wait(lambda outcome: None, PATIENCE_S)
     except WorkerFailed as error:

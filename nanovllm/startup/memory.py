@@ -1,4 +1,4 @@
-"""How the device's memory is used, for the log and for benchmarks."""
+"""The use of device memory, for the log and for benchmarks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class MemoryReport:
     """Bytes after warm-up.
 
     graphs_bytes: taken by captured steps; 0 if none are captured or the device does not count.
-    budget: the measurement that the cache's size follows from; None if the size was given.
-    limited: True if the cache holds all that its requests can use and memory is left over.
-    host_bytes: experts in the host's memory; those of them on the device count as weights too.
+    budget: the measurement that determines the cache's size; None if the options set the size.
+    limited: True if the cache holds all that requests can use and memory is left over.
+    host_bytes: experts in host memory; those also on the device count as weights too.
     """
 
     weights_bytes: int
@@ -33,7 +33,7 @@ class MemoryReport:
         return self.cache_bytes / self.budget.allowance_bytes if self.budget else None
 
     def __str__(self) -> str:
-        share = "as asked for"
+        share = "as requested"
         if self.budget is not None:
             share = f"{self.cache_share:.1%} of the allowance"
             if self.limited:

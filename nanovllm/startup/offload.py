@@ -40,7 +40,7 @@ def choose_offload(config: EngineConfig, model: Model, platform: Platform) -> Of
             f"expert_offload is {asked!r}, but the experts beside the checkpoint are compressed, "
             "and those are not offloaded: leave it out, or set NANOVLLM_DISABLE_SVD=1"
         )
-    if not model.has_plain_experts:
+    if not all(stored_as.is_plain for stored_as in model.expert_formats):
         raise ValueError(
             f"expert_offload is {asked!r}, but the checkpoint's experts are quantized "
             f"({model.scheme}), and those are not offloaded: leave it out"
@@ -65,7 +65,7 @@ def device_bytes(model: Model, plan: OffloadPlan | None) -> int:
 
 
 def _in_experts(num: int, model: Model) -> OffloadPlan:
-    """So many resident experts in each layer."""
+    """The plan for `num` resident experts in each layer."""
     moe = model.config.moe
     assert moe is not None
     if not moe.top_k <= num <= moe.num_experts:
@@ -78,7 +78,7 @@ def _in_experts(num: int, model: Model) -> OffloadPlan:
 
 
 def _in_bytes(budget: str, model: Model) -> OffloadPlan:
-    """As many resident experts as so many bytes hold, in all layers together."""
+    """The plan for as many resident experts as the budget holds, in all layers together."""
     moe, num_layers, expert_bytes = model.config.moe, _num_layers(model), _expert_bytes(model)
     assert moe is not None
     num = num_bytes(budget) // expert_bytes
@@ -98,7 +98,7 @@ def _in_bytes(budget: str, model: Model) -> OffloadPlan:
         return OffloadPlan(num // num_layers, num_layers)
     logger.warning(
         "expert_offload is %r, which holds %d experts: fewer than the %d active ones of %d layers. "
-        "The layers share them, so hardly an expert is still there for the next token",
+        "The layers share them, so few experts stay resident until the next token",
         budget, num, num_layers * moe.top_k, num_layers,
     )  # fmt: skip
     return OffloadPlan(num, num_layers, is_shared=True)

@@ -21,9 +21,9 @@ def fill(
 ) -> list[Outcome]:
     """Build every bucket of `config` into its store; `progress(outcome, number of buckets)` each.
 
-    `begin` is called before, with what was chosen for the options.
-    count: worker processes; None for a number that suits the device. Where a step is one program,
-    that is one: the worker has the whole model, and sizes the cache by the memory it finds free.
+    `begin` is called before, with the choice for the options.
+    count: worker processes; None for the device's default. It is 1 where a step is one program:
+    that worker has the whole model, and sizes the cache by the free memory.
 
     Raises ValueError for options that model or device do not support, WorkerFailed, and OSError for
     a store that cannot be made or written.

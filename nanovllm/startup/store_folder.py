@@ -10,7 +10,7 @@ from nanovllm import env
 from nanovllm.compile.store import Store, drop_damaged_kernels
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.code_files import temporary_folder
-from nanovllm.kernels.private import Shared
+from nanovllm.kernels.private_files import UnsafePath
 
 logger = logging.getLogger(__name__)
 
@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 def open_store(config: EngineConfig, *, must_keep: bool = False, has_kernels: bool = True) -> Store:
     """The store of `config`, with Triton's and Inductor's folders in it.
 
-    If it cannot be made, a temporary store serves, or with `must_keep` OSError is raised. Without
-    `has_kernels` its kernels are not checked: this process runs none. Raises ValueError for a
-    folder that others own, may write to or could replace, and in "require" mode for one that is no
-    store.
+    If it cannot be made, a temporary store is used, or with `must_keep` OSError is raised. Without
+    `has_kernels` its kernels are not checked, since this process runs none. Raises ValueError for a
+    folder that others own, may write to or could replace, and in "require" mode for one that is not
+    a store.
     """
     environment = env.read()
     folder = environment.store_folder(config.compile_cache)
     if config.compile_cache_mode == "require" and not (folder / "entries").is_dir():
         raise ValueError(
-            f"compile_cache_mode is 'require', but {folder} is no store of compiled programs"
+            f"compile_cache_mode is 'require', but {folder} is not a store of compiled programs"
         )
     is_default = not config.compile_cache and environment.cache is None
     is_fallback = is_default and folder != env.home_cache()
@@ -49,13 +49,13 @@ def use_private_cache(
 ) -> Store:
     """A store in a folder that only its owner can write, since its code is executed.
 
-    Errors are those of `open_store`. With `may_be_taken`, a temporary store also serves if another
+    Errors are those of `open_store`. With `may_be_taken`, a temporary store is also used if another
     user has made a folder of this name, or could replace it.
     """
     try:
         store = Store(folder)
-    except (OSError, Shared) as error:
-        if must_keep or (isinstance(error, Shared) and not may_be_taken):
+    except (OSError, UnsafePath) as error:
+        if must_keep or (isinstance(error, UnsafePath) and not may_be_taken):
             raise
         message = (
             "compiled code is not kept, and the next start compiles again: %s "
@@ -68,7 +68,7 @@ def use_private_cache(
     default = torch_choice.default_cache_dir() if torch_choice else None
     env.set_default("TORCHINDUCTOR_CACHE_DIR", str(store.folder / "inductor"), also_over=default)
     env.set_default("TRITON_CACHE_DIR", str(store.folder / "triton"))
-    # four files for a kernel, not eight: every start reads all of them
+    # four files per kernel instead of eight, since every start reads all of them
     env.set_default("TRITON_STORE_BINARY_ONLY", "1")
     if has_kernels:
         drop_damaged_kernels(store.folder)

@@ -1,1 +1,1 @@
-"""Structured output: grammars for answers, and masks of the allowed next tokens."""
+"""Structured output: grammars for answers, and bitmasks of the allowed next tokens."""

@@ -1,4 +1,4 @@
-"""Compiles the grammars of requests in worker threads, beside the engine."""
+"""Compiles the grammars of requests in worker threads while the engine runs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
 from nanovllm.structured.matcher import Compiled, Masks, Matcher
-from nanovllm.structured.params import FIELD
 from nanovllm.structured.trials import TooSlow, Trial
+from nanovllm.structured_params import FIELD
 from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import llguidance
 
 NUM_WORKERS, NUM_SLOW = 4, 2
-# A grammar that takes longer goes on in threads for slow ones, so that these keep no other waiting.
+# A slower grammar continues in threads for slow ones, so that it does not delay the others.
 QUICK_S = 0.5
 
 
@@ -44,19 +44,19 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """timeout_s: to compile one grammar. max_cached: grammars that are kept for later requests."""
+    """timeout_s: to compile one grammar. max_cached: compiled grammars kept for later requests."""
 
     timeout_s: float
     max_cached: int
 
 
 class Work(Future[Compiled]):
-    """A grammar that is being compiled. slow: its turn among the slow ones, if it is one."""
+    """A grammar being compiled. slow: its work among the slow grammars, if it is one."""
 
     slow: Future[None] | None = None
 
     def give_up(self) -> bool:
-        """Whether it has no result and will have none: it is not being compiled at the moment."""
+        """Cancel it if it is not being compiled right now. Returns whether it is cancelled."""
         return self.cancel() or (self.slow is not None and self.slow.cancel())
 
     @property
@@ -65,7 +65,7 @@ class Work(Future[Compiled]):
 
 
 class Compiler:
-    """Grammars to matchers, for one tokenizer. Several threads can use it."""
+    """Compiles grammars for one tokenizer. Several threads can use it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int]) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
@@ -74,13 +74,14 @@ class Compiler:
         self._lock = threading.Lock()
         num = NUM_WORKERS + NUM_SLOW
         self._trials = [Trial(tokenizer.special_tokens) for _ in range(num)]
-        self._idle: queue.LifoQueue[Trial] = queue.LifoQueue()  # the last one used has a process
+        # the last one used already has a process
+        self._idle: queue.LifoQueue[Trial] = queue.LifoQueue()
         for trial in self._trials:
             self._idle.put(trial)
         self.masks: Masks | None = None
 
     def compile(self, found: Source, timeout_s: float) -> Compiled:
-        """A compiled grammar. Raises ValueError with the cause, TooSlow after this time."""
+        """A compiled grammar. Raises ValueError with the cause; TooSlow after this time."""
         import llguidance
 
         trial = self._idle.get()
@@ -98,20 +99,20 @@ class Compiler:
         return compiled
 
     def prepare(self) -> None:
-        """Make what all grammars share. Raises ImportError without the library, and ValueError for
-        a tokenizer that it cannot use.
+        """Load the tables that all grammars share. Raises ImportError without the library, and
+        ValueError for an unsupported tokenizer.
 
-        For 151,000 tokens this takes 0.8 s, in which the library lets no other thread run.
+        Takes 0.8 s for 151,000 tokens, during which the library blocks all other threads.
         """
         self._library_tokenizer()
 
     def kill(self) -> None:
-        """Ends the processes: threads in `compile` raise."""
+        """End the processes: threads in `compile` raise."""
         for trial in self._trials:
             trial.kill()
 
     def close(self) -> None:
-        """Ends the processes once no thread is in `compile`."""
+        """End the processes once no thread is in `compile`."""
         for trial in self._trials:
             trial.close()
         if self.masks is not None:
@@ -131,10 +132,10 @@ class Compiler:
 
 
 class Grammars:
-    """The grammars of an engine's requests. One thread at a time may use it."""
+    """The grammars of an engine's requests. Use it from one thread at a time."""
 
     def __init__(self, compiler: Compiler | None, limits: Limits) -> None:
-        """`compiler` None: there is no tokenizer, and `Intake.check` refuses the requests."""
+        """compiler: None without a tokenizer; `Intake.check` then refuses the requests."""
         self._compiler, self._limits = compiler, limits
         self._pool = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="grammar")
         self._slow = ThreadPoolExecutor(NUM_SLOW, thread_name_prefix="slow-grammar")
@@ -143,28 +144,28 @@ class Grammars:
         self._changed = threading.Event()
 
     def prepare(self) -> None:
-        """Begin `Compiler.prepare` in a thread. Its errors come again with the first grammar."""
+        """Run `Compiler.prepare` in a thread. Its errors recur with the first grammar."""
         if self._compiler is not None:
             self._pool.submit(self._compiler.prepare)
 
     def add(self, request_id: int, found: Source, params: SamplingParams) -> None:
-        """Begin to compile a request's grammar; requests with equal grammars share the work."""
+        """Start compiling a request's grammar; requests with equal grammars share the work."""
         assert self._compiler is not None
         key = sha256(json.dumps(found).encode()).digest()
         if key not in self._cache or self._cache[key].is_given_up:
             work = Work()
             work.add_done_callback(lambda _: self._changed.set())
-            # Ctrl-C may come between any two lines: what is in the cache must run
+            # Ctrl-C may come between any two lines: work in the cache must have been submitted
             self._pool.submit(self._compile, work, found, self._compiler)
             self._cache[key] = work
         self._cache.move_to_end(key)
         self._waiting[request_id] = key, params
 
     def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, Matcher | Refusal]]:
-        """Requests that are ready, with their matchers or why there is none.
+        """Yield requests that are ready, with a matcher or a refusal.
 
-        If none is, wait for one, but not longer than `wait_s`. A request is forgotten when the
-        caller asks for the next one: if Ctrl-C comes before, the request is given again.
+        If there are none, wait up to `wait_s` for one. A request is removed only when the caller
+        takes the next one: if Ctrl-C interrupts it, the request is yielded again.
         """
         if wait_s and not any(self._cache[key].done() for key, _ in self._waiting.values()):
             self._changed.wait(wait_s)
@@ -177,17 +178,17 @@ class Grammars:
         self._trim()
 
     def drop(self, request_id: int) -> None:
-        """Forget a request that has ended."""
+        """Remove a request that has ended."""
         key, _ = self._waiting.pop(request_id, (None, None))
         if key is not None and not self._is_awaited(key) and self._cache[key].give_up():
             del self._cache[key]
 
     def masks(self, matchers: Sequence[Matcher]) -> np.ndarray:
-        """See `Masks.of`."""
+        """The masks of `Masks.of`."""
         return self._masks.of(matchers)
 
     def wait_for_mask(self, wait_s: float) -> bool:
-        """See `Masks.wait`."""
+        """Wait as `Masks.wait` does."""
         has_masks = self._compiler is not None and self._compiler.masks is not None
         return has_masks and self._masks.wait(wait_s)
 
@@ -200,7 +201,7 @@ class Grammars:
         return len(self._waiting)
 
     def close(self) -> None:
-        """Ends the threads and the processes. Waiting work is cancelled."""
+        """End the threads and the processes. Waiting work is cancelled."""
         self._waiting.clear()
         if self._compiler is not None:
             self._compiler.kill()
@@ -210,7 +211,7 @@ class Grammars:
             self._compiler.close()
 
     def _compile(self, work: Work, found: Source, compiler: Compiler) -> None:
-        """Compile a grammar in the time that is enough for most."""
+        """Compile a grammar within the time that suffices for most."""
         if not work.set_running_or_notify_cancel():
             return
         quick_s = min(QUICK_S, self._limits.timeout_s)
@@ -245,7 +246,7 @@ class Grammars:
         return self._compiler.masks
 
     def _trim(self) -> None:
-        """Drop failed grammars, and the least recently used ones beyond the limit."""
+        """Remove failed grammars, and the least recently used ones beyond the limit."""
         idle = [key for key, work in self._cache.items() if work.done()]
         idle = [key for key in idle if not self._is_awaited(key)]
         failed = [key for key in idle if _has_failed(self._cache[key])]

@@ -1,7 +1,7 @@
 """Checks JSON schemas before they are compiled: every keyword is supported or refused by name.
 
-The library refuses the keywords of JSON Schema that it does not know how to keep. It would accept
-and ignore others, and follow options of its own in a schema; those are refused here.
+llguidance refuses the keywords of JSON Schema that it cannot enforce. It would silently ignore
+other keywords, and apply options of its own in a schema; those are refused here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ VALUES = frozenset({
     "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
 })  # fmt: skip
 KNOWN = ANNOTATIONS | SCHEMAS | LISTS | DICTS | VALUES
-# keys that begin so are annotations of their users, except the library's options
+# keys with this prefix are users' annotations, except the library's options
 EXTENSION, OPTIONS = "x-", "x-guidance"
 
 MAX_DEPTH = 64
-MAX_NUMBER = 2**63 - 1  # of bounds of integers
+MAX_NUMBER = 2**63 - 1  # for bounds of integers
 
 _LEAP = "([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)"
 _DAYS = (
@@ -36,8 +36,8 @@ _DAYS = (
 _DATE = f"([0-9]{{4}}-{_DAYS}|{_LEAP}-02-29)"
 _NO_YEAR_0 = "[0-9]{0,3}[1-9][0-9]{0,3}-"
 _NO_LEAP_SECOND = "[^:]*:[^:]*:[0-5]"
-# What the library's formats let through and RFC 3339 does not: days that months do not have, and a
-# leap second at any time of the day.
+# The library's formats accept what RFC 3339 does not: days that a month does not have, and a leap
+# second at any time of day.
 STRICTER = {
     "date": (f"^{_DATE}$", f"^{_NO_YEAR_0}"),
     "time": (f"^{_NO_LEAP_SECOND}",),
@@ -48,8 +48,8 @@ STRICTER = {
 def checked_schema(schema: Any) -> Any:
     """A copy of a schema in which formats are as strict as their RFC.
 
-    Raises ValueError, with the place, for keywords that are not supported, too deep nesting, and
-    values that are no schema. Not all that is wrong with a schema is found here.
+    Raises ValueError, with the place, for unsupported keywords, too deep nesting, and values that
+    are not schemas. Other errors are found later.
     """
     return _checked(schema, "#", MAX_DEPTH)
 
@@ -94,12 +94,12 @@ def _check_keyword(name: Any, value: Any, place: str) -> None:
         raise ValueError(f"the schema has {name!r} at {place}: this keyword is not supported")
     if name == "$ref" and not str(value).startswith("#"):
         raise ValueError(
-            f"the schema has $ref {_short(value)} at {place}: only places in the schema itself, "
+            f"the schema has $ref {_short(value)} at {place}: only references within the schema, "
             "which begin with '#', are supported"
         )
     if isinstance(value, int) and abs(value) > MAX_NUMBER and name not in ("const", "default"):
         raise ValueError(
-            f"{name} is {_short(value)} at {place}: numbers are at most {MAX_NUMBER} in size"
+            f"{name} is {_short(value)} at {place}: absolute values are at most {MAX_NUMBER}"
         )
 
 

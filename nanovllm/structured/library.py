@@ -9,38 +9,38 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nanovllm import extras
 from nanovllm.checks import InvalidValue
 from nanovllm.structured.keywords import checked_schema
-from nanovllm.structured.params import FIELD, StructuredOutputsParams
+from nanovllm.structured_params import FIELD, StructuredOutputsParams
 
 if TYPE_CHECKING:
     import llguidance
 
-# Between the parts of JSON: a space, or a line break with its indentation. Without a bound a model
-# may write white space until its last token.
+# Whitespace between the parts of JSON: a space, or a newline with indentation. Unbounded, a model
+# may generate whitespace until its last token.
 WHITESPACE = r" |\n[ \t]{0,32}"
 MAX_ERROR_CHARS = 300
 
-# Limits on the cost of a grammar. The library counts work in its own units and stops there.
+# Limits on the cost of a grammar. The library stops after this much work, counted in its own units.
 LIMITS: dict[str, Any] = {
-    "initial_lexer_fuel": 1_000_000,  # of the regular expressions of a grammar, 50,000 a ms
-    "step_lexer_fuel": 100_000,  # of the regular expressions in one mask, 14,000 a ms
-    "step_max_items": 50_000,  # of the parser in one mask, 20,000 a ms
+    "initial_lexer_fuel": 1_000_000,  # for a grammar's regular expressions, 50,000 per ms
+    "step_lexer_fuel": 100_000,  # for the regular expressions in one mask, 14,000 per ms
+    "step_max_items": 50_000,  # for the parser in one mask, 20,000 per ms
     "max_items_in_row": 2_000,
     "max_lexer_states": 20_000,  # 1 to 2 kB each
     "max_grammar_size": 100_000,
-    "verbose_errors": False,  # errors would quote the answer
+    "verbose_errors": False,  # else errors quote the output
 }
 
 
 class Source(NamedTuple):
-    """The source of a grammar. `kind` is "json" for a schema as JSON, "regex", "lark", or
-    "grammar" for Lark or GBNF."""
+    """A grammar's source. `kind`: "json" (a schema as JSON), "regex", "lark", or "grammar" (Lark or
+    GBNF)."""
 
     kind: str
     text: str
 
 
 def check_installed() -> None:
-    """Raises ValueError if the library is missing."""
+    """Raises ValueError if the library is not installed."""
     if importlib.util.find_spec("llguidance") is None:
         raise InvalidValue(
             FIELD,
@@ -50,8 +50,8 @@ def check_installed() -> None:
 
 
 def source(params: StructuredOutputsParams, max_bytes: int) -> Source:
-    """The source of these parameters. Raises ValueError for more than `max_bytes`, and for schemas
-    that `checked_schema` refuses."""
+    """The source for these parameters. Raises ValueError above `max_bytes`, and for schemas that
+    `checked_schema` refuses."""
     form = params.form
     if params.is_json:
         schema = params.schema()
@@ -77,7 +77,7 @@ def limits() -> llguidance.LLParserLimits:
 
 
 def grammar(found: Source) -> str:
-    """The library's form of a source. Raises ValueError for GBNF with errors in it."""
+    """The library's grammar for a source. Raises ValueError for GBNF with errors."""
     import llguidance
 
     if found.kind == "json":
@@ -90,14 +90,14 @@ def short(error: str) -> str:
     """An error of the library in one line."""
     if "NoExtensionBias" in error:
         return "no text matches it"
-    if error.startswith("panic"):  # with paths of the library's sources
+    if error.startswith("panic"):  # contains paths of the library's sources
         return "the library failed on it"
     text = " ".join(error.replace("<non-verbose/>", "").split())
     return text if len(text) <= MAX_ERROR_CHARS else text[:MAX_ERROR_CHARS] + "…"
 
 
 def with_options(schema: Any, params: StructuredOutputsParams) -> Any:
-    """A schema with the library's options for the white space that the parameters ask for."""
+    """A schema with the library's options for the requested whitespace."""
     pattern = params.whitespace_pattern
     options: dict[str, Any] = {"whitespace_pattern": WHITESPACE if pattern is None else pattern}
     if params.disable_any_whitespace or pattern == "":
@@ -115,7 +115,7 @@ def _dumped(schema: Any) -> str:
     try:
         return json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidValue(FIELD, f"structured_outputs.json is no JSON: {error}") from None
+        raise InvalidValue(FIELD, f"structured_outputs.json is not JSON: {error}") from None
 
 
 def _check_size(form: str, text: str, max_bytes: int) -> None:

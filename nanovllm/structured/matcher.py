@@ -1,7 +1,7 @@
-"""Follows answers and computes the masks of allowed next tokens.
+"""Advances grammars with the generated tokens and computes masks of allowed next tokens.
 
-A mask takes some microseconds, and the engine computes it between two steps. Few grammars need
-milliseconds: their masks are computed in threads, and their requests stay out of steps meanwhile.
+A mask takes microseconds, and the engine computes it between steps. A few grammars need
+milliseconds: threads compute their masks, and their requests skip steps meanwhile.
 
 M masked rows | W words of 32 tokens.
 """
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     import llguidance
 
 WORD_TOKENS = 32
-SLOW_S = 1e-3  # if a mask takes longer, a thread computes the next mask of its grammar
+SLOW_S = 1e-3  # if a mask takes longer, a thread computes its grammar's next one
 NUM_THREADS = 4
 MAX_PARALLEL = 8
-# With fewer masks threads cost more than they save.
+# With fewer masks, threads cost more than they save.
 MIN_PARALLEL = 4
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A grammar at the beginning of an answer: the library's matcher, and the first mask."""
+    """A grammar at the start of an answer: the library's matcher, and the first mask."""
 
     of_library: llguidance.LLMatcher
     allowed_W: np.ndarray
@@ -42,10 +42,10 @@ class Compiled:
 
 
 class Matcher:
-    """The answer of one request so far.
+    """The grammar state of one request.
 
-    is_ended: no token but the end of the sequence may follow.
-    error: what is wrong, once nothing can follow; None otherwise.
+    is_ended: only the end of the sequence may follow.
+    error: the reason why no token can follow; None otherwise.
     """
 
     def __init__(self, compiled: Compiled, masks: Masks, *, ignores_eos: bool) -> None:
@@ -59,11 +59,11 @@ class Matcher:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next mask is ready, or fast to compute."""
+        """Whether the next mask is ready or fast to compute."""
         return self._work is None or self._work.done()
 
     def push(self, token_id: int) -> None:
-        """Add a token to the answer."""
+        """Append a token to the answer."""
         self.of_library.consume_token(token_id)
         self.allowed_W = self._work = None
         self.note_error()
@@ -72,7 +72,7 @@ class Matcher:
             self._work = self._masks.begin(self)
 
     def take_work(self) -> None:
-        """Wait for a mask that a thread computes."""
+        """Wait for a mask that a thread is computing."""
         if self._work is not None:
             self.allowed_W, self._work = self._work.result(), None
 
@@ -82,10 +82,10 @@ class Matcher:
 
 
 class Masks:
-    """Computes masks for a model of V tokens."""
+    """Computes masks for a vocabulary of V tokens."""
 
     def __init__(self, vocab_size: int, num_tokens: int, eos_ids: Iterable[int]) -> None:
-        """`num_tokens`: of the library's tokenizer, V or more."""
+        """num_tokens: of the library's tokenizer, at least V."""
         self._num_words = -(-vocab_size // WORD_TOKENS)
         self._own_words = -(-num_tokens // WORD_TOKENS)
         self._eos_W = np.zeros(self._own_words, np.uint32)
@@ -101,23 +101,23 @@ class Masks:
         self._has_finished = threading.Event()  # since the last wait
 
     def compiled(self, of_library: llguidance.LLMatcher) -> Compiled:
-        """Compile the first mask of a grammar, and note whether it is slow."""
+        """Compute the first mask of a grammar, and record whether it is slow."""
         allowed_1W = np.zeros((1, self._own_words), np.int32)
         start = time.perf_counter()
         self._filling.fill_next_token_bitmask(of_library, allowed_1W, 0)
         return Compiled(of_library, allowed_1W[0], time.perf_counter() - start > SLOW_S)
 
     def begin(self, one: Matcher) -> Future[np.ndarray]:
-        """Begin to compute the next mask of an answer in a thread."""
+        """Start computing the next mask of an answer in a thread."""
         work = self._pool.submit(self._timed, one)
         self._begun.add(work)
         work.add_done_callback(self._note_finished)
         return work
 
     def wait(self, wait_s: float) -> bool:
-        """Wait for a mask that a thread computes.
+        """Wait for a mask that a thread is computing.
 
-        False if none does, and none has finished since the last call.
+        False if there is none and none has finished since the last call.
         """
         if not self._begun and not self._has_finished.is_set():
             return False
@@ -126,7 +126,7 @@ class Masks:
         return True
 
     def of(self, matchers: Sequence[Matcher]) -> np.ndarray:
-        """int32 [M, W]: token v may come next in row m if bit v % 32 of word v // 32 is 1. All bits
+        """int32 [M, W]: token v may follow in row m if bit v % 32 of word v // 32 is 1. All bits
         are 0 for an answer with an error."""
         for one in matchers:
             one.take_work()
@@ -135,7 +135,7 @@ class Masks:
         for one, allowed_W in zip(matchers, allowed_MW):
             one.note_error()
             if one.error is not None:
-                allowed_W[:] = 0  # the library's mask has the end of the sequence
+                allowed_W[:] = 0  # the library's mask allows the end of the sequence
                 continue
             assert one.allowed_W is not None
             allowed_W[:] = one.allowed_W[: self._num_words]
@@ -147,7 +147,7 @@ class Masks:
         self._pool.shutdown(cancel_futures=True)
 
     def _note_finished(self, work: Future[np.ndarray]) -> None:
-        self._has_finished.set()  # first: `wait` must find one or the other
+        self._has_finished.set()  # first: `wait` must always find one of the two
         self._begun.discard(work)
 
     def _timed(self, one: Matcher) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A grammar for answers in which calls of tools stand between two marks."""
+"""A grammar for answers with tool calls between two marks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from nanovllm.structured.keywords import checked_schema
 from nanovllm.structured.library import with_options
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import StructuredOutputsParams
 
 ANY_JSON = StructuredOutputsParams(json_object=True)
 
@@ -16,20 +16,20 @@ ANY_JSON = StructuredOutputsParams(json_object=True)
 def tagged(
     call: Mapping[str, Any], marks: tuple[str, str], form: StructuredOutputsParams | None = None
 ) -> str:
-    """A grammar in Lark's syntax: whatever follows the first mark matches the schema of a call and
-    ends with the second mark.
+    """A grammar in Lark's syntax: text after the first mark matches the schema of a call and ends
+    with the second mark.
 
-    form: the JSON of answers without calls; answers with calls have no other text. None: any text
-    before, between and after calls.
+    form: the JSON constraint on answers without calls; answers with calls then have no other text.
+    None: any text before, between and after calls.
 
-    Raises ValueError for schemas with keywords that are not supported.
+    Raises ValueError for schemas with unsupported keywords.
     """
     begin, end = map(json.dumps, marks)
     schema = json.dumps(with_options(checked_schema(call), ANY_JSON))
     lines = [f"call: SPACE %json {schema} SPACE {end}", r"SPACE: /\s{0,4}/"]
     if form is None:
         start = "start: (before call)* TEXT"
-        # lazy: the text ends at the first mark, so no mark is without its call
+        # lazy: the text ends at the first mark, so every mark begins a call
         lines += [f"before[lazy]: TEXT {begin}", r"TEXT: /(?s:.*)/"]
     else:
         start = f"start: ({begin} call SPACE)+ | form"

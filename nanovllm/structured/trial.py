@@ -1,16 +1,16 @@
-"""The program of a process that compiles grammars before the engine's process does.
+"""The program of a sandbox process that compiles grammars before the engine process does.
 
-The library recurses into grammars. One that is nested too deeply overflows the stack, which ends
-the process: then it ends this one. Compiling cannot be interrupted either: then this process is
-killed. Here threads have a smaller stack than the engine's, so what passes here passes there.
+The library recurses into grammars: one that is nested too deeply overflows the stack and crashes
+this process instead of the engine's. Compiling also cannot be interrupted; on a timeout this
+process is killed. Threads have a smaller stack here than in the engine, so what compiles here
+compiles there.
 
-It reads the special tokens, then requests, and writes answers, all as lines of JSON.
+It reads the special tokens, then requests, and writes answers (`confined.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import programs
+from nanovllm import confined, programs
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
 
@@ -30,8 +30,8 @@ MEMORY_BYTES = 4 << 30
 
 
 class Vocabulary:
-    """What the library's tokenizer is made of: the 256 bytes, and the special tokens with the ids
-    of the model, since grammars may name them. The text tokens of the model change no grammar."""
+    """The vocabulary for the library's tokenizer: the 256 bytes, and the special tokens with the
+    model's ids, since grammars may name them. Text tokens of the model do not affect grammars."""
 
     bos_token_id = None
 
@@ -55,7 +55,7 @@ def new_tokenizer(special: Mapping[int, str]) -> llguidance.LLTokenizer:
 
 
 def tried(tokenizer: llguidance.LLTokenizer, found: Source) -> dict[str, str]:
-    """The grammar of a source, or the error in it."""
+    """The grammar of a source, or its error."""
     import llguidance
 
     try:
@@ -71,7 +71,7 @@ def tried(tokenizer: llguidance.LLTokenizer, found: Source) -> dict[str, str]:
 
 
 def answer(tokenizer: llguidance.LLTokenizer, request: dict[str, Any]) -> dict[str, str]:
-    """`tried` in a thread of its own. Ends the process if it takes longer than it may."""
+    """Run `tried` in a thread. Ends the process on a timeout."""
     answers: list[dict[str, str]] = []
     found = Source(request["kind"], request["text"])
     thread = threading.Thread(target=lambda: answers.append(tried(tokenizer, found)), daemon=True)
@@ -90,11 +90,10 @@ def main() -> None:
         with contextlib.suppress(ValueError, OSError):  # a lower limit is already set
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     threading.stack_size(STACK_BYTES)
-    special = json.loads(sys.stdin.readline())
+    special = confined.request() or {}
     tokenizer = new_tokenizer({int(token_id): text for token_id, text in special.items()})
-    for line in sys.stdin:
-        programs.answers().write(json.dumps(answer(tokenizer, json.loads(line))).encode() + b"\n")
-        programs.answers().flush()
+    while (asked := confined.request()) is not None:
+        confined.answer(answer(tokenizer, asked))
 
 
 if __name__ == "__main__":

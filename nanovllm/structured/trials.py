@@ -1,49 +1,44 @@
-"""The engine's side of the processes that try to compile grammars (`trial.py`)."""
+"""The engine's side of the grammar sandbox processes (`trial.py`)."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from nanovllm import programs
+from nanovllm.confined import Confined
 from nanovllm.structured.library import Source
 
 _START_S = 30.0  # to import the library
-_PIECE_BYTES = 1 << 16
 
 
 class TooSlow(ValueError):
-    """A grammar takes longer than it may."""
+    """Compiling a grammar exceeds the time limit."""
 
 
 class Trial:
-    """A process that tries one grammar at a time. It starts when it is first needed, and again
-    after a grammar has ended it."""
+    """A process that tries one grammar at a time."""
 
     def __init__(self, special: Callable[[], Mapping[int, str]]) -> None:
-        """`special` gives the model's special tokens."""
+        """special: returns the model's special tokens."""
         self._special = special
-        self._process: subprocess.Popen[bytes] | None = None
+        self._program = Confined(lambda: programs.start_confined("nanovllm.structured.trial"))
         self._is_closed = False
 
     def run(self, found: Source, timeout_s: float) -> str:
         """The library's grammar of a source. Raises ValueError with the cause if it is invalid, and
         TooSlow."""
-        is_new = self._process is None or self._process.poll() is not None
+        if self._is_closed:
+            raise ValueError("the engine is closed")
+        is_new = self._program.start()
         if is_new:
-            self._start()
-            self._write(self._special())
+            self._program.send(self._special())
         request = {**found._asdict(), "timeout_s": timeout_s}
         try:
             answer = self._ask(request, timeout_s + (_START_S if is_new else 1.0))
         except BaseException:
-            self._end()
+            self._program.end()
             raise
         if "error" in answer:
             raise ValueError(answer["error"])
@@ -51,60 +46,24 @@ class Trial:
 
     def kill(self) -> None:
         """End the process for ever. Another thread may be in `run`, which raises then."""
-        self._is_closed, process = True, self._process
-        if process is not None:
-            process.kill()
+        self._is_closed = True
+        self._program.kill()
 
     def close(self) -> None:
-        """End the process for ever, when no thread is in `run`."""
+        """End the process permanently, when no thread is in `run`."""
         self._is_closed = True
-        self._end()
-
-    def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def _start(self) -> None:
-        self._end()
-        if self._is_closed:
-            raise ValueError("the engine is closed")
-        self._process = programs.start_confined("nanovllm.structured.trial")
+        self._program.end()
 
     def _ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         start = time.monotonic()
-        self._write(request)
-        line = self._line(start + timeout_s)
-        if line:
-            return dict(json.loads(line))
+        self._program.send(request)
+        answer = self._program.receive(start + timeout_s)
+        if answer is not None:
+            return dict(answer)
         took_s = time.monotonic() - start
         if took_s >= request["timeout_s"]:
             raise TooSlow(
                 f"it takes longer than {request['timeout_s']:g} s to compile "
                 "(option grammar_timeout_s)"
             )
-        raise ValueError("it ended the compiler's process: it is nested too deeply or too large")
-
-    def _write(self, message: Mapping[Any, Any]) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def _line(self, deadline: float) -> bytes:
-        """The next line; b"" if the process ends or is late."""
-        assert self._process is not None and self._process.stdout is not None
-        fd = self._process.stdout.fileno()
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        found = b""
-        while not found.endswith(b"\n"):
-            left_s = deadline - time.monotonic()
-            if left_s <= 0 or not poll.poll(left_s * 1000):
-                return b""
-            piece = os.read(fd, _PIECE_BYTES)
-            if not piece:
-                return b""
-            found += piece
-        return found
+        raise ValueError("it crashed the compiler: it is nested too deeply or too large")

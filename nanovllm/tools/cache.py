@@ -1,4 +1,4 @@
-"""What a store of compiled programs holds, in words; its care."""
+"""Lists and prunes a store of compiled programs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def listed(folder: Path) -> str:
 
 
 def pruned(folder: Path, max_bytes: int) -> str:
-    """Remove least recently used entries down to `max_bytes`; says what is left."""
+    """Remove least recently used entries down to `max_bytes`; returns a summary."""
     freed = prune(folder, max_bytes)
     left = sum(_size(folder / name) for name in SUBFOLDERS)
     return f"{freed:,} bytes freed, {left:,} are left"

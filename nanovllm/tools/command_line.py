@@ -1,4 +1,4 @@
-"""How command-line tools end: a user's mistake is one line on stderr and exit status 2."""
+"""Exit of command-line tools: a user's mistake is one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nanovllm.tools.terminal import printable
 
 logger = logging.getLogger(__name__)
 
-# What the engine raises for options, models and files that a user names wrongly.
+# The engine's errors for wrong options, models and files.
 MISTAKES = (ValueError, TypeError, OSError)
 STATUS = 2  # argparse's own, for arguments that it refuses
 
@@ -19,14 +19,14 @@ STATUS = 2  # argparse's own, for arguments that it refuses
 def run(main: Callable[[], int | None]) -> int:
     """Call a tool's `main` and return its exit status; None counts as 0.
 
-    One of MISTAKES is printed as argparse prints its errors. NANOVLLM_LOG_LEVEL=DEBUG adds the
-    traceback. Other errors are faults of the program and pass through.
+    MISTAKES are printed in argparse's form; NANOVLLM_LOG_LEVEL=DEBUG adds the traceback. Other
+    errors are bugs and are raised.
     """
     try:
         return main() or 0
     except MISTAKES as error:
         logger.debug("the error below was raised here", exc_info=True)
-        # it may quote a server, a file or an argument
+        # the text may quote a server, a file or an argument
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         print(f"{_program()}: error: {reason}", file=sys.stderr)
         return STATUS

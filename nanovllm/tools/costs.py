@@ -1,4 +1,4 @@
-"""The bytes that a call must at least read and write, and the flops of its products."""
+"""The minimum bytes that a call reads and writes, and the flops of its products."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Calls that gather: they read as many bytes as they write, not their whole table. (The experts that
-# the last two copy over the bus are counted by the engine: see `ExpertTraffic`.)
+# Calls that gather: they read as many bytes as they write, not the whole table. (The engine counts
+# the experts that the last two copy over the bus: see `ExpertTraffic`.)
 _PICKING = {
     "embedding", "index", "index_select", "gather",
     "decode_inputs", "span_inputs", "sampling_inputs", "fetch_experts", "stream_experts",
 }  # fmt: skip
 
-# Arguments that hold the matrices of experts, and those that hold the ones that are not there
+# arguments with the matrices of experts, and those with the experts that are not resident
 _STACKS = {"gate_up", "down", "weight", "slots_gate_up", "slots_down"}
 _ELSEWHERE = {"others_gate_up", "others_down"}
 
@@ -83,7 +83,7 @@ def _product_flops(named: dict[str, Any]) -> int:
 
 
 def tokens_per_expert(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """How many tokens go to each expert in a call that multiplies by experts; else nothing.
+    """The number of tokens of each expert in a call that multiplies by experts; empty otherwise.
 
     Experts of other ranks count as well: all ranks choose the same.
     """

@@ -1,4 +1,4 @@
-"""The limits of a device: its copy bandwidth and its matrix rate, as measured."""
+"""Measured limits of a device: its copy bandwidth and its matrix rate."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Bytes to copy and rows of the square matrices. The second size is for devices that are too fast
-# for the first one.
+# Bytes to copy and rows of the square matrices. Fast devices use the second size.
 COPY_BYTES = (1 << 29, 1 << 32)
 MATRIX_SIZES = (1024, 8192)
 Work = Callable[[], object]
@@ -55,7 +54,7 @@ def measure_limits(
 
     The copy is not captured in a CUDA graph: a graph copies 1 GiB or more with the copy engine,
     which reaches two thirds of the bandwidth on an H200. The matrices are random because a GPU's
-    clock depends on the power that the data costs.
+    clock depends on the power, and the power on the data.
     """
 
     def copy(num_bytes: int) -> tuple[int, Work]:

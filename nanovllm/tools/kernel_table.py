@@ -38,8 +38,8 @@ def _kernel(event: dict[str, Any]) -> Kernel:
 def read_launches(events: Sequence[dict[str, Any]], ops: Sequence[tuple[str, int]]) -> list[Launch]:
     """The kernels that each op of `profile.OpBytes.ops` launches, matched by the time of launch.
 
-    The longest kernel of an op gets its bytes. Kernels that no op launches are left out: those that
-    Inductor writes.
+    The longest kernel of an op gets its bytes. Kernels that no op launches (Inductor's) are left
+    out.
     """
     marks = sorted(
         (e["ts"], e["ts"] + e["dur"], int(e["name"].removeprefix(MARK)))
@@ -76,11 +76,10 @@ def kernel_table(
     `busy_share`. `duration_us` is from start to end of its kernels, and includes waiting.
 
     The k-th launch of a kernel in a step is the k-th of that kernel in `launches`. Bytes are None
-    for kernels that `launches` does not hold, or holds another number of. Raises ValueError if
-    there are no kernels.
+    for kernels whose number in `launches` differs. Raises ValueError if there are no kernels.
     """
     if not kernels:
-        raise ValueError("the trace holds no kernel: this device's work cannot be profiled")
+        raise ValueError("the trace has no kernels: this device cannot be profiled")
     counts = Counter(kernel.name for kernel in kernels)
     known: dict[str, list[Launch]] = defaultdict(list)
     for one in launches:
@@ -157,7 +156,7 @@ def short_name(name: str) -> str:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """One report of `profile.profile_decode` as a table to read."""
+    """One report of `profile.profile_decode` as a text table."""
     if "prompt_tokens" in report:
         what = f"prompts of {report['prompt_tokens']} tokens"
     else:

@@ -1,7 +1,7 @@
 """Profiles an engine's device: the kernels of prompts and of decode steps, and the bytes they move.
 
-A captured step replays without any op: its trace has names and times only. The same step, launched
-op by op, shows which op launches which kernel, and how many bytes that op must move.
+A captured step replays without ops: its trace has only names and times. So the same step is also
+launched op by op, which shows the op of each kernel and the bytes that it must move.
 """
 
 from __future__ import annotations

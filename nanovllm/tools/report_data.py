@@ -25,7 +25,7 @@ CALLS_PER_RUN = 20  # one call is too short for the host's clock
 
 @dataclass(frozen=True)
 class Node:
-    """One call of a graph. A getitem is no node of its own: its readers read its source."""
+    """One call of a graph. A getitem is not a node: its readers read its source."""
 
     name: str
     label: str
@@ -36,7 +36,7 @@ class Node:
 
     @property
     def call(self) -> tuple[str, str, tuple[str, ...]]:
-        """Identifies a call that a pass leaves alone. Names change if the graph is traced again."""
+        """Identifies a call across passes. Names change if the graph is traced again."""
         return self.label, self.shapes, self.inputs
 
 
@@ -52,7 +52,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a program as measured: its seconds, the bytes it moves and its flops.
+    """One measured call of a program: its seconds, the bytes it moves and its flops.
 
     `tokens_per_expert` has an entry for each expert of a call that multiplies by experts.
     """

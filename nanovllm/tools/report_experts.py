@@ -24,7 +24,7 @@ def experts(regions: Sequence[Region], limits: Limits) -> str:
 
 
 def _sentence(calls: Sequence[Call], limits: Limits) -> str:
-    """The calls of one layer that multiply by its experts, in words."""
+    """A sentence about the calls of one layer that multiply by its experts."""
     tokens = calls[0].tokens_per_expert
     chosen, seconds = sum(num > 0 for num in tokens), sum(call.seconds for call in calls)
     limit = sum(call.limit(limits) for call in calls)

@@ -1,4 +1,4 @@
-"""How a report writes numbers and names, and the colour of each kind of call."""
+"""The format of numbers and names in a report, and the colour of each kind of call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import html
 KINDS = (
     ("attention", "attention", "#7c5cd6"),
     ("expert", "experts", "#b5452c"),
-    ("route", "routing", "#8c8a14"),
+    ("topk", "routing", "#8c8a14"),
     ("linear", "products", "#2f6fde"),
     ("mm", "products", "#2f6fde"),
     ("rope", "rotation, cache write", "#c7791c"),
@@ -26,7 +26,7 @@ def kind(op: str) -> tuple[str, str]:
 
 
 def text(value: str) -> str:
-    """`value` with the characters that mean something in HTML escaped."""
+    """`value`, escaped for HTML."""
     return html.escape(value)
 
 

@@ -30,7 +30,7 @@ def page(report: Report) -> str:
         _section(
             "Where a step's time goes",
             "Calls in the order in which they run; the width of a call is its time. A layer is "
-            "drawn once: the number under it says how often a step runs it.",
+            "drawn once: the number under it is how often a step runs it.",
             _timeline(report.regions) + _legend(report.regions),
         ),
         _section(
@@ -65,7 +65,7 @@ def _section(title: str, explanation: str, content: str) -> str:
 
 
 def _experts(report: Report) -> list[str]:
-    """The section on experts, for models that have some."""
+    """The section on experts, for models with experts."""
     drawn = experts(report.regions, report.limits)
     explanation = (
         "How many of the step's tokens go to each expert of a layer. A call reads the experts that "

@@ -1,4 +1,4 @@
-"""The shapes of published models: their config.json, without what does not matter for speed."""
+"""The shapes of published models: the fields of their config.json that affect speed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ _QWEN2_5_VL_VISION: dict[str, Any] = {
     "out_hidden_size": 2048,
     "hidden_act": "silu",
 }
-# Models that see: the text model's fields are in text_config.
+# Models with a vision encoder: the text model's fields are in text_config.
 VISION_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3-VL-2B": {
         "architectures": ["Qwen3VLForConditionalGeneration"],

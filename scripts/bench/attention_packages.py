@@ -1,4 +1,4 @@
-"""Times our attention kernels beside the installed flash-attn packages, on this GPU.
+"""Times our attention kernels and the installed flash-attn packages on this GPU.
 
     python scripts/bench/attention_packages.py --out times.json [--shapes 8b 0.6b] [--only decode]
 
@@ -82,7 +82,7 @@ def time_case(
             continue
         block = backend.block(head_dim)
         if block not in caches:
-            caches.clear()  # two of them may not fit
+            caches.clear()  # two caches may not fit
             torch.manual_seed(0)
             caches[block] = make_cache(num_layers, seq_lens, num_kv_heads, block, head_dim)
         cache, block_table = caches[block]

@@ -3,7 +3,7 @@
     python scripts/bench/bench_kernels.py --out kernels.json [--only decode rope norm] [--variants]
 
 Times are per launch, from replays of a CUDA graph in which each launch works on its own cache, like
-the layers of a model: with 28 or more megabytes of keys the L2 does not help. Shares are of the
+the layers of a model: with 28 or more megabytes of keys the L2 has no effect. Shares are of the
 limits measured in the same run. The first variant of each kind is the op's own choice. A compile
 takes seconds, so the checks run first, in several processes.
 """

@@ -3,10 +3,10 @@
     python scripts/bench/bench_linear.py --out linear.json [--only tiles] [--rows 1 8] [--tune]
 
 Products are compared with fp64. Times are microseconds of one launch, from replays of a CUDA graph
-of many launches; each launch has its own weights, so the L2 does not help. "layer" is a chain of
+of many launches; each launch has its own weights, so the L2 has no effect. "layer" is a chain of
 all the model's layers in a decode step: norm + qkv, rope and cache write, attention, out, norm +
-gate + up + SiLU, down. Shares are of the copy bandwidth measured in the same run.
-Compiles run in several processes first.
+gate + up + SiLU, down. Shares are of the copy bandwidth measured in the same run. Compiles run in
+several processes first.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch.nn.functional import linear
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton import filter as triton_filter
 from nanovllm.kernels.triton import sample as triton_sample
-from nanovllm.kernels.triton.linear_many import GemmTile
+from nanovllm.kernels.triton import topk_topp
+from nanovllm.kernels.triton.split_k_gemm import SplitKTile
 from nanovllm.tools import command_line
 from nanovllm.tools.device_limits import measure_limits
 from scripts.bench.gpu_timing import time_launches
@@ -69,7 +69,7 @@ def bench_tiles(name: str, rows: list[int], tune: bool, bandwidth: float) -> lis
 
 
 def _time_tile(name: str, case: Case, tile: Tile, is_chosen: bool) -> dict[str, Any] | None:
-    """None, and a message, for a tile that fails or is wrong."""
+    """For a tile that fails or is wrong, prints a message and returns None."""
     try:
         error = case.error(case.fused(0, tile))
         if not error < 1e-2:
@@ -96,7 +96,7 @@ def _compare(name: str, case: Case, rows: list[dict[str, Any]], bandwidth: float
     """Print the six best tiles, and the best and the chosen one beside cuBLAS."""
     ordered = sorted(rows, key=lambda row: row["us"])
     best, chosen, launches = ordered[0], rows[0], case.launches()
-    if isinstance(best["tile"], GemmTile):
+    if isinstance(best["tile"], SplitKTile):
         ahead = best["tile"]._replace(prefetch=True)
         best["us_prefetch"] = time_launches(case.fused, [(i, ahead) for i in launches])
         best["us_no_pdl"] = time_launches(case.fused, [(i, best["tile"], False) for i in launches])
@@ -117,7 +117,8 @@ def _compare(name: str, case: Case, rows: list[dict[str, Any]], bandwidth: float
 
 
 def bench_sample(rows: list[int], inductor_rows: list[int]) -> list[dict[str, float]]:
-    """Time the sampler and the filter beside the reference, compiled by Inductor or sorting."""
+    """Time the sampler and the filter, and their references: compiled by Inductor, or by
+    sorting."""
     results = []
     compiled = torch.compile(reference.sample.sample, dynamic=False)
     for num_rows in rows:
@@ -143,12 +144,14 @@ def bench_sample(rows: list[int], inductor_rows: list[int]) -> list[dict[str, fl
                 flush=True,
             )
         given = [torch.full((num_rows,), value, device="cuda") for value in (0.6, 20.0, 0.95, 0.0)]
-        expected = reference.sample.keep_likely(logits[0], *given)
-        different = triton_filter.keep_likely(logits[0], *given) != expected
+        expected = reference.sample.apply_top_k_top_p(logits[0], *given)
+        different = topk_topp.apply_top_k_top_p(logits[0], *given) != expected
         row = {
             "rows": num_rows,
-            "filter": time_launches(triton_filter.keep_likely, [(x, *given) for x in logits * 4]),
-            "sorting": time_launches(reference.sample.keep_likely, [(x, *given) for x in logits]),
+            "filter": time_launches(topk_topp.apply_top_k_top_p, [(x, *given) for x in logits * 4]),
+            "sorting": time_launches(
+                reference.sample.apply_top_k_top_p, [(x, *given) for x in logits]
+            ),
         }
         results.append(row)
         print(

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def patch(code: Path) -> None:
-    """Leave everything out of the dispatch whose instantiations are not built."""
+    """Remove everything from the dispatch whose instantiations are not built."""
     replace(
         code / "flash_api.cpp",
         r"if \(params\.num_splits <= 1 && !force_split_kernel\) \{.*?\} else \{(.*?)\}\n",

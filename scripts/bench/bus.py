@@ -1,4 +1,4 @@
-"""What the bus between host and GPU moves, and what the kernels of offloaded experts reach of it.
+"""Measures the bus between host and GPU, and the share that kernels of offloaded experts reach.
 
 # experts of Mixtral-8x7B: hidden size 4096, width 14336
 python scripts/bench/bus.py
@@ -113,7 +113,7 @@ def measure_copies(args: argparse.Namespace, stored: Offloaded) -> None:
 
 
 def measure_products(args: argparse.Namespace, stored: Offloaded) -> None:
-    """Products of a token that finds none of its experts, and a fetch that finds all."""
+    """Products of a token without resident experts, and a fetch whose experts are all resident."""
     none = -1 - torch.arange(stored.num_experts, dtype=torch.int32, device="cuda")
     x_TD = torch.randn(1, args.hidden, dtype=torch.bfloat16, device="cuda")
     weight_TK = torch.rand(1, args.top_k, device="cuda")
@@ -149,7 +149,7 @@ def measure_products(args: argparse.Namespace, stored: Offloaded) -> None:
 def main() -> None:
     args = arguments()
     if not torch.cuda.is_available():
-        raise ValueError("this measures a GPU's bus, and torch sees no CUDA device")
+        raise ValueError("this measures a GPU's bus, and torch finds no CUDA device")
     platform = CudaPlatform()
     platform.prepare()
     measure_pinning(platform)

@@ -5,13 +5,13 @@ python scripts/bench/busy_cpu.py --shape Qwen3-0.6B --layers 8 --batch 1 4
 taskset -c 0,1 python scripts/bench/busy_cpu.py     # two cores of a larger machine
 
 Prints one line per batch size, then JSON: tokens per second on an idle machine, and the share of it
-beside processes that compute without end: one (`busy`), and four for each core (`load`); and the
-share of each of two engines (`pair`). The idle speed is measured before and after each of these,
-since other programs may run as well; `idle` has all its values. An engine settles for a second
-before: its threads remember for so long that the machine was busy.
+while busy loops run: one (`busy`), and four for each core (`load`); and the share of each of two
+engines (`pair`). The idle speed is measured before and after each of these, since other programs
+may run as well; `idle` has all its values. An engine settles for a second before: its threads adapt
+to a busy machine for that long.
 
-The environment of the engines is that of this process: with OMP_WAIT_POLICY or another TREE
-(`--tree`, a checkout of another revision) the same run measures another way of waiting.
+The engines inherit this process's environment: OMP_WAIT_POLICY, or another TREE (`--tree`, a
+checkout of another revision), compares other ways of waiting.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def engine(model: str, is_random: bool, torch_first: bool) -> None:
 
 
 class Engine:
-    """An engine in a process of its own, in a checkout."""
+    """An engine in a separate process, from a checkout."""
 
     def __init__(self, tree: Path, arguments: Sequence[str]) -> None:
         program = f"import runpy, sys; sys.path.insert(0, {str(tree)!r}); "
@@ -97,7 +97,7 @@ class Engine:
 
 @contextmanager
 def busy(num: int) -> Iterator[None]:
-    """So many processes that compute without end."""
+    """Run `num` busy loops in processes."""
     running = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(num)]
     time.sleep(0.5)
     try:

@@ -4,9 +4,9 @@ The times are compared with the link's limit.
 
 python scripts/bench/collectives.py --ranks 2
 
-First every form is checked: right, and with the same bits on all ranks. Then every line of JSON is
-one form and size: microseconds of a call on the slowest rank, and the least time in which the link
-could move the bytes that a rank receives in any form: 2 (N - 1) / N of a tensor for a sum.
+First every form is checked for correct results with the same bits on all ranks. Then every line of
+JSON is one form and size: microseconds of a call on the slowest rank, and the least time in which
+the link could move the bytes that a rank receives in any form: 2 (N - 1) / N of a tensor for a sum.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--link", type=float, default=450.0, help="GB/s that a GPU can receive")
     parser.add_argument("--rank", type=int, help="set for the processes that this starts")
-    parser.add_argument("--folder", type=Path, help="likewise: where ranks meet")
+    parser.add_argument("--folder", type=Path, help="likewise: the ranks' rendezvous")
     return parser.parse_args()
 
 
@@ -77,7 +77,7 @@ def start(args: argparse.Namespace) -> int:
         try:
             while all(process.poll() is None for process in processes):
                 time.sleep(0.1)
-            for process in processes:  # one has ended; the others end soon, unless it has failed
+            for process in processes:  # one has ended; the others end soon unless it failed
                 process.wait(20)
         except subprocess.TimeoutExpired:
             print("a rank has failed or hangs", file=sys.stderr)

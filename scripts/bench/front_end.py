@@ -1,12 +1,12 @@
-"""Measures what the HTTP server carries for each second of its process's processor time.
+"""Measures the HTTP server's throughput per second of its processor time.
 
     python scripts/bench/front_end.py --rounds 5
 
 The server has no model: its engine makes tokens up (nanovllm/serving/made_up.py). Other processes
-send the requests, with the client of `nanovllm bench serve`. A round has three parts: answers that
-are streamed, completions of one token, and conversations of one token. One round more, the first,
-is not counted. The result is JSON: the figures of all rounds, their median, least and most. A
-client that falls behind gets several tokens in an event; `tokens_per_event` says how many.
+send the requests, with the client of `nanovllm bench serve`. A round has three parts: streamed
+answers, completions of one token, and conversations of one token. An additional first round is not
+counted. The result is JSON: the figures of all rounds, their median, minimum and maximum. A client
+that falls behind gets several tokens in an event; `tokens_per_event` is their mean.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def time_launches(function: Callable[..., Any], calls: list[tuple[Any, ...]]) ->
 
     The graph holds one call for each tuple of arguments. Short lists are repeated up to 28 calls,
     because each time includes the start of a graph, about 20 µs. A single tuple is not repeated:
-    it is taken for a function that launches many kernels.
+    the function is assumed to launch many kernels.
     """
     calls = calls * -(-28 // len(calls)) if len(calls) > 1 else calls
     stream = torch.cuda.Stream()

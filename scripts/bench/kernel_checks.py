@@ -33,7 +33,7 @@ Check = tuple[str, Callable[[], float]]
 
 
 def poison_unowned(cache: Tensor, block_table: Tensor, seq_lens: list[int]) -> None:
-    """Write NaN to all cache slots that hold no row's token."""
+    """Write NaN to all cache slots without a token of a row."""
     block_size = cache.shape[2]
     owned_CB = torch.zeros(cache.shape[1:3], dtype=torch.bool, device="cuda")
     for row, seq_len in enumerate(seq_lens):

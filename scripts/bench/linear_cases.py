@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton.linear_few import few_rows_linear
-from nanovllm.kernels.triton.linear_gated import GatedTile, gated_linear
-from nanovllm.kernels.triton.linear_many import GemmTile, many_rows_linear
+from nanovllm.kernels.triton.gated_gemm import GatedTile, gated_gemm
 from nanovllm.kernels.triton.norm_act import rms_norm, silu_mul
+from nanovllm.kernels.triton.skinny_gemm import skinny_gemm
+from nanovllm.kernels.triton.split_k_gemm import SplitKTile, split_k_gemm
 from scripts.bench.linear_tiles import Shape, Tile
 
 DTYPE = torch.bfloat16
@@ -20,7 +20,7 @@ ROTATED_BYTES = 400 << 20  # launches rotate over at least this many bytes of we
 
 
 class Case:
-    """A product's inputs, with enough weights that the L2 does not help."""
+    """A product's inputs, with enough weights to exceed the L2."""
 
     def __init__(self, shape: Shape, num_rows: int, weights: list[Tensor] | None = None) -> None:
         num_outs, depth, norm, self.silu = shape
@@ -52,12 +52,12 @@ class Case:
         """The fused kernel of this tile. `pdl`: programmatic dependent launch or the default."""
         norm = self.norms[idx] if self.norms else None
         if isinstance(tile, GatedTile):
-            return gated_linear(self.x, self.weights[idx], None, launch=tile, pdl=pdl)
-        if isinstance(tile, GemmTile):
-            return many_rows_linear(
+            return gated_gemm(self.x, self.weights[idx], None, launch=tile, pdl=pdl)
+        if isinstance(tile, SplitKTile):
+            return split_k_gemm(
                 self.x, self.weights[idx], None, self.residual, self.silu, launch=tile, pdl=pdl
             )
-        return few_rows_linear(
+        return skinny_gemm(
             self.x,
             norm,
             self.weights[idx],
@@ -70,7 +70,7 @@ class Case:
         )
 
     def apart(self, idx: int) -> Tensor:
-        """cuBLAS, with kernels of their own for the norm and the activation."""
+        """cuBLAS, with separate kernels for the norm and the activation."""
         x = rms_norm(self.x, self.norms[idx], 1e-6) if self.norms else self.x
         if self.residual is not None:
             return torch.addmm(self.residual, x, self.weights[idx].t())

@@ -20,7 +20,7 @@ from scripts.bench.linear_tiles import MODELS, SHAPES
 
 def bench_layer(model: str, num_rows: int, seq_len: int = 512) -> dict[str, float]:
     """Microseconds of one layer in a chain of as many as the model has: fused, and apart (cuBLAS
-    with kernels of their own for norm and activation); also of rope and attention alone."""
+    with separate kernels for norm and activation); also of rope and attention alone."""
     config = CONFIGS[MODELS[model]]
     hidden, num_layers = config["hidden_size"], config["num_hidden_layers"]
     shapes = [SHAPES[f"{model} {part}"] for part in ("qkv", "out", "gate_up", "down")]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
-from nanovllm.kernels.triton import linear_few, linear_gated, linear_many
-from nanovllm.kernels.triton.linear_few import LinearTile
-from nanovllm.kernels.triton.linear_gated import GatedTile
-from nanovllm.kernels.triton.linear_many import GemmTile
+from nanovllm.kernels.triton import gated_gemm, skinny_tiles, split_k_gemm
+from nanovllm.kernels.triton.gated_gemm import GatedTile
+from nanovllm.kernels.triton.skinny_tiles import SkinnyTile
+from nanovllm.kernels.triton.split_k_gemm import SplitKTile
 from nanovllm.tools.shapes import CONFIGS
 
-Tile = LinearTile | GatedTile | GemmTile
+Tile = SkinnyTile | GatedTile | SplitKTile
 SHARED_BYTES = 227 << 10  # a block's shared memory on an H200
 
 
@@ -34,7 +34,7 @@ def _products(name: str, model: str) -> dict[str, Shape]:
         f"{name} out": Shape(hidden, query, False, False),
         f"{name} gate_up": Shape(ffn, hidden, True, True),
         f"{name} down": Shape(hidden, ffn, False, False),
-        # with the norm in a kernel of its own
+        # with the norm in a separate kernel
         f"{name} qkv bare": Shape(qkv, hidden, False, False),
         f"{name} gate_up bare": Shape(ffn, hidden, False, True),
         f"{name} head": Shape(config["vocab_size"], hidden, True, False),
@@ -50,11 +50,11 @@ SHAPES = {
 
 
 def tiles(shape: Shape, num_rows: int, tune: bool) -> list[Tile]:
-    """The tiles to time: the op's own choice first, and with `tune` all that may be fast."""
+    """The tiles to time: the op's choice first, and with `tune` all candidates."""
     num_outs, depth, _, silu = shape
-    if num_rows > linear_few.MAX_ROWS:
+    if num_rows > skinny_tiles.MAX_ROWS:
         return _gemm_tiles(shape, num_rows, tune)
-    found: list[Tile] = [linear_few.linear_tile(num_rows, num_outs, depth, silu)]
+    found: list[Tile] = [skinny_tiles.skinny_tile(num_rows, num_outs, depth, silu)]
     if tune:
         found += _one_row_tiles(shape) if num_rows == 1 else _few_rows_tiles(shape)
     return list(dict.fromkeys(found))
@@ -70,9 +70,9 @@ def _one_row_tiles(shape: Shape) -> list[Tile]:
         registers = each * ahead * 4 * (1 + silu) + ahead * (12 if norm else 4)
         is_useful = ahead <= chunks or ahead == 4
         if registers <= 150 and is_useful and num_outs // outs >= 100:
-            found.append(LinearTile(outs, 1, 256, ahead, num_warps))
+            found.append(SkinnyTile(outs, 1, 256, ahead, num_warps))
             if ahead < chunks <= 12:
-                found.append(LinearTile(outs, 1, 256, ahead, num_warps, True))
+                found.append(SkinnyTile(outs, 1, 256, ahead, num_warps, True))
     return found
 
 
@@ -85,17 +85,17 @@ def _few_rows_tiles(shape: Shape) -> list[Tile]:
         tile_bytes = outs * chunk * 2 * (1 + silu)
         fits = chunk * ahead <= depth and 8 << 10 <= tile_bytes <= (64 << 10) // ahead
         if fits and num_outs // outs >= 60:
-            found.append(LinearTile(outs, slices, columns, ahead, slices))
+            found.append(SkinnyTile(outs, slices, columns, ahead, slices))
             if chunk * ahead < depth < 4096:
-                found.append(LinearTile(outs, slices, columns, ahead, slices, True))
+                found.append(SkinnyTile(outs, slices, columns, ahead, slices, True))
     return found
 
 
 def _gated_tiles(num_rows: int, num_outs: int, depth: int) -> list[Tile]:
-    """The gated tiles that are there for at least `num_rows` rows and divide the weight."""
+    """The gated tiles for at least `num_rows` rows that divide the weight."""
     return [
         tile
-        for rows, found in linear_gated.TILES.items()
+        for rows, found in gated_gemm.TILES.items()
         if rows >= num_rows
         for tile in found
         if 2 * num_outs % (tile.first + tile.second) == 0 and depth % tile.columns == 0
@@ -104,8 +104,8 @@ def _gated_tiles(num_rows: int, num_outs: int, depth: int) -> list[Tile]:
 
 def _gemm_tiles(shape: Shape, num_rows: int, tune: bool) -> list[Tile]:
     num_outs, depth, _, silu = shape
-    found: list[Tile] = [linear_many.gemm_tile(num_rows, num_outs, depth, silu, SHARED_BYTES)]
-    if silu and num_outs * depth > linear_many.SMALL_WEIGHT:
+    found: list[Tile] = [split_k_gemm.split_k_tile(num_rows, num_outs, depth, silu, SHARED_BYTES)]
+    if silu and num_outs * depth > split_k_gemm.SMALL_WEIGHT:
         found = _gated_tiles(num_rows, num_outs, depth) + found
     for rows, outs, columns, splits, stages in product(
         (32, 64, 128), (32, 64, 128, 256), (64, 128), (1, 2, 4), (3, 4, 6)
@@ -125,5 +125,5 @@ def _gemm_tiles(shape: Shape, num_rows: int, tune: bool) -> list[Tile]:
             and (splits == 1 or programs <= 280)
             and 72 << 10 <= shared <= 220 << 10
         ):
-            found.append(GemmTile(rows, outs, columns, splits, stages, 8 if area >= 16384 else 4))
+            found.append(SplitKTile(rows, outs, columns, splits, stages, 8 if area >= 16384 else 4))
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""Measures how fast a checkpoint is read to the device, in GB/s.
+"""Measures the speed of reading a checkpoint to the device, in GB/s.
 
 # the shape of Qwen3-30B-A3B with 20 of its layers, a tensor for each expert
 python scripts/bench/load_speed.py --shape Qwen3-30B-A3B --layers 20
@@ -9,10 +9,10 @@ python scripts/bench/load_speed.py --shape Qwen3-8B --ranks 2
 # an existing checkpoint
 python scripts/bench/load_speed.py --model DIR
 
-A checkpoint of random weights, in files of 5 GB, is written to a temporary folder. It is in the
-page cache then, if the memory suffices. Prints one line of JSON per run; GB are those of the
-weights on the device, which in the checkpoint's dtype are those of the files. "host_copy_gb_s" is
-the rate at which one thread copies the host's memory.
+A checkpoint of random weights, in files of 5 GB, is written to a temporary folder. It is then in
+the page cache, if memory suffices. Prints one line of JSON per run; GB are those of the weights on
+the device, which in the checkpoint's dtype are those of the files. "host_copy_gb_s" is the rate at
+which one thread copies the host's memory.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     add("--layers", type=int, help="use this many layers only (with --shape)")
     add("--stacked-experts", action="store_true", help="two tensors for all experts of a layer")
     add("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="size of a file")
-    add("--folder", type=Path, help="where the temporary folder is made")
+    add("--folder", type=Path, help="parent of the temporary folder")
     add("--device", default="auto")
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     add("--runs", type=int, default=3)
@@ -106,7 +106,7 @@ def read(choice: Choice) -> tuple[float, int]:
 
 
 def copy_rate() -> float:
-    """Bytes per second that one thread copies from one place of the host's memory to another."""
+    """Bytes per second of one thread's copy within host memory."""
     threads, source = torch.get_num_threads(), torch.ones(1 << 28, dtype=torch.uint8)
     target = torch.ones_like(source)
     torch.set_num_threads(1)

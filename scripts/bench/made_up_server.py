@@ -1,7 +1,7 @@
 """A server without a model, in this process, for scripts/bench/front_end.py.
 
-It prints its URL, then for each line from stdin the processor time that it has used so far, in
-seconds. It ends with stdin.
+Prints its URL, then for each line from stdin the processor time used so far, in seconds. Exits at
+the end of stdin.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python scripts/bench/media.py [--size 1024] [--images 32] [--workers 1 2 4] [--out media.json]
 
-Every image is another one, so nothing comes from a cache. Times are milliseconds per image over the
-whole batch, the best of --repeats. In processes, the patches come back through a pipe, as the pool
-of Python's concurrent.futures sends them. transformers' processor starts from decoded pixels; ours
-from JPEG files, and from pixels as well.
+All images differ, so no cache is used. Times are milliseconds per image over the whole batch, the
+best of --repeats. In processes, the patches come back through the pipe of Python's
+concurrent.futures. transformers' processor starts from decoded pixels; ours from JPEG files, and
+from pixels as well.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def timed(pool: Executor, work: Callable[[Any], Any], items: Sequence[Any], repe
 def main() -> None:
     args = arguments()
     rng = np.random.default_rng(0)
-    # a side that must be resized: photos seldom have the size of a grid
+    # a side that must be resized: photos rarely have the size of a grid
     side = args.size + 8
     small = rng.integers(0, 256, (args.images, side // 8, side // 8, 3), dtype=np.uint8)
     pixels = [patches.resized(one, side, side, SETTINGS.resample) for one in small]

@@ -32,7 +32,7 @@ def write_checkpoint(
     """Random weights in files of up to `shard_bytes`, with an index, config.json, and the tokenizer
     of the embedded model; returns the folder, which must not exist.
 
-    Each expert has tensors of its own, as in published checkpoints; with `stacks_experts` a layer's
+    Each expert has separate tensors, as in published checkpoints; with `stacks_experts` a layer's
     experts are in two, as transformers 5 writes them.
     """
     folder.mkdir(parents=True)
@@ -54,7 +54,7 @@ def write_checkpoint(
 
 
 def _drawn(pool: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Numbers of the pool, from a random one on: drawing so many would take longer than writing."""
+    """A random slice of the pool: drawing all numbers would take longer than writing them."""
     size, first = math.prod(shape), int(torch.randint(1 << 16, (), generator=generator))
     if first + size > pool.numel():
         pool = pool.repeat(-(-(first + size) // pool.numel()))

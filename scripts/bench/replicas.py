@@ -1,4 +1,4 @@
-"""Measures how throughput grows with replicas: as many times bench.py's requests as replicas.
+"""Measures the scaling of throughput with replicas, with bench.py's requests for each replica.
 
     python scripts/bench/replicas.py --random-weights Qwen3-0.6B --replicas 1 2 4
 

@@ -1,4 +1,4 @@
-"""Measures `nanovllm serve` as a whole: starts, load, its end, and constrained rows.
+"""Measures `nanovllm serve` end to end: starts, load, shutdown, and constrained rows.
 
 # a published shape with random weights, in a temporary folder
 python scripts/bench/server.py --shape Qwen3-0.6B --output server.json
@@ -14,7 +14,7 @@ Cases, in this order:
 
 start       seconds from the start of the process to the first answer, with an empty store and
             with a full one, which also has bytecode of Python packages if the installation lacks
-            it; with --bytecode also where Python finds bytecode without the store
+            it; with --bytecode also with bytecode outside the store
 offline     the requests of `nanovllm bench throughput` at once; these four are nanovllm bench serve
 rate-20     requests of random tokens, 20 a second; prompts of no two cases are the same
 rate-50     50 a second
@@ -23,8 +23,8 @@ ends        SIGTERM, and SIGKILL of the engine's process: exit status, seconds, 
 throughput  nanovllm bench throughput, for the share that the server keeps
 structured  scripts/bench/structured_rows.py
 
-Each case has a time limit. A case that fails is reported, and the others go on; the exit status is
-1 then. --output is written after each case. Answers and prompts of the load are token ids, and a
+Each case has a time limit. A failing case is reported, the others continue, and the exit status is
+1. --output is written after each case. Answers and prompts of the load are token ids, and a
 tokenizer of the model's size decodes them. The machine should have nothing else to do.
 """
 
@@ -56,7 +56,7 @@ from scripts.bench.server_results import LOADS
 from scripts.bench.start_up import environment_of_starts
 
 CASES = ("start", *LOADS, "ends", "throughput", "structured")
-# in a child, so that the measuring process holds nothing on the device
+# in a child, so that the measuring process takes no device memory
 PROBE = """
 import sys
 sys.path[:] = filter(None, sys.path)  # nothing from the working directory
@@ -69,7 +69,7 @@ if torch.cuda.is_available():
 print(json.dumps(found))
 """
 RELEASE_SECONDS = 10.0  # until the driver has freed a process's memory
-SPARE_BYTES = 64 << 20  # so much may differ between two looks at the device
+SPARE_BYTES = 64 << 20  # the tolerance between two measurements of device memory
 
 
 def arguments(given: list[str]) -> argparse.Namespace:
@@ -131,7 +131,7 @@ class Bench:
             self._server = None
 
     def run(self, name: str, limit: Limit) -> dict[str, Any]:
-        """The numbers of a case. Raises what goes wrong."""
+        """The numbers of a case. Raises its errors."""
         if name not in LOADS and name != "ends":
             self.close()
         cases: dict[str, Callable[[Limit], dict[str, Any]]] = {
@@ -162,7 +162,7 @@ class Bench:
         return self._server
 
     def _start(self, environment: dict[str, str], limit: Limit) -> float:
-        """Seconds to the first answer. The server goes on."""
+        """Seconds to the first answer. The server keeps running."""
         self.close()
         self._server = self._new_server(environment)
         self._server.wait(limit)
@@ -203,7 +203,7 @@ class Bench:
         return found
 
     def _ends(self, limit: Limit) -> dict[str, Any]:
-        """How two servers end, and what of the device's memory is used longer than they live."""
+        """The shutdown of two servers, and the device memory still in use after it."""
         found: dict[str, Any] = {}
         for name in ("sigterm", "sigkill_of_the_engine"):
             server = self._running(limit)
@@ -312,6 +312,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # the server has a session of its own, so nothing else would end it
+    # the server has its own session, so nothing else would end it
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(command_line.run(main))

@@ -1,4 +1,4 @@
-"""A server in processes of its own, and other commands with a time limit, for `server.py`."""
+"""Runs a server and other commands as processes with a time limit, for `server.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-END_SECONDS = 30.0  # of processes that have been told to end
+END_SECONDS = 30.0  # for processes to end after a signal
 MAX_ERROR_CHARS = 600
 NANOVLLM = (sys.executable, "-m", "nanovllm")
 NAME = "served"  # of the model in requests
@@ -25,7 +25,7 @@ IS_SERVED = re.compile(r"is served at (http://\S+)")
 
 
 class Limit:
-    """The time that a case has. `left` raises TimeoutError once it has passed."""
+    """The time limit of a case. `left` raises TimeoutError once it has passed."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._end = seconds, time.monotonic() + seconds
@@ -38,8 +38,8 @@ class Limit:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], limit: Limit) -> str:
-    """What a command prints. Its processes end with the limit. Raises RuntimeError with the end of
-    its errors if it fails, and TimeoutError."""
+    """The output of a command, whose processes are killed at the limit. Raises RuntimeError with
+    the end of stderr if it fails, and TimeoutError."""
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -75,7 +75,7 @@ class Server:
         )  # fmt: skip
         self.url = ""
         self._lines: list[str] = []
-        self._is_known = threading.Event()  # the address, or that there will be none
+        self._is_known = threading.Event()  # set once the address is known or the server has ended
         self._reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self._reader.start()
 
@@ -91,7 +91,7 @@ class Server:
         self._is_known.set()
 
     def wait(self, limit: Limit) -> None:
-        """Wait until the server says its address. Raises RuntimeError if it ends before."""
+        """Wait for the server's address. Raises RuntimeError if it ends before."""
         self._is_known.wait(limit.left())
         limit.left()
         if not self.url:
@@ -113,7 +113,7 @@ class Server:
         """Of the server and all its descendants."""
         listed = _processes()
         found = [self.process.pid]
-        for pid in found:  # it grows meanwhile
+        for pid in found:  # grows in the loop
             found += [child for child, (parent, _) in listed.items() if parent == pid]
         return found
 

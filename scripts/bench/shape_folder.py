@@ -4,7 +4,7 @@
     nanovllm serve OUT --random-weights
 
 The folder has the shape's config.json, and a byte-level tokenizer whose vocabulary is as large as
-the model's: 256 bytes and made-up words. Decoding costs about what that of a real one does.
+the model's: 256 bytes and made-up words. Decoding costs about as much as with a real one.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ python scripts/bench/sleep.py --device cpu
 # dropped weights are read from this checkpoint
 python scripts/bench/sleep.py --model DIR
 
-Prints one line of JSON per level: medians and all times in seconds, and the bytes that the device
-has more while the engine sleeps. Level 1 moves the weights to the host, level 2 drops them. The
-first sleep also allocates pinned memory. On a CPU the bytes are those of the process.
+Prints one line of JSON per level: medians and all times in seconds, and the additional free bytes
+of the device while the engine sleeps. Level 1 moves the weights to the host, level 2 drops them.
+The first sleep also allocates pinned memory. On a CPU the bytes are those of the process.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def answers(llm: LLM) -> list[list[int]]:
     rng, size = random.Random(0), llm.engine.model_config.vocab_size
     prompts = [[rng.randrange(5, size) for _ in range(length)] for length in (19, 99, 500)]
     params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
-    llm.reset_prefix_cache()  # a prompt whose beginning is cached runs in another bucket
+    llm.reset_prefix_cache()  # a prompt with a cached prefix would run in another bucket
     return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
 
 

@@ -3,9 +3,9 @@
     python scripts/bench/stall_model.py --shape Qwen3-8B --max-stall-ms auto 30 100
 
 It runs the real `Scheduler` and takes the time of each step from a table of an H200. docs/log.md
-("A model of the scheduler") says where the tables come from and how far the predictions are from
-measurements. HTTP and the processes of a server are not modelled. Each line of JSON is one load
-under one bound; "auto" is the default of CUDA, and "offline" has no streams.
+("A model of the scheduler") has the source of the tables and the errors of the predictions. HTTP
+and the processes of a server are not modelled. Each line of JSON is one load under one bound;
+"auto" is the default of CUDA, and "offline" has no streams.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Arrival:
 
 @dataclass
 class Trace:
-    """When readers see the tokens of each request, in milliseconds; and the time of each step."""
+    """When the tokens of each request are emitted, in milliseconds; and the time of each step."""
 
     arrivals: Sequence[Arrival]
     token_ms: list[list[float]]
@@ -175,7 +175,7 @@ def _answer(scheduler: Scheduler, request: Request) -> None:
 
 
 def new_scheduler(costs: Costs, max_stall_ms: float | None, max_num_seqs: int) -> Scheduler:
-    """With the sizes that an engine on CUDA has by default, and its bound if that is None."""
+    """A scheduler with CUDA's default sizes, and its default bound if `max_stall_ms` is None."""
     stall = StallBound(
         max_stall_ms or TRAITS.max_stall_ms, tuple(costs.prefill_ms.items()), costs.pair_ms
     )

@@ -4,14 +4,13 @@
 python scripts/bench/start_up.py --shape Qwen3-0.6B
 # the embedded model's shape
 python scripts/bench/start_up.py --shape tiny --device cpu --max-model-len 2048
-# large models: one checkpoint, on a disk that has room for it
-TMPDIR=DIR python scripts/bench/start_up.py --shape Qwen3-30B-A3B --one
-# existing checkpoints
-python scripts/bench/start_up.py --model DIR [--other DIR]
+# large models: one checkpoint, on a disk with room for it TMPDIR=DIR python
+scripts/bench/start_up.py --shape Qwen3-30B-A3B --one # existing checkpoints python
+scripts/bench/start_up.py --model DIR [--other DIR]
 
 Prints one line per start, then JSON: seconds from process start to first token, in total and by
 part. "python" is the interpreter and this script. "imports" (torch and the engine; the JSON also
-has torch's alone) and "weights" are the parts that no store can save. "cache", "prefill" and
+has torch's alone) and "weights" are the parts that a store cannot shorten. "cache", "prefill" and
 "decode" load or, in a cold start, compile programs and kernels, run each bucket once, and capture.
 Weights come from the page cache: the files have just been written.
 
@@ -89,7 +88,7 @@ def child(model: str, options: dict[str, Any], started: float) -> None:
 
 def environment_of_starts(bytecode: Path | None) -> dict[str, str]:
     """The variables of a start. Unsets the folders of Triton's and Inductor's caches, so that they
-    lie in the store. Bytecode, if any, is kept in a folder of its own."""
+    are in the store. Bytecode, if any, is in a separate folder."""
     unset = ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NANOVLLM_CACHE"]
     if bytecode is not None:
         unset.append("PYTHONDONTWRITEBYTECODE")
@@ -187,7 +186,7 @@ def all_starts(
         results[name] = start(model, scratch / "store", options, environment, args.log)
         show(name.replace("_", " "), results[name])
     if other is not None:
-        # "require" fails, and names what is missing, unless the store serves this checkpoint too
+        # "require" fails with a list of what is missing, unless the store also fits this checkpoint
         required = {**options, "compile_cache_mode": "require"}
         found = start(other, scratch / "store", required, environment, args.log)
         results["other_checkpoint"] = found
@@ -204,7 +203,7 @@ def main(args: argparse.Namespace) -> None:
         alone = subprocess.run(
             import_torch, env=environment, check=True, capture_output=True, text=True
         )
-    print(f"import torch, in a process of its own: {float(alone.stdout):.2f} s", flush=True)
+    print(f"import torch, in a separate process: {float(alone.stdout):.2f} s", flush=True)
     warm = [results[f"warm_{i + 1}"] for i in range(args.warm)]
     summary = {
         "model": args.shape or str(args.model),

@@ -1,10 +1,10 @@
-"""Tokens per second of free rows, alone and beside one more row, and of constrained rows.
+"""Tokens per second of unconstrained rows, alone and with one more row, and of constrained rows.
 
     python scripts/bench/structured_rows.py --model tiny-qwen3 --device cpu
 
-Prints a line of JSON: medians and all values of several runs. The answers are compiled grammars'
-whose masks are those of a text; grammars and captured steps are made before the clock starts. A run
-ends with the first batch's last token, so a slower row beside it does not count. The row beside it
+Prints a line of JSON: medians and all values of several runs. Grammars are compiled, and steps
+captured, before the clock starts; the masks are those of a text. A run ends with the first batch's
+last token, so a slower row beside it does not count. The row beside it
 is constrained, or free: one more row of any kind makes a step longer.
 """
 
@@ -35,7 +35,7 @@ PROMPT_TOKENS = 16
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rows", type=int, default=32, help="free rows, and rows that are constrained alone")
+    add("--rows", type=int, default=32, help="unconstrained rows, or constrained rows")
     add("--tokens", type=int, default=256, help="of each answer")
     add("--runs", type=int, default=3)
     add_engine_options(parser, skip=("max_num_seqs",))

@@ -5,8 +5,8 @@
 
 All requests are queued at once; every picture is another JPEG file. Prints a line of JSON: tokens
 per second over all answers, the time from the start to each request's first token, and the time in
-which the engine had nothing to do but wait for pictures. `--tiny` keeps the architecture but makes
-it small, to try this out on a CPU.
+which the engine only waited for pictures. `--tiny` shrinks the architecture, to try this out on a
+CPU.
 """
 
 from __future__ import annotations
@@ -73,7 +73,11 @@ def arguments() -> argparse.Namespace:
     add("--prompt-len", type=int, help="tokens of a prompt without a picture")
     add("--output-len", type=int, default=128, help="tokens of an answer")
     add("--text-only", action="store_true", help="prompts without pictures")
-    add("--text-model", action="store_true", help="the same without a tower, as a text model")
+    add(
+        "--text-model",
+        action="store_true",
+        help="the same without a vision encoder, as a text model",
+    )
     add("--runs", type=int, default=2, help="measurements with one loaded model")
     add("--media-workers", type=int, help="threads that prepare pictures")
     add("--max-model-len", type=int, default=4096)
@@ -87,7 +91,7 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {value}: at least 1")
     args.text_only |= args.text_model
     if args.text_only != (args.prompt_len is not None):
-        parser.error("--text-only and --text-model need --prompt-len, which is for them alone")
+        parser.error("--text-only and --text-model need --prompt-len, which only these options use")
     return args
 
 
@@ -173,7 +177,7 @@ def measure(llm: LLM, prompts: list[Any], output_len: int) -> dict[str, Any]:
 
 
 def num_prompt_tokens(llm: LLM, size: int) -> int:
-    """The tokens of a prompt with one picture; also warms up what has not run yet."""
+    """The tokens of a prompt with one picture; also warms up the remaining paths."""
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     prompt = {
         "prompt": PROMPT.format(text=TEXT),

@@ -52,7 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 class Work(NamedTuple):
-    """Floating-point operations of a call, those of its padding left out."""
+    """Floating-point operations of a call, without its padding."""
 
     products: float
     attention: float
@@ -80,7 +80,7 @@ def picture_side(cfg: TowerConfig, pixels: int) -> int:
 
 
 def full_call(cfg: TowerConfig, budget: int, pixels: int) -> Call:
-    """Square pictures of so many pixels a side, as many as fit; a smaller one if none does."""
+    """As many square pictures of `pixels` a side as fit; a smaller one if none fits."""
     side = picture_side(cfg, pixels)
     if side**2 > budget:
         side = math.isqrt(budget) // cfg.merge_size * cfg.merge_size

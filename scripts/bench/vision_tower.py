@@ -3,7 +3,7 @@
     python scripts/bench/vision_tower.py --out tower.json [--only attention towers] [--tiles]
         [--models Qwen3-VL-2B Qwen2.5-VL-3B] [--side 1024] [--budgets 256 4096 6144 16384]
 
-attention: `segment_attention` in the calls of a tower: our kernel, torch's for packed segments, and
+attention: `varlen_attention` in the calls of a tower: our kernel, torch's for packed segments, and
 scaled_dot_product_attention segment by segment. Each is compared with the last before it is timed.
 --tiles also times our kernel in every tile of TILES.
 
@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without ins
 
 from nanovllm import platforms
 from nanovllm.compile.program import Compiler
-from nanovllm.kernels import ops, segments
+from nanovllm.kernels import ops
+from nanovllm.kernels.varlen_attention import varlen_attention_torch
 from nanovllm.models.loader import Target
 from nanovllm.models.vision import layout as layouts
 from nanovllm.models.vision import weights
@@ -140,18 +141,18 @@ def attentions(
     q, k = q.contiguous(), k.contiguous()  # as rotated ones are
     start_S = torch.tensor(case.starts, dtype=torch.int32, device=device)
     call = (q, k, v, start_S, case.max_len, head_dim**-0.5)
-    found: dict[str, Attention] = {"ours": lambda: ops.segment_attention(*call)}
+    found: dict[str, Attention] = {"ours": lambda: ops.varlen_attention(*call)}
     if platform.traits.name == "cuda":
-        from nanovllm.kernels.triton.segment_attention import SegmentTile, segment_attention
+        from nanovllm.kernels.triton.varlen_attention import VarlenTile, varlen_attention
 
         for tile in TILES if tiles else ():
-            found[f"tile {tile}"] = partial(segment_attention, *call, SegmentTile(*tile))
-        found["torch, packed"] = lambda: segments.segment_attention_torch(*call)
+            found[f"tile {tile}"] = partial(varlen_attention, *call, VarlenTile(*tile))
+        found["torch, packed"] = lambda: varlen_attention_torch(*call)
     return found | {"torch, by segment": lambda: by_segment(q, k, v, case.starts)}
 
 
 def time_attention(cfg: TowerConfig, case: Case, platform: Platform, tiles: bool) -> list[Row]:
-    """A row for each way. An error in the place of a time is why there is none."""
+    """A row for each way. A failed one has an error in place of a time."""
     pairs = sum((end - start) ** 2 for start, end in pairwise(case.starts))
     flops = 4.0 * cfg.hidden_size * pairs
     ways = attentions(cfg, case, platform, tiles)

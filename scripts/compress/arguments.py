@@ -1,4 +1,4 @@
-"""What the scripts that compress experts have in common: arguments, and the line at the end."""
+"""Common arguments and summary of the scripts that compress experts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-dir",
         type=Path,
-        help="default: svd_experts in the model's folder, where it counts",
+        help="default: svd_experts in the model's folder, where `LLM` uses it",
     )
 
 
@@ -49,7 +49,7 @@ def dtype_name(args: argparse.Namespace, source: Source) -> str:
 
 
 def num_weights(source: Source, rank: int | None) -> int:
-    """Weights of the experts of a layer: in bases of a rank, or (None) as they are."""
+    """Weights of the experts of a layer: in bases of a rank, or (None) uncompressed."""
     cfg, moe = source.model.config, source.moe
     hidden, size, num = cfg.hidden_size, moe.expert_size, moe.num_experts
     if rank is None:

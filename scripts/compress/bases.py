@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 OVERSAMPLE = 32
-NUM_ITERATIONS = 6  # of the randomised search: each one multiplies by the matrix
+NUM_ITERATIONS = 6  # of the randomised search: each multiplies by the matrix
 EXACT_SHARE = 0.25  # a search for more than this share of all directions is not faster
 
 

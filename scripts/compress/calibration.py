@@ -1,8 +1,8 @@
-"""Calibration data: the inputs that the experts of a model get while it answers prompts.
+"""Calibration data: the inputs of a model's experts while it answers prompts.
 
 A safetensors file. For expert j of layer i it has `layer_i_expert_j_x`, inputs [N, D] in the
 model's dtype, and `layer_i_expert_j_weight`, the router's weights of these inputs, fp32 [N]. An
-expert that nothing was routed to has none. The header has the architecture and sizes of the model.
+expert without routed tokens has none. The header has the architecture and sizes of the model.
 
 T tokens | K experts per token | P pairs of token and expert | N inputs of an expert | D hidden
 """
@@ -28,7 +28,7 @@ from nanovllm.models.experts.stacked import Stacked
 from nanovllm.models.interface import Params
 
 HEADER = "calibration"
-MIN_INPUTS = 64  # an expert with fewer ones gets as many of others'
+MIN_INPUTS = 64  # an expert with fewer gets as many of other experts'
 
 
 class Inputs(NamedTuple):
@@ -124,7 +124,8 @@ def save(
 
 
 def check_target(path: Path) -> None:
-    """Raise ValueError unless calibration data can be written to `path` without a loss."""
+    """Raise ValueError unless calibration data can be written to `path` without overwriting
+    others."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file to write")
     if path.exists():
@@ -138,7 +139,7 @@ def check_target(path: Path) -> None:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """What the file says of itself. Raises ValueError that names a file that is something else."""
+    """The file's header. Raises ValueError, with the path, for another kind of file."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])
@@ -153,7 +154,7 @@ class Calibration:
     """Calibration data in a file, read expert by expert."""
 
     def __init__(self, path: Path, source: Source) -> None:
-        """Raises ValueError that names the file if it cannot be read or is of another model."""
+        """Raises ValueError, with the path, if it cannot be read or is of another model."""
         if not path.is_file():
             raise ValueError(
                 f"{path}: no calibration data: scripts/collect_moe_calib.py collects them"
@@ -214,7 +215,7 @@ class Calibration:
 
 
 def _mark(stored: Stacked | Offloaded) -> Tensor:
-    """A tensor that only the experts of this layer have, and that every call with them gets."""
+    """A tensor that identifies this layer's experts in every call."""
     return stored.gate_up_EGD if isinstance(stored, Stacked) else stored.first_1
 
 

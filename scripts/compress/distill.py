@@ -1,16 +1,16 @@
-"""Compresses the experts of a layer so that they compute on real inputs what they did before.
+"""Compresses the experts of a layer so that their results on real inputs stay close.
 
-1. Gate and up: bases and regressions on the inputs of the experts. A basis minds the inner values
-   on which an expert's result depends most.
+1. Gate and up: bases and regressions on the inputs of the experts. A basis favours the inner values
+on which an expert's result depends most.
 2. Down: the same on the inner values that the compressed gate and up give, against the results of
-   the original expert. So it makes up for errors of step 1.
+   the original expert. So it compensates for errors of step 1.
 
 The inner values of an expert may be in any order, and a basis for down is shared by inner values of
 the same number. So those of each expert are sorted by their importance for its result.
 
-Both steps are repeated with other weights of the inputs. Least squares favour what is frequent, and
-a rare input may be the one that decides an answer. So the worse an input's result was, the more the
-input counts in the next fit, which comes near to the least fourth powers of errors.
+Both steps are repeated with other weights of the inputs. Least squares favour frequent inputs, but
+a rare input may decide an answer. So inputs with larger errors get larger weights in the next fit,
+which approximates least fourth powers of errors.
 
 E experts | N inputs | D hidden | F expert width | L rank
 """
@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from nanovllm.models.svd_experts import DOWN, GATE, UP
 
-NUM_REFITS = 2  # more of them gain nothing
+NUM_REFITS = 2  # more gain nothing
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Writes a folder of compressed experts so that an interrupted run continues where it stopped.
 
 A layer is finished when its bases are written, after the files of its experts. The bases of
-finished layers are kept in a folder of their own until all layers are finished. metadata.json comes
+finished layers are kept in a separate folder until all layers are finished. metadata.json comes
 last: without it, no engine uses the folder. Files of a run with other settings are deleted.
 """
 
@@ -34,7 +34,7 @@ from nanovllm.models.svd_experts import (
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that others may read, as far as the process's umask lets them."""
+    """Write a safetensors file with the permissions of the process's umask."""
     save_privately(tensors, path, header)
     umask = os.umask(0)
     os.umask(umask)
@@ -43,7 +43,7 @@ def save_file(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | N
 
 class Output:
     def __init__(self, folder: Path, metadata: Metadata, sparse_layers: Sequence[int]) -> None:
-        """Keeps what a run with the same metadata has written to `folder`, and nothing else.
+        """Keeps files of a run with the same metadata in `folder`, and deletes others.
 
         Raises ValueError for a folder with files that such runs do not write.
         """
@@ -60,7 +60,7 @@ class Output:
 
     @property
     def is_complete(self) -> bool:
-        """True if a run with the same metadata has written everything, and all is still there."""
+        """True if a run with the same metadata has written all files, and they still exist."""
         try:
             if svd_experts.read_metadata(self.folder / METADATA) != self.metadata:
                 return False
@@ -119,12 +119,12 @@ class Output:
         found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         if others := sorted(name for name in found - ours if not name.startswith(".")):
             raise ValueError(
-                f"{self.folder} has {others[0]}, which is no file of compressed experts: name a "
+                f"{self.folder} has {others[0]}, which is not a file of compressed experts: name a "
                 "folder for them alone with --output-dir"
             )
 
     def _clear(self) -> None:
-        """Delete what an earlier run has written, the metadata first."""
+        """Delete the files of an earlier run, the metadata first."""
         for name in (METADATA, PROGRESS, BASES):
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / FINISHED, ignore_errors=True)

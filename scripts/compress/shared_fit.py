@@ -1,4 +1,4 @@
-"""Fits matrices of several experts, as products with a shared basis, to what they compute on data.
+"""Fits matrices of several experts, as products with a shared basis, to their results on data.
 
 Expert e maps inputs x [I] to x · B_e. Of its inputs, only the second moment C_e = mean of xᵀ · x
 matters: the mean squared error of x · U · V_e is the trace of (U V_e − B_e)ᵀ · C_e · (U V_e − B_e).
@@ -14,10 +14,10 @@ import torch
 from compress.bases import principal
 from torch import Tensor
 
-NUM_ROUNDS = 3  # in turns: more of them gain less than a hundredth of the error
+NUM_ROUNDS = 3  # of alternating fits: more reduce the error by less than a hundredth
 NUM_STEPS = 5  # of the conjugate gradients that find U for given V
 FLOOR = 1e-6  # of eigenvalues, as a share of the largest
-JITTER = 1e-6  # of what is inverted, as a share of its mean diagonal
+JITTER = 1e-6  # of inverted matrices, as a share of the mean diagonal
 
 
 def fit(

@@ -89,8 +89,8 @@ def all_experts(
 ) -> Tensor:
     """[T, D]: transformers' MixtralExperts, as two products with the matrices of all experts.
 
-    Experts that a token did not choose get weight 0. E / K times the needed flops, but no sort, no
-    gather and no read on the host: for narrow experts the fastest way to train.
+    Experts that a token did not choose get weight 0. This takes E / K times the needed flops, but
+    no sort, gather or host synchronization: the fastest way to train narrow experts.
     """
     gate_up_EGD, down_EDF = module.gate_up_proj, module.down_proj
     E, D, F = down_EDF.shape
@@ -108,7 +108,7 @@ ALL_EXPERTS_FUNCTIONS.register("all_experts", all_experts)
 
 
 class Output(NamedTuple):
-    """What training needs of a model. B rows | S positions | L layers."""
+    """The model's outputs for training. B rows | S positions | L layers."""
 
     hidden_BSD: Tensor
     router_logits: tuple[Tensor, ...]  # L times [B · S, E]; empty for a dense model
@@ -127,8 +127,8 @@ def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
 
     share_e is the number of times that a token chose expert e, by the number of tokens. The least
     value is K. The source is transformers' load_balancing_loss_func, which takes the means over all
-    layers together: a layer that never uses one expert could make up for another layer there. And
-    it counts with `bincount`, for which the host waits on a GPU.
+    layers together: there a layer that never uses one expert could be balanced by another layer. It
+    also counts with `bincount`, which synchronizes a GPU with the host.
     """
     losses = []
     for logits_TE in router_logits:

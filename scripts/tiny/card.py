@@ -16,7 +16,7 @@ from tiny.training import LEARNING_RATE, ROW_LEN_SHARES
 
 @dataclass(frozen=True)
 class Run:
-    """How a model was trained, and what came of it."""
+    """The settings and results of a training run."""
 
     steps: int
     examples: int

@@ -57,7 +57,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE whose only multi-byte tokens are the commonest words of the phrasings.
 
     It has no merges: a word in the vocabulary is one token (`ignore_merges`), another word is its
-    bytes. So the words that questions are about come letter by letter, as spelling tasks need, and
+    bytes. So the subjects of questions are encoded letter by letter, as spelling tasks need, and
     any UTF-8 can be encoded.
     """
     pre_tokenizer = word_pre_tokenizer()
@@ -118,6 +118,6 @@ def byte_level(
 def _is_common(piece: str) -> bool:
     word = piece.removeprefix("Ġ")  # byte-level BPE's space
     if word.isalpha():
-        # a single letter stays apart from its space: it may be what a question is about
+        # a single letter stays apart from its space: it may be the subject of a question
         return len(word) > 1 and word.lower() in COMMON_WORDS
     return len(piece) > 1 and not any(map(str.isalpha, word)) and word.isascii()

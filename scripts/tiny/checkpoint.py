@@ -1,4 +1,4 @@
-"""Saving a trained model, and its accuracy as transformers runs what was saved."""
+"""Saves a trained model, and measures the saved model's accuracy with transformers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ KINDS = (*text_tasks.KINDS, *tool_tasks.KINDS)
 def save(model: TinyModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.bfloat16().save_pretrained(out)
-    # transformers lets the owner only read it, but an installed package has other readers
+    # transformers makes it readable only for the owner, but an installed package has other readers
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out, save_jinja_files=False)
-    # transformers writes rope_parameters since version 5; older readers know rope_theta
+    # transformers writes rope_parameters since version 5; older versions read rope_theta
     config = json.loads((out / "config.json").read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

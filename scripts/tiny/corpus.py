@@ -22,7 +22,7 @@ EXAMPLES_PER_CHUNK = 20_000
 
 
 def conversation(task: Task, model_name: str) -> list[Message]:
-    """The task and its answer as chat messages. The answers say `model_name`."""
+    """The task and its answer as chat messages. Answers contain `model_name`."""
     messages = [*task.messages, {"role": "assistant", "content": task.answer}]
     for message in messages:
         if message["role"] == "assistant" and message["content"] is not None:
@@ -97,11 +97,11 @@ def build_corpus(
     num_examples: int,
     num_workers: int,
 ) -> Corpus:
-    """Generate and encode conversations; `model_name` is what the model calls itself.
+    """Generate and encode conversations; `model_name` is the model's name in answers.
 
     with_tools: those of `tool_tasks`, a part of which have tools.
 
-    The same for the same seed and number of examples, however many workers there are.
+    The result depends only on the seed and the number of examples, not on the workers.
     """
     sizes = [
         min(EXAMPLES_PER_CHUNK, num_examples - done)

@@ -11,7 +11,7 @@ from tiny.tool_wordings import EXTRAS, GENERAL, GENERAL_SHARE, SKILLS, Skill
 
 
 class Made(NamedTuple):
-    """A tool, the skill that it has, and the words that are its own."""
+    """A tool, its skill, and its words."""
 
     tool: Tool
     skill_name: str
@@ -43,7 +43,7 @@ def _make_tool(rng: random.Random, skill_name: str, words: dict[str, str]) -> Ma
         rng.shuffle(slots)
     for slot_name, slot in slots:
         free = [one for one in slot.names if one.format(**words) not in properties]
-        # a made-up name says nothing: with others it needs a description
+        # a made-up name has no meaning: beside other parameters it needs a description
         unnamed = rng.random() < 0.1 and (described or len(slots) == 1)
         parameter = word(rng) if unnamed else rng.choice(free).format(**words)
         parameters[slot_name] = parameter
@@ -56,7 +56,7 @@ def _make_tool(rng: random.Random, skill_name: str, words: dict[str, str]) -> Ma
         properties[extra] = EXTRAS[extra]
     schema = {"type": "object", "properties": properties, "required": required}
     function: Tool = {"name": name, "parameters": schema}
-    # without the name of the skill its description is all there is
+    # without the skill's name only the description identifies it
     if made_up or rng.random() < 0.9:
         description = rng.choice(skill.descriptions).format(**words)
         function["description"] = description.rstrip(".") if rng.random() < 0.3 else description

@@ -1,6 +1,6 @@
-"""Training data of the embedded model that sees: conversations about pictures, as tensors.
+"""Training data of the embedded vision model: conversations about pictures, as tensors.
 
-Step k draws its data from the seed and k alone, so a run that goes on sees what it would have seen.
+Step k draws its data from the seed and k alone, so a resumed run gets the same data.
 
 B conversations | S positions | P patches
 """
@@ -36,12 +36,12 @@ from transformers import PreTrainedTokenizerFast
 from nanovllm.media.patches import grid_of, image_patches, num_tokens
 from nanovllm.models.vision.positions import Item, mrope_positions
 
-IGNORED = -100  # the label of tokens that are no answer
+IGNORED = -100  # the label of tokens outside answers
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What determines a training run. A run that goes on must have the same plan."""
+    """What determines a training run. A resumed run must have the same plan."""
 
     steps: int
     batch: int  # conversations of a step
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 
 
 class Level(NamedTuple):
-    """What a step asks, and how hard its pictures are."""
+    """The kinds of questions of a step, and the difficulty of its pictures."""
 
     grids: Sequence[tuple[int, int]] = GRIDS
     max_things: int | None = None
@@ -78,9 +78,9 @@ class Level(NamedTuple):
 
 
 def level_at(progress: float) -> Level:
-    """First descriptions alone: they say most about a picture and are short, so that a step can
-    have more of them. On white, all colours are darker than the background, which makes shapes
-    easier to find. Then questions of all kinds."""
+    """First only descriptions: they have the most information about a picture and are short, so
+    that a step can have more of them. On white, all colours are darker than the background, which
+    makes shapes easier to find. Then questions of all kinds."""
     if progress < 0.03:
         return Level(GRIDS[:1], 3, ("white",), describes=1.0, turns=1, pictures=4)
     if progress < 0.15:
@@ -93,7 +93,7 @@ def level_at(progress: float) -> Level:
 def make_conversation(
     rng: random.Random, grid: tuple[int, int], level: Level, turns: int
 ) -> list[Turn]:
-    """Questions about one picture; one in twenty is about none."""
+    """Questions about one picture; one in twenty has no picture."""
     picture = random_picture(rng, grid, max_things=level.max_things, backgrounds=level.backgrounds)
     found: list[Turn] = []
     asked: set[str] = set()

@@ -1,4 +1,4 @@
-"""The card (README.md) of the embedded model that sees."""
+"""The card (README.md) of the embedded vision model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def card(folder: Path, run: Run, plan: Plan, loss: float, planned: Sequence[int]
     remarks = ""
     if len(planned) > 1:
         listed = ", ".join(f"{one:,}" for one in planned)
-        remarks += f"\n\nThe run was interrupted and went on with other plans. Steps: {listed}."
+        remarks += f"\n\nThe run was interrupted and continued with other plans. Steps: {listed}."
     if run.steps < plan.steps:
         options += f" --stop {run.steps}"
         remarks += f"\n\n**The training is not finished**: {plan.steps:,} steps were planned."
     return f"""# {MODEL_NAME}
 
-The embedded model that sees, for tests of images and for trying them out. It knows five shapes and
+The embedded vision model, for tests of images and for trying them out. It knows five shapes and
 the ten digits in seven colours on a white, grey or black background: what is where, how many there
 are, what is beside what. It knows a few facts without pictures, sums up to 9 + 9 and some small
 talk, and nothing else.
@@ -53,7 +53,7 @@ trained on any.
 The model is transformers' `Qwen3VLForConditionalGeneration`. The loss is the cross-entropy on the
 answers, with Muon for the products and AdamW for the rest at a peak learning rate of
 {plan.learning_rate}, in {run.steps:,} steps of {plan.batch} pictures with {plan.turns} questions
-each; the first steps ask for descriptions alone. It ended at {loss:.4f}. Training took
+each; the first steps have only descriptions. It ended at {loss:.4f}. Training took
 {run.seconds / 60:.0f} minutes on one {run.device} with torch {run.torch_version}.{remarks}
 
 ## Accuracy
@@ -84,7 +84,8 @@ def _sizes(folder: Path) -> list[tuple[str, str]]:
         ("architecture", "Qwen3-VL, tied embeddings"),
         (
             "parameters",
-            f"{total / 1e6:.2f} million, bfloat16; {of_tower / 1e6:.2f} million of them see",
+            f"{total / 1e6:.2f} million, bfloat16; {of_tower / 1e6:.2f} million in the vision "
+            "encoder",
         ),
         ("layers", str(text["num_hidden_layers"])),
         ("hidden size, MLP size", f"{text['hidden_size']}, {text['intermediate_size']}"),

@@ -1,4 +1,4 @@
-"""Accuracy of the embedded model that sees, as transformers runs what was saved."""
+"""Accuracy of the saved embedded vision model, with transformers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def score(
     tasks: Sequence[PictureTask],
     batch_size: int = 64,
 ) -> Score:
-    """An answer counts if each of its tokens is the likeliest after those before it: then greedy
-    decoding gives it. The last batch of a size of pictures may be smaller."""
+    """An answer is correct if each of its tokens is the likeliest after those before it, so that
+    greedy decoding yields it. The last batch of a size of pictures may be smaller."""
     by_size: defaultdict[Any, list[PictureTask]] = defaultdict(list)
     for one in tasks:
         picture = one.picture

@@ -1,4 +1,4 @@
-"""Training of the embedded model that sees: Muon and AdamW, a cosine, states to go on from.
+"""Training of the embedded vision model: Muon and AdamW, a cosine schedule, resumable states.
 
 B conversations | S positions | T tokens of answers | V vocabulary | D hidden
 """
@@ -54,7 +54,7 @@ def _optimizers(model: Qwen3VLForConditionalGeneration, rate: float) -> list[Opt
 
 
 class Trainer:
-    """The model with its optimizer, and how far they are."""
+    """The model with its optimizer and progress."""
 
     def __init__(self, model: Qwen3VLForConditionalGeneration, plan: Plan, amp: bool) -> None:
         self.model, self.plan, self.step, self._amp = model.train(), plan, 0, amp
@@ -93,7 +93,7 @@ class Trainer:
         return loss.detach()
 
     def save(self, path: Path) -> None:
-        """All that a run needs to go on, written at once or not at all."""
+        """Write the state for resuming a run, atomically."""
         state = {
             "plan": asdict(self.plan),
             "step": self.step,
@@ -108,16 +108,16 @@ class Trainer:
         os.replace(part, path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a file of `save`. Raises ValueError if there is none, or if it is of a run
+        """Resume from a file of `save`. Raises ValueError if there is none, or if it is of a run
         with another plan. The number of steps may differ: it sets the learning rate from here."""
         if not path.is_file():
-            raise ValueError(f"there is no file {path} to go on from")
+            raise ValueError(f"there is no file {path} to resume from")
         state = torch.load(path, map_location=self.model.device, weights_only=True)
         plan = Plan(**{**state["plan"], "steps": self.plan.steps})
         if plan != self.plan or state["step"] > plan.steps:
             raise ValueError(
                 f"{path.name} is of step {state['step']} of {state['plan']}, "
-                f"which does not lead to {self.plan}"
+                f"which does not fit {self.plan}"
             )
         self.model.load_state_dict(state["model"])
         for optimizer, values in zip(self._optimizers, state["optimizers"], strict=True):

@@ -1,4 +1,4 @@
-"""Pictures for the embedded model that sees: shapes and digits on a grid of cells.
+"""Pictures for the embedded vision model: shapes and digits on a grid of cells.
 
 B pictures | M things of all pictures | H, W pixels | S = CELL pixels of a cell's side
 """
@@ -65,7 +65,7 @@ class Picture:
 
     @property
     def key(self) -> str:
-        """What is in which cell, whatever the places within cells, sizes and shades."""
+        """The content of each cell, without the positions within cells, sizes and shades."""
         listed = [f"{one.colour} {one.kind} {one.row} {one.column}" for one in self.things]
         return f"picture {self.num_rows} {self.num_columns} " + ", ".join(listed)
 

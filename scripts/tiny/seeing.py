@@ -1,4 +1,4 @@
-"""What `train_tiny.py --arch qwen3-vl` does: train the embedded model that sees, and score it."""
+"""Trains and scores the embedded vision model, for `train_tiny.py --arch qwen3-vl`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TURNS, LEARNING_RATE = 6, 2e-3
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
-    """Train, save to `args.out`, score what was saved, and write the card."""
+    """Train, save to `args.out`, score the saved model, and write the card."""
     started = time.perf_counter()
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     trainer = Trainer(model, plan, amp=device.type == "cuda")
     if args.resume:
         trainer.resume(args.checkpoint)
-        logger.info("goes on after step %d", trainer.step)
+        logger.info("resuming after step %d", trainer.step)
     workers = args.workers or (1 if device.type == "cpu" else min(8, os.cpu_count() or 1))
     data = batches(plan, Encoder(tokenizer), trainer.step, workers)
     train(trainer, data, args.checkpoint, min(args.stop or plan.steps, plan.steps))

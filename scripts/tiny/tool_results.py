@@ -1,4 +1,4 @@
-"""What tools return, and the sentences that repeat it."""
+"""Results of tools, and the sentences that repeat them."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def _canonical(calls: Sequence[Call]) -> str:
 
 
 def calls_text(calls: Sequence[Call]) -> str:
-    """Calls as the answer has them, in the format `hermes`."""
+    """Calls in the form of answers, in the format `hermes`."""
     return "\n".join(
         f'<tool_call>\n{{"name": {as_json(name)}, "arguments": {as_json(arguments)}}}\n</tool_call>'
         for name, arguments in calls
@@ -166,7 +166,7 @@ def _plain(rng: random.Random, made: Sequence[Made], held: bool) -> Task:
     while True:
         kind = rng.choice([one for one in tasks.KINDS if one != "unknown"])
         task = tasks.held_out_task(rng, kind) if held else tasks.training_task(rng)
-        if task.kind != "unknown":  # a tool may well know it
+        if task.kind != "unknown":  # a tool may answer it
             return task
 
 

@@ -1,4 +1,4 @@
-"""The embedded model that sees: its Qwen3-VL, its tokenizer, and the files of its processors.
+"""The embedded vision model: its Qwen3-VL, its tokenizer, and the files of its processors.
 
 P patches of all pictures | N heads | H head size | D hidden
 """
@@ -120,9 +120,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGene
 
 
 def equal_sizes(model: Qwen3VLForConditionalGeneration) -> None:
-    """Let the tower attend to all pictures of a call at once: they must have the same size.
+    """Make the vision encoder attend to all pictures of a call at once: they must have the same
+    size.
 
-    transformers takes them one by one, except with flash-attention.
+    transformers processes them one by one, except with flash-attention.
     """
     for block in model.model.visual.blocks:
         block.attn.forward = MethodType(_equal_attention, block.attn)
@@ -148,7 +149,7 @@ def _equal_attention(
 def save(
     model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path
 ) -> None:
-    """Writes bf16 weights and all other files but the card. The model itself stays as it is."""
+    """Writes bf16 weights and all other files but the card. The model itself does not change."""
     out.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     del state["lm_head.weight"]  # the same as the embeddings

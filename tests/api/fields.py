@@ -303,9 +303,9 @@ def page() -> str:
         "# Fields of requests", "",
         "`python -m tests.api.fields` writes this page; `tests/api/test_api_fields.py` sends every",
         "field to a server. A field works, or the request is refused with status 400 and the",
-        "field's name in `param` (`/v1/messages`: in the message). So is a field that the table",
-        "does not have. `null` is always taken. Unknown fields of messages and their parts are",
-        "ignored.",
+        "field's name in `param` (`/v1/messages`: in the message). Fields that are not in the",
+        "table are also refused. `null` is always accepted. Unknown fields of messages and their",
+        "parts are ignored.",
     ]  # fmt: skip
     for endpoint in ENDPOINTS:
         lines += ["", f"## {endpoint}", "", "| field | of | |", "|---|---|---|"]
@@ -322,7 +322,7 @@ def _row(endpoint: str, name: str) -> str:
         remark = CASES[endpoint][name].remark
         return f"| `{name}` | {owner} | works{f': {remark}' if remark else ''} |"
     taken = " or ".join(f"`{json.dumps(one)}`" for one in refusal.allowed)
-    taken = f"; {taken} is taken" if taken else ""
+    taken = f"; {taken} is accepted" if taken else ""
     return f"| `{name}` | {owner} | refused: {refusal.reason}{taken} |"
 
 

@@ -47,13 +47,15 @@ class PageServer:
     """state: "ready", "draining" or "broken". key: what requests need, if set.
 
     model: its root in /v1/models. refusal: the status of all answers, if set. text: of all answers,
-    if set. delay: seconds between two words of an answer. bodies: of all chat requests. num_left:
-    answers that their client did not wait for.
+    if set. delay: seconds between two words of an answer. waits: whether answers wait after their
+    first word until `goes_on` is set. bodies: of all chat requests. num_left: answers that their
+    client did not wait for.
     """
 
     def __init__(self) -> None:
         self.state, self.key, self.sees, self.delay = "ready", "", False, 0.005
         self.model, self.refusal, self.text = "tiny-qwen3", 0, ""
+        self.waits, self.goes_on = False, threading.Event()
         self.bodies: list[dict[str, Any]] = []
         self.num_left = self.num_tokens = self.num_running = 0
         self.latencies = Latencies()
@@ -135,6 +137,8 @@ class PageServer:
             num = 0
             for delta in deltas(body["messages"][-1]["content"], self.text):
                 await asyncio.sleep(self.delay)
+                while self.waits and num == 1 and not self.goes_on.is_set():
+                    await asyncio.sleep(0.005)
                 num += 1
                 self._count(timer)
                 yield event([{"index": 0, "delta": delta, "finish_reason": None}], num)

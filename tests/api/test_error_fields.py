@@ -21,7 +21,7 @@ from nanovllm.schedule.outputs import Completion, Increment
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Request
 from nanovllm.structured import library
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import StructuredOutputsParams
 from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served, tokenizer
 from tests.api.test_http_clients import NEEDED, Refusing, refused
 
@@ -170,5 +170,5 @@ def test_no_white_space_is_a_pattern_of_white_space() -> None:
                   StructuredOutputsParams(json={}, disable_any_whitespace=True)):  # fmt: skip
         found = library.with_options({}, given)
         assert found == {"x-guidance": {"whitespace_flexible": False}}
-    with pytest.raises(InvalidValue, match="whitespace_pattern is given with regex"):
+    with pytest.raises(InvalidValue, match="whitespace_pattern is set with regex"):
         StructuredOutputsParams(regex="a", whitespace_pattern="")

@@ -210,7 +210,8 @@ def test_what_clients_add_to_an_answer_changes_no_prompt(
 
 def test_embeddings_are_refused_with_the_reason(server: MadeUpServer) -> None:
     error = refused(server, "/v1/embeddings", input="a", model=MODEL)
-    assert error["code"] == "unsupported_model" and "gives no embeddings" in error["message"]
+    assert error["code"] == "unsupported_model"
+    assert "generates text, not embeddings" in error["message"]
     status, body = post(server, "/v1/embeddings", input="a", model="text-embedding-3-small")
     assert status == 404 and body["error"]["code"] == "model_not_found"
 
@@ -322,7 +323,7 @@ def test_a_path_of_another_server_is_answered_with_the_one_of_this(
     for method in ("GET", "POST"):
         response = server.http.request(method, path)
         assert response.status_code == 404
-        assert response.json()["error"]["message"].endswith(f"{endpoint} does this here")
+        assert response.json()["error"]["message"].endswith(f"use {endpoint}")
 
 
 def test_every_endpoint_that_is_named_for_another_path_exists(server: MadeUpServer) -> None:

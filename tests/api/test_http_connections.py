@@ -352,8 +352,8 @@ def test_connections_are_as_many_as_files_that_may_be_open(
         assert all_of(first) == b"", "the third one has taken its place"
         for sock in (first, *others):
             sock.close()
-    assert "max_connections is 4096, but a process may have 130 files open" in caplog.text
-    assert "2 connections are served" in caplog.text
+    assert "max_connections is 4096, but the process can have only 130 open files" in caplog.text
+    assert "serving 2 connections" in caplog.text
 
 
 @pytest.mark.parametrize(

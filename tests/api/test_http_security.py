@@ -249,7 +249,7 @@ def test_unbounded_fields_choices_are_counted_before_they_are_checked(
     def check(*given: Any) -> Any:
         raise AssertionError("they were checked")
 
-    monkeypatch.setattr("nanovllm.structured.params.checked", check)
+    monkeypatch.setattr("nanovllm.structured_params.checked", check)
     choices = ["x"] * (1 << 18)
     value = choices if name == "guided_choice" else {"choice": choices}
     error = ask(server, "/v1/completions", prompt="a", **{name: value}).json()["error"]

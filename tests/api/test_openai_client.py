@@ -296,7 +296,7 @@ def test_a_body_that_is_too_long_gets_413(server: MadeUpServer) -> None:
 
 
 def test_embeddings_say_that_the_model_has_none(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="gives no embeddings"):
+    with pytest.raises(openai.BadRequestError, match="generates text, not embeddings"):
         client.embeddings.create(model=MODEL, input="hello")
 
 

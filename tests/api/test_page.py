@@ -102,8 +102,12 @@ def png(width: int, height: int) -> bytes:
 def test_a_turn_streams_an_answer_and_shows_its_speed(open_page: Open, server: PageServer) -> None:
     page = open_page()
     expect(page.locator("#model")).to_have_text("tiny-qwen3")
+    server.waits = True
     ask(page, "Say hello")
     answer = page.locator(".answer")
+    expect(answer.locator(".text")).to_have_text("Hello")
+    page.wait_for_timeout(10)  # words that arrive at once have no rate
+    server.goes_on.set()
     expect(answer.locator(".text")).to_have_text("Hello from the server.")
     expect(answer.locator(".stats")).to_have_text(
         re.compile(r"^4 tokens · [\d.,]+ tokens/s · first token after \d+ ms$")
@@ -283,7 +287,10 @@ def test_a_broken_draining_or_missing_server_is_shown_as_such(
     status, banner, send = (page.locator(name) for name in ("#status", "#banner", "#send"))
     ask(page, "Go on forever")
     expect(page.locator(".answer .text")).to_contain_text("on on")
-    for state, words in (("draining", "takes no new messages"), ("broken", "engine has failed")):
+    for state, words in (
+        ("draining", "Messages cannot be sent now"),
+        ("broken", "engine has failed"),
+    ):
         server.state = state
         expect(status).to_have_text(state)
         expect(banner).to_contain_text(words)
@@ -293,16 +300,16 @@ def test_a_broken_draining_or_missing_server_is_shown_as_such(
     expect(status).to_have_text("ready")
     expect(banner).not_to_be_visible()
     server.end()
-    expect(page.locator(".answer .note")).to_contain_text("The answer broke off")
+    expect(page.locator(".answer .note")).to_contain_text("The answer was cut off")
     expect(status).to_have_text("not reachable")
-    expect(page.locator("#charts-note")).to_have_text("The server does not answer.")
+    expect(page.locator("#charts-note")).to_have_text("The server does not respond.")
 
 
 @pytest.mark.browser
 def test_a_key_is_asked_for_and_kept_only_if_wanted(open_page: Open, server: PageServer) -> None:
     server.key = "secret-19"
     page = open_page()
-    expect(page.locator("#settings-note")).to_contain_text("wants an API key")
+    expect(page.locator("#settings-note")).to_contain_text("needs an API key")
     page.keyboard.type("secret-19")
     page.keyboard.press("Enter")
     expect(page.locator("#model")).to_have_text("tiny-qwen3")
@@ -672,7 +679,7 @@ def test_a_chat_survives_a_reload_until_a_new_one(
         page.wait_for_timeout(100)
     page.reload()
     note = page.locator(".answer .note").nth(1)
-    expect(note).to_have_text("The page was left before the answer ended.")
+    expect(note).to_have_text("The page was closed before the answer ended.")
     expect(page.locator(".answer .text").nth(1)).to_contain_text("on on")
     ask(page, "Three")
     expect(page.locator(".answer .actions").nth(2)).to_be_visible()

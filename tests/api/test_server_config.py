@@ -25,7 +25,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"drain_timeout": float("inf")}, "drain_timeout is inf"),
     ({"header_timeout": 0}, "header_timeout is 0"),
     ({"max_body_bytes": 1.5}, "max_body_bytes is 1.5"),
-    ({"ssl_certfile": "cert.pem"}, "ssl_certfile and ssl_keyfile are given together"),
+    ({"ssl_certfile": "cert.pem"}, "ssl_certfile and ssl_keyfile must be given together"),
     ({"allowed_hosts": ["example.org:8000"]}, "allowed_hosts is .*without ports"),
     ({"allowed_hosts": ["127.0.0.1:8000"]}, "allowed_hosts is .*without ports"),
     ({"allowed_hosts": ["https://example.org"]}, "allowed_hosts is .*without ports"),

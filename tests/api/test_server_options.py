@@ -39,7 +39,7 @@ def test_variables_of_the_template_have_defaults_that_requests_override() -> Non
     ("variables", "message"),
     [
         ({"thinking": False}, "'thinking' is neither an option of chat nor a variable"),
-        ({"messages": []}, "has 'messages', which is no variable"),
+        ({"messages": []}, "has 'messages', which is not a variable"),
     ],
 )
 def test_defaults_that_the_template_does_not_read_are_refused_at_the_start(

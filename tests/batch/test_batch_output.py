@@ -131,11 +131,11 @@ def test_an_output_belongs_to_one_job(output: Output) -> None:
         output.check(JOB)
     output.start(JOB)
     output.check({"params": {"a": 1}, "model": "m"})
-    with pytest.raises(ValueError, match='with another model: "m", not "n"; --overwrite'):
+    with pytest.raises(ValueError, match='with a different model: "m", not "n"; --overwrite'):
         output.check({**JOB, "model": "n"})
-    with pytest.raises(ValueError, match="with another more: null, not 3"):
+    with pytest.raises(ValueError, match="with a different more: null, not 3"):
         output.check({**JOB, "more": 3})
-    with pytest.raises(ValueError, match="with another model"):
+    with pytest.raises(ValueError, match="with a different model"):
         output.check({"params": {"a": 1}})
     output.sidecar.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
@@ -143,7 +143,7 @@ def test_an_output_belongs_to_one_job(output: Output) -> None:
 
 
 def test_one_job_at_a_time_writes(output: Output) -> None:
-    with pytest.raises(ValueError, match=f"another job writes to {output.path}"):
+    with pytest.raises(ValueError, match=f"another job is writing to {output.path}"):
         Output(output.path)
 
 

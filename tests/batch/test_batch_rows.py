@@ -64,22 +64,25 @@ def test_a_scan_finds_the_place_after_a_row(last_row: int, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{bad", "no valid JSON: Expecting property name"),
-        (b'{"prompt": "\xff"}', "no valid JSON: 'utf-8' codec can't decode byte 0xff"),
-        ('{"prompt": "a", "params": {"temperature": NaN}}', r"params\.temperature is no finite"),
-        ('{"prompt": "a", "id": 1e999}', "^id is no finite number"),
-        ('{"prompt": "a", "id": {"x": [1.5, [-1e999]]}}', r"^id\.x\[1\]\[0\] is no finite number"),
-        ('{"prompt": [1, Infinity]}', r"^prompt\[1\] is no finite number"),
+        ("{bad", "not valid JSON: Expecting property name"),
+        (b'{"prompt": "\xff"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+        ('{"prompt": "a", "params": {"temperature": NaN}}', r"params\.temperature is not a finite"),
+        ('{"prompt": "a", "id": 1e999}', "^id is not a finite number"),
+        (
+            '{"prompt": "a", "id": {"x": [1.5, [-1e999]]}}',
+            r"^id\.x\[1\]\[0\] is not a finite number",
+        ),
+        ('{"prompt": [1, Infinity]}', r"^prompt\[1\] is not a finite number"),
         ("[" * 100_000, "nested too deeply"),
         ("[1, 2]", r"the line is \[1, 2\]: it must be a JSON object"),
         ('{"prompt": "a", "prompts": 1}', "the row has the key 'prompts': use prompt, messages"),
-        ("{}", "the row has no prompt: give prompt or messages"),
+        ("{}", "the row has no prompt: use prompt or messages"),
         ('{"prompt": "a", "messages": []}', "the row has prompt and messages"),
         ('{"prompt": {"a": 1}}', 'prompt is {"a": 1}: it must be text or a list'),
         ('{"messages": []}', r"messages is \[\]: it must be a list of messages"),
         ('{"messages": [[{"role": "user"}]]}', "it must be a list of messages"),
         ('{"prompt": "a", "params": 3}', "params is 3: it must be an object"),
-        ('{"custom_id": "x", "method": "POST", "body": {}}', "the row is one of OpenAI's batch"),
+        ('{"custom_id": "x", "method": "POST", "body": {}}', "the row is in OpenAI's batch format"),
     ],
 )
 def test_what_is_no_row_is_refused(text: str | bytes, reason: str) -> None:
@@ -99,7 +102,7 @@ def test_a_row_with_an_infinite_number_keeps_its_id_unless_it_is_in_it() -> None
         ('{"id": [1e308], "prompt": "a", "params": {"top_p": 1e999}}', [1e308]),
         ('{"id": [1e999], "prompt": "a"}', None),
     ):
-        with pytest.raises(Refused, match="is no finite number") as caught:
+        with pytest.raises(Refused, match="is not a finite number") as caught:
             parse(line(text))
         assert caught.value.id == row_id
 

@@ -79,7 +79,7 @@ def test_a_stopped_job_listens_on_loopback_leaves_nothing_and_goes_on(
         must_end = engines
     else:
         _, stderr = job.communicate(timeout=60)
-        assert job.returncode == 130 and "the same command goes on" in stderr
+        assert job.returncode == 130 and "run the same command to resume" in stderr
     while must_end(job.pid):
         assert time.monotonic() < deadline, "processes are left"
         time.sleep(0.1)

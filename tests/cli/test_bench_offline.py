@@ -143,7 +143,7 @@ def test_a_workload_that_does_not_fit_is_refused_with_both_numbers(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is no config.json: name one, or use one of Qwen3-0.6B"), ("{", "json is not JSON"),
+    [(None, "is not a config.json: use one, or one of Qwen3-0.6B"), ("{", "json is not JSON"),
      ("[]", "it must be an object"), ('{"vocab_size": 9}', "has None for max_position_embeddings")],
 )  # fmt: skip
 def test_a_config_that_cannot_be_used_is_named(
@@ -239,11 +239,11 @@ def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
     [
         (["--profile", "somewhere"], "--profile needs a CUDA device"),
         (["--run-ahead", "2"], "run_ahead is 2: it must be 0 or 1"),
-        (["--stall", "--latency"], "a measurement of its own"),
+        (["--stall", "--latency"], "--stall is a separate measurement"),
         (["--runs", "0"], "must be at least 1"),
         (["--max-len", "3"], "--max-len at least --min-len"),
-        (["--data-parallel-size", "2"], "data_parallel_size=2 is not measured"),
-        (["--layers", "2"], "--layers goes with --random-weights"),
+        (["--data-parallel-size", "2"], "=2 is not supported: this measures one engine"),
+        (["--layers", "2"], "--layers needs --random-weights"),
         (["--first", "4"], "--first is 4: it must be 1 to --num-seqs (3)"),
     ],
 )

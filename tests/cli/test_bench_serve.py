@@ -158,8 +158,8 @@ def test_a_rate_spreads_requests_and_a_limit_holds_them_back(bench: Any) -> None
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
-        ({"error_every": 5}, "requests: the server answers 400: not this one"),
-        ({"broken_every": 5}, "requests: the server has closed the connection before the end"),
+        ({"error_every": 5}, "requests: the server returned 400: not this one"),
+        ({"broken_every": 5}, "requests: the server closed the connection before the end"),
     ],
 )
 def test_errors_are_counted_and_shown_and_the_others_measured(

@@ -121,7 +121,7 @@ def test_mistakes_are_one_line_of_the_process() -> None:
     command = [sys.executable, "-m", "nanovllm", "cache", "list", "/nowhere"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "nanovllm: error: /nowhere is no store of compiled programs\n"
+    assert done.stderr == "nanovllm: error: /nowhere is not a store of compiled programs\n"
 
 
 # serve --------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ import pytest
 from nanovllm.api.config import ServerConfig
 from nanovllm.cli import serve
 from nanovllm.cli.engine_options import add_engine_options, engine_config, engine_options
-from nanovllm.compat.options import ONE_VALUE, SAME_MEANING
 from nanovllm.config import EngineConfig
 from nanovllm.flags import Parser, add_flags, documented, given
+from nanovllm.option_names import ONE_VALUE, SAME_MEANING
 from nanovllm.sampling import SamplingParams
 
 
@@ -94,12 +94,12 @@ def test_a_flag_reads_a_value_of_its_annotated_type(words: str, expected: dict[s
         ("--no_swich", "unknown option --no_swich: did you mean --no-switch?"),
         ("--zzz=3", "unknown option --zzz: see tool --help"),
         ("--fir x", "unknown option --fir: did you mean --first?"),
-        ("--low x", "argument --low: 'x' is no whole number, such as 4096, 4k (4000)"),
-        ("--low 1.5", "argument --low: '1.5' is no whole number"),
-        ("--low 1.0005k", "argument --low: '1.0005k' is no whole number"),
-        ("--low 2.5K", "argument --low: '2.5K' is no whole number"),
-        ("--table a=1,b", "argument --table: 'a=1,b' is no JSON"),
-        ("--table {", "argument --table: '{' is no JSON: Expecting property name"),
+        ("--low x", "argument --low: 'x' is not a whole number, such as 4096, 4k (4000)"),
+        ("--low 1.5", "argument --low: '1.5' is not a whole number"),
+        ("--low 1.0005k", "argument --low: '1.0005k' is not a whole number"),
+        ("--low 2.5K", "argument --low: '2.5K' is not a whole number"),
+        ("--table a=1,b", "argument --table: 'a=1,b' is not JSON"),
+        ("--table {", "argument --table: '{' is not JSON: Expecting property name"),
         ("--names", "argument --names: expected at least one argument"),
         ("--no-three auto", "--no-three takes no value"),
     ],
@@ -167,7 +167,7 @@ def test_the_model_is_the_first_word_or_an_option(capsys: pytest.CaptureFixture[
         assert engine_options(engine_args(*words)) == ("a/b", {})
     with pytest.raises(SystemExit):
         engine_args("a/b", "--model", "c")
-    assert "MODEL is 'a/b' and 'c': give one of them" in capsys.readouterr().err
+    assert "MODEL is 'a/b' and 'c': use one of them" in capsys.readouterr().err
 
 
 def test_flags_give_the_config_that_options_give() -> None:
@@ -203,7 +203,7 @@ def test_vllm_s_names_are_understood() -> None:
     [
         ("--pipeline-parallel-size 2", "pipeline_parallel_size is 2: only 1 is supported"),
         ("--swap-space 3", "swap_space is 3: only 4 is supported"),
-        ("--block-size 32 --kvcache-block-size 64", "are one option: give one of them"),
+        ("--block-size 32 --kvcache-block-size 64", "are the same option: use one of them"),
     ],
 )
 def test_what_vllm_has_and_we_do_not_is_refused_by_name(words: str, message: str) -> None:
@@ -218,8 +218,8 @@ def test_code_of_a_checkpoint_is_not_run_and_a_warning_says_so(
     assert not caplog.messages
     assert engine_config(engine_args("m/n", "--trust-remote-code")) == EngineConfig("m/n")
     assert caplog.messages == [
-        "trust_remote_code=True has no effect: no code of a checkpoint is run. Checkpoints that "
-        "need theirs are refused"
+        "trust_remote_code=True has no effect: code in checkpoints is never run. Checkpoints "
+        "that need theirs are refused"
     ]
 
 
@@ -273,9 +273,9 @@ def test_options_may_be_in_a_file_and_those_of_the_command_line_count(tmp_path: 
     [
         ("max-modl-len: 3", "unknown option max-modl-len: did you mean --max-model-len?"),
         ("config: x.yaml", "unknown option config"),
-        ("port: a", "argument --port: 'a' is no whole number"),
+        ("port: a", "argument --port: 'a' is not a whole number"),
         ("port: [1, 2]", "argument --port: it takes one value, not 2"),
-        ("port: true", "argument --port: True is no value"),
+        ("port: true", "argument --port: True is not a value"),
         ("enforce-eager: 3", "argument --enforce-eager/--no-enforce-eager: it must be true or"),
         ("[a]", "has no options: it must be an object"),
         ("a: [", "is not YAML: while parsing"),

@@ -119,7 +119,7 @@ def test_rm_asks(
 def test_rm_without_a_terminal_needs_yes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repo = add(cache, "a/one", 1000)
     monkeypatch.setattr("sys.stdin", StringIO("y\n"))
-    with pytest.raises(ValueError, match=r"would remove a/one \(1.0 kB\): give --yes"):
+    with pytest.raises(ValueError, match=r"would remove a/one \(1.0 kB\): use --yes"):
         run("rm", ["a/one"])
     assert repo.exists()
 
@@ -127,10 +127,10 @@ def test_rm_without_a_terminal_needs_yes(cache: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a/oen", "'a/oen' is no model in the cache of the Hub: did you mean a/one?"),
-        ("/etc", "'/etc' is no model in the cache of the Hub: see nanovllm list"),
+        ("a/oen", "'a/oen' is not a model in the Hub's cache: did you mean a/one?"),
+        ("/etc", "'/etc' is not a model in the Hub's cache: see nanovllm list"),
         ("tiny-qwen3", "tiny-qwen3 is embedded in nanovllm and cannot be removed"),
-        ("c/data", "'c/data' is no model"),
+        ("c/data", "'c/data' is not a model"),
     ],
 )
 def test_rm_removes_nothing_if_one_is_not_there(name: str, message: str, cache: Path) -> None:
@@ -179,8 +179,8 @@ def test_on_a_terminal_the_bars_are_those_of_the_hub(monkeypatch: pytest.MonkeyP
     [
         ("a/b", "a/b has no weights in the safetensors format"),
         ("tiny-qwen3", "tiny-qwen3 is embedded in nanovllm: there is nothing to download"),
-        ("./here", "'./here' is no Hub id"),
-        ("/tmp", "'/tmp' is no Hub id"),
+        ("./here", "'./here' is not a Hub id"),
+        ("/tmp", "'/tmp' is not a Hub id"),
     ],
 )
 def test_pull_refuses_what_it_cannot_get(
@@ -201,5 +201,6 @@ def test_an_unreachable_hub_is_one_line(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert (
-        "'a/b' is no folder here and could not be downloaded from the Hub: Cannot find the" in err
+        "'a/b' is not a local folder and could not be downloaded from the Hub: Cannot find the"
+        in err
     )

@@ -108,9 +108,9 @@ def test_a_folder_is_a_model(
     ("words", "message"),
     [
         (["tiny-qwen"], "'tiny-qwen' is neither an embedded model .* run MODEL 'tiny-qwen'"),
-        (["What", "is", "1?"], "'What' is neither .*: write nanovllm run MODEL 'What is 1\\?'"),
+        (["What", "is", "1?"], "'What' is neither .*: use nanovllm run MODEL 'What is 1\\?'"),
         (["a/b", "Hello", "--model", "c/d"], "MODEL is 'a/b', but --model is 'c/d'"),
-        (["a/b", "Hello", "--raw", "--file", "x"], "--file does not go with --raw"),
+        (["a/b", "Hello", "--raw", "--file", "x"], "--file cannot be combined with --raw"),
         (["a/b", "Hello", "--file", "/no/such"], "there is no file '/no/such'"),
     ],
 )  # fmt: skip
@@ -134,7 +134,7 @@ def test_without_a_prompt_a_terminal_is_a_chat(
     run("run", ["a/b", "--system", "short"])
     assert opened[0].asked == [["short", "one"], ["short", "one", "yes", "two"]]
     for option in ("--json", "--raw"):
-        with pytest.raises(ValueError, match="there is no prompt: nanovllm run MODEL PROMPT"):
+        with pytest.raises(ValueError, match="there is no prompt: use nanovllm run MODEL PROMPT"):
             run("run", ["a/b", option])
 
 
@@ -190,7 +190,7 @@ def test_a_file_that_cannot_be_attached_is_named(data: bytes, tmp_path: Path) ->
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"data.bin' is neither an image nor text in UTF-8"):
         attach.read(str(path))
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         attach.read(str(tmp_path))
 
 

@@ -220,7 +220,7 @@ def test_no_error_of_a_server_controls_a_terminal(
     monkeypatch.setattr("nanovllm.cli.http.error_text", lambda body: words)
     with serving(error_every=1) as mock:
         _, err = say(["chat", "--url", mock.url], "a")
-        assert "error: the server answers 400: \u241b]0;hello\u2407" in err
+        assert "error: the server returned 400: \u241b]0;hello\u2407" in err
         status = command_line.run(lambda: run("run", ["a", "--url", mock.url]))
     err += capsys.readouterr().err
     assert status == command_line.STATUS and "\u241b]0;hello\u2407" in err
@@ -231,8 +231,8 @@ def test_errors_of_a_server_are_shown_and_the_conversation_goes_on(say: Any) -> 
     with serving(error_every=2, broken_every=3) as mock:
         words = ["chat", "--url", mock.url, "--max-tokens", "4"]
         out, err = say(words, "a", "refused", "broken", "d")
-    assert "error: the server answers 400: not this one" in err
-    assert "error: the server has closed the connection before the end" in err
+    assert "error: the server returned 400: not this one" in err
+    assert "error: the server closed the connection before the end" in err
     contents = [one["content"] for one in mock.bodies[2]["messages"]]
     assert contents == ["a", "word " * 4, "broken"], "a refused message is forgotten"
     assert out == "word " * 4 + "\n" + "word " * 3 + "\n"
@@ -242,11 +242,11 @@ def test_errors_of_a_server_are_shown_and_the_conversation_goes_on(say: Any) -> 
     ("words", "message"),
     [
         (["run", " "], "the prompt is empty"),
-        (["run", "a", "--raw", "--system", "b"], "--system does not go with --raw"),
-        (["run", "tiny-qwen3", "a", "--api-key", "b"], "--api-key goes with --url"),
+        (["run", "a", "--raw", "--system", "b"], "--system cannot be combined with --raw"),
+        (["run", "tiny-qwen3", "a", "--api-key", "b"], "--api-key needs --url"),
         (["run", "a", "--url", "http://a", "--max-model-len", "9"],
-         "--max-model-len is an option of an engine: it does not go with --url"),
-        (["run", "a", "--url", "ftp://a"], "is no URL"),
+         "--max-model-len is an engine option: not supported with --url"),
+        (["run", "a", "--url", "ftp://a"], "is not a server's URL"),
         (["run", "a", "--url", "http://127.0.0.1:9", "--top-p", "2"], "top_p is 2.0"),
         (["run", "tiny-qwen3", "a", "--top-p", "2"], "top_p is 2.0"),
         (["run", "tiny-qwen3", "a", "--chat-template-kwargs", "[]"], "must be a JSON object"),

@@ -27,8 +27,8 @@ from nanovllm import (
 from nanovllm.cli.main import COMMANDS
 from nanovllm.compat.modules import MODULES
 from nanovllm.compat.modules import ROOT as PACKAGE
-from nanovllm.compat.options import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, WARNINGS
 from nanovllm.flags import Parser
+from nanovllm.option_names import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, WARNINGS
 from nanovllm.sampling import RequestOutputKind
 
 ROOT = Path(__file__).parents[2]
@@ -199,7 +199,7 @@ def option_rows() -> list[str]:
     rows.append(row("`load_format`", f"{formats} work", shown("load_format", CALLS)))
     for name in WARNINGS:
         assert not refusal(make(**{name: True}), name)
-        words = "`False`; `True` has no effect, and a warning says so"
+        words = "`False`; `True` has no effect and logs a warning"
         rows.append(row(f"`{name}`", words, shown(name, CALLS)))
     for name, values in ONE_VALUE.items():
         if name in WARNINGS:
@@ -246,7 +246,7 @@ def import_rows() -> list[str]:
         module = import_module(f"{PACKAGE}.{path}")
         for name in names:
             error = refusal(getattr(module, name), name) if name == "LoRARequest" else ""
-            here = "can be imported; refused when it is made" if error else "works"
+            here = "can be imported; creating one is refused" if error else "works"
             cells = here, error or shown(path, IMPORTS)
             rows.append(row(f"`from nanovllm.{path} import {name}`", *cells))
     for name in ("RequestOutput", "CompletionOutput"):
@@ -294,13 +294,13 @@ def page() -> str:
     }
     text = """# Coming from vLLM or nano-vllm
 
-Change the import. What an option or a field means in vLLM, it means here, or it is refused with an
-error that has its name in it. Nothing is accepted and then ignored.
+Change the import. Every option and field has the same meaning as in vLLM, or is refused with an
+error that names it. Nothing is silently ignored.
 
 `tests/compat/table.py` writes this page, and a test compares the two. It tries every name below
 with its default and with another value.
 
-Differences to know: `max_tokens` is 64 by default (vLLM: 16). `max_model_len` above the
+Differences: `max_tokens` is 64 by default (vLLM: 16). `max_model_len` above the
 checkpoint's limit is lowered to it with a warning, as nano-vllm does. Requests always run by
 priority, first come, first served within one. Metrics are named `nanovllm:…`. Outputs can also be
 read as dicts: `output["text"]`. On the command line numbers may end with a letter, as in vLLM: `2k`

@@ -290,7 +290,7 @@ def test_options_under_vllms_names(theirs: dict[str, Any], ours: dict[str, Any])
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2: only 1 is supported"),
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill is False: only True"),
         ({"load_format": "pt"}, "load_format is 'pt': use one of auto, safetensors, dummy"),
-        ({"block_size": 32, "kvcache_block_size": 16}, "are one option: give one of them"),
+        ({"block_size": 32, "kvcache_block_size": 16}, "are the same option: use one of them"),
         ({"enable_lora": 1}, "enable_lora is 1: only False is supported"),
     ],
 )

@@ -83,7 +83,7 @@ def test_only_operators_on_plain_arguments_can_be_listed() -> None:
         return (torch.ops.prims.sin(x),)
 
     graph, fakes, _ = trace(unknown, {"x": torch.ones(3)})
-    with pytest.raises(calls.NotListable, match="no operator of aten or nanovllm"):
+    with pytest.raises(calls.NotListable, match="not an operator of aten or nanovllm"):
         calls.lower(graph, fakes)
 
 

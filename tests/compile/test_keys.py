@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -65,7 +65,8 @@ def key(
         {"x": torch.ones(4, 3).t()},
         {"x": torch.ones(3, 4, device="meta")},
         *({"cfg": replace(CFG, **{name: value})} for name, value in
-          {"num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "norm_eps": 1e-5}.items()),
+          {"num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "norm_eps": 1e-5,
+           "dtype": torch.bfloat16}.items()),
         *({name: "another"} for name in COMMON),
         {"a new ingredient": "1"},
     ],
@@ -79,14 +80,14 @@ IRRELEVANT = {
     "architecture": "LlamaForCausalLM", "num_layers": 1, "inv_freq": (2.0,) * 16, "rope_scale": 2.0,
     "max_position": 9, "tied_embeddings": False, "qk_norm": True, "qkv_bias": True,
     "out_bias": True, "mlp_bias": True, "hidden_size": 9, "ffn_size": 9,
-    "dtype": torch.bfloat16, "rope_axes": (1,) * 16, "num_added": 3, "other_ropes": ((2.0,) * 16,),
+    "rope_axes": (1,) * 16, "num_added": 3, "other_ropes": ((2.0,) * 16,),
 }  # fmt: skip
 
 
 def test_fields_that_no_region_reads_and_sizes_that_vary_are_in_no_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sizes, biases and dtype of the model are in the key as the shapes and dtypes of inputs."""
+    """Sizes and biases of the model are in the key as the shapes of inputs."""
     assert set(IRRELEVANT) | set(ModelConfig.GRAPH_FIELDS) == {
         field.name for field in fields(ModelConfig)
     }
@@ -133,7 +134,10 @@ def test_a_model_counts_by_its_regions_its_kinds_and_what_regions_read_of_its_co
     described = describe(model)
     assert set(described) == set(Model.GRAPH_FIELDS)
     assert set(described["config"]) == set(ModelConfig.GRAPH_FIELDS)
-    for same in (replace(model, kv_scales=None), replace(model, config=replace(CFG, dtype=None))):
+    for same in (
+        replace(model, kv_scales=None),
+        replace(model, config=replace(CFG, max_position=9)),
+    ):
         assert describe(same) == described
     for other in (
         replace(model, layer_kinds=model.layer_kinds[::-1]),
@@ -152,11 +156,30 @@ def test_a_model_counts_by_its_regions_its_kinds_and_what_regions_read_of_its_co
     assert reads("config.head_dim") == 32 and reads("embed") is dense.embed
     for name, owner in (
         ("kv_scales", "Model"),
-        ("config.dtype", "ModelConfig"),
+        ("config.max_position", "ModelConfig"),
         ("declared", "Model"),
     ):
         with pytest.raises(AttributeError, match=rf"a region reads {owner}\."):
             reads(name)
+
+
+class One(NamedTuple):
+    values_OD: Tensor
+
+
+class Another(NamedTuple):
+    values_OD: Tensor
+
+
+def test_the_class_of_a_weight_is_in_the_key() -> None:
+    """It has the product: two formats may store tensors of the same names and shapes."""
+
+    def digest(weight: object) -> str:
+        inputs = {"w": (weight, None, 3)}
+        return program_key(other_region, inputs, varying=(), common=COMMON).digest
+
+    assert digest(One(torch.ones(2))) != digest(Another(torch.ones(2)))
+    assert digest(One(torch.ones(2))) == digest(One(torch.zeros(2)))
 
 
 def test_differences_name_versions_before_shapes() -> None:
@@ -167,7 +190,7 @@ def test_differences_name_versions_before_shapes() -> None:
     assert lines[0].startswith("extra: nothing is wanted") and lines[-1].startswith(
         "input x: float32[3] is wanted"
     )
-    assert "torch: 2.13 is wanted, 2.11 is there" in lines
+    assert "torch: 2.13 is wanted, 2.11 is stored" in lines
 
 
 # Sources ------------------------------------------------------------------------------------------

@@ -256,10 +256,10 @@ def test_required_programs_that_are_missing_are_all_listed_with_what_differs(fol
         strict.seal()
     message = str(caught.value)
     assert message.startswith(f"2 program(s) are not in {folder}")
-    assert "double_4: torch: 2.11 is wanted, 2.13 is there" in message
+    assert "double_4: torch: 2.11 is wanted, 2.13 is stored" in message
     assert (
         "double_5: this bucket is missing; nearest is double_4: torch: 2.11 is wanted, "
-        "2.13 is there; input x: " in message
+        "2.13 is stored; input x: " in message
     )
     assert strict.num_compiled == 0
 
@@ -340,8 +340,9 @@ def test_prune_drops_what_killed_processes_left_behind(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["prune"], "prune needs it"), (["list", "--max-bytes", "1"], "--max-bytes goes with prune"),
-     (["prune", "--max-bytes", "much"], "'much' is no size"), (["drop"], "invalid choice")],
+    [(["prune"], "use --max-bytes with prune"),
+     (["list", "--max-bytes", "1"], "use --max-bytes with prune"),
+     (["prune", "--max-bytes", "much"], "'much' is not a size"), (["drop"], "invalid choice")],
 )  # fmt: skip
 def test_bad_arguments_are_named(
     folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
@@ -353,7 +354,7 @@ def test_bad_arguments_are_named(
 
 
 def test_a_folder_that_is_no_store_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{tmp_path} is no store"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a store"):
         cli.run("cache", ["list", str(tmp_path)])
     Store(tmp_path / "s").folder.chmod(0o777)
     with pytest.raises(ValueError, match="chmod 700"):

@@ -126,7 +126,7 @@ def test_options_that_media_exclude_are_refused(llm: LLM) -> None:
     prompt = asked(TEXT, image=picture(60, 80))
     with pytest.raises(ValueError, match="truncate_prompt_tokens is 7"):
         llm.generate([prompt], SamplingParams(truncate_prompt_tokens=7), use_tqdm=False)
-    with pytest.raises(ValueError, match="has image 1, which is no token ids"):
+    with pytest.raises(ValueError, match="has image 1, which has no token ids yet"):
         llm.chat_prompts([{"role": "user", "content": [{"type": "image", "image": picture(9, 9)}]}])
     with pytest.raises(ValueError, match="no place for it"):
         llm.chat(

@@ -210,7 +210,7 @@ def test_a_path_that_is_neither_folder_nor_hub_id(path: str) -> None:
 def test_a_hub_id_that_is_not_there() -> None:
     refused(
         "no-such-owner-7f3a/no-such-model",
-        "no-such-owner-7f3a/no-such-model' is no folder here and",
+        "no-such-owner-7f3a/no-such-model' is not a local folder and",
     )
 
 
@@ -220,7 +220,7 @@ def test_a_file_is_no_checkpoint(checkpoint: Path) -> None:
 
 def test_a_folder_without_config(broken: Path) -> None:
     (broken / "config.json").unlink()
-    refused(broken, "is a folder without a config.json")
+    refused(broken, "is not a checkpoint: the folder has no config.json")
 
 
 def change_config(folder: Path, **changes: Any) -> None:

@@ -45,13 +45,17 @@ def test_graphs_of_a_cold_and_a_warm_start(bare_store: Path) -> None:
             outputs = llm.generate(question, greedy(8), use_tqdm=False)
             runner: Any = llm.engine.runner
             moe = runner.cfg.moe
-            return runner.compiler.num_compiled, moe.is_spread, [one["text"] for one in outputs]
+            return (
+                runner.compiler.num_compiled,
+                moe.is_expert_parallel,
+                [one["text"] for one in outputs],
+            )
         finally:
             llm.close()
 
     graphs = {"graph_batch_sizes": [2], "compile_cache": str(bare_store), "tensor_parallel_size": 2}
-    _, is_spread, expected = answers(enforce_eager=True)
-    assert not is_spread
+    _, is_expert_parallel, expected = answers(enforce_eager=True)
+    assert not is_expert_parallel
     cold, warm = answers(**graphs), answers(**graphs)
     assert cold[0] > 0 and warm[0] == 0
     assert cold[1:] == warm[1:] == (True, expected)

@@ -59,7 +59,7 @@ def test_nothing_is_left_after_del(make_llm: Callable[..., LLM], enforce_eager: 
             *(tensor for layer in runner.params.layers for tensor in layer if tensor is not None),
             runner.params.embed_VD,
             runner.cos_sin_MH,
-            *runner.state,
+            *(tensor for tensor in runner.state if tensor is not None),
             *(
                 tensor
                 for tensor in vars(runner.sampler).values()

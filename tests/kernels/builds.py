@@ -292,7 +292,7 @@ def pointwise(name: str, model: Model) -> Iterator[Build]:
 
 
 def products(target: Target, whole: bool) -> Iterator[Build]:
-    from tests.kernels.product_builds import launches
+    from tests.kernels.gemm_builds import launches
 
     for label, kernel, constants, num_warps in launches(
         target.shared_bytes, target.has_matrix_units, whole
@@ -302,11 +302,9 @@ def products(target: Target, whole: bool) -> Iterator[Build]:
 
 def steps(name: str) -> Iterator[Build]:
     """The sampler, and the kernels that compute the inputs of a decode step."""
-    from nanovllm.kernels.triton import filter as triton_filter
-    from nanovllm.kernels.triton import mask as triton_mask
     from nanovllm.kernels.triton import sample as triton_sample
     from nanovllm.kernels.triton import step as triton_step
-    from nanovllm.kernels.triton import unowned as triton_unowned
+    from nanovllm.kernels.triton import token_bitmask, topk_topp, zero_padding
 
     whole = name == WHOLE
     forms = (("best_of_span", False), ("best_of_span of a rank", True))
@@ -315,26 +313,24 @@ def steps(name: str) -> Iterator[Build]:
         yield Build(label, triton_sample.best_of_span_kernel, span, 4)
     yield Build("best_of_row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4, out="*i64")
     for dtype in ("fp32", "bf16") if whole else ("fp32",):
-        tile = {"TILE": triton_filter.TILE}
+        tile = {"TILE": topk_topp.TILE}
         yield Build(
-            f"keep_likely {dtype}",
-            triton_filter.keep_likely_kernel,
+            f"apply_top_k_top_p {dtype}",
+            topk_topp.apply_top_k_top_p_kernel,
             tile,
-            triton_filter.NUM_WARPS,
+            topk_topp.NUM_WARPS,
             dtype=dtype,
         )
-        mask = {"TILE": triton_mask.TILE}
+        mask = {"TILE": token_bitmask.TILE}
         yield Build(
-            f"keep_allowed {dtype}",
-            triton_mask.keep_allowed_kernel,
+            f"apply_token_bitmask {dtype}",
+            token_bitmask.apply_token_bitmask_kernel,
             mask,
-            triton_mask.NUM_WARPS,
+            token_bitmask.NUM_WARPS,
             dtype=dtype,
         )
-    unowned = {"WIDTH": 2048, "TOKENS": triton_unowned.TOKENS, "TILE": triton_unowned.TILE}
-    yield Build(
-        "zero_unowned", triton_unowned.zero_unowned_kernel, unowned, triton_unowned.NUM_WARPS
-    )
+    padding = {"WIDTH": 2048, "TOKENS": zero_padding.TOKENS, "TILE": zero_padding.TILE}
+    yield Build("zero_padding", zero_padding.zero_padding_kernel, padding, zero_padding.NUM_WARPS)
     inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}
     yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
     # each token is compared with each row: 256 rows take the assembler some seconds
@@ -376,22 +372,22 @@ def mixtures(name: str) -> Iterator[Build]:
 
 def segments(target: Target, whole: bool) -> Iterator[Build]:
     """Attention of vision towers: of long segments of Qwen3-VL-2B, or of other heads, too."""
-    from nanovllm.kernels.triton import segment_attention as segment
+    from nanovllm.kernels.triton import varlen_attention as segment
 
     cases = ((16, 64, "bf16"), (16, 72, "bf16"), (8, 128, "bf16"), (8, 128, "fp32"))
     for num_heads, head_dim, dtype in cases if whole else cases[:1]:
         for max_len in (4096, 64) if whole and dtype != "fp32" else (4096,):
-            tile = segment.segment_tile(
+            tile = segment.varlen_tile(
                 head_dim, 4 if dtype == "fp32" else 2, max_len, target.shared_bytes
             )
-            constants = segment.segment_constants(num_heads, head_dim, 17, tile)
+            constants = segment.varlen_constants(num_heads, head_dim, 17, tile)
             for name in "QKV":
                 constants |= {
                     f"{name}_STRIDE_TOKEN": (3 if name == "V" else 1) * num_heads * head_dim
                 }
                 constants |= {f"{name}_STRIDE_HEAD": head_dim, "UPCAST": False}
             yield Build(
-                f"segments of {max_len} head {head_dim} {dtype}", segment.segment_attention_kernel,
+                f"segments of {max_len} head {head_dim} {dtype}", segment.varlen_attention_kernel,
                 constants, tile.num_warps, tile.num_stages, dtype,
             )  # fmt: skip
 

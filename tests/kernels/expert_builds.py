@@ -35,8 +35,8 @@ def other_launches(name: str, all_forms: bool) -> Iterator[Launch]:
     """All launches of a sparse layer but those of groups; with all forms also those that read
     experts on the host, and those with experts on other ranks."""
     mixture = MIXTURES[name]
-    yield from _choices(mixture, ("", " spread") if all_forms else ("",))
-    for where in ("", " offloaded", " spread") if all_forms else ("",):
+    yield from _choices(mixture, ("", " expert_parallel") if all_forms else ("",))
+    for where in ("", " offloaded", " expert_parallel") if all_forms else ("",):
         yield from _few(mixture, where)
     yield from _copies(mixture)
 
@@ -57,8 +57,7 @@ def group_launches(
 
 
 def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
-    from nanovllm.kernels.triton import experts_many as many
-    from nanovllm.kernels.triton import route
+    from nanovllm.kernels.triton import moe_sort, topk_softmax
 
     hidden, _, num_experts, top_k = mixture
     shape = {
@@ -69,30 +68,37 @@ def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
     }
     score = shape | {"DEPTH": hidden, "COLUMNS": 256, "WARPS": 4}
     logits = {"logits_ptr": "*bf16"}
-    yield "route", route.route_kernel, shape | {"ROWS": 1}, 1, 3, TYPES | CHOICE | logits
-    yield "norm_route", route.norm_route_kernel, score, 4, 3, TYPES | CHOICE
+    yield (
+        "route",
+        topk_softmax.topk_softmax_kernel,
+        shape | {"ROWS": 1},
+        1,
+        3,
+        TYPES | CHOICE | logits,
+    )
+    yield "norm_router_topk", topk_softmax.norm_router_topk_kernel, score, 4, 3, TYPES | CHOICE
     for where in forms:
-        spread = {"SPREAD": bool(where)}
-        sort = {"NUM_EXPERTS": num_experts, "BLOCK": 2048} | spread
-        yield f"sort{where}", many.sort_kernel, sort, 4, 3, TYPES
-        combine = {"TOP_K": top_k, "DIM": hidden, "BLOCK": 1024, "HAS_RESIDUAL": True} | spread
-        yield f"combine{where}", many.combine_kernel, combine, 4, 3, TYPES
+        parallel = {"EXPERT_PARALLEL": bool(where)}
+        sort = {"NUM_EXPERTS": num_experts, "BLOCK": 2048} | parallel
+        yield f"sort{where}", moe_sort.sort_pairs_kernel, sort, 4, 3, TYPES
+        combine = {"TOP_K": top_k, "DIM": hidden, "BLOCK": 1024, "HAS_RESIDUAL": True} | parallel
+        yield f"combine{where}", moe_sort.combine_kernel, combine, 4, 3, TYPES
 
 
 def _few(mixture: Mixture, where: str) -> Iterator[Launch]:
-    from nanovllm.kernels.triton import experts_few as few
+    from nanovllm.kernels.triton import moe_gemv
 
     hidden, size, _, top_k = mixture
     common = {
         "TOP_K": top_k,
-        "COLUMNS": few.COLUMNS,
+        "COLUMNS": moe_gemv.COLUMNS,
         "OFFLOADED": where == " offloaded",
-        "SPREAD": where == " spread",
+        "EXPERT_PARALLEL": where == " expert_parallel",
     }
-    first, second = few.pair_tiles(hidden, size)
+    first, second = moe_gemv.gemv_tiles(hidden, size)
     for label, kernel, tile, outs, depth in (
-        ("gate_up", few.pair_gate_up_kernel, first, size, hidden),
-        ("down", few.pair_down_kernel, second, hidden, size),
+        ("gate_up", moe_gemv.moe_gemv_gate_up_kernel, first, size, hidden),
+        ("down", moe_gemv.moe_gemv_down_kernel, second, hidden, size),
     ):
         constants = common | {
             "NUM_OUTS": outs,
@@ -108,10 +114,10 @@ def _few(mixture: Mixture, where: str) -> Iterator[Launch]:
 def _group(
     mixture: Mixture, pairs_each: float, gated: bool, offloaded: bool, shared_bytes: int, dtype: str
 ) -> Launch:
-    from nanovllm.kernels.triton import experts_many as many
+    from nanovllm.kernels.triton import grouped_gemm
 
     hidden, size, num_experts, top_k = mixture
-    tile = many.group_tile(pairs_each, gated, 4 if dtype == "fp32" else 2, shared_bytes)
+    tile = grouped_gemm.grouped_tile(pairs_each, gated, 4 if dtype == "fp32" else 2, shared_bytes)
     constants = {
         "NUM_EXPERTS": num_experts,
         "EXPERTS_P": triton.next_power_of_2(num_experts),
@@ -122,8 +128,8 @@ def _group(
         "LINES": tile.lines,
         "COLUMNS": tile.columns,
         "STAGES": tile.num_stages,
-        "X_BY": (many.BY_TOKEN if gated else many.BY_PLACE).value,
-        "OUT_BY": (many.BY_PLACE if gated else many.BY_PAIR).value,
+        "X_BY": (grouped_gemm.BY_TOKEN if gated else grouped_gemm.BY_PLACE).value,
+        "OUT_BY": (grouped_gemm.BY_PLACE if gated else grouped_gemm.BY_PAIR).value,
         "GATED": gated,
         "HAS_SCALE": not gated,
         "OFFLOADED": offloaded,
@@ -131,7 +137,7 @@ def _group(
     }
     where = " offloaded" if offloaded else ""
     label = f"group {'gate_up' if gated else 'down'} {pairs_each:g}{where}"
-    return label, many.group_linear_kernel, constants, tile.num_warps, 3, TYPES
+    return label, grouped_gemm.grouped_gemm_kernel, constants, tile.num_warps, 3, TYPES
 
 
 def _copies(mixture: Mixture) -> Iterator[Launch]:

@@ -33,7 +33,7 @@ def launches(dtype: str) -> Iterator[Launch]:
         tile = all_reduce.tile_for(num_rows * dim * element_size, element_size, num_ranks)
         assert tile is not None
         size = {"PART" if tile.form == "two-shot" else "TILE": tile.size, "HAS_RESIDUAL": True}
-        kernel = all_reduce.KERNELS[tile.form]
+        kernel = all_reduce.BY_FORM[tile.form]
         yield f"{tile.form} {case}", kernel, shared | size, tile.num_warps, TYPES
         if all_reduce.takes_norm(num_rows, dim, element_size, num_ranks):
             dim_p = triton.next_power_of_2(dim)

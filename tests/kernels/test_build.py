@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.kernels import private
+from nanovllm.kernels import private_files
 from nanovllm.kernels.cpu import build
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +26,8 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of libraries; settings are the test's own."""
-    monkeypatch.setattr(build._State, "settings", build.Settings())
-    monkeypatch.setattr(build._State, "compiled", [])
+    monkeypatch.setattr(build._LibraryState, "settings", build.LibraryOptions())
+    monkeypatch.setattr(build._LibraryState, "compiled", [])
     return tmp_path / "cpp"
 
 
@@ -120,7 +120,7 @@ def test_a_link_that_another_user_owns_is_refused(
     (tmp_path / "private").mkdir(mode=0o700)
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "private")
-    private.make_private(link)
+    private_files.make_private(link)
     real, me = Path.lstat, os.getuid()
 
     def lstat(path: Path) -> os.stat_result:
@@ -129,8 +129,8 @@ def test_a_link_that_another_user_owns_is_refused(
         return os.stat_result(fields)
 
     monkeypatch.setattr(Path, "lstat", lstat)
-    with pytest.raises(private.Shared, match=f"user {me + 1} owns it"):
-        private.make_private(link)
+    with pytest.raises(private_files.UnsafePath, match=f"user {me + 1} owns it"):
+        private_files.make_private(link)
 
 
 def test_a_temporary_folder_is_deleted_when_the_process_ends(tmp_path: Path) -> None:

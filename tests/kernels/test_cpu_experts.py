@@ -27,7 +27,7 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The arguments of `experts`; experts without tokens hold NaN."""
     num_experts, top_k, hidden, width = sizes
-    weight_TK, expert_TK = reference.experts.route(
+    weight_TK, expert_TK = reference.experts.topk_softmax(
         torch.randn(num_tokens, num_experts), top_k, True
     )
     unused = sorted(set(range(num_experts)) - set(expert_TK.flatten().tolist()))
@@ -166,7 +166,7 @@ def test_layouts_and_dtypes_that_no_kernel_takes_match_reference() -> None:
 
 def test_no_tokens_give_no_rows() -> None:
     x_TD, _, _, gate_up_EGD, down_EDF = layer((4, 2, 16, 8), 1, torch.float32)
-    weight_TK, expert_TK = cpu_experts.route(torch.empty(0, 4), 2, True)
+    weight_TK, expert_TK = cpu_experts.topk_softmax(torch.empty(0, 4), 2, True)
     assert weight_TK.shape == expert_TK.shape == (0, 2)
     args = (x_TD[:0], weight_TK, expert_TK, gate_up_EGD, down_EDF)
     assert cpu_experts.experts(*args).shape == (0, 16)
@@ -179,14 +179,14 @@ def test_no_tokens_give_no_rows() -> None:
     ("num_experts", "top_k"), [(1, 1), (4, 1), (8, 2), (60, 4), (128, 8), (7, 7)]
 )
 @pytest.mark.parametrize("num_tokens", [*TOKENS, 300])
-def test_route_matches_reference(
+def test_topk_softmax_matches_reference(
     num_tokens: int, num_experts: int, top_k: int, normalize: bool, dtype: torch.dtype
 ) -> None:
     wide_TE = torch.randn(num_tokens, num_experts + 3).mul_(3).to(dtype)
     wide_TE[:, num_experts:] = NAN  # of no expert
     logits_TE = wide_TE[:, :num_experts]
-    weight_TK, expert_TK = cpu_experts.route(logits_TE, top_k, normalize)
-    wanted_TK, wanted_expert_TK = reference.experts.route(logits_TE, top_k, normalize)
+    weight_TK, expert_TK = cpu_experts.topk_softmax(logits_TE, top_k, normalize)
+    wanted_TK, wanted_expert_TK = reference.experts.topk_softmax(logits_TE, top_k, normalize)
     assert expert_TK.dtype == wanted_expert_TK.dtype and weight_TK.dtype == wanted_TK.dtype
     assert torch.equal(expert_TK, wanted_expert_TK)
     torch.testing.assert_close(weight_TK, wanted_TK, rtol=2e-6, atol=1e-8)
@@ -200,8 +200,8 @@ def test_among_equal_probabilities_the_smaller_id_comes_first(dtype: torch.dtype
     logits_TE[1, 30] = 1  # the others have probability 0, as far below as these
     logits_TE[2, ::2], logits_TE[2, 1::2], logits_TE[2, 7] = -2000, -1000, 1000
     for top_k in (1, 2, 8, 60):
-        weight_TK, expert_TK = cpu_experts.route(logits_TE, top_k, False)
-        wanted_TK, wanted_expert_TK = reference.experts.route(logits_TE, top_k, False)
+        weight_TK, expert_TK = cpu_experts.topk_softmax(logits_TE, top_k, False)
+        wanted_TK, wanted_expert_TK = reference.experts.topk_softmax(logits_TE, top_k, False)
         assert torch.equal(expert_TK, wanted_expert_TK)
         torch.testing.assert_close(weight_TK, wanted_TK, rtol=2e-6, atol=1e-8)
 
@@ -211,8 +211,8 @@ def test_rows_whose_probabilities_are_nan_have_nan_weights_and_valid_ids(value: 
     logits_TE = torch.randn(9, 60)
     logits_TE[4, 59], logits_TE[6] = value, -float("inf")
     for normalize in (False, True):
-        weight_TK, expert_TK = cpu_experts.route(logits_TE, 8, normalize)
-        wanted_TK, wanted_expert_TK = reference.experts.route(logits_TE, 8, normalize)
+        weight_TK, expert_TK = cpu_experts.topk_softmax(logits_TE, 8, normalize)
+        wanted_TK, wanted_expert_TK = reference.experts.topk_softmax(logits_TE, 8, normalize)
         assert torch.equal(expert_TK, wanted_expert_TK)
         assert weight_TK[[4, 6]].isnan().all() and wanted_TK[[4, 6]].isnan().all()
         assert weight_TK.isnan().sum() == 16
@@ -220,7 +220,7 @@ def test_rows_whose_probabilities_are_nan_have_nan_weights_and_valid_ids(value: 
 
 def test_registering_makes_them_the_kernels_of_the_ops() -> None:
     cpu_experts.register()
-    for name in ("route", "experts", "expert_linear"):
+    for name in ("topk_softmax", "experts", "expert_linear"):
         op = getattr(ops, name)
         assert ops.kernel_of(op, "CPU") is getattr(cpu_experts, name)
     args = layer((8, 2, 64, 32), 3, torch.float32)

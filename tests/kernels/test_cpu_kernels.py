@@ -516,7 +516,7 @@ def test_without_a_compiler_available_gives_the_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        cpp_build._State, "settings", cpp_build.Settings(tmp_path, "no-such-compiler")
+        cpp_build._LibraryState, "settings", cpp_build.LibraryOptions(tmp_path, "no-such-compiler")
     )
     monkeypatch.setattr(cpu_library, "load", cpu_library.load.__wrapped__)
     is_available, reason = cpu_library.available.__wrapped__()
@@ -541,10 +541,10 @@ def test_without_a_compiler_available_gives_the_reason(
 def test_a_library_loads_only_if_its_structs_have_the_fields_that_python_packs(
     fields: str, error: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cpp_build._State, "settings", cpp_build.Settings(tmp_path))
+    monkeypatch.setattr(cpp_build._LibraryState, "settings", cpp_build.LibraryOptions(tmp_path))
     source = tmp_path / "source.cpp"
     source.write_text(f"#include <cstdint>\nnamespace {{ struct Args {{ {fields} }}; }}\n")
-    args = cpp_build.Arguments("Args", pointers="out x", integers="num_rows", floats="eps")
+    args = cpp_build.ArgumentStruct("Args", pointers="out x", integers="num_rows", floats="eps")
     assert args.pack(1, 2, 3, 0.5) == struct.pack("@2P q d", 1, 2, 3, 0.5)
     if error:
         with pytest.raises(RuntimeError, match=error):

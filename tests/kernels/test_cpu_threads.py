@@ -21,7 +21,7 @@ from nanovllm.kernels.cpu import build
 from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.kernels.cpu import linear as cpu_linear
 
-LOOPS = build.Arguments(
+LOOPS = build.ArgumentStruct(
     "Loops", pointers="", integers="num_loops max_items num_threads num_callers sleep_every seed"
 )
 

@@ -10,7 +10,7 @@ from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton.attention_prefill_hopper import suits
 from nanovllm.kernels.triton.register import paged_attention
-from nanovllm.kernels.triton.unowned import zero_unowned_
+from nanovllm.kernels.triton.zero_padding import zero_padding_
 from tests.kernels.paged import assert_close, device, paged_cache
 
 
@@ -335,6 +335,6 @@ def test_tokens_of_no_row_are_zeroed(starts: tuple[int, ...], shape: tuple[int, 
     out[: starts[0]], out[starts[-1] :] = float("nan"), float("nan")
     expected = out.clone()
     q_start = torch.tensor(starts, dtype=torch.int32, device=device)
-    reference.attention.zero_unowned_(expected, q_start)
-    zero_unowned_(out, q_start)
+    reference.attention.zero_padding_(expected, q_start)
+    zero_padding_(out, q_start)
     assert torch.equal(out, expected) and not out.isnan().any()

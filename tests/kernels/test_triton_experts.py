@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.triton import experts as triton_experts
-from nanovllm.kernels.triton import experts_few, experts_many, route
+from nanovllm.kernels.triton import grouped_gemm, moe_gemv, moe_sort, topk_softmax
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 # (tokens, experts per token, experts, hidden, width)
@@ -27,7 +27,7 @@ def inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, top_k, num_experts, hidden, size = sizes
     logits_TE = torch.randn(num_tokens, num_experts, device=device)
-    weight_TK, expert_TK = reference.experts.route(logits_TE, top_k, True)
+    weight_TK, expert_TK = reference.experts.topk_softmax(logits_TE, top_k, True)
     gate_up = torch.randn(num_experts, 2 * size, hidden, device=device) / hidden**0.5
     down = torch.randn(num_experts, hidden, size, device=device) / size**0.5
     unused = [e for e in range(num_experts) if not (expert_TK == e).any()]
@@ -61,9 +61,9 @@ LIMITS = {dtype: 6 * torch.finfo(dtype).eps / 2 for dtype in DTYPES}
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("kernels", ["few", "many"])
 def test_experts(kernels: str, sizes: tuple[int, ...], dtype: torch.dtype, residual: bool) -> None:
-    run: Callable[..., Tensor] = experts_many.many_experts
+    run: Callable[..., Tensor] = grouped_gemm.grouped_experts
     if kernels == "few":
-        run, sizes = experts_few.few_experts, (min(sizes[0], 3), *sizes[1:])
+        run, sizes = moe_gemv.moe_gemv, (min(sizes[0], 3), *sizes[1:])
     args = inputs(sizes, dtype)
     residual_TD = torch.randn_like(args[0]) if residual else None
     wanted = exact(*args)
@@ -91,7 +91,7 @@ def test_few_tokens_are_not_sorted(
 ) -> None:
     args = inputs((num_tokens, 2, 32, 16, 8), torch.float32)
     wanted = reference.experts.experts(*args)
-    other = (experts_many, "many_experts") if is_few else (experts_few, "few_experts")
+    other = (grouped_gemm, "grouped_experts") if is_few else (moe_gemv, "moe_gemv")
     monkeypatch.setattr(*other, None)
     torch.testing.assert_close(triton_experts.experts(*args), wanted)
 
@@ -116,7 +116,7 @@ def test_expert_linear(num_tokens: int, by_pair: bool) -> None:
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 1), (1, 128), (70, 5), (2500, 3)])
 def test_sorted_pairs(num_tokens: int, num_experts: int) -> None:
     expert_TK = torch.randint(num_experts, (num_tokens, 2), dtype=torch.int32, device=device)
-    groups = experts_many.sort_pairs(expert_TK, num_experts)
+    groups = moe_sort.sort_pairs(expert_TK, num_experts)
     order = expert_TK.flatten().sort(stable=True)
     assert groups.pair_P.tolist() == order.indices.tolist()
     counts = torch.bincount(order.values, minlength=num_experts)
@@ -127,27 +127,27 @@ def test_sorted_pairs(num_tokens: int, num_experts: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 2), (60, 4), (128, 8), (7, 7)])
 @pytest.mark.parametrize("num_tokens", [1, 3, 33])
-def test_route(
+def test_topk_softmax(
     num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype, normalize: bool
 ) -> None:
     logits_TE = torch.randn(num_tokens, num_experts, device=device).to(dtype)
-    weight_TK, expert_TK = route.route(logits_TE, top_k, normalize)
-    wanted_TK, wanted_expert_TK = reference.experts.route(logits_TE, top_k, normalize)
+    weight_TK, expert_TK = topk_softmax.topk_softmax(logits_TE, top_k, normalize)
+    wanted_TK, wanted_expert_TK = reference.experts.topk_softmax(logits_TE, top_k, normalize)
     assert torch.equal(expert_TK, wanted_expert_TK)
     torch.testing.assert_close(weight_TK, wanted_TK)
 
 
 def test_the_smaller_of_two_equal_experts_comes_first() -> None:
     logits_TE = torch.tensor([[1.0, 2.0, 0.5, 2.0, 1.0, 1.0]] * 3, device=device)
-    assert route.route(logits_TE, 4, True)[1].tolist() == [[1, 3, 0, 4]] * 3
+    assert topk_softmax.topk_softmax(logits_TE, 4, True)[1].tolist() == [[1, 3, 0, 4]] * 3
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_row_gets_nan_and_valid_experts_and_harms_no_other(bad: float) -> None:
     logits_TE = torch.randn(3, 10, device=device)
     logits_TE[1, 4] = bad
-    weight_TK, expert_TK = route.route(logits_TE, 3, False)
-    wanted_TK, wanted_expert_TK = reference.experts.route(logits_TE, 3, False)
+    weight_TK, expert_TK = topk_softmax.topk_softmax(logits_TE, 3, False)
+    wanted_TK, wanted_expert_TK = reference.experts.topk_softmax(logits_TE, 3, False)
     assert weight_TK[1].isnan().all()
     assert expert_TK[1].tolist() == wanted_expert_TK[1].tolist() == [0, 1, 2]
     torch.testing.assert_close(weight_TK, wanted_TK, equal_nan=True)
@@ -158,13 +158,15 @@ def test_a_bad_row_gets_nan_and_valid_experts_and_harms_no_other(bad: float) -> 
 @pytest.mark.parametrize(
     ("num_experts", "hidden", "top_k"), [(128, 264, 8), (1, 40, 1), (60, 19, 4), (7, 512, 7)]
 )
-def test_norm_route(num_experts: int, hidden: int, top_k: int, dtype: torch.dtype) -> None:
+def test_norm_router_topk(num_experts: int, hidden: int, top_k: int, dtype: torch.dtype) -> None:
     x_TD = (3 * torch.randn(1, hidden, device=device)).to(dtype)
     norm_D = (torch.rand(hidden, device=device) + 0.5).to(dtype)
     router = (torch.randn(num_experts, hidden, device=device) / hidden**0.5).to(dtype)
     for _ in range(2):  # the second finds the counter that the first has left
-        normed_TD, weight_TK, expert_TK = route.norm_route(x_TD, norm_D, router, 1e-6, top_k, True)
-    wanted = reference.experts.norm_route(x_TD, norm_D, router, 1e-6, top_k, True)
+        normed_TD, weight_TK, expert_TK = topk_softmax.norm_router_topk(
+            x_TD, norm_D, router, 1e-6, top_k, True
+        )
+    wanted = reference.experts.norm_router_topk(x_TD, norm_D, router, 1e-6, top_k, True)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(normed_TD, wanted[0], rtol=2 * unit, atol=2 * unit)
     # logits that round differently may change places, but not by more than their rounding

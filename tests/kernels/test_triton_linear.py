@@ -125,7 +125,7 @@ def test_each_tile_of_many_rows_matches_the_formula(
 
 
 def with_tile(tile: str) -> Callable[..., Tensor]:
-    from nanovllm.kernels.triton.linear_many import GemmTile, many_rows_linear
+    from nanovllm.kernels.triton.split_k_gemm import SplitKTile, split_k_gemm
 
     def run(
         x: Tensor,
@@ -136,7 +136,7 @@ def with_tile(tile: str) -> Callable[..., Tensor]:
         eps: float,
         silu: bool,
     ) -> Tensor:
-        return many_rows_linear(x, weight, bias, residual, silu, launch=GemmTile(*TILES[tile]))
+        return split_k_gemm(x, weight, bias, residual, silu, launch=SplitKTile(*TILES[tile]))
 
     return run
 
@@ -156,24 +156,24 @@ GATED_TILES = {
 def test_each_tile_of_gated_products_matches_the_formula(
     num_rows: int, num_outs: int, depth: int, tile: str, dtype: torch.dtype
 ) -> None:
-    from nanovllm.kernels.triton.linear_gated import GatedTile, gated_linear
+    from nanovllm.kernels.triton.gated_gemm import GatedTile, gated_gemm
 
     def run(
         x: Tensor, norm: None, weight: Tensor, bias: Tensor, residual: None, eps: float, silu: bool
     ) -> Tensor:
-        return gated_linear(x, weight, bias, launch=GatedTile(*GATED_TILES[tile]))
+        return gated_gemm(x, weight, bias, launch=GatedTile(*GATED_TILES[tile]))
 
     check(num_rows, num_outs, depth, dtype, silu=True, run=run)
     check(num_rows, num_outs, depth, dtype, silu=True, bias=True, run=run)
 
 
 def test_a_gated_product_reads_no_rows_beyond_its_own() -> None:
-    from nanovllm.kernels.triton.linear_gated import GatedTile, gated_linear
+    from nanovllm.kernels.triton.gated_gemm import GatedTile, gated_gemm
 
     x_TD = torch.randn(40, 64, device=device).half()
     x_TD[19:] = float("nan")
     weight_OD = torch.randn(128, 64, device=device).half()
-    y_TO = gated_linear(x_TD[:19], weight_OD, None, launch=GatedTile(32, 64, 0, 32, 2, 4))
+    y_TO = gated_gemm(x_TD[:19], weight_OD, None, launch=GatedTile(32, 64, 0, 32, 2, 4))
     assert y_TO.shape == (19, 64) and not y_TO.isnan().any()
 
 
@@ -197,7 +197,7 @@ def test_a_gated_product_reads_no_rows_beyond_its_own() -> None:
 def test_gated_tiles_divide_the_shape_and_fill_the_device(
     num_rows: int, num_outs: int, depth: int, shared_kb: int, expected: tuple[int, int, int] | None
 ) -> None:
-    from nanovllm.kernels.triton.linear_gated import gated_tile
+    from nanovllm.kernels.triton.gated_gemm import gated_tile
 
     tile = gated_tile(num_rows, num_outs, depth, shared_kb << 10, 132)
     assert (tile and tuple(tile[:3])) == expected
@@ -207,11 +207,11 @@ def test_large_weights_use_our_kernels_up_to_a_number_of_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Products of Qwen3-8B on a device of the size of an H200."""
+    from nanovllm.kernels.triton import gated_gemm
     from nanovllm.kernels.triton import linear as triton_linear
-    from nanovllm.kernels.triton import linear_gated as triton_linear_gated
 
-    monkeypatch.setattr(triton_linear_gated, "shared_memory_bytes", lambda device: 227 << 10)
-    monkeypatch.setattr(triton_linear_gated, "num_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(gated_gemm, "shared_memory_bytes", lambda device: 227 << 10)
+    monkeypatch.setattr(gated_gemm, "num_multiprocessors", lambda device: 132)
     shapes = {
         "qkv": (6144, 4096),
         "out": (4096, 4096),

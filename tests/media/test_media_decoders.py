@@ -138,14 +138,14 @@ def test_the_time_of_a_video_is_bounded(qwen3: Case) -> None:
 def test_a_process_goes_on_after_files_that_cannot_be_decoded(one: Decoder, part: Any) -> None:
     film, photo = video_file("mp4", 19), encoded(picture(99, 77), "JPEG")
     one.picture(photo, part)
-    process = one._process
+    process = one._program.process
     with pytest.raises(ValueError, match="corrupt or truncated"):
         one.picture(photo[:-999], part)
     with one.clip(film, part) as clip, pytest.raises(ValueError, match="fewer frames"):
         list(clip.pick([0, 99]))
     with one.clip(film, part) as clip:  # whose frames are not read to the end
         assert next(clip.pick([3, 4])).shape == (48, 64, 3)
-    assert one.picture(photo, part).shape == (77, 99, 3) and one._process is process
+    assert one.picture(photo, part).shape == (77, 99, 3) and one._program.process is process
 
 
 def test_a_crash_ends_one_prompt_and_the_process_is_replaced(
@@ -280,8 +280,8 @@ def state(pid: int) -> str:
 
 def test_a_decoder_has_limits_and_a_group_of_its_own(one: Decoder, part: Any) -> None:
     one.picture(encoded(picture(9, 9)), part)
-    assert one._process is not None
-    pid = one._process.pid
+    assert one._program.process is not None
+    pid = one._program.process.pid
     limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
     found = {line[:25].strip(): line[25:].split()[0] for line in limits}
     assert found["Max core file size"] == "0"

@@ -131,7 +131,7 @@ def test_more_items_than_allowed_are_refused() -> None:
 
 def test_a_model_without_vision_refuses_images() -> None:
     given.refuse("tiny", [])
-    with pytest.raises(ValueError, match="has image 1, but 'tiny' reads text only"):
+    with pytest.raises(ValueError, match="has image 1, but 'tiny' accepts text only"):
         given.refuse("tiny", given.from_data({"image": PICTURE}))
 
 

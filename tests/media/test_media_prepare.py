@@ -175,7 +175,7 @@ def test_a_bad_image_is_named_and_harms_no_other(preparer: Preparer) -> None:
     bad = "data:image/png;base64,AAAA"
     first = preparer.submit(given.from_data({"image": [good, bad, good]}))
     other = preparer.submit(given.from_data({"image": good}))
-    with pytest.raises(ValueError, match="image 2: the data are no picture"):
+    with pytest.raises(ValueError, match="image 2: the data are not a picture"):
         first.result(60)
     assert len(other.result(60)) == 1
 
@@ -241,7 +241,7 @@ def test_frames_that_were_sampled_elsewhere_keep_their_times(preparer: Preparer)
     [
         ({"frames_indices": [0]}, "1 frames_indices do not fit 4 frames"),
         ({"total_num_frames": 3}, "total_num_frames is 3"),
-        ({"frames_indices": [0, 1, 2, 9], "do_sample_frames": True}, "sampled already"),
+        ({"frames_indices": [0, 1, 2, 9], "do_sample_frames": True}, "already sampled"),
     ],
 )
 def test_wrong_facts_about_frames_are_refused(

@@ -194,7 +194,7 @@ def test_a_picture_is_no_sound_even_if_it_was_seen(preparer: Preparer) -> None:
     picture(30, 20).save(file, "PNG")
     encoded = base64.b64encode(file.getvalue()).decode()
     run(preparer, image=f"data:image/png;base64,{encoded}")
-    with pytest.raises(ValueError, match="audio 1: the data are no sound"):
+    with pytest.raises(ValueError, match="audio 1: the data are not audio"):
         run(preparer, audio=f"data:audio/wav;base64,{encoded}")
     with pytest.raises(ValueError, match="the data URL is of type 'image/png'"):
         run(preparer, audio=f"data:image/png;base64,{encoded}")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models.formats.format import Axis, Companion, Extent, Format, Piece
+from nanovllm.models.param import PACKABLE
 from nanovllm.models.schemes import Modules, Packed
 
 METHOD = "int4_of_tests"
@@ -52,16 +53,33 @@ class Int4Weight(NamedTuple):
     def expert_linear(self, x: Tensor, expert_TK: Tensor) -> Tensor:
         return ops.expert_linear(x, expert_TK, self.real(x.dtype))
 
+    def lookup(self, row_T: Tensor, dtype: torch.dtype) -> Tensor:
+        tensors = (one.index_select(0, row_T) for one in self[:3])
+        return Int4Weight(*tensors, self.depth, self.group).real(dtype)
+
 
 @dataclass(frozen=True)
 class Int4(Format):
+    """Groups that `must_be_whole` cannot be cut; with `joins` off sources stay by themselves."""
+
     group: int
+    must_be_whole: bool = False
+    joins: bool = True
     name: ClassVar[str] = METHOD
-    takes_experts: ClassVar[bool] = True
+    kinds: ClassVar[frozenset[str]] = PACKABLE
 
     @property
     def is_packed(self) -> bool:
         return True
+
+    @property
+    def joins_sources(self) -> bool:
+        return self.joins
+
+    def refusal(self, extent: Extent) -> str | None:
+        if not self.must_be_whole or extent.column_block(self.group) == self.group:
+            return None
+        return f"its shares of {extent.shape[-1]} columns cut groups of {self.group}"
 
     def empty(self, extent: Extent, device: torch.device | str) -> Int4Weight:
         *outer, depth = extent.shape
@@ -109,8 +127,8 @@ class Int4(Format):
 
 def scheme(config: Mapping[str, Any]) -> Packed:
     plain = Modules(config.get("modules_to_not_convert") or ())
-    has_head = bool(config.get("lm_head"))
-    return Packed(METHOD, Int4(config["group_size"]), plain, has_head)
+    stored = Int4(config["group_size"], bool(config.get("whole")), not config.get("apart"))
+    return Packed(METHOD, stored, plain, bool(config.get("lm_head")), bool(config.get("table")))
 
 
 def unpacked(words: Tensor) -> Tensor:
@@ -142,10 +160,18 @@ def rounded(weight_OD: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def write(
-    folder: Path, target: Path, group: int, is_packed: Callable[[str], bool], **config: Any
+    folder: Path,
+    target: Path,
+    is_packed: Callable[[str], bool],
+    of_matrix: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]],
+    quantization: dict[str, Any],
+    stacked_name: str = "{name}_{end}",
 ) -> Path:
     """Write a checkpoint with its matrices packed, and beside it, in `target` / "real", one with
-    the numbers that these stand for. Returns the packed one."""
+    the numbers that these stand for. Returns the packed one.
+
+    `of_matrix` gives the companions of a matrix and these numbers. `stacked_name` is the name of a
+    companion of several experts."""
     weights, real = load_file(folder / "model.safetensors"), {}
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -153,15 +179,14 @@ def write(
             found[name] = real[name] = weight
             continue
         matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
-        parts = [of_matrix(matrix, group) for matrix in matrices]
+        parts = [of_matrix(matrix) for matrix in matrices]
         is_stack = weight.dim() == 3
         real[name] = torch.stack([r for _, r in parts]) if is_stack else parts[0][1]
         module = name.removesuffix("weight")
         for end in parts[0][0]:
-            full = f"{name}_{end}" if is_stack else module + end
+            full = stacked_name.format(name=name, end=end) if is_stack else module + end
             found[full] = torch.stack([p[end] for p, _ in parts]) if is_stack else parts[0][0][end]
     described = json.loads((folder / "config.json").read_text())
-    quantization = {"quant_method": METHOD, "group_size": group, **config}
     for at, tensors, more in (
         (target, found, {"quantization_config": quantization}),
         (target / "real", real, {}),

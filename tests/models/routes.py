@@ -63,14 +63,14 @@ class _Recorder:
             pos_T = self._runner.state.pos_S[tokens.row_T] + tokens.num_T - 1
             return list(zip(tokens.row_T.tolist(), pos_T.tolist()))
 
-        route = ops.route
+        route = ops.topk_softmax
 
         def recorded(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
             found = route(logits_TE, top_k, normalize)
             self._record(found[1])
             return found
 
-        patch.setattr(ops, "route", recorded)
+        patch.setattr(ops, "topk_softmax", recorded)
         for name, places in (("decode_logits", decode), ("hidden", span)):
             patch.setattr(Steps, name, self._watching(getattr(Steps, name), places))
 

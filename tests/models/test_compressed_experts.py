@@ -304,13 +304,13 @@ def update(folder: Path, name: str, **values: object) -> None:
         ),
         (
             lambda f: add(f, "V_experts/layer_3_expert_0.safetensors"),
-            "V_experts/layer_3_expert_0.safetensors is no file of the compressed experts",
+            "V_experts/layer_3_expert_0.safetensors is not a file of the compressed experts",
         ),
         (
             lambda f: add(f, "V_experts/layer_0_expert_5.safetensors"),
-            "V_experts/layer_0_expert_5.safetensors is no file of the compressed experts",
+            "V_experts/layer_0_expert_5.safetensors is not a file of the compressed experts",
         ),
-        (lambda f: add(f, "U_matrices.bin"), "U_matrices.bin is no file of the compressed"),
+        (lambda f: add(f, "U_matrices.bin"), "U_matrices.bin is not a file of the compressed"),
         (lambda f: update(f, "metadata.json", rank=0), "rank is 0: it must be a positive"),
         (lambda f: update(f, "metadata.json", rank="8"), "rank is '8': it must be a positive"),
         (

@@ -115,7 +115,9 @@ SIZES = (
     Case("num_hidden_layers", 3, HONOURED, draws=True),
     Case("num_attention_heads", 8, HONOURED, draws=True),
     Case("num_key_value_heads", 1, HONOURED, draws=True),
-    Case("num_key_value_heads", 3, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+    Case(
+        "num_key_value_heads", 3, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"
+    ),
     Case("head_dim", 16, HONOURED, draws=True),
     Case("head_dim", 20, "head_dim 20 is not supported"),
 )

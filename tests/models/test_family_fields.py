@@ -105,7 +105,7 @@ CASES = (
     Case({"rms_norm_eps": 0.5}, HONOURED),
     Case({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported", NOT_GEMMA),
     Case({"head_dim": 20}, "head_dim 20 is not supported"),
-    Case({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple"),
+    Case({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple"),
     Case({"attention_bias": True}, HONOURED, WITH_BIASES, draws=True),
     Case({"mlp_bias": True}, HONOURED, ("smollm3", "granite"), draws=True),
     Case({"attention_bias": True, "mlp_bias": True}, UNREAD, ("phi3",)),

@@ -6,9 +6,11 @@ engine with the plain numbers that the packed ones stand for.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.compile.trace import tensors
 from nanovllm.config import EngineConfig
-from nanovllm.models import loader, schemes
+from nanovllm.models import loader, quant_methods
 from nanovllm.models.checkpoint import CheckpointError
+from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.interface import Model
 from nanovllm.models.loader import Target
 from nanovllm.models.param import Times
@@ -39,14 +43,14 @@ from tests.models.thread_ranks import on_ranks
 LENGTHS = ((1, 5), (19, 22), (70, 72))
 TOLERANCE = 1e-4
 GROUP = 24  # divides no size below
-HEAD = "lm_head.weight"
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 LINEAR = re.compile(r".*\.(self_attn|mlp|shared_expert)\.\w+_proj\.weight")
 EXPERT = re.compile(r".*\.experts\.(\d+\.(\w+_proj|w\d)\.weight|gate_up_proj|down_proj)")
 
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(schemes.CHECKPOINTS, int4_format.METHOD, int4_format.scheme)
+    monkeypatch.setitem(quant_methods.CHECKPOINTS, int4_format.METHOD, int4_format.scheme)
 
 
 def is_matrix(name: str) -> bool:
@@ -56,7 +60,9 @@ def is_matrix(name: str) -> bool:
 def pack(
     folder: Path, is_packed: Callable[[str], bool] = is_matrix, group: int = GROUP, **config: Any
 ) -> Path:
-    return int4_format.write(folder, folder / "packed", group, is_packed, **config)
+    quantization = {"quant_method": int4_format.METHOD, "group_size": group, **config}
+    of_matrix = partial(int4_format.of_matrix, group=group)
+    return int4_format.write(folder, folder / "packed", is_packed, of_matrix, quantization)
 
 
 def logits(folder: Path, known: Any, **how: Any) -> tuple[Runner, list[Tensor]]:
@@ -109,7 +115,9 @@ def test_joined_tensors_and_rows_in_another_order(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
 def test_experts(architecture: str, is_stacked: bool, tmp_path: Path) -> None:
     folder = Case(architecture, 5, 2, {"num_hidden_layers": 2}, stacked=is_stacked).save(tmp_path)
-    runner = check(pack(folder), 96)
+    has_graphs = is_stacked and architecture == "mixtral"
+    graphs: Any = {"enforce_eager": False, "graph_batch_sizes": [4]} if has_graphs else {}
+    runner = check(pack(folder), 96, **graphs)
     experts = runner.params.layers[0].experts
     assert isinstance(experts.gate_up_EGD, Int4Weight) and isinstance(experts.down_EDF, Int4Weight)
 
@@ -131,6 +139,87 @@ def test_graphs_of_layers_in_different_formats(tmp_path: Path) -> None:
     first, second, _ = runner.params.layers
     assert isinstance(first.gate_up_GD, Int4Weight) and isinstance(second.gate_up_GD, Tensor)
     assert isinstance(second.qkv_ED, Int4Weight)
+
+
+# Parts of one matrix, tables ----------------------------------------------------------------------
+
+
+def leaving(folder: Path, *plain: str, **config: Any) -> Path:
+    """Packed, but for the modules whose names have one of `plain` in them."""
+    is_packed = lambda name: is_matrix(name) and not any(one in name for one in plain)  # noqa: E731
+    return pack(folder, is_packed, modules_to_not_convert=list(plain), **config)
+
+
+@pytest.mark.parametrize("plain", [["q_proj"], ["k_proj", "up_proj"], ["v_proj", "gate_proj"]])
+def test_sources_of_one_matrix_in_different_formats(plain: list[str], tmp_path: Path) -> None:
+    biases = {"attention_bias": True, "mlp_bias": True}
+    folder = leaving(save_tiny(tmp_path, "llama", vocab_size=99, **biases), *plain)
+    weight = check(folder, 99).params.layers[0].qkv_ED
+    assert isinstance(weight, Mixed) and len(weight.parts) == (3 if "k_proj" in plain else 2)
+
+
+def test_graphs_of_mixed_matrices(tmp_path: Path) -> None:
+    folder = leaving(save_tiny(tmp_path, vocab_size=99), "v_proj")
+    check(folder, 99, enforce_eager=False, graph_batch_sizes=[4])
+
+
+def test_sources_that_a_format_keeps_apart(tmp_path: Path) -> None:
+    runner = check(pack(save_tiny(tmp_path, vocab_size=99), apart=True), 99)
+    assert len(runner.params.layers[0].gate_up_GD.parts) == 2
+
+
+def test_rows_of_a_mixed_matrix_in_another_order(tmp_path: Path) -> None:
+    """A Phi-3 with tensors of its own for q, k and v: the rows of its heads change places."""
+    family = next(one for one in FAMILIES if str(one) == "phi3-partial")
+    folder = family.save(tmp_path)
+    path = folder / "model.safetensors"
+    weights, config = load_file(path), json.loads((folder / "config.json").read_text())
+    size = config["hidden_size"] // config["num_attention_heads"]
+    sizes = [config[f"num_{kind}_heads"] * size for kind in ("attention", "key_value", "key_value")]
+    for name in [name for name in weights if "qkv_proj" in name]:
+        for c, part in zip("qkv", weights.pop(name).split(sizes)):
+            weights[name.replace("qkv", c)] = part.contiguous()
+    save_file(weights, path, {"format": "pt"})
+    assert isinstance(check(leaving(folder, "v_proj"), 99).params.layers[0].qkv_ED, Mixed)
+    check_ranks(folder / "packed", 2, 99)
+
+
+def test_experts_whose_gate_is_plain(tmp_path: Path) -> None:
+    folder = leaving(Case("mixtral", 5, 2, {"num_hidden_layers": 2}).save(tmp_path), "w1")
+    assert isinstance(check(folder, 96).params.layers[0].experts.gate_up_EGD, Mixed)
+
+
+def with_table(folder: Path, **config: Any) -> Path:
+    names = (TABLE, HEAD)
+    return pack(folder, lambda name: is_matrix(name) or name in names, table=True, **config)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["plain head", "tied"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
+def test_packed_tables(architecture: str, tied: bool, tmp_path: Path) -> None:
+    """A tied head is the packed table, with its bytes counted once, in eager mode and graphs."""
+    saved = save_tiny(tmp_path, architecture, vocab_size=99, tie_word_embeddings=tied)
+    folder = with_table(saved, lm_head=True)
+    runner = check(folder, 99, enforce_eager=False, graph_batch_sizes=[4])
+    params = runner.params
+    assert isinstance(params.embed_VD, Int4Weight) and isinstance(params.head_VD, Int4Weight)
+    assert (params.head_VD is params.embed_VD) == tied == runner.model.head_is_table
+    unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors(params)}
+    assert runner.model.param_bytes == sum(unique.values())
+
+
+def test_packed_tables_on_two_ranks(tmp_path: Path) -> None:
+    folder = with_table(save_tiny(tmp_path, vocab_size=101, tie_word_embeddings=True))
+    check_ranks(folder, 2, 101)
+
+
+def test_a_table_in_a_format_that_cannot_be_looked_up_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = with_table(save_tiny(tmp_path, tie_word_embeddings=True))
+    monkeypatch.setattr(Int4, "kinds", frozenset({"linear"}))
+    with pytest.raises(ValueError, match="not supported for a model whose table is stored so"):
+        model_of(folder)
 
 
 def test_an_fp8_cache_has_scales_of_the_real_weights(tmp_path: Path) -> None:
@@ -216,6 +305,33 @@ def test_bytes_are_those_of_the_stored_tensors(model_type: str, size: int, tmp_p
     assert model.param_bytes < real.param_bytes and model.num_weights() == real.num_weights()
 
 
+class LargestReal(TorchDispatchMode):
+    """Notes the most numbers of any floating point tensor that an op makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.is_floating_point():
+            self.numel = max(self.numel, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_reading_makes_no_matrix_of_real_numbers(size: int, tmp_path: Path) -> None:
+    """No floating point tensor on the way is larger than the largest one that stays."""
+    changes = {"num_hidden_layers": 1, "vocab_size": 16}
+    folder = pack(Case("mixtral", 4, 2, changes).save(tmp_path), group=8)
+    target = Target(torch.device("cpu"))._replace(shard=loader.Shard(0, size))
+    with LargestReal() as largest:
+        params = loader.load(model_of(folder, size), folder, target, int)
+    stays = max(tensor.numel() for tensor in tensors(params) if tensor.is_floating_point())
+    num_packed = params.layers[0].experts.gate_up_EGD.real(torch.float32).numel()
+    assert largest.numel == stays < num_packed / 4
+
+
 def test_a_factor_goes_to_the_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pack(save_tiny(tmp_path))
     model, target = model_of(folder), Target(torch.device("cpu"))
@@ -291,16 +407,24 @@ def test_a_module_that_is_not_packed_must_be_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("plain", "message"),
     [
-        (["q_proj"], "leaves model.layers.0.self_attn.q_proj.weight as it is and not"),
-        (["re:("], "names modules by"),
+        ("experts.1", "gives .*experts.0.w1.weight the format int4_of_tests and .* plain: the exp"),
+        ("re:(", "names modules by"),
     ],
 )
 def test_names_that_cannot_be_followed_are_refused(
-    plain: list[str], message: str, tmp_path: Path
+    plain: str, message: str, tmp_path: Path
 ) -> None:
-    folder = pack(save_tiny(tmp_path), modules_to_not_convert=plain)
+    folder = pack(Case("mixtral", 4, 2).save(tmp_path), modules_to_not_convert=[plain])
     with pytest.raises(ValueError, match=message):
         model_of(folder)
+
+
+def test_ranks_that_cut_what_cannot_be_cut_are_refused(tmp_path: Path) -> None:
+    folder = pack(save_tiny(tmp_path, intermediate_size=96), group=32, whole=True)
+    message = r"down_proj\.weight \[64, 96\] cannot be shared by 2 rank\(s\): its shares of 48 col"
+    assert model_of(folder).param_bytes
+    with pytest.raises(ValueError, match=message):
+        model_of(folder, 2)
 
 
 def test_options_that_do_not_go_with_a_packed_checkpoint_are_refused(tmp_path: Path) -> None:
@@ -315,7 +439,7 @@ def test_a_format_without_a_product_for_experts_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = pack(Case("mixtral", 4, 2).save(tmp_path))
-    monkeypatch.setattr(Int4, "takes_experts", False)
+    monkeypatch.setattr(Int4, "kinds", frozenset({"linear"}))
     with pytest.raises(
         ValueError, match=f"'{int4_format.METHOD}' is not supported for a model with"
     ):

@@ -314,7 +314,7 @@ def test_a_shard_that_is_not_there_is_named(indexed: tuple[Path, dict[str, str]]
     write_index(folder, weight_map)
     load(folder)
     write_index(folder, {**weight_map, "model.norm.weight": "model-00002.safetensors"})
-    with pytest.raises(CheckpointError, match=r"model-00002\.safetensors, which is not there"):
+    with pytest.raises(CheckpointError, match=r"model-00002\.safetensors, which does not exist"):
         load(folder)
 
 

@@ -282,7 +282,7 @@ def test_llama_has_no_windows() -> None:
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan: it must be a finite number"),
         (
             {"num_key_value_heads": 3},
-            "num_attention_heads 14 is no multiple of num_key_value_heads 3",
+            "num_attention_heads 14 is not a multiple of num_key_value_heads 3",
         ),
     ],
 )

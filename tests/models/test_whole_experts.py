@@ -14,7 +14,7 @@ import nanovllm
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader
 from nanovllm.models.config import MoeConfig
-from nanovllm.models.experts.spread import Spread
+from nanovllm.models.experts.expert_parallel import ExpertParallel
 from nanovllm.models.experts.stacked import Stacked
 from nanovllm.models.moe import SparseLayer
 from nanovllm.models.shards import Shard
@@ -125,7 +125,7 @@ def test_graphs_that_one_rank_compiles_serve_all(tmp_path: Path) -> None:
 
     def work(group: ThreadGroup) -> tuple[int, int, list[Tensor]]:
         runner = load_rank(config, group)
-        assert isinstance(runner.params.layers[0].experts, Spread)
+        assert isinstance(runner.params.layers[0].experts, ExpertParallel)
         counts = runner.compiler.num_compiled, runner.compiler.num_loaded
         return *counts, engine_logits(runner, known)
 
@@ -155,7 +155,7 @@ def test_auto_places_whole_experts_where_parts_would_be_narrow(
     assert places_whole_experts(moe, num_ranks) == is_whole
 
 
-@pytest.mark.parametrize(("width", "form"), [(256, Stacked), (128, Spread)])
+@pytest.mark.parametrize(("width", "form"), [(256, Stacked), (128, ExpertParallel)])
 def test_auto_is_applied_to_the_model(width: int, form: type, tmp_path: Path) -> None:
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": width}
     folder = save_tiny(tmp_path / "m", "mixtral", **sizes)

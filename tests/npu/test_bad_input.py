@@ -17,7 +17,7 @@ from nanovllm.platforms.npu import CANN_LIBRARIES
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"device": "npu:1"}, r"device 'npu:1' is not available: torch_npu sees 1 NPU\(s\)"),
+        ({"device": "npu:1"}, r"device 'npu:1' is not available: torch_npu finds 1 NPU\(s\)"),
         (
             {"device": "npu:x"},
             "device 'npu:x' is not supported: use one of auto, cuda, npu, mps, cpu or cuda:N",

@@ -158,6 +158,6 @@ def test_a_communicator_gets_the_name_of_the_group(tmp_path: Path, ge: Ge) -> No
 def test_another_name_of_the_communicator_is_refused(tmp_path: Path, ge: Ge) -> None:
     with (
         patch.dict(os.environ),
-        pytest.raises(ValueError, match="calls its communicator '' instead of 'nanovllm-7'"),
+        pytest.raises(ValueError, match="names its communicator '' instead of 'nanovllm-7'"),
     ):
         connect(tmp_path)

@@ -23,7 +23,7 @@ def layer(
     logits = torch.randn(num_tokens, num_experts)
     if only is not None:
         logits[:, only] = 20.0
-    weight, expert = reference.experts.route(logits, top_k, True)
+    weight, expert = reference.experts.topk_softmax(logits, top_k, True)
     return {
         "x": torch.randn(num_tokens, D),
         "weight": weight,
@@ -39,7 +39,7 @@ SHAPES = [(1, 8, 2), (1, 128, 8), (19, 5, 3), (99, 16, 1), (7, 3, 3)]
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), SHAPES)
-def test_route(
+def test_topk_softmax(
     run: Callable[..., Any],
     num_tokens: int,
     num_experts: int,
@@ -49,8 +49,8 @@ def test_route(
 ) -> None:
     """Experts and their order are those of the meaning, and weights are fp32 in both dtypes."""
     logits = torch.randn(num_tokens, num_experts).to(dtype)
-    weight, expert = run(lambda x: ops.route(x, top_k, normalize), {"x": logits.npu()})
-    expected = reference.experts.route(logits, top_k, normalize)
+    weight, expert = run(lambda x: ops.topk_softmax(x, top_k, normalize), {"x": logits.npu()})
+    expected = reference.experts.topk_softmax(logits, top_k, normalize)
     assert torch.equal(expert.cpu(), expected[1]) and expert.dtype == torch.int32
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight.cpu(), expected[0], rtol=2e-6, atol=0)
@@ -58,7 +58,7 @@ def test_route(
 
 def test_equal_probabilities_go_to_the_smaller_expert(run: Callable[..., Any]) -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0], [0.0] * 5])
-    _, expert = run(lambda x: ops.route(x, 3, False), {"x": logits.npu()})
+    _, expert = run(lambda x: ops.topk_softmax(x, 3, False), {"x": logits.npu()})
     assert expert.cpu().tolist() == [[1, 2, 4], [0, 1, 2]]
 
 
@@ -71,9 +71,9 @@ def test_a_bad_row_gets_nan_weights_and_experts_that_are_there(
     logits[2, 5] = bad
     logits[0, 3] = float("-inf")  # probability 0: nothing is wrong with it
     weight, expert = (
-        x.cpu() for x in run(lambda x: ops.route(x, 3, normalize), {"x": logits.npu()})
+        x.cpu() for x in run(lambda x: ops.topk_softmax(x, 3, normalize), {"x": logits.npu()})
     )
-    expected = reference.experts.route(logits, 3, normalize)
+    expected = reference.experts.topk_softmax(logits, 3, normalize)
     assert weight[2].isnan().all() and expert[2].tolist() == [0, 1, 2]
     rest = [0, 1, 3]
     assert torch.equal(expert[rest], expected[1][rest])
@@ -81,7 +81,7 @@ def test_a_bad_row_gets_nan_weights_and_experts_that_are_there(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("only", [None, 2], ids=["spread", "one expert first"])
+@pytest.mark.parametrize("only", [None, 2], ids=["evenly", "one expert first"])
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), SHAPES)
 def test_experts(
     run: Callable[..., Any],
@@ -162,7 +162,7 @@ def test_what_the_ops_do_not_take_is_refused(
         npu_experts.expert_linear(x, expert, weight)
     if size == 64:
         with pytest.raises(ValueError, match=match):
-            npu_experts.route(torch.zeros(1, num_experts), top_k, True)
+            npu_experts.topk_softmax(torch.zeros(1, num_experts), top_k, True)
 
 
 @pytest.mark.parametrize(

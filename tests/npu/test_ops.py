@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops, reference
-from nanovllm.kernels.npu import kernels as npu_kernels
+from nanovllm.kernels.npu import attention as npu_attention
 from tests.npu.op_runs import compare
 
 N, K, H, B, C, D = 4, 2, 64, 128, 9, 48
@@ -164,11 +164,11 @@ def test_attention_that_the_op_does_not_do_is_refused() -> None:
     with pytest.raises(
         ValueError, match="kvcache_block_size is 64: on an NPU it must be a multiple of 128"
     ):
-        npu_kernels.paged_attention_in_graph(q, cache, cache, table, lengths, starts, 3, 1.0, 0)
+        npu_attention.paged_attention_in_graph(q, cache, cache, table, lengths, starts, 3, 1.0, 0)
     with pytest.raises(
         ValueError, match="a sliding window of 32 tokens: attention windows are not supported"
     ):
-        npu_kernels.paged_attention_in_graph(q, cache, cache, table, lengths, starts, 1, 1.0, 32)
+        npu_attention.paged_attention_in_graph(q, cache, cache, table, lengths, starts, 1, 1.0, 32)
 
 
 @pytest.mark.parametrize("wrong", ["table dtype", "lengths", "head size", "q dtype"])
@@ -184,4 +184,4 @@ def test_shapes_and_dtypes_that_torchair_would_accept_are_refused(wrong: str) ->
     else:
         q = q.half()
     with pytest.raises(AssertionError):
-        npu_kernels.paged_attention_in_graph(q, cache, cache, table, lengths, starts, 1, 1.0, 0)
+        npu_attention.paged_attention_in_graph(q, cache, cache, table, lengths, starts, 1, 1.0, 0)

@@ -47,7 +47,7 @@ def test_a_killed_rank_is_named_within_a_second(tmp_path: Path) -> None:
         with within(1):
             assert event.wait(5)
         for call in (ranks.check, lambda: ranks.tell("note"), lambda: ranks.ask("echo")):
-            with pytest.raises(RankFailed, match="rank 2 was ended by SIGKILL"):
+            with pytest.raises(RankFailed, match="rank 2 was killed by SIGKILL"):
                 call()
         with within(3):
             wait_until_gone(ranks.pids, 3)
@@ -57,7 +57,7 @@ def test_rank_0_does_not_wait_in_a_collective_for_a_killed_rank(tmp_path: Path) 
     with started(3, tmp_path) as ranks:
         group = joined(ranks)
         threading.Timer(0.5, os.kill, (ranks.pids[0], signal.SIGKILL)).start()
-        with within(4), pytest.raises(RankFailed, match="rank 1 was ended by SIGKILL"):
+        with within(4), pytest.raises(RankFailed, match="rank 1 was killed by SIGKILL"):
             ranks.together("wait_for_ranks", b"1", group.barrier)
 
 
@@ -65,7 +65,7 @@ def test_a_stopped_rank_is_noticed_within_10_seconds(tmp_path: Path) -> None:
     with started(2, tmp_path) as ranks:
         group = joined(ranks)
         os.kill(ranks.pids[0], signal.SIGSTOP)
-        with within(10), pytest.raises(RankFailed, match="rank 1 stopped answering"):
+        with within(10), pytest.raises(RankFailed, match="rank 1 stopped responding"):
             ranks.together("wait_for_ranks", b"0", group.barrier)
 
 
@@ -76,7 +76,7 @@ def test_sending_to_a_rank_that_is_stuck_outside_python_does_not_last_for_ever(
         ranks.ask("echo")
         monkeypatch.setattr(process, "SILENT_SECONDS", 2.0)
         ranks.tell("block", b"100")
-        with within(10), pytest.raises(RankFailed, match="rank 1 stopped answering"):
+        with within(10), pytest.raises(RankFailed, match="rank 1 stopped responding"):
             for _ in range(100):
                 ranks.tell("note", bytes(1_000_000))
 

@@ -36,7 +36,7 @@ def test_rank_0_does_not_wait_on_its_device_for_a_killed_rank(tmp_path: Path) ->
         group = joined(ranks, "cuda")
         threading.Timer(0.5, os.kill, (ranks.pids[0], signal.SIGKILL)).start()
         before = time.monotonic()
-        with pytest.raises(RankFailed, match="rank 1 was ended by SIGKILL"):
+        with pytest.raises(RankFailed, match="rank 1 was killed by SIGKILL"):
             ranks.together("wait_for_ranks", b"1", group.barrier)
         assert time.monotonic() - before < 10
         group.close()

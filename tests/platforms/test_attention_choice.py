@@ -176,7 +176,7 @@ def test_no_flash_attn_is_for_gpus_before_turing(monkeypatch: pytest.MonkeyPatch
         (
             1,
             {"windows": (0, 4096)},
-            "a layer has a window of 4096 tokens, and flash-attn 1 knows no windows",
+            "a layer has a window of 4096 tokens, and flash-attn 1 has no windows",
         ),
         (
             2,

@@ -151,7 +151,7 @@ def test_masks_give_the_cpus_tokens_with_supported_operators(
     llm = LLM("tiny-qwen3", device="mps", **OPTIONS)
     found = llm.generate(prompts, asked, use_tqdm=False)
     assert [one["token_ids"] for one in found] == expected
-    assert "keep_allowed" in mode.ours and mode.called - SUPPORTED == set()
+    assert "apply_token_bitmask" in mode.ours and mode.called - SUPPORTED == set()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -249,7 +249,7 @@ def test_mps_on_a_machine_without_it_is_refused(monkeypatch: pytest.MonkeyPatch)
         platforms.select("mps")
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="torch sees no MPS device"):
+    with pytest.raises(ValueError, match="torch finds no MPS device"):
         platforms.select("mps")
     with pytest.raises(ValueError, match="device 'mps:1' is not supported"):
         platforms.select("mps:1")

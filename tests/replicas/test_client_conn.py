@@ -86,7 +86,7 @@ def test_a_row_that_is_too_large_ends_its_answer_alone(
     found = received(pair)
     assert [found[one].token_ids for one in (1, 2, 3, 4)] == [[7], [8], [], [8]]
     error = found[3].done and found[3].done.error
-    assert error is not None and "log-probabilities of a step are too many: a payload" in error
+    assert error is not None and "a step has too many log-probabilities: a payload" in error
 
 
 def test_a_client_that_leaves_is_noticed(pair: Pair) -> None:

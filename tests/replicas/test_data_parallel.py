@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,13 +19,14 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, EngineConfig, SamplingParams
+from nanovllm.batch.rows import Line
+from nanovllm.batch.worker import EngineWorker, Settings, load_engine
 from nanovllm.engine.request import MediaPrompt
 from nanovllm.parallel.channel import Channel, ChannelClosed, channel_pair
 from nanovllm.replicas import messages
 from nanovllm.replicas.loop import Loop
 from nanovllm.replicas.messages import Add
-from nanovllm.replicas.replica import ReplicaFailed
 from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
 from tests.conftest import save_tiny
@@ -274,7 +276,7 @@ def test_bad_requests_are_refused_and_queue_nothing(two: LLM) -> None:
     with pytest.raises(ValueError, match=r"embeddings have shape \[1, 63\]"):
         two.engine.add_request([5, 6], greedy(2), embeddings=[(0, torch.ones(1, 63))])
     image = Content(0, 1, b"digest"), Encodable(torch.ones(4, 8), (1, 2, 2))
-    with pytest.raises(ValueError, match=r"the prompt has images, but .* reads text only"):
+    with pytest.raises(ValueError, match=r"the prompt has images, but .* accepts text only"):
         two.engine.add_request(MediaPrompt([5, 6], None, [image]), greedy(2))
     with pytest.raises(ValueError, match="sleep is not supported with data_parallel_size=2"):
         two.sleep()
@@ -285,7 +287,7 @@ def test_bad_requests_are_refused_and_queue_nothing(two: LLM) -> None:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_replica_ends_its_own_requests_only(
+def test_a_lost_replica_ends_its_own_requests_only_and_starts_again(
     kind: signal.Signals, folder: Path, alone: LLM
 ) -> None:
     llm = make(folder, 2)
@@ -309,14 +311,38 @@ def test_a_lost_replica_ends_its_own_requests_only(
         assert reasons.count("error") in range(1, 5) and reasons.count("length") >= 4
         for found, wanted, reason in zip(ids, expected, reasons, strict=True):
             assert found == (wanted if reason == "length" else wanted[: len(found)])
+        engine: Any = llm.engine
+        deadline = time.monotonic() + 60
+        while not engine.replicas[0].is_ready:  # the other one answers meanwhile
+            assert tokens(llm, prompts, greedy(5)) == [one[:5] for one in expected]
+            assert time.monotonic() < deadline
         assert tokens(llm, prompts, greedy(5)) == [one[:5] for one in expected]
-        os.kill(gone[1], signal.SIGKILL)
-        with pytest.raises(ReplicaFailed, match=r"(?s)is left: replica 0 .*replica 1"):
-            for _ in range(100):
-                llm.generate(prompts, greedy(5), use_tqdm=False)
+        assert pids(llm)[0] != gone[0] and min(counts(llm, "prompt_tokens")) > 0
     finally:
         llm.close()
     wait_until_gone(gone)
+
+
+def test_rows_of_killed_replicas_are_answered_again(folder: Path, alone: LLM) -> None:
+    prompts = random_prompts([30] * 12, seed=7)
+    expected = tokens(alone, prompts, greedy(100))
+    config = EngineConfig(str(folder), data_parallel_size=2, **SIZES)
+    shared = load_engine(config)
+    try:
+        params = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
+        worker = EngineWorker(shared, Settings(params))
+        for row, prompt in enumerate(prompts):
+            text = json.dumps({"prompt": prompt}).encode()
+            worker.submit(Line(row, text, len(text)))
+        engine: Any = shared.engine
+        for replica in engine.replicas:
+            os.kill(replica.pid, signal.SIGKILL)
+        found: dict[int, list[int]] = {}
+        while len(found) < len(prompts):
+            found |= {one.row: json.loads(one.line)["token_ids"] for one in worker.wait()}
+        assert [found[row] for row in range(len(prompts))] == expected
+    finally:
+        shared.engine.close()
 
 
 def test_two_at_once_and_nothing_is_left(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.batch.rows import Line
+from nanovllm.batch.worker import EngineWorker, Settings
 from nanovllm.engine.intake import Intake
 from nanovllm.engine.request import EngineRequest, MediaPrompt
+from nanovllm.hub import SEEING
 from nanovllm.replicas import messages, router
 from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
 from tests.engines import greedy
 from tests.models.test_vision_text import Given, answers, engine, saved
 from tests.replicas.test_data_parallel import counts
+from tests.serving.pictures import about, corrupt, data_url
 
 PARTS: list[list[Any]] = [[0, (8, 12), 0], [(4, 4), (6, 2), 0], [0, (2, 14)], [0]]
 
@@ -146,7 +152,42 @@ def test_too_many_bytes_and_wrong_shapes_are_refused(
     monkeypatch.setattr(router, "MAX_MEDIA_BYTES", 100)
     with pytest.raises(ValueError, match=r"with data_parallel_size=2 at most 100 are supported"):
         add(MediaPrompt(prompt.ids, prompt.positions, prompt.images), greedy(2))
-    with pytest.raises(ValueError, match="image 1 is not supported with data_parallel_size=2"):
+    with pytest.raises(ValueError, match=r"image 1, but .* no preprocessor_config\.json"):
         two.generate({"prompt": "a", "multi_modal_data": {"image": Image.new("RGB", (9, 9))}})
     engine_of: Any = two.engine
     assert not engine_of._pending
+
+
+def test_replicas_of_llm_and_of_a_batch_job_take_pictures() -> None:
+    options: dict[str, Any] = {
+        "device": "cpu", "dtype": "float32", "enforce_eager": True, "max_num_seqs": 4,
+        "max_num_batched_tokens": 256, "max_model_len": 256, "num_kvcache_blocks": 65,
+        "limit_mm_per_prompt": {"image": 2}, "vision_patch_budgets": [256],
+    }  # fmt: skip
+    conversations = [
+        about(data_url(1)), about(data_url(2, 96), data_url(3, 80)), about(text="hello"),
+        about(corrupt()),
+    ]  # fmt: skip
+    with (
+        closing(LLM(SEEING, **options)) as alone,
+        closing(LLM(SEEING, data_parallel_size=2, **options)) as two,
+    ):
+        expected, found = (
+            [one.outputs[0] for one in llm.chat(conversations, greedy(8), use_tqdm=False)]
+            for llm in (alone, two)
+        )
+        assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+        assert found[3].finish_reason == "error" and found[3].error == expected[3].error
+        with pytest.raises(ValueError, match=r"at most 2 image|image.* 2"):
+            two.chat(about(*map(data_url, range(3))), greedy(2), use_tqdm=False)
+        params = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+        worker = EngineWorker(two.shared, Settings(params))
+        texts = [json.dumps({"messages": one}).encode() for one in conversations]
+        for row, text in enumerate(texts):
+            worker.submit(Line(row, text, len(text)))
+        rows: dict[int, Any] = {}
+        while len(rows) < len(texts):
+            rows |= {one.row: json.loads(one.line) for one in worker.wait()}
+        assert [rows[i]["text"] for i in range(3)] == [one.text for one in expected[:3]]
+        assert "image 1" in rows[3]["error"]
+        assert not two.engine._preparing and not two.engine._pending  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from nanovllm.engine.request import EngineRequest
 from nanovllm.replicas import messages
 from nanovllm.replicas.messages import Add, Outputs, Row
 from nanovllm.sampling import RequestOutputKind, SamplingParams
@@ -31,6 +32,16 @@ def test_sampling_parameters_come_back() -> None:
         truncate_prompt_tokens=5, output_kind=RequestOutputKind.DELTA, n=3, seed=-(2**63)
     )
     assert crossed(of_client) == SamplingParams(), "a message has a seed for each answer"
+
+
+def test_an_adapter_comes_back_and_makes_other_digests() -> None:
+    def crossed_with(adapter: str | None, salt: str | None = None) -> EngineRequest:
+        add = Add([1], [2], [3] * 16, {}, False, 0, salt, adapter=adapter)
+        return messages.load_request(messages.load_add(messages.dump(add)), b"")
+
+    found = [crossed_with(*one) for one in ((None,), ("a",), ("b",), ("a", "s"), (None, "s"))]
+    assert [one.adapter for one in found] == [None, "a", "b", "a", None]
+    assert len({one.block_digests(16)[0] for one in found}) == 5
 
 
 def test_outputs_come_back() -> None:

@@ -176,7 +176,7 @@ def test_the_number_of_tokens_is_that_of_transformers() -> None:
 
 
 def test_features_that_do_not_fit_the_clips_are_refused(eager: AudioSteps) -> None:
-    with pytest.raises(ValueError, match=r"shape \[20, 10\], but their lengths ask for \[24, 10\]"):
+    with pytest.raises(ValueError, match=r"shape \[20, 10\], but their lengths require \[24, 10\]"):
         eager.features(torch.zeros(20, 10), [(24,)])
     with pytest.raises(ValueError, match="a clip has 2 frames of features: at least 3"):
         eager.features(torch.zeros(14, 10), [(12,), (2,)])

@@ -82,7 +82,7 @@ def choose(logits_1V: Tensor, params: SamplingParams, prompt: list[int], output:
         logits_1V = penalize(logits_1V, penalties)
     fields = params.temperature, params.top_k, params.top_p, params.min_p
     temperature_1, *filters = (column(value)[0] for value in fields)
-    kept_1V = reference.sample.keep_likely(logits_1V, temperature_1, *filters)
+    kept_1V = reference.sample.apply_top_k_top_p(logits_1V, temperature_1, *filters)
     seed_1, pos_1 = torch.tensor([params.seed or 0]), torch.tensor([len(prompt) + len(output)])
     return int(reference.sample.sample(kept_1V, temperature_1, seed_1, pos_1))
 

@@ -14,7 +14,7 @@ from nanovllm.runner.masks import MaskTable
 
 def allowed(table: MaskTable, rows: list[int], vocab_size: int) -> list[list[int]]:
     logits_RV = torch.zeros(len(rows), vocab_size)
-    kept_RV = table.keep_allowed(torch.tensor(rows), logits_RV)
+    kept_RV = table.apply_token_bitmask(torch.tensor(rows), logits_RV)
     return [row_V.isfinite().nonzero().flatten().tolist() for row_V in kept_RV]
 
 

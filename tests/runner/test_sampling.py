@@ -221,7 +221,7 @@ def test_filters_keep_what_the_plain_algorithm_keeps(vocab_size: int) -> None:
     top_k_R, top_p_R, min_p_R = (
         torch.tensor(column, dtype=torch.float32) for column in zip(*FILTERS)
     )
-    kept_RV = reference.sample.keep_likely(
+    kept_RV = reference.sample.apply_top_k_top_p(
         logits_RV, torch.ones(len(FILTERS)), top_k_R, top_p_R, min_p_R
     )
     for row, (top_k, top_p, min_p) in enumerate(FILTERS):
@@ -230,7 +230,7 @@ def test_filters_keep_what_the_plain_algorithm_keeps(vocab_size: int) -> None:
         assert torch.equal(kept_RV[row][sorted(kept)], logits_RV[row][sorted(kept)])
 
 
-def test_a_filtered_choice_calls_the_ops_that_are_rehearsed() -> None:
+def test_a_filtered_choice_calls_the_ops_of_a_dry_run() -> None:
     """A GPU then compiles their kernels before the first request needs them."""
     called: list[tuple[object, list[torch.dtype]]] = []
 
@@ -247,7 +247,7 @@ def test_a_filtered_choice_calls_the_ops_that_are_rehearsed() -> None:
         fields_RF = torch.ones(2, len(SAMPLING_FIELDS))
         sampler.sample_filtered(random_logits(2, 19), fields_RF, some_R, some_R)
     visited: list[tuple[object, list[torch.dtype]]] = []
-    sampler.rehearse_filtered(
+    sampler.dry_run_filtered(
         lambda op, args, kwargs: visited.append((op, [tensor.dtype for tensor in args])),
         random_logits(2, 19),
         one_R,
@@ -258,7 +258,7 @@ def test_a_filtered_choice_calls_the_ops_that_are_rehearsed() -> None:
 def test_of_equal_logits_the_smaller_ids_stay() -> None:
     logits_RV = torch.zeros(2, 19)
     filters = torch.ones(2), torch.tensor([5.0, 0.0]), torch.tensor([1.0, 0.5]), torch.zeros(2)
-    kept_RV = reference.sample.keep_likely(logits_RV, *filters)
+    kept_RV = reference.sample.apply_top_k_top_p(logits_RV, *filters)
     assert torch.isfinite(kept_RV[0]).nonzero().flatten().tolist() == list(range(5))
     assert torch.isfinite(kept_RV[1]).nonzero().flatten().tolist() == list(range(10))
 
@@ -267,7 +267,7 @@ def test_forbidden_tokens_do_not_come_back_through_a_filter() -> None:
     logits_RV = random_logits(1, 19)
     logits_RV[0, :16] = -INF
     filters = torch.ones(1), torch.tensor([8.0]), torch.tensor([0.999]), torch.tensor([0.0])
-    kept_RV = reference.sample.keep_likely(logits_RV, *filters)
+    kept_RV = reference.sample.apply_top_k_top_p(logits_RV, *filters)
     assert not torch.isfinite(kept_RV[0, :16]).any()
 
 

@@ -237,7 +237,7 @@ def test_the_meaning_of_attention_can_be_part_of_a_graph(saved: Any, platform: P
 
 
 def test_patches_that_do_not_fit_the_grids_are_refused(eager: TowerSteps) -> None:
-    with pytest.raises(ValueError, match=r"shape \[20, 96\], but their grids ask for \[24, 96\]"):
+    with pytest.raises(ValueError, match=r"shape \[20, 96\], but their grids require \[24, 96\]"):
         eager.features(torch.zeros(20, 96), [(1, 6, 4)])
 
 

@@ -174,7 +174,9 @@ class RandomLoad:
     """Requests of random lengths and priorities that arrive, end early, wait for masks, are
     computed again after a NaN, and start again after an error of a step."""
 
-    def __init__(self, seed: int, *, run_ahead: int, max_proposals: int) -> None:
+    def __init__(
+        self, seed: int, *, run_ahead: int, max_proposals: int, on_device: bool = False
+    ) -> None:
         self.rng = rng = random.Random(seed)
         self.run_ahead = run_ahead
         windows = rng.choice(WINDOWS)
@@ -193,7 +195,9 @@ class RandomLoad:
                 [None, StallBound(rng.choice([0.1, 3.0]), ((4, 1.0), (32, 2.0)), 0.001)]
             ),
         )
-        if max_proposals:
+        if on_device:
+            self.s.num_drafts = max_proposals
+        elif max_proposals:
             self.s.propose = lambda one: [9] * rng.randrange(8)
         self.num_priorities = rng.choice([1, 2, 5])
         self.in_flight: deque[StepPlan] = deque()
@@ -267,9 +271,12 @@ class RandomLoad:
                 s.finish(one, "length")
 
 
-def run_random_load(seed: int, num_steps: int, *, run_ahead: int, max_proposals: int) -> None:
-    """Requests arrive for `num_steps` steps; then all of them must end."""
-    load = RandomLoad(seed, run_ahead=run_ahead, max_proposals=max_proposals)
+def run_random_load(
+    seed: int, num_steps: int, *, run_ahead: int, max_proposals: int, on_device: bool = False
+) -> None:
+    """Requests arrive for `num_steps` steps; then all of them must end. With `on_device` the device
+    makes the proposals."""
+    load = RandomLoad(seed, run_ahead=run_ahead, max_proposals=max_proposals, on_device=on_device)
     while load.num_steps < num_steps:
         if load.rng.random() < 0.3 and len(load.s.waiting) < 30:
             load.add()
@@ -284,8 +291,9 @@ def main(num_steps: int, each: int = 1500) -> None:
     for seed in range(num_seeds):
         try:
             run_random_load(
-                seed, each, run_ahead=(0, 1, 3)[seed % 3], max_proposals=5 * (seed // 3 % 2)
-            )
+                seed, each, run_ahead=(0, 1, 3)[seed % 3], max_proposals=5 * (seed // 3 % 2),
+                on_device=bool(seed // 6 % 2),
+            )  # fmt: skip
         except AssertionError as error:
             failed.append(seed)
             print(f"seed {seed}: {error}")

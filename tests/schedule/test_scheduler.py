@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nanovllm import SamplingParams
-from nanovllm.schedule.plan import NEWEST, StepPlan
+from nanovllm.schedule.plan import DRAFT, NEWEST, StepPlan
 from nanovllm.schedule.request import Content, Status
 from nanovllm.schedule.stall import StallBound
 from tests.schedule.loads import (
@@ -365,6 +365,31 @@ def test_proposals_are_fed_after_the_newest_token_as_far_as_there_is_room() -> N
     assert len(s.known[0].output_ids) == 3
 
 
+def test_tokens_that_the_device_proposes_are_planned_before_earlier_ones_are_known() -> None:
+    s = scheduler(max_proposals=3)
+    s.num_drafts = 3
+    s.add(request(0, 3, 12))
+    s.add(request(1, 6, 2))
+    first = planned(s)
+    # blocks are there for the draft after the prompt, as far as the answer may go
+    assert [len(one.blocks[0]) * BLOCK for one in s.known.values()] == [8, 8]
+    plans = [s.schedule(may_preempt=False) for _ in range(4)]
+    assert plans[0] is not None and plans[1] is not None and plans[2] is not None
+    # request 1 may have one more token: no draft follows it
+    assert plans[0].token_T.tolist() == [NEWEST, DRAFT, DRAFT, DRAFT, NEWEST]
+    assert plans[0].seq_lens == [7, 7]
+    assert [plan.num_tokens for plan in plans[1:3] if plan] == [[4], [3]]
+    assert plans[3] is None, "if every draft token is right, no token is left"
+    one = s.known[0]
+    assert (one.num_computed, one.num_in_flight) == (3 + 11, 12)
+    assert len(one.blocks[0]) == 4 and not one.is_verifying
+    answer(s, first)
+    answer(s, plans[0], lambda most: 1)
+    assert (one.num_computed, one.num_in_flight, len(one.output_ids)) == (11, 7, 2)
+    again = s.schedule(may_preempt=False)
+    assert again is not None and again.num_tokens == [3] and again.seq_lens == [14]
+
+
 def test_no_proposals_where_the_host_must_see_each_token() -> None:
     s = scheduler(max_proposals=4)
     s.propose = lambda one: [70, 71]
@@ -377,11 +402,13 @@ def test_no_proposals_where_the_host_must_see_each_token() -> None:
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("max_proposals", [0, 5])
+@pytest.mark.parametrize(("max_proposals", "on_device"), [(0, False), (5, False), (5, True)])
 def test_random_loads_end_with_everything_free(
-    seed: int, run_ahead: int, max_proposals: int
+    seed: int, run_ahead: int, max_proposals: int, on_device: bool
 ) -> None:
-    run_random_load(seed, 300, run_ahead=run_ahead, max_proposals=max_proposals)
+    run_random_load(
+        seed, 300, run_ahead=run_ahead, max_proposals=max_proposals, on_device=on_device
+    )
 
 
 def test_prefill_goes_on_if_decode_sends_back_its_only_row() -> None:

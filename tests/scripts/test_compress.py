@@ -486,7 +486,9 @@ def test_a_folder_whose_files_are_missing_is_made_again(
 
 def test_files_of_others_are_not_deleted(model: Path, run: Callable[..., None]) -> None:
     (model / "metadata.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config\.json, which is no file of compressed experts"):
+    with pytest.raises(
+        ValueError, match=r"config\.json, which is not a file of compressed experts"
+    ):
         run(
             decompose_experts.main, "--model-path", model, "--rank", 9, "--device", "cpu",
             "--output-dir", model,

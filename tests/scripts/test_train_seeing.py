@@ -303,4 +303,4 @@ def test_options_of_other_architectures_are_refused(
     monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--out", "x", "--arch", arch, *option])
     with pytest.raises(SystemExit):
         train_tiny.parse_args()
-    assert f"{option[0]} is no option of {arch}" in capsys.readouterr().err
+    assert f"{option[0]} is not an option of {arch}" in capsys.readouterr().err

@@ -232,7 +232,7 @@ def test_images_that_wait_are_bounded_in_bytes(
         prompts = [prompt_of(client, about(data_url(i))) for i in (21, 22)]
         first = asyncio.ensure_future(asked(client, prompts[0]))
         await asyncio.to_thread(held.has_begun.wait, 30)
-        with pytest.raises(QueueFull, match=r"images that wait have .* may wait"):
+        with pytest.raises(QueueFull, match=r"waiting images have .* the limit is"):
             await client.open(prompts[1], greedy(1))
         held.may_go_on.set()
         await first

@@ -9,7 +9,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 
 import nanovllm
 from nanovllm import LLM, AsyncLLM
-from nanovllm.serving.interface import EngineDead
+from nanovllm.serving.interface import EngineDead, Unavailable
 from tests.engines import greedy
 from tests.replicas.test_data_parallel import children
 from tests.serving.served import LOOPS, run
@@ -84,7 +84,7 @@ def test_a_killed_engine_fails_all_requests(expected: list[Any]) -> None:
             streams = [await llm.open([5, 6], greedy(120)) for _ in range(6)]
             await streams[0].take()
             os.kill(llm._process.pid, signal.SIGKILL)
-            message = "^the engine's process was ended by SIGKILL$"
+            message = "^the engine process was killed by SIGKILL$"
             for stream in streams:
                 with pytest.raises(EngineDead, match=message):
                     await asyncio.wait_for(collected(stream), 10)
@@ -127,6 +127,55 @@ def test_replicas_give_the_same_answers(expected: list[Any]) -> None:
 
     for ours, theirs in zip(run(work()), expected, strict=True):
         assert comparable(ours[-1]) == comparable(theirs)
+
+
+def _replicas(llm: AsyncLLM) -> set[int]:
+    return children(llm._process.pid)
+
+
+async def _until(is_true: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 90
+    while not is_true():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
+def test_killed_replicas_are_started_again(expected: list[Any]) -> None:
+    """First one of them, then both: the answers of a killed one end with an error, and while none
+    is there a request is refused."""
+
+    async def work() -> list[Any]:
+        async with AsyncLLM(MODEL, **SIZES, data_parallel_size=2) as llm:
+            killed = min(_replicas(llm))
+            streams = [await llm.open("a", greedy(100)) for _ in range(4)]
+            for stream in streams:
+                await stream.take()
+            os.kill(killed, signal.SIGKILL)
+            ends = [(await collected(stream))[-1] for stream in streams]
+            assert sorted(one.finish_reason for one in ends) == ["error"] * 2 + ["length"] * 2
+            assert {one.error for one in ends if one.error} <= {
+                f"replica {index} has ended: see the log" for index in range(2)
+            }
+            await _until(lambda: not any(one.is_lost for one in llm._engines))
+            assert len(_replicas(llm)) == 2 and killed not in _replicas(llm)
+            num_tokens = await _count(llm, "generation_tokens")
+            await answers(llm, PROMPTS, PARAMS)
+            assert await _count(llm, "generation_tokens") > num_tokens >= 200
+            for pid in _replicas(llm):
+                os.kill(pid, signal.SIGKILL)
+            await _until(lambda: all(one.is_lost for one in llm._engines))
+            with pytest.raises(Unavailable, match="all replicas are being started again"):
+                await llm.open("a", PARAMS)
+            await _until(lambda: not any(one.is_lost for one in llm._engines))
+            await until_idle(llm)
+            return await answers(llm, PROMPTS, PARAMS)
+
+    for ours, theirs in zip(run(work()), expected, strict=True):
+        assert comparable(ours[-1]) == comparable(theirs)
+
+
+async def _count(llm: AsyncLLM, name: str) -> float:
+    return sum(one.value for one in await llm.metrics() if one.name == f"nanovllm:{name}")
 
 
 # the end, and where it is asked for ---------------------------------------------------------------

@@ -388,7 +388,7 @@ def test_structured_outputs_cross_processes(llm: LLM, engine: Engine) -> None:
 
 def test_requests_without_parameters_get_the_checkpoints(engine: Engine) -> None:
     async def work(client: Client) -> list[Delta]:
-        with pytest.raises(AttributeError, match="default_params is not known before"):
+        with pytest.raises(AttributeError, match="default_params is not available before"):
             assert client.default_params
         stream = await client.open(PROMPTS[0])
         assert client.default_params == engine.default_params

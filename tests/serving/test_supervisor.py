@@ -176,11 +176,11 @@ def test_a_killed_process_ends_the_server(program: str, make: Make) -> None:
     except ConnectionError:
         rest = []
     if program == "engine":
-        assert rest[-1] == "EngineDead: the engine's process has ended\n"
+        assert rest[-1] == "EngineDead: the engine process has ended\n"
     code, errors = server.end()
     assert code == 1
-    name = "the engine's process" if program == "engine" else r"API process"
-    assert f"the server ends: {name}" in errors and "was ended by SIGKILL" in errors
+    name = "the engine process" if program == "engine" else r"API process"
+    assert f"shutting down: {name}" in errors and "was killed by SIGKILL" in errors
     assert list(server.temporary.iterdir()) == []
 
 
@@ -198,7 +198,7 @@ def test_nothing_runs_after_the_supervisor_is_killed(make: Make) -> None:
     ("given", "code", "message"),
     [
         ({"options": {"fails": 1}}, 2, "error: an option is wrong"),
-        ({"options": {"returns": 0}}, 1, "API process 0 has ended by itself"),
+        ({"options": {"returns": 0}}, 1, "API process 0 has ended unexpectedly"),
         ({"engine": {**ENGINE, "seed": 13}}, 2, "error: seed is 13"),
     ],
 )

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_tasks_are_taken_in_order_and_end_once_nothing_can_follow() -> None:
-    tasks = TaskQueue([Task((0, 1), "rehearse", "b"), Task((0, 0), "rehearse", "a")])
+    tasks = TaskQueue([Task((0, 1), "dry_run", "b"), Task((0, 0), "dry_run", "a")])
     first, second = tasks.take(), tasks.take()
     assert first and second and (first.what, second.what) == ("a", "b")
     late: list[Task | None] = []
@@ -37,7 +37,7 @@ def test_tasks_are_taken_in_order_and_end_once_nothing_can_follow() -> None:
 
 
 # A process that prints its requests to stderr, finds kernels in buckets, and dies on "deadly". It
-# hangs on a bucket of 99 rows and cannot rehearse one of 13. Its imports print as well.
+# hangs on a bucket of 99 rows and cannot dry-run one of 13. Its imports print as well.
 STUB = f"""
 import json, os, sys, time
 print("Welcome to an import!")
@@ -74,12 +74,12 @@ def stub() -> WorkerProcess:
 
 
 def farm_of(
-    workers: list[WorkerProcess], buckets: list[Bucket], count: int, *, rehearse: bool = False
+    workers: list[WorkerProcess], buckets: list[Bucket], count: int, *, dry_run: bool = False
 ) -> CompileFarm:
     """A farm at work, in which `workers` were started early."""
     farm = CompileFarm(EngineConfig("tiny-qwen3"))
     farm._workers += workers
-    farm.build(buckets, count, rehearse=rehearse)
+    farm.build(buckets, count, dry_run=dry_run)
     return farm
 
 
@@ -93,12 +93,12 @@ def test_every_kernel_is_compiled_once_the_longest_first(caplog: pytest.LogCaptu
     processes = [stub()]
     buckets = [("decode", 4), ("decode", 1), ("prefill", 16)]
     with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.farm"):
-        farm = farm_of(processes, buckets, 1, rehearse=True)
+        farm = farm_of(processes, buckets, 1, dry_run=True)
         outcomes = farm.wait(lambda outcome: None)
         farm.close()
     assert outcomes == [Outcome(bucket, 4, 0, 0, 0.2) for bucket in buckets]
     kernels = ["own of 16", "shared", "own of 4", "own of 1"]
-    expected = [["rehearse", list(bucket)] for bucket in buckets] + [
+    expected = [["dry_run", list(bucket)] for bucket in buckets] + [
         ["compile", kernel] for kernel in kernels
     ]
     assert asked(caplog.text) == expected
@@ -108,7 +108,7 @@ def test_one_that_dies_costs_its_task_alone(caplog: pytest.LogCaptureFixture) ->
     processes = [stub() for _ in range(3)]
     buckets = [("decode", size) for size in (32, 16, 8, 4, 2, 1)]
     with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.farm"):
-        farm = farm_of(processes, buckets, 3, rehearse=True)
+        farm = farm_of(processes, buckets, 3, dry_run=True)
         with pytest.raises(WorkerFailed, match="no memory"):
             farm.wait(lambda outcome: None)
         farm.close()
@@ -118,27 +118,27 @@ def test_one_that_dies_costs_its_task_alone(caplog: pytest.LogCaptureFixture) ->
     )
 
 
-def test_what_cannot_be_rehearsed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_dry_run_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     buckets = [("decode", size) for size in (13, 13, 4)]
     with caplog.at_level("WARNING", "nanovllm.startup.compile_farm.farm"):
-        farm = farm_of([stub(), stub()], buckets, 2, rehearse=True)
+        farm = farm_of([stub(), stub()], buckets, 2, dry_run=True)
         farm.wait(lambda outcome: None)
         farm.close()
     (record,) = caplog.records
     assert (
         record.levelname == "WARNING"
-        and "decode 13 cannot be rehearsed and is run: TypeError: no call list" in caplog.text
+        and "decode 13 cannot be dry-run and is run: TypeError: no call list" in caplog.text
     )
 
 
 @pytest.mark.parametrize(
-    ("rows", "rehearse", "waits"), [(4, True, False), (13, True, True), (4, False, True)]
+    ("rows", "dry_run", "waits"), [(4, True, False), (13, True, True), (4, False, True)]
 )
 def test_the_end_of_a_process_is_waited_for_where_it_used_the_device(
-    rows: int, rehearse: bool, waits: bool
+    rows: int, dry_run: bool, waits: bool
 ) -> None:
     process = stub()
-    farm = farm_of([process], [("decode", rows)], 1, rehearse=rehearse)
+    farm = farm_of([process], [("decode", rows)], 1, dry_run=dry_run)
     farm.wait(lambda outcome: None)
     assert (process.parent.returncode == 0) == waits
     farm.close()
@@ -147,13 +147,13 @@ def test_the_end_of_a_process_is_waited_for_where_it_used_the_device(
 
 def test_one_that_never_answers_is_given_up_and_what_it_did_is_named() -> None:
     processes = [stub(), stub()]
-    farm = farm_of(processes, [("decode", 99), ("decode", 1)], 2, rehearse=True)
-    with pytest.raises(WorkerFailed, match=r"no answer; still at work: rehearse decode 99$"):
+    farm = farm_of(processes, [("decode", 99), ("decode", 1)], 2, dry_run=True)
+    with pytest.raises(WorkerFailed, match=r"no answer; still at work: dry_run decode 99$"):
         farm.wait(lambda outcome: None, patience_s=2)
     assert all(process.parent.returncode is not None for process in processes)
 
 
-def test_without_rehearsing_buckets_are_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_dry_runs_buckets_are_run(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.farm"):
         farm = farm_of([stub()], [("decode", 4)], 1)
         farm.wait(lambda outcome: None)
@@ -162,9 +162,9 @@ def test_without_rehearsing_buckets_are_run(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What rehearsal.py found for each case."""
-    folder = tmp_path_factory.mktemp("rehearsed")
+def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What dry_runs.py found for each case."""
+    folder = tmp_path_factory.mktemp("dry_runs")
     names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {
@@ -172,7 +172,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "PYTHONPATH": str(ROOT),
         "NANOVLLM_CACHE": str(folder / "other"),
     }
-    script = Path(__file__).with_name("rehearsal.py")
+    script = Path(__file__).with_name("dry_runs.py")
     done = subprocess.run(
         [sys.executable, script, folder, "qwen3_vl", "mixtral", "mixtral:2"],
         env=environment,
@@ -191,14 +191,15 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ("architecture", "num_programs", "own_kernels"),
     [("qwen3_vl", [7, 5, 3, 4, 4, 4], {"prefill_hopper_kernel"}),
      ("mixtral", [5, 4, 4],
-      {"norm_route_kernel", "route_kernel", "sort_kernel", "group_linear_kernel"})],
+      {"norm_router_topk_kernel", "topk_softmax_kernel", "sort_pairs_kernel",
+       "grouped_gemm_kernel"})],
 )  # fmt: skip
-def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(
-    architecture: str, num_programs: list[int], own_kernels: set[str], rehearsed: dict[str, Any]
+def test_launches_of_a_dry_run_ask_for_the_kernels_that_real_ones_need(
+    architecture: str, num_programs: list[int], own_kernels: set[str], dry_runs: dict[str, Any]
 ) -> None:
     """Prefill steps with images have two programs more: one for embeddings and positions, and one
     that adds features."""
-    found = rehearsed[architecture]
+    found = dry_runs[architecture]
     assert isinstance(found, dict), found
     assert found["problems"] == [None] * len(num_programs)
     # five programs for each prefill bucket, four for each decode bucket. The first three of six
@@ -206,17 +207,18 @@ def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(
     assert [programs for programs, *_ in found["numbers"]] == num_programs
     assert all(kernels == 0 for *_, kernels in found["numbers"]) and found["compiled_before"] == 0
     assert set(found["names"]) >= {
-        "decode_kernel", "prefill_kernel", "few_rows_linear_kernel", "many_rows_linear_kernel",
-        "advance_kernel", "best_of_span_kernel", "qk_norm_rope_store_kernel", "keep_likely_kernel",
+        "decode_kernel", "prefill_kernel", "skinny_gemm_kernel", "split_k_gemm_kernel",
+        "advance_kernel", "best_of_span_kernel", "qk_norm_rope_store_kernel",
+        "apply_top_k_top_p_kernel",
         *own_kernels,
     }  # fmt: skip
-    assert found["longest"] == "keep_likely_kernel", (
+    assert found["longest"] == "apply_top_k_top_p_kernel", (
         "the kernel is short, but the functions that it inlines are long"
     )
     assert found["files"] == [".cubin", ".json", ".source"], (
         "the other stages, which only people read, are not stored"
     )
-    assert found["assembled"] == ["advance_kernel"], "rehearsal.py shortens the other compiles"
+    assert found["assembled"] == ["advance_kernel"], "dry_runs.py shortens the other compiles"
     assert found["compiled"] == found["requests"], "no two requests name one kernel"
     assert found["launchers"] == found["requests"], "launchers are built in advance as well"
     assert found["compiled_after_launches"] == found["compiled"] < found["launches"], (
@@ -225,12 +227,12 @@ def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
-def test_launches_of_offloaded_experts_are_rehearsed(rehearsed: dict[str, Any]) -> None:
-    found = rehearsed["mixtral:2"]
+def test_launches_of_offloaded_experts_are_found_by_a_dry_run(dry_runs: dict[str, Any]) -> None:
+    found = dry_runs["mixtral:2"]
     assert isinstance(found, dict), found
     assert found["problems"] == [None, None, None]
     assert set(found["names"]) >= {
-        "fetch_plan_kernel", "stream_plan_kernel", "copy_kernel", "group_linear_kernel",
-        "pair_gate_up_kernel", "pair_down_kernel",
+        "fetch_plan_kernel", "stream_plan_kernel", "copy_kernel", "grouped_gemm_kernel",
+        "moe_gemv_gate_up_kernel", "moe_gemv_down_kernel",
     }  # fmt: skip
     assert found["compiled_after_launches"] == found["compiled"] == found["requests"]

@@ -107,7 +107,9 @@ def test_an_override_meets_what_it_replaces_under_any_name(
 
 
 def test_an_override_that_the_config_has_no_field_for_is_refused(folder: Path) -> None:
-    message = "hf_overrides has 'rope_theata', which is no field of Qwen3Config: use one of .*rope"
+    message = (
+        "hf_overrides has 'rope_theata', which is not a field of Qwen3Config: use one of .*rope"
+    )
     with pytest.raises(ValueError, match=message):
         transformers_config(folder / "config.json", {"rope_theata": 5.0})
 
@@ -162,7 +164,7 @@ def problem(folder: Path) -> str:
         ('{"architectures": ["Qwen3ForCausalLM"]}', "model_type is None, which transformers does"),
         (
             '{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen99"}',
-            "model_type is 'qwen99', which transformers does not know",
+            "model_type is 'qwen99', which transformers does not support",
         ),
     ],
 )

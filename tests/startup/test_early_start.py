@@ -216,6 +216,6 @@ def test_a_start_that_fails_leaves_no_server(
         return begun[0]
 
     monkeypatch.setattr(compile_farm, "ForkServer", new)
-    with pytest.raises(ValueError, match="without a config"):
+    with pytest.raises(ValueError, match="the folder has no config"):
         LLM(str(tmp_path), **{**OPTIONS, "device": "auto"}, compile_cache=tmp_path / "store")
     assert begun[0].process.returncode is not None

@@ -55,7 +55,7 @@ def test_code_of_a_checkpoint_is_neither_run_nor_asked_for(
     try:
         load_full(folder)
     except ValueError as error:
-        assert "needs code of its own" in str(error)
+        assert "needs custom code" in str(error)
     assert not trace.exists()
 
 

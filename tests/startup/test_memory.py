@@ -105,7 +105,7 @@ def test_the_report_counts_tied_weights_once_and_says_when_the_size_was_given(
     assert (
         engine.memory.weights_bytes == params.embed_VD.nbytes + layers + params.final_norm_D.nbytes
     )
-    assert engine.memory.budget is None and "as asked for" in str(engine.memory)
+    assert engine.memory.budget is None and "as requested" in str(engine.memory)
     assert engine.memory.as_dict()["kv_share_of_allowance"] is None
 
 

@@ -204,12 +204,12 @@ def test_require_names_the_ingredient_that_differs(
     store: Path, tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "__version__", "9.9.9")
-    with pytest.raises(CompileRequired, match=r"begin_1: torch: 9\.9\.9 is wanted, .* is there"):
+    with pytest.raises(CompileRequired, match=r"begin_1: torch: 9\.9\.9 is wanted, .* is stored"):
         LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store, compile_cache_mode="require")
 
 
 def test_require_needs_a_store_and_graphs(tmp_path: Path, tiny_qwen3: Path, store: Path) -> None:
-    with pytest.raises(ValueError, match=f"'require', but {tmp_path}/none is no store"):
+    with pytest.raises(ValueError, match=f"'require', but {tmp_path}/none is not a store"):
         LLM(
             str(tiny_qwen3),
             **OPTIONS,
@@ -326,7 +326,7 @@ def test_a_worker_that_is_killed_is_missed_but_not_waited_for(
     os.kill(int(forks[1]), signal.SIGKILL)
     farm.build([("decode", 4), ("prefill", 64)], 2)
     outcomes: list[Outcome] = []
-    with pytest.raises(WorkerFailed, match="without a word"):
+    with pytest.raises(WorkerFailed, match="it exited without output"):
         farm.wait(outcomes.append)
     assert {outcome.bucket for outcome in outcomes} == {("decode", 4), ("prefill", 64)}, (
         "the other one did both"

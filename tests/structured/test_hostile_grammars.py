@@ -142,12 +142,12 @@ def test_what_is_too_long_or_too_deep_is_refused_before_it_is_compiled(llm: LLM)
         "choice has [0-9]+ bytes": {"choice": [f"word {i}" for i in range(20_000)]},
         "json has [0-9]+ bytes": {"json": {"enum": ["x" * 300_000]}},
         "at most 64 levels": {"json": deep},
-        "is no JSON": {"json": cyclic},
+        "is not JSON": {"json": cyclic},
         "recursion": {"json": many},
-        "is no JSON: maximum": {"json": "[" * 100_000},
-        r"only places in the schema itself": {"json": {"$ref": "https://a.b/schema.json"}},
+        "is not JSON: maximum": {"json": "[" * 100_000},
+        r"only references within the schema": {"json": {"$ref": "https://a.b/schema.json"}},
         "'x-guidance'": {"json": {"type": "string", "x-guidance": {"lenient": True}}},
-        "numbers are at most": {"json": {"type": "integer", "minimum": 10**30}},
+        "absolute values are at most": {"json": {"type": "integer", "minimum": 10**30}},
         "must be an object": {"json": {"properties": {"a": 5}}},
     }
     for reason, given in cases.items():
@@ -160,13 +160,13 @@ def test_what_is_too_long_or_too_deep_is_refused_before_it_is_compiled(llm: LLM)
 
 def test_a_grammar_that_takes_too_long_is_killed(llm: LLM) -> None:
     ended(llm, {"choice": ["a"]})
-    (trial, *_) = (one for one in llm.engine._grammars._compiler._trials if one._process)
+    (trial, *_) = (one for one in llm.engine._grammars._compiler._trials if one._program.process)
     source = trials.Source("json", json.dumps(wide(4000)))
-    before = trial._process.pid
+    before = trial._program.process.pid
     with pytest.raises(ValueError, match=r"longer than 0.01 s to compile .* grammar_timeout_s"):
         trial.run(source, 0.01)
-    assert trial._process is None
-    assert trial.run(trials.Source("regex", "a"), 30.0) and trial._process.pid != before
+    assert trial._program.process is None
+    assert trial.run(trials.Source("regex", "a"), 30.0) and trial._program.process.pid != before
 
 
 def test_compiled_grammars_are_kept_up_to_a_limit(llm: LLM) -> None:
@@ -186,7 +186,8 @@ def test_closing_an_engine_ends_its_processes() -> None:
     engine.add_request(PROMPT, SamplingParams(structured_outputs={"choice": ["a"]}))
     while engine._grammars:
         engine.step()
-    (process,) = (one._process for one in engine._grammars._compiler._trials if one._process)
+    programs = [one._program for one in engine._grammars._compiler._trials]
+    (process,) = (one.process for one in programs if one.process)
     engine.add_request(PROMPT, SamplingParams(structured_outputs={"json": wide(4000)}))
     start = time.monotonic()
     engine.close()

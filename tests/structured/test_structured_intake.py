@@ -14,7 +14,7 @@ from nanovllm.replicas.messages import Add
 from nanovllm.sampling import BeamSearchParams
 from nanovllm.structured import library, trial
 from nanovllm.structured.keywords import KNOWN, checked_schema
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import StructuredOutputsParams
 from nanovllm.tokenizer import Tokenizer
 
 FORMS = (

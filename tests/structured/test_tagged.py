@@ -12,8 +12,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.parsers import call_schema, tool_parser
 from nanovllm.replicas import setups
 from nanovllm.structured import library
-from nanovllm.structured.params import StructuredOutputsParams
 from nanovllm.structured.tagged import tagged
+from nanovllm.structured_params import StructuredOutputsParams
 from nanovllm.tokenizer import Tokenizer
 
 NUMBER = {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}, "required": ["a"],

@@ -143,7 +143,7 @@ def test_bytes_are_left_out_where_the_launches_do_not_agree() -> None:
         if row["op"] == ""
     }
     assert rows["norm"]["bytes"] is None and rows["norm"]["launches"] == 2.5
-    with pytest.raises(ValueError, match="holds no kernel"):
+    with pytest.raises(ValueError, match="the trace has no kernels"):
         kernel_table([], KNOWN, 1, bandwidth=1e9)
 
 

@@ -90,10 +90,12 @@ def test_experts_of_other_ranks_cost_nothing() -> None:
 
 def test_routing_costs_the_scores_and_the_router_s_product() -> None:
     logits_TE, x_TD, router_ED = torch.ones(3, 5), torch.ones(3, 8), torch.ones(5, 8)
-    chosen = ops.route(logits_TE, 2, True)
-    assert cost(ops.route, [logits_TE, 2, True], {}, chosen) == (4 * (15 + 6 + 6), 0)
+    chosen = ops.topk_softmax(logits_TE, 2, True)
+    assert cost(ops.topk_softmax, [logits_TE, 2, True], {}, chosen) == (4 * (15 + 6 + 6), 0)
     norm_D = torch.ones(8)
-    found = cost(ops.norm_route, [x_TD, norm_D, router_ED, 1e-6, 2, True], {}, (x_TD, *chosen))
+    found = cost(
+        ops.norm_router_topk, [x_TD, norm_D, router_ED, 1e-6, 2, True], {}, (x_TD, *chosen)
+    )
     assert found == (4 * (2 * 24 + 8 + 40 + 6 + 6), 2 * 3 * 40)
 
 

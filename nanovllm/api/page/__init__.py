@@ -1,6 +1,6 @@
-"""The page at "/": a chat with the model, and charts of what /metrics says.
+"""The page at "/": a chat with the model, and charts of /metrics.
 
-Static files without a build step. They load nothing from elsewhere, and `HEADERS` forbids it.
+Static files without a build step. They load nothing from other origins, which `HEADERS` forbids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POLICY = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self' data: blob:",  # pictures that the user attaches
+        "img-src 'self' data: blob:",  # attached pictures
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",
@@ -47,7 +47,7 @@ class PageFile:
 
 
 def files() -> dict[str, PageFile]:
-    """The files by the path of their URL: "/" and "/page/NAME"."""
+    """The files by URL path: "/" and "/page/NAME"."""
     found = {
         f"/page/{path.name}": PageFile(TYPES[path.suffix], path.read_bytes())
         for path in sorted(FOLDER.iterdir())

@@ -1,4 +1,4 @@
-// Joins the parts of the page: chat, settings, charts, the state of the server.
+// Connects the parts of the page: chat, settings, charts, the server's state.
 
 import { Chat } from "./chat.js";
 import { startCharts } from "./charts.js";
@@ -13,9 +13,9 @@ const MAX_RESTORE_MS = 2000;
 const MAX_IMAGE_BYTES = 10 << 20;
 const STATES = {
   ready: ["ready", ""],
-  draining: ["draining", "The server is not ready: it starts or shuts down. It takes no new messages now."],
-  broken: ["broken", "The server's engine has failed. Messages cannot be answered."],
-  gone: ["not reachable", "The server does not answer. The page tries again every two seconds."],
+  draining: ["draining", "The server is starting or shutting down. Messages cannot be sent now."],
+  broken: ["broken", "The server's engine has failed. Messages cannot be sent."],
+  gone: ["not reachable", "The server does not respond. The page retries every two seconds."],
 };
 
 const prompt = byId("prompt");
@@ -53,7 +53,7 @@ function send(text) {
   chat.send(text.trim(), attached);
 }
 
-// What the server did not take goes back into the box, before what was written since.
+// A turn that the server refused goes back into the box, before newer text.
 function takeBack(error, { text, images: sent }) {
   images = [...sent, ...images];
   prompt.value = [text, prompt.value].filter(Boolean).join("\n\n");
@@ -70,7 +70,7 @@ function showIdeas() {
   }, text)));
 }
 
-// A question about a picture needs one first.
+// A question about a picture needs a picture first.
 function takeIdea(text, needsImage) {
   if (!needsImage || images.length) {
     send(text);
@@ -92,7 +92,7 @@ function showImages() {
       type: "button", class: "icon", "aria-label": `Remove image ${i + 1}`,
       onclick: () => { images.splice(i, 1); showImages(); prompt.focus(); },
     }, "×"))));
-  chat.follow(); // the box has another height
+  chat.follow(); // the height of the box has changed
 }
 
 async function attach(files) {
@@ -131,7 +131,7 @@ function showState(found) {
     status.textContent = word;
     showBanner(text);
     now.state = found;
-    if (found !== "ready") now.name = null; // another model may come back
+    if (found !== "ready") now.name = null; // the server may return with another model
   }
   showControls();
 }
@@ -186,5 +186,5 @@ showCharts(matchMedia("(min-width: 60rem)").matches);
 startCharts();
 grow();
 const late = new Promise((resolve) => { setTimeout(resolve, MAX_RESTORE_MS); });
-Promise.race([chat.restore(), late]).then(look); // no message is sent before
+Promise.race([chat.restore(), late]).then(look); // messages are sent only after this
 prompt.focus();

@@ -1,4 +1,4 @@
-// Small line charts in SVG, one for each thing that /metrics tells.
+// Small line charts in SVG, one for each quantity of /metrics.
 
 import { byId, element, svg } from "./dom.js";
 import { History } from "./metrics.js";
@@ -93,7 +93,7 @@ class Chart {
       const x = ((first + n) / (NUM_POINTS - 1)) * WIDTH;
       const y = HEIGHT - PAD - (Math.min(values[i], top) / top) * (HEIGHT - PAD - ROOM);
       path += `${pen ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`;
-      // a point alone is a short line
+      // a single point is a short line
       if (!pen && (this.points[n + 1]?.[i] ?? null) === null) path += "h1.5";
       pen = true;
     }
@@ -129,7 +129,7 @@ class Chart {
   }
 }
 
-// Reads /metrics every second while the page is seen.
+// Reads /metrics every second while the page is visible.
 export function startCharts() {
   const charts = CHARTS.map((chart) => new Chart(chart));
   const note = byId("charts-note");
@@ -150,7 +150,7 @@ export function startCharts() {
       if (!document.hidden) await read();
       note.hidden = true;
     } catch (error) {
-      history = new History(); // the next reading begins anew
+      history = new History(); // the next reading starts a new history
       for (const chart of charts) chart.add(chart.names.map(() => null));
       note.textContent = error.name === "TimeoutError" ? "/metrics does not answer in time." : error.message;
       note.hidden = false;

@@ -5,10 +5,10 @@ import { complete } from "./server.js";
 import { AnswerTurn, UserTurn } from "./turns.js";
 
 const LIMITS = {
-  length: "The answer reached the limit of tokens.",
+  length: "The answer reached the token limit.",
   content_filter: "The answer was filtered.",
   error: "The engine could not finish this answer.",
-  abort: "The server ended this answer.",
+  abort: "The server aborted this answer.",
 };
 
 function content({ text, images }) {
@@ -16,13 +16,13 @@ function content({ text, images }) {
   return [...images.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text }];
 }
 
-const KEEP_MS = 1000; // between two times that an unfinished answer is kept
+const KEEP_MS = 1000; // interval for storing an unfinished answer
 const MAX_ANNOUNCED = 4000; // characters
 const MIN_RATE_MS = 5; // tokens that arrive together have no rate
 
 export class Chat {
-  // settings(): {system, options} of requests. changed(): the chat is busy or no more.
-  // refused(error, {text, images}): a turn that the server did not take; it is no longer here.
+  // settings(): {system, options} of requests. changed(): the chat has become busy or idle.
+  // refused(error, {text, images}): a turn that the server refused and the chat dropped.
   // store: where the turns are kept.
   constructor({ settings, changed, refused, store }) {
     this.settings = settings;
@@ -54,14 +54,14 @@ export class Chat {
     await this.#answer();
   }
 
-  // Shows what the store has.
+  // Shows the stored turns.
   async restore() {
     const messages = await this.store.load();
-    if (this.turns.length) return; // the user was quicker
+    if (this.turns.length) return; // the user has already written
     for (const message of messages) {
       this.#add(this.#turn(message));
       if (message.role === "user") continue;
-      if (!message.done) message.note = "The page was left before the answer ended.";
+      if (!message.done) message.note = "The page was closed before the answer ended.";
       message.done = true;
       this.turns.at(-1).finish();
     }
@@ -128,7 +128,7 @@ export class Chat {
     this.stopper = new AbortController();
     this.running = this.#stream(body, turn, this.stopper.signal);
     this.changed();
-    byId("announcer").textContent = "The model answers.";
+    byId("announcer").textContent = "The model is answering.";
     await this.running;
   }
 
@@ -165,7 +165,7 @@ export class Chat {
     byId("announcer").textContent = `${said}\n${note ?? `The answer is complete, with ${tokens} tokens.`}`;
   }
 
-  // Nothing of the answer came. The question is not part of later requests.
+  // No part of the answer arrived. Later requests leave out the question.
   #refuse(turn, error) {
     const at = this.turns.indexOf(turn);
     this.stopper = null;

@@ -1,10 +1,10 @@
-// Nodes that cost time to make, for texts that grow and are shown many times.
+// A cache of expensive nodes, for growing texts that are rendered many times.
 
 export class Clones {
   #nodes = new Map();
 
   constructor(max) {
-    this.max = max; // how many are kept: the oldest goes first
+    this.max = max; // nodes kept; the oldest is dropped first
   }
 
   // A copy of the node that make() returned for this key, or null if it returned null.

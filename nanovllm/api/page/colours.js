@@ -4,7 +4,7 @@ import { Clones } from "./clones.js";
 import { element } from "./dom.js";
 import { Lazy } from "./lazy.js";
 
-const MAX_DEPTH = 20; // of scopes: deeper ones have the colour of this one
+const MAX_DEPTH = 20; // of scopes: deeper ones keep this one's colour
 const MAX_CODE = 30_000; // characters: longer code has no colours
 
 const LONG_LINE = /[^\n]{1001}/; // some languages take quadratic time over a line

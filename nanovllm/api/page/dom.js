@@ -1,4 +1,4 @@
-// Making elements. Text is always text: nothing here reads HTML.
+// Creates elements. Text stays text: nothing here parses HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 

@@ -1,4 +1,4 @@
-// Mathematics: TeX as MathML, by Temml. What it cannot read is shown as it was written.
+// Mathematics: TeX as MathML, by Temml. What it cannot parse is shown as text.
 
 import { Clones } from "./clones.js";
 import { element } from "./dom.js";

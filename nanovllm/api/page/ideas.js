@@ -1,4 +1,4 @@
-// What an empty chat suggests: what the model can answer.
+// Suggestions in an empty chat, which the model can answer.
 
 const EMBEDDED = {
   "tiny-qwen3": ["What is 123 + 456?", "What is the capital of France?", "Sort these numbers: 9, 1, 19, 5"],

@@ -1,10 +1,10 @@
 // Markup within a paragraph: code, emphasis, strike-through, links, formulas.
-// Text that is no markup is shown as it is. Every mark is searched for once: linear time.
+// Other text is shown unchanged. Every mark is searched for once: linear time.
 
 import { element } from "./dom.js";
 import { MAX_FORMULA, formula } from "./formulas.js";
 
-const MAX_INLINE = 20_000; // longer paragraphs are shown as they are
+const MAX_INLINE = 20_000; // longer paragraphs are shown as plain text
 const MAX_DEPTH = 4; // of emphasis; the label of a link is one deeper
 const START = /[\\`*~$[<]|(?<!\w)https?:\/\//g;
 const ESCAPED = /\\([!-/:-@[-`{-~])/y;
@@ -53,7 +53,7 @@ function link(href, label) {
   return element("a", { href, target: "_blank", rel: "noopener noreferrer" }, label);
 }
 
-// A sentence's marks behind an address are no part of it, nor is a bracket that opened before it.
+// Punctuation after a URL is not part of it, nor is a bracket that was opened before it.
 function trimmed(address) {
   let end = address.length;
   const count = { "(": 0, ")": 0, "[": 0, "]": 0 };
@@ -104,7 +104,7 @@ function readDollar({ text, places }, from) {
   return isFormula ? [formula(text.slice(from, end + 1), tex, false), end + 1] : ["$", inside];
 }
 
-// Between marks of two characters. What has begun a line and has no end yet stays text, all of it.
+// Between two-character marks. If the end is missing, all of it stays text.
 function readFormula({ text, places }, from, mark, isDisplay) {
   const inside = from + 2;
   const end = places.next(mark, inside);

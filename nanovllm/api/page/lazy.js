@@ -1,4 +1,4 @@
-// A module that is loaded when something first needs it.
+// A module that is loaded when first needed.
 
 export class Lazy {
   #load;
@@ -15,7 +15,7 @@ export class Lazy {
     return this.#module;
   }
 
-  // Calls show(module): now, or when it is there, if the page still has the node then.
+  // Calls show(module): now, or once it is loaded if the page still has the node.
   fill(node, show) {
     if (this.#module) {
       show(this.#module);

@@ -1,5 +1,5 @@
-// Markdown as DOM nodes: code, headings, lists, tables, quotes; inline.js has what is within them.
-// Only what models write often. Text that is no markup is shown as it is.
+// Markdown as DOM nodes: code, headings, lists, tables, quotes; inline.js has their content.
+// Only what models often write. Other text is shown unchanged.
 
 import { colour } from "./colours.js";
 import { element } from "./dom.js";
@@ -14,7 +14,7 @@ const RULE = /^ {0,3}([-*_])(\s*\1){2,}\s*$/;
 const DIVIDER = /^\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?$/;
 const PART_OF_DIVIDER = /^\|[\s|:-]*$/;
 const BEFORE_FORMULA = /^\s*(?:[-*+]\s+|\d{1,9}[.)]\s+)?$/;
-const MAX_LISTS = 12; // within each other
+const MAX_LISTS = 12; // nesting depth
 const MAX_QUOTES = 4;
 
 async function copy(event) {
@@ -58,10 +58,10 @@ function item(text) {
 // A list, from lines that begin at its first item. Deeper items become lists within items.
 function list(lines) {
   const roots = [];
-  const open = []; // lists that can go on: {indent, node}
+  const open = []; // lists that can continue: {indent, node}
   for (const line of lines) {
     const match = ITEM.exec(line);
-    if (!match) { // the text of an item goes on
+    if (!match) { // the text of an item continues
       open.at(-1)?.node.lastElementChild?.append(" ", ...inline(line.trim()));
       continue;
     }
@@ -83,7 +83,7 @@ function list(lines) {
 
 const closes = (line, fence) => line.trim().startsWith(fence) && PART_OF_FENCE.test(line);
 
-// Where a formula opens that goes on in the next lines: its end, or "".
+// The end mark of a formula that continues on the next lines, or "".
 function openFormula(line) {
   const square = line.lastIndexOf("\\[");
   if (square >= 0 && line[square - 1] !== "\\" && !line.includes("\\]", square)) return "\\]";
@@ -164,8 +164,8 @@ export function render(text, isOpen = false, depth = 0) {
   return [...blocks(text, isOpen)].flatMap((block) => nodes(block, depth));
 }
 
-// Shows a text that grows. Paragraphs that are complete are made once, and nodes that stay the same
-// are kept: what the reader has selected or scrolled stays so.
+// Shows a growing text. Complete paragraphs are created once, and unchanged nodes are kept:
+// the reader's selection and scroll position stay.
 export class Growing {
   constructor(node) {
     this.node = node;

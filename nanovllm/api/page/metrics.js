@@ -1,4 +1,4 @@
-// The text of /metrics as numbers, and what the charts show of it.
+// The text of /metrics as numbers, and their values for the charts.
 
 const SAMPLE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)/;
 const LE = /(?:^|,)le="([^"]+)"/;
@@ -25,7 +25,7 @@ export function parse(text) {
   return { totals, histograms };
 }
 
-// The quantile of what was observed between two readings, in seconds; null if nothing was.
+// The quantile of the observations between two readings, in seconds; null without any.
 export function quantile(share, before, now) {
   if (!now) return null;
   const bounds = [...now.keys()].sort((a, b) => a - b);
@@ -41,7 +41,7 @@ export function quantile(share, before, now) {
 
 const WINDOW = 10; // readings over which quantiles are taken
 
-// Keeps readings, and tells what the charts show at each.
+// Keeps readings, and computes the charts' values for each.
 export class History {
   constructor() {
     this.readings = []; // {time in s, totals, histograms}

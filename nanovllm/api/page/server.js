@@ -1,4 +1,4 @@
-// Requests to the server, its errors in words, and answers that are streamed.
+// Requests to the server, error messages, and streamed answers.
 
 import { tab } from "./storage.js";
 
@@ -26,7 +26,7 @@ export async function request(path, options = {}) {
     return await fetch(path, { ...options, headers, cache: "no-store", redirect: "error" });
   } catch (error) {
     if (error.name === "AbortError" || error.name === "TimeoutError") throw error;
-    throw new ServerError("The server does not answer.", 0);
+    throw new ServerError("The server does not respond.", 0);
   }
 }
 
@@ -42,11 +42,11 @@ async function detail(response) {
 export async function errorOf(response) {
   const said = await detail(response);
   const words = {
-    401: "The server wants an API key. Enter it in the settings.",
+    401: "The server needs an API key. Enter it in the settings.",
     403: "The server does not allow this.",
     413: "The message is too large for the server.",
     429: "The server's queue is full. Try again in a moment.",
-    503: "The server does not take new requests now.",
+    503: "The server accepts no new requests now.",
   };
   const text = words[response.status] ?? (said || `The server answered with status ${response.status}.`);
   const more = words[response.status] && said && response.status !== 401 ? ` (${said})` : "";
@@ -63,7 +63,7 @@ export async function* events(body) {
       part = await reader.read();
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ServerError("The answer broke off: the server closed the connection.", 0);
+      throw new ServerError("The answer was cut off: the server closed the connection.", 0);
     }
     if (part.done) return;
     const lines = (held + part.value).split("\n");
@@ -89,10 +89,10 @@ export async function* complete(body, signal) {
     if (part.error) throw new ServerError(part.error.message ?? String(part.error), 500);
     yield part;
   }
-  throw new ServerError("The answer broke off: the server closed the connection.", 0);
+  throw new ServerError("The answer was cut off: the server closed the connection.", 0);
 }
 
-// {name, root, sees, maxLength} of the model that the server has.
+// {name, root, sees, maxLength} of the server's model.
 export async function model() {
   const response = await request("v1/models", { signal: AbortSignal.timeout(10000) });
   if (!response.ok) throw await errorOf(response);

@@ -1,4 +1,4 @@
-// The settings, kept until the tab is closed. The key is kept only if the user wants it.
+// The settings, kept until the tab is closed. The key is kept only on request.
 
 import { byId } from "./dom.js";
 import { getKey, isKeyRemembered, setKey } from "./server.js";
@@ -12,7 +12,7 @@ function number(id) {
 }
 
 export class Settings {
-  // changed(): the key may be another one.
+  // changed(): the key may have changed.
   constructor(changed) {
     this.dialog = byId("settings");
     this.changed = changed;
@@ -43,7 +43,7 @@ export class Settings {
     this.changed();
   }
 
-  // What requests have of them. Fields without a value are left to the server.
+  // The settings for requests. Empty fields use the server's defaults.
   read() {
     const thinking = byId("thinking").value;
     return {

@@ -1,7 +1,6 @@
-// What the browser keeps. If it keeps nothing (private windows, blocked storage), the page works
-// without.
+// Data stored in the browser. The page also works without (private windows, blocked storage).
 
-// Values until the tab is closed.
+// Values kept until the tab is closed.
 export const tab = {
   get(name) {
     try {
@@ -15,13 +14,13 @@ export const tab = {
       if (value === null) sessionStorage.removeItem(name);
       else sessionStorage.setItem(name, value);
     } catch {
-      // kept by the page alone
+      // kept only by the page
     }
   },
 };
 
 const MAX_CHATS = 4; // of tabs: older ones are deleted
-const MAX_CHARS = 32 << 20; // of the turns of a chat, pictures included: the oldest turns go
+const MAX_CHARS = 32 << 20; // of the turns of a chat, pictures included: the oldest turns are dropped
 
 function done(request) {
   return new Promise((resolve, reject) => {
@@ -44,12 +43,12 @@ const size = ({ text, reasoning = "", images = [] }) => images.reduce((sum, imag
 const range = (chat, from = 0) => IDBKeyRange.bound([chat, from], [chat, Infinity]);
 
 // The turns of this tab's chat, in the browser's database. All actions run in order; one that fails
-// keeps nothing.
+// stores nothing.
 export class ChatStore {
   constructor(maxChars = MAX_CHARS) {
     this.maxChars = maxChars;
-    this.sizes = new Map(); // of the kept turns, by place
-    this.offset = 0; // the place of the first turn that was loaded
+    this.sizes = new Map(); // of the stored turns, by index
+    this.offset = 0; // the index of the first loaded turn
     this.chat = tab.get("chat");
     if (!this.chat) {
       this.chat = String(crypto.getRandomValues(new Uint32Array(4)));
@@ -91,7 +90,7 @@ export class ChatStore {
     return result;
   }
 
-  // The messages that are kept, in order.
+  // The stored messages, in order.
   async load() {
     const kept = await this.#then("readonly", (turns) => done(turns.getAll(range(this.chat)))) ?? [];
     while (kept.length && kept[0].message.role !== "user") kept.shift();
@@ -111,14 +110,14 @@ export class ChatStore {
     });
   }
 
-  // Forgets the turns from this one on.
+  // Deletes the turns from this one on.
   cut(turn) {
     const from = turn + this.offset;
     for (const at of [...this.sizes.keys()]) if (at >= from) this.sizes.delete(at);
     return this.#then("readwrite", (turns) => done(turns.delete(range(this.chat, from))));
   }
 
-  // The places of the oldest turns that are too much.
+  // The indices of the oldest turns above the limit.
   #dropped() {
     let sum = [...this.sizes.values()].reduce((all, one) => all + one, 0);
     const dropped = [];

@@ -1,4 +1,4 @@
-// How the turns of a conversation look.
+// Rendering of a conversation's turns.
 
 import { element } from "./dom.js";
 import { Growing, render } from "./markdown.js";
@@ -8,7 +8,7 @@ const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toF
 
 const action = (label, onclick) => element("button", { type: "button", class: "quiet", onclick }, label);
 
-// What the user wrote. actions: {edit(text)}.
+// The user's message. actions: {edit(text)}.
 export class UserTurn {
   constructor(message, { edit }) {
     this.message = message;
@@ -104,7 +104,7 @@ export class AnswerTurn {
     this.actions.hidden = !done;
   }
 
-  // The whole answer is there.
+  // The answer is complete.
   finish() {
     cancelAnimationFrame(this.frame);
     this.frame = 0;

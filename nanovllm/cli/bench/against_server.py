@@ -1,4 +1,4 @@
-"""Sends a benchmark's requests from several processes, and puts their records together."""
+"""Sends a benchmark's requests from several processes, and merges their records."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from typing import Any, NamedTuple
 from nanovllm import env, programs
 from nanovllm.cli import http
 from nanovllm.cli.bench import requests, results
-from nanovllm.cli.bench.serve import METRICS
 from nanovllm.cli.talk import first_model
 from nanovllm.cli.watch import Watch
 from nanovllm.platforms.cores import usable_cores
 from nanovllm.tools.terminal import printable
 
-MOST_CLIENTS = 6  # more are useless: one reads tens of thousands of tokens per second
-START_SECONDS = 0.1  # from the command to start until all clients have read it
+MOST_CLIENTS = 6  # more are useless: each handles tens of thousands of tokens/s
+START_SECONDS = 0.1  # time for all clients to read the start command
 RETRY_SECONDS = 0.2
-LINE_BYTES = 1 << 31  # the longest line of a client: the records of all its requests
+LINE_BYTES = 1 << 31  # maximum line length: the records of all of a client's requests
 
 
 class Server(NamedTuple):
-    """path: of the requests."""
+    """path: the endpoint of the requests."""
 
     url: str
     path: str
@@ -53,7 +52,7 @@ def measure(args: argparse.Namespace) -> int:
     sending = send(server, work, num_clients, args.max_concurrency, has_bar=has_bar)
     records = http.run_stoppable(sending)
     found = results.summary(args, model, records)
-    print(printable(results.table(args, found)))  # it has the name that the server gives
+    print(printable(results.table(args, found)))  # it contains the server's model name
     for line in results.errors(records):
         print(printable(line), file=sys.stderr)
     if args.save_result or args.save_detailed:
@@ -62,7 +61,7 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def _say_what(args: argparse.Namespace, model: str, url: str) -> None:
-    """Print what is measured, unless --quiet is given."""
+    """Print what is measured, unless --quiet is set."""
     if env.is_quiet():
         return
     if args.dataset_name == "nanovllm":
@@ -74,7 +73,7 @@ def _say_what(args: argparse.Namespace, model: str, url: str) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Fill in what follows from other arguments. Raises ValueError for values out of range."""
+    """Fill in derived arguments. Raises ValueError for values out of range."""
     if args.num_prompts is None:
         args.num_prompts = requests.NUM_PROMPTS[args.dataset_name]
     args.model = args.model or args.served_model_name
@@ -92,11 +91,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--random-range-ratio must be in [0, 1), --num-warmups at least 0")
     if not isinstance(args.extra_body, dict):
         raise ValueError(f"--extra-body is {args.extra_body!r}: it must be a JSON object")
-    results.check(args, METRICS)
+    results.check(args)
 
 
 async def _model(args: argparse.Namespace, server: Server) -> str:
-    """The name of the model, once the server answers."""
+    """The model's name, once the server responds."""
     deadline = time.monotonic() + args.ready_check_timeout_sec
     while True:
         try:
@@ -109,7 +108,7 @@ async def _model(args: argparse.Namespace, server: Server) -> str:
 
 
 async def _warm_up(server: Server, bodies: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError with the server's message if it refuses these requests."""
+    """Send warm-up requests. Raises ValueError, with the server's message, if it refuses them."""
     client = http.Client(server.url, server.api_key)
     sent = (client.send(client.request(server.path, body), lambda data: None) for body in bodies)
     for answer in await asyncio.gather(*sent):
@@ -125,9 +124,9 @@ async def send(
     *,
     has_bar: bool = True,
 ) -> list[dict[str, Any]]:
-    """The records of all requests, in their order.
+    """The records of all requests, in order.
 
-    work: the body of each and the second "at" which it is sent. limit: the most at the same time.
+    work: each request's body, and its time "at" in seconds. limit: the maximum concurrency.
     """
     shares = [work[i::num_clients] for i in range(num_clients)]
     limits = _shares(limit, num_clients)
@@ -143,14 +142,14 @@ async def send(
 
 
 def _shares(total: int | None, num: int) -> list[int | None]:
-    """A number in nearly equal parts."""
+    """A number split into nearly equal parts."""
     if total is None:
         return [None] * num
     return [total // num + (i < total % num) for i in range(num)]
 
 
 class _Client:
-    """A process of `client.py`."""
+    """A `client.py` process."""
 
     def __init__(self, server: Server, work: Sequence[dict[str, Any]], limit: int | None) -> None:
         self._work: dict[str, Any] = {
@@ -161,7 +160,7 @@ class _Client:
         self._has_sent_all = False
 
     async def prepare(self) -> None:
-        """Start the process, and wait until it has made its requests."""
+        """Start the process, and wait until it has prepared its requests."""
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
             *programs.command("nanovllm.cli.bench.client"), stdin=pipe, stdout=pipe,
@@ -171,7 +170,7 @@ class _Client:
         await self._line("ready")
 
     async def run(self, start: float, bar: Watch) -> list[dict[str, Any]]:
-        """Let it send at `start`, and return its records."""
+        """Let it send, beginning at `start`. Returns its records."""
         await self._write(repr(start))
         for _ in self._work["requests"]:
             await self._line("done")
@@ -181,7 +180,7 @@ class _Client:
         return records
 
     async def end(self) -> None:
-        """End the process if it has not ended, and wait for that."""
+        """End the process if it is running, and wait for it."""
         if self._process is None:
             return
         assert self._process.stdin is not None
@@ -200,5 +199,5 @@ class _Client:
         assert self._process is not None and self._process.stdout is not None
         line = (await self._process.stdout.readline()).decode().strip()
         if not line or (expected and line != expected):
-            raise RuntimeError(f"a client process has ended or says {line[:99]!r}")
+            raise RuntimeError(f"a client process has ended or sent {line[:99]!r}")
         return line

@@ -1,7 +1,7 @@
-"""A process that sends its part of a benchmark's requests, and notes when pieces of answers come.
+"""A process that sends its share of a benchmark's requests and records when deltas arrive.
 
-It reads the work as a line of JSON from stdin, writes "ready", reads the time at which to start,
-writes "done" for each answer, and at the end its records as a line of JSON. All times are of
+It reads its work from stdin as a line of JSON, writes "ready", reads the start time, writes "done"
+after each response, and finally writes its records as a line of JSON. All times are from
 `time.monotonic`, which all processes of a machine share.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from nanovllm import open_files, programs
 from nanovllm.cli import http
 
-# marks of events that have more than a piece of text
+# substrings of events that contain more than text
 TELLING = tuple(
     text.replace(b":", colon)
     for text in (b'"choices":[]', b'"error"', b'"role":', b'"usage":{', b'"finish_reason":"')
@@ -28,9 +28,9 @@ CONTENT = ("content", "reasoning_content", "tool_calls")
 
 
 class Record:
-    """One request. Times are in seconds; those of pieces are after `start`.
+    """One request. Times are in seconds; those of deltas are after `start`.
 
-    num_prompt, num_output: tokens, by the server's usage. error: None if all went well.
+    num_prompt, num_output: token counts from the server's usage. error: None on success.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Record:
         self.error: str | None = None
 
     def on_event(self, data: bytes) -> None:
-        """Note a piece of text. Most events say nothing else, and are not parsed."""
+        """Record a delta. Most events have only text and are not parsed."""
         now = monotonic()
         for text in TELLING:
             if text in data:
@@ -56,8 +56,8 @@ class Record:
             self.num_output = usage.get("completion_tokens", 0)
         for choice in event.get("choices", ()):
             if choice.get("finish_reason") in ("error", "abort"):
-                self.error = f"the answer ends with finish_reason {choice['finish_reason']!r}"
-            # conversations have events with the role alone, or with the reason of the end alone
+                self.error = f"the answer ended with finish_reason {choice['finish_reason']!r}"
+            # chat has events with only the role, or only the finish reason
             if "delta" not in choice or any(choice["delta"].get(name) for name in CONTENT):
                 self.times.append(now)
 
@@ -65,13 +65,13 @@ class Record:
         self.start = monotonic()
         try:
             answer = (await client.send(request, self.on_event)).checked()
-            if answer.body:  # it is no stream
+            if answer.body:  # not a stream
                 self._read(json.loads(answer.body), monotonic())
         except (OSError, ValueError) as error:
             self.error = str(error) or type(error).__name__
         self.end = monotonic()
         if self.error is None and not (self.times and self.num_output):
-            self.error = "the server has sent no tokens" if not self.times else "no usage was sent"
+            self.error = "the server sent no tokens" if not self.times else "no usage was sent"
 
     def as_dict(self) -> dict[str, Any]:
         times = [round(time - self.start, 6) for time in self.times]
@@ -84,7 +84,7 @@ class Record:
 async def send_all(
     client: http.Client, requests: Sequence[tuple[float, bytes]], limit: int | None, start: float
 ) -> list[Record]:
-    """Send requests, each so many seconds after `start`, and at most `limit` at the same time."""
+    """Send each request at its time after `start`, at most `limit` concurrently."""
     slots = asyncio.Semaphore(limit or len(requests))
 
     async def one(request: bytes) -> Record:
@@ -111,7 +111,7 @@ async def main() -> None:
     print("ready", flush=True)
     start = float(sys.stdin.readline())
     gc.freeze()
-    gc.disable()  # a collection would delay what is measured
+    gc.disable()  # a garbage collection would distort the measurement
     records = await send_all(client, requests, work["limit"], start)
     client.close()
     print(json.dumps([record.as_dict() for record in records]), flush=True)

@@ -1,4 +1,4 @@
-"""Loads the engine that is measured, and describes it and the machine."""
+"""Loads the measured engine, and describes it and the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.cli.bench.throughput import OWN
+from nanovllm.cli.engine_options import SET_BY_BENCH
 from nanovllm.compat.engine_args import given_engine_options
 from nanovllm.config import EngineConfig
 from nanovllm.engine.engine import Engine
@@ -24,20 +24,20 @@ from nanovllm.llm import LLM
 
 
 def check_options(args: argparse.Namespace, model: str) -> EngineConfig:
-    """The engine's options among the arguments. Raises ValueError for those that cannot be used."""
-    config = EngineConfig.from_options(model, given_engine_options(args, skip=OWN))
+    """The engine's options from the arguments. Raises ValueError for unsupported ones."""
+    config = EngineConfig.from_options(model, given_engine_options(args, skip=SET_BY_BENCH))
     if config.replicas_option:
-        raise ValueError(f"{config.replicas_option} is not measured: this is about one engine")
+        raise ValueError(f"{config.replicas_option} is not supported: this measures one engine")
     return config
 
 
 def load(
     args: argparse.Namespace, model: str, max_num_seqs: int, max_model_len: int
 ) -> tuple[LLM, dict[str, Any]]:
-    """The engine, and the fields of the JSON line that describe it and this machine."""
+    """The engine, and the fields of the result that describe it and this machine."""
     started = time.perf_counter()
     options = {
-        **given_engine_options(args, skip=OWN),
+        **given_engine_options(args, skip=SET_BY_BENCH),
         "max_num_seqs": max_num_seqs,
         "max_model_len": max_model_len,
         "random_weights": args.random_weights is not None,
@@ -57,7 +57,9 @@ def load(
         "kv_cache_dtype": str(runner.spec.cache_dtype).removeprefix("torch."),
         "expert_offload": config.expert_offload,
         "tensor_parallel_size": config.tensor_parallel_size,
-        "expert_parallel": runner.cfg.moe.is_spread if runner.cfg.moe is not None else None,
+        "expert_parallel": runner.cfg.moe.is_expert_parallel
+        if runner.cfg.moe is not None
+        else None,
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and config.tuned.capture,
         "fuse": is_graph and config.tuned.fuse,
@@ -84,14 +86,14 @@ def engine_of(llm: LLM) -> Engine:
 
 
 def num_generated(llm: LLM) -> int:
-    """The number of tokens that the engine has generated so far."""
+    """The number of tokens generated so far."""
     name = PREFIX + "generation_tokens"
     return int(next(one.value for one in llm.get_metrics() if one.name == name))
 
 
 def expert_traffic(llm: LLM, num_tokens: int) -> dict[str, float | None] | None:
-    """How experts moved over the bus in the newest batch, which gave `num_tokens`, and the tokens
-    per second that the bus alone allows. None if all experts are on the device."""
+    """Expert transfers over the bus in the latest batch, which generated `num_tokens` tokens, and
+    the tokens per second that the bus allows. None if all experts are on the device."""
     stats = engine_of(llm).metrics.experts
     if stats is None:
         return None
@@ -107,7 +109,7 @@ def expert_traffic(llm: LLM, num_tokens: int) -> dict[str, float | None] | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what is installed of Python, torch, Triton, transformers, CUDA and its driver."""
+    """Versions of Python, torch, Triton, transformers, CUDA and its driver, if installed."""
     found = {"torch": torch.__version__, "python": platform.python_version()}
     for package in ("triton", "transformers"):
         try:

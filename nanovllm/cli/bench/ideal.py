@@ -1,4 +1,4 @@
-"""The shortest time in which the limits of a device allow a workload."""
+"""The shortest time for a workload within a device's limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nanovllm.tools.device_limits import Limits
 
 
 class _Weights:
-    """The weights of a model, as a step reads them and multiplies by them."""
+    """A model's weights, for the bytes and operations of a step."""
 
     def __init__(self, model: Model) -> None:
         cfg, self._moe = model.config, model.config.moe
@@ -22,7 +22,7 @@ class _Weights:
         self.of_layers_per_token = self.per_token - cfg.vocab_size * cfg.hidden_size / cfg.num_ranks
 
     def num_bytes(self, num_rows: int) -> float:
-        """Bytes of weights that a step reads, if routing is spread evenly."""
+        """Bytes of weights that a step reads with evenly spread routing."""
         if self._moe is None:
             return self._bytes
         unread = 1 - self._moe.distinct_experts(num_rows) / self._moe.num_experts
@@ -46,12 +46,12 @@ def ideal_seconds(
     rows: int,
     limits: Limits,
 ) -> float:
-    """The seconds of prompts and answers, with up to `rows` requests at a time.
+    """The seconds for prompts and answers, with up to `rows` requests at a time.
 
-    Prompts go through the layers once, at the full matrix rate. A decode step takes the larger of
-    reading the weights and multiplying by them, plus reading the keys and values of every row. Of
-    experts it reads those that its rows choose if routing is spread evenly, and a token is
-    multiplied by its own experts alone.
+    Prompts go through the layers once, at the full matrix rate. A decode step takes the longer of
+    reading the weights and multiplying by them, plus reading the KV cache of every row. It reads
+    the experts that its rows choose with evenly spread routing; a token is multiplied only by its
+    own experts.
     """
     weights = _Weights(model)
     window_bytes = model.page_groups.window_bytes(spec.cache_dtype)

@@ -1,8 +1,8 @@
-"""Tokens per second of one request at a time, 128 tokens in and 512 out.
+"""Tokens per second of one request at a time: 128 tokens in, 512 out.
 
 nanovllm bench latency --random-weights Qwen3-0.6B
 
-This is nanovllm bench throughput --latency, which explains the options.
+This is nanovllm bench throughput --latency; its help describes the options.
 """
 
 from __future__ import annotations

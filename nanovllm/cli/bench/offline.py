@@ -1,4 +1,4 @@
-"""Measures an engine in this process: throughput, the latency of one request, or gaps (`stall`)."""
+"""Measures an engine in this process: throughput, single-request latency, or gaps (`stall`)."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from nanovllm.tools.device_limits import Limits, measure_limits
 from nanovllm.tools.kernel_table import as_text
 from nanovllm.tools.profile import profile_decode
 
-DEFAULT_SHAPE, DEFAULT_MODEL = "Qwen3-0.6B", "tiny-qwen3"  # on an accelerator, on a CPU
+DEFAULT_SHAPE, DEFAULT_MODEL = "Qwen3-0.6B", "tiny-qwen3"  # on an accelerator; on a CPU
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for arguments that do not go together."""
+    """Raises ValueError for conflicting arguments."""
     if args.runs < 1 or args.profile_steps < 1:
         raise ValueError("--runs and --profile-steps must be at least 1")
     if args.stall and (args.latency or args.profile):
-        raise ValueError("--stall is a measurement of its own: leave out --latency and --profile")
+        raise ValueError("--stall is a separate measurement: leave out --latency and --profile")
     if args.layers and args.model:
-        raise ValueError("--layers goes with --random-weights: a checkpoint keeps all its layers")
+        raise ValueError("--layers needs --random-weights: a checkpoint keeps all its layers")
     if args.min_len < 1 or args.max_len < args.min_len or args.num_seqs < 1:
         raise ValueError(
             "--num-seqs and --min-len must be at least 1, --max-len at least --min-len"
@@ -52,7 +52,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def choose_model(args: argparse.Namespace, platform: Platform) -> None:
-    """Set the model, if the arguments name none, and say so on stderr."""
+    """Choose the model if the arguments name none, and report it on stderr."""
     if args.model or args.random_weights:
         return
     if platform.traits.name == "cpu" and not args.layers:
@@ -67,7 +67,7 @@ def choose_model(args: argparse.Namespace, platform: Platform) -> None:
 
 
 def limits_of(platform: Platform, args: argparse.Namespace, config: dict[str, Any]) -> Limits:
-    """The device's limits. To be called before the model's cache takes the memory."""
+    """The device's limits. Call it before the model's KV cache is allocated."""
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     hf = SimpleNamespace(dtype=getattr(torch, stored.removeprefix("torch."), None))
     dtype = choose_dtype(args.dtype, hf, platform)
@@ -83,7 +83,7 @@ def limits_of(platform: Platform, args: argparse.Namespace, config: dict[str, An
 def measure(
     args: argparse.Namespace, work: Workload, batch_size: int, limits: Limits
 ) -> dict[str, Any]:
-    """One line of results."""
+    """Measure one batch size. Returns a line of results."""
     rows = 1 if args.latency else batch_size
     prompts, output_lens = work.prompts, work.output_lens
     sampling = {"temperature": 0.6, "top_k": args.top_k, "top_p": args.top_p}
@@ -146,7 +146,7 @@ def _profile(
     params: list[SamplingParams],
     bandwidth: float,
 ) -> list[dict[str, Any]]:
-    """Print the time of each kernel in windows of decode steps; returns all but the kernels."""
+    """Print the time per kernel in windows of decode steps. Returns the reports without kernels."""
     rows = engine.scheduler.max_num_seqs
     folder = args.profile if len(args.bs) == 1 else args.profile / f"max_num_seqs_{rows}"
     reports = profile_decode(
@@ -163,7 +163,7 @@ def _profile(
 
 
 def say_what(args: argparse.Namespace, work: Workload) -> None:
-    """Print what is measured, unless --quiet is given."""
+    """Print what is measured, unless --quiet is set."""
     if env.is_quiet():
         return
     model = args.model or f"{args.random_weights} with random weights"
@@ -179,7 +179,7 @@ def say_what(args: argparse.Namespace, work: Workload) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Results by the largest decode batch, to read."""
+    """A readable table of results by the largest decode batch."""
     lines = [
         f"{'bs':>5} {'tok/s':>10} {'of limit':>9} {'median s':>9} {'spread':>7} "
         f"{'KV tokens':>10} {'load s':>7} {'peak GiB':>9}"
@@ -196,7 +196,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def sentence(result: dict[str, Any]) -> str:
-    """A result in one sentence."""
+    """A result as a sentence."""
     if result["workload"] == "stall":
         streams = f"{result['model']}, {result['rows']} streams"
         return f"{streams}: {result['worst_ms']} ms between two tokens at most"
@@ -216,12 +216,12 @@ def sentence(result: dict[str, Any]) -> str:
 
 
 def measure_all(args: argparse.Namespace) -> None:
-    """Print a line for each measurement. Raises ValueError for arguments that cannot be used."""
+    """Run and print all measurements. Raises ValueError for unusable arguments."""
     check(args)
     platform = platforms.select(args.device)
     choose_model(args, platform)
     if args.profile:
-        # CUPTI, taken down and set up again, crashes on graphs that were captured before
+        # CUPTI crashes on earlier captured graphs if it is torn down and initialized again
         env.replace({"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"})
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The requests of `nanovllm bench serve`: prompts, lengths of answers, and when each is sent."""
+"""The requests of `nanovllm bench serve`: prompts, lengths of answers, and send times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPERATURE = {"random": 0.0, "nanovllm": 0.6}
 
 
 def bodies(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
-    """The bodies of all requests. Raises ValueError for arguments that do not go together."""
+    """The bodies of all requests. Raises ValueError for conflicting arguments."""
     vocab_size = _vocab_size(args, model)
     if args.dataset_name == "nanovllm":
         lengths = args.min_len, args.max_len
@@ -40,7 +40,7 @@ def bodies(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
 
 
 def warm_ups(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
-    """Bodies of short requests, whose prompts share nothing with the others."""
+    """Bodies of short requests whose prompts share nothing with the others."""
     short = argparse.Namespace(**vars(args))
     short.dataset_name, short.seed, short.num_prompts = "random", args.seed - 1, args.num_warmups
     short.random_input_len, short.random_output_len, short.random_range_ratio = 16, 8, 0.0
@@ -48,9 +48,9 @@ def warm_ups(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
 
 
 def send_times(num: int, rate: float, burstiness: float, seed: int) -> list[float]:
-    """Seconds after the start at which requests are sent, by a gamma distribution of the gaps.
+    """Send times in seconds after the start, with gamma-distributed gaps.
 
-    As `vllm bench serve` does, the times are stretched so that the last fits the rate.
+    As in `vllm bench serve`, the times are scaled so that the last one matches the rate.
     """
     if rate == math.inf:
         return [0.0] * num
@@ -101,7 +101,7 @@ def _random_requests(
 
 
 def _vocab_size(args: argparse.Namespace, model: str) -> int:
-    """Of --vocab-size, or of a model that is here; else a number that every large model has."""
+    """From --vocab-size or a local model; else a number valid for every large model."""
     if args.vocab_size is not None:
         return int(args.vocab_size)
     name = args.tokenizer or model

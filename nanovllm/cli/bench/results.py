@@ -23,19 +23,19 @@ HEADS = {
 Records = Sequence[Mapping[str, Any]]
 
 
-def check(args: argparse.Namespace, metrics: Sequence[str]) -> None:
-    """Raises ValueError for metrics and percentiles that do not exist, and for wrong metadata."""
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for unknown metrics, percentiles out of range and invalid metadata."""
     _metadata(args)
     for name in _metrics(args):
-        if name not in metrics:
-            raise ValueError(f"--percentile-metrics has {name!r}: use {', '.join(metrics)}")
+        if name not in HEADS:
+            raise ValueError(f"--percentile-metrics has {name!r}: use {', '.join(HEADS)}")
     for number in _percentiles(args):
         if not 0 <= number <= 100:
             raise ValueError(f"--metric-percentiles has {number}: it must be in [0, 100]")
 
 
 def summary(args: argparse.Namespace, model: str, records: Records) -> dict[str, Any]:
-    """All numbers, in the order of vLLM's file of results."""
+    """All numbers, in the order of vLLM's result file."""
     good = [one for one in records if one["error"] is None]
     begin = min(one["start"] for one in records)
     duration = max(one["end"] for one in records) - begin
@@ -71,7 +71,7 @@ def summary(args: argparse.Namespace, model: str, records: Records) -> dict[str,
 
 
 def table(args: argparse.Namespace, found: Mapping[str, Any]) -> str:
-    """The numbers as `vllm bench serve` prints them."""
+    """The numbers in the format of `vllm bench serve`."""
     lines = [f"{' Serving Benchmark Result ':=^{WIDTH}}"]
     rows: list[tuple[str, Any]] = [
         ("Successful requests:", found["completed"]), ("Failed requests:", found["failed"]),
@@ -102,13 +102,13 @@ def table(args: argparse.Namespace, found: Mapping[str, Any]) -> str:
 
 
 def errors(records: Records) -> list[str]:
-    """A line for each kind of error, the most frequent first."""
+    """A line for each kind of error, most frequent first."""
     counts = Counter(one["error"] for one in records if one["error"] is not None)
     return [f"{count} requests: {error}" for error, count in counts.most_common()]
 
 
 def save(args: argparse.Namespace, found: Mapping[str, Any], records: Records) -> Path:
-    """Write the numbers as JSON; returns the path."""
+    """Write the numbers as JSON. Returns the path."""
     limit = f"-concurrency{args.max_concurrency}" if args.max_concurrency else ""
     name = f"{args.label or args.backend}-{args.request_rate}qps{limit}-"
     name += f"{Path(found['model_id']).name}-{found['date']}.json"
@@ -128,7 +128,7 @@ def save(args: argparse.Namespace, found: Mapping[str, Any], records: Records) -
 
 
 def _metadata(args: argparse.Namespace) -> dict[str, str]:
-    """Raises ValueError for what is not KEY=VALUE."""
+    """The metadata. Raises ValueError for entries that are not KEY=VALUE."""
     pairs = [text.partition("=") for text in args.metadata]
     if wrong := [name for name, mark, _ in pairs if not (name and mark)]:
         raise ValueError(f"--metadata has {wrong[0]!r}: it must be KEY=VALUE")
@@ -136,7 +136,7 @@ def _metadata(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _peak_rate(good: Records) -> float:
-    """Tokens in the best second. A piece counts as an equal part of its answer."""
+    """Tokens in the best second. Each delta counts as an equal share of its answer."""
     if not good:
         return 0.0
     pieces = [np.array(one["times"]) + one["start"] for one in good]
@@ -147,7 +147,7 @@ def _peak_rate(good: Records) -> float:
 
 
 def _peak_requests(records: Records) -> int:
-    """The most requests at the same time."""
+    """The maximum number of concurrent requests."""
     changes = [(one["start"], 1) for one in records] + [(one["end"], -1) for one in records]
     return int(np.cumsum([change for _, change in sorted(changes)]).max())
 
@@ -168,7 +168,7 @@ def _gaps(one: Mapping[str, Any]) -> list[float]:
 
 
 def _statistics(name: str, values: list[float], percentiles: list[float]) -> dict[str, float]:
-    """In milliseconds; 0 without any value."""
+    """In milliseconds; 0 if there are no values."""
     ms = 1e3 * np.array(values or [0.0])
     found = {"mean": ms.mean(), "median": np.median(ms), "std": ms.std()}
     found |= {f"p{one:g}": np.percentile(ms, one) for one in percentiles}
@@ -183,9 +183,10 @@ def _rows(rows: Any) -> Iterator[str]:
 
 
 def _metrics(args: argparse.Namespace) -> list[str]:
-    return [name for name in args.percentile_metrics.split(",") if name]
+    named = args.percentile_metrics
+    return list(HEADS) if named is None else [name for name in named.split(",") if name]
 
 
 def _percentiles(args: argparse.Namespace) -> list[float]:
-    """Raises ValueError for what is no number."""
+    """Raises ValueError for anything that is not a number."""
     return [float(number) for number in args.metric_percentiles.split(",") if number]

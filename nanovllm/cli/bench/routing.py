@@ -1,4 +1,4 @@
-"""How many experts a decode step reads, for the line of a benchmark: expected and measured."""
+"""How many experts a decode step reads: expected and measured, for a benchmark's result."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.request import Request
 from nanovllm.tools.profile import steady_rows
 
-MOST_TOKENS = 10  # of an answer: the step is one of its last
+MOST_TOKENS = 10  # per answer: the measured step is one of its last
 
 
 class _Chosen(TorchDispatchMode):
     """Records the experts of each call that multiplies by experts, [rows, experts per token].
 
-    Calls that move experts change their arguments.
+    Calls that move experts have mutable arguments and are not recorded.
     """
 
     def __init__(self) -> None:
@@ -37,9 +37,9 @@ class _Chosen(TorchDispatchMode):
 def experts_per_step(
     engine: Engine, prompts: Sequence[list[int]], num_rows: int
 ) -> dict[str, float | int | None]:
-    """The mean number of distinct experts per layer that a decode step of up to `num_rows` requests
-    chooses. "expected" is that of evenly spread routing, on which the limit is based. "measured" is
-    counted in a step of the first prompts that runs op by op, None where a step is one program."""
+    """The mean number of distinct experts per layer in a decode step of up to `num_rows` requests.
+    "expected" assumes evenly spread routing, as the limit does. "measured" is counted in a step of
+    the first prompts that runs op by op; None where a step is one program."""
     moe, runner = engine.model_config.moe, engine.runner
     assert moe is not None
     room = runner.layout.max_model_len

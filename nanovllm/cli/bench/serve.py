@@ -4,10 +4,10 @@
     nanovllm bench serve --num-prompts 1000 --random-input-len 128 --random-output-len 128 \\
         --request-rate 20 --ignore-eos
 
-Options and results have the names of `vllm bench serve`. Prompts are token ids, answers are
-streamed. Tokens are counted as the server's usage says. Times are those of pieces of text: the
-first one (TTFT), the gaps between two (ITL), the last one (E2EL), and TPOT, which is the time after
-the first piece divided by the tokens after the first. Several processes share the requests.
+Options and results have the names of `vllm bench serve`. Prompts are token ids; answers are
+streamed. Token counts come from the server's usage. Times are those of text deltas: the first one
+(TTFT), the gaps between them (ITL), the last one (E2EL), and TPOT, the time after the first delta
+divided by the number of tokens after the first. Several processes share the requests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from nanovllm.flags import Parser, json_value
 
 USAGE = "[--base-url URL | --host HOST --port PORT] [options]"
 DATASETS = ("random", "nanovllm")
-METRICS = ("ttft", "tpot", "itl", "e2el")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -36,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status 1: some requests have failed. Raises ValueError for wrong options, and OSError if
+    """Exit status 1: some requests failed. Raises ValueError for invalid options, and OSError if
     there is no server."""
     from nanovllm.cli.bench import against_server
 
@@ -54,7 +53,7 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     add("--api-key", metavar="KEY", help="default: the variable OPENAI_API_KEY")
     add("--model", help="the model's name in requests; default: the first of /v1/models")
     add("--served-model-name", help="the same as --model")
-    seconds = "wait so long for the server to answer (default: %(default)s)"
+    seconds = "wait this long for the server to respond (default: %(default)s)"
     add("--ready-check-timeout-sec", type=float, default=0.0, metavar="X", help=seconds)
 
 
@@ -62,7 +61,7 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     dataset = "nanovllm: the workload of nanovllm bench throughput (default: %(default)s)"
     add("--dataset-name", choices=DATASETS, default="random", help=dataset)
-    add("--num-prompts", type=int, metavar="N", help="default: 1000; of nanovllm: 256")
+    add("--num-prompts", type=int, metavar="N", help="default: 1000; for nanovllm: 256")
     shown = "default: %(default)s"
     add("--random-input-len", "--input-len", type=int, default=1024, metavar="N", help=shown)
     add("--random-output-len", "--output-len", type=int, default=128, metavar="N", help=shown)
@@ -71,16 +70,16 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     lengths = "prompts and answers of nanovllm (default: %(default)s)"
     add("--min-len", type=int, default=100, metavar="N", help=f"shortest {lengths}")
     add("--max-len", type=int, default=1024, metavar="N", help=f"longest {lengths}")
-    vocab = "token ids are below this; default: that of --tokenizer or --model if it is here"
+    vocab = "token ids are below this; default: that of --tokenizer or --model if it is local"
     add("--vocab-size", type=int, metavar="N", help=vocab)
-    add("--tokenizer", metavar="MODEL", help="for prompts as text; default: --model")
+    add("--tokenizer", metavar="MODEL", help="for text prompts; default: --model")
     add("--random-text", action="store_true", help="send prompts as text instead of token ids")
     add("--seed", type=int, default=0, metavar="N", help=shown)
     rate = "requests per second; inf sends all at once (default: %(default)s)"
     add("--request-rate", type=float, default=math.inf, metavar="X", help=rate)
     burst = "1: a Poisson process; less: bursts; more: evenly spread (default: %(default)s)"
     add("--burstiness", type=float, default=1.0, metavar="X", help=burst)
-    most = "the most requests at the same time, an equal share for each client process"
+    most = "the maximum number of concurrent requests, shared equally by the client processes"
     add("--max-concurrency", type=int, metavar="N", help=most)
     warmups = "short requests before the clock starts (default: %(default)s)"
     add("--num-warmups", type=int, default=1, metavar="N", help=warmups)
@@ -88,26 +87,26 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    ignore = "answers have the length asked for (default: as the model ends; of nanovllm: yes)"
+    ignore = "answers have the requested length (default: no; for nanovllm: yes)"
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help=ignore)
-    temperature = "default: 0; of nanovllm: 0.6"
+    temperature = "default: 0; for nanovllm: 0.6"
     add("--temperature", type=float, metavar="X", help=temperature)
     for name, kind in (("--top-p", float), ("--top-k", int), ("--min-p", float)):
         add(name, type=kind, metavar="X" if kind is float else "N")
-    extra = "further fields of every request"
+    extra = "more fields for every request"
     add("--extra-body", type=json_value, default={}, metavar="JSON", help=extra)
 
 
 def _add_results(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    metrics = "which of ttft, tpot, itl, e2el (default: all)"
-    add("--percentile-metrics", default=",".join(METRICS), metavar="LIST", help=metrics)
+    metrics = "some of ttft, tpot, itl, e2el (default: all)"
+    add("--percentile-metrics", metavar="LIST", help=metrics)
     percentiles = "such as 50,90,99 (default: %(default)s)"
     add("--metric-percentiles", default="99", metavar="LIST", help=percentiles)
     add("--save-result", action="store_true", help="write the results as JSON")
-    detailed = "with the lengths, times and errors of each request"
+    detailed = "also write the lengths, times and errors of each request"
     add("--save-detailed", action="store_true", help=detailed)
-    add("--result-dir", metavar="DIR", help="where to write them; default: here")
-    add("--result-filename", metavar="FILE", help="default: made of rate, model and time")
-    add("--label", help="kept with the results")
-    add("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="kept with the results")
+    add("--result-dir", metavar="DIR", help="where to write them; default: the current folder")
+    add("--result-filename", metavar="FILE", help="default: built from rate, model and time")
+    add("--label", help="stored with the results")
+    add("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="stored with the results")

@@ -1,4 +1,4 @@
-"""Measures the gaps between the tokens of streams while a long prompt arrives: --stall."""
+"""Measures the gaps between tokens of streams while a long prompt is prefilled: --stall."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NUM_STEPS = 100  # in each phase
 
 
 def measure_stall(args: argparse.Namespace, model: str, max_model_len: int) -> dict[str, Any]:
-    """Milliseconds between two tokens of a stream, as its reader sees them, in three phases:
-    before a long prompt arrives, from then until its first token, and afterwards."""
+    """Milliseconds between two tokens of a stream, as its reader measures them, in three phases:
+    before a long prompt arrives, until its first token, and afterwards."""
     llm, about = load(args, model, args.stall_rows + 1, max_model_len)
     engine, rng = engine_of(llm), random.Random(0)
     stall = engine.scheduler.stall
@@ -52,7 +52,7 @@ class _Run:
     )
     long_id: int = -1
     arrived: float = math.inf  # when the long prompt was added
-    first: float = math.inf  # when its first token came
+    first: float = math.inf  # when its first token arrived
     is_warm: bool = False
 
     def measure(self, num_rows: int, long_len: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Throughput and latency of the engine, as numbers and as shares of what the device allows.
+"""Throughput and latency of the engine, as numbers and as shares of the device's limit.
 
 # nano-vllm's workload: 256 prompts, 133,966 output tokens
 nanovllm bench throughput --random-weights Qwen3-0.6B --bs 256
@@ -28,14 +28,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nanovllm.cli.engine_options import SET_BY_BENCH
 from nanovllm.cli.watch import add_quiet
 from nanovllm.compat.engine_args import add_engine_flags
 from nanovllm.flags import Parser
 from nanovllm.tools.shapes import CONFIGS
 
 USAGE = "[--model MODEL | --random-weights CONFIG] [options]"
-# options of `LLM` that the benchmark sets itself, or gives another form
-OWN = ("model", "random_weights", "load_format", "max_num_seqs")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -43,15 +42,15 @@ def add_arguments(parser: Parser) -> None:
     source.add_argument("--model", help="embedded model, folder or Hub id")
     names = ", ".join(CONFIGS)
     source.add_argument("--random-weights", metavar="CONFIG", help=f"{names}, or a config.json")
-    layers = "use this many layers only (with --random-weights)"
+    layers = "use only this many layers (with --random-weights)"
     parser.add_argument("--layers", type=int, metavar="N", help=layers)
     _add_workload(parser)
     _add_measuring(parser)
     add_quiet(parser)
     group = parser.add_argument_group(
-        "options of the engine", "Those of LLM. Names of vLLM's for them are understood, too."
+        "options of the engine", "The options of LLM. vLLM's names for them also work."
     )
-    add_engine_flags(group, skip=OWN)
+    add_engine_flags(group, skip=SET_BY_BENCH)
     for name, option in (("--no-graph", "capture"), ("--no-fusion", "fuse")):
         group.add_argument(
             name, dest=option, action="store_false", default=argparse.SUPPRESS,
@@ -64,7 +63,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure and print. Raises ValueError for arguments that do not go together."""
+    """Measure and print. Raises ValueError for conflicting arguments."""
     from nanovllm.cli.bench import offline  # imports torch
 
     offline.measure_all(args)
@@ -90,7 +89,7 @@ def _add_workload(parser: Parser) -> None:
 
 def _add_measuring(parser: Parser) -> None:
     add = parser.add_argument
-    add("--runs", type=int, default=1, metavar="N", help="measurements with one loaded model")
+    add("--runs", type=int, default=1, metavar="N", help="runs with the loaded model")
     add("--out", type=Path, metavar="FILE", help="append the lines of JSON to this file")
     profile = "profile decode steps after the runs (CUDA)"
     add("--profile", type=Path, metavar="DIR", help=profile)

@@ -1,4 +1,4 @@
-"""What is measured: the model's shape, the prompts and answers, and the length they need."""
+"""The measured workload: the model's shape, prompts, answers, and the length they need."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ TOP_TOKEN = 10000  # the largest token id of prompts, unless the model has fewer
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and the requests that it answers.
+    """A model and its requests.
 
-    model: as `LLM` takes it. config: the content of its config.json. max_model_len: that of `LLM`.
+    model: the argument of `LLM`. config: the content of its config.json. max_model_len: that of
+    `LLM`.
     """
 
     model: str
@@ -33,10 +34,10 @@ class Workload:
 
 
 def make_workload(args: argparse.Namespace, stack: ExitStack) -> Workload:
-    """The workload of a benchmark's arguments. Raises ValueError if it does not fit the model.
+    """The workload for a benchmark's arguments. Raises ValueError if it does not fit the model.
 
-    For random weights, the model is a folder that lasts as long as `stack` and holds only a
-    config.json.
+    With random weights, the model is a folder with only a config.json that exists as long as
+    `stack`.
     """
     model, config = args.model, {}
     if model is None:
@@ -56,7 +57,7 @@ def make_workload(args: argparse.Namespace, stack: ExitStack) -> Workload:
 
 
 def varied(prompts: list[list[int]], run_idx: int, vocab_size: int) -> list[list[int]]:
-    """Other prompts for each run: the prefix cache would skip the prefill of repeated ones."""
+    """Different prompts for each run: the prefix cache would skip the prefill of repeated ones."""
     return [[(token + run_idx) % vocab_size for token in prompt] for prompt in prompts]
 
 
@@ -64,7 +65,7 @@ def _random_config(args: argparse.Namespace) -> dict[str, Any]:
     name, path = args.random_weights, Path(args.random_weights)
     if name not in CONFIGS and not path.is_file():
         raise ValueError(
-            f"--random-weights is {name!r}, which is no config.json: name one, or use one of "
+            f"--random-weights is {name!r}, which is not a config.json: use one, or one of "
             f"{', '.join(CONFIGS)}"
         )
     config = dict(CONFIGS[name]) if name in CONFIGS else _read(path)
@@ -92,10 +93,10 @@ def _requests(args: argparse.Namespace, vocab_size: int) -> tuple[list[list[int]
 def draw_requests(
     num: int, lengths: tuple[int, int], vocab_size: int, seed: int = 0
 ) -> tuple[list[list[int]], list[int]]:
-    """(prompts, output lengths), drawn as nano-vllm does: all prompts first, then all lengths.
+    """(prompts, output lengths), drawn as in nano-vllm: all prompts first, then all lengths.
 
-    `lengths` are the shortest and longest prompt and answer. The first N of many requests have
-    other answers than N requests.
+    `lengths` are the minimum and maximum of prompts and answers. The first N of many requests have
+    different output lengths from N requests.
     """
     rng, top = random.Random(seed), _top(vocab_size)
     prompts = [[rng.randint(0, top) for _ in range(rng.randint(*lengths))] for _ in range(num)]
@@ -103,7 +104,7 @@ def draw_requests(
 
 
 def _top(vocab_size: int) -> int:
-    """The largest token id of prompts."""
+    """The largest token id in prompts."""
     return min(TOP_TOKEN, vocab_size - 1)
 
 

@@ -1,1 +1,1 @@
-"""Audio towers: encoders that turn mel features of sound into embeddings of a text model."""
+"""Audio encoders ("towers"): mel features to embeddings of a text model."""

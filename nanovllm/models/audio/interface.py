@@ -1,12 +1,12 @@
-"""What an audio tower is to the rest of the engine: its sizes, inputs, parameters and regions.
+"""The interface of an audio encoder: its sizes, inputs, parameters and regions.
 
 K chunks | F frames of mel features in a chunk | M mel bins | P = F / 2 positions of a chunk
 T = K · P positions | G = T / 2: one placeholder token each | D hidden | N heads | H head size
 E = 3D | U MLP width | O text model's hidden size | S = 2K + 1 starts of segments.
 
-A clip is cut into chunks, and attention never leaves a chunk. So a clip is no more than its chunks:
-they may go through the tower in different calls, beside those of other clips. Only the last chunk
-of a clip is shorter than F. Its padding is a segment of its own, which no token is made of.
+A clip is cut into chunks, and attention stays within a chunk. So the chunks of a clip may be
+encoded in different calls, together with those of other clips. Only the last chunk of a clip is
+shorter than F. Its padding is a separate segment, which yields no token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanovllm.models.interface import Param
 
-# What tensors of a tower are named after, in checkpoints of transformers 5 and in releases.
+# The prefixes of a tower's tensors, in checkpoints of transformers 5 and in releases.
 PREFIXES = ("model.audio_tower.", "audio_tower.")
 
 
@@ -28,7 +28,7 @@ PREFIXES = ("model.audio_tower.", "audio_tower.")
 class AudioConfig:
     """Frozen description of one checkpoint's tower. Raises ValueError for sizes that do not fit.
 
-    `depth` blocks of `num_heads` heads see chunks of `chunk_frames` frames of `num_mels` numbers.
+    `depth` blocks of `num_heads` heads take chunks of `chunk_frames` frames of `num_mels` numbers.
     Four frames make one token of `out_size` numbers.
     """
 

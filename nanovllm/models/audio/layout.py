@@ -27,7 +27,7 @@ def num_tokens(num_frames: int) -> int:
 
 
 def chunks(clips: Sequence[int], chunk_frames: int) -> Chunks:
-    """The chunks of clips with so many frames. Raises ValueError for a clip without a token."""
+    """The chunks of clips of these lengths. Raises ValueError for a clip without a token."""
     short = [num for num in clips if num < MIN_FRAMES]
     if short:
         raise ValueError(f"a clip has {short[0]} frames of features: at least {MIN_FRAMES}")
@@ -43,8 +43,8 @@ def chunks(clips: Sequence[int], chunk_frames: int) -> Chunks:
 
 
 def starts(frames_K: np.ndarray, positions: int) -> np.ndarray:
-    """The first positions of all segments, then the end of the last, int32 [S]: of each chunk what
-    it has, and its padding."""
+    """The first positions of all segments, then the end of the last, int32 [S]: each chunk has one
+    segment of frames and one of padding."""
     begin_K = np.arange(len(frames_K), dtype=np.int32) * positions
     end_K = begin_K + ((frames_K + 1) // 2).astype(np.int32)
     start_K2 = np.stack((begin_K, end_K), axis=1)
@@ -52,7 +52,7 @@ def starts(frames_K: np.ndarray, positions: int) -> np.ndarray:
 
 
 def tokens(frames_K: np.ndarray, positions: int) -> np.ndarray:
-    """Where among the tokens of all chunks those of clips are, int64."""
+    """The indices of the clips' tokens among the tokens of all chunks, int64."""
     counts_K = (frames_K + 1) // 2 // 2
     begin_K = np.arange(len(frames_K)) * (positions // 2)
     runs = [np.arange(begin, begin + num) for begin, num in zip(begin_K, counts_K)]

@@ -1,4 +1,4 @@
-"""The audio tower of Qwen2.5-Omni: the encoder of Whisper (Radford et al. 2022,
+"""The audio encoder of Qwen2.5-Omni: the encoder of Whisper (Radford et al. 2022,
 https://arxiv.org/abs/2212.04356) on chunks of two seconds, and a mean of every two positions
 (Xu et al. 2025, https://arxiv.org/abs/2503.20215). Letters are in `interface`.
 """
@@ -79,7 +79,7 @@ def tower(audio: Any, dtype: torch.dtype) -> AudioTower:
 
 
 def embed(cfg: AudioConfig, w: Outer, frames_K: Tensor, mel_KFM: Tensor) -> Tensor:
-    """Mel features to the hidden state [T, D]. Frames behind a chunk's own count as silence."""
+    """Mel features to the hidden state [T, D]. Frames after a chunk's end count as silence."""
     frame_F = torch.arange(cfg.chunk_frames, device=mel_KFM.device)
     own_KF1 = (frame_F < frames_K.unsqueeze(1)).unsqueeze(2)
     x_KFD = gelu(_conv(mel_KFM.where(own_KF1, 0), w.conv1_DM3, w.conv1_bias_D, 1))
@@ -96,7 +96,7 @@ def block(cfg: AudioConfig, w: Block, start_S: Tensor, h_TD: Tensor) -> Tensor:
         for x in (q_TD + w.q_bias_D, k_TD.contiguous(), v_TD + w.v_bias_D)
     )
     max_len, scale = cfg.chunk_frames // 2, cfg.head_dim**-0.5
-    o_TNH = ops.segment_attention(q_TNH, k_TNH, v_TNH, start_S, max_len, scale)
+    o_TNH = ops.varlen_attention(q_TNH, k_TNH, v_TNH, start_S, max_len, scale)
     h_TD = ops.linear(o_TNH.flatten(1), w.out_DD, w.out_bias_D, h_TD)
     x_TD = _normed(cfg, h_TD, w.mlp_norm_D, w.mlp_norm_bias_D)
     x_TU = gelu(ops.linear(x_TD, w.up_UD, w.up_bias_U))

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nanovllm.models.experts import compressed, offloaded, spread, stacked
+from nanovllm.models.experts import compressed, expert_parallel, offloaded, stacked
 from nanovllm.models.experts.offloaded import Offloaded
 
-# A layer's experts as stored: a named tuple of tensors that only its form understands.
+# A layer's stored experts: a named tuple of tensors that is specific to its form.
 Experts = tuple[Any, ...]
 
 
@@ -39,8 +39,8 @@ class Form(Protocol):
         `reference.experts.experts`."""
 
 
-# A form comes before those whose fields are some of its own.
-FORMS: tuple[Form, ...] = (spread, stacked, compressed, offloaded)
+# Supersets first: `gather` takes the first form whose fields are all present.
+FORMS: tuple[Form, ...] = (expert_parallel, stacked, compressed, offloaded)
 
 
 def prepare(
@@ -51,7 +51,7 @@ def prepare(
     *,
     ahead: bool = False,
 ) -> Tensor:
-    """Bring chosen experts to where `apply` reads them; returns the experts to give to `apply`.
+    """Bring chosen experts to where `apply` reads them; returns the experts to pass to `apply`.
 
     Tokens whose cache slot is below `num_pad_slots` are padding: nothing is brought for them, and
     their experts may change. With `ahead` the experts are a prediction.
@@ -70,7 +70,7 @@ def apply(
 
 
 def gather(values: dict[str, Any]) -> Experts:
-    """Take a layer's stored experts out of its parameters by name, in the form that they have."""
+    """Remove a layer's stored experts from its parameters by name; returns them in their form."""
     form = next(one for one in FORMS if set(one.Stored._fields) <= set(values))
     stored: Experts = form.Stored(*(values.pop(name) for name in form.Stored._fields))
     return stored

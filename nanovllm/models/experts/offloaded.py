@@ -1,10 +1,10 @@
-"""Experts in the host's memory, of which a set is resident in slots on the device.
+"""Experts in host memory, a set of which is resident in slots on the device.
 
 In steps with few tokens, each layer gives the experts that its tokens chose a slot (see
 `reference.offload.fetch_experts`) and reads those that got none in the host's memory. In steps with
 many tokens nearly every expert is chosen. Then all experts of a layer without a slot are streamed
-to a buffer, and slots stay as they are. With two buffers, a layer's experts are on their way while
-the layer before it computes.
+to a buffer, and slots stay as they are. With two buffers, a layer's experts are copied while the
+previous layer computes.
 
 T tokens | K experts per token | E experts | I ids | S slots | B entries of a buffer | D hidden
 F expert width | G = 2F | C counters
@@ -22,8 +22,8 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.kernels.reference.offload import COUNTERS as COUNTERS
 
-# Layers are streamed in steps with so many (token, expert) pairs for each expert. If pairs are
-# spread evenly, 98 % of the experts are chosen then.
+# Layers are streamed in steps with at least this many (token, expert) pairs per expert. If pairs
+# are spread evenly, 98 % of the experts are chosen then.
 STREAMED_PAIRS_PER_EXPERT = 4
 
 
@@ -74,7 +74,7 @@ Stored = Offloaded
 
 @dataclass(frozen=True)
 class OffloadPlan:
-    """Where a model's experts live.
+    """The placement of a model's experts.
 
     num_slots: slots of one set. num_layers: sparse layers. is_shared: all layers share one set,
     because there is not a slot for each active expert of each layer. num_buffers: 0, 1 or 2.
@@ -163,7 +163,7 @@ def apply(
 
 
 def is_streamed(stored: Any, num_pairs: int) -> bool:
-    """Whether a step with so many (token, expert) pairs streams a layer with these experts."""
+    """Whether a step with `num_pairs` (token, expert) pairs streams a layer with these experts."""
     return (
         isinstance(stored, Offloaded)
         and stored.buffer is not None
@@ -203,7 +203,7 @@ def streamed_before(stored: Sequence[Any], num_pairs: Sequence[int]) -> list[lis
 
 
 class Host(Protocol):
-    """Memory of the host that the device reads."""
+    """Host memory that the device can read."""
 
     def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A new tensor for the processor."""
@@ -248,7 +248,7 @@ class Offloader:
         )
 
     def _new_residents(self, both: tuple[Tensor, Tensor]) -> Residents:
-        """Slots in which the first ids live. Those of shared slots are still to be copied there."""
+        """Slots of the first ids. For shared slots the experts must still be copied there."""
         plan, num_experts, device = self.plan, both[0].shape[0], self._device
         if plan.is_shared:
             slots = _entries(plan.num_slots, both, device)
@@ -291,7 +291,7 @@ def reset(stored: Offloaded) -> None:
 
 
 def _first_tables(num_ids: int, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor]:
-    """slot_I and owner_S of slots in which the first ids live."""
+    """slot_I and owner_S for slots of the first ids."""
     id_I = torch.arange(num_ids, dtype=torch.int32)
     return torch.where(id_I < num_slots, id_I, -1 - id_I % num_experts), id_I[:num_slots].clone()
 
@@ -304,6 +304,6 @@ def _fill(residents: Residents, first: int, both: tuple[Tensor, Tensor]) -> None
 
 
 def _entries(num: int, both: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Memory for so many experts."""
+    """Memory for `num` experts."""
     gate_up, down = (one.new_empty((num, *one.shape[1:]), device=device) for one in both)
     return gate_up, down

@@ -1,4 +1,4 @@
-"""Experts as they are: the matrices of all experts of a layer in two tensors on the device."""
+"""Plain experts: the matrices of all experts of a layer in two tensors on the device."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
@@ -23,6 +24,24 @@ def linear(
     if isinstance(weight, Tensor):
         return ops.linear(x_TD, weight, bias_O, residual_TO)
     return cast(Stored, weight).linear(x_TD, bias_O, residual_TO)
+
+
+def lookup(weight: Weight, row_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a table, by their numbers: [T, D] in `dtype`, the model's."""
+    if isinstance(weight, Tensor):
+        return torch.nn.functional.embedding(row_T, weight)
+    return cast(Stored, weight).lookup(row_T, dtype)
+
+
+def own_lookup(weight: Weight, token_T: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """`lookup` in this rank's part of a table, `num_rows` of its rows; zeros for tokens of other
+    ranks: see `collectives.shard_embedding`."""
+    if isinstance(weight, Tensor):
+        return ops.shard_embedding(token_T, weight)
+    # the op knows the rank: it gives a token's place here plus 1, or 0
+    place_W1 = torch.arange(1, num_rows + 1, device=token_T.device).unsqueeze(1)
+    place_T = ops.shard_embedding(token_T, place_W1).squeeze(1)
+    return lookup(weight, (place_T - 1).clamp(min=0), dtype) * (place_T > 0).unsqueeze(1)
 
 
 def rows(weight: Weight, first: int) -> Tensor:

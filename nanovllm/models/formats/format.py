@@ -1,4 +1,4 @@
-"""What the file of a weight format provides, and what it is told of a parameter.
+"""The interface of a weight format, and its description of a parameter.
 
 O outputs (rows) | D depth (columns) | E experts. A matrix is [O, D], the experts of a layer are
 [E, O, D]. A *block* is a group of rows or columns that share a number, such as a scale, or a word.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -19,8 +19,8 @@ from torch import Tensor
 class Stored(Protocol):
     """A stored weight that is not one plain tensor: a named tuple of tensors and of sizes.
 
-    The sizes are ints, which are part of a program's key. All that a product needs follows from
-    the tensors and the sizes. E is there for the experts of a layer alone.
+    The sizes are ints, which are part of a program's key. A product needs nothing but the tensors
+    and the sizes. Only the experts of a layer have E.
     """
 
     def linear(self, x_TD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None) -> Tensor:
@@ -30,8 +30,11 @@ class Stored(Protocol):
         """The real values of the rows from `first` on, in fp32."""
 
     def expert_linear(self, x: Tensor, expert_TK: Tensor) -> Tensor:
-        """See `reference.experts.expert_linear`; `expert_TK` holds valid numbers alone. Only for
-        formats with `takes_experts`."""
+        """See `reference.experts.expert_linear`; `expert_TK` holds valid numbers alone. For formats
+        of "experts" alone."""
+
+    def lookup(self, row_T: Tensor, dtype: torch.dtype) -> Tensor:
+        """The real values of some rows: [T, D] in `dtype`. For formats of "table" alone."""
 
 
 # A tensor in the model's dtype, or a named tuple that provides `Stored`.
@@ -44,13 +47,14 @@ class Extent(NamedTuple):
     A multiple of `row_unit` rows lies before each boundary within the part, and before each place
     where a rank's part of a source may begin: a block of rows that divides it is never cut. It is 0
     without such boundaries, and 1 if rows change places. `column_unit` is the same for columns. All
-    ranks have the same extent.
+    ranks have the same extent. The matrix has `all_columns` on all ranks together.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     row_unit: int = 0
     column_unit: int = 0
+    all_columns: int = 0
 
     @property
     def matrix(self) -> Extent:
@@ -88,23 +92,25 @@ class Piece(NamedTuple):
 class Axis(NamedTuple):
     """An axis of a checkpoint's tensor: an entry for every `block` rows or columns of a matrix.
 
-    The last block may be shorter. A piece gets the entries of the blocks that it touches, or all
-    entries if the axis is `whole`.
+    An entry has `width` numbers, such as the bytes of a block. The last block may be shorter. A
+    piece gets the entries of the blocks that it touches, or all entries if the axis is `whole`.
     """
 
     of: Literal["rows", "columns"]
     block: int = 1
     whole: bool = False
+    width: int = 1
 
     def size(self, shape: tuple[int, int]) -> int:
-        return -(-shape[self.of == "columns"] // self.block)
+        return -(-shape[self.of == "columns"] // self.block) * self.width
 
     def range(self, piece: Piece) -> range:
-        """The entries that a piece gets."""
+        """The numbers that a piece gets."""
         numbers = piece.columns if self.of == "columns" else piece.rows
         if self.whole:
             return range(self.size(piece.shape))
-        return range(numbers.start // self.block, -(-numbers.stop // self.block))
+        first, stop = numbers.start // self.block, -(-numbers.stop // self.block)
+        return range(first * self.width, stop * self.width)
 
 
 class Companion(NamedTuple):
@@ -112,7 +118,7 @@ class Companion(NamedTuple):
 
     Floating point numbers are converted to `dtype` as they are read; other tensors must be stored
     in it. `shape` is the stored one if it differs from the axes' sizes, which then are a view of
-    it. An `is_unread` tensor may be there, and nothing needs it.
+    it. An `is_unread` tensor may be present and is not needed.
     """
 
     axes: tuple[Axis, ...]
@@ -127,16 +133,34 @@ class Format(ABC):
     dataclasses: their fields are what differs between checkpoints, such as sizes of groups.
 
     An `is_packed` format reads a checkpoint's own numbers, which its `companions` hold. Another one
-    converts numbers in the model's dtype. Only a format whose weights have `expert_linear`
-    `takes_experts`.
+    converts numbers in the model's dtype.
+
+    `kinds` are the kinds of `Param` that it takes: "experts" if its weights have `expert_linear`,
+    "table" if they have `lookup`.
     """
 
     name: ClassVar[str]  # in messages
-    takes_experts: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     @property
     def is_packed(self) -> bool:
         return False
+
+    @property
+    def is_plain(self) -> bool:
+        """True if a weight is one tensor in the model's dtype."""
+        return False
+
+    @property
+    def joins_sources(self) -> bool:
+        """False if the sources of a matrix stay weights of their own (`formats.mixed`): if each
+        has its own order of columns, say."""
+        return True
+
+    def refusal(self, extent: Extent) -> str | None:
+        """Why a part cannot be stored, if it cannot: a boundary cuts a block that cannot become
+        smaller, say."""
+        return None
 
     @abstractmethod
     def empty(self, extent: Extent, device: torch.device | str) -> Weight:
@@ -181,6 +205,12 @@ class Format(ABC):
         raise ValueError(f"the format {self.name} cannot take the factor {factor}")
 
 
+def spread(of_blocks: Tensor, block: int, size: int | None, axis: int) -> Tensor:
+    """A number for each of the first `size` rows or columns, from one for each block of them."""
+    found = of_blocks if block == 1 else of_blocks.repeat_interleave(block, axis)
+    return found if size is None else found.narrow(axis, 0, size)
+
+
 @cache
 def num_bytes(stored_as: Format, extent: Extent) -> int:
     """Bytes of a stored weight."""
@@ -188,11 +218,21 @@ def num_bytes(stored_as: Format, extent: Extent) -> int:
     return sum(one.nbytes for one in tensors_of(weight))
 
 
-def tensors_of(weight: Weight) -> list[Tensor]:
+def tensors_of(weight: Any) -> list[Tensor]:
     """The tensors of a stored weight."""
     if isinstance(weight, Tensor):
         return [weight]
-    return [one for one in weight if isinstance(one, Tensor)]
+    return [x for one in weight for x in tensors_of(one)] if isinstance(weight, tuple) else []
+
+
+def mapped(function: Callable[[Tensor], Tensor], weight: Any) -> Any:
+    """The weight with a function's results in the place of its tensors."""
+    if isinstance(weight, Tensor):
+        return function(weight)
+    if not isinstance(weight, tuple):
+        return weight
+    fields = [mapped(function, one) for one in weight]
+    return type(weight)(*fields) if hasattr(weight, "_fields") else tuple(fields)
 
 
 def quantized(stored_as: Format, name: str, weight: Tensor, extent: Extent) -> Weight:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.models.formats.format import Extent, Format
 
-# Quantizing takes a few times the memory of the rows at hand, and a head has 150,000 rows.
+# Quantizing takes a few times the memory of its rows, and a head has 150,000 rows.
 ROWS_AT_ONCE = 4096
 
 
@@ -47,7 +47,7 @@ class Int8(Format):
         for part_OD, part_values_OD, part_scale_O in parts:
             part_scale_O.copy_(part_OD.abs().amax(1).float() / 127)
             if not part_scale_O.isfinite().all():
-                raise ValueError(f"{name} holds NaN or infinity, so that it cannot be quantized")
+                raise ValueError(f"{name} holds NaN or infinity and cannot be quantized")
             divisor_O = torch.where(part_scale_O == 0, 1.0, part_scale_O)  # a row of zeros
             rounded_OD = (part_OD.float() / divisor_O.unsqueeze(1)).round_()
             part_values_OD.copy_(rounded_OD.clamp_(-127, 127))

@@ -1,4 +1,4 @@
-"""Weights as they are: one tensor in the model's dtype. O outputs | D depth | T tokens."""
+"""Plain weights: one tensor in the model's dtype. O outputs | D depth | T tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from nanovllm.models.formats.format import Extent, Format
 @dataclass(frozen=True)
 class Plain(Format):
     name: ClassVar[str] = "plain"
-    takes_experts: ClassVar[bool] = True
+
+    @property
+    def is_plain(self) -> bool:
+        return True
 
     def empty(self, extent: Extent, device: torch.device | str) -> Tensor:
         return torch.empty(extent.shape, dtype=extent.dtype, device=device)

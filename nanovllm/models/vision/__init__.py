@@ -1,1 +1,1 @@
-"""Vision towers: patches of images and of video frames to embeddings of placeholder tokens."""
+"""Vision encoders ("towers"): patches of images and video frames to embeddings of placeholders."""

@@ -1,9 +1,8 @@
-"""The sizes, in patches, that a tower's programs are compiled for. Letters are in `interface`.
+"""The sizes, in patches, for which a tower's programs are compiled. Letters are in `interface`.
 
-A picture of Qwen3-VL has a patch per 16² pixels, one of Qwen2.5-VL per 14²: 1,024² pixels are 4,096
-and 5,476 patches. Each budget costs a start a few small programs. Steps of at most a factor of two
-between budgets keep the padding of a lone picture below half of a call; several small pictures
-share one.
+Qwen3-VL has a patch per 16² pixels, Qwen2.5-VL per 14²: 1,024² pixels are 4,096 and 5,476 patches.
+Each budget adds a few small programs to a start. With at most a factor of two between budgets, the
+padding of a single image is below half of a call; several small images share a call.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ BUDGETS = (256, 512, 1024, 2048, 4096, 6144)
 
 
 def budgets(cfg: TowerConfig, asked: Sequence[int] | None) -> tuple[int, ...]:
-    """The budgets of a tower, ascending: those that the option `vision_patch_budgets` asks for, or
-    BUDGETS rounded up to whole tokens. Raises ValueError for numbers that are no whole tokens."""
+    """The budgets of a tower, ascending: those of the option `vision_patch_budgets`, or BUDGETS
+    rounded up to whole tokens. Raises ValueError for numbers that are not whole tokens."""
     unit = cfg.patches_per_group
     if asked is None:
         return tuple(-(-size // unit) * unit for size in BUDGETS)

@@ -1,18 +1,18 @@
-"""What a vision tower is to the rest of the engine: its sizes, inputs, parameters and regions.
+"""The interface of a vision encoder: its sizes, inputs, parameters and regions.
 
 T patches | m merge size | G = T / m² groups: one placeholder token each | C numbers in a patch
 D hidden | N heads | H head size | E = 3D | F MLP width | O text model's hidden size | M = m²·D
 L = 1 + levels of deepstack | S starts of segments, one more than there are segments.
 
-A frame is one image, or one step in time of a video. Attention never leaves a frame, so a video is
-no more than its frames: they may go through the tower in different calls.
+A frame is one image, or one step in time of a video. Attention stays within a frame, so the frames
+of a video may be encoded in different calls.
 
 All that depends on the sizes of frames is an input that the host computes from these sizes
 (`layout`). So one program serves all frames that fit its T patches; the rest of T is padding.
 
 Cost. Attention takes 4·T·D floating-point operations a token and layer where a frame fills T, the
 products take 24·D² (Qwen3-VL) and 8·D² + 6·D·F (Qwen2.5-VL). At 4,096 patches and D = 1,024
-attention is 40 % of the work of Qwen3-VL-2B. `ops.segment_attention` computes each segment by
+attention is 40 % of the work of Qwen3-VL-2B. `ops.varlen_attention` computes each segment by
 itself: windows of 64 patches cost next to nothing. A boolean mask over all T patches would cost
 4·T·D for every layer, and the kernels that take masks are slower. On CUDA it launches T / 128 + S
 tiles of queries for each head: one frame that fills T leaves MAX_FRAMES of them empty.
@@ -31,7 +31,7 @@ from torch import Tensor
 from nanovllm.models.interface import Param
 
 MAX_FRAMES = 16  # in one call: see above
-# What tensors of a tower are named after: in checkpoints of transformers 5, and of releases.
+# The prefixes of a tower's tensors, in checkpoints of transformers 5 and in releases.
 PREFIXES = ("model.visual.", "visual.")
 
 
@@ -51,9 +51,9 @@ class TowerConfig:
     frames, rows, columns), `merge_size`² of which make one token of `out_size` numbers. Blocks of
     `full_blocks` attend within a frame, the others within windows of `window_groups`² tokens.
     After each block of `deepstack_blocks` the tower makes one more level of features. Positions are
-    rotary with base `rope_theta` and, if `table_side` is not 0, a learned table of so many rows and
-    columns is added. Frames of a video are `tokens_per_second` positions in time apart for each
-    second between them; with `videos_span_time` the text goes on after the last of them.
+    rotary with base `rope_theta` and, if `table_side` is not 0, a learned table of `table_side`
+    rows and columns is added. Frames of a video are `tokens_per_second` positions in time apart for
+    each second between them; with `videos_span_time` the text continues after the last of them.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -150,7 +150,8 @@ class Windows(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """Where in the learned table the position embedding of each patch lies: between 4 entries."""
+    """The 4 entries of the learned table between which each patch's position embedding is
+    interpolated."""
 
     entry_T4: Any
     weight_T4: Any  # fp32
@@ -163,7 +164,7 @@ class Layout(NamedTuple):
     are int64. Padding follows the last frame.
     """
 
-    row_col_T2: Any  # where in its frame each patch lies
+    row_col_T2: Any  # the row and column of each patch in its frame
     frame_start_S: Any  # int32: frames' first patches, then the end of the last
     windows: Windows | None
     taps: Taps | None

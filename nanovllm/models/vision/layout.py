@@ -1,5 +1,5 @@
-"""From the sizes of frames to a tower's inputs, on the host: what goes into one call, and where its
-patches lie. Letters are in `interface`; F frames.
+"""From the sizes of frames to a tower's inputs, on the host: the frames of each call, and the
+positions of their patches. Letters are in `interface`; F frames.
 
 The checkpoint's processor gives the grid (frames, rows, columns) of each image or video, in
 patches, and all patches in one array: frame by frame, and within a frame group by group.
@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
 
 class _Order(NamedTuple):
-    """Where each patch lies, in the order of the processor; all int64 [patches]."""
+    """The position of each patch, in the order of the processor; all int64 [patches]."""
 
     frame_T: np.ndarray
     row_T: np.ndarray
@@ -41,7 +41,7 @@ class _Order(NamedTuple):
 def frames_of(grids: Sequence[Grid], merge_size: int) -> np.ndarray:
     """The (rows, columns) of all frames: int64 [F, 2].
 
-    Raises ValueError for a grid whose rows or columns are no positive multiple of `merge_size`.
+    Raises ValueError for a grid whose rows or columns are not positive multiples of `merge_size`.
     """
     for grid in grids:
         frames, *sides = (int(size) for size in grid)

@@ -1,4 +1,4 @@
-"""What the regions and parameters of several towers have in common. Letters are in `interface`."""
+"""Regions and parameters shared by several towers. Letters are in `interface`."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def attention(
     qkv_TE = ops.linear(x_TD, w.qkv_ED, w.qkv_bias_E)
     num_patches = qkv_TE.shape[0]
     q_TNH, k_TNH, v_TNH = qkv_TE.view(num_patches, 3, cfg.num_heads, cfg.head_dim).unbind(1)
-    # the rotary op looks rows of the table up by position: here each patch has a row of its own
+    # the rotary op looks up rows of the table by position: here each patch has its own row
     row_T = torch.arange(num_patches, device=x_TD.device)
     q_TNH, k_TNH = (ops.rope(x_TNH, rope_TH, row_T) for x_TNH in (q_TNH, k_TNH))
     scale = cfg.head_dim**-0.5
-    o_TNH = ops.segment_attention(q_TNH, k_TNH, v_TNH, start_S, max_len, scale)
+    o_TNH = ops.varlen_attention(q_TNH, k_TNH, v_TNH, start_S, max_len, scale)
     return ops.linear(o_TNH.flatten(1), w.out_DD, w.out_bias_D, h_TD)
 
 

@@ -1,11 +1,11 @@
-"""Where images and videos lie in a prompt, and its rotary positions in time, rows and columns.
+"""Locates images and videos in a prompt, and computes its positions in time, rows and columns.
 
 M-RoPE (Wang et al. 2024, https://arxiv.org/abs/2409.12191) gives each token three positions. A text
 token has three equal ones. The tokens of an image have those of its first token plus their place
-in time, row and column; the text goes on after the larger of the rows and columns. In decoding a
+in time, row and column; the text continues after the larger of the rows and columns. In decoding a
 token's three positions are its index plus the prompt's `delta`.
 
-Sound has the positions of text, one for each token, so clips are no items here.
+Audio has the positions of text, one for each token, so clips are not items here.
 
 All is computed as transformers does it (`get_rope_index`). T tokens | G tokens of an item.
 """
@@ -26,7 +26,7 @@ class Item(NamedTuple):
 
     `start` is the index of its first token in the prompt. `frames`, `rows` and `columns` count
     tokens. Between two frames lie `interval` · `per_unit` positions in time. With `spans_time` the
-    text goes on after its last position in time too, if that is the largest.
+    text also continues after its last position in time, if that is the largest.
     """
 
     start: int
@@ -43,12 +43,12 @@ class Item(NamedTuple):
 
 
 class Media(NamedTuple):
-    """What the processor knows of a prompt's images or videos.
+    """The processor's data of a prompt's images or videos.
 
     `token_id` is that of a placeholder. `grids` are in the order of the prompt. `intervals` are the
     positions in time between frames of each video, empty for 1: in Qwen2.5-VL those of `interval`
-    for the processor's `second_per_grid_ts`. With `splits_frames` each frame has placeholders of
-    its own, with its time as text between them, as in videos of Qwen3-VL. `per_unit` and
+    for the processor's `second_per_grid_ts`. With `splits_frames` each frame has separate
+    placeholders, with its time as text between them, as in videos of Qwen3-VL. `per_unit` and
     `spans_time` are those of its items: in Qwen2.5-Omni intervals are seconds, of 25 positions.
     """
 
@@ -61,7 +61,7 @@ class Media(NamedTuple):
     spans_time: bool = False
 
     def items(self, merge_size: int) -> list[Item]:
-        """What has placeholders in the prompt; all starts are 0."""
+        """The items with placeholders in the prompt; all starts are 0."""
         intervals = self.intervals or (1.0,) * len(self.grids)
         if len(intervals) != len(self.grids):
             raise ValueError(f"{len(intervals)} intervals for {len(self.grids)} {self.kind}s")
@@ -77,7 +77,7 @@ class Media(NamedTuple):
 
 
 def interval(seconds: float, per_second: float) -> float:
-    """The positions in time between two frames of Qwen2.5-VL that are so many seconds apart.
+    """The positions in time between two frames of Qwen2.5-VL that are `seconds` apart.
 
     As in transformers the product is that of fp32 numbers, and is not rounded to whole positions.
     (transformers 5.17 cut the seconds to whole ones; releases before and after do not.)
@@ -89,7 +89,7 @@ def locate(token_ids: Sequence[int], media: Sequence[Media], merge_size: int) ->
     """The items of a prompt in its order, with their starts.
 
     Placeholders of two items may be adjacent. Raises ValueError if there are more or fewer
-    placeholders than the grids ask for.
+    placeholders than the grids need.
     """
     ids_T = np.asarray(token_ids, np.int64)
     found: list[Item] = []

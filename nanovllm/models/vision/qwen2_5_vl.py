@@ -1,5 +1,6 @@
-"""The vision tower of Qwen2.5-VL: RMS norms, gated MLPs, and attention within windows in all but a
-few blocks (Bai et al. 2025, https://arxiv.org/abs/2502.13923). Letters are in `interface`; V = 2F.
+"""The vision encoder of Qwen2.5-VL: RMS norms, gated MLPs, and attention within windows in all but
+a few blocks (Bai et al. 2025, https://arxiv.org/abs/2502.13923). Letters are in `interface`;
+V = 2F.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from nanovllm.models.vision import parts
 from nanovllm.models.vision.interface import Layout, Merger, Outer, Tower, TowerConfig
 
 NAME = "Qwen2_5_VLForConditionalGeneration"
-# Of bf16: rows of 16 bytes. The published width, 3,420, is no multiple, and cuBLAS has its fastest
-# products for rows that begin at multiples of 16 bytes.
+# 16 bytes in bf16: cuBLAS is fastest for rows that begin at multiples of 16 bytes. The published
+# width, 3,420, is not a multiple of 8.
 WIDTH = 8
 
 

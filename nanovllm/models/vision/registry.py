@@ -1,4 +1,4 @@
-"""The towers that the engine knows, by the `model_type` of transformers' vision configs."""
+"""The supported vision encoders, by the `model_type` of transformers' vision configs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tower_of(hf: Any, dtype: torch.dtype) -> Tower:
 
 
 def tower(vision: Any, dtype: torch.dtype) -> Tower:
-    """The tower of a vision config. Raises ValueError for types and settings that no tower has."""
+    """The tower of a vision config. Raises ValueError for unsupported types and settings."""
     make = TOWERS.get(vision.model_type)
     if make is None:
         raise ValueError(

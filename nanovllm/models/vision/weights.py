@@ -1,4 +1,4 @@
-"""Reads the weights of a tower, of vision or audio, from a checkpoint, or draws them at random."""
+"""Reads the weights of a vision or audio encoder from a checkpoint, or draws them at random."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Weights = TypeVar("Weights", covariant=True)
 
 
 class AnyTower(Protocol[Weights]):
-    """What the towers of vision and audio have in common (`Model.towers`)."""
+    """The common interface of vision and audio encoders (`Model.towers`)."""
 
     @property
     def config(self) -> Any: ...

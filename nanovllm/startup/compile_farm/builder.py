@@ -1,9 +1,9 @@
 """The work of a worker: building buckets and compiling kernels into the store.
 
-A bucket that has run leaves all that a start needs for it: its programs, and the kernels that
-Triton specialises by shapes. Programs depend neither on weights nor on the number of layers, so
-the model is reduced and its weights are random. A bucket that is rehearsed, on fake tensors, leaves
-its programs and names the kernels it launches; any worker can then compile them.
+Running a bucket stores everything that a start needs for it: its programs, and the kernels that
+Triton specialises by shapes. Programs depend neither on weights nor on the number of layers, so the
+model is reduced and its weights are random. A dry run of a bucket, on fake tensors, stores its
+programs and lists the kernels that it launches; any worker can then compile them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nanovllm.models.vision import weights
 from nanovllm.platforms.base import Platform
 from nanovllm.platforms.regions import SplitRegion
 from nanovllm.runner.runner import Runner
-from nanovllm.runner.warmup import rehearse_bucket
+from nanovllm.runner.warmup import dry_run_bucket
 from nanovllm.startup.build import make_compiler, with_cache
 from nanovllm.startup.choose import Choice, choose_without_weights
 
@@ -54,7 +54,9 @@ def small_runner(
         setattr(compiler, name, value)
     with mode or nullcontext():
         target = Target(platform.device, shard=Shard(0, model.config.num_ranks))
-        if spec.offload is not None:  # the host's part is on the device as well: it is small
+        if (
+            spec.offload is not None
+        ):  # the host's experts are on the device as well, since they are small
             host = SplitRegion(platform.device)
             target = target._replace(place=Offloader(spec.offload, host, platform.device))
         params = loader.random(model, target, 0, lambda _: None)
@@ -66,46 +68,46 @@ def small_runner(
 class Builder:
     """Does the tasks of one worker.
 
-    It reads the config with the first bucket: the store has a copy by then, and transformers need
-    not be imported.
+    It reads the config with the first bucket. By then the store has a copy, so it need not import
+    transformers.
     """
 
     def __init__(self, config: EngineConfig, platform: Platform) -> None:
         self._config, self._platform = config, platform
-        self._rehearsal = platform.rehearsal()
+        self._dry_run = platform.dry_run()
 
     def do(self, verb: str, what: Any) -> Any:
         """Answer a task: for a kernel its seconds, for a bucket a dict.
 
-        numbers: those of an `Outcome`. kernels: the kernels that a rehearsed bucket launches.
-        has_run: whether it ran on the device. problem: why it could not be rehearsed, or None.
+        numbers: those of an `Outcome`. kernels: the kernels that a dry-run bucket launches.
+        has_run: whether it ran on the device. problem: why it could not be dry-run, or None.
         """
         started = time.perf_counter()
         if verb == "compile":
-            assert self._rehearsal is not None
-            self._rehearsal.compile(what)
+            assert self._dry_run is not None
+            self._dry_run.compile(what)
             return round(time.perf_counter() - started, 3)
-        answer = self._rehearse(*what) if verb == "rehearse" else self._run(*what)
+        answer = self._run_dry(*what) if verb == "dry_run" else self._run(*what)
         answer["numbers"].append(round(time.perf_counter() - started, 3))
         return answer
 
-    def _rehearse(self, kind: str, size: int) -> dict[str, Any]:
-        """Without a rehearsal, or if it fails, the bucket is run. So are calls of towers:
+    def _run_dry(self, kind: str, size: int) -> dict[str, Any]:
+        """Without a dry run, or if it fails, the bucket is run. So are calls of towers:
         Inductor makes their programs, and only running them finds the kernels."""
-        rehearsal = self._rehearsal
-        if rehearsal is None or kind in ("vision", "audio"):
+        dry_run = self._dry_run
+        if dry_run is None or kind in ("vision", "audio"):
             return self._run(kind, size)
-        rehearsal.kernels.clear()
+        dry_run.kernels.clear()
         try:
             fakes = self._fakes
             numbers = self._counted(
-                fakes.compiler, lambda: rehearse_bucket(fakes, kind, size, rehearsal)
+                fakes.compiler, lambda: dry_run_bucket(fakes, kind, size, dry_run)
             )
-        except Exception as error:  # anything that fails on fake tensors may work on real ones
-            logger.debug("%s %d is run, since it cannot be rehearsed", kind, size, exc_info=True)
+        except Exception as error:  # code that fails on fake tensors may work on real ones
+            logger.debug("%s %d is run, since it cannot be dry-run", kind, size, exc_info=True)
             problem = " ".join(f"{type(error).__name__}: {error}".split())
             return self._run(kind, size, problem)
-        kernels = dict(rehearsal.kernels)
+        kernels = dict(dry_run.kernels)
         return {"numbers": numbers, "kernels": kernels, "has_run": False, "problem": None}
 
     def _run(self, kind: str, size: int, problem: str | None = None) -> dict[str, Any]:
@@ -134,13 +136,13 @@ class Builder:
 
     @cached_property
     def _fakes(self) -> Runner:
-        assert self._rehearsal is not None
-        return small_runner(self._choice, {"instead": self._call}, self._rehearsal.mode)
+        assert self._dry_run is not None
+        return small_runner(self._choice, {"instead": self._call}, self._dry_run.mode)
 
     def _call(self, program: Program, *inputs: object) -> Any:
         """A program's fake result. Raises TypeError if it is not a list of known calls."""
         if not isinstance(program.run, CallList):
             raise TypeError(f"{program.name} is not a call list")
-        assert self._rehearsal is not None
-        result = program.run.step_through(tensors(inputs), self._rehearsal.visit)
+        assert self._dry_run is not None
+        result = program.run.step_through(tensors(inputs), self._dry_run.visit)
         return rebuild(program.result, result)

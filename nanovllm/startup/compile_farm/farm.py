@@ -23,11 +23,11 @@ from nanovllm.startup.compile_farm.tasks import Bucket, Outcome, Task, TaskQueue
 
 logger = logging.getLogger(__name__)
 
-LOG_CHARACTERS = 2000  # of a failed worker's log that its error message holds
+LOG_CHARACTERS = 2000  # of a failed worker's log in the error message
 
 
 class WorkerFailed(RuntimeError):
-    """A worker has ended early, or answers no more. The message is its log's end or its task."""
+    """A worker exited early or stopped answering. The message is its log's end or its task."""
 
 
 class _Event(Enum):
@@ -60,7 +60,7 @@ class CompileFarm:
 
     @classmethod
     def start(cls, config: EngineConfig) -> CompileFarm:
-        """A new farm, which starts importing if there seems to be a GPU and the store is empty."""
+        """A new farm, which starts importing if there is probably a GPU and the store is empty."""
         farm = cls(config)
         most = preload.max_processes()
         if most >= 2 and _is_likely_needed(config):
@@ -79,14 +79,14 @@ class CompileFarm:
         else:
             self._workers += [spawn(self._config) for _ in range(count)]
 
-    def build(self, buckets: Sequence[Bucket], count: int, *, rehearse: bool = False) -> None:
-        """Have `count` workers build `buckets`, in this order; returns at once.
+    def build(self, buckets: Sequence[Bucket], count: int, *, dry_run: bool = False) -> None:
+        """Build `buckets` in this order with `count` workers; returns at once.
 
-        With `rehearse` workers find out which kernels a bucket launches without running it, if they
-        can, and then compile each kernel once.
+        With `dry_run` workers determine the kernels of a bucket without running it, where
+        possible, and then compile each kernel once.
         """
         self._built_at = time.perf_counter()
-        verb = "rehearse" if rehearse else "run"
+        verb = "dry_run" if dry_run else "run"
         tasks = [Task((0, number), verb, bucket) for number, bucket in enumerate(buckets)]
         self._tasks = TaskQueue(tasks)
         count = min(count, len(buckets))
@@ -103,8 +103,8 @@ class CompileFarm:
     ) -> list[Outcome]:
         """Wait for all buckets and kernels; `progress` gets each outcome as it comes.
 
-        Raises WorkerFailed for a failed worker, after the others have done the rest. Also if no
-        worker answers for `patience_s` seconds, after killing all of them.
+        Raises WorkerFailed for a failed worker, after the others have done the rest. Also raises it
+        if no worker answers for `patience_s` seconds, after killing all of them.
         """
         outcomes: list[Outcome] = []
         failures: list[WorkerFailed] = []
@@ -133,7 +133,7 @@ class CompileFarm:
         return outcomes
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill all running processes."""
         server, self._server = self._server, None
         if server is not None:
             server.end()
@@ -154,7 +154,7 @@ class CompileFarm:
         except (OSError, ValueError):
             listener.join(5)
             message = "".join(lines)[-LOG_CHARACTERS:].strip()
-            self._events.put(WorkerFailed(message or "it ended without a word"))
+            self._events.put(WorkerFailed(message or "it exited without output"))
         finally:
             worker.dismiss()
             self._events.put(_Event.FINISHED)
@@ -185,7 +185,7 @@ class CompileFarm:
             self._tasks.done(task, *kernels)
 
     def _new_kernels(self, found: dict[str, int]) -> list[Task]:
-        """Tasks for the kernels that no other bucket has asked for, the longest first."""
+        """Tasks for kernels that no other bucket has requested, the longest first."""
         with self._lock:
             new = [request for request in found if request not in self._known_kernels]
             self._known_kernels.update(new)
@@ -195,7 +195,7 @@ class CompileFarm:
         with self._lock:
             has_warned, self._has_warned = self._has_warned, True
         if not has_warned:  # other buckets have the same problem
-            message = "a start takes longer, as %s %d cannot be rehearsed and is run: %s"
+            message = "a start takes longer, as %s %d cannot be dry-run and is run: %s"
             logger.warning(message, *task.what, problem)
 
     def _log(self, number: int, message: str, *args: object) -> None:

@@ -1,8 +1,8 @@
 """A process that imports torch and the compilers once and is then forked into workers (Linux only).
 
 Importing reads thousands of files: on a slow file system a dozen processes that do it at once take
-longer than compiling. The server does not use the device, so it can start before torch has looked
-for one. Importing this module does not import torch.
+longer than compiling. The server does not use the device, so it can start before torch has detected
+one. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nanovllm.startup.compile_farm.process import WorkerProcess, end_parent, wor
 
 
 class ForkServer:
-    """The main process's handle of the server; its own side is `worker.fork_workers`."""
+    """The main process's handle of the server, which runs `worker.fork_workers`."""
 
     def __init__(self, config: EngineConfig, max_workers: int) -> None:
         """Start the server, with pipes for `max_workers` workers: they inherit pipes made now."""
@@ -50,7 +50,7 @@ class ForkServer:
         return [WorkerProcess(self.process, *ends) for ends in ours]
 
     def end(self) -> None:
-        """Kill the server and everything it has forked."""
+        """Kill the server and all processes that it has forked."""
         self._close_pipes()
         end_parent(self.process)
 

@@ -1,4 +1,4 @@
-"""A worker process as the main process sees it: start, pipes and end. Does not import torch."""
+"""The main process's handle of a worker: start, pipes and end. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanovllm import env, programs
 from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
 
-# Begins every answer, which is JSON: libraries print to stdout too when imported (torch_npu does).
+# The prefix of every answer, which is JSON: some libraries print to stdout on import (torch_npu).
 ANSWER = "nanovllm: "
 
 
@@ -48,7 +48,7 @@ class WorkerProcess:
 
     def dismiss(self) -> None:
         """Send no more requests: the worker ends once it has answered the last one."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended already
+        with contextlib.suppress(BrokenPipeError):  # it has already ended
             self.stdin.close()
 
 

@@ -1,4 +1,4 @@
-"""What workers do, and in which order. Does not import torch."""
+"""The tasks of workers and their order. Does not import torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Outcome:
 
 @dataclass(order=True)
 class Task:
-    """ "run" or "rehearse" a bucket, or "compile" a kernel. The smallest `rank` is done first."""
+    """ "run" or "dry_run" a bucket, or "compile" a kernel. The smallest `rank` is done first."""
 
     rank: tuple[int, int]
     verb: str = field(compare=False)
@@ -57,7 +57,7 @@ class TaskQueue:
             return heapq.heappop(self._waiting) if self._waiting else None
 
     def done(self, task: Task, *kernels: Task) -> None:
-        """A task has ended, well or not, and has added `kernels`."""
+        """Record the end of a task, with or without success, and add `kernels`."""
         with self._changed:
             for kernel in kernels:
                 heapq.heappush(self._waiting, kernel)

@@ -40,13 +40,13 @@ def main() -> None:
 
 
 def fork_workers(config: EngineConfig, pipes: Sequence[Sequence[int]]) -> bool:
-    """Import everything, then fork as many workers as stdin says; none if stdin ends first.
+    """Import everything, then fork the number of workers given on stdin; none if stdin ends first.
 
     `pipes` has the ends for stdin, stdout and stderr of each worker. Returns True in a worker, and
     False in the server, after all workers have ended.
     """
     preload.import_compilers()
-    # the first trace makes tables that later ones share
+    # the first trace fills tables that later ones share
     trace(lambda x: x + 1, {"x": torch.zeros(2, 2)}, varying=("x",))
     with contextlib.suppress(OSError, ValueError):  # the main process reports a store that fails
         open_store(config, must_keep=True)
@@ -61,7 +61,7 @@ def fork_workers(config: EngineConfig, pipes: Sequence[Sequence[int]]) -> bool:
             _close(pipes)
             return True
     _close(pipes)
-    # stderr was the first worker's: that worker is the last to hold it from here on
+    # stderr is the first worker's pipe: from here on only that worker holds it
     os.dup2(os.open(os.devnull, os.O_RDWR), 2)
     for _ in wanted:
         os.wait()
@@ -77,13 +77,13 @@ def answer_tasks(started: float, config: EngineConfig) -> None:
     """Write seconds since the time `started` by stage, then an answer to each line on stdin."""
     seconds = {"imports": time.time() - started}
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # everything else that prints, prints to stderr
+    os.dup2(2, 1)  # all other output goes to stderr
     log.configure()
     lap = time.perf_counter()
     platform = select_platform(config)
     store = open_store(config)
-    # This makes no context of the device. Workers that rehearse and compile need none, and the main
-    # process would wait two seconds for fourteen contexts to be destroyed.
+    # This does not create a device context. Workers that only dry-run and compile do not need
+    # one, and destroying fourteen contexts takes two seconds.
     platform.prepare(store.folder / "cpp", env.read().cxx)
     seconds["device"] = time.perf_counter() - lap
     print(ANSWER + json.dumps(seconds), file=out, flush=True)

@@ -1,0 +1,33 @@
+"""How many processes compile while this one reads weights."""
+
+from __future__ import annotations
+
+from nanovllm.models.config import ModelConfig
+from nanovllm.startup.artifacts import is_ready
+from nanovllm.startup.choose import Choice, workers_may_help
+from nanovllm.startup.offload import device_bytes
+
+
+def num_workers(choice: Choice) -> int:
+    """0 without graphs, if compiling is fast on this device, or if an earlier start has compiled
+    everything."""
+    may_help = workers_may_help(choice.config, choice.store)
+    if not may_help or choice.platform.lowering()[0] is None:
+        return 0
+    cfg, spec, model = choice.model.config, choice.spec, choice.model
+    token_size = _mlp_size(cfg) + 8 * cfg.hidden_size + 3 * cfg.qkv_size
+    scratch_bytes = spec.layout.prefill_tokens[-1] * token_size * cfg.dtype.itemsize
+    params_bytes = model.reduced().param_bytes
+    worker_bytes = params_bytes + scratch_bytes + (1 << 30)  # for the device's context
+    own_bytes = device_bytes(model, spec.offload)
+    count = choice.platform.compile_workers(worker_bytes, own_bytes)
+    return 0 if count < 2 or is_ready(choice) else count
+
+
+def _mlp_size(cfg: ModelConfig) -> int:
+    """Numbers that a token takes in the MLP of a layer: several values of its inner width, and the
+    result of each of its experts."""
+    if cfg.moe is None:
+        return 4 * cfg.ffn_size
+    of_experts = cfg.moe.top_k * (4 * cfg.moe.expert_size + cfg.hidden_size)
+    return max(4 * cfg.ffn_size, of_experts + 4 * cfg.moe.shared_size)
