@@ -116,7 +116,7 @@ class Scheduler:
             # decode has preempted all its rows: prompts of better priorities have their blocks now
             plan = self._plan_prefill(math.inf)
             while plan is None and not all(request.is_decoding for request in self.running):
-                self._preempt()  # every prompt waits for blocks that the others have
+                self._preempt_last()  # every prompt waits for blocks that the others have
                 plan = self._plan_prefill(math.inf)
         self._prefill_was_last = plan is not None and plan.is_prefill
         return plan
@@ -298,9 +298,9 @@ class Scheduler:
     def _make_room(self, request: Request) -> None:
         """Preempt requests until there are blocks for `request`, or it is preempted itself."""
         while not self.cache.has_room() and request.status is Status.RUNNING:
-            self._preempt()
+            self._preempt_last()
 
-    def _preempt(self) -> None:
+    def _preempt_last(self) -> None:
         """Preempt the request of the highest priority number, and of these the newest."""
         self._send_back(max(reversed(self.running), key=lambda other: other.priority))
         self.num_preemptions += 1
