@@ -146,9 +146,13 @@ def test_a_text_model_refuses_images() -> None:
     llm = LLM("tiny-qwen3", device="cpu", enforce_eager=True, max_num_seqs=2)
     content = [{"type": "image_url", "image_url": {"url": data_url(picture(9, 9))}}]
     try:
-        with pytest.raises(ValueError, match="the prompt has image 1, but 'tiny-qwen3' reads text"):
+        with pytest.raises(
+            ValueError, match="the prompt has image 1, but 'tiny-qwen3' accepts text only"
+        ):
             llm.chat([{"role": "user", "content": content}])
-        with pytest.raises(ValueError, match="the prompt has image 1, but 'tiny-qwen3' reads text"):
+        with pytest.raises(
+            ValueError, match="the prompt has image 1, but 'tiny-qwen3' accepts text only"
+        ):
             llm.generate([asked("a", image=picture(9, 9))])
     finally:
         llm.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from nanovllm import LLM
 from tests.engines import NUM_TOKENS, Generate, greedy, random_prompts, tokens
@@ -59,7 +60,7 @@ def test_nothing_is_left_after_del(make_llm: Callable[..., LLM], enforce_eager: 
             *(tensor for layer in runner.params.layers for tensor in layer if tensor is not None),
             runner.params.embed_VD,
             runner.cos_sin_MH,
-            *(tensor for tensor in runner.state if tensor is not None),
+            *(leaf for leaf in tree_leaves(tuple(runner.state)) if leaf is not None),
             *(
                 tensor
                 for tensor in vars(runner.sampler).values()

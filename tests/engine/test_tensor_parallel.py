@@ -256,5 +256,5 @@ def test_a_rank_that_sees_another_checkpoint_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranks, "checkpoint_digest", lambda folder: "of another checkpoint")
-    with pytest.raises(RankFailed, match=r"rank 1 sees another checkpoint than rank 0 in .*model"):
+    with pytest.raises(RankFailed, match=r"rank 1 has another checkpoint than rank 0 in .*model"):
         make(folder, 2)

@@ -93,7 +93,7 @@ GRAPH_SIZES: dict[str, Any] = {
     "max_num_seqs": NUM_ROWS,
     "graph_batch_sizes": [1, NUM_ROWS],
     "max_num_batched_tokens": 64,
-    "num_kvcache_blocks": 1 + NUM_ROWS,
+    "num_kvcache_blocks": 1 + 2 * NUM_ROWS,  # of two groups of layers
 }
 FEW_ROWS = {"max_num_seqs": 2, "graph_batch_sizes": [2], "max_num_batched_tokens": 64}
 

@@ -324,7 +324,7 @@ def test_a_field_is_honoured_or_refused(
 ) -> None:
     folder = changed(plain[family], family, case, tmp_path)
     # dynamic frequencies depend on the length: here it is that of the sequence
-    options = {"enforce_eager": True, "max_model_len": LENGTH, "num_kvcache_blocks": 9}
+    options = {"enforce_eager": True, "max_model_len": LENGTH, "num_kvcache_blocks": 17}
     if case.outcome not in (HONOURED, UNREAD):
         with pytest.raises(ValueError, match=case.outcome):
             load(folder, "cpu", **options)

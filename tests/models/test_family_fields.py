@@ -190,7 +190,7 @@ def usual_logits(plain: Path, family: str, case: Case, tmp_path: Path) -> Tensor
 
 
 def check(family: str, case: Case, plain: dict[str, Path], tmp_path: Path) -> None:
-    options = {"enforce_eager": True, "max_model_len": LENGTH, "num_kvcache_blocks": 9}
+    options = {"enforce_eager": True, "max_model_len": LENGTH, "num_kvcache_blocks": 17}
     if case.draws:
         folder = save_tiny(tmp_path, family, **{**PLAIN[family], **case.beside, **case.values})
     else:

@@ -220,7 +220,7 @@ def usual(folder: Path) -> list[Tensor]:
 def test_a_field_of_a_config_with_a_tower_is_honoured_or_refused(
     family: str, case: Case, plain: dict[str, Path], tmp_path: Path
 ) -> None:
-    options = {"enforce_eager": True, "max_model_len": LENGTH, "num_kvcache_blocks": 9}
+    options = {"enforce_eager": True, "max_model_len": LENGTH, "num_kvcache_blocks": 17}
     if case.draws:
         folder = drawn(family, case, tmp_path)
     else:
