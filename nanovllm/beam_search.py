@@ -16,7 +16,7 @@ from nanovllm.sampling import BeamSearchParams, SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 
 if TYPE_CHECKING:
-    from nanovllm.engine.interface import AnyEngine
+    from nanovllm.engine.engine_client import AnyEngine
     from nanovllm.outputs import RequestOutput
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from nanovllm.media import given as media_given
-from nanovllm.media.given import Given
+from nanovllm.media import mm_inputs as media_given
+from nanovllm.media.mm_inputs import MMInput
 from nanovllm.prompts import Prompt, checked_text
 from nanovllm.special_text import SpecialText
-from nanovllm.templates import Facts, renderer
+from nanovllm.templates import TemplateFacts, renderer
 from nanovllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def render(
     tokenizer: Tokenizer,
     messages: Any,
     options: ChatOptions,
-    check: Callable[[Sequence[Given]], object] = tuple,
+    check: Callable[[Sequence[MMInput]], object] = tuple,
     max_chars: int | None = None,
     *,
     drops_variables: bool = False,
@@ -146,7 +146,7 @@ def render(
     return prompts
 
 
-def check_template(tokenizer: Tokenizer, options: ChatOptions) -> tuple[str, Facts]:
+def check_template(tokenizer: Tokenizer, options: ChatOptions) -> tuple[str, TemplateFacts]:
     """The template for these options, and its facts. Raises ValueError if there is none, and
     UnknownVariable."""
     template, facts = _template(tokenizer, options)
@@ -154,7 +154,7 @@ def check_template(tokenizer: Tokenizer, options: ChatOptions) -> tuple[str, Fac
     return template, facts
 
 
-def _template(tokenizer: Tokenizer, options: ChatOptions) -> tuple[str, Facts]:
+def _template(tokenizer: Tokenizer, options: ChatOptions) -> tuple[str, TemplateFacts]:
     full = tokenizer.for_reading
     if not (options.chat_template or full.chat_template):
         raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")

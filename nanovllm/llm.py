@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 from nanovllm import log, progress
 from nanovllm.compat.nano_vllm import NanoMethods
 from nanovllm.config import EngineConfig
-from nanovllm.engine.interface import NO_PROFILE
+from nanovllm.engine.engine_client import NO_PROFILE
 from nanovllm.progress import UseTqdm
 from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
-from nanovllm.replicas.opening import open_engine
+from nanovllm.replicas.engine_factory import open_engine
 from nanovllm.sampling import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.beam_search import BeamSearchOutput
     from nanovllm.compat.llm_engine import LLMEngine
-    from nanovllm.engine.interface import AnyEngine
+    from nanovllm.engine.engine_client import AnyEngine
     from nanovllm.engine.metrics import Metric
     from nanovllm.outputs import RequestOutput, StreamOutput
-    from nanovllm.schedule.outputs import Completion
+    from nanovllm.schedule.outputs import FinishedOutput
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ class LLM(NanoMethods):
         log.configure()
         config = EngineConfig.from_options(model, options)
         self.engine: AnyEngine = open_engine(config)
-        from nanovllm.engine.sharing import SharedEngine  # imports torch
+        from nanovllm.engine.locked_engine import LockedEngine  # imports torch
 
-        self.shared = SharedEngine(self.engine)
+        self.shared = LockedEngine(self.engine)
         self._has_logged_defaults = False
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class LLM(NanoMethods):
         asked = prompt_list(prompts, prompt_token_ids)
         owners = self._add_all(asked, sampling_params, priority, incremental=False)
         done = self._wait(owners, use_tqdm)
-        grouped: dict[int, list[Completion]] = {}
+        grouped: dict[int, list[FinishedOutput]] = {}
         for request_id, (prompt_idx, _) in owners.items():
             grouped.setdefault(prompt_idx, []).append(done[request_id])
         return [
@@ -241,10 +241,10 @@ class LLM(NanoMethods):
         chat_options = ChatOptions.from_options(options)
         return render(template_source, messages, chat_options, self.engine.check_media)
 
-    def _wait(self, owners: Mapping[int, object], use_tqdm: UseTqdm) -> dict[int, Completion]:
+    def _wait(self, owners: Mapping[int, object], use_tqdm: UseTqdm) -> dict[int, FinishedOutput]:
         """The completions of requests, with a progress bar."""
         make_bar = use_tqdm if callable(use_tqdm) else progress.bar
-        done: dict[int, Completion] = {}
+        done: dict[int, FinishedOutput] = {}
         num_tokens = 0
         try:
             with make_bar(

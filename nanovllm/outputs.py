@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from nanovllm.schedule.logprobs import Logprob
-from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
 
 TopLogprobs = dict[int, Logprob]  # by token id, likeliest first
 
@@ -86,7 +86,7 @@ class StreamOutput(_Record):
     error: str | None
 
 
-def stream_output(index: int, output_index: int, increment: Increment) -> StreamOutput:
+def stream_output(index: int, output_index: int, increment: OutputDelta) -> StreamOutput:
     done = increment.completion
     piece = StreamOutput(
         index=index,
@@ -103,7 +103,7 @@ def stream_output(index: int, output_index: int, increment: Increment) -> Stream
     return piece
 
 
-def completion_output(index: int, done: Completion) -> CompletionOutput:
+def completion_output(index: int, done: FinishedOutput) -> CompletionOutput:
     answer = CompletionOutput(
         index=index,
         text=done.text,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from nanovllm.checks import InvalidValue, as_python
-from nanovllm.media import given as media_given
-from nanovllm.media.given import Given
+from nanovllm.media import mm_inputs as media_given
+from nanovllm.media.mm_inputs import MMInput
 
 
 class _Optional(TypedDict, total=False):
@@ -72,7 +72,7 @@ class Prompt:
     text: str | None
     token_ids: list[Any] | None
     cache_salt: str | None = None
-    media: tuple[Given, ...] = ()
+    media: tuple[MMInput, ...] = ()
     has_special_tokens: bool = False
 
 

@@ -20,7 +20,7 @@ CPU_S = 5.0  # processor time of a rendering; usual ones take less than a millis
 MAX_TEMPLATES = 64  # kept by the process
 
 
-class Facts(NamedTuple):
+class TemplateFacts(NamedTuple):
     """variables: those that a template reads. writes_text: it can write a content that is a text;
     some write only lists of parts."""
 
@@ -43,7 +43,7 @@ class Renderer:
         self._lock = threading.Lock()
         self._program = Confined(lambda: programs.start_confined("nanovllm.template_process"))
         self._numbers: dict[str, int] = {}  # of templates that the process has
-        self._facts: dict[str, Facts | _TooSlow] = {}
+        self._facts: dict[str, TemplateFacts | _TooSlow] = {}
 
     @property
     def is_ready(self) -> bool:
@@ -55,7 +55,7 @@ class Renderer:
         with self._lock:
             self._start()
 
-    def facts(self, template: str, tokens: Mapping[str, Any]) -> Facts:
+    def facts(self, template: str, tokens: Mapping[str, Any]) -> TemplateFacts:
         """The facts of a template. tokens: variables that it gets from the tokenizer. Raises
         ValueError if it is not a template, or takes too long."""
         found = self._facts.get(template)
@@ -125,7 +125,7 @@ class Renderer:
             self._define(template, tokens)
         return self._ask({**request, "template": self._numbers[template]})
 
-    def _define(self, template: str, tokens: Mapping[str, Any]) -> Facts:
+    def _define(self, template: str, tokens: Mapping[str, Any]) -> TemplateFacts:
         """Send a template to the process."""
         if len(self._numbers) >= MAX_TEMPLATES:
             self._end()
@@ -134,7 +134,7 @@ class Renderer:
         found = self._ask({"template": number, "source": template, "tokens": dict(tokens)})
         self._numbers[template] = number
         variables, writes_text = found["facts"]
-        return Facts(frozenset(variables), bool(writes_text))
+        return TemplateFacts(frozenset(variables), bool(writes_text))
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request. Raises ValueError."""

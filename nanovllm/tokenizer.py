@@ -248,7 +248,7 @@ def _bytes_of_characters() -> dict[str, int]:
     }
 
 
-class GrowingText:
+class IncrementalText:
     """The text of a growing list of tokens, decoded a few at a time.
 
     A token's text can depend on its neighbours (spaces, characters of several bytes). So each new

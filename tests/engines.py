@@ -19,7 +19,7 @@ from nanovllm.compile.lower import eager, inductor
 from nanovllm.kernels import ops
 from nanovllm.kernels.cpu import build, experts, library, step
 from nanovllm.platforms import preload
-from nanovllm.schedule.outputs import Completion
+from nanovllm.schedule.outputs import FinishedOutput
 from tests.conftest import save_tiny
 
 VOCAB_SIZE = 512
@@ -73,9 +73,9 @@ def tokens(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:
     return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
 
 
-def drain(llm: LLM) -> dict[int, Completion]:
+def drain(llm: LLM) -> dict[int, FinishedOutput]:
     """Step until no request is left; returns completions by request id."""
-    done: dict[int, Completion] = {}
+    done: dict[int, FinishedOutput] = {}
     while llm.engine.has_unfinished:
         done.update(
             {

@@ -15,7 +15,7 @@ from nanovllm.chat import ChatOptions, render
 from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
 from nanovllm.prompts import Prompt
-from nanovllm.replicas import setups
+from nanovllm.replicas import child_config
 from nanovllm.tokenizer import Tokenizer, load_full
 
 TEXT_TEMPLATE = (
@@ -152,11 +152,11 @@ def test_an_engine_may_have_another_chat_template(is_file: bool, tmp_path: Path)
     path.write_text(TEXT_TEMPLATE)
     config = EngineConfig("tiny-qwen3", chat_template=path if is_file else TEXT_TEMPLATE)
     for _ in range(2):  # from the checkpoint, and from the store
-        found = setups.tokenizer(config)
+        found = child_config.tokenizer(config)
         assert found is not None
         (prompt,) = render(found, CONVERSATION, ChatOptions(chat_template_kwargs={}))
         assert prompt.text == "[user]hi[assistant]"
-    options = to_options(setups.with_full_paths(config))
+    options = to_options(child_config.with_full_paths(config))
     assert options["chat_template"] == TEXT_TEMPLATE, "it needs no file elsewhere"
 
 

@@ -17,9 +17,9 @@ from nanovllm.api.config import ServerConfig
 from nanovllm.checks import to_options
 from nanovllm.config import num_bytes
 from nanovllm.parallel import ranks as ranks_module
-from nanovllm.replicas import setups
+from nanovllm.replicas import child_config
 from nanovllm.startup import ranks
-from nanovllm.startup.compile_farm.process import worker_command
+from nanovllm.startup.compile_farm.worker_handle import worker_command
 
 
 def make(**options: Any) -> EngineConfig:
@@ -227,11 +227,11 @@ def test_every_program_that_is_told_options_gets_all_of_them(
     config, told = make(**EVERYTHING), []
     *_, farm = worker_command(config)
     told.append(json.loads(farm))
-    setup = setups.setup(
+    setup = child_config.setup(
         config, "x", compile_cache=config.compile_cache, waits_for=None, environment={}
     )
     told.append(json.loads(json.dumps(setup))["options"])
-    monkeypatch.setattr(ranks_module.Ranks, "start", lambda setup, *rest: setup)
+    monkeypatch.setattr(ranks_module.WorkerGroup, "start", lambda setup, *rest: setup)
     monkeypatch.setattr(ranks, "checkpoint_digest", lambda folder: "")
     platform = Mock(traits=Mock(max_ranks=None), rank_environment=lambda *rest: {})
     choice = Mock(config=config, platform=platform, shard=Mock(size=2))

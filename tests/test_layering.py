@@ -68,7 +68,7 @@ ALLOWED = {
         "nanovllm.schedule.edit_limits",
         "nanovllm.schedule.plan",
         "nanovllm.schedule.pace",
-        "nanovllm.schedule.stall",
+        "nanovllm.schedule.prefill_latency_bound",
         "nanovllm.models",
         "nanovllm.platforms",
         "nanovllm.parallel",
@@ -107,7 +107,7 @@ ALLOWED = {
         "nanovllm.schedule",
         "nanovllm.startup",
         "nanovllm.replicas.cluster",
-        "nanovllm.replicas.opening",
+        "nanovllm.replicas.engine_factory",
         "nanovllm.tokenizer",
         *SETTINGS,
     ),
@@ -116,7 +116,7 @@ ALLOWED = {
         *BELOW_STARTUP,
         "nanovllm.startup",
         "nanovllm.engine",
-        "nanovllm.media.given",
+        "nanovllm.media.mm_inputs",
         "nanovllm.prompts",
         "nanovllm.tokenizer",
         *SETTINGS,
@@ -127,7 +127,7 @@ ALLOWED = {
         "nanovllm.parallel",
         "nanovllm.schedule",
         "nanovllm.engine",
-        "nanovllm.growing",
+        "nanovllm.output_stream",
         "nanovllm.media",
         "nanovllm.outputs",
         "nanovllm.prompts",
@@ -139,9 +139,9 @@ ALLOWED = {
         "nanovllm.parsers",
         "nanovllm.serving",
         "nanovllm.structured_params",
-        "nanovllm.structured.tagged",
+        "nanovllm.structured.structural_tag",
         "nanovllm.schedule.logprobs",
-        "nanovllm.media.given",
+        "nanovllm.media.mm_inputs",
         "nanovllm.chat",
         "nanovllm.engine.metrics",
         "nanovllm.open_files",
@@ -225,7 +225,7 @@ def test_imports_point_one_way(layer: str) -> None:
 def test_the_interface_of_models_knows_no_architecture() -> None:
     names = ("config", "formats", "layer_state", "param", "schemes")
     below = [f"nanovllm.models.{name}" for name in names]
-    for name in imports(PACKAGE / "models" / "interface.py"):
+    for name in imports(PACKAGE / "models" / "model.py"):
         assert not is_within(name, "nanovllm") or any(is_within(name, one) for one in below), name
 
 

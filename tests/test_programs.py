@@ -26,12 +26,12 @@ from nanovllm.kernels.cpu import build
 from nanovllm.media.decoders import Decoder
 from nanovllm.media.memory import Memory
 from nanovllm.media.options import MediaOptions
-from nanovllm.parallel.ranks import Ranks
+from nanovllm.parallel.ranks import WorkerGroup
 from nanovllm.serving import engine_process
-from nanovllm.serving.supervisor import Service, Supervisor
-from nanovllm.startup.compile_farm import fork_server, process
+from nanovllm.serving.supervisor import ServerProcesses, Supervisor
+from nanovllm.startup.compile_farm import fork_server, worker_handle
+from nanovllm.structured.grammar_sandbox import GrammarSandbox
 from nanovllm.structured.library import Source
-from nanovllm.structured.trials import Trial
 from nanovllm.templates import Renderer
 from tests.parallel.started import MODULE, started
 
@@ -64,20 +64,20 @@ def ran(folder: Path) -> list[str]:
 
 def run_rank(folder: Path) -> None:
     with started(2, folder) as ranks:
-        ranks.ask("echo")
+        ranks.call("echo")
 
 
 def run_trial(_: Path) -> None:
-    with closing(Trial(dict)) as trial:
+    with closing(GrammarSandbox(dict)) as trial:
         assert trial.run(Source("regex", "[0-9]+"), timeout_s=30)
 
 
 def run_worker(_: Path) -> None:
-    worker = process.spawn(EngineConfig("tiny-qwen3", device="cpu"))
+    worker = worker_handle.spawn(EngineConfig("tiny-qwen3", device="cpu"))
     try:
         assert "imports" in worker.next_answer()
     finally:
-        process.end_all([worker], seconds=30)
+        worker_handle.end_all([worker], seconds=30)
 
 
 def run_forked_worker(_: Path) -> None:
@@ -86,7 +86,7 @@ def run_forked_worker(_: Path) -> None:
     try:
         assert "imports" in workers[0].next_answer()
     finally:
-        process.end_all(workers, seconds=30)
+        worker_handle.end_all(workers, seconds=30)
 
 
 def run_client(_: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_child_runs_no_code_of_the_working_directory(
 
 RAY = """
 from nanovllm.replicas import cluster
-from nanovllm.replicas.relay import Relay
+from nanovllm.replicas.ray_actor import ReplicaActor
 
 def work():
     import importlib, sys
@@ -216,7 +216,7 @@ def test_an_api_process_finds_the_module_that_the_supervisor_finds(
     monkeypatch.setattr(engine_process, "PROGRAM", "tests.serving.fake_engine")
     config, options = EngineConfig("tiny-qwen3"), {"file": str(tmp_path / "called")}
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        Supervisor(Service(config, "users_service:run", listener, options)).run()
+        Supervisor(ServerProcesses(config, "users_service:run", listener, options)).run()
     assert (tmp_path / "called").read_text() == "1"
     assert ran(hostile) == []
 
@@ -284,9 +284,9 @@ def test_a_child_leaves_no_core_dump_unless_the_user_wants_it(
     before = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
     try:
-        ranks = Ranks.start({}, 2, MODULE, tmp_path)
+        ranks = WorkerGroup.start({}, 2, MODULE, tmp_path)
         try:
-            ranks.ask("echo")
+            ranks.call("echo")
             limits = resource.prlimit(ranks.pids[0], resource.RLIMIT_CORE)
         finally:
             ranks.close()

@@ -15,7 +15,7 @@ from nanovllm.chat import ChatOptions, render
 from nanovllm.config import EngineConfig
 from nanovllm.hub import EMBEDDED
 from nanovllm.prompts import Prompt
-from nanovllm.replicas import setups
+from nanovllm.replicas import child_config
 from nanovllm.special_text import FREE
 from nanovllm.tokenizer import Tokenizer
 
@@ -311,7 +311,7 @@ def test_ordinary_prompts_of_published_templates_stay_the_same(name: str, kind: 
 
 @pytest.mark.parametrize("model", EMBEDDED)
 def test_ordinary_prompts_of_embedded_models_stay_the_same(model: str) -> None:
-    tokenizer = setups.tokenizer(EngineConfig(model))
+    tokenizer = child_config.tokenizer(EngineConfig(model))
     assert tokenizer is not None
     full = tokenizer.for_reading
     for messages in CONVERSATIONS:
@@ -323,7 +323,7 @@ def test_ordinary_prompts_of_embedded_models_stay_the_same(model: str) -> None:
 
 @pytest.mark.parametrize("model", EMBEDDED)
 def test_no_user_of_an_embedded_model_forges_a_token(model: str) -> None:
-    tokenizer = setups.tokenizer(EngineConfig(model))
+    tokenizer = child_config.tokenizer(EngineConfig(model))
     assert tokenizer is not None
     usual = special_of(tokenizer, one(tokenizer, user("a")).token_ids or [])
     for name in tokenizer.special_tokens().values():

@@ -18,9 +18,9 @@ from nanovllm import templates
 from nanovllm.config import EngineConfig
 from nanovllm.confined import Confined
 from nanovllm.prompts import PromptTooLong
-from nanovllm.replicas import setups
+from nanovllm.replicas import child_config
 from nanovllm.templates import Renderer
-from tests.api.made_up_server import served
+from tests.api.mock_api_server import served
 
 ROOT = Path(__file__).parents[1]
 USER = [{"role": "user", "content": "hi"}]
@@ -295,7 +295,7 @@ def test_prompts_are_those_of_transformers() -> None:
         {"role": "user", "content": "[x] < y && z > 1 | {{ a }}"},
     ]
     for model in EMBEDDED:
-        tokenizer = setups.tokenizer(EngineConfig(model))
+        tokenizer = child_config.tokenizer(EngineConfig(model))
         assert tokenizer is not None
         full = tokenizer.for_reading
         (prompt,) = whole(tokenizer, messages, ChatOptions())

@@ -33,7 +33,7 @@ LENGTHS = "actual_seq_lengths_kv"  # the argument of Ascend's attention op that 
 
 
 @dataclass(frozen=True)
-class Settings:
+class NpugraphOptions:
     """How npugraph_ex compiles.
 
     options: values for fields of its CompilerConfig, by name, such as "static_kernel_compile".
@@ -42,7 +42,7 @@ class Settings:
     options: Mapping[str, object] = field(default_factory=dict)
 
 
-def check(settings: Settings) -> None:
+def check(settings: NpugraphOptions) -> None:
     """Raises ValueError for an option or a value that npugraph_ex or the engine refuses."""
     try:
         from npugraph_ex import CompilerConfig
@@ -70,7 +70,7 @@ def lower(
     graph: GraphModule,
     fakes: Sequence[Tensor],
     *,
-    settings: Settings,
+    settings: NpugraphOptions,
     pool: Callable[[], object],
     lengths: Callable[[int], Sequence[int]],
 ) -> Callable[..., Sequence[Tensor]]:

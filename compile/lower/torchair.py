@@ -30,7 +30,7 @@ UNKNOWN_FOLDER = "<folder>"  # a placeholder: the folder's name depends on the g
 
 
 @dataclass(frozen=True)
-class Settings:
+class TorchairOptions:
     """How torchair compiles.
 
     options: values for fields of its CompilerConfig, by path, such as
@@ -42,7 +42,7 @@ class Settings:
     ge_cache: Path | None = None
 
 
-def compiler_config(settings: Settings) -> Any:
+def compiler_config(settings: TorchairOptions) -> Any:
     """torchair's CompilerConfig. Raises ValueError for an option or a value that it refuses."""
     from torchair.configs.compiler_config import CompilerConfig
 
@@ -105,7 +105,9 @@ def load(content: bytes) -> AscendProgram:
         raise ValueError(f"torchair cannot take it: {type(error).__name__}: {error}") from error
 
 
-def lower(graph: GraphModule, fakes: Sequence[Tensor], *, settings: Settings) -> AscendProgram:
+def lower(
+    graph: GraphModule, fakes: Sequence[Tensor], *, settings: TorchairOptions
+) -> AscendProgram:
     """Lower a graph of static shapes and ops that torchair converts.
 
     The result takes the graph's placeholders in order.
@@ -117,7 +119,7 @@ def lower(graph: GraphModule, fakes: Sequence[Tensor], *, settings: Settings) ->
     return AscendProgram(code)
 
 
-def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) -> str:
+def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: TorchairOptions) -> str:
     """Python source that holds the Ascend graph and runs it. Needs no device, only converters.
 
     The graph takes the placeholders in order, and this process's rank after them if `takes_rank`.

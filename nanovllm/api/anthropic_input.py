@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from nanovllm.api.anthropic_bodies import CountTokensBody, MessagesBody
-from nanovllm.api.bodies import ChatBody, Json, JsonSchema, ResponseFormat
+from nanovllm.api.anthropic_schemas import CountTokensBody, MessagesBody
+from nanovllm.api.chat_messages import known_fields
 from nanovllm.api.errors import ApiError, invalid, refused
-from nanovllm.api.messages import known_fields
+from nanovllm.api.schemas import ChatBody, Json, JsonSchema, ResponseFormat
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 TEXT, IMAGE, RESULT, CALL = "text", "image", "tool_result", "tool_use"
@@ -29,7 +29,7 @@ IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 FAILED = "Error: "  # prefix of a failed tool's result: templates have no field for the failure
 
 
-class Block(NamedTuple):
+class InputBlock(NamedTuple):
     """A content block: its path in the request, its type, and its supported fields."""
 
     place: str
@@ -74,7 +74,7 @@ def _messages(body: CountTokensBody) -> list[Json]:
     found: list[Json] = []
     if body.system:
         found.append({"role": SYSTEM, "content": _texts(_blocks("system", body.system, SYSTEM))})
-    turns: list[tuple[str, list[Block]]] = []
+    turns: list[tuple[str, list[InputBlock]]] = []
     for number, message in enumerate(body.messages):
         place, role = f"messages[{number}]", message.get("role")
         if role not in (USER, ASSISTANT, SYSTEM):
@@ -98,25 +98,25 @@ def _messages(body: CountTokensBody) -> list[Json]:
     return found
 
 
-def _blocks(place: str, content: Any, of: str) -> list[Block]:
+def _blocks(place: str, content: Any, of: str) -> list[InputBlock]:
     """The blocks of a message or block. of: its role or type."""
     if isinstance(content, str):
-        return [Block(place, TEXT, {"text": content})]
+        return [InputBlock(place, TEXT, {"text": content})]
     if not isinstance(content, list):
         raise invalid(place, f"{place} must be text or a list of blocks")
     return [_block(f"{place}[{number}]", one, of) for number, one in enumerate(content)]
 
 
-def _block(place: str, block: Any, of: str) -> Block:
+def _block(place: str, block: Any, of: str) -> InputBlock:
     kind = block.get("type") if isinstance(block, Mapping) else None
     if kind not in BLOCKS[of]:
         shown = repr(kind)[:64]
         words = f"{place}.type is {shown}: in {of} it must be one of {', '.join(BLOCKS[of])}"
         raise invalid(f"{place}.type", words)
-    return Block(place, kind, known_fields(f"a block of the type {kind}", block, KEYS[kind]))
+    return InputBlock(place, kind, known_fields(f"a block of the type {kind}", block, KEYS[kind]))
 
 
-def _asked(blocks: Sequence[Block]) -> list[Json]:
+def _asked(blocks: Sequence[InputBlock]) -> list[Json]:
     """The chat messages of a user's turn: tool results and user content."""
     found: list[Json] = []
     for block in blocks:
@@ -129,7 +129,7 @@ def _asked(blocks: Sequence[Block]) -> list[Json]:
     return found or [{"role": USER, "content": ""}]
 
 
-def _result(block: Block) -> Json:
+def _result(block: InputBlock) -> Json:
     content = block.fields.get("content")
     inner = _blocks(f"{block.place}.content", "" if content is None else content, RESULT)
     parts = list(map(_part, inner))
@@ -140,7 +140,7 @@ def _result(block: Block) -> Json:
     return {"role": "tool", "tool_call_id": block.text("tool_use_id"), "content": parts}
 
 
-def _part(block: Block) -> Json:
+def _part(block: InputBlock) -> Json:
     return _text(block.text("text")) if block.kind == TEXT else _image(block)
 
 
@@ -148,7 +148,7 @@ def _text(text: str) -> Json:
     return {"type": "text", "text": text}
 
 
-def _image(block: Block) -> Json:
+def _image(block: InputBlock) -> Json:
     source, place = block.fields.get("source"), f"{block.place}.source"
     kind = source.get("type") if isinstance(source, Mapping) else None
     if not isinstance(source, Mapping) or kind not in ("base64", "url"):
@@ -167,7 +167,7 @@ def _reference(url: str) -> Json:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _answer(blocks: Sequence[Block]) -> Json:
+def _answer(blocks: Sequence[InputBlock]) -> Json:
     """An assistant message: an earlier answer, or a prefilled one."""
     message: Json = {"role": ASSISTANT, "content": _texts([b for b in blocks if b.kind == TEXT])}
     reasoning = [one.text("thinking") for one in blocks if one.kind == THINKING]
@@ -179,13 +179,13 @@ def _answer(blocks: Sequence[Block]) -> Json:
     return message
 
 
-def _call(block: Block) -> Json:
+def _call(block: InputBlock) -> Json:
     arguments = _of_type(block.place, block.fields, "input", dict, "an object")
     function = {"name": block.text("name"), "arguments": arguments}
     return {"id": block.text("id"), "type": "function", "function": function}
 
 
-def _texts(blocks: Sequence[Block]) -> Any:
+def _texts(blocks: Sequence[InputBlock]) -> Any:
     """The content of text blocks: a plain string if there is only one."""
     texts = [one.text("text") for one in blocks]
     return list(map(_text, texts)) if len(texts) > 1 else "".join(texts)

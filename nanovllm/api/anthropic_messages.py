@@ -9,15 +9,15 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.api.anthropic_bodies import CountTokensBody, MessagesBody
 from nanovllm.api.anthropic_input import as_chat
+from nanovllm.api.anthropic_schemas import CountTokensBody, MessagesBody
 from nanovllm.api.chat import Opened, open_chat
 from nanovllm.api.errors import invalid
-from nanovllm.api.generation import Answer, respond
+from nanovllm.api.generation import WholeAnswer, respond
 from nanovllm.api.http import Exchange
 from nanovllm.api.service import Service, response_id
 from nanovllm.parsers import ArgumentsPart, CallStart, ContentPart, Part, ReasoningPart
-from nanovllm.serving.interface import Delta
+from nanovllm.serving.async_engine import Delta
 
 REASONS = {"stop": "end_turn", "length": "max_tokens"}
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
@@ -45,7 +45,7 @@ async def count_tokens(service: Service, exchange: Exchange) -> None:
     await exchange.json({"input_tokens": len(prompt.token_ids)})
 
 
-class Block:
+class StreamedBlock:
     """A streamed content block. kind: the class of the parts that continue it."""
 
     def __init__(self, index: int, part: Part) -> None:
@@ -98,7 +98,7 @@ class MessageWriter:
         self._meta = {
             "id": response_id("msg_", None), "type": "message", "role": "assistant", "model": model,
         }  # fmt: skip
-        self._block: Block | None = None
+        self._block: StreamedBlock | None = None
         self._num_blocks = 0
         self._has_begun = self._has_calls = False
         self._last: Delta | None = None
@@ -128,10 +128,10 @@ class MessageWriter:
             parts += self._stream.finish()
         return list(self._reading.kept(parts))
 
-    def _begun(self, part: Part) -> Block:
+    def _begun(self, part: Part) -> StreamedBlock:
         """The block that a part opens."""
         self._has_calls |= isinstance(part, CallStart)
-        self._block = Block(self._num_blocks, part)
+        self._block = StreamedBlock(self._num_blocks, part)
         self._num_blocks += 1
         return self._block
 
@@ -153,10 +153,10 @@ class MessageWriter:
         changed = _event("message_delta", delta=self._reason(), usage=self._usage())
         return self._close() + changed + _event("message_stop")
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
         last = answers[0].last
         assert last is not None
-        blocks: list[Block] = []
+        blocks: list[StreamedBlock] = []
         for part in self._parts(dataclasses.replace(last, text=answers[0].text)):
             if not blocks or not blocks[-1].takes(part):
                 blocks.append(self._begun(part))

@@ -17,11 +17,11 @@ from nanovllm.api.chat import chat
 from nanovllm.api.completions import completions
 from nanovllm.api.config import ALWAYS_OPEN
 from nanovllm.api.errors import ApiError, from_exception
-from nanovllm.api.hosts import Hosts
-from nanovllm.api.http import ClientGone, Exchange, Receive, Record, Scope, Send
+from nanovllm.api.http import AccessRecord, ClientGone, Exchange, Receive, Scope, Send
 from nanovllm.api.openapi import description
 from nanovllm.api.responses import input_tokens, responses
 from nanovllm.api.service import MAX_ID_CHARS, Service
+from nanovllm.api.trusted_host import TrustedHosts
 from nanovllm.prompts import PROMPT
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ ANTHROPIC = "/v1/messages"  # prefix of Anthropic's endpoints
 class App:
     """Answers HTTP requests with an engine."""
 
-    def __init__(self, service: Service, hosts: Hosts) -> None:
+    def __init__(self, service: Service, hosts: TrustedHosts) -> None:
         """hosts: the host names that clients may use."""
         self.service, self.config, self._hosts = service, service.config, hosts
         self.routes = dict(ROUTES)
@@ -84,7 +84,7 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise ValueError(f"{scope['type']} is not served")
-        exchange = Exchange(scope, receive, send, Record(""))
+        exchange = Exchange(scope, receive, send, AccessRecord(""))
         exchange.record.request_id = _request_id(exchange)
         if _is_of_anthropic(exchange):
             exchange.id_headers.append(b"request-id")

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from nanovllm.api import logprobs
-from nanovllm.api.bodies import ChatBody
-from nanovllm.api.generation import Answer, Chunks, Generation, respond
+from nanovllm.api.generation import EventEncoder, Generation, WholeAnswer, respond
 from nanovllm.api.http import Exchange
+from nanovllm.api.schemas import ChatBody
 from nanovllm.api.service import Service, response_id, usage_options
 from nanovllm.api.structured import form_field
-from nanovllm.api.tools import Reading
+from nanovllm.api.tools import ToolParsing
 from nanovllm.parsers import AnswerStream, CallStart, ContentPart, Part, ReasoningPart, joined
-from nanovllm.serving.interface import Delta
+from nanovllm.serving.async_engine import Delta
 
 
 async def chat(service: Service, exchange: Exchange) -> None:
@@ -37,7 +37,7 @@ class Opened(NamedTuple):
     """A queued conversation. prompt: its rendered text."""
 
     generation: Generation
-    reading: Reading
+    reading: ToolParsing
     prompt: str
 
 
@@ -73,7 +73,7 @@ class ChatWriter:
         self._generation, self._reading, self._prompt = opened
         self._has_usage, self._is_continuous = usage_options(body.stream_options)
         chunk = {**meta, "object": "chat.completion.chunk"}
-        self._chunks = Chunks(chunk, has_usage=self._has_usage)
+        self._chunks = EventEncoder(chunk, has_usage=self._has_usage)
         self._growing: dict[int, _Growing] = {}
         self._no_fields = b'"content":null' if self._reading.is_forced else b'"content":""'
         self._is_plain = not (self._is_continuous or body.return_token_ids or body.logprobs)
@@ -139,7 +139,7 @@ class ChatWriter:
     def end(self) -> bytes:
         return self._chunks.end(self._generation.usage() if self._has_usage else None)
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
         choices = [self._choice(number, answer) for number, answer in enumerate(answers)]
         found = {**self._meta, "choices": choices, "usage": self._generation.usage()}
         last = answers[0].last
@@ -149,7 +149,7 @@ class ChatWriter:
             found["prompt_token_ids"] = self._generation.prompt_ids(0)
         return found
 
-    def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
+    def _choice(self, number: int, answer: WholeAnswer) -> dict[str, Any]:
         last = answer.last
         assert last is not None
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}

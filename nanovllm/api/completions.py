@@ -10,15 +10,15 @@ from typing import Any
 import msgspec
 
 from nanovllm.api import logprobs
-from nanovllm.api.bodies import CompletionBody
-from nanovllm.api.generation import Answer, Chunks, Generation, respond
+from nanovllm.api.generation import EventEncoder, Generation, WholeAnswer, respond
 from nanovllm.api.http import Exchange
+from nanovllm.api.schemas import CompletionBody
 from nanovllm.api.service import Service, response_id, usage_options
 from nanovllm.api.structured import form_field
 from nanovllm.outputs import TopLogprobs
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import SamplingParams
-from nanovllm.serving.interface import Delta
+from nanovllm.serving.async_engine import Delta
 
 
 async def completions(service: Service, exchange: Exchange) -> None:
@@ -67,7 +67,7 @@ class CompletionWriter:
         self._body, self._n, self._meta, self._echoed = body, params.n, meta, echoed
         self._generation = generation
         self._has_usage, self._is_continuous = usage_options(body.stream_options)
-        self._chunks = Chunks(meta, has_usage=self._has_usage)
+        self._chunks = EventEncoder(meta, has_usage=self._has_usage)
         self._lengths: dict[int, int] = {}  # answer number -> characters sent
         self._is_plain = not (
             self._is_continuous or body.return_token_ids or body.logprobs is not None
@@ -103,13 +103,13 @@ class CompletionWriter:
     def end(self) -> bytes:
         return self._chunks.end(self._generation.usage() if self._has_usage else None)
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
         if self._drops_answer:
             self._generation.num_tokens = 0
         choices = [self._choice(number, answer) for number, answer in enumerate(answers)]
         return {**self._meta, "choices": choices, "usage": self._generation.usage()}
 
-    def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
+    def _choice(self, number: int, answer: WholeAnswer) -> dict[str, Any]:
         last = answer.last
         assert last is not None
         text, token_ids, found = answer.text, answer.token_ids, answer.logprobs

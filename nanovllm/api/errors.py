@@ -9,7 +9,7 @@ import msgspec
 
 from nanovllm.checks import InvalidValue
 from nanovllm.prompts import PromptTooLong
-from nanovllm.serving.interface import Draining, EngineDead, QueueFull, Unavailable
+from nanovllm.serving.async_engine import Draining, EngineDead, QueueFull, Unavailable
 
 MAX_MESSAGE_CHARS = 500
 TOO_LONG = "context_length_exceeded"  # OpenAI's code, which clients check

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import msgspec
 
-from nanovllm.api import anthropic_bodies, bodies
+from nanovllm.api import anthropic_schemas, schemas
 from nanovllm.api.errors import ApiError, refused
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 
-class Refusal(NamedTuple):
+class RefusedField(NamedTuple):
     """allowed: values without effect, accepted like null."""
 
     reason: str
@@ -28,79 +28,79 @@ MAX_CONTAINERS = 1 << 18  # lists and objects of a body: each takes 20 times the
 NO_FILES = "requests cannot supply code, templates or adapters"
 NOT_BUILT = "it is not implemented"
 STATEFUL = "the server keeps no state between requests"
-REFUSED_SAMPLING: dict[str, Refusal] = {
-    "best_of": Refusal("use n", (1,)),
-    "use_beam_search": Refusal("beam search is only available offline", (False,)),
-    "length_penalty": Refusal("beam search is only available offline", (1, 1.0)),
-    "early_stopping": Refusal("beam search is only available offline", (False,)),
-    "logits_processors": Refusal(NO_FILES),
-    "mm_processor_kwargs": Refusal(NOT_BUILT),
-    "kv_transfer_params": Refusal(NOT_BUILT),
-    "vllm_xargs": Refusal(NOT_BUILT),
-    "guided_decoding_backend": Refusal("there is one backend"),
-    "structural_tag": Refusal(NOT_BUILT),
-    "thinking_token_budget": Refusal(NOT_BUILT),
+REFUSED_SAMPLING: dict[str, RefusedField] = {
+    "best_of": RefusedField("use n", (1,)),
+    "use_beam_search": RefusedField("beam search is only available offline", (False,)),
+    "length_penalty": RefusedField("beam search is only available offline", (1, 1.0)),
+    "early_stopping": RefusedField("beam search is only available offline", (False,)),
+    "logits_processors": RefusedField(NO_FILES),
+    "mm_processor_kwargs": RefusedField(NOT_BUILT),
+    "kv_transfer_params": RefusedField(NOT_BUILT),
+    "vllm_xargs": RefusedField(NOT_BUILT),
+    "guided_decoding_backend": RefusedField("there is one backend"),
+    "structural_tag": RefusedField(NOT_BUILT),
+    "thinking_token_budget": RefusedField(NOT_BUILT),
 }
-REFUSED_CHAT: dict[str, Refusal] = {
-    "add_special_tokens": Refusal("the chat template adds them", (False,)),
-    "audio": Refusal("answers are text"),
-    "modalities": Refusal("answers are text", (["text"],)),
-    "function_call": Refusal("use tool_choice"),
-    "functions": Refusal("use tools"),
-    "moderation": Refusal(NOT_BUILT),
-    "prediction": Refusal(NOT_BUILT),
-    "prompt_cache_options": Refusal("the cache has no per-request options"),
-    "prompt_cache_retention": Refusal("the cache is in memory", ("in_memory",)),
-    "service_tier": Refusal("there is one tier", ("auto", "default")),
-    "verbosity": Refusal("models have no such setting", ("medium",)),
-    "web_search_options": Refusal("the server cannot search the web"),
-    "chat_template": Refusal(NO_FILES),
-    "documents": Refusal("use chat_template_kwargs"),
-    "echo": Refusal("use /v1/completions", (False,)),
+REFUSED_CHAT: dict[str, RefusedField] = {
+    "add_special_tokens": RefusedField("the chat template adds them", (False,)),
+    "audio": RefusedField("answers are text"),
+    "modalities": RefusedField("answers are text", (["text"],)),
+    "function_call": RefusedField("use tool_choice"),
+    "functions": RefusedField("use tools"),
+    "moderation": RefusedField(NOT_BUILT),
+    "prediction": RefusedField(NOT_BUILT),
+    "prompt_cache_options": RefusedField("the cache has no per-request options"),
+    "prompt_cache_retention": RefusedField("the cache is in memory", ("in_memory",)),
+    "service_tier": RefusedField("there is one tier", ("auto", "default")),
+    "verbosity": RefusedField("models have no such setting", ("medium",)),
+    "web_search_options": RefusedField("the server cannot search the web"),
+    "chat_template": RefusedField(NO_FILES),
+    "documents": RefusedField("use chat_template_kwargs"),
+    "echo": RefusedField("use /v1/completions", (False,)),
 }
-REFUSED_RESPONSES: dict[str, Refusal] = {
-    "access_programs": Refusal(NOT_BUILT),
-    "background": Refusal(STATEFUL, (False,)),
-    "background_options": Refusal(STATEFUL),
-    "context_management": Refusal(STATEFUL),
-    "conversation": Refusal(STATEFUL),
-    "image": Refusal("answers are text"),
-    "include": Refusal(NOT_BUILT, ([],)),
-    "max_tool_calls": Refusal("the server runs no tools"),
-    "moderation": Refusal(NOT_BUILT),
-    "previous_response_id": Refusal(STATEFUL),
-    "prompt": Refusal(STATEFUL),
-    "prompt_cache_options": Refusal("the cache has no per-request options"),
-    "prompt_cache_retention": Refusal("the cache is in memory", ("in_memory",)),
-    "service_tier": Refusal("there is one tier", ("auto", "default")),
-    "stream_options": Refusal(
+REFUSED_RESPONSES: dict[str, RefusedField] = {
+    "access_programs": RefusedField(NOT_BUILT),
+    "background": RefusedField(STATEFUL, (False,)),
+    "background_options": RefusedField(STATEFUL),
+    "context_management": RefusedField(STATEFUL),
+    "conversation": RefusedField(STATEFUL),
+    "image": RefusedField("answers are text"),
+    "include": RefusedField(NOT_BUILT, ([],)),
+    "max_tool_calls": RefusedField("the server runs no tools"),
+    "moderation": RefusedField(NOT_BUILT),
+    "previous_response_id": RefusedField(STATEFUL),
+    "prompt": RefusedField(STATEFUL),
+    "prompt_cache_options": RefusedField("the cache has no per-request options"),
+    "prompt_cache_retention": RefusedField("the cache is in memory", ("in_memory",)),
+    "service_tier": RefusedField("there is one tier", ("auto", "default")),
+    "stream_options": RefusedField(
         "usage is always in the last event", ({}, {"include_obfuscation": False})
     ),
-    "top_logprobs": Refusal("use /v1/chat/completions", (0,)),
-    "truncation": Refusal("inputs that are too long are refused", ("disabled",)),
+    "top_logprobs": RefusedField("use /v1/chat/completions", (0,)),
+    "truncation": RefusedField("inputs that are too long are refused", ("disabled",)),
 }
-REFUSED_COUNT_TOKENS: dict[str, Refusal] = {
-    "mcp_servers": Refusal("the server connects to no MCP servers", ([],)),
-    "output_format": Refusal("use output_config"),
-    "speed": Refusal("there is one speed", ("standard",)),
+REFUSED_COUNT_TOKENS: dict[str, RefusedField] = {
+    "mcp_servers": RefusedField("the server connects to no MCP servers", ([],)),
+    "output_format": RefusedField("use output_config"),
+    "speed": RefusedField("there is one speed", ("standard",)),
 }
-REFUSED_MESSAGES: dict[str, Refusal] = REFUSED_COUNT_TOKENS | {
-    "container": Refusal("the server runs no tools"),
-    "diagnostics": Refusal(STATEFUL),
-    "inference_geo": Refusal(NOT_BUILT),
-    "service_tier": Refusal("there is one tier", ("auto", "standard_only")),
+REFUSED_MESSAGES: dict[str, RefusedField] = REFUSED_COUNT_TOKENS | {
+    "container": RefusedField("the server runs no tools"),
+    "diagnostics": RefusedField(STATEFUL),
+    "inference_geo": RefusedField(NOT_BUILT),
+    "service_tier": RefusedField("there is one tier", ("auto", "standard_only")),
 }
-REFUSED: dict[type[msgspec.Struct], Mapping[str, Refusal]] = {
-    bodies.CompletionBody: REFUSED_SAMPLING
-    | {"suffix": Refusal(NOT_BUILT, ("",)), "metadata": Refusal(STATEFUL, ({},))},
-    bodies.ChatBody: REFUSED_SAMPLING | REFUSED_CHAT,
-    bodies.ResponsesBody: REFUSED_RESPONSES,
-    bodies.InputTokensBody: REFUSED_RESPONSES,
-    anthropic_bodies.MessagesBody: REFUSED_MESSAGES,
-    anthropic_bodies.CountTokensBody: REFUSED_COUNT_TOKENS,
-    bodies.EmbeddingBody: {},
-    bodies.TokenizeBody: {"chat_template": Refusal(NO_FILES)},
-    bodies.DetokenizeBody: {},
+REFUSED: dict[type[msgspec.Struct], Mapping[str, RefusedField]] = {
+    schemas.CompletionBody: REFUSED_SAMPLING
+    | {"suffix": RefusedField(NOT_BUILT, ("",)), "metadata": RefusedField(STATEFUL, ({},))},
+    schemas.ChatBody: REFUSED_SAMPLING | REFUSED_CHAT,
+    schemas.ResponsesBody: REFUSED_RESPONSES,
+    schemas.InputTokensBody: REFUSED_RESPONSES,
+    anthropic_schemas.MessagesBody: REFUSED_MESSAGES,
+    anthropic_schemas.CountTokensBody: REFUSED_COUNT_TOKENS,
+    schemas.EmbeddingBody: {},
+    schemas.TokenizeBody: {"chat_template": RefusedField(NO_FILES)},
+    schemas.DetokenizeBody: {},
 }
 # msgspec appends the place to its messages: "Expected `int`, got `str` - at `$.n`"
 PLACE = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*)`)?", re.DOTALL)

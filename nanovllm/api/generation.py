@@ -19,7 +19,7 @@ from nanovllm.checks import InvalidValue
 from nanovllm.outputs import TopLogprobs
 from nanovllm.prompts import Prompt, PromptRefused
 from nanovllm.sampling import SamplingParams
-from nanovllm.serving.interface import Delta, Stream
+from nanovllm.serving.async_engine import Delta, Stream
 from nanovllm.structured_params import FIELD as FORM
 
 # units of `beside`: the cost of one log-probability, and the characters of text per unit
@@ -28,7 +28,7 @@ NO_BUFFER = (b"x-accel-buffering", b"no")  # a proxy must not buffer events
 
 
 @dataclass
-class Answer:
+class WholeAnswer:
     """One whole answer."""
 
     texts: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Writer(Protocol):
         """The events after all answers."""
         ...
 
-    def whole(self, answers: Sequence[Answer]) -> Any:
+    def whole(self, answers: Sequence[WholeAnswer]) -> Any:
         """All answers as one JSON object."""
         ...
 
@@ -204,9 +204,9 @@ class Generation:
         except Exception as error:
             await found.put(error)
 
-    async def answers(self) -> list[Answer]:
+    async def answers(self) -> list[WholeAnswer]:
         """All answers, once all have finished."""
-        found = [Answer() for _ in range(self._num_answers * len(self.streams))]
+        found = [WholeAnswer() for _ in range(self._num_answers * len(self.streams))]
         async for delta in self.parts():
             self.note(delta)
             found[delta.output_index].add(delta)
@@ -237,7 +237,7 @@ async def respond(
         record.num_tokens = generation.num_tokens
 
 
-def _size(answer: Answer) -> int:
+def _size(answer: WholeAnswer) -> int:
     """The work of writing an answer, in the units of `beside`."""
     assert answer.last is not None
     found = (answer.logprobs, answer.last.prompt_logprobs)
@@ -257,7 +257,7 @@ async def _send_events(exchange: Exchange, generation: Generation, writer: Write
     await exchange.send(writer.end())
 
 
-class Chunks:
+class EventEncoder:
     """The events of completions and chat. Constant parts are encoded once."""
 
     def __init__(self, meta: dict[str, Any], *, has_usage: bool) -> None:

@@ -30,7 +30,7 @@ class ClientGone(Exception):
 
 
 @dataclass
-class Record:
+class AccessRecord:
     """A request's entry in the access log and in traces. Times are seconds since its arrival.
     route: the path of the endpoint, set once the request may use it."""
 
@@ -56,7 +56,7 @@ def too_long(max_bytes: int) -> ApiError:
 class Exchange:
     """One request and its response."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, record: AccessRecord) -> None:
         self.scope, self.record = scope, record
         self.api_key = ""  # set once it is checked
         self._receive, self._send = receive, send

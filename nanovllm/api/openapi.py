@@ -6,24 +6,24 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.api import anthropic_bodies, bodies
+from nanovllm.api import anthropic_schemas, schemas
 from nanovllm.api.service import Service
 
 POSTS: dict[str, type[msgspec.Struct]] = {
-    "/v1/completions": bodies.CompletionBody,
-    "/v1/chat/completions": bodies.ChatBody,
-    "/v1/responses": bodies.ResponsesBody,
-    "/v1/responses/input_tokens": bodies.InputTokensBody,
-    "/v1/messages": anthropic_bodies.MessagesBody,
-    "/v1/messages/count_tokens": anthropic_bodies.CountTokensBody,
-    "/v1/embeddings": bodies.EmbeddingBody,
-    "/tokenize": bodies.TokenizeBody,
-    "/detokenize": bodies.DetokenizeBody,
+    "/v1/completions": schemas.CompletionBody,
+    "/v1/chat/completions": schemas.ChatBody,
+    "/v1/responses": schemas.ResponsesBody,
+    "/v1/responses/input_tokens": schemas.InputTokensBody,
+    "/v1/messages": anthropic_schemas.MessagesBody,
+    "/v1/messages/count_tokens": anthropic_schemas.CountTokensBody,
+    "/v1/embeddings": schemas.EmbeddingBody,
+    "/tokenize": schemas.TokenizeBody,
+    "/detokenize": schemas.DetokenizeBody,
 }
 GETS = ("/v1/models", "/health", "/ready", "/version", "/metrics", "/openapi.json")
 STATUSES = ("400", "401", "404", "408", "413", "415", "429", "500", "503")
 # endpoints whose errors have Anthropic's format
-OF_ANTHROPIC = (anthropic_bodies.MessagesBody, anthropic_bodies.CountTokensBody)
+OF_ANTHROPIC = (anthropic_schemas.MessagesBody, anthropic_schemas.CountTokensBody)
 ANTHROPIC_ERROR = {
     "type": "object",
     "properties": {

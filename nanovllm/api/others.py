@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from nanovllm.api import prometheus
-from nanovllm.api.bodies import DetokenizeBody, EmbeddingBody, TokenizeBody
 from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.http import Exchange
 from nanovllm.api.prompts import beside
+from nanovllm.api.schemas import DetokenizeBody, EmbeddingBody, TokenizeBody
 from nanovllm.api.service import Service
 from nanovllm.sampling import INT32_MAX
 from nanovllm.schedule.logprobs import SHOW_SPECIAL

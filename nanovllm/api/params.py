@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sized
 from dataclasses import fields, replace
 from typing import Any
 
-from nanovllm.api.bodies import ChatBody, CompletionBody, ResponsesBody, Sampling
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import invalid, refused
+from nanovllm.api.schemas import ChatBody, CompletionBody, ResponsesBody, Sampling
 from nanovllm.api.structured import structured_outputs
 from nanovllm.sampling import INT32_MAX, RequestOutputKind, SamplingParams
 

@@ -9,16 +9,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from nanovllm.api.bodies import ChatBody, CompletionBody, TokenizeBody
+from nanovllm.api.chat_messages import checked_messages, num_chars_of
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import TOO_LONG, ApiError, invalid
-from nanovllm.api.messages import checked_messages, num_chars_of
+from nanovllm.api.schemas import ChatBody, CompletionBody, TokenizeBody
 from nanovllm.api.tools import check_tools
 from nanovllm.chat import ChatOptions, UnknownVariable, check_template, render
 from nanovllm.checks import InvalidValue
 from nanovllm.prompts import Prompt, PromptRefused, checked_text
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
-from nanovllm.serving.interface import AsyncEngine
+from nanovllm.serving.async_engine import AsyncEngine
 from nanovllm.templates import renderer
 from nanovllm.tokenizer import Tokenizer
 

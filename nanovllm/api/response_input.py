@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanovllm.api.bodies import ChatBody, ResponsesBody
+from nanovllm.api.chat_messages import ROLES, known_fields
 from nanovllm.api.errors import invalid
-from nanovllm.api.messages import ROLES, known_fields
+from nanovllm.api.schemas import ChatBody, ResponsesBody
 
 # types of text parts
 TEXTS = ("input_text", "output_text", "text")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from nanovllm.api.messages import is_object
+from nanovllm.api.chat_messages import is_object
 from nanovllm.parsers import ArgumentsPart, CallStart, Part, ReasoningPart
 
 

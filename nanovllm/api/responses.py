@@ -11,19 +11,19 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.api.bodies import InputTokensBody, ResponsesBody
 from nanovllm.api.errors import ApiError, invalid
-from nanovllm.api.generation import Answer, Generation, respond
+from nanovllm.api.generation import Generation, WholeAnswer, respond
 from nanovllm.api.http import Exchange
 from nanovllm.api.response_input import as_chat, messages_of
 from nanovllm.api.response_items import CallItem, TextItem, item_for
+from nanovllm.api.schemas import InputTokensBody, ResponsesBody
 from nanovllm.api.service import Service, response_id
 from nanovllm.api.structured import form_field
-from nanovllm.api.tools import Reading
+from nanovllm.api.tools import ToolParsing
 from nanovllm.parsers import CallStart, ContentPart, Part
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import SamplingParams
-from nanovllm.serving.interface import Delta
+from nanovllm.serving.async_engine import Delta
 from nanovllm.structured_params import StructuredOutputsParams
 
 
@@ -57,7 +57,7 @@ async def input_tokens(service: Service, exchange: Exchange) -> None:
 
 async def _read(
     service: Service, body: ResponsesBody, asked: StructuredOutputsParams | None
-) -> tuple[Reading, Prompt]:
+) -> tuple[ToolParsing, Prompt]:
     """How to parse the answer; the prompt."""
     try:
         as_in_chat = as_chat(body)
@@ -104,7 +104,7 @@ class ResponseWriter:
     """Writes a response. about: its fields that do not depend on the output."""
 
     def __init__(
-        self, about: dict[str, Any], reading: Reading, prompt: str, generation: Generation
+        self, about: dict[str, Any], reading: ToolParsing, prompt: str, generation: Generation
     ) -> None:
         self._about, self._generation = about, generation
         self._reading, self._stream = reading, reading.stream(prompt)
@@ -127,7 +127,7 @@ class ResponseWriter:
         status = self._status()
         return closed + self._event(f"response.{status}", response=self._response(status))
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
         self._last = answers[0].last
         assert self._last is not None
         whole = Delta(0, answers[0].text, [], finish_reason=self._last.finish_reason)

@@ -16,11 +16,11 @@ import uvicorn
 from nanovllm import open_files
 from nanovllm.api.app import App, with_cors
 from nanovllm.api.config import ServerConfig
-from nanovllm.api.hosts import Hosts
-from nanovllm.api.protocol import protocol_options
+from nanovllm.api.connection_limits import protocol_options
 from nanovllm.api.root_path import below
 from nanovllm.api.service import Service
-from nanovllm.serving.interface import AsyncEngine
+from nanovllm.api.trusted_host import TrustedHosts
+from nanovllm.serving.async_engine import AsyncEngine
 
 logger = logging.getLogger(__name__)
 CHECK_S = 0.2
@@ -79,7 +79,9 @@ async def run(
     uvicorn_logger.setLevel(uvicorn.config.LOG_LEVELS[config.uvicorn_log_level])
     uvicorn_logger.handlers = logging.getLogger("nanovllm").handlers
     options = uvicorn.Config(
-        below(config.root_path, with_cors(App(service, Hosts(config, sock.getsockname()[0])))),
+        below(
+            config.root_path, with_cors(App(service, TrustedHosts(config, sock.getsockname()[0])))
+        ),
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         timeout_graceful_shutdown=CLOSE_S,

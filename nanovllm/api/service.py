@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import msgspec
 
-from nanovllm.api.bodies import StreamOptions
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.fields import decoded
@@ -18,10 +17,11 @@ from nanovllm.api.latencies import Latencies
 from nanovllm.api.params import ParamsMaker
 from nanovllm.api.prompts import PromptMaker
 from nanovllm.api.salts import CacheSalts
+from nanovllm.api.schemas import StreamOptions
 from nanovllm.api.tools import Readings
 from nanovllm.api.traces import Traces
-from nanovllm.media.given import KINDS, Given
-from nanovllm.serving.interface import AsyncEngine
+from nanovllm.media.mm_inputs import KINDS, MMInput
+from nanovllm.serving.async_engine import AsyncEngine
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 MAX_ID_CHARS = 64
@@ -56,7 +56,7 @@ class Service:
 
     def _takes(self, kind: str) -> bool:
         try:
-            self.engine.check_media([Given(kind, kind, None)])
+            self.engine.check_media([MMInput(kind, kind, None)])
         except ValueError:
             return False
         return True

@@ -18,7 +18,7 @@ from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
 from nanovllm.serving import supervisor
 
-TARGET = "nanovllm.api.process:serve_clients"
+TARGET = "nanovllm.api.api_server:serve_clients"
 
 
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
@@ -29,7 +29,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     if server.otlp_traces_endpoint is not None:
         traces.check_installed()
     with bind(server) as listener:
-        service = supervisor.Service(
+        service = supervisor.ServerProcesses(
             config=engine,
             target=TARGET,
             listener=listener,

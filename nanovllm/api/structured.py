@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanovllm.api.bodies import ResponsesBody, Sampling
 from nanovllm.api.errors import ApiError, invalid
+from nanovllm.api.schemas import ResponsesBody, Sampling
 from nanovllm.structured_params import FIELD as FORM
 from nanovllm.structured_params import StructuredOutputsParams
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.api.bodies import ChatBody
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import invalid, refused
+from nanovllm.api.schemas import ChatBody
 from nanovllm.parsers import (
     REQUIRED,
     AnswerParser,
@@ -31,8 +31,8 @@ from nanovllm.parsers import (
     tool_parser_for,
 )
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
-from nanovllm.serving.interface import AsyncEngine
-from nanovllm.structured.tagged import tagged
+from nanovllm.serving.async_engine import AsyncEngine
+from nanovllm.structured.structural_tag import structural_tag
 from nanovllm.structured_params import StructuredOutputsParams
 
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
@@ -40,7 +40,7 @@ NONE = "none"
 
 
 @dataclass(frozen=True)
-class Reading:
+class ToolParsing:
     """How to parse the answers to a request. parser: None if all text is content.
 
     form: the constraint on answers. at_most_one: calls after the first are dropped. is_forced:
@@ -85,7 +85,7 @@ class Readings:
         self._engine, self._config = engine, config
         self._found: tuple[ToolParser | None, ReasoningParser | None, list[str]] | None = None
 
-    def of(self, body: ChatBody, form: StructuredOutputsParams | None) -> Reading:
+    def of(self, body: ChatBody, form: StructuredOutputsParams | None) -> ToolParsing:
         """How to parse the answers to a request with this constraint. Raises ValueError or ApiError
         for invalid tools."""
         tools, reasoning, end_texts = self._parsers()
@@ -105,27 +105,27 @@ class Readings:
             except ValueError as error:
                 raise invalid("tools" if asked else "tool_choice", str(error)) from None
             demanded = StructuredOutputsParams(json=schema)
-            return Reading(AnswerParser(tool_parser(REQUIRED)), demanded, is_forced=True)
+            return ToolParsing(AnswerParser(tool_parser(REQUIRED)), demanded, is_forced=True)
         is_free = not body.tools or choice == NONE
         if not is_free and tools is None:
             words = "the server has no tool_call_parser for this model: use tool_choice 'required'"
             raise refused("tools", words)
         tools = None if is_free or tools is None else tools.with_tools(body.tools or [])
         if form is not None and tools is None:
-            return Reading(form=form)  # the constraint holds for the whole answer
+            return ToolParsing(form=form)  # the constraint holds for the whole answer
         if tools is not None and (form is not None or _strict(body.tools or []) is not None):
             strict = [tool for tool in body.tools or [] if tool["function"].get("strict")]
             parameters = [tool["function"].get("parameters") for tool in strict]
             self._check_size([*parameters, None if form is None else form.json])
             grammar = _grammar(tools, body.tools or [], form)
             parser = AnswerParser(tools, reasoning if form is None else None)
-            return Reading(parser, grammar, at_most_one=one, has_reasoning=has_reasoning)
+            return ToolParsing(parser, grammar, at_most_one=one, has_reasoning=has_reasoning)
         if tools is None and reasoning is None:
-            return Reading(has_reasoning=has_reasoning)
+            return ToolParsing(has_reasoning=has_reasoning)
         parser = AnswerParser(tools, reasoning)
         if parser.needs_special_tokens:
             parser = AnswerParser(tools, reasoning, end_texts)
-        return Reading(parser, at_most_one=one, has_reasoning=has_reasoning)
+        return ToolParsing(parser, at_most_one=one, has_reasoning=has_reasoning)
 
     def _check_size(self, schemas: Sequence[Any]) -> None:
         """Refuse schemas whose grammar would exceed the engine's limit, before it is built."""
@@ -190,7 +190,9 @@ def _grammar(
         words = f"tools with an answer by {form.form}: use tool_choice 'none' or 'required'"
         raise refused("tools", words)
     try:
-        return StructuredOutputsParams(grammar=tagged(call_schema(tools), parser.marks, form))
+        return StructuredOutputsParams(
+            grammar=structural_tag(call_schema(tools), parser.marks, form)
+        )
     except ValueError as error:
         raise invalid("tools", f"tools: {error}") from None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.batch.job import Job
-from nanovllm.batch.worker import EngineWorker, Settings, load_engine
+from nanovllm.batch.worker import EngineWorker, WorkerSettings, load_engine
 from nanovllm.config import EngineConfig
 from nanovllm.programs import INTERRUPTED, TERMINATED
 from nanovllm.replicas import cluster
@@ -24,7 +24,7 @@ USER = "--replicas (without --no-ray)"
 
 
 @dataclass(frozen=True)
-class Request:
+class JobOptions:
     """The options of a job.
 
     params: sampling parameters of all rows. chat_options: options of `LLM.chat` for messages.
@@ -62,14 +62,14 @@ class Request:
         )
 
 
-def answer_file(request: Request) -> int:
+def answer_file(request: JobOptions) -> int:
     """Exit status 0: every row has its line in the output. INTERRUPTED: ended by Ctrl-C.
     TERMINATED: ended by SIGTERM (`programs.sigterm_as_exit`).
 
     Raises ValueError, TypeError and OSError for mistakes of the user.
     """
     params, chat = request.params, request.chat_options
-    settings = Settings(_object("params", params), _object("chat_options", chat))
+    settings = WorkerSettings(_object("params", params), _object("chat_options", chat))
     config = request.engine
     facts = {"params": settings.params, "chat_options": settings.chat, **_facts(config)}
     job = Job(request.source, request.target, facts, overwrite=request.overwrite)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.schedule.logprobs import Logprob
-from nanovllm.schedule.outputs import Completion
+from nanovllm.schedule.outputs import FinishedOutput
 
 MAX_ERROR_CHARS = 500
 
@@ -23,7 +23,7 @@ class Result:
     is_error: bool
 
 
-def answer(row: int, row_id: Any, done: Completion) -> Result:
+def answer(row: int, row_id: Any, done: FinishedOutput) -> Result:
     """The result of a finished request; an error if generation failed."""
     if done.error is not None:
         return failure(row, row_id, done.error)

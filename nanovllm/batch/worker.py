@@ -14,11 +14,11 @@ from nanovllm.batch.rows import Line, Refused, Row, parse
 from nanovllm.chat import ChatOptions, render
 from nanovllm.config import EngineConfig
 from nanovllm.prompts import Prompt, as_prompt
-from nanovllm.replicas.opening import open_engine
+from nanovllm.replicas.engine_factory import open_engine
 from nanovllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from nanovllm.engine.sharing import SharedEngine
+    from nanovllm.engine.locked_engine import LockedEngine
     from nanovllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ ROWS_PER_SEQUENCE = 2  # rows in the engine for each sequence that runs
 
 
 @dataclass(frozen=True)
-class Settings:
+class WorkerSettings:
     """Settings for all rows.
 
     params: fields of SamplingParams that override the checkpoint's defaults; a row's fields
@@ -44,19 +44,19 @@ class Settings:
         ChatOptions.from_options(self.chat)
 
 
-def load_engine(config: EngineConfig) -> SharedEngine:
+def load_engine(config: EngineConfig) -> LockedEngine:
     """Load a model and warm up, or replicas of it. A lost replica's rows are answered again. Raises
     what `load` raises."""
     engine = open_engine(config, retries=True)
-    from nanovllm.engine.sharing import SharedEngine  # imports torch
+    from nanovllm.engine.locked_engine import LockedEngine  # imports torch
 
-    return SharedEngine(engine)
+    return LockedEngine(engine)
 
 
 class EngineWorker:
     """Takes lines and gives results, in any order."""
 
-    def __init__(self, shared: SharedEngine, settings: Settings) -> None:
+    def __init__(self, shared: LockedEngine, settings: WorkerSettings) -> None:
         self._shared, self._settings = shared, settings
         self._owners: dict[int, tuple[int, Any]] = {}  # request id: (row, the row's own id)
         self._refused: list[Result] = []
@@ -126,7 +126,7 @@ class EngineWorker:
 
         A drawn seed depends only on the row, not on other rows or the replica.
         """
-        from nanovllm.engine.intake import drawn_seed
+        from nanovllm.engine.input_processor import drawn_seed
 
         engine = self._shared.engine
         given = {**self._settings.params, **_known(row.params)}

@@ -40,10 +40,10 @@ def add_arguments(parser: Parser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Exit status 0: every row has its line in the output. 130: Ctrl-C ended it. 143: SIGTERM."""
-    from nanovllm.batch.command import Request, answer_file  # imports torch
+    from nanovllm.batch.command import JobOptions, answer_file  # imports torch
 
     log.configure()
-    request = Request(
+    request = JobOptions(
         args.input, args.output, engine_config(args), args.params, args.chat_options,
         replicas=args.replicas, uses_ray=False if args.no_ray else None,
         ray_address=args.ray_address, overwrite=args.overwrite, show_progress=args.progress,

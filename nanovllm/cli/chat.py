@@ -14,7 +14,7 @@ import argparse
 import sys
 from typing import Any
 
-from nanovllm.cli import attach, talk
+from nanovllm.cli import attach, chat_backend
 from nanovllm.cli.input_lines import Input
 from nanovllm.flags import Parser
 from nanovllm.tools import terminal
@@ -33,7 +33,7 @@ For a message of several lines, paste it or enclose it in \"\"\"."""
 
 def add_arguments(parser: Parser) -> None:
     add_conversation(parser)
-    talk.add_arguments(parser, positional=True)
+    chat_backend.add_arguments(parser, positional=True)
 
 
 def add_conversation(parser: Parser) -> None:
@@ -49,7 +49,7 @@ def add_conversation(parser: Parser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Chat until the end of the input. Raises ValueError and OSError for invalid options."""
     parts = [attach.read(name) for name in args.file]
-    model = talk.open_model(args)
+    model = chat_backend.open_model(args)
     if not model.has_template:
         raise ValueError("the model has no chat template: use nanovllm run --raw")
     chat = Chat(model, args.system, Input(has_history=args.history), parts)
@@ -64,7 +64,11 @@ class Chat:
     """A conversation and its commands."""
 
     def __init__(
-        self, model: talk.Model, system: str | None, source: Input, parts: list[attach.Part]
+        self,
+        model: chat_backend.ChatBackend,
+        system: str | None,
+        source: Input,
+        parts: list[attach.Part],
     ) -> None:
         """`parts` are attached to the first message."""
         self.model, self.input, self.parts = model, source, parts

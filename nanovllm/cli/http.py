@@ -22,13 +22,13 @@ MAX_HEAD_BYTES = 64 << 10
 SHOWN_CHARS = 300  # of a response that is not JSON
 
 
-class Answer(NamedTuple):
+class HttpResponse(NamedTuple):
     """body: empty for a stream of events, which were passed to the caller one by one."""
 
     status: int
     body: bytes
 
-    def checked(self) -> Answer:
+    def checked(self) -> HttpResponse:
         """The response itself. Raises ValueError, with the server's message, if it is an error."""
         if self.status == 200:
             return self
@@ -66,7 +66,7 @@ class Address(NamedTuple):
         )
 
 
-class Client:
+class HttpClient:
     """Persistent connections to one server, for one event loop."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
@@ -90,7 +90,7 @@ class Client:
         line = f"{method} {self.address.path}{path} HTTP/1.1\r\n"
         return f"{line}{self._head}{about}\r\n".encode() + data
 
-    async def send(self, request: bytes, on_event: OnEvent | None = None) -> Answer:
+    async def send(self, request: bytes, on_event: OnEvent | None = None) -> HttpResponse:
         """The response to the bytes of `request`. Events go to `on_event` as they arrive, except
         the final [DONE]. Raises OSError, and Broken if the connection ends too early.
 
@@ -130,7 +130,7 @@ class Client:
 
     async def _send_on(
         self, connection: _Connection, request: bytes, on_event: OnEvent | None
-    ) -> Answer:
+    ) -> HttpResponse:
         try:
             answer = await connection.send(request, on_event)
         except BaseException:
@@ -148,12 +148,12 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._done: asyncio.Future[Answer] | None = None
+        self._done: asyncio.Future[HttpResponse] | None = None
         self._is_closed = False
         self.is_reusable = True
         self.has_received = False
 
-    def send(self, request: bytes, on_event: OnEvent | None) -> asyncio.Future[Answer]:
+    def send(self, request: bytes, on_event: OnEvent | None) -> asyncio.Future[HttpResponse]:
         self._done = asyncio.get_running_loop().create_future()
         self._on_event, self._status = on_event, 0
         self._rest, self._line, self._body = b"", b"", bytearray()
@@ -260,15 +260,15 @@ class _Connection(asyncio.Protocol):
                     self._on_event(content)
 
     def _finish(self) -> None:
-        self._end(Answer(self._status, bytes(self._body)))
+        self._end(HttpResponse(self._status, bytes(self._body)))
 
     def _fail(self) -> None:
         self._end(Broken("the server closed the connection before the end of its response"))
 
-    def _end(self, result: Answer | Broken) -> None:
+    def _end(self, result: HttpResponse | Broken) -> None:
         if self._done is None or self._done.done():
             return
-        if isinstance(result, Answer):
+        if isinstance(result, HttpResponse):
             self._done.set_result(result)
         else:
             self._done.set_exception(result)

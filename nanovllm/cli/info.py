@@ -18,7 +18,7 @@ from nanovllm.flags import Parser
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
-    from nanovllm.startup.choose import Choice
+    from nanovllm.startup.resolve import ResolvedConfig
 
 FLASH_ATTN = ("flash-attn", "flash-attn-3", "fa3-fwd")
 USAGE = "[MODEL] [--json] [options]"
@@ -36,15 +36,15 @@ def add_arguments(parser: Parser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the facts. Raises ValueError for options that the device or model does not support."""
     config = engine_config(args)
-    from nanovllm.startup.choose import choose_without_weights  # imports torch
+    from nanovllm.startup.resolve import resolve_without_weights  # imports torch
 
-    choice = choose_without_weights(config)
+    resolved = resolve_without_weights(config)
     found = {
         "versions": _versions(),
         "devices": _devices(),
-        "attention": _attention(choice),
-        "model": _model(choice),
-        "picked": _picked(choice, config),
+        "attention": _attention(resolved),
+        "model": _model(resolved),
+        "picked": _picked(resolved, config),
     }
     if args.json:
         print(json.dumps(found, indent=1))
@@ -81,35 +81,35 @@ def _devices() -> dict[str, str]:
     }
 
 
-def _attention(choice: Choice) -> dict[str, str]:
+def _attention(resolved: ResolvedConfig) -> dict[str, str]:
     from nanovllm.platforms.attention import attention_facts
 
-    rows = attention_facts(choice.platform)
+    rows = attention_facts(resolved.platform)
     return {name: text for name, text in rows.items() if name not in ("device", "installed")}
 
 
-def _model(choice: Choice) -> dict[str, Any]:
-    cfg, spec = choice.model.config, choice.spec
+def _model(resolved: ResolvedConfig) -> dict[str, Any]:
+    cfg, spec = resolved.model.config, resolved.spec
     return {
-        "name": choice.config.model,
+        "name": resolved.config.model,
         "architecture": cfg.architecture,
         "layers": cfg.num_layers,
         "vocabulary": cfg.vocab_size,
-        "weights_gib": round(choice.model.param_bytes / 2**30, 3),
-        "cache_bytes_per_token": choice.model.page_groups.token_bytes(spec.cache_dtype),
+        "weights_gib": round(resolved.model.param_bytes / 2**30, 3),
+        "cache_bytes_per_token": resolved.model.page_groups.token_bytes(spec.cache_dtype),
         "longest_sequence": cfg.max_position,
     }
 
 
-def _picked(choice: Choice, config: EngineConfig) -> dict[str, dict[str, Any]]:
+def _picked(resolved: ResolvedConfig, config: EngineConfig) -> dict[str, dict[str, Any]]:
     """The options chosen when a model is loaded: {name: {"value": …, "why": …}}."""
-    platform, spec, layout = choice.platform, choice.spec, choice.spec.layout
+    platform, spec, layout = resolved.platform, resolved.spec, resolved.spec.layout
     traits, run_ahead = platform.traits, config.tuned.run_ahead
-    store = choice.store.folder
+    store = resolved.store.folder
     rows = {
         "device": (f"{platform.device} ({platform.describe()})", _why_device()),
-        "dtype": (_name(choice.model.config.dtype), _why_dtype(choice)),
-        "mode": _mode(choice, config),
+        "dtype": (_name(resolved.model.config.dtype), _why_dtype(resolved)),
+        "mode": _mode(resolved, config),
         "attention_backend": (spec.attention.describe(), "auto"),
         "kv_cache_dtype": (_name(spec.cache_dtype), "the model's dtype"),
         "max_model_len": (layout.max_model_len, "the model's longest sequence"),
@@ -140,19 +140,19 @@ def _why_device() -> str:
     return f"the first of {', '.join(platforms.DEVICES)} that can be used"
 
 
-def _why_dtype(choice: Choice) -> str:
-    if choice.platform.traits.auto_dtype is choice.model.config.dtype:
-        return f"the default on a {choice.platform.traits.name}"
-    stored = getattr(choice.hf, "dtype", None)
-    if stored is choice.model.config.dtype:
+def _why_dtype(resolved: ResolvedConfig) -> str:
+    if resolved.platform.traits.auto_dtype is resolved.model.config.dtype:
+        return f"the default on a {resolved.platform.traits.name}"
+    stored = getattr(resolved.hf, "dtype", None)
+    if stored is resolved.model.config.dtype:
         return "the checkpoint's"
     return f"the device does not have the checkpoint's {_name(stored)}"
 
 
-def _mode(choice: Choice, config: EngineConfig) -> tuple[str, str]:
+def _mode(resolved: ResolvedConfig, config: EngineConfig) -> tuple[str, str]:
     if config.enforce_eager:
         return "eager", "enforce_eager is given"
-    lowering, problem = choice.platform.lowering()
+    lowering, problem = resolved.platform.lowering()
     if lowering is None:
         return "eager", problem
     return "graph", "the device compiles whole regions"

@@ -26,8 +26,8 @@ from nanovllm.flags import Parser
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
-    from nanovllm.startup.choose import Choice
-    from nanovllm.startup.compile_farm.tasks import Outcome
+    from nanovllm.startup.compile_farm.tasks import BuildOutcome
+    from nanovllm.startup.resolve import ResolvedConfig
 
 USAGE = "[MODEL] [--out DIR] [options]"
 
@@ -66,19 +66,19 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _filled(config: EngineConfig, jobs: int | None) -> list[Outcome] | None:
+def _filled(config: EngineConfig, jobs: int | None) -> list[BuildOutcome] | None:
     """Compile, bucket by bucket, with progress. Returns the outcomes; None if a process failed."""
     from nanovllm.startup.compile_farm.farm import WorkerFailed
     from nanovllm.startup.precompile import fill  # imports torch
 
     watch = Watch("compiling", "buckets")
 
-    def begin(choice: Choice) -> None:
-        watch.total = len(choice.spec.layout.buckets)
-        cfg, device = choice.model.config, choice.platform.device
+    def begin(resolved: ResolvedConfig) -> None:
+        watch.total = len(resolved.spec.layout.buckets)
+        cfg, device = resolved.model.config, resolved.platform.device
         _say_what(config, f"{cfg.architecture}, {cfg.num_layers} layers", device, watch.total)
 
-    def progress(outcome: Outcome, num_buckets: int) -> None:
+    def progress(outcome: BuildOutcome, num_buckets: int) -> None:
         watch.note = f"{outcome.bucket[0]} {outcome.bucket[1]}"
         watch.update()
 

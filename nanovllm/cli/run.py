@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 
-from nanovllm.cli import attach, chat, talk
+from nanovllm.cli import attach, chat, chat_backend
 from nanovllm.flags import Parser
 from nanovllm.tools import terminal
 
@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
     answer = "write a JSON object: text, finish_reason, usage, model"
     parser.add_argument("--json", action="store_true", help=answer)
     chat.add_conversation(parser)
-    talk.add_arguments(parser, positional=False)
+    chat_backend.add_arguments(parser, positional=False)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,16 +52,16 @@ def main(args: argparse.Namespace) -> None:
     if not prompt or not prompt.strip():
         raise ValueError("the prompt is empty")
     parts = [attach.read(name) for name in args.file]
-    _answer(args, talk.open_model(args), prompt, parts)
+    _answer(args, chat_backend.open_model(args), prompt, parts)
 
 
 def _answer(
-    args: argparse.Namespace, model: talk.Model, prompt: str, parts: list[attach.Part]
+    args: argparse.Namespace, model: chat_backend.ChatBackend, prompt: str, parts: list[attach.Part]
 ) -> None:
     if not args.raw and not model.has_template and (args.system is not None or parts):
         option = "--system" if args.system is not None else "--file"
         raise ValueError(f"the model has no chat template: leave out {option}")
-    asked: talk.Messages | str = prompt
+    asked: chat_backend.Messages | str = prompt
     if not args.raw and model.has_template:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
         asked = [*system, {"role": "user", "content": attach.content(prompt, parts)}]

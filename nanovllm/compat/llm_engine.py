@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.locked_engine import LockedEngine
 from nanovllm.engine.metrics import Metric
-from nanovllm.engine.sharing import SharedEngine
-from nanovllm.growing import GrowingAnswer, GrowingOutput, Kind
+from nanovllm.output_stream import Kind, StreamedAnswer, StreamedOutput
 from nanovllm.outputs import RequestOutput
 from nanovllm.prompts import AnyPrompt, as_prompt
-from nanovllm.replicas.opening import open_engine
+from nanovllm.replicas.engine_factory import open_engine
 from nanovllm.sampling import SamplingParams
-from nanovllm.schedule.outputs import Increment
+from nanovllm.schedule.outputs import OutputDelta
 
 
 class LLMEngine:
@@ -36,17 +36,17 @@ class LLMEngine:
                 f"enable_multiprocessing is {enable_multiprocessing!r}: only False is supported; "
                 "AsyncLLM runs the engine in another process"
             )
-        return cls(SharedEngine(open_engine(engine_args)))
+        return cls(LockedEngine(open_engine(engine_args)))
 
     @classmethod
     def from_options(cls, model: str, **options: Any) -> LLMEngine:
         """An engine from the options of `LLM`."""
         return cls.from_engine_args(EngineConfig.from_options(model, options))
 
-    def __init__(self, shared: SharedEngine) -> None:
+    def __init__(self, shared: LockedEngine) -> None:
         self.shared, self.engine = shared, shared.engine
-        self._pending: dict[str, GrowingOutput] = {}
-        self._owner: dict[int, GrowingOutput] = {}  # by the engine's request id
+        self._pending: dict[str, StreamedOutput] = {}
+        self._owner: dict[int, StreamedOutput] = {}  # by the engine's request id
 
     def add_request(
         self,
@@ -81,9 +81,9 @@ class LLMEngine:
                 engine.abort_all(engine_ids)
                 raise
             prompt_ids = engine.prompt_ids(engine_ids[0])
-            pending = GrowingOutput(request_id, given.text, prompt_ids, params.output_kind)
+            pending = StreamedOutput(request_id, given.text, prompt_ids, params.output_kind)
             for index, engine_id in enumerate(engine_ids):
-                pending.answers[engine_id] = GrowingAnswer(index, len(prompt_ids))
+                pending.answers[engine_id] = StreamedAnswer(index, len(prompt_ids))
                 self._owner[engine_id] = pending
             self._pending[request_id] = pending
 
@@ -103,7 +103,7 @@ class LLMEngine:
         with self.shared.exclusive() as engine:
             if not engine.has_outputs(self._owner):
                 engine.advance()
-            found: dict[str, dict[int, Increment]] = {}
+            found: dict[str, dict[int, OutputDelta]] = {}
             # there may be several of one request if `LLM.generate` stepped in the meantime
             for increment in engine.take(self._owner):
                 increments = found.setdefault(self._owner[increment.request_id].request_id, {})
@@ -116,7 +116,7 @@ class LLMEngine:
                 self._forget_finished(name, increments)
         return outputs
 
-    def _forget_finished(self, name: str, increments: dict[int, Increment]) -> None:
+    def _forget_finished(self, name: str, increments: dict[int, OutputDelta]) -> None:
         for engine_id, increment in increments.items():
             if increment.finished:
                 del self._owner[engine_id]

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from nanovllm.engine.interface import AnyEngine
-    from nanovllm.engine.sharing import SharedEngine
+    from nanovllm.engine.engine_client import AnyEngine
+    from nanovllm.engine.locked_engine import LockedEngine
 
 
 class NanoMethods:
     """The methods of nano-vllm's LLM that step requests manually."""
 
     engine: AnyEngine
-    shared: SharedEngine
+    shared: LockedEngine
 
     def add_request(self, prompt: Any, sampling_params: SamplingParams) -> None:
         """Queue a prompt: text or token ids."""

@@ -15,29 +15,29 @@ import numpy as np
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.adapters import Adapters
-from nanovllm.engine.answers import Answers
-from nanovllm.engine.held_media import HeldMedia
-from nanovllm.engine.intake import Embeddings, Intake, drawn_seed
-from nanovllm.engine.media_intake import MediaIntake, MediaPrompts, Scale
+from nanovllm.engine.input_processor import Embeddings, InputProcessor, drawn_seed
 from nanovllm.engine.metrics import EngineMetrics, StatsLog
-from nanovllm.engine.owner import Owner
+from nanovllm.engine.mm_processor import MediaPrompts, MMProcessor, Scale
+from nanovllm.engine.mm_store import MMStore
+from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.owner import OwnerProcess
 from nanovllm.engine.preparation import Preparation
 from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt, root_of
 from nanovllm.engine.step_watch import EVERY_STEPS, StepWatch
-from nanovllm.media.given import Given
+from nanovllm.media.mm_inputs import MMInput
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
-from nanovllm.runner.launched import Launched
+from nanovllm.runner.async_output import AsyncOutput
 from nanovllm.runner.runner import Runner
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
-from nanovllm.schedule.outputs import Increment, TextStream
+from nanovllm.schedule.outputs import OutputDelta, TextStream
 from nanovllm.schedule.plan import StepPlan
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.scheduler import Proposer, Scheduler
 from nanovllm.schedule.snapshots import SnapshotPool
 from nanovllm.startup.load import Loaded, load
-from nanovllm.structured.grammars import Compiler, Grammars, Limits
+from nanovllm.structured.grammars import GrammarCompiler, GrammarLimits, Grammars
 from nanovllm.structured.matcher import Matcher
 
 PREPARING_WAIT_S = 0.02  # the longest wait of a thread that holds the engine
@@ -46,7 +46,7 @@ PREPARING_WAIT_S = 0.02  # the longest wait of a thread that holds the engine
 class Engine:
     """Call `add_request`, then `step` until a request's last output, or `abort`.
 
-    Use an engine from one thread at a time (`SharedEngine`). Two engines share nothing.
+    Use an engine from one thread at a time (`LockedEngine`). Two engines share nothing.
     """
 
     @classmethod
@@ -84,22 +84,22 @@ class Engine:
         self.scheduler.num_drafts = 0 if draft is None else draft.proposer.num
         run_ahead = config.tuned.run_ahead
         self.run_ahead = self._runner.platform.traits.run_ahead if run_ahead is None else run_ahead
-        self._in_flight: deque[Launched] = deque()
+        self._in_flight: deque[AsyncOutput] = deque()
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         tower = self._runner.model.tower
         self.media_scale = None if tower is None else Scale.of(tower.config)
         self.adapters = Adapters(self._runner.model.num_adapters)
-        self._intake = Intake.of(config, self.tokenizer, self.info)
+        self._intake = InputProcessor.of(config, self.tokenizer, self.info)
         prompts = MediaPrompts(
             config.model, self.tokenizer, self.media_scale, loaded.vision, config.media
         )
-        self._media = MediaIntake(prompts, config.media)
+        self._media = MMProcessor(prompts, config.media)
         self._grammars = self._new_grammars()
-        self._held = HeldMedia(self._runner)
+        self._held = MMStore(self._runner)
         self._preparation = Preparation(
             self._intake, self._media, self._grammars, self._held, self.metrics
         )
-        self._answers = Answers(
+        self._answers = OutputProcessor(
             self.tokenizer, self.scheduler, self._preparation, self._held, self.metrics
         )
         self._stats_log = (
@@ -108,15 +108,15 @@ class Engine:
         self._step_watch = StepWatch(loaded.pace)
         self._num_added = 0
         self._is_closed = False
-        self._owner = Owner()
+        self._owner = OwnerProcess()
 
     def _new_grammars(self) -> Grammars:
-        limits = Limits(self.config.grammar_timeout_s, self.config.max_cached_grammars)
+        limits = GrammarLimits(self.config.grammar_timeout_s, self.config.max_cached_grammars)
         if self.tokenizer is None:
             return Grammars(None, limits)
         vocab_size = self.model_config.vocab_size
         eos_ids = [token_id for token_id in self._eos_ids if token_id < vocab_size]
-        return Grammars(Compiler(self.tokenizer, vocab_size, eos_ids), limits)
+        return Grammars(GrammarCompiler(self.tokenizer, vocab_size, eos_ids), limits)
 
     def close(self) -> None:
         """Free the memory of weights, cache and graphs. Does nothing in a fork of the process."""
@@ -149,7 +149,7 @@ class Engine:
             )
         self._runner.platform.synchronize()
         self._sleeper.sleep(level)
-        self.scheduler.cache.forget()
+        self.scheduler.cache.evict()
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
         """Undo `sleep` for the parts in `tags` ("weights", "kv_cache"), or for both.
@@ -182,8 +182,8 @@ class Engine:
             pool.num_blocks,
             sorted(self._eos_ids),
             self.default_params.non_default(without=("output_kind",)),
-            num_added=model.num_added,
-            has_axes=bool(model.rope_axes),
+            num_deepstack=model.num_deepstack,
+            uses_mrope=bool(model.rope_axes),
             has_towers=bool(self._runner.towers.by_name),
             media_scale=self.media_scale,
         )
@@ -211,14 +211,14 @@ class Engine:
         return self._answers.requests[request_id][0].prompt_ids
 
     def token_ids(self, prompt: Prompt) -> list[int]:
-        """See `Intake.text_ids`."""
+        """See `InputProcessor.text_ids`."""
         return self._intake.text_ids(prompt)
 
     def encoded(self, prompt: Prompt) -> Prompt:
-        """See `Intake.encoded`. Needs no lock, unlike `add_request`."""
+        """See `InputProcessor.encoded`. Needs no lock, unlike `add_request`."""
         return self._intake.encoded(prompt)
 
-    def check_media(self, media: Sequence[Given]) -> None:
+    def check_media(self, media: Sequence[MMInput]) -> None:
         """Raises ValueError for images or videos that this model does not support."""
         self._media.check_media(media)
 
@@ -280,7 +280,7 @@ class Engine:
         return self.add(asked, given if given.media else None)
 
     def add(self, asked: EngineRequest, with_media: Prompt | None = None) -> int:
-        """Queue a request that `Intake` has checked; returns its id.
+        """Queue a request that `InputProcessor` has checked; returns its id.
 
         with_media: the prompt, if its media are not prepared yet. Raises ValueError for invalid
             grammars and edits of logits, and for an adapter that is not loaded.
@@ -361,7 +361,7 @@ class Engine:
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache."""
-        self.scheduler.cache.forget()
+        self.scheduler.cache.evict()
 
     def abort(self, request_id: int, reason: str = "abort") -> None:
         """End a request now. Unknown ids are ignored.
@@ -388,12 +388,12 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._answers.requests or self._answers.outbox.outputs)
 
-    def step(self) -> list[Increment]:
+    def step(self) -> list[OutputDelta]:
         """`advance`, then `take` all outputs. The list can be empty while steps are in flight."""
         self.advance()
         return self.take()
 
-    def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
+    def take(self, request_ids: Container[int] | None = None) -> list[OutputDelta]:
         """Remove and return the waiting outputs of these requests, or of all requests."""
         return self._answers.outbox.take(request_ids)
 
@@ -460,10 +460,10 @@ class Engine:
 
     def _with_masks(self, plan: StepPlan) -> StepPlan:
         """The plan with the masks of its constrained rows."""
-        if not plan.choice.masked:
+        if not plan.sampling.masked:
             return plan
         matchers = []
-        for row in plan.choice.masked:
+        for row in plan.sampling.masked:
             request, _ = self._answers.requests[plan.request_ids[row]]
             assert isinstance(request.constraint, Matcher)
             matchers.append(request.constraint)

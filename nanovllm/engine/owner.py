@@ -16,7 +16,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-class Owner:
+class OwnerProcess:
     """The process that creates this object. A fork has the engine's memory, but none of its
     threads, and shares its sockets and processes: a call would hang or corrupt the owner's
     messages.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from nanovllm.engine.held_media import HeldMedia
-from nanovllm.engine.intake import Intake
-from nanovllm.engine.media_intake import MediaIntake
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.metrics import EngineMetrics
+from nanovllm.engine.mm_processor import MMProcessor
+from nanovllm.engine.mm_store import MMStore
 from nanovllm.engine.request import MediaPrompt
 from nanovllm.prompts import Prompt, PromptRefused
 from nanovllm.schedule.request import Request
-from nanovllm.structured.grammars import Grammars, Refusal
+from nanovllm.structured.grammars import GrammarRefusal, Grammars
 from nanovllm.structured.library import Source
 from nanovllm.structured.matcher import Matcher
 
@@ -28,10 +28,10 @@ class Preparation:
 
     def __init__(
         self,
-        intake: Intake,
-        media: MediaIntake,
+        intake: InputProcessor,
+        media: MMProcessor,
         grammars: Grammars,
-        held: HeldMedia,
+        held: MMStore,
         metrics: EngineMetrics,
     ) -> None:
         """Takes over `media` and `grammars`."""
@@ -87,14 +87,14 @@ class Preparation:
         self._grammars.close()
 
     def _failed(
-        self, request_id: int, found: MediaPrompt | Matcher | Refusal | str
+        self, request_id: int, found: MediaPrompt | Matcher | GrammarRefusal | str
     ) -> Iterator[tuple[Request, ValueError]]:
         """Store what was prepared in the request; yields the request and the error if that
         fails."""
         request = self._requests[request_id]
         if isinstance(found, Matcher):
             request.constraint = found
-        elif isinstance(found, Refusal):
+        elif isinstance(found, GrammarRefusal):
             # without the reason, which may quote the user's input
             logger.error("request %d: structured_outputs.%s is refused", request_id, found.form)
             yield request, found.error

@@ -14,12 +14,12 @@ import numpy as np
 
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import chained_digests
-from nanovllm.schedule.request import Content, block_content
+from nanovllm.schedule.request import MMSpan, block_content
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nanovllm.runner.towers import Encodable
+    from nanovllm.runner.encoders import MMItem
 
 
 def root_of(root: bytes, adapter: bytes) -> bytes:
@@ -31,8 +31,8 @@ def root_of(root: bytes, adapter: bytes) -> bytes:
 class EngineInfo:
     """Facts of an engine: the limits for checks of prompts, and what clients report to users.
 
-    checkpoint: a digest, set by processes. num_blocks: of the KV cache. num_added: levels of
-    features that embeddings may have after the first. has_axes: tokens have positions in time,
+    checkpoint: a digest, set by processes. num_blocks: of the KV cache. num_deepstack: levels of
+    features that embeddings may have after the first. uses_mrope: tokens have positions in time,
     height and width. media_scale: the fields of `Scale`, None for a text model.
     """
 
@@ -45,8 +45,8 @@ class EngineInfo:
     num_blocks: int
     eos_ids: list[int]
     default_params: dict[str, Any]
-    num_added: int = 0
-    has_axes: bool = False
+    num_deepstack: int = 0
+    uses_mrope: bool = False
     has_towers: bool = False
     media_scale: Sequence[Any] | None = None
 
@@ -57,7 +57,7 @@ class MediaPrompt(NamedTuple):
 
     token_ids: list[int]
     position_3T: np.ndarray | None
-    images: list[tuple[Content, Encodable]]
+    images: list[tuple[MMSpan, MMItem]]
     cache_salt: str | None = None
 
     @property
@@ -67,7 +67,8 @@ class MediaPrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A request that `Intake.request` has checked. Adding it to an engine transfers ownership.
+    """A request that `InputProcessor.request` has checked. Adding it to an engine transfers
+    ownership.
 
     seed: None draws one from the engine's. detokenizes: whether the engine makes the text and finds
         stop strings. contents: the positions of embeddings and media in the prompt, with digests.
@@ -83,9 +84,9 @@ class EngineRequest:
     cache_salt: str | None = None
     seed: int | None = None
     detokenizes: bool = True
-    contents: tuple[Content, ...] = ()
+    contents: tuple[MMSpan, ...] = ()
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
-    media: Mapping[str, Encodable] = field(default_factory=dict)
+    media: Mapping[str, MMItem] = field(default_factory=dict)
     positions: np.ndarray | None = None
     adapter: str | None = None
 

@@ -48,7 +48,7 @@ class StepWatch:
 
 def _is_plain(plan: StepPlan) -> bool:
     has_proposals = len(plan.token_T) > 0
-    return not plan.is_prefill and plan.choice.is_plain and not has_proposals
+    return not plan.is_prefill and plan.sampling.is_plain and not has_proposals
 
 
 def _causes() -> Sequence[str]:

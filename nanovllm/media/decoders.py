@@ -19,7 +19,7 @@ from nanovllm.confined import Confined
 from nanovllm.media import pictures, sounds
 from nanovllm.media.clips import Clip
 from nanovllm.media.decoder import read_all, write_all
-from nanovllm.media.memory import Part
+from nanovllm.media.memory import Reservation
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.pictures import Pixels
 from nanovllm.media.sounds import Samples
@@ -48,7 +48,7 @@ class Decoder:
         self._left_s = 0.0  # of the time to decode the current file
         self._has_clip = False  # the process waits for the numbers of frames
 
-    def picture(self, data: bytes, part: Part) -> Pixels:
+    def picture(self, data: bytes, part: Reservation) -> Pixels:
         """An encoded image as RGB, read-only.
 
         Raises ValueError if it cannot be read or exceeds a limit, MemoryError if it needs more
@@ -57,7 +57,7 @@ class Decoder:
         """
         return self._pixels(self._begin("image", data, part))
 
-    def sound(self, data: bytes, part: Part, rate: int, max_seconds: float) -> Samples:
+    def sound(self, data: bytes, part: Reservation, rate: int, max_seconds: float) -> Samples:
         """The samples of a file at this rate, read-only. Raises as `picture`."""
         answer = self._begin("audio", data, part, rate=rate, max_seconds=max_seconds)
         sounds.check_length(answer["num_samples"], rate, max_seconds)
@@ -66,7 +66,7 @@ class Decoder:
         )
 
     @contextlib.contextmanager
-    def clip(self, data: bytes, part: Part) -> Iterator[Clip]:
+    def clip(self, data: bytes, part: Reservation) -> Iterator[Clip]:
         """A video file, whose frames can be read inside the context. Raises as `picture`."""
         facts = self._begin("video", data, part)
         self._has_clip = True
@@ -90,7 +90,7 @@ class Decoder:
             os.close(self._shared)
             self._shared = -1
 
-    def _begin(self, kind: str, data: bytes, part: Part, **wanted: float) -> dict[str, Any]:
+    def _begin(self, kind: str, data: bytes, part: Reservation, **wanted: float) -> dict[str, Any]:
         """Send a file; the first answer."""
         if not self._program.is_running:
             self._start(part)
@@ -103,7 +103,7 @@ class Decoder:
         }  # fmt: skip
         return self._asked(request, part)
 
-    def _start(self, part: Part) -> None:
+    def _start(self, part: Reservation) -> None:
         """Start the process; try again if it ends before it is ready."""
         deadline = time.monotonic() + _START_S
         for _ in range(_START_TRIES):
@@ -124,7 +124,7 @@ class Decoder:
         self.close()
         raise DoesNotStart("the process that decodes it does not start")
 
-    def _asked(self, request: dict[str, Any], part: Part) -> dict[str, Any]:
+    def _asked(self, request: dict[str, Any], part: Reservation) -> dict[str, Any]:
         """The answer to a request. Kills the process unless it can take the next one."""
         try:
             answer = self._answer(request, part)
@@ -141,7 +141,7 @@ class Decoder:
             raise ValueError(answer["error"])
         return answer
 
-    def _answer(self, request: dict[str, Any], part: Part) -> dict[str, Any]:
+    def _answer(self, request: dict[str, Any], part: Reservation) -> dict[str, Any]:
         self._program.send(request)
         begin = time.monotonic()
         answer = self._program.receive(begin + self._left_s, part.check)

@@ -29,9 +29,9 @@ class Memory:
         self._waiting: deque[object] = deque()
 
     @contextlib.contextmanager
-    def part(self, check: Callable[[], None]) -> Iterator[Part]:
+    def part(self, check: Callable[[], None]) -> Iterator[Reservation]:
         """The memory of one worker's file. `check` raises if the work is cancelled."""
-        part = Part(self, check)
+        part = Reservation(self, check)
         try:
             yield part
         finally:
@@ -60,7 +60,7 @@ class Memory:
         return not self.num_shared or self.num_shared + num_bytes <= self._shared_bytes
 
 
-class Part:
+class Reservation:
     """The memory of one file: the worker's reserved bytes, or more after `grow`."""
 
     def __init__(self, memory: Memory, check: Callable[[], None]) -> None:

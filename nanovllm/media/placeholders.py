@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from nanovllm.media.given import AUDIO, IMAGE, KINDS, VIDEO
+from nanovllm.media.mm_inputs import AUDIO, IMAGE, KINDS, VIDEO
 from nanovllm.media.prepare import Prepared
 
 Span = tuple[int, int]  # (first token, number of tokens)

@@ -24,8 +24,8 @@ from nanovllm.media import clips, mels, patches, pictures, sounds, sources
 from nanovllm.media.cache import ByteCache
 from nanovllm.media.decoders import Decoders
 from nanovllm.media.fair_pool import FairPool
-from nanovllm.media.given import AUDIO, IMAGE, VIDEO, Given, check_counts
-from nanovllm.media.memory import Memory, Part
+from nanovllm.media.memory import Memory, Reservation
+from nanovllm.media.mm_inputs import AUDIO, IMAGE, VIDEO, MMInput, check_counts
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.patches import Grid
 from nanovllm.media.pictures import Pixels
@@ -82,7 +82,7 @@ class _Budget:
             raise CancelledError
 
 
-class Preparation:
+class MediaPreparation:
     """The media of one prompt, which threads prepare."""
 
     def __init__(self, budget: _Budget, futures: Sequence[Future[Prepared]]) -> None:
@@ -133,7 +133,7 @@ class Preparer:
         self._memory = Memory(options.max_decoding_bytes, self._pool.num_threads)
         self._closed = threading.Event()
 
-    def submit(self, given: Sequence[Given], salt: str | None = None) -> Preparation:
+    def submit(self, given: Sequence[MMInput], salt: str | None = None) -> MediaPreparation:
         """Starts the work. Nothing is read or decoded in the calling thread.
 
         Prompts share prepared media, and their digests, only with prompts of the same `salt`.
@@ -143,7 +143,7 @@ class Preparer:
         check_counts(given, self.options)
         root = hashlib.sha256(salt.encode()).digest() if salt else b""
         budget = _Budget(self.options.max_prompt_bytes, root, self._closed)
-        return Preparation(
+        return MediaPreparation(
             budget, [self._pool.submit(budget, partial(self._one, one, budget)) for one in given]
         )
 
@@ -153,7 +153,7 @@ class Preparer:
         self._pool.close()
         self._decoders.close()
 
-    def _one(self, given: Given, budget: _Budget) -> Prepared:
+    def _one(self, given: MMInput, budget: _Budget) -> Prepared:
         budget.check()
         try:
             return self._of_kind[given.kind](given, budget)
@@ -164,7 +164,7 @@ class Preparer:
         except DoesNotStart as error:
             raise DoesNotStart(f"{given.name}: {error}") from None
 
-    def _image(self, given: Given, budget: _Budget) -> Prepared:
+    def _image(self, given: MMInput, budget: _Budget) -> Prepared:
         encoded = b""
         if isinstance(given.value, str):
             data = self._read(given.value, IMAGE, budget)
@@ -197,7 +197,7 @@ class Preparer:
             self.cache.put(found.digest, found, found.num_bytes)
         return found
 
-    def _audio(self, given: Given, budget: _Budget) -> Prepared:
+    def _audio(self, given: MMInput, budget: _Budget) -> Prepared:
         settings, encoded = self.settings.audio, b""
         if settings is None:
             raise ValueError("this model has no audio encoder")
@@ -234,7 +234,7 @@ class Preparer:
         digest = self._seen.get(encoded)
         return None if digest is None else self.cache.get(digest)
 
-    def _video(self, given: Given, budget: _Budget) -> Prepared:
+    def _video(self, given: MMInput, budget: _Budget) -> Prepared:
         with self._memory.part(budget.check) as part, self._clip(given, budget, part) as clip:
             return self._of_clip(clip, budget)
 
@@ -274,7 +274,7 @@ class Preparer:
         return found
 
     @contextlib.contextmanager
-    def _clip(self, given: Given, budget: _Budget, part: Part) -> Iterator[clips.Clip]:
+    def _clip(self, given: MMInput, budget: _Budget, part: Reservation) -> Iterator[clips.Clip]:
         if isinstance(given.value, str):
             data = self._read(given.value, VIDEO, budget)
             with self._decoders.one() as decoder, decoder.clip(data, part) as clip:
@@ -288,7 +288,7 @@ class Preparer:
 
         yield clips.of_frames(given.value, read, dict(given.metadata))
 
-    def _decoded(self, data: bytes, part: Part) -> Pixels:
+    def _decoded(self, data: bytes, part: Reservation) -> Pixels:
         with self._decoders.one() as decoder:
             return decoder.picture(data, part)
 

@@ -101,10 +101,10 @@ class ModelConfig:
     are the fields of the first `Rope`, `other_ropes` those that some layers have instead
     (`Model.layer_ropes`). With `rope_axes` a token has three positions, in time, height and width,
     and frequency j turns by number rope_axes[j] of them. Embeddings of requests may include
-    features that are added to hidden states after each of the first `num_added` layers. `ffn_size`
-    is the width of dense layers, `moe` describes sparse ones. On one of `num_ranks` ranks, the
-    numbers of heads are this rank's, and all other sizes are the model's (`Model.on_ranks`). Raises
-    ValueError for head sizes that the kernels do not take.
+    features that are added to hidden states after each of the first `num_deepstack` layers.
+    `ffn_size` is the width of dense layers, `moe` describes sparse ones. On one of `num_ranks`
+    ranks, the numbers of heads are this rank's, and all other sizes are the model's
+    (`Model.on_ranks`). Raises ValueError for head sizes that the kernels do not take.
 
     Regions may read GRAPH_FIELDS only. These and the shapes of all inputs are in the keys of
     compiled programs.
@@ -134,7 +134,7 @@ class ModelConfig:
     qk_norm: bool = False
     moe: MoeConfig | None = None
     rope_axes: tuple[int, ...] = ()
-    num_added: int = 0
+    num_deepstack: int = 0
     dtype: torch.dtype = torch.float32
     num_ranks: int = 1
     other_ropes: tuple[Rope, ...] = ()

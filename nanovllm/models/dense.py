@@ -15,8 +15,8 @@ from nanovllm.kernels import ops
 from nanovllm.models import kv_scales as bounds
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight, linear, lookup, own_lookup
-from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 from nanovllm.models.layer_state import PagedKV
+from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 
 
 class AttentionWeights(Protocol):

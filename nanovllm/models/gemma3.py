@@ -25,7 +25,7 @@ from nanovllm.models.config import (
     windows_by_layer_type,
 )
 from nanovllm.models.formats import Weight, linear
-from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
+from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 from nanovllm.models.param import Times
 from nanovllm.models.scaled import check_factor
 
@@ -42,7 +42,7 @@ class GemmaConfig(ModelConfig):
     logit_cap: float | None = None
 
 
-class Layer(NamedTuple):
+class Gemma3Layer(NamedTuple):
     """Weights of one decoder layer."""
 
     attn_norm_D: Tensor
@@ -136,7 +136,7 @@ def _embed_factor(cfg: ModelConfig) -> float:
 def layer(
     cfg: ModelConfig,
     call: LayerCall,
-    w: Layer,
+    w: Gemma3Layer,
     kv: LayerCache,
     cos_sin_MH: Tensor,
     batch: Batch,
@@ -169,8 +169,8 @@ def head(cfg: GemmaConfig, final_norm_D: Tensor, head_VD: Weight, h_RD: Tensor) 
 # parameters --------------------------------------------------------------------------------------
 
 
-def layer_type(kind: LayerKind) -> type[Layer]:
-    return Layer
+def layer_type(kind: LayerKind) -> type[Gemma3Layer]:
+    return Gemma3Layer
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def outer_params(cfg: ModelConfig) -> dict[str, Param]:
 
 
 def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
-    """Parameters of one decoder layer, by the fields of `Layer`."""
+    """Parameters of one decoder layer, by the fields of `Gemma3Layer`."""
     prefix = f"model.layers.{layer_idx}."
     norms = {
         "after_attn_norm_D": "post_attention_layernorm",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nanovllm.models.config import dense_config, require_type
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.models.scaled import Factors, check_factor, scaled_model
 
 NAME = "GraniteForCausalLM"

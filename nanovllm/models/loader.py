@@ -19,7 +19,7 @@ from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, mapped, quantized
 from nanovllm.models.formats.mixed import Mixed
-from nanovllm.models.interface import LayerKind, Model, Param, Params
+from nanovllm.models.model import LayerKind, Model, Param, Params
 from nanovllm.models.schemes import Part
 from nanovllm.models.shards import ALL, Shard, taken
 
@@ -65,7 +65,7 @@ def load(model: Model, folder: Path, target: Target, progress: Progress) -> Para
     another dtype than described, or the file that is missing or damaged.
     """
     with Checkpoint(folder, target.buffer) as checkpoint:
-        reader = Reader(model.config, checkpoint, target)
+        reader = WeightReader(model.config, checkpoint, target)
         params = build(model, partial(_read, model, reader), progress, target.place)
         extra = [name for name in reader.left_over() if not name.startswith(model.read_elsewhere)]
     if extra:
@@ -76,7 +76,7 @@ def load(model: Model, folder: Path, target: Target, progress: Progress) -> Para
     return params
 
 
-class Reader:
+class WeightReader:
     """Reads the parameters of a model from a checkpoint, and records which tensors are left."""
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, target: Target) -> None:
@@ -217,7 +217,7 @@ def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
     return False
 
 
-def _read(model: Model, reader: Reader, param: Param) -> Weight:
+def _read(model: Model, reader: WeightReader, param: Param) -> Weight:
     """A parameter as it is stored: from the checkpoint's own numbers where a format reads them, and
     else converted from the model's dtype."""
 

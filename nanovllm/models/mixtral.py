@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nanovllm.models.config import MoeConfig, dense_config, require_type
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.models.moe import ExpertNames, moe_model
 
 NAME = "MixtralForCausalLM"

@@ -21,7 +21,7 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import attention, attention_params, embed, head, kv_scales, mlp_params
 from nanovllm.models.experts import Experts
 from nanovllm.models.formats import Weight, linear
-from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
+from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 
 
 class SparseLayer(NamedTuple):

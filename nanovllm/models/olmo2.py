@@ -15,12 +15,12 @@ from nanovllm.kernels import ops
 from nanovllm.models import dense
 from nanovllm.models.config import ModelConfig, dense_config, require_type
 from nanovllm.models.formats import Weight, linear
-from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
+from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 
 NAME = "Olmo2ForCausalLM"
 
 
-class Layer(NamedTuple):
+class Olmo2Layer(NamedTuple):
     """Weights of one decoder layer. The norms follow attention and MLP."""
 
     qkv_ED: Weight
@@ -65,7 +65,7 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
 def layer(
     cfg: ModelConfig,
     call: LayerCall,
-    w: Layer,
+    w: Olmo2Layer,
     kv: LayerCache,
     cos_sin_MH: Tensor,
     batch: Batch,
@@ -100,12 +100,12 @@ def norm_of_all(cfg: ModelConfig, x_TNH: Tensor, weight_Q: Tensor) -> Tensor:
 # parameters --------------------------------------------------------------------------------------
 
 
-def layer_type(kind: LayerKind) -> type[Layer]:
-    return Layer
+def layer_type(kind: LayerKind) -> type[Olmo2Layer]:
+    return Olmo2Layer
 
 
 def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
-    """Parameters of one decoder layer, by the fields of `Layer`."""
+    """Parameters of one decoder layer, by the fields of `Olmo2Layer`."""
     declared = dense.layer_params(cfg, kind, layer_idx)
     prefix = f"model.layers.{layer_idx}."
     norms = {"attn_norm_D": "post_attention_layernorm", "mlp_norm_D": "post_feedforward_layernorm"}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanovllm.models import dense
 from nanovllm.models.config import ModelConfig, dense_config, require_type
-from nanovllm.models.interface import LayerKind, Model, Param
+from nanovllm.models.model import LayerKind, Model, Param
 from nanovllm.models.param import RowOrder
 from nanovllm.models.rope import grouped_rows
 
@@ -34,7 +34,7 @@ def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str,
     """`dense.layer_params`, where one tensor may have all sources of a parameter."""
     declared = dense.layer_params(cfg, kind, layer_idx)
     prefix, rotated = f"model.layers.{layer_idx}.", 2 * len(cfg.inv_freq)
-    adapt = Grouped(cfg.head_dim, rotated) if rotated < cfg.head_dim else None
+    adapt = GroupedRows(cfg.head_dim, rotated) if rotated < cfg.head_dim else None
     joined = {"qkv_ED": "self_attn.qkv_proj.weight", "gate_up_GD": "mlp.gate_up_proj.weight"}
     for name, source in joined.items():
         declared[name] = declared[name]._replace(other_name=prefix + source)
@@ -43,7 +43,7 @@ def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str,
 
 
 @dataclass(frozen=True)
-class Grouped(RowOrder):
+class GroupedRows(RowOrder):
     """Puts the rows of queries and keys in the order of `rope.grouped_rows`."""
 
     head_dim: int

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from nanovllm.models import qwen2_5_vl
-from nanovllm.models.audio import interface as audio
+from nanovllm.models.audio import audio_encoder as audio
 from nanovllm.models.audio.qwen2_5_omni import NAME
 from nanovllm.models.audio.qwen2_5_omni import tower as audio_tower
 from nanovllm.models.config import require_type
-from nanovllm.models.interface import Model
-from nanovllm.models.vision import interface as vision
+from nanovllm.models.model import Model
+from nanovllm.models.vision import vision_encoder as vision
 from nanovllm.models.vision.registry import tower_of
 
 SPEAKING = ("talker.", "token2wav.")

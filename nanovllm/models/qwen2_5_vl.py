@@ -9,10 +9,10 @@ import torch
 
 from nanovllm.models.config import dense_config, require_type, windows_by_layer_type
 from nanovllm.models.dense import dense_model
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.models.rope import axes_in_sections
-from nanovllm.models.vision.interface import PREFIXES
 from nanovllm.models.vision.registry import tower_of
+from nanovllm.models.vision.vision_encoder import PREFIXES
 
 NAME = "Qwen2_5_VLForConditionalGeneration"
 

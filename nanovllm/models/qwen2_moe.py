@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nanovllm.models.config import MoeConfig, dense_config, require_type, windows_by_layer_type
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.models.moe import QWEN_NAMES, moe_model, sparse_layers
 
 NAME = "Qwen2MoeForCausalLM"

@@ -8,7 +8,7 @@ import torch
 
 from nanovllm.models.config import dense_config, require_type, windows_by_layer_type
 from nanovllm.models.dense import dense_model
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 
 NAME = "Qwen3ForCausalLM"
 

@@ -10,10 +10,10 @@ import torch
 
 from nanovllm.models.config import ModelConfig, dense_config, require_type
 from nanovllm.models.dense import dense_model
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.models.rope import axes_in_sections
-from nanovllm.models.vision.interface import PREFIXES
 from nanovllm.models.vision.registry import tower_of
+from nanovllm.models.vision.vision_encoder import PREFIXES
 
 NAME = "Qwen3VLForConditionalGeneration"
 
@@ -36,7 +36,7 @@ def text_config(hf: Any, **fields: Any) -> ModelConfig:
         out_bias=hf.attention_bias,
         qk_norm=True,
         rope_axes=axes_in_sections(sections, interleaved=True),
-        num_added=len(hf.vision_config["deepstack_visual_indexes"]),
+        num_deepstack=len(hf.vision_config["deepstack_visual_indexes"]),
         **fields,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nanovllm.models.config import MoeConfig, require_type
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.models.moe import QWEN_NAMES, moe_model, sparse_layers
 from nanovllm.models.qwen3_vl import text_config, with_tower
 

@@ -25,7 +25,7 @@ from nanovllm.models import (
     qwen3_vl_moe,
     smollm3,
 )
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.models.quant_methods import of_checkpoint
 from nanovllm.models.schemes import UNQUANTIZED
 

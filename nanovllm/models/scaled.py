@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import dense_model, outer_params
-from nanovllm.models.interface import Model, Param
+from nanovllm.models.model import Model, Param
 from nanovllm.models.param import Times
 
 

@@ -9,7 +9,7 @@ import torch
 
 from nanovllm.models.config import Rope, dense_config, require_type, windows_by_layer_type
 from nanovllm.models.dense import dense_model
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 
 NAME = "SmolLM3ForCausalLM"
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.config import Compression, ModelConfig
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nanovllm.models.checkpoint import Checkpoint, CheckpointError, Cut
-from nanovllm.models.interface import Param
+from nanovllm.models.model import Param
 from nanovllm.models.shards import ALL, Shard, taken
 
 STAGED_BYTES = 1 << 27  # of experts read at a time, in addition to the parameter's memory

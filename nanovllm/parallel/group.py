@@ -70,10 +70,10 @@ class Group:
     ) -> None:
         """Waits for all ranks. `folder` is private and the same for all; use it for one group.
 
-        `check` raises an error if a rank has failed (`Ranks.check`). It is called while waiting for
-        the other ranks, and to explain an error of a collective. `connect_peers` makes memory that
-        all ranks can read, for small tensors (`Platform.connect_peers`). Raises ValueError for a
-        device without collectives, and RuntimeError if the ranks cannot connect.
+        `check` raises an error if a rank has failed (`WorkerGroup.check`). It is called while
+        waiting for the other ranks, and to explain an error of a collective. `connect_peers` makes
+        memory that all ranks can read, for small tensors (`Platform.connect_peers`). Raises
+        ValueError for a device without collectives, and RuntimeError if the ranks cannot connect.
         """
         backend = distributed.Backend.default_device_backend_map.get(device.type, "none")
         if backend not in _BACKENDS:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from nanovllm.parallel.channel import ChannelClosed
+from nanovllm.parallel.monitor import Monitor, RankFailed, Rpc, RpcError
 from nanovllm.parallel.serve import ASKS
-from nanovllm.parallel.watch import Question, RankFailed, Refusal, Watch
 
 Result = TypeVar("Result")
 
 
-class Ranks:
+class WorkerGroup:
     """Ranks 1 … size - 1, each a process. Create with `start`; use from one thread at a time.
 
     Detected failures: a rank that has ended, within a second; an error of a handler, at once; a
@@ -30,7 +30,7 @@ class Ranks:
     After a failure all ranks are killed, and every call here raises the failure.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Monitor) -> None:
         self._watch = watch
         self._num_asked = 0
         # also runs at the interpreter's exit
@@ -47,7 +47,7 @@ class Ranks:
         names: Sequence[str] | None = None,
         received: Callable[[str, bytes], None] | None = None,
         inherited: Sequence[int] = (),
-    ) -> Ranks:
+    ) -> WorkerGroup:
         """Start `python -m module` for ranks 1 … size - 1, without waiting for their imports.
 
         The module calls `serve.connect` with its arguments, then `serve.serve`. `setup` is JSON and
@@ -59,7 +59,7 @@ class Ranks:
         numbers. Raises OSError.
         """
         names = names or [f"rank {i}" for i in range(size)]
-        watch = Watch(setup, names, module, folder, received, inherited)
+        watch = Monitor(setup, names, module, folder, received, inherited)
         ranks = cls(watch)
         try:
             watch.start()
@@ -81,7 +81,7 @@ class Ranks:
         """The process ids of ranks 1 … size - 1."""
         return [process.pid for process in self._watch.processes]
 
-    def tell(self, name: str, payload: bytes = b"") -> None:
+    def send(self, name: str, payload: bytes = b"") -> None:
         """Call the handler `name` on every rank without waiting. Raises the failure.
 
         An error of the handler is a failure: a later call raises it.
@@ -94,7 +94,7 @@ class Ranks:
             except ChannelClosed as error:
                 self._raise_failure(error)
 
-    def ask(self, name: str, payload: bytes = b"") -> list[bytes]:
+    def call(self, name: str, payload: bytes = b"") -> list[bytes]:
         """Call the handler `name` on every rank; returns their results, rank 1's first.
 
         If every rank raises the same error, it is raised here and the ranks stay usable: a
@@ -110,10 +110,10 @@ class Ranks:
             raise RankFailed(f"{ranks}: {refusal.kind}: {refusal.text}")
         return self._answers(question)
 
-    def together(
+    def call_all(
         self, name: str, payload: bytes, own: Callable[[], Result]
     ) -> tuple[Result, list[bytes]]:
-        """`ask`, while this process runs `own()`; returns both results.
+        """`call`, while this process runs `own()`; returns both results.
 
         Use it for work in which the ranks need one another. If `own` and every rank raise the same
         error, it is raised and the ranks stay usable. If only some do, that is a failure.
@@ -122,7 +122,7 @@ class Ranks:
         try:
             result = own()
         except Exception as error:
-            mine = Refusal(type(error).__name__, str(error), isinstance(error, ValueError))
+            mine = RpcError(type(error).__name__, str(error), isinstance(error, ValueError))
             question.refuse(0, mine)
             self._wait(question)
             if question.is_refused_by_all and mine == question.refusals[1]:
@@ -157,14 +157,14 @@ class Ranks:
         self._finalizer()
         self._watch.end()  # another thread may be in the finalizer, which runs only once
 
-    def _put(self, name: str, payload: bytes) -> Question:
+    def _put(self, name: str, payload: bytes) -> Rpc:
         self._num_asked += 1
-        question = Question(self._num_asked, len(self._watch.processes))
+        question = Rpc(self._num_asked, len(self._watch.processes))
         self._watch.question = question
-        self.tell(f"{name}{ASKS}{question.number}", payload)
+        self.send(f"{name}{ASKS}{question.number}", payload)
         return question
 
-    def _wait(self, question: Question) -> None:
+    def _wait(self, question: Rpc) -> None:
         """Wait until every rank has replied. Raises the failure."""
         watch = self._watch
         with watch.changed:
@@ -172,7 +172,7 @@ class Ranks:
             watch.question = None
         self.check()
 
-    def _answers(self, question: Question) -> list[bytes]:
+    def _answers(self, question: Rpc) -> list[bytes]:
         for rank, refusal in question.refusals.items():
             self._watch.fail(refusal.error(self._watch.names[rank]))
         self.check()

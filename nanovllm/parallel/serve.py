@@ -35,10 +35,10 @@ _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 Handler = Callable[[bytes], "bytes | None"]
 
 
-class Connection(NamedTuple):
+class RankConnection(NamedTuple):
     """A rank's data from its start.
 
-    setup: from `Ranks.start`.
+    setup: from `WorkerGroup.start`.
     folder: a private folder of all ranks, removed by rank 0 at the end.
     """
 
@@ -49,8 +49,8 @@ class Connection(NamedTuple):
     folder: Path
 
 
-def connect(argv: Sequence[str]) -> Connection:
-    """Connect to rank 0; `argv` are the arguments of the process, as passed by `Ranks.start`.
+def connect(argv: Sequence[str]) -> RankConnection:
+    """Connect to rank 0; `argv` are the arguments of the process, as passed by `WorkerGroup.start`.
 
     Starts a heartbeat thread; the process now ends when rank 0's process ends. It ignores SIGINT:
     rank 0 ends it after Ctrl-C. Its temporary files, and those of compilers that it runs, are in
@@ -75,14 +75,15 @@ def connect(argv: Sequence[str]) -> Connection:
     start = json.loads(payload)
     env.keep_temporary_files(Path(start["folder"]))
     threading.Thread(target=_beat, args=(given.beats,), name="heartbeat", daemon=True).start()
-    return Connection(given.rank, given.size, start["setup"], channel, Path(start["folder"]))
+    return RankConnection(given.rank, given.size, start["setup"], channel, Path(start["folder"]))
 
 
 def serve(channel: Channel, handlers: Mapping[str, Handler]) -> None:
     """Call the handler named by each message, in order, until rank 0 closes the channel.
 
-    The result of a handler called by `Ranks.ask` is the reply. Errors of handlers are sent to rank
-    0; the traceback goes to stderr unless the error is a ValueError, which is a user's mistake.
+    The result of a handler called by `WorkerGroup.call` is the reply. Errors of handlers are sent
+    to rank 0; the traceback goes to stderr unless the error is a ValueError, which is a user's
+    mistake.
     """
     with contextlib.suppress(ChannelClosed):
         while True:

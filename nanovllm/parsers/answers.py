@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanovllm.parsers.parts import ContentPart, Parsed, Part, Sink, joined
-from nanovllm.parsers.reader import Reader, TextParser, Wait, ignore
+from nanovllm.parsers.reader import AnswerReader, TextParser, Wait, ignore
 from nanovllm.parsers.reasoning import ReasoningParser
 from nanovllm.parsers.tools import ToolParser
 
@@ -47,7 +47,7 @@ class AnswerParser:
         stream = self.stream(inside_reasoning)
         return joined([*stream.push(text), *stream.finish()])
 
-    def _until_end(self, reader: Reader, sink: Sink) -> Wait[None]:
+    def _until_end(self, reader: AnswerReader, sink: Sink) -> Wait[None]:
         yield from reader.until(self.end_texts, sink.content)
         yield from reader.rest(ignore)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from nanovllm.parsers.json_calls import Outcome, read_arguments, read_call, read_calls
 from nanovllm.parsers.parts import Sink
-from nanovllm.parsers.reader import Reader, Wait, ignore
+from nanovllm.parsers.reader import AnswerReader, Wait, ignore
 
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 PYTHON_TAG = "<|python_tag|>"
@@ -28,7 +28,7 @@ NAME = re.compile(r"[^\s\[{<`]+")
 ID = re.compile(r"[\w-]+")
 
 
-def hermes(reader: Reader, sink: Sink) -> Wait[None]:
+def hermes(reader: AnswerReader, sink: Sink) -> Wait[None]:
     """<tool_call>{"name": …, "arguments": {…}}</tool_call>, possibly several.
 
     Templates of Hermes 2 Pro and 3, Qwen 2.5, Qwen 3, SmolLM 3.
@@ -48,7 +48,7 @@ def hermes(reader: Reader, sink: Sink) -> Wait[None]:
         yield from reader.spaces()
 
 
-def llama3(reader: Reader, sink: Sink) -> Wait[None]:
+def llama3(reader: AnswerReader, sink: Sink) -> Wait[None]:
     """{"name": …, "parameters": {…}} as the whole answer, or after <|python_tag|> anywhere.
 
     Several calls are separated by semicolons. Templates of Llama 3.1, 3.2 and 3.3.
@@ -71,7 +71,7 @@ def llama3(reader: Reader, sink: Sink) -> Wait[None]:
         reader.keep(PYTHON_TAG)
 
 
-def mistral(reader: Reader, sink: Sink) -> Wait[None]:
+def mistral(reader: AnswerReader, sink: Sink) -> Wait[None]:
     """[TOOL_CALLS] [{"name": …, "arguments": {…}}, …], or for each call
     [TOOL_CALLS]name[CALL_ID]id[ARGS]{…}, where [CALL_ID]id and [ARGS] are optional.
 
@@ -80,12 +80,12 @@ def mistral(reader: Reader, sink: Sink) -> Wait[None]:
     yield from _after_marks(reader, sink, (TOOL_CALLS,), _mistral_calls)
 
 
-def _mistral_calls(reader: Reader, sink: Sink) -> Wait[Outcome]:
+def _mistral_calls(reader: AnswerReader, sink: Sink) -> Wait[Outcome]:
     is_list = (yield from reader.peek()) == "["
     return (yield from (read_calls if is_list else _named_call)(reader, sink))
 
 
-def granite(reader: Reader, sink: Sink) -> Wait[None]:
+def granite(reader: AnswerReader, sink: Sink) -> Wait[None]:
     """<|tool_call|>[{"name": …, "arguments": {…}}, …]. Some versions write <tool_call> as text.
 
     Templates of Granite 3.0 to 3.3.
@@ -94,7 +94,10 @@ def granite(reader: Reader, sink: Sink) -> Wait[None]:
 
 
 def _after_marks(
-    reader: Reader, sink: Sink, marks: Sequence[str], read: Callable[[Reader, Sink], Wait[Outcome]]
+    reader: AnswerReader,
+    sink: Sink,
+    marks: Sequence[str],
+    read: Callable[[AnswerReader, Sink], Wait[Outcome]],
 ) -> Wait[None]:
     """Content, and after each mark the calls that `read` parses."""
     mark = yield from reader.until(marks, sink.content)
@@ -113,7 +116,7 @@ def _after_marks(
         mark = yield from reader.until(marks, sink.content)
 
 
-def _named_call(reader: Reader, sink: Sink) -> Wait[Outcome]:
+def _named_call(reader: AnswerReader, sink: Sink) -> Wait[Outcome]:
     name: list[str] = []
     call_id: list[str] = []
     if not (yield from reader.run(NAME, name.append)):
@@ -130,7 +133,7 @@ def _named_call(reader: Reader, sink: Sink) -> Wait[Outcome]:
     return Outcome.DONE if is_json else Outcome.BROKEN
 
 
-def deepseek(reader: Reader, sink: Sink) -> Wait[None]:
+def deepseek(reader: AnswerReader, sink: Sink) -> Wait[None]:
     """<｜tool▁calls▁begin｜>, calls, <｜tool▁calls▁end｜>. A call is <｜tool▁call▁begin｜>, then
     name<｜tool▁sep｜>{…} (V3.1) or function<｜tool▁sep｜>name and the arguments in a fence (V3,
     R1), then <｜tool▁call▁end｜>."""
@@ -160,7 +163,7 @@ def _unmarked(kept: str) -> str:
     return kept if bare.strip() else ""
 
 
-def _deepseek_call(reader: Reader, sink: Sink) -> Wait[Outcome]:
+def _deepseek_call(reader: AnswerReader, sink: Sink) -> Wait[Outcome]:
     name: list[str] = []
     yield from reader.run(NAME, name.append)
     if not (yield from reader.accept(CALL_SEP)):
@@ -186,7 +189,7 @@ def _deepseek_call(reader: Reader, sink: Sink) -> Wait[Outcome]:
     return Outcome.DONE
 
 
-def json_list(reader: Reader, sink: Sink) -> Wait[None]:
+def json_list(reader: AnswerReader, sink: Sink) -> Wait[None]:
     """[{"name": …, "arguments": {…}}, …] and nothing else, as `required_schema` allows."""
     reader.keep()
     yield from reader.spaces()

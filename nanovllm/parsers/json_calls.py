@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from nanovllm.parsers.parts import Sink
-from nanovllm.parsers.reader import Emit, Reader, Wait, ignore
+from nanovllm.parsers.reader import AnswerReader, Emit, Wait, ignore
 
 IN_STRING = re.compile(r'[^"\\]+')
 SCALAR = re.compile(r"[\w+\-.]+")
@@ -25,7 +25,7 @@ class Outcome(enum.Enum):
     DONE = enum.auto()
 
 
-def read_string(reader: Reader, emit: Emit) -> Wait[bool]:
+def read_string(reader: AnswerReader, emit: Emit) -> Wait[bool]:
     """Read a JSON string and emit it unchanged. False if it does not end."""
     emit((yield from reader.next()))
     while True:
@@ -37,7 +37,7 @@ def read_string(reader: Reader, emit: Emit) -> Wait[bool]:
         emit((yield from reader.next()))
 
 
-def read_value(reader: Reader, emit: Emit) -> Wait[bool]:
+def read_value(reader: AnswerReader, emit: Emit) -> Wait[bool]:
     """Read a JSON value and emit it unchanged. False as soon as the text cannot be JSON.
 
     Checks strings and brackets; of other tokens only the characters.
@@ -61,7 +61,7 @@ def read_value(reader: Reader, emit: Emit) -> Wait[bool]:
             return is_json
 
 
-def read_arguments(reader: Reader, emit: Emit) -> Wait[bool]:
+def read_arguments(reader: AnswerReader, emit: Emit) -> Wait[bool]:
     """Read a call's arguments: an object; a string that contains it, which is decoded; or null for
     no arguments. False where the text is not JSON."""
     char = yield from reader.peek()
@@ -95,7 +95,7 @@ def _decoded(text: str) -> Any:
 class _Call:
     """A call being read."""
 
-    def __init__(self, reader: Reader, sink: Sink) -> None:
+    def __init__(self, reader: AnswerReader, sink: Sink) -> None:
         self._reader, self._sink = reader, sink
         self._name: str | None = None
         self._id: str | None = None
@@ -158,7 +158,7 @@ class _Call:
         return True
 
 
-def read_call(reader: Reader, sink: Sink) -> Wait[Outcome]:
+def read_call(reader: AnswerReader, sink: Sink) -> Wait[Outcome]:
     """Read {"name": …, "arguments" or "parameters": …, "id": …} and send it to the sink.
 
     After NO_CALL, and only then, the reader still keeps the text that it has read.
@@ -175,7 +175,7 @@ def read_call(reader: Reader, sink: Sink) -> Wait[Outcome]:
     return Outcome.BROKEN if call.has_begun else Outcome.NO_CALL
 
 
-def read_calls(reader: Reader, sink: Sink) -> Wait[Outcome]:
+def read_calls(reader: AnswerReader, sink: Sink) -> Wait[Outcome]:
     """Read [call, call, …]. NO_CALL if it is not entirely a list of calls; the reader then keeps
     the text after the last call."""
     outcome = Outcome.NO_CALL

@@ -26,7 +26,7 @@ def ignore(text: str) -> None:
     """An `Emit` that drops the text."""
 
 
-class Reader:
+class AnswerReader:
     def __init__(self) -> None:
         self.ended = False
         self._text, self._at = "", 0
@@ -131,8 +131,8 @@ class Reader:
 class TextParser:
     """Runs a format's generator on a text that arrives in pieces."""
 
-    def __init__(self, work: Callable[[Reader, Sink], Wait[None]]) -> None:
-        self._reader, self._sink = Reader(), Sink()
+    def __init__(self, work: Callable[[AnswerReader, Sink], Wait[None]]) -> None:
+        self._reader, self._sink = AnswerReader(), Sink()
         self._work = work(self._reader, self._sink)
         next(self._work, None)
 

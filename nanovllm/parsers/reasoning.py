@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanovllm.parsers.parts import Parsed, Sink, joined
-from nanovllm.parsers.reader import Reader, TextParser, Wait
+from nanovllm.parsers.reader import AnswerReader, TextParser, Wait
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ReasoningParser:
     def stream(self, inside: bool = False) -> TextParser:
         """A parser for one streamed answer. inside: the prompt has the opening mark."""
 
-        def work(reader: Reader, sink: Sink) -> Wait[None]:
+        def work(reader: AnswerReader, sink: Sink) -> Wait[None]:
             reader.keep()
             yield from reader.spaces()
             has_opening = yield from reader.accept(self.opening)

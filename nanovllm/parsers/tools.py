@@ -9,7 +9,7 @@ from typing import Any
 from nanovllm.parsers import formats, xml_calls
 from nanovllm.parsers.argument_types import ArgumentTypes
 from nanovllm.parsers.parts import Parsed, Sink, joined
-from nanovllm.parsers.reader import Reader, TextParser, Wait
+from nanovllm.parsers.reader import AnswerReader, TextParser, Wait
 
 REQUIRED = "json"  # the parser for answers that `required_schema` constrains
 
@@ -25,7 +25,7 @@ class ToolParser:
 
     name: str
     needs_special_tokens: bool
-    work: Callable[[Reader, Sink, ArgumentTypes], Wait[None]]
+    work: Callable[[AnswerReader, Sink, ArgumentTypes], Wait[None]]
     marks: tuple[str, str] | None = None
     types: ArgumentTypes = field(default_factory=ArgumentTypes)
 
@@ -44,8 +44,8 @@ class ToolParser:
 
 
 def _json(
-    work: Callable[[Reader, Sink], Wait[None]],
-) -> Callable[[Reader, Sink, ArgumentTypes], Wait[None]]:
+    work: Callable[[AnswerReader, Sink], Wait[None]],
+) -> Callable[[AnswerReader, Sink, ArgumentTypes], Wait[None]]:
     """A format with JSON arguments, which needs no types."""
     return lambda reader, sink, _: work(reader, sink)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from nanovllm.parsers.argument_types import STRING, ArgumentTypes, as_json, quoted
 from nanovllm.parsers.formats import END_TOOL_CALL, NAME, TOOL_CALL
 from nanovllm.parsers.parts import Sink
-from nanovllm.parsers.reader import Emit, Reader, Wait, ignore
+from nanovllm.parsers.reader import AnswerReader, Emit, Wait, ignore
 
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
@@ -27,7 +27,7 @@ ARG_VALUE_ENDS = (END_ARG_VALUE, ARG_KEY, END_TOOL_CALL)
 KEY_ENDS = (END_ARG_KEY, ARG_VALUE, END_TOOL_CALL)
 
 
-def qwen3_coder(reader: Reader, sink: Sink, types: ArgumentTypes) -> Wait[None]:
+def qwen3_coder(reader: AnswerReader, sink: Sink, types: ArgumentTypes) -> Wait[None]:
     """<tool_call><function=name><parameter=key>value</parameter>…</function></tool_call>, where
     <tool_call> is optional. A newline after <parameter=key>, and one before </parameter>, are not
     part of the value.
@@ -53,7 +53,7 @@ def qwen3_coder(reader: Reader, sink: Sink, types: ArgumentTypes) -> Wait[None]:
         yield from reader.spaces()
 
 
-def _parameters(reader: Reader, arguments: _Arguments) -> Wait[bool]:
+def _parameters(reader: AnswerReader, arguments: _Arguments) -> Wait[bool]:
     """Read parameters and the end of the call. False if the text ends first."""
     mark = ""
     while mark not in (END_FUNCTION, END_TOOL_CALL):
@@ -73,14 +73,14 @@ def _parameters(reader: Reader, arguments: _Arguments) -> Wait[bool]:
     return True
 
 
-def _tag_name(reader: Reader) -> Wait[str]:
+def _tag_name(reader: AnswerReader) -> Wait[str]:
     """Read the rest of <function=name> or <parameter=key>. Returns the name; "" if malformed."""
     pieces: list[str] = []
     yield from reader.run(TAG_NAME, pieces.append)
     return "".join(pieces) if (yield from reader.accept(">")) else ""
 
 
-def glm45(reader: Reader, sink: Sink, types: ArgumentTypes) -> Wait[None]:
+def glm45(reader: AnswerReader, sink: Sink, types: ArgumentTypes) -> Wait[None]:
     """<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>, with or
     without newlines between the elements.
 
@@ -103,7 +103,7 @@ def glm45(reader: Reader, sink: Sink, types: ArgumentTypes) -> Wait[None]:
         yield from reader.spaces()
 
 
-def _pairs(reader: Reader, arguments: _Arguments) -> Wait[bool]:
+def _pairs(reader: AnswerReader, arguments: _Arguments) -> Wait[bool]:
     """Read keys and values, starting inside the first <arg_key>, and the end of the call. False if
     the text ends first."""
     mark = ARG_KEY
@@ -126,7 +126,7 @@ def _pairs(reader: Reader, arguments: _Arguments) -> Wait[bool]:
 class _Arguments:
     """The arguments of a call being read. Sends them to the sink as a JSON object."""
 
-    def __init__(self, reader: Reader, sink: Sink, name: str, types: ArgumentTypes) -> None:
+    def __init__(self, reader: AnswerReader, sink: Sink, name: str, types: ArgumentTypes) -> None:
         self._reader, self._sink, self._name, self._types = reader, sink, name, types
         self._before = "{"
         sink.call(name)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nanovllm.platforms.base import Platform
 
 
-class Entry(NamedTuple):
+class DeviceEntry(NamedTuple):
     """A line of `DEVICES`.
 
     indexed: True if "name:N" names device number N.
@@ -34,10 +34,10 @@ class Entry(NamedTuple):
 
 # device="auto" selects the first usable one
 DEVICES = {
-    "cuda": Entry(indexed=True, ray_resource="GPU"),
-    "npu": Entry(indexed=True, options=("npu_graph_mode", "npu_graph_options")),
-    "mps": Entry(),
-    "cpu": Entry(ray_resource="CPU"),
+    "cuda": DeviceEntry(indexed=True, ray_resource="GPU"),
+    "npu": DeviceEntry(indexed=True, options=("npu_graph_mode", "npu_graph_options")),
+    "mps": DeviceEntry(),
+    "cpu": DeviceEntry(ray_resource="CPU"),
 }
 
 
@@ -50,7 +50,7 @@ def select(
     for options of another device.
     """
     kind, _, number = device.partition(":")
-    may_have_index = DEVICES.get(kind, Entry()).indexed and number.isdigit()
+    may_have_index = DEVICES.get(kind, DeviceEntry()).indexed and number.isdigit()
     if kind not in ("auto", *DEVICES) or (number and not may_have_index):
         indexed = ", ".join(f"{name}:N" for name, entry in DEVICES.items() if entry.indexed)
         names = ", ".join(("auto", *DEVICES))

@@ -27,7 +27,7 @@ FLASH = "flash_attn_"  # and a generation
 FASTER_PREFILL: dict[str, dict[int, dict[int, int]]] = {"NVIDIA H200": {3: {128: 4096}}}
 
 
-class Facts(NamedTuple):
+class AttentionNeeds(NamedTuple):
     """Properties of a model and its cache that a backend may not support.
 
     block_size: tokens per cache block; None means the backend's default.
@@ -83,7 +83,7 @@ def _name(key: str) -> str:
     return f"flash-attn {key[-1]}{name}"
 
 
-def choose(name: str, platform: Platform, facts: Facts) -> Attention:
+def choose(name: str, platform: Platform, facts: AttentionNeeds) -> Attention:
     """The choice for a value of the option `attention_backend`.
 
     Raises ValueError if the backend is not for this device, not installed, or cannot run the model.
@@ -109,7 +109,7 @@ def choose(name: str, platform: Platform, facts: Facts) -> Attention:
     raise ValueError(f"attention_backend is 'flash_attn', but {'; '.join(problems)}")
 
 
-def _fastest(platform: Platform, facts: Facts) -> Attention:
+def _fastest(platform: Platform, facts: AttentionNeeds) -> Attention:
     """Our own kernels, except for prefill where an installed package supports the model and is
     faster."""
     for generation, tokens in FASTER_PREFILL.get(platform.hardware_name(), {}).items():
@@ -122,7 +122,7 @@ def _fastest(platform: Platform, facts: Facts) -> Attention:
     return Attention()
 
 
-def _problem(flash: Flash, facts: Facts) -> str:
+def _problem(flash: Flash, facts: AttentionNeeds) -> str:
     return flash_attention.unsupported(
         flash,
         dtype=facts.dtype,

@@ -60,7 +60,7 @@ class Traits:
     batched_tokens: default tokens per prefill step.
     num_seqs: default number of requests that run at the same time.
     max_stall_ms: the largest default of the bound on the time of a prefill step while a request
-        streams (`StallBound.in_proportion`); infinite: no bound by default.
+        streams (`PrefillLatencyBound.in_proportion`); infinite: no bound by default.
     run_ahead: default number of steps launched before the tokens of the first are read.
     decode_rows: default decode buckets in rows, ascending.
     prefill_growth: ratio of adjacent prefill buckets above 512 tokens.

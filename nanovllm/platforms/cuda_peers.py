@@ -46,7 +46,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 }
 
 
-class Unavailable(RuntimeError):
+class PeersUnavailable(RuntimeError):
     """The GPUs cannot read each other's memory; the message has the reason."""
 
 
@@ -60,12 +60,12 @@ class _Driver:
                 function = getattr(self._library, name)
                 function.argtypes, function.restype = arguments, ctypes.c_int
         except (OSError, AttributeError) as error:
-            raise Unavailable(f"CUDA's driver cannot be called: {error}") from error
+            raise PeersUnavailable(f"CUDA's driver cannot be called: {error}") from error
 
     def __call__(self, name: str, *arguments: Any) -> None:
         code = getattr(self._library, name)(*arguments)
         if code:
-            raise Unavailable(f"{name} failed with CUDA error {code}")
+            raise PeersUnavailable(f"{name} failed with CUDA error {code}")
 
 
 class PeerMemory:
@@ -129,7 +129,7 @@ class PeerMemory:
         found = [self._numbers(rank).tolist()[: self.num_ranks] for rank in range(self.num_ranks)]
         ranks = range(self.num_ranks)
         if found != [[1000 * writer + rank + 1 for writer in ranks] for rank in ranks]:
-            raise Unavailable(f"numbers that GPUs wrote to each other arrived as {found}")
+            raise PeersUnavailable(f"numbers that GPUs wrote to each other arrived as {found}")
 
     def clear_probe(self) -> None:
         """Reset the flags to zero."""
@@ -198,7 +198,7 @@ def _connected(
     try:
         memory = PeerMemory(rank, num_ranks, device)
         handle = memory.handle()
-    except Unavailable as error:
+    except PeersUnavailable as error:
         why = str(error)
     handles = gather(handle)
     if not agree(not why) or memory is None:

@@ -152,8 +152,8 @@ class NpuPlatform(Accelerator):
                 "'ascend_ir' and 'npugraph_ex', and the mode is 'aclgraph'"
             )
         self.graph_mode, self.captures = graph_mode, graph_mode in CAPTURED_MODES
-        self.settings = torchair.Settings({} if self.captures else options)
-        self.ex_settings = npugraph_ex.Settings(options)
+        self.settings = torchair.TorchairOptions({} if self.captures else options)
+        self.ex_settings = npugraph_ex.NpugraphOptions(options)
         if graph_mode == "ascend_ir":
             torchair.compiler_config(self.settings)
         elif graph_mode == "npugraph_ex":

@@ -7,7 +7,7 @@ import socket
 
 from nanovllm.parallel.channel import Channel, ChannelClosed, Message, pack, unpack
 from nanovllm.replicas import messages
-from nanovllm.replicas.messages import Outputs, Row
+from nanovllm.replicas.messages import Outputs, RowTokens
 
 PIECE_BYTES = 1 << 20  # after reading this much, other clients are served first
 # If more numbers (tokens, log-probabilities) wait for a client, its requests are aborted. 256
@@ -32,8 +32,8 @@ class ClientConn:
         self._unsent = bytearray()
         self._ids: list[int] = []
         self._tokens: list[int] = []
-        self._rows: list[Row] = []
-        self._held: dict[int, Row] = {}
+        self._rows: list[RowTokens] = []
+        self._held: dict[int, RowTokens] = {}
         self._num_held = 0
 
     def fileno(self) -> int:
@@ -50,7 +50,7 @@ class ClientConn:
         self._ids.append(request_id)
         self._tokens.append(token_id)
 
-    def add_row(self, row: Row) -> None:
+    def add_row(self, row: RowTokens) -> None:
         self._rows.append(row)
 
     def flush(self) -> None:
@@ -105,7 +105,7 @@ class ClientConn:
 
     def _hold(self) -> None:
         """Merge collected tokens into the held rows. Raises ChannelClosed above the limit."""
-        rows = [Row(*one) for one in zip(self._ids, ([token] for token in self._tokens))]
+        rows = [RowTokens(*one) for one in zip(self._ids, ([token] for token in self._tokens))]
         for row in rows + self._rows:
             self._num_held += len(row.token_ids) + sum(len(top or ()) for top in row.logprobs or ())
             if row.request_id in self._held:
@@ -135,7 +135,7 @@ class ParentConn(ClientConn):
         return self._channel.pending(wait=False)
 
 
-def _packed(ids: list[int], tokens: list[int], rows: list[Row]) -> bytes:
+def _packed(ids: list[int], tokens: list[int], rows: list[RowTokens]) -> bytes:
     """New tokens as a message. If it would be too large, each row becomes its own message; a row
     that is too large ends its answer with an error."""
     try:

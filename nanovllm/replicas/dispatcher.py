@@ -10,9 +10,9 @@ from typing import NamedTuple
 from nanovllm.replicas import messages
 from nanovllm.replicas.handshake import Fleet
 from nanovllm.replicas.load_balancer import Place, choose
-from nanovllm.replicas.messages import End, Row
+from nanovllm.replicas.messages import End, RowTokens
 from nanovllm.replicas.replica import Replica
-from nanovllm.replicas.suspects import ALONE_LOSSES, Group, Suspects
+from nanovllm.replicas.suspects import ALONE_LOSSES, SuspectGroup, Suspects
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Pending:
     waits for one. parcel: None if it is not sent any more."""
 
     prompt_ids: list[int]
-    row: Row
+    row: RowTokens
     parcel: Parcel | None = None
     cost: int = 0
     replica: Replica | None = None
@@ -54,7 +54,7 @@ class Dispatcher:
         self._places = [Place(one.num_blocks) for one in fleet.infos]
         self._waiting: list[int] = []
         self._suspects = Suspects()
-        self._alone: dict[int, Group] = {}  # replicas that work on a group of suspects alone
+        self._alone: dict[int, SuspectGroup] = {}  # replicas that work on a group of suspects alone
 
     def send(self, request_id: int, parcel: Parcel) -> None:
         """Send a pending request to the replica that suits it best, or let it wait for one."""
@@ -89,12 +89,12 @@ class Dispatcher:
         for replica in self._fleet.replicas:
             ids = [one for one, pending in dropped.items() if pending.replica is replica]
             if ids:
-                replica.tell(messages.END, messages.dump(End(ids, messages.ABORT)))
+                replica.send(messages.END, messages.dump(End(ids, messages.ABORT)))
         return dropped
 
     def forget_prefixes(self) -> None:
         for replica, place in zip(self._fleet.replicas, self._places):
-            replica.tell(messages.FORGET)
+            replica.send(messages.FORGET)
             place.forget()
 
     def ready(self, replica: Replica, payload: bytes) -> None:
@@ -149,7 +149,7 @@ class Dispatcher:
                 assert pending.parcel is not None
                 self._give(pending, pending.parcel, replica.index)
 
-    def _next_group(self) -> Group | None:
+    def _next_group(self) -> SuspectGroup | None:
         """The next group of suspects, without requests that have been dropped meanwhile."""
         while self._suspects:
             group = self._suspects.next()
@@ -161,9 +161,9 @@ class Dispatcher:
     def _give(self, pending: Pending, parcel: Parcel, index: int) -> bool:
         """Send a request to a replica. False if that has failed; then its event follows."""
         replica = self._fleet.replicas[index]
-        if parcel.media and not replica.tell(messages.MEDIA, parcel.media):
+        if parcel.media and not replica.send(messages.MEDIA, parcel.media):
             return False
-        if not replica.tell(messages.ADD, parcel.add):
+        if not replica.send(messages.ADD, parcel.add):
             return False
         self._places[index].add(parcel.digests, parcel.cost)
         pending.replica = replica

@@ -126,7 +126,7 @@ def infos_of(replicas: Sequence[Replica], inbox: Inbox) -> list[EngineInfo]:
             bar.update()
             for other in replicas:
                 if other.waits_for == event.replica.index:
-                    other.tell(messages.GO)
+                    other.send(messages.GO)
     found = [infos[index] for index in sorted(infos)]
     check_agreement(found, [replica.name for replica in replicas])
     logger.info("%d replicas are ready", len(found))

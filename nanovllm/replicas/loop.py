@@ -19,17 +19,17 @@ from nanovllm.parallel.channel import Channel, ChannelClosed
 from nanovllm.parallel.serve import ANSWER, ASKS
 from nanovllm.replicas import messages
 from nanovllm.replicas.client_conn import ClientConn, ParentConn
-from nanovllm.schedule.outputs import Increment
+from nanovllm.schedule.outputs import OutputDelta
 
 if TYPE_CHECKING:
-    from nanovllm.engine.interface import AnyEngine
+    from nanovllm.engine.engine_client import AnyEngine
 
 logger = logging.getLogger(__name__)
 # Idle time before grammar tables are preloaded, if other processes can be clients.
 IDLE_SECONDS = 2.0
 
 
-class Owner(NamedTuple):
+class AnswerOwner(NamedTuple):
     """The client that requested an answer, and the client's id of it."""
 
     client: ClientConn
@@ -47,7 +47,7 @@ class Loop:
         """control: the channel to the parent process."""
         self._engine, self._parent = engine, ParentConn(control)
         self._clients = [*clients, self._parent]
-        self._owners: dict[int, Owner] = {}  # by engine id
+        self._owners: dict[int, AnswerOwner] = {}  # by engine id
         self._idle_since: float | None = None
         self._is_prepared = not clients  # grammar tables are loaded
         self._handlers: dict[str, Callable[[ClientConn, bytes], bytes | None]] = {
@@ -124,7 +124,7 @@ class Loop:
         client.close()
         self._abort(client, list(client.answers))
 
-    def _pass_on(self, increments: Iterable[Increment]) -> None:
+    def _pass_on(self, increments: Iterable[OutputDelta]) -> None:
         """Send a step's new tokens to the clients."""
         owners = self._owners
         for one in increments:
@@ -163,7 +163,7 @@ class Loop:
                 client.add_row(messages.failed(request_id, error))
                 continue
             client.answers[request_id] = of_engine
-            self._owners[of_engine] = Owner(client, request_id, asked.incremental)
+            self._owners[of_engine] = AnswerOwner(client, request_id, asked.incremental)
         client.flush()
 
     def _end(self, client: ClientConn, payload: bytes) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from nanovllm import env
 from nanovllm.config import EngineConfig
-from nanovllm.replicas import setups
+from nanovllm.replicas import child_config
 from nanovllm.replicas.process_replica import ProcessReplica
 from nanovllm.replicas.replica import Inbox
-from nanovllm.startup.choose import select_platform
+from nanovllm.startup.resolve import select_platform
 from nanovllm.startup.store_folder import open_store
 from nanovllm.tokenizer import Tokenizer
 
@@ -30,7 +30,7 @@ class ProcessStarter:
         self._config = config
         own, store = env.for_children(), open_store(config).folder
         self._setups = [
-            setups.setup(
+            child_config.setup(
                 config,
                 f"replica {index}",
                 compile_cache=store,
@@ -47,7 +47,7 @@ class ProcessStarter:
         return ProcessReplica(index, setup, inbox, clients)
 
     def tokenizer(self) -> Tokenizer | None:
-        return setups.tokenizer(self._config)
+        return child_config.tokenizer(self._config)
 
     def close(self) -> None:
         """Nothing to do: the replicas share nothing."""

@@ -22,8 +22,8 @@ from nanovllm.engine.metrics import Counter, Gauge, Metric
 from nanovllm.engine.request import EngineInfo, EngineRequest
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
-from nanovllm.schedule.outputs import Completion, Increment
-from nanovllm.schedule.request import Content
+from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
+from nanovllm.schedule.request import MMSpan
 from nanovllm.tokenizer import Tokenizer
 
 READY, OUTPUTS, METRICS = "ready", "outputs", "metrics"
@@ -48,7 +48,7 @@ class Array(msgspec.Struct, array_like=True):
 
 
 class MediaItem(msgspec.Struct, array_like=True):
-    """An image, a frame or a clip, with its digest: the fields of `Encodable`."""
+    """An image, a frame or a clip, with its digest: the fields of `MMItem`."""
 
     digest: bytes
     values: Array
@@ -56,7 +56,7 @@ class MediaItem(msgspec.Struct, array_like=True):
     tower: str
 
 
-class Media(msgspec.Struct, array_like=True):
+class MediaMessage(msgspec.Struct, array_like=True):
     """The multimodal inputs of this client's next prompt. The fields are those of `EngineRequest`;
     contents are (start, number of tokens, digest)."""
 
@@ -96,7 +96,7 @@ class End(msgspec.Struct, array_like=True):
 
 
 class Done(msgspec.Struct, array_like=True):
-    """The end of an answer. The fields are those of `Completion`."""
+    """The end of an answer. The fields are those of `FinishedOutput`."""
 
     finish_reason: str
     stop_reason: int | str | None
@@ -106,7 +106,7 @@ class Done(msgspec.Struct, array_like=True):
     error_field: str | None = None
 
 
-class Row(msgspec.Struct, array_like=True):
+class RowTokens(msgspec.Struct, array_like=True):
     """New tokens of one answer, with log-probabilities if requested.
 
     text: the new text in UTF-8, if the engine detokenizes. May contain surrogates.
@@ -118,7 +118,7 @@ class Row(msgspec.Struct, array_like=True):
     done: Done | None = None
     text: bytearray = bytearray()
 
-    def extend(self, later: Row) -> None:
+    def extend(self, later: RowTokens) -> None:
         """Append the next row of the same answer, without copying the existing values."""
         self.token_ids += later.token_ids
         self.text += later.text
@@ -137,7 +137,7 @@ class Outputs(msgspec.Struct, array_like=True):
 
     ids: list[int]
     tokens: list[int]
-    rows: list[Row]
+    rows: list[RowTokens]
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -146,7 +146,7 @@ load_info = msgspec.msgpack.Decoder(EngineInfo).decode
 load_add = msgspec.msgpack.Decoder(Add).decode
 load_end = msgspec.msgpack.Decoder(End).decode
 load_outputs = msgspec.msgpack.Decoder(Outputs).decode
-_load_media = msgspec.msgpack.Decoder(Media).decode
+_load_media = msgspec.msgpack.Decoder(MediaMessage).decode
 _load_metrics = msgspec.msgpack.Decoder(list[tuple[bool, str, float, dict[str, str]]]).decode
 
 
@@ -174,7 +174,7 @@ def dump_media(request: EngineRequest) -> bytes:
         return b""
     positions = request.positions
     return dump(
-        Media(
+        MediaMessage(
             [(one.start, one.num, one.digest) for one in request.contents],
             [(bytes.fromhex(key), _array(one)) for key, one in request.embeddings.items()],
             [
@@ -202,15 +202,15 @@ def load_request(found: Add, media: bytes) -> EngineRequest:
 
 def with_media(request: EngineRequest, payload: bytes) -> EngineRequest:
     """The request with the payload of `dump_media`."""
-    from nanovllm.runner.towers import Encodable  # imports torch
+    from nanovllm.runner.encoders import MMItem  # imports torch
 
     found = _load_media(payload)
     return replace(
         request,
-        contents=tuple(Content(*one) for one in found.contents),
+        contents=tuple(MMSpan(*one) for one in found.contents),
         embeddings={digest.hex(): _tensor(one) for digest, one in found.embeddings},
         media={
-            one.digest.hex(): Encodable(_tensor(one.values), tuple(one.grid), one.tower)
+            one.digest.hex(): MMItem(_tensor(one.values), tuple(one.grid), one.tower)
             for one in found.media
         },
         positions=None if found.positions is None else _tensor(found.positions).numpy(),
@@ -244,33 +244,33 @@ def _tensor(array: Array) -> Any:
 # answers ------------------------------------------------------------------------------------------
 
 
-def row(request_id: int, one: Increment, *, incremental: bool) -> Row:
+def row(request_id: int, one: OutputDelta, *, incremental: bool) -> RowTokens:
     """The row of an engine's increment. Without `incremental` it is the answer's only one."""
     found = one.completion
     token_ids, logprobs, text = one.token_ids, one.logprobs, one.text
     if found is not None and not incremental:
         token_ids, logprobs, text = found.token_ids, found.logprobs, found.text
     done = None if found is None else _done(found)
-    return Row(request_id, token_ids, numbers(logprobs), done, _utf8(text))
+    return RowTokens(request_id, token_ids, numbers(logprobs), done, _utf8(text))
 
 
-def failed(request_id: int, error: Exception) -> Row:
+def failed(request_id: int, error: Exception) -> RowTokens:
     """The single row of a request that the engine refused."""
     field = error.field if isinstance(error, InvalidValue) else None
     text = f"{type(error).__name__}: {error}" if field is None else str(error)
-    return Row(request_id, [], None, Done("error", None, 0, None, _clean(text), field))
+    return RowTokens(request_id, [], None, Done("error", None, 0, None, _clean(text), field))
 
 
-def text_of(found: Row) -> str:
+def text_of(found: RowTokens) -> str:
     return found.text.decode("utf-8", "surrogatepass") if found.text else ""
 
 
 def completion(
-    end: Done, row_of_all: Row, prompt_ids: list[int], tokenizer: Tokenizer | None
-) -> Completion:
+    end: Done, row_of_all: RowTokens, prompt_ids: list[int], tokenizer: Tokenizer | None
+) -> FinishedOutput:
     """A whole answer. row_of_all: everything sent of it. tokenizer: for the texts of
     log-probabilities."""
-    return Completion(
+    return FinishedOutput(
         text_of(row_of_all),
         row_of_all.token_ids,
         end.finish_reason,
@@ -293,7 +293,7 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _done(found: Completion) -> Done:
+def _done(found: FinishedOutput) -> Done:
     return Done(
         found.finish_reason,
         found.stop_reason,

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from nanovllm.parallel.ranks import Ranks
-from nanovllm.parallel.watch import RankFailed
+from nanovllm.parallel.monitor import RankFailed
+from nanovllm.parallel.ranks import WorkerGroup
 from nanovllm.replicas import messages
 from nanovllm.replicas.replica import Event, Inbox, Replica, ReplicaFailed
 
-PROGRAM = "nanovllm.replicas.process"
+PROGRAM = "nanovllm.replicas.engine_program"
 
 
 class ProcessReplica(Replica):
@@ -25,7 +25,7 @@ class ProcessReplica(Replica):
         clients: descriptors of its clients' sockets, which it inherits.
         """
         super().__init__(index, setup)
-        self._ranks = Ranks.start(
+        self._ranks = WorkerGroup.start(
             {**setup, "clients": [list(clients)], "parents": []},
             2,  # this process and the replica's
             PROGRAM,
@@ -39,16 +39,16 @@ class ProcessReplica(Replica):
     def pid(self) -> int:
         return self._ranks.pids[0]
 
-    def tell(self, name: str, payload: bytes = b"") -> bool:
+    def send(self, name: str, payload: bytes = b"") -> bool:
         try:
-            self._ranks.tell(name, payload)
+            self._ranks.send(name, payload)
         except (RankFailed, ValueError):
             return False
         return True
 
     def ask_metrics(self) -> bytes:
         try:
-            return self._ranks.ask(messages.METRICS)[0]
+            return self._ranks.call(messages.METRICS)[0]
         except (RankFailed, ValueError) as error:
             raise ReplicaFailed(str(error)) from error
 

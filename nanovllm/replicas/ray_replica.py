@@ -13,8 +13,8 @@ from nanovllm import env
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.channel import unpack
 from nanovllm.parallel.serve import ERROR
-from nanovllm.replicas import cluster, setups
-from nanovllm.replicas.relay import NUM_THREADS, Relay
+from nanovllm.replicas import child_config, cluster
+from nanovllm.replicas.ray_actor import NUM_THREADS, ReplicaActor
 from nanovllm.replicas.replica import Event, Inbox, Replica, ReplicaFailed
 from nanovllm.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ STRATEGY = "SPREAD"
 
 
 class RayReplica(Replica):
-    """An engine on a node of a Ray cluster, behind an actor (`Relay`)."""
+    """An engine on a node of a Ray cluster, behind an actor (`ReplicaActor`)."""
 
     def __init__(self, index: int, setup: dict[str, Any], inbox: Inbox, ray: Any, actor: Any):
         """actor: the actor's class with its options, including its place in the cluster."""
@@ -44,12 +44,12 @@ class RayReplica(Replica):
         self._thread = threading.Thread(target=self._receive, name=self.name, daemon=True)
         self._thread.start()
 
-    def tell(self, name: str, payload: bytes = b"") -> bool:
+    def send(self, name: str, payload: bytes = b"") -> bool:
         if self._has_failed:
             return False
         try:
             self._check()
-            self._actor.tell.remote(self._num_told, name, payload)
+            self._actor.send.remote(self._num_told, name, payload)
         except (ReplicaFailed, self._ray.exceptions.RayError):  # the latter if Ray shuts down
             return False
         self._num_told += 1
@@ -148,7 +148,7 @@ class RayStarter:
         Raises ValueError if Ray is missing or the cluster is too small, RuntimeError if its
         resources are in use.
         """
-        self._config = setups.with_full_paths(config)
+        self._config = child_config.with_full_paths(config)
         self._replicas: dict[int, RayReplica] = {}
         self._group: Any = None
         self._is_closed = False
@@ -168,7 +168,7 @@ class RayStarter:
         if not self._ray.is_initialized():
             raise ReplicaFailed("Ray was shut down in this process")
         first = self._node_ids.index(self._node_ids[index])
-        setup = setups.setup(
+        setup = child_config.setup(
             self._config,
             f"replica {index}{self._place_of(index)}",
             compile_cache=self._config.compile_cache,
@@ -179,7 +179,7 @@ class RayStarter:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        actor = self._ray.remote(Relay).options(
+        actor = self._ray.remote(ReplicaActor).options(
             scheduling_strategy=strategy,
             max_concurrency=NUM_THREADS,
             max_restarts=0,
@@ -204,7 +204,7 @@ class RayStarter:
         return [places[index] for index in range(self._config.data_parallel_size)]
 
     def tokenizer(self) -> Tokenizer | None:
-        return setups.tokenizer(self._config)
+        return child_config.tokenizer(self._config)
 
     def close(self) -> None:
         """End the replicas and release their resources."""

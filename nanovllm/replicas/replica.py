@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from nanovllm.engine.metrics import Metric
 from nanovllm.replicas import messages
-from nanovllm.replicas.totals import LastMetrics
+from nanovllm.replicas.metric_aggregation import LastMetrics
 
 if TYPE_CHECKING:
     from nanovllm.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class Replica(ABC):
         self._metrics = LastMetrics()
 
     @abstractmethod
-    def tell(self, name: str, payload: bytes = b"") -> bool:
+    def send(self, name: str, payload: bytes = b"") -> bool:
         """Send a message. False if the replica has failed; its event follows."""
 
     @abstractmethod

@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.intake import Embeddings, Intake, drawn_seed
+from nanovllm.engine.input_processor import Embeddings, InputProcessor, drawn_seed
 from nanovllm.engine.metrics import Metric
-from nanovllm.engine.owner import Owner
+from nanovllm.engine.owner import OwnerProcess
 from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
-from nanovllm.media import given as media_given
-from nanovllm.media.given import Given
+from nanovllm.media import mm_inputs as media_given
+from nanovllm.media.mm_inputs import MMInput
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES
 from nanovllm.parallel.ranks import deferred_interrupts
 from nanovllm.prompts import AnyPrompt, Prompt, PromptRefused, as_prompt
 from nanovllm.replicas import messages
 from nanovllm.replicas.dispatcher import Dispatcher, Parcel, Pending
 from nanovllm.replicas.handshake import Fleet, raisable
-from nanovllm.replicas.messages import Add, Done, Row
+from nanovllm.replicas.messages import Add, Done, RowTokens
+from nanovllm.replicas.metric_aggregation import aggregate
 from nanovllm.replicas.replica import Event, Replica, ReplicaFailed, Starter
-from nanovllm.replicas.totals import totals
 from nanovllm.sampling import SamplingParams
-from nanovllm.schedule.outputs import Increment, Outbox
+from nanovllm.schedule.outputs import Outbox, OutputDelta
 
 if TYPE_CHECKING:
-    from nanovllm.engine.media_intake import MediaIntake
+    from nanovllm.engine.mm_processor import MMProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +42,20 @@ MAX_MEDIA_BYTES = MAX_PAYLOAD_BYTES // 2
 Ask = Callable[[MediaPrompt], EngineRequest]  # raises ValueError
 
 
-class _Metrics:
+class _RouterMetrics:
     """The combined metrics of all replicas."""
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self._replicas = replicas
 
     def read(self) -> list[Metric]:
-        return totals([replica.read_metrics() for replica in self._replicas])
+        return aggregate([replica.read_metrics() for replica in self._replicas])
 
 
 class Router:
     """`data_parallel_size` engines in other processes, with the interface of one (`AnyEngine`).
 
-    Use it from one thread at a time (`SharedEngine`). A request runs on one replica from its
+    Use it from one thread at a time (`LockedEngine`). A request runs on one replica from its
     beginning to its end. A replica that fails is started again, and ends its requests with an
     error; the others go on. With `retries` its requests are tried again instead, unless tokens of
     them have come (`Dispatcher`). Requests get the ids, and so the seeds, that one engine would
@@ -66,11 +66,11 @@ class Router:
         """Start all replicas and wait until they are warm. Errors are those of `load`, and
         ReplicaFailed."""
         self.config = config
-        self._media: MediaIntake | None = None
+        self._media: MMProcessor | None = None
         self._outbox = Outbox()
         self._num_added = 0
         self._is_closed = False
-        self._owner = Owner()
+        self._owner = OwnerProcess()
         self._retries = retries
         self._fleet = Fleet(starter, config.data_parallel_size)
         self.replicas, self._inbox = self._fleet.replicas, self._fleet.inbox
@@ -80,22 +80,22 @@ class Router:
         self.max_model_len, self.max_num_seqs = self.info.max_model_len, max_num_seqs
         self.default_params = SamplingParams(**self.info.default_params)
         self.eos_ids = frozenset(self.info.eos_ids)
-        self.metrics = _Metrics(self.replicas)
+        self.metrics = _RouterMetrics(self.replicas)
         self._dispatcher = Dispatcher(self._fleet, retries=retries)
         self._pending = self._dispatcher.pending
-        self._intake = Intake.of(config, self.tokenizer, self.info)
+        self._intake = InputProcessor.of(config, self.tokenizer, self.info)
         self._preparing: dict[int, Ask] = {}  # requests whose media are prepared
         self._media = self._new_media()
 
-    def _new_media(self) -> MediaIntake | None:
+    def _new_media(self) -> MMProcessor | None:
         """None for a model that reads text only."""
         if self.info.media_scale is None:
             return None
-        from nanovllm.engine.media_intake import MediaIntake, MediaPrompts  # imports torch
+        from nanovllm.engine.mm_processor import MediaPrompts, MMProcessor  # imports torch
 
         options = self.config.media
         made = MediaPrompts.of(self.config, self.tokenizer, self.info.media_scale, options)
-        return MediaIntake(made, options)
+        return MMProcessor(made, options)
 
     def close(self) -> None:
         """End all replicas and everything they started. Does nothing in a fork of the process."""
@@ -129,14 +129,14 @@ class Router:
         return self._pending[request_id].prompt_ids
 
     def token_ids(self, prompt: Prompt) -> list[int]:
-        """See `Intake.text_ids`."""
+        """See `InputProcessor.text_ids`."""
         return self._intake.text_ids(prompt)
 
     def encoded(self, prompt: Prompt) -> Prompt:
-        """See `Intake.encoded`."""
+        """See `InputProcessor.encoded`."""
         return self._intake.encoded(prompt)
 
-    def check_media(self, media: Sequence[Given]) -> None:
+    def check_media(self, media: Sequence[MMInput]) -> None:
         """Raises ValueError for images or videos that no prompt of this model can have."""
         if self._media is None:
             media_given.refuse(self.config.model, media)
@@ -152,7 +152,7 @@ class Router:
         """Implements `Engine.prepare_grammars`."""
         with deferred_interrupts():
             for replica in self.replicas:
-                replica.tell(messages.PREPARE_GRAMMARS)
+                replica.send(messages.PREPARE_GRAMMARS)
 
     def add_request(
         self,
@@ -194,7 +194,7 @@ class Router:
         params: SamplingParams,
         embeddings: Embeddings,
         positions: np.ndarray | None,
-    ) -> MediaIntake | None:
+    ) -> MMProcessor | None:
         """What prepares the media of a prompt, if it has some. Raises ValueError for those that it
         cannot have."""
         if isinstance(prompt, MediaPrompt) or not prompt.media:
@@ -205,7 +205,8 @@ class Router:
         return self._media
 
     def add(self, asked: EngineRequest) -> int:
-        """Queue a request that an `Intake` has checked. Raises the errors of `add_request`."""
+        """Queue a request that an `InputProcessor` has checked. Raises the errors of
+        `add_request`."""
         self._check_open()
         self._check_size(asked)
         with deferred_interrupts():
@@ -223,7 +224,7 @@ class Router:
             raise ReplicaFailed(self._no_replica)
         request_id = self._num_added
         self._num_added += 1
-        row = Row(request_id, [], None if asked.params.logprobs is None else [])
+        row = RowTokens(request_id, [], None if asked.params.logprobs is None else [])
         self._pending[request_id] = Pending(asked.prompt_ids, row)
         return request_id
 
@@ -281,7 +282,7 @@ class Router:
                 self._end_all()
             self._dispatcher.give_out()
 
-    def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
+    def take(self, request_ids: Container[int] | None = None) -> list[OutputDelta]:
         """Remove and return the waiting outputs of these requests, or of all."""
         return self._outbox.take(request_ids)
 
@@ -338,11 +339,11 @@ class Router:
         else:
             found = messages.load_outputs(event.payload)
             for request_id, token_id in zip(found.ids, found.tokens):
-                self._grow(Row(request_id, [token_id]))
+                self._grow(RowTokens(request_id, [token_id]))
             for row in found.rows:
                 self._grow(row)
 
-    def _grow(self, row: Row) -> None:
+    def _grow(self, row: RowTokens) -> None:
         """Output the new part of an answer."""
         pending = self._pending.get(row.request_id)
         if pending is None:
@@ -354,7 +355,7 @@ class Router:
                 self._fleet.note_answer(pending.replica.index)
         self._outbox.outputs.append(self._increment(row, pending, row.done))
 
-    def _increment(self, row: Row, pending: Pending, done: Done | None) -> Increment:
+    def _increment(self, row: RowTokens, pending: Pending, done: Done | None) -> OutputDelta:
         """New tokens, and the whole answer if it is `done`."""
         tokenizer = self.tokenizer
         completion = None
@@ -362,14 +363,14 @@ class Router:
             completion = messages.completion(done, pending.row, pending.prompt_ids, tokenizer)
         logprobs = messages.logprobs(row.logprobs, tokenizer)
         text = messages.text_of(row)
-        return Increment(row.request_id, row.token_ids, text, logprobs, completion)
+        return OutputDelta(row.request_id, row.token_ids, text, logprobs, completion)
 
     def _ended(
         self, request_id: int, pending: Pending, reason: str, error: str | None = None
-    ) -> Increment:
+    ) -> OutputDelta:
         """The last output of a request that its replica did not finish."""
         done = Done(reason, None, 0, None, error)
-        row = Row(request_id, [], None if pending.row.logprobs is None else [])
+        row = RowTokens(request_id, [], None if pending.row.logprobs is None else [])
         return self._increment(row, pending, done)
 
     def _fail(self, request_id: int, error: str) -> None:

@@ -14,7 +14,7 @@ ALONE_LOSSES = 2
 
 
 @dataclass
-class Group:
+class SuspectGroup:
     """num_alone: the replicas that were lost while they had this group alone."""
 
     request_ids: list[int]
@@ -25,26 +25,26 @@ class Suspects:
     """The groups that wait for a replica, in their order."""
 
     def __init__(self) -> None:
-        self._groups: deque[Group] = deque()
+        self._groups: deque[SuspectGroup] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._groups)
 
     def add(self, request_ids: list[int]) -> None:
         """Take the requests of a replica that was lost."""
-        self._groups.append(Group(request_ids))
+        self._groups.append(SuspectGroup(request_ids))
 
-    def next(self) -> Group:
+    def next(self) -> SuspectGroup:
         return self._groups.popleft()
 
-    def lost(self, group: Group) -> bool:
+    def lost(self, group: SuspectGroup) -> bool:
         """Take back what is left of a group whose replica was lost. False: it is one request, and
         is given up."""
         group.num_alone += 1
         request_ids = group.request_ids
         if len(request_ids) > 1:
             middle = len(request_ids) // 2
-            self._groups += [Group(request_ids[:middle]), Group(request_ids[middle:])]
+            self._groups += [SuspectGroup(request_ids[:middle]), SuspectGroup(request_ids[middle:])]
         elif group.num_alone < ALONE_LOSSES:
             self._groups.append(group)
         else:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanovllm.models.interface import Kept, LayerCache, Model
 from nanovllm.models.layer_state import Recurrent
+from nanovllm.models.model import Kept, LayerCache, Model
 from nanovllm.platforms.regions import Region
 from nanovllm.runner.snapshots import RowStates, Snapshots
 from nanovllm.runner.spec import EngineSpec

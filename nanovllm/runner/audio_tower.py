@@ -1,7 +1,7 @@
 """Runs an audio tower: chunks of clips are packed into calls of static sizes.
 
 K chunks of a call's budget | F frames in a chunk | M mel bins | G tokens | O text model's hidden
-size. The other letters are in `models/audio/interface`.
+size. The other letters are in `models/audio/audio_encoder`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanovllm.compile.program import Compiler
 from nanovllm.models.audio import layout as layouts
-from nanovllm.models.audio.interface import AudioTower, AudioWeights
+from nanovllm.models.audio.audio_encoder import AudioTower, AudioWeights
 from nanovllm.runner.encoder_steps import EncoderCall, EncoderSteps
 
 BUDGETS = (4, 32)  # chunks, of two seconds each in Qwen2.5-Omni; see `AudioSteps`

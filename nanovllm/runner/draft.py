@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanovllm.compile.program import Compiler, Region
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.interface import LayerCache, Model, Params
+from nanovllm.models.model import LayerCache, Model, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.proposer import Drafting, Fed

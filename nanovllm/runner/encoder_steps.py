@@ -16,7 +16,7 @@ from torch import Tensor
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
 from nanovllm.platforms.base import Platform
-from nanovllm.runner.captured import Capture
+from nanovllm.runner.device_graphs import Capture
 
 
 class EncoderCall(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from nanovllm.models.interface import Batch
+from nanovllm.models.model import Batch
 from nanovllm.runner.state import DeviceState
 
 

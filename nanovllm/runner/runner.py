@@ -20,26 +20,26 @@ from nanovllm.kernels import collectives
 from nanovllm.kernels.collectives import Communicator
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
-from nanovllm.models.interface import Model, Params
 from nanovllm.models.layer_state import LayerState, Recurrent, recurrent_bytes
+from nanovllm.models.model import Model, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms.base import MemoryBudget, Platform
 from nanovllm.platforms.regions import Region
-from nanovllm.runner import columns
+from nanovllm.runner import vocab_parallel
 from nanovllm.runner.allocation import allocate
-from nanovllm.runner.bucket_steps import BucketSteps, Captures
-from nanovllm.runner.captured import PrefillStep, VerifyStep
+from nanovllm.runner.async_output import AsyncOutput
+from nanovllm.runner.device_graphs import PrefillStep, VerifyStep
 from nanovllm.runner.draft import DraftParts
 from nanovllm.runner.embeddings import Embeddings
-from nanovllm.runner.given import GivenInputs, fill
-from nanovllm.runner.launched import Launched
+from nanovllm.runner.encoders import Encoders, MMItem
+from nanovllm.runner.graph_cache import Captures, GraphCache
+from nanovllm.runner.mm_embeds import MMEmbedInputs, fill
 from nanovllm.runner.no_grad import without_grad
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import accept_and_advance, new_state
+from nanovllm.runner.state_update import write
 from nanovllm.runner.steps import Steps, Table
-from nanovllm.runner.towers import Encodable, Towers
-from nanovllm.runner.writing import write
 from nanovllm.schedule.plan import LogitEdits, PromptLogprobs, StepPlan
 
 Args = ParamSpec("Args")
@@ -98,10 +98,10 @@ class Runner:
         self.sampler = Sampler(platform, self.state, cfg.vocab_size, cfg.dtype)
         self.model_dtype = cfg.dtype
         self.embeddings = Embeddings(spec.embedding_cache_bytes)
-        self._given: GivenInputs | None = None
+        self._given: MMEmbedInputs | None = None
         if model.takes_embeddings:
-            self._given = GivenInputs(cfg, platform, layout.prefill_tokens[-1])
-        self.towers = Towers(model, params, platform, compiler, layout, self.embeddings)
+            self._given = MMEmbedInputs(cfg, platform, layout.prefill_tokens[-1])
+        self.towers = Encoders(model, params, platform, compiler, layout, self.embeddings)
         self._scales = [self._kv_scales(*one) for one in zip(model.kept, params.layers)]
         # False: an interrupted step may have changed the tables of resident experts but not their
         # weights
@@ -191,7 +191,7 @@ class Runner:
             for num in self.layout.verify_tokens:
                 self.buckets.verify(num_rows, num)
         self.towers.warm_up(self._captures.tower, progress)
-        columns.warm_up(self.cfg, self.layout.logits_rows, self.platform.device)
+        vocab_parallel.warm_up(self.cfg, self.layout.logits_rows, self.platform.device)
         self.sampler.warm_up()
         self.platform.synchronize()
         self.graphs_bytes = self.platform.used_bytes() - used_bytes
@@ -208,7 +208,7 @@ class Runner:
             for step in self.buckets.padding(size):
                 step.launch()
                 step.build_hidden()
-                columns.warm_up(self.cfg, [len(step.token_R)], self.platform.device)
+                vocab_parallel.warm_up(self.cfg, [len(step.token_R)], self.platform.device)
         elif kind in self.towers:
             self.towers.run_bucket(kind, size)
         else:
@@ -276,13 +276,13 @@ class Runner:
             ),
         )
 
-    def _make_buckets(self) -> BucketSteps:
-        return BucketSteps(self.steps, self.platform, self.layout, self._captures, self._given)
+    def _make_buckets(self) -> GraphCache:
+        return GraphCache(self.steps, self.platform, self.layout, self._captures, self._given)
 
     # steps ------------------------------------------------------------------------------------
 
     @_in_group
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> AsyncOutput:
         """Start a step; returns at once on devices that work asynchronously.
 
         Raises ValueError for an adapter if the model has none.
@@ -330,7 +330,7 @@ class Runner:
             )
         self.embeddings.give(key, embeds.to(self.platform.device, self.model_dtype))
 
-    def encode(self, media: Mapping[str, Encodable]) -> None:
+    def encode(self, media: Mapping[str, MMItem]) -> None:
         """Compute the embeddings of images, videos or clips, and keep them under these keys for the
         next step at least. Does not wait for the device."""
         self.towers.encode(media)
@@ -346,28 +346,28 @@ class Runner:
         logits_RV: Tensor | None = None,
         prompt_logprobs: list[list[LogprobCopies]] | None = None,
         counts: Tensor | None = None,
-    ) -> Launched:
-        logprobs, num_top = None, plan.choice.num_logprobs
+    ) -> AsyncOutput:
+        logprobs, num_top = None, plan.sampling.num_logprobs
         if num_top is not None:
             assert logits_RV is not None
             num = len(plan.rows)
             logprobs = copy_logprobs(self.platform, logits_RV, tokens, num_top, num)
         read_back = self.platform.read_back
         counts_copy = None if counts is None else read_back(counts)
-        return Launched(plan, read_back(tokens), counts_copy, logprobs, prompt_logprobs or [])
+        return AsyncOutput(plan, read_back(tokens), counts_copy, logprobs, prompt_logprobs or [])
 
-    def _decode(self, plan: StepPlan) -> Launched:
+    def _decode(self, plan: StepPlan) -> AsyncOutput:
         step = self.buckets.decode(self.layout.decode_bucket(len(plan.rows)))
         step.fill(plan.rows)
         self.announce(plan.seq_lens, step.row_idx_R.shape[0])
-        if plan.choice.is_plain:
+        if plan.sampling.is_plain:
             step.replay()
-        elif not plan.choice.needs_host and not self.steps.whole:
-            step.replay_with(self.sampler.variant(plan.choice))
+        elif not plan.sampling.needs_host and not self.steps.whole:
+            step.replay_with(self.sampler.variant(plan.sampling))
         else:
             with self.steps.proposing(step.row_idx_R):
                 logits_RV = step.logits()
-                token_R = self.sampler.sample(plan.choice, step.row_idx_R, logits_RV)
+                token_R = self.sampler.sample(plan.sampling, step.row_idx_R, logits_RV)
             return self._launched(plan, token_R, logits_RV)
         return self._launched(plan, step.token_R)
 
@@ -377,36 +377,36 @@ class Runner:
         if self.platform.traits.wants_lengths:
             self.platform.announce(seq_lens + [1] * (num_rows - len(seq_lens)))
 
-    def _verify(self, plan: StepPlan) -> Launched:
+    def _verify(self, plan: StepPlan) -> AsyncOutput:
         num_rows, num = self.layout.verify_bucket(len(plan.rows), plan.tokens_per_row)
         step = self.buckets.verify(num_rows, num)
         arrays = self.buckets.span_arrays(
             plan.rows, plan.num_tokens, plan.token_T, num_rows * num, num_rows
         )
         step.fill(arrays)
-        if plan.choice.is_plain:
+        if plan.sampling.is_plain:
             step.replay()
         else:
-            assert plan.choice.state_suffices
+            assert plan.sampling.state_suffices
             with self.steps.proposing(step.span, num):
                 logits_TV, tokens = step.logits()
                 chosen_T = self.sampler.choose(tokens.row_T, logits_TV, tokens.num_T)
                 step.set(*accept_and_advance(num, self.state, step.span, tokens, chosen_T))
         return self._launched(plan, step.token_RK, counts=step.count_R)
 
-    def _prefill(self, plan: StepPlan) -> Launched:
+    def _prefill(self, plan: StepPlan) -> AsyncOutput:
         bucket = self.layout.prefill_bucket(len(plan.token_T), len(plan.rows))
         step = self.buckets.prefill(*bucket, plan.has_given)
         step.fill(self.buckets.span_arrays(plan.rows, plan.num_tokens, plan.token_T, *bucket))
         if step.given is not None:
             fill(step.given, plan, self.embeddings, self.platform)
-        if plan.choice.is_plain and not plan.prompt_logprobs:
+        if plan.sampling.is_plain and not plan.prompt_logprobs:
             step.replay()
             return self._launched(plan, step.token_R)
         with self.steps.proposing(step.span):
             return self._prefill_edited(plan, step, bucket[1])
 
-    def _prefill_edited(self, plan: StepPlan, step: PrefillStep, group: int) -> Launched:
+    def _prefill_edited(self, plan: StepPlan, step: PrefillStep, group: int) -> AsyncOutput:
         """A prefill step with another sampler, or with log-probabilities of prompts."""
         prompt_logprobs: list[list[LogprobCopies]] = []
         if plan.prompt_logprobs:
@@ -415,13 +415,13 @@ class Runner:
                 self._prompt_logprobs(one, h_TD, group) for one in plan.prompt_logprobs
             ]
             logits_RW = self.steps.logits_at(h_TD, last_R)
-            if plan.choice.is_plain:
+            if plan.sampling.is_plain:
                 return self._launched(plan, step.sample(logits_RW), None, prompt_logprobs)
             logits_RV = self.steps.gathered(logits_RW)
         else:
             logits_RV = step.logits()
         rows = step.span.row_idx_R, logits_RV, step.span.num_tokens_R
-        token_R = self.sampler.sample(plan.choice, *rows)
+        token_R = self.sampler.sample(plan.sampling, *rows)
         return self._launched(plan, token_R, logits_RV, prompt_logprobs)
 
     def _prompt_logprobs(

@@ -26,9 +26,9 @@ from nanovllm.schedule.edit_limits import check
 from nanovllm.schedule.plan import (
     ALL_TOKENS,
     SAMPLING_FIELDS,
-    Choice,
     LogitEdits,
     Logprobs,
+    SamplingMetadata,
     TokenHistory,
 )
 
@@ -118,8 +118,10 @@ class Kind(NamedTuple):
     has_masks: bool
 
 
-def kind_of(choice: Choice) -> Kind:
-    return Kind(choice.has_filters, choice.has_penalties, choice.has_edits, choice.has_masks)
+def kind_of(sampling: SamplingMetadata) -> Kind:
+    return Kind(
+        sampling.has_filters, sampling.has_penalties, sampling.has_edits, sampling.has_masks
+    )
 
 
 class Variant(NamedTuple):
@@ -184,9 +186,9 @@ class Sampler:
         if has_masks:
             self.masks.reserve()
 
-    def variant(self, choice: Choice) -> Variant:
+    def variant(self, sampling: SamplingMetadata) -> Variant:
         """The sampler for a choice that does not need the host."""
-        kind = kind_of(choice)
+        kind = kind_of(sampling)
         version = self.edits.version if kind.has_edits else 0
         return Variant(kind, version, partial(self._sample, kind))
 
@@ -219,18 +221,22 @@ class Sampler:
         return token_R
 
     def sample(
-        self, choice: Choice, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
+        self,
+        sampling: SamplingMetadata,
+        row_idx_R: Tensor,
+        logits_RV: Tensor,
+        num_R: Tensor | None = None,
     ) -> Tensor:
-        """Choose token_R as `choice` describes, advance the state and record the tokens.
+        """Choose token_R as `sampling` describes, advance the state and record the tokens.
 
         The order is that of vLLM: forbidden tokens, edits and masks, penalties, temperature and
         filters.
         """
-        if choice.forbidden:
-            forbidden = self.platform.upload(choice.forbidden, torch.int64).unbind(1)
+        if sampling.forbidden:
+            forbidden = self.platform.upload(sampling.forbidden, torch.int64).unbind(1)
             minus_inf = logits_RV.new_full((), float("-inf"))
             logits_RV = logits_RV.index_put(forbidden, minus_inf)
-        return self._sample(kind_of(choice), row_idx_R, logits_RV, num_R)
+        return self._sample(kind_of(sampling), row_idx_R, logits_RV, num_R)
 
     def _sample(
         self, kind: Kind, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None

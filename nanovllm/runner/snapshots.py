@@ -1,6 +1,6 @@
 """Copies of the states that recurrent layers keep of rows, for later requests with equal prefixes.
 
-X places of rows (`models.interface.States`) | Y slots of snapshots | N copies of a step
+X places of rows (`models.model.States`) | Y slots of snapshots | N copies of a step
 """
 
 from __future__ import annotations

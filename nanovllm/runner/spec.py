@@ -8,7 +8,7 @@ import torch
 
 from nanovllm.compile import buckets
 from nanovllm.models.experts.offloaded import OffloadPlan
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.proposer import DeviceProposer
 

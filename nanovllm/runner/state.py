@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models.interface import Batch, Pages, States
+from nanovllm.models.model import Batch, Pages, States
 from nanovllm.schedule.plan import DRAFT, PAD_BLOCK, SAMPLING_FIELDS
 
 # Logits, temperatures, seeds and positions to tokens: `ops.sample`, or that of several ranks
@@ -37,7 +37,7 @@ class DeviceState(NamedTuple):
         return self.token_S.shape[0] - 1
 
 
-class Places(NamedTuple):
+class StatePlaces(NamedTuple):
     """The places that recurrent layers have for a row's states (`States`); 0: no such layers.
 
     With `each` a step keeps the states after each of its tokens, since the last may be rejected.
@@ -141,7 +141,7 @@ def decode_states(num_places: int, state: DeviceState, row_idx_R: Tensor) -> Sta
     return States(_before(num_places, first_R, pos_R), pos_R == 0, first_R + pos_R % num_places)
 
 
-def span_states(places: Places, state: DeviceState, span: Span, tokens: SpanTokens) -> States:
+def span_states(places: StatePlaces, state: DeviceState, span: Span, tokens: SpanTokens) -> States:
     """Where the states are in a span."""
     pos_R, first_R = state.pos_S[span.row_idx_R], span.row_idx_R * places.num
     from_R = _before(places.num, first_R, pos_R)

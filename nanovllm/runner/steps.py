@@ -21,16 +21,15 @@ from nanovllm.compile.trace import tensors
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
-from nanovllm.models.interface import Batch, Kept, LayerCache, LayerCall, Model, Params
+from nanovllm.models.model import Batch, Kept, LayerCache, LayerCall, Model, Params
 from nanovllm.platforms.attention import Attention
-from nanovllm.runner.columns import drawing, gathered
-from nanovllm.runner.given import Given, add_features, with_given
+from nanovllm.runner.mm_embeds import MMEmbeds, add_features, with_given
 from nanovllm.runner.proposer import Drafting, Fed, write
 from nanovllm.runner.state import (
     DeviceState,
-    Places,
     Span,
     SpanTokens,
+    StatePlaces,
     choose_and_accept,
     choose_and_advance,
     decode_batch,
@@ -38,6 +37,7 @@ from nanovllm.runner.state import (
     span_batch,
     span_states,
 )
+from nanovllm.runner.vocab_parallel import drawing, gathered
 
 # Inputs of the regions below that are weights or tables (see `Compiler.frozen`).
 FROZEN = (
@@ -61,7 +61,7 @@ def _begin(
     embed: Callable[..., Tensor],
     cfg: ModelConfig,
     block_size: int,
-    places: Places,
+    places: StatePlaces,
     state: DeviceState,
     embed_VD: Tensor,
     row_idx_R: Tensor,
@@ -76,7 +76,7 @@ def _begin_span(
     embed: Callable[..., Tensor],
     cfg: ModelConfig,
     block_size: int,
-    places: Places,
+    places: StatePlaces,
     state: DeviceState,
     embed_VD: Tensor,
     span: Span,
@@ -136,12 +136,12 @@ class Steps:
     def block_size(self) -> int:
         return self.pages.k_CBKH.shape[1]
 
-    def places(self, *, verifies: bool = False) -> Places:
+    def places(self, *, verifies: bool = False) -> StatePlaces:
         """The places of rows' states, in a step that perhaps `verifies` proposals."""
         kept = next((one for one in self.caches if not isinstance(one, LayerCache)), None)
         if kept is None:
-            return Places()
-        return Places(kept[0].shape[0] // self.state.pos_S.shape[0], verifies)
+            return StatePlaces()
+        return StatePlaces(kept[0].shape[0] // self.state.pos_S.shape[0], verifies)
 
     def of_each_program(self) -> Steps:
         """The steps of the reduced model: they use every program and launch few kernels."""
@@ -245,7 +245,7 @@ class Steps:
 
     # several tokens for each row --------------------------------------------------------------
 
-    def prefill_logits(self, span: Span, given: Given | None = None) -> Tensor:
+    def prefill_logits(self, span: Span, given: MMEmbeds | None = None) -> Tensor:
         """Write keys and values of a span; returns logits [R, W] after each row's last token."""
         needs_all = given is not None and self.model.adds_to_last
         needs_all = needs_all or (self.drafting is not None and self.drafting.reads_last)
@@ -254,7 +254,7 @@ class Steps:
         h_RD, _ = self._prefill(span, given, keeps_last=True)
         return self._head(h_RD)
 
-    def hidden(self, span: Span, given: Given | None = None) -> tuple[Tensor, Tensor]:
+    def hidden(self, span: Span, given: MMEmbeds | None = None) -> tuple[Tensor, Tensor]:
         """Write keys and values of a span; returns all hidden states [T, D] after the last layer,
         and the index of each row's last token."""
         if self.whole:
@@ -262,7 +262,7 @@ class Steps:
         return self._prefill(span, given, keeps_last=False)
 
     def _prefill(
-        self, span: Span, given: Given | None, *, keeps_last: bool
+        self, span: Span, given: MMEmbeds | None, *, keeps_last: bool
     ) -> tuple[Tensor, Tensor]:
         """The hidden states after the last layer, [R, D] with `keeps_last`, and the index of each
         row's last token."""
@@ -363,7 +363,7 @@ class Steps:
         batch: Batch,
         max_q_len: int,
         last_R: Tensor | None = None,
-        given: Given | None = None,
+        given: MMEmbeds | None = None,
     ) -> Tensor:
         sizes = (batch.slot_T.shape[0], batch.seq_len_R.shape[0])
         programs = self.model.layer_programs(keeps_last=last_R is not None)

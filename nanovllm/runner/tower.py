@@ -1,7 +1,7 @@
 """Runs a vision tower: images and video frames are packed into calls of static sizes.
 
 T patches of a call's budget | C numbers in a patch | G tokens | O text model's hidden size
-L levels of features. The other letters are in `models/vision/interface`.
+L levels of features. The other letters are in `models/vision/vision_encoder`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ from torch import Tensor
 
 from nanovllm.compile.program import Compiler
 from nanovllm.models.vision import layout as layouts
-from nanovllm.models.vision.interface import BlockCall, Layout, Taps, Tower, TowerWeights, Windows
-from nanovllm.models.vision.layout import Call, Grid
+from nanovllm.models.vision.layout import Grid, TowerCall
+from nanovllm.models.vision.vision_encoder import (
+    BlockCall,
+    FrameLayout,
+    Taps,
+    Tower,
+    TowerWeights,
+    Windows,
+)
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.encoder_steps import EncoderCall, EncoderSteps
 
@@ -54,7 +61,7 @@ class TowerSteps(EncoderSteps):
             yield EncoderCall(call.budget, self.inputs(call, patches), num_tokens)
             done += call.num_patches
 
-    def inputs(self, call: Call, patches: Tensor) -> tuple[Tensor, Layout]:
+    def inputs(self, call: TowerCall, patches: Tensor) -> tuple[Tensor, FrameLayout]:
         """A call's inputs on the device, padded to its budget: pixel_TC and the layout."""
         cfg = self.tower.config
         budget = call.num_patches if call.budget is None else call.budget
@@ -64,7 +71,7 @@ class TowerSteps(EncoderSteps):
         return self.platform.upload(padded_TC, cfg.dtype), _uploaded(self.platform, arrays)
 
     def run(  # type: ignore[override]
-        self, pixel_TC: Tensor, layout: Layout, compiler: Compiler, *, few: bool = False
+        self, pixel_TC: Tensor, layout: FrameLayout, compiler: Compiler, *, few: bool = False
     ) -> Tensor:
         calls, weights = self.tower.config.calls, self.weights
         if self.whole and compiler.lowering is not None:
@@ -82,19 +89,19 @@ class TowerSteps(EncoderSteps):
             weights = weights._replace(blocks=tuple(weights.blocks[i] for i in chosen))
         return run_call(self.tower, calls, weights, layout, pixel_TC, compiler)
 
-    def padding(self, budget: int) -> tuple[Tensor, Layout]:
+    def padding(self, budget: int) -> tuple[Tensor, FrameLayout]:
         """The patches are one frame."""
         cfg = self.tower.config
         frames_F2 = np.array([[cfg.merge_size, budget // cfg.merge_size]])
         patches = torch.zeros(budget, cfg.patch_size)
-        return self.inputs(Call(frames_F2, budget, budget), patches)
+        return self.inputs(TowerCall(frames_F2, budget, budget), patches)
 
 
 def _inlined(
     tower: Tower,
     calls: Sequence[BlockCall],
     weights: TowerWeights,
-    layout: Layout,
+    layout: FrameLayout,
     pixel_TC: Tensor,
 ) -> Tensor:
     """A call as one region."""
@@ -105,7 +112,7 @@ def run_call(
     tower: Tower,
     calls: Sequence[BlockCall],
     weights: TowerWeights,
-    layout: Layout,
+    layout: FrameLayout,
     pixel_TC: Tensor,
     compiler: Compiler,
 ) -> Tensor:
@@ -140,14 +147,14 @@ def run_call(
     return torch.stack((merged(0, h_TD), *levels))
 
 
-def _uploaded(platform: Platform, layout: Layout) -> Layout:
+def _uploaded(platform: Platform, layout: FrameLayout) -> FrameLayout:
     """A layout's arrays on the device."""
 
     def up(array: np.ndarray) -> Tensor:
         return platform.upload(array, getattr(torch, str(array.dtype)))
 
     windows, taps = layout.windows, layout.taps
-    return Layout(
+    return FrameLayout(
         up(layout.row_col_T2),
         up(layout.frame_start_S),
         None if windows is None else Windows(*map(up, windows)),

@@ -13,10 +13,10 @@ import torch
 from nanovllm.kernels import collectives
 from nanovllm.models.experts.offloaded import prepare
 from nanovllm.platforms.base import DryRun
-from nanovllm.runner.captured import VerifyStep
+from nanovllm.runner.device_graphs import VerifyStep
 from nanovllm.runner.runner import Runner
 from nanovllm.schedule.pace import DecodePace
-from nanovllm.schedule.stall import StallBound
+from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def dry_run_bucket(runner: Runner, kind: str, size: int, dry_run: DryRun) -> Non
             runner.sampler.dry_run(dry_run)
 
 
-def measure_stall(runner: Runner, max_ms: float) -> StallBound:
+def measure_prefill_latency_bound(runner: Runner, max_ms: float) -> PrefillLatencyBound:
     """Time prefill steps of padding, and one whose tokens attend to a long context.
 
     `Runner.warm_up` must have run.
@@ -68,7 +68,7 @@ def measure_stall(runner: Runner, max_ms: float) -> StallBound:
     context = min(max_model_len, max(2 * num_tokens, STALL_CONTEXT_TOKENS))
     attended = num_tokens * (context - num_tokens / 2)
     attention_ms = max(0.0, _prefill_ms(runner, num_tokens, context) - alone_ms) / attended
-    bound = StallBound(max_ms, tuple(step_ms), attention_ms)
+    bound = PrefillLatencyBound(max_ms, tuple(step_ms), attention_ms)
     logger.debug("prefill steps: %s", bound)
     return bound
 

@@ -109,7 +109,7 @@ class BlockPool:
                 del self._by_digest[digest]
         return blocks
 
-    def publish(self, block: int, digest: bytes) -> None:
+    def cache_block(self, block: int, digest: bytes) -> None:
         """Add a full block to the prefix cache. Of two equal blocks the first is used."""
         if (
             self.enable_prefix_caching
@@ -126,7 +126,7 @@ class BlockPool:
         self._by_digest.clear()
         self._digest_of.clear()
 
-    def forget(self, blocks: Iterable[int] | None = None) -> None:
+    def evict(self, blocks: Iterable[int] | None = None) -> None:
         """Remove these blocks, or all, from the prefix cache.
 
         Blocks stay with their owners.

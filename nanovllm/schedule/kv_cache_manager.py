@@ -46,13 +46,13 @@ class KVCacheManager:
         False, and nothing changes, if this would leave less than one block of each group for each
         of the `num_others` running requests: the new request would soon be preempted.
         """
-        known_ids = request.known_ids
-        digests = self._digests(request, known_ids)
+        all_token_ids = request.all_token_ids
+        digests = self._digests(request, all_token_ids)
         # the last token always runs, even if its block is cached: the step needs its logits
         usable = (
             []
-            if request.needs_prompt_logits or request.is_alone
-            else digests[: (len(known_ids) - 1) // self.block_size]
+            if request.needs_prompt_logits or request.no_sharing
+            else digests[: (len(all_token_ids) - 1) // self.block_size]
         )
         tables = self.cached_prefix(usable)
         num_cached, whole = len(tables[0]), self.groups.num_blocks(num_tokens)
@@ -117,7 +117,7 @@ class KVCacheManager:
     def cut(self, request: Request, num_tokens: int) -> int:
         """How many of the next `num_tokens` tokens of a prompt to feed at once, so that the step
         ends where a snapshot is of use: at a block's end, the last one that others can share."""
-        if self.snapshots is None or not self.snapshots.num_slots or request.is_alone:
+        if self.snapshots is None or not self.snapshots.num_slots or request.no_sharing:
             return num_tokens
         start, end = request.num_computed, request.num_computed + num_tokens
         last = (request.num_known - 1) // self.block_size * self.block_size
@@ -128,7 +128,7 @@ class KVCacheManager:
         """A slot for the state after the tokens computed so far; None for no snapshot. The blocks
         of these tokens are published."""
         num_blocks, offset = divmod(request.num_computed, self.block_size)
-        if self.snapshots is None or offset or request.is_alone:
+        if self.snapshots is None or offset or request.no_sharing:
             return None
         if not self.pool.enable_prefix_caching or len(request.block_digests) < num_blocks:
             return None
@@ -236,32 +236,32 @@ class KVCacheManager:
                         break
         return num
 
-    def publish(self, request: Request, num_full: int) -> None:
+    def cache_blocks(self, request: Request, num_full: int) -> None:
         """Let later requests find the first `num_full` blocks of a request, which are full of known
         tokens."""
         num_published = len(request.block_digests)
         if num_full <= num_published:
             return
-        known_ids = request.known_ids[: num_full * self.block_size]
-        request.block_digests = self._digests(request, known_ids)
+        all_token_ids = request.all_token_ids[: num_full * self.block_size]
+        request.block_digests = self._digests(request, all_token_ids)
         for group, table in enumerate(request.blocks):
             digests = self._of_group(request.block_digests[num_published:], group)
             for block, digest in zip(table[num_published:num_full], digests):
                 if block != PAD_BLOCK:
-                    self.pool.publish(block, digest)
+                    self.pool.cache_block(block, digest)
 
-    def forget(self, requests: Iterable[Request] | None = None) -> None:
+    def evict(self, requests: Iterable[Request] | None = None) -> None:
         """Let no request find the content of these requests' blocks, or of any, any more."""
         if requests is None:
-            self.pool.forget()
+            self.pool.evict()
             if self.snapshots is not None:
-                self.snapshots.forget()
+                self.snapshots.evict()
             return
         for request in requests:
             for table in request.blocks:
-                self.pool.forget(table)
+                self.pool.evict(table)
             if self.snapshots is not None:
-                self.snapshots.forget(request.block_digests)
+                self.snapshots.evict(request.block_digests)
 
     @staticmethod
     def _of_group(digests: Sequence[bytes], group: int) -> Sequence[bytes]:

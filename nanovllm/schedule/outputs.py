@@ -10,11 +10,11 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.stop_strings import stop_strings
-from nanovllm.tokenizer import Decoding, GrowingText, Tokenizer
+from nanovllm.tokenizer import Decoding, IncrementalText, Tokenizer
 
 
 @dataclass(frozen=True)
-class Completion:
+class FinishedOutput:
     """The whole output of a finished request.
 
     stop_reason: the stop string, or the one of `stop_token_ids`, that ended the text.
@@ -43,7 +43,7 @@ class Completion:
         finish_reason: str,
         stop_reason: str | int | None,
         error: Exception | None = None,
-    ) -> Completion:
+    ) -> FinishedOutput:
         params = request.params
         return cls(
             text=text,
@@ -60,7 +60,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Increment:
+class OutputDelta:
     """One request's new tokens, their log-probabilities if requested, and the new text. Its last
     increment also holds the completion."""
 
@@ -68,16 +68,16 @@ class Increment:
     token_ids: list[int]
     text: str
     logprobs: list[dict[int, Logprob]] | None = None
-    completion: Completion | None = None
+    completion: FinishedOutput | None = None
 
     @property
     def finished(self) -> bool:
         return self.completion is not None
 
-    def __add__(self, later: Increment) -> Increment:
+    def __add__(self, later: OutputDelta) -> OutputDelta:
         """This increment and the next one of the same request as one."""
         no_logprobs = self.logprobs is None and later.logprobs is None
-        return Increment(
+        return OutputDelta(
             self.request_id,
             self.token_ids + later.token_ids,
             self.text + later.text,
@@ -90,7 +90,7 @@ class Increment:
 class Outbox:
     """Outputs of requests until they are taken."""
 
-    outputs: list[Increment] = field(default_factory=list)
+    outputs: list[OutputDelta] = field(default_factory=list)
 
     def has(self, request_ids: Container[int] | None = None) -> bool:
         """Whether there are outputs of these requests, or of any."""
@@ -98,7 +98,7 @@ class Outbox:
             return bool(self.outputs)
         return any(output.request_id in request_ids for output in self.outputs)
 
-    def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
+    def take(self, request_ids: Container[int] | None = None) -> list[OutputDelta]:
         """Remove and return the outputs of these requests, or of all."""
         if request_ids is None:
             taken, self.outputs = self.outputs, []
@@ -125,9 +125,9 @@ class TextStream:
         self._how = Decoding(params.skip_special_tokens, params.spaces_between_special_tokens)
         self._includes_stop = params.include_stop_str_in_output
         self._stops = stop_strings(params.stop_strings) if params.stop_strings else None
-        self._growing: GrowingText | None = None
+        self._growing: IncrementalText | None = None
         if self._tokenizer is not None and (incremental or self._stops):
-            self._growing = GrowingText(self._tokenizer, self._how)
+            self._growing = IncrementalText(self._tokenizer, self._how)
         self._state = 0  # of the automaton, after `text`
         # The taken text and the new text, in pieces: joining them for each token would copy a long
         # text each time.

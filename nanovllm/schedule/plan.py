@@ -117,7 +117,7 @@ class EmbeddingSpan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choice:
+class SamplingMetadata:
     """How to choose the next tokens, apart from each row's temperature.
 
     forbidden: (row of the step, token id) pairs that must not be chosen.
@@ -159,7 +159,7 @@ class Choice:
         return not self.has_filters and self.state_suffices
 
 
-PLAIN = Choice()
+PLAIN = SamplingMetadata()
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ class StepPlan:
     restores: copies from slots to rows before the step. snapshots: from rows to slots after it.
     position_3T: int64 [3, T] the positions of the tokens in time, height and width. None: each has
         one position, which the device derives from the state.
-    allowed_MW: int32 [M, ceil(V / 32)], for each of `Choice.masked` a mask of the tokens that it
-        may choose: token v is bit v % 32 of word v // 32.
+    allowed_MW: int32 [M, ceil(V / 32)], for each of `SamplingMetadata.masked` a mask of the tokens
+        that it may choose: token v is bit v % 32 of word v // 32.
     """
 
     is_prefill: bool
@@ -195,7 +195,7 @@ class StepPlan:
     snapshots: list[RowCopy] = field(default_factory=list)
     histories: list[TokenHistory] = field(default_factory=list)
     edits: list[RowEdits] = field(default_factory=list)
-    choice: Choice = PLAIN
+    sampling: SamplingMetadata = PLAIN
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     embeddings: list[EmbeddingSpan] = field(default_factory=list)
     position_3T: np.ndarray | None = None
@@ -214,13 +214,13 @@ class StepPlan:
     def to_bytes(self) -> bytes:
         """The plan as bytes, for `from_bytes`."""
         # not `asdict`, which copies every number
-        return _pack(vars(self) | {"choice": vars(self.choice)})
+        return _pack(vars(self) | {"sampling": vars(self.sampling)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StepPlan:
         content = _unpack(data)
-        choice = content.pop("choice")
-        choice["forbidden"] = [(row, token_id) for row, token_id in choice["forbidden"]]
+        sampling = content.pop("sampling")
+        sampling["forbidden"] = [(row, token_id) for row, token_id in sampling["forbidden"]]
         kinds: dict[str, Any] = {
             "settings": RowSettings,
             "restores": RowCopy,
@@ -239,7 +239,7 @@ class StepPlan:
         for name, kind in kinds.items():
             content[name] = [kind(*values) for values in content[name]]
         content["new_blocks"] = [tuple(new) for new in content["new_blocks"]]
-        return cls(choice=Choice(**choice), **content)
+        return cls(sampling=SamplingMetadata(**sampling), **content)
 
 
 class Logprobs(NamedTuple):

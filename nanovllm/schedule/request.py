@@ -27,7 +27,7 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-class Content(NamedTuple):
+class MMSpan(NamedTuple):
     """Embeddings for prompt tokens `start` … `start + num − 1`. Their digest is their key."""
 
     start: int
@@ -40,7 +40,7 @@ class Content(NamedTuple):
 
 
 def block_content(
-    contents: Sequence[Content], position_3T: np.ndarray | None, start: int, end: int
+    contents: Sequence[MMSpan], position_3T: np.ndarray | None, start: int, end: int
 ) -> bytes:
     """What keys and values of tokens `start` … `end − 1` depend on beside token ids: digests and
     offsets of embeddings, and positions that differ from those in the sequence."""
@@ -90,7 +90,7 @@ class Request:
     max_output: int  # max_tokens, at most what max_model_len leaves for the output
     stop_ids: frozenset[int]  # within the vocabulary
     incremental: bool = False  # its tokens are streamed
-    contents: tuple[Content, ...] = ()
+    contents: tuple[MMSpan, ...] = ()
     prompt_position_3P: np.ndarray | None = None  # of the prompt's tokens, in time, height, width
     priority: int = 0  # requests with lower numbers go first
     edits: LogitEdits | None = None
@@ -106,7 +106,7 @@ class Request:
     is_decoding: bool = False  # its last prefill chunk has been launched
     is_verifying: bool = False  # a step with proposals of the host is in flight
     is_failing: bool = False  # its tokens in flight are dropped, then it restarts
-    is_alone: bool = False  # it shares no cached blocks and has no proposals
+    no_sharing: bool = False  # it shares no cached blocks and has no proposals
     snapshot: int | None = None  # the pinned slot whose state its first step begins with
     num_shared: int = 0  # tokens whose blocks were found in the cache at this admission
     num_computed: int = 0
@@ -116,7 +116,7 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
 
     def expand(
-        self, prompt_ids: list[int], contents: tuple[Content, ...], positions: np.ndarray | None
+        self, prompt_ids: list[int], contents: tuple[MMSpan, ...], positions: np.ndarray | None
     ) -> None:
         """Replace the prompt by the one with all tokens of its media."""
         self.prompt_ids, self.contents, self.prompt_position_3P = prompt_ids, contents, positions
@@ -155,7 +155,7 @@ class Request:
         return found_3T
 
     @property
-    def known_ids(self) -> list[int]:
+    def all_token_ids(self) -> list[int]:
         return self.prompt_ids + self.output_ids
 
     @property

@@ -3,9 +3,9 @@
 First come, first served, by priority. A step is either a prefill step (chunks of prompts, at most
 `max_num_batched_tokens` tokens) or a decode step (the newest token of each of at most
 `max_decode_rows` rows, and proposals for the tokens after it). While a running request is streamed
-(`Request.incremental`), prefill and decode steps take turns and a time bound (`StallBound`) limits
-each prefill step: a long prompt delays the next token by at most one short prefill step. Otherwise
-prefill goes first without a bound: the whole batch finishes sooner.
+(`Request.incremental`), prefill and decode steps take turns and a time bound
+(`PrefillLatencyBound`) limits each prefill step: a long prompt delays the next token by at most one
+short prefill step. Otherwise prefill goes first without a bound: the whole batch finishes sooner.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
+from nanovllm.schedule.batch_builder import Chunk, decode_plan, prefill_plan, sampling_metadata
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.plan import DRAFT, NewBlock, StepPlan
-from nanovllm.schedule.planning import Chunk, choice_of, decode_plan, prefill_plan
+from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.schedule.request import Request, Status
-from nanovllm.schedule.stall import StallBound
 
 Proposer = Callable[[Request], Sequence[int]]
 
@@ -33,7 +33,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_decode_rows: int,
         max_prefill_rows: int,
-        stall: StallBound | None = None,
+        stall: PrefillLatencyBound | None = None,
         max_proposals: int = 0,
     ) -> None:
         """`propose`, if set, is called for requests whose tokens are all known, and at most
@@ -96,8 +96,8 @@ class Scheduler:
 
         Its blocks are no longer shared. It waits until none of its tokens is in flight.
         """
-        request.is_failing = request.is_alone = True
-        self.cache.forget([request])
+        request.is_failing = request.no_sharing = True
+        self.cache.evict([request])
         if not request.num_in_flight:
             self._send_back(request)
 
@@ -131,12 +131,12 @@ class Scheduler:
         request.output_ids += token_ids
         num_full = min(request.num_known, request.num_computed) // self.cache.block_size
         if num_full > len(request.block_digests) and self.cache.pool.enable_prefix_caching:
-            self.cache.publish(request, num_full)
+            self.cache.cache_blocks(request, num_full)
 
     def _max_prefill_ms(self, decodable: list[Request]) -> float:
         """The time bound of the next prefill step, in milliseconds.
 
-        The prefill steps between two tokens of one request share `StallBound.max_ms`.
+        The prefill steps between two tokens of one request share `PrefillLatencyBound.max_ms`.
         """
         if self.stall is None or not any(request.incremental for request in decodable):
             return math.inf
@@ -201,7 +201,7 @@ class Scheduler:
         request.num_in_flight += is_last
         # Steps run in order, and a layer stores all keys of a step before its attention: later
         # requests of this step may already share these blocks.
-        self.cache.publish(request, request.num_computed // self.cache.block_size)
+        self.cache.cache_blocks(request, request.num_computed // self.cache.block_size)
         slots = self.cache.restored(request), self.cache.take_snapshot(request)
         chunks.append(Chunk(request, start, num_tokens, is_first, is_last, new_blocks, *slots))
         return num_tokens
@@ -257,11 +257,11 @@ class Scheduler:
         for request in chosen:
             request.num_computed += 1
             request.num_in_flight += 1
-        choice = choice_of(chosen)
+        sampling = sampling_metadata(chosen)
         proposals: list[Sequence[int]] = []
-        if (self.propose is not None or self.num_drafts) and choice.state_suffices:
+        if (self.propose is not None or self.num_drafts) and sampling.state_suffices:
             proposals = [self._proposals(request, new_blocks) for request in chosen]
-        return decode_plan(chosen, proposals, new_blocks, choice)
+        return decode_plan(chosen, proposals, new_blocks, sampling)
 
     def _proposals(self, request: Request, new_blocks: list[NewBlock]) -> Sequence[int]:
         """The proposed tokens after a request's newest, as many as blocks and its length allow.
@@ -269,7 +269,7 @@ class Scheduler:
         They count as computed and in flight until `tokens_known` gets the accepted ones.
         """
         proposed: Sequence[int] = (DRAFT,) * self.num_drafts
-        if request.is_alone or (self.propose is not None and request.num_in_flight > 1):
+        if request.no_sharing or (self.propose is not None and request.num_in_flight > 1):
             return ()
         if self.propose is not None:
             proposed = self.propose(request)

@@ -59,7 +59,7 @@ class SnapshotPool:
         self._slots.update(self._made)
         self._made.clear()
 
-    def forget(self, digests: Iterable[bytes] | None = None) -> None:
+    def evict(self, digests: Iterable[bytes] | None = None) -> None:
         """Let no request find the snapshots of these prefixes, or of any, any more."""
         self.commit()
         for digest in list(self._slots) if digests is None else digests:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from nanovllm.outputs import TopLogprobs
-from nanovllm.replicas.messages import Done, Row, logprobs
+from nanovllm.replicas.messages import Done, RowTokens, logprobs
 from nanovllm.sampling import SamplingParams
-from nanovllm.schedule.outputs import Completion, Increment, TextStream
+from nanovllm.schedule.outputs import FinishedOutput, OutputDelta, TextStream
 from nanovllm.tokenizer import Tokenizer
 
 
@@ -35,7 +35,7 @@ class Answer:
         self._logprobs: list[TopLogprobs] | None = None if params.logprobs is None else []
         self._num_decoded = self._num_taken = 0  # tokens
         self._end: Done | None = None  # as the engine sent it
-        self.done: Completion | None = None
+        self.done: FinishedOutput | None = None
 
     def add_token(self, token_id: int) -> bool:
         """Add the next token, which comes alone. Returns whether a stop string ends the text there;
@@ -49,7 +49,7 @@ class Answer:
         self._decode()
         return self._has_stopped
 
-    def add(self, row: Row) -> bool:
+    def add(self, row: RowTokens) -> bool:
         """Add any number of tokens and, if present, the end. Returns the same as `add_token`."""
         self._end = row.done
         if self._has_stopped:
@@ -65,7 +65,7 @@ class Answer:
     def _has_stopped(self) -> bool:
         return self._text.stop_string is not None
 
-    def take(self) -> Increment | None:
+    def take(self) -> OutputDelta | None:
         """The output since the last call; None if there is none."""
         if self.done is not None:
             return None
@@ -75,7 +75,7 @@ class Answer:
         elif self._num_taken == len(self._token_ids):
             return None
         first, self._num_taken = self._num_taken, len(self._token_ids)
-        return Increment(
+        return OutputDelta(
             self.index,
             self._token_ids[first:],
             self._text.take(last=self.done is not None),
@@ -107,12 +107,12 @@ class Answer:
                     del self._logprobs[num:]
                 return
 
-    def _completion(self, end: Done) -> Completion:
+    def _completion(self, end: Done) -> FinishedOutput:
         text, reason = self._text, "stop" if self._has_stopped else end.finish_reason
         if not self._has_stopped:
             may_stop = len(self._token_ids) >= self._min_tokens
             text.finish(self._token_ids, may_stop=may_stop)
-        return Completion(
+        return FinishedOutput(
             text=text.text,
             token_ids=self._token_ids,
             finish_reason=reason,

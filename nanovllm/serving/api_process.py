@@ -27,8 +27,8 @@ from typing import Any
 from nanovllm import programs
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.channel import Channel, ChannelClosed
-from nanovllm.replicas import process
-from nanovllm.serving import quota
+from nanovllm.replicas import engine_program
+from nanovllm.serving import admission
 from nanovllm.serving.client import Client
 from nanovllm.serving.supervisor import DONE, DRAIN
 
@@ -51,7 +51,7 @@ class ApiProcess:
             os.set_inheritable(descriptor, False)
         self.listener = socket.socket(fileno=setup["inherited"]["listener"])
         self._engines = [socket.socket(fileno=descriptor) for descriptor in setup["engines"]]
-        self._counts = quota.inherited_counts(setup["inherited"]["counts"])
+        self._counts = admission.inherited_counts(setup["inherited"]["counts"])
         memory = setup["inherited"]["memory"]
         shared = mmap.mmap(memory, 0) if os.fstat(memory).st_size else b""
         self.memory = memoryview(shared)
@@ -75,26 +75,26 @@ class ApiProcess:
 
 def serve(setup: dict[str, Any], channel: Channel) -> None:
     """Call the target function. Raises its errors and ChannelClosed."""
-    process = ApiProcess(setup)
+    engine_program = ApiProcess(setup)
     listening = threading.Thread(
-        target=_listen, args=(channel, process), name="supervisor", daemon=True
+        target=_listen, args=(channel, engine_program), name="supervisor", daemon=True
     )
     listening.start()
     programs.find_again(setup["folder"])
     module, _, name = setup["target"].partition(":")
-    getattr(importlib.import_module(module), name)(process)
+    getattr(importlib.import_module(module), name)(engine_program)
     channel.send(DONE)
     listening.join()  # this ends the process
 
 
-def _listen(channel: Channel, process: ApiProcess) -> None:
+def _listen(channel: Channel, engine_program: ApiProcess) -> None:
     """Handle the supervisor's messages; exit when the channel closes."""
     try:
         while channel.receive()[0] == DRAIN:
-            process.begin_drain()
+            engine_program.begin_drain()
     except ChannelClosed:
         os._exit(0)
 
 
 if __name__ == "__main__":
-    process.run(serve)
+    engine_program.run(serve)

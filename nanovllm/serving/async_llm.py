@@ -13,12 +13,12 @@ from typing import Any
 
 from nanovllm import log
 from nanovllm.config import EngineConfig
-from nanovllm.engine.interface import NO_PROFILE
-from nanovllm.parallel.watch import CLOSE_SECONDS, RankFailed
-from nanovllm.serving import quota
+from nanovllm.engine.engine_client import NO_PROFILE
+from nanovllm.parallel.monitor import CLOSE_SECONDS, RankFailed
+from nanovllm.serving import admission
+from nanovllm.serving.async_engine import EngineDead
 from nanovllm.serving.client import Client
 from nanovllm.serving.engine_process import EngineProcess
-from nanovllm.serving.interface import EngineDead
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +41,17 @@ class AsyncLLM(Client):
     _patience_s = 3.0
 
     def __init__(
-        self, model: str | PathLike[str], *, max_queued: int = quota.MAX_QUEUED, **options: Any
+        self, model: str | PathLike[str], *, max_queued: int = admission.MAX_QUEUED, **options: Any
     ) -> None:
         log.configure()
         config = EngineConfig.from_options(model, options)
-        quota.checked_limit(max_queued)
+        admission.checked_limit(max_queued)
         self._cause: Exception | None = None
         self._process = EngineProcess(config, 1)
         super().__init__(
             config,
             self._process.clients[0],
-            quota.own_counts(self._process.num_engines),
+            admission.own_counts(self._process.num_engines),
             max_queued=max_queued,
         )
         found = weakref.WeakMethod(self._note_cause)

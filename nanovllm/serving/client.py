@@ -12,34 +12,34 @@ from typing import Any, NamedTuple
 
 from nanovllm.checks import InvalidValue
 from nanovllm.config import EngineConfig
-from nanovllm.engine.intake import Intake, drawn_seed
+from nanovllm.engine.input_processor import InputProcessor, drawn_seed
 from nanovllm.engine.metrics import Metric
-from nanovllm.engine.owner import Owner
+from nanovllm.engine.owner import OwnerProcess
 from nanovllm.engine.request import EngineInfo, EngineRequest
-from nanovllm.growing import GrowingAnswer, GrowingOutput
-from nanovllm.media.given import Given
+from nanovllm.media.mm_inputs import MMInput
+from nanovllm.output_stream import StreamedAnswer, StreamedOutput
 from nanovllm.outputs import RequestOutput
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
-from nanovllm.replicas import handover, messages, setups
+from nanovllm.replicas import child_config, handover, messages
 from nanovllm.replicas.handshake import check_agreement
 from nanovllm.replicas.load_balancer import choose
 from nanovllm.replicas.messages import Add, End
-from nanovllm.replicas.totals import totals
+from nanovllm.replicas.metric_aggregation import aggregate
 from nanovllm.sampling import SamplingParams
-from nanovllm.serving import quota
+from nanovllm.serving import admission
+from nanovllm.serving.admission import MAX_QUEUED, Admission, Counts
 from nanovllm.serving.answer import Answer
+from nanovllm.serving.async_engine import Draining, EngineDead, Unavailable
 from nanovllm.serving.connection import Connection
 from nanovllm.serving.encoding import Encoder
-from nanovllm.serving.interface import Draining, EngineDead, Unavailable
-from nanovllm.serving.quota import MAX_QUEUED, Counts, Quota
-from nanovllm.serving.stream import Feed, OpenStream
+from nanovllm.serving.stream import OpenStream, RequestState
 from nanovllm.tokenizer import Tokenizer
 
 
 class Open(NamedTuple):
     """An unfinished answer. engine: its index. cost: see `load_balancer`."""
 
-    feed: Feed
+    feed: RequestState
     answer: Answer
     engine: int
     cost: int
@@ -83,14 +83,14 @@ class Client:
         self.config = config
         self._socks, self._counts, self._index = list(socks), counts, index
         self._restarts: dict[int, asyncio.Task[None]] = {}  # of engines that are not ready
-        self._max_queued = quota.checked_limit(max_queued)
+        self._max_queued = admission.checked_limit(max_queued)
         self._next_id = 0
-        self._feeds: dict[str, Feed] = {}  # unfinished
+        self._feeds: dict[str, RequestState] = {}  # unfinished
         self._answers: dict[int, Open] = {}  # by id
         self._engines: list[Connection] = []
         self._failure: EngineDead | None = None
         self._is_draining = self._is_closed = False
-        self._owner = Owner()
+        self._owner = OwnerProcess()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -120,22 +120,22 @@ class Client:
             self._engines.append(await self._connected(index, sock))
         for parent in self._socks[num_engines:]:
             self._watch_restarts(parent)
-        reading = asyncio.to_thread(setups.tokenizer, self.config)
+        reading = asyncio.to_thread(child_config.tokenizer, self.config)
         infos, self.tokenizer = await asyncio.gather(self._infos(), reading)
         first = infos[0]
         self.max_model_len, self._block_size = first.max_model_len, first.block_size
         self.max_num_seqs = sum(one.max_num_seqs for one in infos)
         self.default_params = SamplingParams(**first.default_params)
         self.eos_ids = frozenset(first.eos_ids)
-        self._intake = Intake.of(self.config, self.tokenizer, first)
+        self._intake = InputProcessor.of(self.config, self.tokenizer, first)
         capacities = [one.num_blocks for one in infos]
         # with one engine there is nothing to balance
         self._places = []
         if len(infos) > 1:
-            self._places = quota.places(self._counts, self._index, capacities)
-        num_clients = quota.num_clients_of(self._counts)
+            self._places = admission.places(self._counts, self._index, capacities)
+        num_clients = admission.num_clients_of(self._counts)
         self._encoder = await Encoder.open(self.config, self._intake, first, num_clients)
-        self._quota = Quota(self._index, self._counts, self.max_num_seqs + self._max_queued)
+        self._quota = Admission(self._index, self._counts, self.max_num_seqs + self._max_queued)
 
     async def _infos(self) -> list[EngineInfo]:
         infos = await asyncio.gather(*(one.info for one in self._engines))
@@ -256,7 +256,7 @@ class Client:
 
     # requests ---------------------------------------------------------------------------------
 
-    def check_media(self, media: Sequence[Given]) -> None:
+    def check_media(self, media: Sequence[MMInput]) -> None:
         """Raises ValueError for media that the model or the options do not allow. Call it after
         `ready`."""
         self._encoder.check_media(media)
@@ -311,9 +311,9 @@ class Client:
         given = as_prompt(prompt)
         stream = await self.open(given, params, request_id=request_id, priority=priority)
         prompt_ids = stream.prompt_token_ids
-        growing = GrowingOutput(stream.request_id, given.text, prompt_ids, params.output_kind)
+        growing = StreamedOutput(stream.request_id, given.text, prompt_ids, params.output_kind)
         for index in range(params.n):
-            growing.answers[index] = GrowingAnswer(index, len(prompt_ids))
+            growing.answers[index] = StreamedAnswer(index, len(prompt_ids))
         try:
             while found := await stream.take():
                 output = growing.output({one.request_id: one for one in found})
@@ -331,7 +331,7 @@ class Client:
         for feed in list(self._feeds.values()):
             self.abort_feed(feed)
 
-    def abort_feed(self, feed: Feed) -> None:
+    def abort_feed(self, feed: RequestState) -> None:
         """Abort the unfinished answers of a request."""
         ids = [feed.first_id + answer.index for answer in feed.answers]
         unfinished = [one for one in ids if one in self._answers]
@@ -344,7 +344,7 @@ class Client:
         """The summed metrics of all engines. Raises EngineDead."""
         await self.ready()
         self._check_alive()
-        return totals(await asyncio.gather(*(one.metrics() for one in self._engines)))
+        return aggregate(await asyncio.gather(*(one.metrics() for one in self._engines)))
 
     # inside -----------------------------------------------------------------------------------
 
@@ -384,19 +384,19 @@ class Client:
         """The seeds of the n answers. Each client draws its own; a single one draws `LLM`'s."""
         if params.seed is not None:
             return [one.seed for one in params.of_answers() if one.seed is not None]
-        num_clients = quota.num_clients_of(self._counts)
+        num_clients = admission.num_clients_of(self._counts)
         numbers = range(self._next_id, self._next_id + params.n)
         return [drawn_seed(self.config.seed, i * num_clients + self._index) for i in numbers]
 
-    def _new_feed(self, name: str, asked: EngineRequest) -> Feed:
+    def _new_feed(self, name: str, asked: EngineRequest) -> RequestState:
         params = asked.params
         answers = [
             Answer(index, params, asked.prompt_ids, self.tokenizer, incremental=asked.incremental)
             for index in range(params.n)
         ]
-        return Feed(name, self._next_id, answers)
+        return RequestState(name, self._next_id, answers)
 
-    def _send(self, feed: Feed, asked: EngineRequest, media: bytes) -> None:
+    def _send(self, feed: RequestState, asked: EngineRequest, media: bytes) -> None:
         """Send a request's answers to their engines, one message per engine."""
         params, num_prompt = asked.params, len(asked.prompt_ids)
         seeds = self._seeds(params)

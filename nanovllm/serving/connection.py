@@ -11,7 +11,7 @@ from nanovllm.engine.metrics import Metric
 from nanovllm.engine.request import EngineInfo
 from nanovllm.parallel.channel import pack, unpack
 from nanovllm.replicas import messages
-from nanovllm.replicas.totals import LastMetrics
+from nanovllm.replicas.metric_aggregation import LastMetrics
 
 
 class Connection(asyncio.Protocol):

@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import partial
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.intake import Intake
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.request import EngineInfo, EngineRequest
-from nanovllm.media import given as media_given
-from nanovllm.media.given import Given
+from nanovllm.media import mm_inputs as media_given
+from nanovllm.media.mm_inputs import MMInput
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import RequestOutputKind, SamplingParams
-from nanovllm.serving.seeing import Seeing
+from nanovllm.serving.mm_preprocessor import MMPreprocessor
 
 # Longer texts are encoded in a thread, so that other tasks can run.
 LONG_TEXT_CHARACTERS = 4096
@@ -23,21 +23,21 @@ LONG_TEXT_CHARACTERS = 4096
 class Encoder:
     """Encodes texts, and prepares media."""
 
-    def __init__(self, intake: Intake, seeing: Seeing | None) -> None:
+    def __init__(self, intake: InputProcessor, seeing: MMPreprocessor | None) -> None:
         """seeing: None for a text-only model."""
         self._intake, self._seeing = intake, seeing
 
     @classmethod
     async def open(
-        cls, config: EngineConfig, intake: Intake, info: EngineInfo, num_clients: int
+        cls, config: EngineConfig, intake: InputProcessor, info: EngineInfo, num_clients: int
     ) -> Encoder:
         """num_clients: the clients that share the limits on media. Raises ValueError."""
         if info.media_scale is None:
             return cls(intake, None)
         args = config, intake.tokenizer, info.media_scale, num_clients
-        return cls(intake, await asyncio.to_thread(Seeing, *args))
+        return cls(intake, await asyncio.to_thread(MMPreprocessor, *args))
 
-    def check_media(self, media: Sequence[Given]) -> None:
+    def check_media(self, media: Sequence[MMInput]) -> None:
         """Raises ValueError for media that the model or the options do not allow."""
         if self._seeing is None:
             media_given.refuse(self._intake.model, media)
@@ -48,8 +48,8 @@ class Encoder:
         self, prompt: Prompt, params: SamplingParams, priority: int
     ) -> tuple[EngineRequest, bytes, object | None]:
         """The request, the message with its media, and the media's key: call `release` with it when
-        the answers have ended. Raises the errors of `Seeing.prepare`, and ValueError for an invalid
-        prompt."""
+        the answers have ended. Raises the errors of `MMPreprocessor.prepare`, and ValueError for an
+        invalid prompt."""
         incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
         asked = partial(
             self._intake.request, params=params, incremental=incremental, priority=priority

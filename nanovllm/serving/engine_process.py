@@ -9,10 +9,10 @@ from itertools import chain
 
 from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
-from nanovllm.parallel.ranks import Ranks
-from nanovllm.parallel.watch import RankFailed, without_name
+from nanovllm.parallel.monitor import RankFailed, without_name
+from nanovllm.parallel.ranks import WorkerGroup
 
-PROGRAM = "nanovllm.replicas.process"
+PROGRAM = "nanovllm.replicas.engine_program"
 NAME = "the engine process"
 
 
@@ -42,7 +42,7 @@ class EngineProcess:
         }  # fmt: skip
         names = ("the engine's parent process", NAME)
         try:
-            self._ranks = Ranks.start(
+            self._ranks = WorkerGroup.start(
                 setup, 2, PROGRAM, names=names, inherited=list(chain(*descriptors))
             )
         except BaseException:

@@ -7,12 +7,12 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
-from nanovllm.schedule.outputs import Increment
+from nanovllm.schedule.outputs import OutputDelta
 from nanovllm.serving.answer import Answer
-from nanovllm.serving.interface import Delta, EngineDead
+from nanovllm.serving.async_engine import Delta, EngineDead
 
 
-class Feed:
+class RequestState:
     """A request's answers and their unread tokens. The client writes, one task reads."""
 
     def __init__(self, name: str, first_id: int, answers: Sequence[Answer]) -> None:
@@ -33,7 +33,7 @@ class Feed:
         self._failure = failure
         self._wake()
 
-    async def take(self) -> list[Increment]:
+    async def take(self) -> list[OutputDelta]:
         """Wait for unread tokens; [] after all answers have ended. Raises EngineDead."""
         while True:
             fresh, self._fresh = self._fresh, {}
@@ -56,14 +56,14 @@ class Feed:
 
 
 class Aborts(Protocol):
-    def abort_feed(self, feed: Feed) -> None:
+    def abort_feed(self, feed: RequestState) -> None:
         """Abort the unfinished answers of one prompt."""
 
 
 class OpenStream:
     """Implements `Stream`. Leaving the loop over it aborts unfinished answers."""
 
-    def __init__(self, client: Aborts, prompt_token_ids: list[int], feed: Feed) -> None:
+    def __init__(self, client: Aborts, prompt_token_ids: list[int], feed: RequestState) -> None:
         self.request_id, self.prompt_token_ids = feed.name, prompt_token_ids
         self._client, self._feed = client, feed
         self._loop = asyncio.get_running_loop()
@@ -76,7 +76,7 @@ class OpenStream:
         finally:
             self.abort()
 
-    async def take(self) -> list[Increment]:
+    async def take(self) -> list[OutputDelta]:
         """Wait for new output: at most one increment per answer, whose `request_id` is the answer's
         index; [] after the end. Raises EngineDead."""
         return await self._feed.take()
@@ -91,7 +91,7 @@ class OpenStream:
             self._loop.call_soon_threadsafe(self._client.abort_feed, self._feed)
 
 
-def delta(one: Increment) -> Delta:
+def delta(one: OutputDelta) -> Delta:
     """Convert an increment, whose `request_id` is the index of its answer, for readers."""
     done = one.completion
     if done is None:

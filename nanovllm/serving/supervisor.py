@@ -23,9 +23,9 @@ from typing import Any
 from nanovllm import programs
 from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
-from nanovllm.parallel.ranks import Ranks
-from nanovllm.parallel.watch import RankFailed, without_name
-from nanovllm.serving import quota
+from nanovllm.parallel.monitor import RankFailed, without_name
+from nanovllm.parallel.ranks import WorkerGroup
+from nanovllm.serving import admission
 from nanovllm.serving.engine_process import EngineProcess
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ FAREWELL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Service:
+class ServerProcesses:
     """A server's parts.
 
     target: "package.module:function", which API processes run (see `api_process`); they find the
@@ -56,7 +56,7 @@ class Service:
     options: Mapping[str, Any] = field(default_factory=dict)
     num_api_processes: int = 1
     drain_timeout: float = 30.0
-    max_queued: int = quota.MAX_QUEUED
+    max_queued: int = admission.MAX_QUEUED
     shared_bytes: int = 0
 
 
@@ -72,11 +72,11 @@ class _Event:
 class Supervisor:
     """Runs a service. Use it in the main thread, once."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: ServerProcesses) -> None:
         self._service = service
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._engine: EngineProcess | None = None
-        self._processes: list[Ranks] = []
+        self._processes: list[WorkerGroup] = []
 
     def run(self) -> int:
         """Start all processes and wait for the end. Returns the exit code.
@@ -97,7 +97,7 @@ class Supervisor:
         self._engine = EngineProcess(service.config, num)
         self._engine.call_on_failure(self._note_failure)
         with (
-            quota.new_file(num, self._engine.num_engines) as counts,
+            admission.new_file(num, self._engine.num_engines) as counts,
             tempfile.TemporaryFile() as memory,
         ):
             memory.truncate(service.shared_bytes)
@@ -114,7 +114,7 @@ class Supervisor:
 
     def _start_api_process(
         self, index: int, descriptors: dict[str, int], engines: list[int]
-    ) -> Ranks:
+    ) -> WorkerGroup:
         """engines: the descriptors of its sockets, as `EngineProcess.clients` has them."""
         service = self._service
         setup = {
@@ -130,7 +130,7 @@ class Supervisor:
             "max_queued": service.max_queued,
             "environment": {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},  # torch is not needed
         }
-        process = Ranks.start(
+        process = WorkerGroup.start(
             setup,
             2,  # this process and the new one
             PROGRAM,
@@ -167,7 +167,7 @@ class Supervisor:
         self._service.listener.close()  # it exists until the API processes close it
         for process in self._processes:
             with suppress(RankFailed):
-                process.tell(DRAIN)
+                process.send(DRAIN)
         waiting, deadline = set(range(len(self._processes))), time.monotonic() + seconds
         while waiting:
             event = self._next(deadline)

@@ -15,18 +15,18 @@ from nanovllm.compile import keys
 from nanovllm.compile.key import Key
 from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.store import Artifact, num_kernels, seal_kernels
-from nanovllm.models import interface
-from nanovllm.models.interface import Model
+from nanovllm.models import model as model_module
+from nanovllm.models.model import Model
 from nanovllm.platforms.base import Platform
-from nanovllm.runner import columns, given, state, steps, tower
+from nanovllm.runner import mm_embeds, state, steps, tower, vocab_parallel
 
 if TYPE_CHECKING:
-    from nanovllm.startup.choose import Choice
+    from nanovllm.startup.resolve import ResolvedConfig
 
 logger = logging.getLogger(__name__)
 
 READY = "ready"  # the kind of the marker that a store has every bucket of a model and layout
-SHARED_MODULES = ("config", "dense", "interface", "layer_state")
+SHARED_MODULES = ("config", "dense", "layer_state", "model")
 # The folders of models whose modules regions of several architectures may use.
 SHARED_FOLDERS = ("audio", "formats", "experts", "vision")
 
@@ -40,7 +40,7 @@ def common_ingredients(
     The sources of a model are the modules of its regions, shared modules, formats, forms of
     experts, and towers.
     """
-    models, engine = Path(interface.__file__).parent, Path(steps.__file__).parent
+    models, engine = Path(model_module.__file__).parent, Path(steps.__file__).parent
     chosen_by = Path(sys.modules[type(platform).__module__].__file__ or "")
     stored = [path for folder in SHARED_FOLDERS for path in (models / folder).glob("*.py")]
     shared = [*(models / f"{name}.py" for name in SHARED_MODULES), *stored]
@@ -52,7 +52,10 @@ def common_ingredients(
         "source models": keys.source_digest(shared, models),
         **{f"source {name}": keys.source_digest([at], at.parent) for name, at in files.items()},
         "source steps": keys.source_digest(
-            [Path(module.__file__ or "") for module in (columns, given, state, steps, tower)],
+            [
+                Path(module.__file__ or "")
+                for module in (vocab_parallel, mm_embeds, state, steps, tower)
+            ],
             engine,
         ),
         "source platform": keys.source_digest([chosen_by], chosen_by.parent),
@@ -63,10 +66,10 @@ def common_ingredients(
     }
 
 
-def _ready_key(choice: Choice) -> Key:
+def _ready_key(resolved: ResolvedConfig) -> Key:
     """Everything on which the programs and kernels of all buckets depend."""
-    platform, model = choice.platform, choice.model
-    passes = [name for name, _ in platform.passes(choice.config.tuned.fuse)]
+    platform, model = resolved.platform, resolved.model
+    passes = [name for name, _ in platform.passes(resolved.config.tuned.fuse)]
     reduced = model.reduced()
     shapes = [{name: param.shape for name, param in group.items()} for group in reduced.declared]
     num_groups = len(model.page_groups.groups)
@@ -74,7 +77,9 @@ def _ready_key(choice: Choice) -> Key:
     described = json.dumps(facts)
     common = common_ingredients(platform, passes, model)
     towers = {
-        name: json.dumps([keys.describe(tower), str(tower.config), interface.tower_shapes(tower)])
+        name: json.dumps(
+            [keys.describe(tower), str(tower.config), model_module.tower_shapes(tower)]
+        )
         for name, tower in model.towers.items()
     }
     return Key(
@@ -82,34 +87,34 @@ def _ready_key(choice: Choice) -> Key:
             **common,
             "model": described,
             **towers,
-            "spec": str(choice.spec),
+            "spec": str(resolved.spec),
             "scheme": repr(model.scheme),
         }
     )
 
 
-def mark_ready(choice: Choice) -> None:
+def mark_ready(resolved: ResolvedConfig) -> None:
     """Record the digests of kernels, then mark the store as complete for all buckets."""
-    folder = choice.store.folder
+    folder = resolved.store.folder
     seal_kernels(folder)
     content = str(num_kernels(folder)).encode()
-    choice.store.save(_ready_key(choice), Artifact(READY, READY, content, None, {}))
+    resolved.store.save(_ready_key(resolved), Artifact(READY, READY, content, None, {}))
 
 
-def is_ready(choice: Choice) -> bool:
+def is_ready(resolved: ResolvedConfig) -> bool:
     """Whether an earlier start has left this marker, and no kernel has been deleted since."""
-    found = choice.store.find(_ready_key(choice))
-    return found is not None and num_kernels(choice.store.folder) >= int(found.content)
+    found = resolved.store.find(_ready_key(resolved))
+    return found is not None and num_kernels(resolved.store.folder) >= int(found.content)
 
 
-def finish(choice: Choice, made: Sequence[str]) -> None:
+def finish(resolved: ResolvedConfig, made: Sequence[str]) -> None:
     """Record the digests of the kernels that warm-up has `made`, and mark the store as ready.
 
-    `choice` has max_model_len as the options have it, not as the cache's size lowered it: the next
-    start's key has that value. Raises CompileRequired if a kernel was made in "require" mode.
+    `resolved` has max_model_len as the options have it, not as the cache's size lowered it: the
+    next start's key has that value. Raises CompileRequired if a kernel was made in "require" mode.
     """
-    folder = choice.store.folder
-    if choice.config.compile_cache_mode == "require":
+    folder = resolved.store.folder
+    if resolved.config.compile_cache_mode == "require":
         if made:
             raise CompileRequired(
                 f"compile_cache_mode is 'require', but {len(made)} kernel(s) were not in {folder} "
@@ -118,5 +123,5 @@ def finish(choice: Choice, made: Sequence[str]) -> None:
         return
     if made:
         seal_kernels(folder)
-    if choice.spec.layout.pad and not is_ready(choice):
-        mark_ready(choice)
+    if resolved.spec.layout.pad and not is_ready(resolved):
+        mark_ready(resolved)

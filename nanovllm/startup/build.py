@@ -12,20 +12,20 @@ from nanovllm import env
 from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler
 from nanovllm.kernels.collectives import Communicator
-from nanovllm.models.interface import VARYING, Params
+from nanovllm.models.model import VARYING, Params
 from nanovllm.platforms.base import MemoryBudget
 from nanovllm.runner import steps
 from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.runner.no_grad import without_grad
 from nanovllm.runner.runner import Runner
-from nanovllm.runner.warmup import measure_bus, measure_pace, measure_stall
+from nanovllm.runner.warmup import measure_bus, measure_pace, measure_prefill_latency_bound
 from nanovllm.schedule.cache_groups import CacheGroups
 from nanovllm.schedule.pace import DecodePace
-from nanovllm.schedule.stall import StallBound
+from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.startup.artifacts import common_ingredients, finish
-from nanovllm.startup.choose import Choice
-from nanovllm.startup.laps import Laps
 from nanovllm.startup.memory import MemoryReport
+from nanovllm.startup.resolve import ResolvedConfig
+from nanovllm.startup.startup_timer import StartupTimer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -39,17 +39,17 @@ class Built:
     num_blocks: int
     cache_groups: CacheGroups
     memory: MemoryReport
-    stall: StallBound | None
+    stall: PrefillLatencyBound | None
     pace: DecodePace
     expert_stats: ExpertStats | None
 
 
 @without_grad
 def build(
-    choice: Choice,
+    resolved: ResolvedConfig,
     params: Params,
     bar: tqdm[Any],
-    laps: Laps,
+    laps: StartupTimer,
     group: Communicator | None = None,
     make: Callable[..., Runner] = Runner,
 ) -> Built:
@@ -59,11 +59,11 @@ def build(
 
     Raises ValueError for a cache that does not fit, and CompileRequired.
     """
-    config, platform, stage = choice.config, choice.platform, "cache"
+    config, platform, stage = resolved.config, resolved.platform, "cache"
     num_kernels = len(platform.kernels_compiled())
     bar.set_description("sizing the cache")
 
-    def new_runner(chosen: Choice) -> Runner:
+    def new_runner(chosen: ResolvedConfig) -> Runner:
         compiler, capture = make_compiler(chosen, group), config.tuned.capture
         parts = (chosen.model, params, chosen.spec, platform, compiler)
         return make(*parts, capture=capture, group=group)
@@ -75,15 +75,15 @@ def build(
         bar.set_description(f"building {what}")
         bar.update()
 
-    runner, num_blocks, budget = with_cache(choice, new_runner)
+    runner, num_blocks, budget = with_cache(resolved, new_runner)
     runner.warm_up(building)
     laps.end(stage)
-    stall = _stall_bound(choice, runner)
+    stall = _stall_bound(resolved, runner)
     pace = measure_pace(runner)
     laps.end("stall")
     expert_stats = _expert_stats(runner)
-    if not config.enforce_eager and choice.shard.rank == 0:
-        finish(choice, platform.kernels_compiled()[num_kernels:])
+    if not config.enforce_eager and resolved.shard.rank == 0:
+        finish(resolved, platform.kernels_compiled()[num_kernels:])
         laps.end("seal")
     groups = cache_groups(runner)
     memory = MemoryReport(
@@ -99,13 +99,13 @@ def build(
     return Built(runner, num_blocks, groups, memory, stall, pace, expert_stats)
 
 
-def _stall_bound(choice: Choice, runner: Runner) -> StallBound | None:
+def _stall_bound(resolved: ResolvedConfig, runner: Runner) -> PrefillLatencyBound | None:
     """The bound of the options, or the device's default; None if that is infinite."""
-    asked_ms = choice.config.max_stall_ms
-    max_ms = choice.platform.traits.max_stall_ms if asked_ms is None else asked_ms
+    asked_ms = resolved.config.max_stall_ms
+    max_ms = resolved.platform.traits.max_stall_ms if asked_ms is None else asked_ms
     if not math.isfinite(max_ms):
         return None
-    bound = measure_stall(runner, max_ms)
+    bound = measure_prefill_latency_bound(runner, max_ms)
     return bound.in_proportion() if asked_ms is None else bound
 
 
@@ -117,15 +117,15 @@ def _expert_stats(runner: Runner) -> ExpertStats | None:
     return ExpertStats(runner.expert_counts, expert_bytes, rate)
 
 
-def make_compiler(choice: Choice, group: Communicator | None = None) -> Compiler:
+def make_compiler(resolved: ResolvedConfig, group: Communicator | None = None) -> Compiler:
     """A new compiler, for one rank of `group`.
 
     In eager mode, or if graphs are impossible, it runs regions as Python.
     """
-    config, platform, environment = choice.config, choice.platform, env.read()
+    config, platform, environment = resolved.config, resolved.platform, env.read()
     lowering = None if config.enforce_eager else platform.lowering()[0]
     passes = platform.passes(config.tuned.fuse) if lowering is not None else ()
-    names, draft = [name for name, _ in passes], choice.spec.draft
+    names, draft = [name for name, _ in passes], resolved.spec.draft
     draft_model = None if draft is None else draft.model
     return Compiler(
         lowering,
@@ -134,25 +134,25 @@ def make_compiler(choice: Choice, group: Communicator | None = None) -> Compiler
         varying=() if platform.traits.whole_steps else VARYING,
         frozen=steps.FROZEN,
         strict=environment.strict,
-        store=choice.store,
-        ingredients=common_ingredients(platform, names, choice.model, draft_model),
+        store=resolved.store,
+        ingredients=common_ingredients(platform, names, resolved.model, draft_model),
         require=config.compile_cache_mode == "require",
         agree=None if group is None else group.min_int,
-        is_first=choice.shard.rank == 0,
+        is_first=resolved.shard.rank == 0,
     )
 
 
 def with_cache(
-    choice: Choice, new_runner: Callable[[Choice], Runner]
+    resolved: ResolvedConfig, new_runner: Callable[[ResolvedConfig], Runner]
 ) -> tuple[Runner, int, MemoryBudget | None]:
     """A runner with its cache, the number of blocks, and the budget if it decided that number.
 
     Lowers max_model_len to what the cache holds if the options leave it open, and raises ValueError
     if they do not.
     """
-    config, layout = choice.config, choice.spec.layout
-    runner = new_runner(choice)
-    num_blocks, budget = _num_blocks(choice, runner)
+    config, layout = resolved.config, resolved.spec.layout
+    runner = new_runner(resolved)
+    num_blocks, budget = _num_blocks(resolved, runner)
     num_blocks = runner.smallest(num_blocks)
     least = 1 + len(runner.model.page_groups.groups)
     if num_blocks < least:
@@ -174,7 +174,7 @@ def with_cache(
         message = "max_model_len is lowered from %d to %d, the tokens that the cache holds"
         logger.warning(message, layout.max_model_len, capacity)
         block_bytes = runner.block_bytes
-        runner = new_runner(choice.shortened(capacity))  # other sizes mean other programs
+        runner = new_runner(resolved.shortened(capacity))  # other sizes mean other programs
         # shorter than its window a sequence fills the same blocks as without: fewer, larger groups
         num_blocks = num_blocks * block_bytes // runner.block_bytes
     runner.allocate_cache(num_blocks)
@@ -187,12 +187,12 @@ def cache_groups(runner: Runner) -> CacheGroups:
     return CacheGroups(windows, layout.block_size, layout.prefill_tokens[-1])
 
 
-def _num_blocks(choice: Choice, runner: Runner) -> tuple[int, MemoryBudget | None]:
+def _num_blocks(resolved: ResolvedConfig, runner: Runner) -> tuple[int, MemoryBudget | None]:
     """The requested blocks, or as many as fit and can be used; and the budget if it was measured.
 
     Raises ValueError if the requested blocks do not fit.
     """
-    config, platform, layout = choice.config, choice.platform, choice.spec.layout
+    config, platform, layout = resolved.config, resolved.platform, resolved.spec.layout
     if config.num_kvcache_blocks is not None:
         num_blocks, limit_bytes = config.num_kvcache_blocks, platform.cache_limit_bytes()
         wanted_bytes = num_blocks * runner.block_bytes

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from nanovllm.models.config import ModelConfig
 from nanovllm.startup.artifacts import is_ready
-from nanovllm.startup.choose import Choice, workers_may_help
 from nanovllm.startup.offload import device_bytes
+from nanovllm.startup.resolve import ResolvedConfig, workers_may_help
 
 
-def num_workers(choice: Choice) -> int:
+def num_workers(resolved: ResolvedConfig) -> int:
     """0 without graphs, if compiling is fast on this device, or if an earlier start has compiled
     everything."""
-    may_help = workers_may_help(choice.config, choice.store)
-    if not may_help or choice.platform.lowering()[0] is None:
+    may_help = workers_may_help(resolved.config, resolved.store)
+    if not may_help or resolved.platform.lowering()[0] is None:
         return 0
-    cfg, spec, model = choice.model.config, choice.spec, choice.model
+    cfg, spec, model = resolved.model.config, resolved.spec, resolved.model
     token_size = _mlp_size(cfg) + 8 * cfg.hidden_size + 3 * cfg.qkv_size
     scratch_bytes = spec.layout.prefill_tokens[-1] * token_size * cfg.dtype.itemsize
     params_bytes = model.reduced().param_bytes
     worker_bytes = params_bytes + scratch_bytes + (1 << 30)  # for the device's context
     own_bytes = device_bytes(model, spec.offload)
-    count = choice.platform.compile_workers(worker_bytes, own_bytes)
-    return 0 if count < 2 or is_ready(choice) else count
+    count = resolved.platform.compile_workers(worker_bytes, own_bytes)
+    return 0 if count < 2 or is_ready(resolved) else count
 
 
 def _mlp_size(cfg: ModelConfig) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from nanovllm import hub
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.platforms import attention
 from nanovllm.runner.proposer import DeviceProposer
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.checkpoint_cache import read_config
-from nanovllm.startup.choose import Choice, make_model
+from nanovllm.startup.resolve import ResolvedConfig, make_model
 
 
 @dataclass(frozen=True)
@@ -21,48 +21,50 @@ class Draft:
     model: str | None = None
 
 
-def with_draft(choice: Choice, draft: Draft) -> Choice:
-    """The choice with a proposer. Raises ValueError for what does not go with it."""
-    config, layout, traits = choice.config, choice.spec.layout, choice.platform.traits
+def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
+    """The resolved with a proposer. Raises ValueError for what does not go with it."""
+    config, layout, traits = resolved.config, resolved.spec.layout, resolved.platform.traits
     num = draft.proposer.num
     if 1 + num not in layout.verify_tokens:
         raise ValueError(
             f"the proposer drafts {num} tokens, but draft_lengths is "
             f"{list(config.draft_lengths)}: it must hold {num}"
         )
-    layers, num_layers = draft.proposer.layers, choice.model.config.num_layers
+    layers, num_layers = draft.proposer.layers, resolved.model.config.num_layers
     if not all(0 <= layer_idx < num_layers for layer_idx in layers):
         raise ValueError(
             f"the proposer reads hidden states after layers {list(layers)}: they must be "
             f"0 … {num_layers - 1}"
         )
     is_whole = traits.whole_steps and not config.enforce_eager
-    if choice.shard.size > 1 or is_whole or traits.wants_lengths:
-        where = f"with tensor_parallel_size={choice.shard.size} on a {traits.name} device"
+    if resolved.shard.size > 1 or is_whole or traits.wants_lengths:
+        where = f"with tensor_parallel_size={resolved.shard.size} on a {traits.name} device"
         raise ValueError(f"a proposer on the device is not supported {where}")
     spec, folder = DraftSpec(draft.proposer), None
     if draft.model is not None:
         folder = hub.resolve(draft.model, weights=not config.random_weights)
-        hf = read_config(folder, choice.store, None)
-        model = make_model(replace(config, quantization=None), hf, choice.model.config.dtype)
-        _check(choice, model)
+        hf = read_config(folder, resolved.store, None)
+        model = make_model(replace(config, quantization=None), hf, resolved.model.config.dtype)
+        _check(resolved, model)
         spec = replace(spec, model=model)
-    return replace(choice, spec=replace(choice.spec, draft=spec), draft_folder=folder)
+    return replace(resolved, spec=replace(resolved.spec, draft=spec), draft_folder=folder)
 
 
-def _check(choice: Choice, model: Model) -> None:
-    ours, theirs = choice.model.config, model.config
+def _check(resolved: ResolvedConfig, model: Model) -> None:
+    ours, theirs = resolved.model.config, model.config
     if theirs.vocab_size != ours.vocab_size:
         raise ValueError(
             f"the draft model has {theirs.vocab_size} tokens in its vocabulary, the model has "
             f"{ours.vocab_size}: they must have the same"
         )
     windows = [kind.window for kind in model.layer_kinds]
-    block_size = choice.config.kvcache_block_size
-    facts = attention.Facts(theirs.dtype, theirs.head_dim, block_size, windows, theirs.dtype)
-    backend = attention.choose(choice.config.attention_backend, choice.platform, facts)
-    if backend != choice.spec.attention:
+    block_size = resolved.config.kvcache_block_size
+    facts = attention.AttentionNeeds(
+        theirs.dtype, theirs.head_dim, block_size, windows, theirs.dtype
+    )
+    backend = attention.choose(resolved.config.attention_backend, resolved.platform, facts)
+    if backend != resolved.spec.attention:
         raise ValueError(
             f"the draft model needs {backend.describe()}, and the model "
-            f"{choice.spec.attention.describe()}: they must use the same attention"
+            f"{resolved.spec.attention.describe()}: they must use the same attention"
         )

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 
 from nanovllm.models.config import MoeConfig
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 
 logger = logging.getLogger(__name__)
 

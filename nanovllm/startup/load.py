@@ -19,7 +19,7 @@ from nanovllm.media import settings
 from nanovllm.media.settings import VisionSettings
 from nanovllm.models import loader
 from nanovllm.models.experts.offloaded import Offloader
-from nanovllm.models.interface import Model, Params
+from nanovllm.models.model import Model, Params
 from nanovllm.models.vision import weights
 from nanovllm.platforms.regions import Place, Region
 from nanovllm.runner.expert_stats import ExpertStats
@@ -29,17 +29,17 @@ from nanovllm.runner.spec import EngineSpec
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.cache_groups import CacheGroups
 from nanovllm.schedule.pace import DecodePace
-from nanovllm.schedule.stall import StallBound
+from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.startup import ranks
 from nanovllm.startup.build import build
 from nanovllm.startup.checkpoint_cache import read_tokenizer_of
-from nanovllm.startup.choose import Choice, choose
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
 from nanovllm.startup.compile_workers import num_workers
 from nanovllm.startup.draft import Draft, with_draft
 from nanovllm.startup.generation_config import default_params, generation_config
-from nanovllm.startup.laps import Laps
 from nanovllm.startup.memory import MemoryReport
+from nanovllm.startup.resolve import ResolvedConfig, resolve
+from nanovllm.startup.startup_timer import StartupTimer
 from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ PATIENCE_S = 600.0
 @dataclass(frozen=True)
 class Loaded:
     """The parts of a warm engine. `tokenizer` and `vision` are None if the checkpoint has none; see
-    `Laps`."""
+    `StartupTimer`."""
 
     config: EngineConfig
     model: Model
@@ -69,7 +69,7 @@ class Loaded:
     num_blocks: int
     cache_groups: CacheGroups
     memory: MemoryReport
-    stall: StallBound | None
+    stall: PrefillLatencyBound | None
     pace: DecodePace
     expert_stats: ExpertStats | None
     seconds: dict[str, float]
@@ -90,19 +90,19 @@ def load(
     """
     if option := config.replicas_option:
         raise ValueError(f"{option} is for LLM and LLMEngine, which run engines elsewhere")
-    laps = Laps()
+    laps = StartupTimer()
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))
-        choice = choose(config, farm, laps)
+        resolved = resolve(config, farm, laps)
         if draft is not None:
-            choice = with_draft(choice, draft)
-        choice = replace(choice, num_workers=num_workers(choice))
-        if choice.shard.size == 1:
-            return load_chosen(choice, farm, laps, show_progress=show_progress)
-        team = ranks.start(choice)
+            resolved = with_draft(resolved, draft)
+        resolved = replace(resolved, num_workers=num_workers(resolved))
+        if resolved.shard.size == 1:
+            return load_chosen(resolved, farm, laps, show_progress=show_progress)
+        team = ranks.start(resolved)
         try:
             return load_chosen(
-                choice, farm, laps, team.connect, team.make_runner, show_progress=show_progress
+                resolved, farm, laps, team.connect, team.make_runner, show_progress=show_progress
             )
         except BaseException:
             team.close()
@@ -110,9 +110,9 @@ def load(
 
 
 def load_chosen(
-    choice: Choice,
+    resolved: ResolvedConfig,
     farm: CompileFarm,
-    laps: Laps,
+    laps: StartupTimer,
     connect: Callable[[], Communicator | None] = lambda: None,
     make: Callable[..., Runner] = Runner,
     *,
@@ -120,55 +120,55 @@ def load_chosen(
 ) -> Loaded:
     """The rest of `load`, for one rank: `connect` waits for the others and returns their group,
     None on one rank. `make` makes the runner."""
-    config = choice.config
+    config = resolved.config
     with ExitStack() as stack:
-        if choice.num_workers:
+        if resolved.num_workers:
             # this process runs every bucket itself, so workers need not run them
-            farm.build(choice.spec.layout.buckets, choice.num_workers, dry_run=True)
+            farm.build(resolved.spec.layout.buckets, resolved.num_workers, dry_run=True)
         else:
             farm.close()
         bar = progress.bar(
-            total=choice.model.config.num_layers, desc="loading weights", unit=" layers",
+            total=resolved.model.config.num_layers, desc="loading weights", unit=" layers",
             leave=False, disable=not show_progress,
         )  # fmt: skip
         stack.enter_context(bar)
-        weights, place = _memory(choice)
-        params, tokenizer = _load_weights(choice, place, farm, bar, laps)
+        weights, place = _memory(resolved)
+        params, tokenizer = _load_weights(resolved, place, farm, bar, laps)
         bar.unit = " buckets"
-        bar.reset(len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0)
-        stack.enter_context(env.folder_of_compilers(choice.store.folder / "cpp", BUILDING))
-        built = build(choice, params, bar, laps, connect(), make)
-    if choice.spec.offload is not None:
-        logger.info("experts: %s", choice.spec.offload)
-    num_bytes = choice.model.param_bytes
-    cfg, runner, seconds = choice.model.config, built.runner, sum(laps.seconds.values())
-    logger.info("attention: %s", choice.spec.attention.describe())
+        bar.reset(len(resolved.spec.layout.buckets) if resolved.spec.layout.pad else 0)
+        stack.enter_context(env.folder_of_compilers(resolved.store.folder / "cpp", BUILDING))
+        built = build(resolved, params, bar, laps, connect(), make)
+    if resolved.spec.offload is not None:
+        logger.info("experts: %s", resolved.spec.offload)
+    num_bytes = resolved.model.param_bytes
+    cfg, runner, seconds = resolved.model.config, built.runner, sum(laps.seconds.values())
+    logger.info("attention: %s", resolved.spec.attention.describe())
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s (weights "
         "%.1f s, %.1f GB/s)",
-        cfg.architecture, choice.platform.device, str(cfg.dtype).removeprefix("torch."),
+        cfg.architecture, resolved.platform.device, str(cfg.dtype).removeprefix("torch."),
         cfg.num_layers, built.num_blocks, runner.layout.block_size, _programs(runner), seconds,
         laps.seconds["weights"], num_bytes / 1e9 / laps.seconds["weights"],
     )  # fmt: skip
-    generation = generation_config(choice.folder)
-    eos_ids = choice.eos_ids
+    generation = generation_config(resolved.folder)
+    eos_ids = resolved.eos_ids
     if tokenizer is not None and tokenizer.eos_id is not None and not generation:
         eos_ids |= {tokenizer.eos_id}
-    vision = None if runner.model.tower is None else settings.load(choice.folder)
+    vision = None if runner.model.tower is None else settings.load(resolved.folder)
     sleeper = Sleeper(
-        weights, runner.cache_region, partial(_read_weights, choice, lambda num_layers: None)
+        weights, runner.cache_region, partial(_read_weights, resolved, lambda num_layers: None)
     )
     return Loaded(
-        choice.config, runner.model, runner.spec, runner, sleeper, tokenizer, vision, eos_ids,
+        resolved.config, runner.model, runner.spec, runner, sleeper, tokenizer, vision, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
         built.num_blocks, built.cache_groups, built.memory, built.stall, built.pace,
         built.expert_stats, laps.seconds,
     )  # fmt: skip
 
 
-def _memory(choice: Choice) -> tuple[Region, Place]:
+def _memory(resolved: ResolvedConfig) -> tuple[Region, Place]:
     """A region for weights, and what moves them there."""
-    platform, offload = choice.platform, choice.spec.offload
+    platform, offload = resolved.platform, resolved.spec.offload
     if offload is None:
         region = platform.region()
         return region, region.place
@@ -177,20 +177,20 @@ def _memory(choice: Choice) -> tuple[Region, Place]:
 
 
 def _load_weights(
-    choice: Choice, place: Place, farm: CompileFarm, bar: tqdm[Any], laps: Laps
+    resolved: ResolvedConfig, place: Place, farm: CompileFarm, bar: tqdm[Any], laps: StartupTimer
 ) -> tuple[Params, Tokenizer | None]:
     """Placed weights and the tokenizer; waits for workers, if any."""
-    tokenizer_of = partial(read_tokenizer_of, choice.config, choice.folder, choice.store)
+    tokenizer_of = partial(read_tokenizer_of, resolved.config, resolved.folder, resolved.store)
     with ThreadPoolExecutor(1) as reader:
         read = partial(reader.submit, tokenizer_of)
         # Imports hold the GIL, and reading weights does not. So the tokenizer is read in parallel
         # with the weights, unless threads hand out tasks at the same time.
-        tokenizer = None if choice.num_workers else read()
-        params = _read_weights(choice, bar.update, place)
-        choice.platform.synchronize()
+        tokenizer = None if resolved.num_workers else read()
+        params = _read_weights(resolved, bar.update, place)
+        resolved.platform.synchronize()
         laps.end("weights")
         tokenizer = tokenizer or read()
-        if choice.num_workers:
+        if resolved.num_workers:
             bar.set_description("compiling kernels")
             _wait(farm)
             laps.end("compile")
@@ -199,25 +199,25 @@ def _load_weights(
     return params, found
 
 
-def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Params:
+def _read_weights(resolved: ResolvedConfig, progress: loader.Progress, place: Place) -> Params:
     """The checkpoint's weights or random ones: the same at every call."""
-    platform, model = choice.platform, choice.model
-    target = loader.Target(platform.device, place, platform.host_buffer, choice.shard)
-    seed = choice.config.seed
+    platform, model = resolved.platform, resolved.model
+    target = loader.Target(platform.device, place, platform.host_buffer, resolved.shard)
+    seed = resolved.config.seed
 
     def read(one: Model, folder: Path, progress: loader.Progress) -> Params:
-        if choice.config.random_weights:
+        if resolved.config.random_weights:
             return loader.random(one, target, seed, progress)
         return loader.load(one, folder, target, progress)
 
-    params, draft = read(model, choice.folder, progress), choice.spec.draft
-    if draft is not None and draft.model is not None and choice.draft_folder is not None:
-        second = read(draft.model, choice.draft_folder, lambda num_layers: None)
+    params, draft = read(model, resolved.folder, progress), resolved.spec.draft
+    if draft is not None and draft.model is not None and resolved.draft_folder is not None:
+        second = read(draft.model, resolved.draft_folder, lambda num_layers: None)
         params = params._replace(draft=second)
-    if choice.config.random_weights:
+    if resolved.config.random_weights:
         make = partial(weights.random, target=target, seed=seed)
     else:
-        make = partial(weights.load, folder=choice.folder, target=target)
+        make = partial(weights.load, folder=resolved.folder, target=target)
     return weights.with_towers(params, model, make)
 
 

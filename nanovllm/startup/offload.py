@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nanovllm.config import EngineConfig, num_bytes
 from nanovllm.models.experts.offloaded import OffloadPlan
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.platforms.base import Platform
 
 logger = logging.getLogger(__name__)

@@ -8,17 +8,17 @@ from contextlib import closing
 
 from nanovllm.config import EngineConfig
 from nanovllm.startup.artifacts import mark_ready
-from nanovllm.startup.choose import Choice, choose_without_weights
 from nanovllm.startup.compile_farm.farm import CompileFarm
-from nanovllm.startup.compile_farm.tasks import Outcome
+from nanovllm.startup.compile_farm.tasks import BuildOutcome
+from nanovllm.startup.resolve import ResolvedConfig, resolve_without_weights
 
 
 def fill(
     config: EngineConfig,
     count: int | None,
-    progress: Callable[[Outcome, int], object],
-    begin: Callable[[Choice], object] = lambda choice: None,
-) -> list[Outcome]:
+    progress: Callable[[BuildOutcome, int], object],
+    begin: Callable[[ResolvedConfig], object] = lambda resolved: None,
+) -> list[BuildOutcome]:
     """Build every bucket of `config` into its store; `progress(outcome, number of buckets)` each.
 
     `begin` is called before, with the choice for the options.
@@ -29,14 +29,14 @@ def fill(
     a store that cannot be made or written.
     """
     # compiles C++ libraries, which workers then find
-    choice = choose_without_weights(config, must_keep=True)
-    buckets = choice.spec.layout.buckets
-    begin(choice)
+    resolved = resolve_without_weights(config, must_keep=True)
+    buckets = resolved.spec.layout.buckets
+    begin(resolved)
     if count is None:
         halved = min(8, max(1, (os.cpu_count() or 2) // 2))
-        count = 1 if choice.platform.traits.whole_steps else halved
+        count = 1 if resolved.platform.traits.whole_steps else halved
     with closing(CompileFarm(config)) as farm:
         farm.build(buckets, count)
         outcomes = farm.wait(lambda outcome: progress(outcome, len(buckets)))
-    mark_ready(choice)
+    mark_ready(resolved)
     return outcomes

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nanovllm import env, hub, log
-from nanovllm.parallel.serve import Connection, connect, serve
+from nanovllm.parallel.serve import RankConnection, connect, serve
 from nanovllm.startup.ranks import checkpoint_digest
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def main() -> None:
     log.configure()
     logging.getLogger("nanovllm").setLevel(logging.WARNING)  # the first rank logs the same
     runner = load_rank(connection, setup)
-    from nanovllm.runner.mirrored import handlers
+    from nanovllm.runner.tp_driver import handlers
 
     gc.freeze()  # a garbage collection of all objects takes 0.1 s, during which all ranks wait
     serve(connection.channel, handlers(runner))
@@ -35,17 +35,17 @@ def main() -> None:
     os._exit(0)  # a regular shutdown of torch and the device's libraries would take a second
 
 
-def load_rank(connection: Connection, setup: dict[str, Any]) -> Runner:
+def load_rank(connection: RankConnection, setup: dict[str, Any]) -> Runner:
     """This rank's part of the model, warm. Raises ValueError for another checkpoint."""
     from contextlib import closing
 
     from nanovllm.config import EngineConfig
     from nanovllm.models.shards import Shard
     from nanovllm.parallel.group import Group
-    from nanovllm.startup.choose import choose_model, select_platform
     from nanovllm.startup.compile_farm.farm import CompileFarm
-    from nanovllm.startup.laps import Laps
     from nanovllm.startup.load import load_chosen
+    from nanovllm.startup.resolve import resolve_model, select_platform
+    from nanovllm.startup.startup_timer import StartupTimer
     from nanovllm.startup.store_folder import open_store
 
     config = EngineConfig(**setup["options"])
@@ -55,15 +55,15 @@ def load_rank(connection: Connection, setup: dict[str, Any]) -> Runner:
     if checkpoint_digest(folder) != setup["checkpoint"]:
         raise ValueError(f"rank {rank} has another checkpoint than rank 0 in {folder}")
     platform, store = select_platform(config), open_store(config)
-    choice = choose_model(config, platform, store, folder, weights=has_weights)
-    choice = replace(choice, shard=Shard(rank, size))
-    choice.prepare_kernels()
+    resolved = resolve_model(config, platform, store, folder, weights=has_weights)
+    resolved = replace(resolved, shard=Shard(rank, size))
+    resolved.prepare_kernels()
     platform.share_cores(size)
     connect = partial(
         Group, rank, size, platform.device, connection.folder, connect_peers=platform.connect_peers
     )
     with closing(CompileFarm(config)) as farm:
-        return load_chosen(choice, farm, Laps(), connect, show_progress=False).runner
+        return load_chosen(resolved, farm, StartupTimer(), connect, show_progress=False).runner
 
 
 if __name__ == "__main__":

@@ -11,18 +11,18 @@ from nanovllm.checks import to_options
 
 if TYPE_CHECKING:
     from nanovllm.parallel.group import Group
-    from nanovllm.parallel.ranks import Ranks
+    from nanovllm.parallel.ranks import WorkerGroup
     from nanovllm.runner.runner import Runner
-    from nanovllm.startup.choose import Choice
+    from nanovllm.startup.resolve import ResolvedConfig
 
 PROGRAM = "nanovllm.startup.rank_process"
 
 
-class Team:
+class TPWorkerGroup:
     """The first rank's handle of the other ranks. Make it with `start`."""
 
-    def __init__(self, choice: Choice, ranks: Ranks) -> None:
-        self._size, self._platform = choice.shard.size, choice.platform
+    def __init__(self, resolved: ResolvedConfig, ranks: WorkerGroup) -> None:
+        self._size, self._platform = resolved.shard.size, resolved.platform
         self.ranks = ranks
         self._group: Group | None = None
 
@@ -44,9 +44,9 @@ class Team:
         return group
 
     def make_runner(self, *args: Any, **kwargs: Any) -> Runner:
-        from nanovllm.runner.mirrored import MirroredRunner
+        from nanovllm.runner.tp_driver import TPDriver
 
-        return MirroredRunner(*args, followers=self, **kwargs)
+        return TPDriver(*args, followers=self, **kwargs)
 
     def close(self) -> None:
         """End the other ranks and their processes."""
@@ -55,15 +55,15 @@ class Team:
             self._group.close()
 
 
-def start(choice: Choice) -> Team:
+def start(resolved: ResolvedConfig) -> TPWorkerGroup:
     """Start the other ranks, which then read their parts of the weights.
 
-    Raises ValueError for more ranks than devices. `Team.connect` raises RankFailed, also for a rank
-    that finds another checkpoint.
+    Raises ValueError for more ranks than devices. `TPWorkerGroup.connect` raises RankFailed, also
+    for a rank that finds another checkpoint.
     """
-    from nanovllm.parallel.ranks import Ranks
+    from nanovllm.parallel.ranks import WorkerGroup
 
-    config, size, traits = choice.config, choice.shard.size, choice.platform.traits
+    config, size, traits = resolved.config, resolved.shard.size, resolved.platform.traits
     if traits.max_ranks is not None and size > traits.max_ranks:
         raise ValueError(
             f"tensor_parallel_size is {size}, but this machine has {traits.max_ranks} "
@@ -71,13 +71,13 @@ def start(choice: Choice) -> Team:
         )
     setup = {
         "options": to_options(config),
-        "checkpoint": checkpoint_digest(choice.folder),
+        "checkpoint": checkpoint_digest(resolved.folder),
         "environments": [
-            choice.platform.rank_environment(rank, env.for_children()) for rank in range(size)
+            resolved.platform.rank_environment(rank, env.for_children()) for rank in range(size)
         ],
     }
-    choice.platform.share_cores(size)
-    return Team(choice, Ranks.start(setup, size, PROGRAM))
+    resolved.platform.share_cores(size)
+    return TPWorkerGroup(resolved, WorkerGroup.start(setup, size, PROGRAM))
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -17,9 +17,9 @@ import numpy as np
 from nanovllm.checks import InvalidValue
 from nanovllm.sampling import SamplingParams
 from nanovllm.structured import library
+from nanovllm.structured.grammar_sandbox import GrammarSandbox, TooSlow
 from nanovllm.structured.library import Source
 from nanovllm.structured.matcher import Compiled, Masks, Matcher
-from nanovllm.structured.trials import TooSlow, Trial
 from nanovllm.structured_params import FIELD
 from nanovllm.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ NUM_WORKERS, NUM_SLOW = 4, 2
 QUICK_S = 0.5
 
 
-class Refusal(NamedTuple):
+class GrammarRefusal(NamedTuple):
     """A grammar that cannot be compiled. The reason may quote it."""
 
     form: str
@@ -43,7 +43,7 @@ class Refusal(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Limits:
+class GrammarLimits:
     """timeout_s: to compile one grammar. max_cached: compiled grammars kept for later requests."""
 
     timeout_s: float
@@ -64,7 +64,7 @@ class Work(Future[Compiled]):
         return self.cancelled() or (self.slow is not None and self.slow.cancelled())
 
 
-class Compiler:
+class GrammarCompiler:
     """Compiles grammars for one tokenizer. Several threads can use it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int]) -> None:
@@ -73,9 +73,9 @@ class Compiler:
         self._of_library: llguidance.LLTokenizer | None = None
         self._lock = threading.Lock()
         num = NUM_WORKERS + NUM_SLOW
-        self._trials = [Trial(tokenizer.special_tokens) for _ in range(num)]
+        self._trials = [GrammarSandbox(tokenizer.special_tokens) for _ in range(num)]
         # the last one used already has a process
-        self._idle: queue.LifoQueue[Trial] = queue.LifoQueue()
+        self._idle: queue.LifoQueue[GrammarSandbox] = queue.LifoQueue()
         for trial in self._trials:
             self._idle.put(trial)
         self.masks: Masks | None = None
@@ -134,8 +134,8 @@ class Compiler:
 class Grammars:
     """The grammars of an engine's requests. Use it from one thread at a time."""
 
-    def __init__(self, compiler: Compiler | None, limits: Limits) -> None:
-        """compiler: None without a tokenizer; `Intake.check` then refuses the requests."""
+    def __init__(self, compiler: GrammarCompiler | None, limits: GrammarLimits) -> None:
+        """compiler: None without a tokenizer; `InputProcessor.check` then refuses the requests."""
         self._compiler, self._limits = compiler, limits
         self._pool = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="grammar")
         self._slow = ThreadPoolExecutor(NUM_SLOW, thread_name_prefix="slow-grammar")
@@ -144,7 +144,7 @@ class Grammars:
         self._changed = threading.Event()
 
     def prepare(self) -> None:
-        """Run `Compiler.prepare` in a thread. Its errors recur with the first grammar."""
+        """Run `GrammarCompiler.prepare` in a thread. Its errors recur with the first grammar."""
         if self._compiler is not None:
             self._pool.submit(self._compiler.prepare)
 
@@ -161,7 +161,7 @@ class Grammars:
         self._cache.move_to_end(key)
         self._waiting[request_id] = key, params
 
-    def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, Matcher | Refusal]]:
+    def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, Matcher | GrammarRefusal]]:
         """Yield requests that are ready, with a matcher or a refusal.
 
         If there are none, wait up to `wait_s` for one. A request is removed only when the caller
@@ -210,7 +210,7 @@ class Grammars:
         if self._compiler is not None:
             self._compiler.close()
 
-    def _compile(self, work: Work, found: Source, compiler: Compiler) -> None:
+    def _compile(self, work: Work, found: Source, compiler: GrammarCompiler) -> None:
         """Compile a grammar within the time that suffices for most."""
         if not work.set_running_or_notify_cancel():
             return
@@ -225,19 +225,19 @@ class Grammars:
         except BaseException as error:
             work.set_exception(error)
 
-    def _go_on(self, work: Work, found: Source, compiler: Compiler) -> None:
+    def _go_on(self, work: Work, found: Source, compiler: GrammarCompiler) -> None:
         """Compile a slow grammar."""
         try:
             work.set_result(compiler.compile(found, self._limits.timeout_s))
         except BaseException as error:
             work.set_exception(error)
 
-    def _matcher(self, work: Work, params: SamplingParams) -> Matcher | Refusal:
+    def _matcher(self, work: Work, params: SamplingParams) -> Matcher | GrammarRefusal:
         try:
             compiled = work.result()
         except ValueError as error:
             assert params.structured_outputs is not None
-            return Refusal(params.structured_outputs.form, str(error))
+            return GrammarRefusal(params.structured_outputs.form, str(error))
         return Matcher(compiled, self._masks, ignores_eos=params.ignore_eos)
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanovllm import extras
 from nanovllm.checks import InvalidValue
-from nanovllm.structured.keywords import checked_schema
+from nanovllm.structured.schema_check import checked_schema
 from nanovllm.structured_params import FIELD, StructuredOutputsParams
 
 if TYPE_CHECKING:

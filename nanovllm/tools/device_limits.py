@@ -17,7 +17,7 @@ REPEATS = 6
 
 
 @dataclass(frozen=True)
-class Limits:
+class DeviceLimits:
     """`bandwidth` in bytes per second (reads plus writes), `flops` in operations per second."""
 
     bandwidth: float
@@ -45,7 +45,7 @@ def measure_limits(
     dtype: torch.dtype,
     synchronize: Callable[[], None],
     free_bytes: float = float("inf"),
-) -> Limits:
+) -> DeviceLimits:
     """Time a copy of random fp32 values, and a product of square random matrices of `dtype`.
 
     Each is timed with `best_seconds`: first at the smaller size, then, if that took less than
@@ -82,7 +82,9 @@ def measure_limits(
         return best
 
     bandwidth = rate(copy, COPY_BYTES, lambda num_bytes: 2 * num_bytes)
-    return Limits(bandwidth, rate(product, MATRIX_SIZES, lambda n: 2 * n * n * dtype.itemsize))
+    return DeviceLimits(
+        bandwidth, rate(product, MATRIX_SIZES, lambda n: 2 * n * n * dtype.itemsize)
+    )
 
 
 def _fitting(size: int, bytes_of: Callable[[int], int], free_bytes: float) -> int:

@@ -24,11 +24,11 @@ from nanovllm.config import EngineConfig
 from nanovllm.models.config import ModelConfig
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.state import Span
-from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm.builder import small_runner
+from nanovllm.startup.resolve import resolve_without_weights
 from nanovllm.tools import report_data
 from nanovllm.tools.device_limits import Work, measure_limits
-from nanovllm.tools.report_data import Call, Padding, Region, Report, Timer
+from nanovllm.tools.report_data import MeasuredCall, Padding, RegionReport, Report, Timer
 
 Recorded = dict[str, tuple[Program, list[Tensor]]]  # programs of a step, with their inputs
 
@@ -41,13 +41,15 @@ def draw(
 
     Raises ValueError if the options give no such bucket, or if rows exceed max_model_len.
     """
-    regions: dict[str, Region] = {}
+    regions: dict[str, RegionReport] = {}
 
     def watch(name: str, stage: str, graph: GraphModule) -> None:
-        regions.setdefault(name, Region(name)).stages.append(report_data.stage_of(stage, graph))
+        regions.setdefault(name, RegionReport(name)).stages.append(
+            report_data.stage_of(stage, graph)
+        )
 
-    choice = choose_without_weights(config)
-    runner = small_runner(choice, {"watch": watch})
+    resolved = resolve_without_weights(config)
+    runner = small_runner(resolved, {"watch": watch})
     layout = runner.layout
     ladder = layout.decode_rows if kind == "decode" else layout.prefill_tokens
     if size not in ladder:
@@ -75,7 +77,7 @@ def draw(
         limits = measure_limits(platform.device, runner.cfg.dtype, platform.synchronize, free_bytes)
         for name, (program, inputs) in recorded.items():
             regions[name].calls = _measured(runner, program, inputs, seconds)
-    model = choice.model
+    model = resolved.model
     programs = Counter(model.layer_programs(keeps_last=kind == "prefill"))
     for (region, layer_kind), count in programs.items():
         for name in recorded:
@@ -102,7 +104,9 @@ def _record(recorded: Recorded, program: Program, *inputs: object) -> Any:
     return program(*inputs)
 
 
-def _measured(runner: Runner, program: Program, inputs: list[Tensor], seconds: Timer) -> list[Call]:
+def _measured(
+    runner: Runner, program: Program, inputs: list[Tensor], seconds: Timer
+) -> list[MeasuredCall]:
     pos_S, token_S = runner.state.pos_S.clone(), runner.state.token_S.clone()
 
     def restoring(call: Work) -> float:
@@ -115,7 +119,9 @@ def _measured(runner: Runner, program: Program, inputs: list[Tensor], seconds: T
     if isinstance(program.run, CallList):
         return report_data.measure(program.run, inputs, restoring)
     num_bytes = sum(tensor.nbytes for tensor in [*inputs, *program.run(*inputs)])
-    return [Call("generated code", "", restoring(lambda: program.run(*inputs)), num_bytes, 0)]
+    return [
+        MeasuredCall("generated code", "", restoring(lambda: program.run(*inputs)), num_bytes, 0)
+    ]
 
 
 def _decode(runner: Runner, num_rows: int, context: int, blocks_each: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanovllm.compile.buckets import smallest_fit
 from nanovllm.compile.lower.calls import CallList
 from nanovllm.tools.costs import cost, tokens_per_expert
-from nanovllm.tools.device_limits import Limits, Work, best_seconds
+from nanovllm.tools.device_limits import DeviceLimits, Work, best_seconds
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -51,7 +51,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Call:
+class MeasuredCall:
     """One measured call of a program: its seconds, the bytes it moves and its flops.
 
     `tokens_per_expert` has an entry for each expert of a call that multiplies by experts.
@@ -64,19 +64,19 @@ class Call:
     flops: int
     tokens_per_expert: tuple[int, ...] = ()
 
-    def limit(self, limits: Limits) -> float:
+    def limit(self, limits: DeviceLimits) -> float:
         """The seconds that the device needs at least."""
         return limits.seconds(self.num_bytes, self.flops)
 
 
 @dataclass
-class Region:
+class RegionReport:
     """A region of the bucket. A step runs it `times` times."""
 
     name: str
     times: int = 1
     stages: list[Stage] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[MeasuredCall] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -101,8 +101,8 @@ class Padding:
 class Report:
     title: str
     facts: dict[str, str]
-    limits: Limits
-    regions: tuple[Region, ...]
+    limits: DeviceLimits
+    regions: tuple[RegionReport, ...]
     padding: tuple[Padding, ...]
     trace_name: str
 
@@ -134,9 +134,9 @@ def stage_of(name: str, graph: GraphModule) -> Stage:
     return Stage(name, tuple(nodes), graph.print_readable(print_output=False, include_stride=False))
 
 
-def measure(listed: CallList, inputs: Sequence[Tensor], seconds: Timer) -> list[Call]:
+def measure(listed: CallList, inputs: Sequence[Tensor], seconds: Timer) -> list[MeasuredCall]:
     """Make the listed calls one by one. Time each with `seconds(call)` and its real arguments."""
-    calls: list[Call] = []
+    calls: list[MeasuredCall] = []
 
     def visit(op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         result = op(*args, **kwargs)
@@ -144,7 +144,9 @@ def measure(listed: CallList, inputs: Sequence[Tensor], seconds: Timer) -> list[
             num_bytes, flops = cost(op, args, kwargs, result)
             taken = seconds(lambda: op(*args, **kwargs))
             per_expert = tokens_per_expert(op, args, kwargs)
-            calls.append(Call(_label(op), _shapes(result), taken, num_bytes, flops, per_expert))
+            calls.append(
+                MeasuredCall(_label(op), _shapes(result), taken, num_bytes, flops, per_expert)
+            )
         return result
 
     listed.step_through(inputs, visit)

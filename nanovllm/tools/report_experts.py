@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nanovllm.tools import report_format as fmt
-from nanovllm.tools.device_limits import Limits
-from nanovllm.tools.report_data import Call, Region
+from nanovllm.tools.device_limits import DeviceLimits
+from nanovllm.tools.report_data import MeasuredCall, RegionReport
 from nanovllm.tools.report_format import text
 
 WIDTH, HEIGHT = 1200, 120  # of the bars
 
 
-def experts(regions: Sequence[Region], limits: Limits) -> str:
+def experts(regions: Sequence[RegionReport], limits: DeviceLimits) -> str:
     """A drawing for each region with experts; empty if there are none."""
     drawn = ""
     for region in regions:
@@ -23,7 +23,7 @@ def experts(regions: Sequence[Region], limits: Limits) -> str:
     return drawn
 
 
-def _sentence(calls: Sequence[Call], limits: Limits) -> str:
+def _sentence(calls: Sequence[MeasuredCall], limits: DeviceLimits) -> str:
     """A sentence about the calls of one layer that multiply by its experts."""
     tokens = calls[0].tokens_per_expert
     chosen, seconds = sum(num > 0 for num in tokens), sum(call.seconds for call in calls)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nanovllm.tools.report_data import Node, Region, Stage
+from nanovllm.tools.report_data import Node, RegionReport, Stage
 from nanovllm.tools.report_format import OTHER, cut, kind, tabs, text
 
 WIDTH, HEIGHT = 200, 42  # of a box
@@ -17,13 +17,13 @@ class _Box(NamedTuple):
     y: int
 
 
-def graphs(regions: Sequence[Region]) -> str:
+def graphs(regions: Sequence[RegionReport]) -> str:
     """A tab per region, the one with the largest share of the step first."""
     order = sorted(regions, key=lambda region: -region.times * region.seconds)
     return tabs([(region.name, _stages(region)) for region in order])
 
 
-def _stages(region: Region) -> str:
+def _stages(region: RegionReport) -> str:
     """A tab per pass, and a first one for all passes together."""
     if not region.stages:
         return ""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanovllm.tools import report_format as fmt
-from nanovllm.tools.device_limits import Limits
-from nanovllm.tools.report_data import Padding, Region, Report
+from nanovllm.tools.device_limits import DeviceLimits
+from nanovllm.tools.report_data import Padding, RegionReport, Report
 from nanovllm.tools.report_experts import experts
 from nanovllm.tools.report_format import kind, text
 from nanovllm.tools.report_graphs import graphs
@@ -91,7 +91,7 @@ def _cards(report: Report) -> str:
     return "".join(card.format(number, text(what)) for number, what in cards)
 
 
-def _timeline(regions: Sequence[Region]) -> str:
+def _timeline(regions: Sequence[RegionReport]) -> str:
     total = sum(region.seconds for region in regions) or 1.0
     gap, x, out = 10.0, 0.0, []
     scale = (WIDTH - gap * (len(regions) - 1)) / total
@@ -118,7 +118,7 @@ def _timeline(regions: Sequence[Region]) -> str:
     return f'<svg class="fits" viewBox="0 0 {WIDTH} 98" role="img">{"".join(out)}</svg>'
 
 
-def _legend(regions: Sequence[Region]) -> str:
+def _legend(regions: Sequence[RegionReport]) -> str:
     sums: dict[tuple[str, str], float] = {}
     for region in regions:
         for call in region.calls:
@@ -131,7 +131,7 @@ def _legend(regions: Sequence[Region]) -> str:
     return f'<div class="legend">{"".join(parts)}<span>(of the whole step)</span></div>'
 
 
-def _kernels(regions: Sequence[Region], limits: Limits) -> str:
+def _kernels(regions: Sequence[RegionReport], limits: DeviceLimits) -> str:
     heads = ("kernel", "result", "region", "times", "each", "in a step", "bytes", "flops", "limit",
              "share of limit")  # fmt: skip
     rows = []

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without ins
 from nanovllm.kernels import flash_attention, ops
 from nanovllm.kernels.triton import register as triton_kernels
 from nanovllm.tools import command_line
-from nanovllm.tools.device_limits import Limits
+from nanovllm.tools.device_limits import DeviceLimits
 from scripts.bench.gpu_timing import time_launches
 from scripts.bench.kernel_inputs import BLOCK, DTYPE, SHAPES, make_cache, relative_error
 from scripts.bench.kernel_times import L2_BYTES, Table, time_ceilings
@@ -62,7 +62,7 @@ def backends() -> dict[str, Backend]:
 
 
 def time_case(
-    table: Table, limits: Limits, shape: str, q_lens: list[int], old: int, keys: list[str]
+    table: Table, limits: DeviceLimits, shape: str, q_lens: list[int], old: int, keys: list[str]
 ) -> None:
     num_heads, num_kv_heads, head_dim = SHAPES[shape]
     seq_lens = [q_len + old for q_len in q_lens]

@@ -2,7 +2,7 @@
 
     python scripts/bench/front_end.py --rounds 5
 
-The server has no model: its engine makes tokens up (nanovllm/serving/made_up.py). Other processes
+The server has no model: its engine makes tokens up (mock_engine.py). Other processes
 send the requests, with the client of `nanovllm bench serve`. A round has three parts: streamed
 answers, completions of one token, and conversations of one token. An additional first round is not
 counted. The result is JSON: the figures of all rounds, their median, minimum and maximum. A client
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without ins
 from nanovllm import env
 from nanovllm.cli.bench import against_server
 from nanovllm.tools import command_line
-from scripts.bench import made_up_server
+from scripts.bench import mock_engine_server
 
 NUM_PROMPT_TOKENS, NUM_WORDS = 120, 20
 TOP_ID = 500  # below the vocabulary of the tokenizer
@@ -56,11 +56,11 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Server:
-    """A process of made_up_server.py."""
+    """A process of mock_engine_server.py."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, made_up_server.__file__],
+            [sys.executable, mock_engine_server.__file__],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env.for_children(),
         )  # fmt: skip
         self.url = self._line()

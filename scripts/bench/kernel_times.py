@@ -13,7 +13,7 @@ from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store
-from nanovllm.tools.device_limits import Limits, measure_limits
+from nanovllm.tools.device_limits import DeviceLimits, measure_limits
 from scripts.bench.gpu_timing import time_launches
 from scripts.bench.kernel_inputs import (
     BLOCK,
@@ -46,7 +46,7 @@ class Table:
         print("  ".join(cells), flush=True)
 
 
-def time_ceilings(table: Table) -> Limits:
+def time_ceilings(table: Table) -> DeviceLimits:
     limits = measure_limits(torch.device("cuda"), DTYPE, torch.cuda.synchronize)
     table.add(
         kind="ceilings", copy_tb_s=limits.bandwidth / 1e12, bf16_matmul_tflop_s=limits.flops / 1e12
@@ -54,7 +54,7 @@ def time_ceilings(table: Table) -> Limits:
     return limits
 
 
-def time_decode(table: Table, limits: Limits, variants: bool) -> None:
+def time_decode(table: Table, limits: DeviceLimits, variants: bool) -> None:
     for shape, num_rows, lens, block_size in (
         ("0.6b", 256, (100, 2000), BLOCK),
         ("0.6b", 64, (100, 2000), BLOCK),
@@ -95,7 +95,7 @@ def time_decode(table: Table, limits: Limits, variants: bool) -> None:
             table.add(kind="decode", **row, launch=chosen, us=us, tb_s=rate, share=share)
 
 
-def time_decode_fp8(table: Table, limits: Limits, variants: bool) -> None:
+def time_decode_fp8(table: Table, limits: DeviceLimits, variants: bool) -> None:
     """Decode attention over an fp8 cache. Up to 64 rows, checks the result too."""
     for shape, num_rows, lens, block_size in (
         ("0.6b", 256, (100, 2000), 128),
@@ -138,7 +138,7 @@ def time_decode_fp8(table: Table, limits: Limits, variants: bool) -> None:
             table.add(kind="decode fp8", **row, launch=chosen, us=us, tb_s=rate, share=share)
 
 
-def time_prefill(table: Table, limits: Limits, variants: bool) -> None:
+def time_prefill(table: Table, limits: DeviceLimits, variants: bool) -> None:
     short = random_lens(15, 100, 1024)
     for shape, q_lens, old in (
         ("0.6b", [8192], 0),
@@ -185,7 +185,7 @@ def time_prefill(table: Table, limits: Limits, variants: bool) -> None:
             )
 
 
-def time_rope(table: Table, limits: Limits, variants: bool) -> None:
+def time_rope(table: Table, limits: DeviceLimits, variants: bool) -> None:
     for shape, num_tokens in (
         ("0.6b", 1),
         ("0.6b", 256),
@@ -210,7 +210,7 @@ def time_rope(table: Table, limits: Limits, variants: bool) -> None:
             )
 
 
-def time_norm(table: Table, limits: Limits) -> None:
+def time_norm(table: Table, limits: DeviceLimits) -> None:
     for num_tokens, dim in ((1, 1024), (1, 4096), (256, 1024), (16384, 1024), (16384, 4096)):
         num_layers = 32 if num_tokens <= 256 else 4
         x, residual = torch.randn(2, num_layers, num_tokens, dim, device="cuda").to(DTYPE)

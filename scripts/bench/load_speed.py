@@ -40,7 +40,7 @@ from nanovllm import platforms
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader
 from nanovllm.models.shards import Shard
-from nanovllm.startup.choose import Choice, choose_without_weights
+from nanovllm.startup.resolve import ResolvedConfig, resolve_without_weights
 from nanovllm.tools import command_line
 from nanovllm.tools.shapes import CONFIGS
 from scripts.bench.random_checkpoint import SHARD_BYTES, write_checkpoint
@@ -87,14 +87,14 @@ def write(args: argparse.Namespace, folder: Path) -> Path:
     return folder
 
 
-def read(choice: Choice) -> tuple[float, int]:
+def read(resolved: ResolvedConfig) -> tuple[float, int]:
     """Seconds of reading this rank's weights to the device, as a start does, and their bytes."""
-    platform, region = choice.platform, choice.platform.region()
-    with tqdm(total=choice.model.config.num_layers, desc="loading weights", unit="layer") as bar:
+    platform, region = resolved.platform, resolved.platform.region()
+    with tqdm(total=resolved.model.config.num_layers, desc="loading weights", unit="layer") as bar:
         platform.synchronize()
         started = time.perf_counter()
-        target = loader.Target(platform.device, region.place, platform.host_buffer, choice.shard)
-        params = loader.load(choice.model, choice.folder, target, bar.update)
+        target = loader.Target(platform.device, region.place, platform.host_buffer, resolved.shard)
+        params = loader.load(resolved.model, resolved.folder, target, bar.update)
         platform.synchronize()
         seconds = time.perf_counter() - started
     tensors = {id(one): one for one in pytree.tree_leaves(params) if one is not None}
@@ -122,13 +122,13 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     config = EngineConfig(
         str(folder), device=args.device, dtype=args.dtype, tensor_parallel_size=args.ranks
     )
-    choice = choose_without_weights(config)
-    choice = replace(choice, shard=Shard(args.rank or 0, args.ranks))
+    resolved = resolve_without_weights(config)
+    resolved = replace(resolved, shard=Shard(args.rank or 0, args.ranks))
     about = {
         "model": args.shape or str(folder),
-        "layers": choice.model.config.num_layers,
-        "device": choice.platform.describe(),
-        "dtype": str(choice.model.config.dtype).removeprefix("torch."),
+        "layers": resolved.model.config.num_layers,
+        "device": resolved.platform.describe(),
+        "dtype": str(resolved.model.config.dtype).removeprefix("torch."),
         "files": len(list(folder.glob("*.safetensors"))),
         "stacked_experts": args.stacked_experts,
         "rank": args.rank or 0,
@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         "host_copy_gb_s": round(copy_rate() / 1e9, 2),
     }
     for _ in range(args.runs):
-        seconds, num_bytes = read(choice)
+        seconds, num_bytes = read(resolved)
         gb = num_bytes / 1e9
         about |= {"gb": round(gb, 3), "seconds": round(seconds, 3)}
         print(json.dumps({**about, "gb_per_second": round(gb / seconds, 2)}), flush=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from nanovllm.models import registry
-from nanovllm.models.interface import Model, Param
+from nanovllm.models.model import Model, Param
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "nanovllm" / "assets" / "tiny-qwen3"
 SHARD_BYTES = 5_000_000_000  # as large as the files of published checkpoints

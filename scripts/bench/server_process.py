@@ -20,7 +20,7 @@ END_SECONDS = 30.0  # for processes to end after a signal
 MAX_ERROR_CHARS = 600
 NANOVLLM = (sys.executable, "-m", "nanovllm")
 NAME = "served"  # of the model in requests
-ENGINE = "nanovllm.replicas.process"
+ENGINE = "nanovllm.replicas.engine_program"
 IS_SERVED = re.compile(r"is served at (http://\S+)")
 
 

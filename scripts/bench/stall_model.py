@@ -31,9 +31,9 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.plan import StepPlan
+from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.scheduler import Scheduler
-from nanovllm.schedule.stall import StallBound
 from nanovllm.tools import command_line
 
 NUM_BLOCKS = 12_000  # as many as 8B has on an H200; 0.6B has more, but these loads need fewer
@@ -176,7 +176,7 @@ def _answer(scheduler: Scheduler, request: Request) -> None:
 
 def new_scheduler(costs: Costs, max_stall_ms: float | None, max_num_seqs: int) -> Scheduler:
     """A scheduler with CUDA's default sizes, and its default bound if `max_stall_ms` is None."""
-    stall = StallBound(
+    stall = PrefillLatencyBound(
         max_stall_ms or TRAITS.max_stall_ms, tuple(costs.prefill_ms.items()), costs.pair_ms
     )
     return Scheduler(

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nanovllm.models.interface import Param
+from nanovllm.models.model import Param
 from nanovllm.models.vision import layout as layouts
-from nanovllm.models.vision.interface import Tower, TowerConfig
-from nanovllm.models.vision.layout import Call
+from nanovllm.models.vision.layout import TowerCall
 from nanovllm.models.vision.registry import tower
+from nanovllm.models.vision.vision_encoder import Tower, TowerConfig
 
 # the vision parts of their config.json
 _BOTH: dict[str, Any] = {
@@ -79,16 +79,16 @@ def picture_side(cfg: TowerConfig, pixels: int) -> int:
     return max(1, round(pixels / token_side)) * cfg.merge_size
 
 
-def full_call(cfg: TowerConfig, budget: int, pixels: int) -> Call:
+def full_call(cfg: TowerConfig, budget: int, pixels: int) -> TowerCall:
     """As many square pictures of `pixels` a side as fit; a smaller one if none fits."""
     side = picture_side(cfg, pixels)
     if side**2 > budget:
         side = math.isqrt(budget) // cfg.merge_size * cfg.merge_size
     frames_F2 = np.full((min(layouts.MAX_FRAMES, budget // side**2), 2), side)
-    return Call(frames_F2, len(frames_F2) * side**2, budget)
+    return TowerCall(frames_F2, len(frames_F2) * side**2, budget)
 
 
-def work(tower: Tower, call: Call) -> Work:
+def work(tower: Tower, call: TowerCall) -> Work:
     """The work of a call's own patches."""
     cfg = tower.config
     num_groups = call.num_patches // cfg.patches_per_group

@@ -40,7 +40,7 @@ from nanovllm.kernels.varlen_attention import varlen_attention_torch
 from nanovllm.models.loader import Target
 from nanovllm.models.vision import layout as layouts
 from nanovllm.models.vision import weights
-from nanovllm.models.vision.interface import TowerConfig
+from nanovllm.models.vision.vision_encoder import TowerConfig
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.steps import FROZEN
 from nanovllm.runner.tower import TowerSteps

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanovllm.kernels import ops
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.experts.stacked import Stacked
-from nanovllm.models.interface import Params
+from nanovllm.models.model import Params
 
 HEADER = "calibration"
 MIN_INPUTS = 64  # an expert with fewer gets as many of other experts'

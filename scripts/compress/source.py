@@ -18,8 +18,8 @@ from nanovllm.models import registry, svd_experts
 from nanovllm.models.checkpoint import Checkpoint
 from nanovllm.models.config import MoeConfig
 from nanovllm.models.experts.stacked import Stacked
-from nanovllm.models.interface import Model
-from nanovllm.models.loader import Reader, Target
+from nanovllm.models.loader import Target, WeightReader
+from nanovllm.models.model import Model
 from nanovllm.startup.config_file import transformers_config
 
 
@@ -63,7 +63,7 @@ class Source:
         cfg, kind = self.model.config, self.model.layer_kinds[layer_idx]
         declared = self.model.layer_params(cfg, kind, layer_idx)
         with Checkpoint(self.folder) as checkpoint:
-            reader = Reader(cfg, checkpoint, Target(device))
+            reader = WeightReader(cfg, checkpoint, Target(device))
             gate_up_EGD, down_EDF = (reader.read(declared[name]) for name in Stacked._fields)
         if not (gate_up_EGD.isfinite().all() and down_EDF.isfinite().all()):
             raise ValueError(

@@ -20,9 +20,9 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params
 
-from nanovllm.api.anthropic_bodies import MessagesBody
-from nanovllm.api.bodies import ChatBody, CompletionBody, ResponsesBody
-from nanovllm.api.fields import REFUSED, Refusal
+from nanovllm.api.anthropic_schemas import MessagesBody
+from nanovllm.api.fields import REFUSED, RefusedField
+from nanovllm.api.schemas import ChatBody, CompletionBody, ResponsesBody
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import SamplingParams
 
@@ -293,7 +293,7 @@ def names(endpoint: str) -> list[str]:
     return sorted(own) + sorted(set(ours) - set(own))
 
 
-def refusals(endpoint: str) -> dict[str, Refusal]:
+def refusals(endpoint: str) -> dict[str, RefusedField]:
     return dict(REFUSED[ENDPOINTS[endpoint]])
 
 

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from nanovllm.checks import InvalidValue
-from nanovllm.serving.made_up import MadeUpOptions
-from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served, tokenizer
+from scripts.bench.mock_engine import MockOptions
+from tests.api.mock_api_server import MODEL, TEMPLATE, MockServer, served, tokenizer
 
 KEY = "a-key"
 USER: Any = [{"role": "user", "content": "What is the weather in Oslo?"}]
@@ -48,7 +48,7 @@ FULL = (
 )
 
 
-def client_of(server: MadeUpServer, **options: Any) -> anthropic.Anthropic:
+def client_of(server: MockServer, **options: Any) -> anthropic.Anthropic:
     given = {"api_key": KEY, "max_retries": 0, "timeout": 20, **options}
     return anthropic.Anthropic(base_url=server.url, **given)
 
@@ -56,19 +56,19 @@ def client_of(server: MadeUpServer, **options: Any) -> anthropic.Anthropic:
 @contextmanager
 def answering(text: str, **options: Any) -> Iterator[anthropic.Anthropic]:
     """A client of a server whose answers have this text."""
-    made_up = MadeUpOptions(text=text)
+    made_up = MockOptions(text=text)
     with served(made_up, TEMPLATE, **options) as server, client_of(server) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MadeUpServer]:
+def server() -> Iterator[MockServer]:
     with served(template=FULL, api_key=[KEY]) as one:
         yield one
 
 
 @pytest.fixture(scope="module")
-def client(server: MadeUpServer) -> Iterator[anthropic.Anthropic]:
+def client(server: MockServer) -> Iterator[anthropic.Anthropic]:
     with client_of(server) as one:
         yield one
 
@@ -80,7 +80,7 @@ def talker() -> Iterator[anthropic.Anthropic]:
 
 
 @pytest.fixture
-def opened(server: MadeUpServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+def opened(server: MockServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """The texts of prompts and the parameters that reach the engine."""
     found: list[tuple[str, Any]] = []
     plain = server.engine.open
@@ -306,7 +306,7 @@ def test_tools_and_system_are_counted(client: anthropic.Anthropic) -> None:
     assert count(tools=TOOLS, tool_choice=forced) > plain
 
 
-def test_async_streams_run_at_the_same_time(server: MadeUpServer) -> None:
+def test_async_streams_run_at_the_same_time(server: MockServer) -> None:
     async def ask(client: anthropic.AsyncAnthropic) -> int:
         async with client.messages.stream(**{**ASKED, "max_tokens": 9}) as stream:
             texts = [text async for text in stream.text_stream]
@@ -322,7 +322,7 @@ def test_async_streams_run_at_the_same_time(server: MadeUpServer) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"api_key": None, "auth_token": KEY}, {"api_key": "no"}])
-def test_a_key_may_come_in_either_header(server: MadeUpServer, options: dict[str, Any]) -> None:
+def test_a_key_may_come_in_either_header(server: MockServer, options: dict[str, Any]) -> None:
     with client_of(server, **options) as client:
         if "no" not in options.values():
             assert client.messages.count_tokens(model=MODEL, messages=USER).input_tokens
@@ -332,7 +332,7 @@ def test_a_key_may_come_in_either_header(server: MadeUpServer, options: dict[str
     assert kind_of(caught.value) == "authentication_error"
 
 
-def test_the_key_of_anthropic_s_header_is_one_for_all_paths(server: MadeUpServer) -> None:
+def test_the_key_of_anthropic_s_header_is_one_for_all_paths(server: MockServer) -> None:
     with httpx.Client(base_url=server.url, headers={"x-api-key": KEY}) as http:
         assert http.get("/v1/models").status_code == 200
         http.headers["authorization"] = "Bearer wrong"
@@ -407,7 +407,7 @@ def test_a_wrong_request_is_refused_with_anthropic_s_error(
 
 
 def test_a_form_that_the_engine_refuses_has_the_name_of_its_field(
-    server: MadeUpServer, client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch
+    server: MockServer, client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse(*args: Any, **options: Any) -> Any:
         raise InvalidValue("structured_outputs", "structured_outputs: no such schema")
@@ -453,7 +453,7 @@ def test_a_body_that_is_too_long_has_its_type() -> None:
 
 
 def test_a_full_queue_and_a_server_that_ends_have_their_types() -> None:
-    made_up = MadeUpOptions(max_num_seqs=0, max_queue_len=0)
+    made_up = MockOptions(max_num_seqs=0, max_queue_len=0)
     with (
         served(made_up) as server, client_of(server) as client,
         pytest.raises(anthropic.RateLimitError) as full,
@@ -469,7 +469,7 @@ def test_a_full_queue_and_a_server_that_ends_have_their_types() -> None:
 
 
 def test_an_error_within_a_stream_is_an_event() -> None:
-    made_up = MadeUpOptions(text="a" * 10**6, tokens_per_s=50)
+    made_up = MockOptions(text="a" * 10**6, tokens_per_s=50)
     with served(made_up) as server, client_of(server) as client:
         stream = client.messages.create(**{**ASKED, "max_tokens": 4000}, stream=True)
         for event in stream:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.api.fields import CASES, ENDPOINTS, PAGE, TOOLS, Seen, names, page, refusals
-from tests.api.made_up_server import MODEL, PLAIN_TEMPLATE, TEMPLATE, MadeUpServer, served
+from tests.api.mock_api_server import MODEL, PLAIN_TEMPLATE, TEMPLATE, MockServer, served
 
 WORKING = [(endpoint, name) for endpoint, cases in CASES.items() for name in cases]
 REFUSED = [(endpoint, name) for endpoint in ENDPOINTS for name in refusals(endpoint)]
@@ -20,13 +20,13 @@ VALUES: tuple[Any, ...] = ("something", 19, True, {"a": 1}, ["a"])
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MadeUpServer]:
+def server() -> Iterator[MockServer]:
     with served(template=TEMPLATE) as one:
         yield one
 
 
 @pytest.fixture
-def opened(server: MadeUpServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, int]]:
+def opened(server: MockServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, int]]:
     """The prompts, parameters and priorities that reach the engine."""
     found: list[tuple[Any, Any, int]] = []
     plain = server.engine.open
@@ -58,7 +58,7 @@ def read(response: httpx.Response) -> Any:
 
 @pytest.mark.parametrize(("endpoint", "name"), WORKING)
 def test_a_field_that_works_has_its_effect(
-    server: MadeUpServer, opened: list[Any], caplog: pytest.LogCaptureFixture, endpoint: str,
+    server: MockServer, opened: list[Any], caplog: pytest.LogCaptureFixture, endpoint: str,
     name: str,
 ) -> None:  # fmt: skip
     case = CASES[endpoint][name]
@@ -77,7 +77,7 @@ def test_a_field_that_works_has_its_effect(
 
 @pytest.mark.parametrize(("endpoint", "name"), REFUSED)
 def test_a_field_that_is_refused_is_named(
-    server: MadeUpServer, opened: list[Any], endpoint: str, name: str
+    server: MockServer, opened: list[Any], endpoint: str, name: str
 ) -> None:
     allowed = refusals(endpoint)[name].allowed
     for value in [one for one in VALUES if one not in allowed]:

@@ -19,7 +19,7 @@ from nanovllm.api.keys import of_file, with_keys
 from nanovllm.api.salts import CacheSalts
 from nanovllm.config import EngineConfig
 from nanovllm.serving import supervisor
-from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served
+from tests.api.mock_api_server import MODEL, TEMPLATE, MockServer, served
 
 KEYS = ["first-key", "second-key"]
 USER: Any = [{"role": "user", "content": "Hi"}]
@@ -36,7 +36,7 @@ def _no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def seen_salts(**options: Any) -> Iterator[tuple[MadeUpServer, list[str | None]]]:
+def seen_salts(**options: Any) -> Iterator[tuple[MockServer, list[str | None]]]:
     """A server, and the salts of the prompts that its engine gets."""
     with served(template=TEMPLATE, **options) as server:
         salts: list[str | None] = []
@@ -50,7 +50,7 @@ def seen_salts(**options: Any) -> Iterator[tuple[MadeUpServer, list[str | None]]
         yield server, salts
 
 
-def ask(server: MadeUpServer, path: str, key: str, **body: Any) -> None:
+def ask(server: MockServer, path: str, key: str, **body: Any) -> None:
     headers = {"authorization": f"Bearer {key}"}
     answer = server.http.post(path, json={**BODIES[path], **body}, headers=headers)
     assert answer.status_code == 200, answer.text
@@ -162,10 +162,10 @@ def test_no_child_process_and_no_other_machine_gets_keys(monkeypatch: pytest.Mon
 def test_a_server_gets_keys_and_a_secret_over_a_private_channel_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    services: list[supervisor.Service] = []
+    services: list[supervisor.ServerProcesses] = []
 
     class Noted:
-        def __init__(self, service: supervisor.Service) -> None:
+        def __init__(self, service: supervisor.ServerProcesses) -> None:
             services.append(service)
 
         def run(self) -> int:

@@ -11,23 +11,23 @@ import pytest
 
 from nanovllm.api.errors import from_exception
 from nanovllm.checks import InvalidValue, WrongType, checked
-from nanovllm.engine.intake import Intake
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.prompts import Prompt, PromptRefused, PromptTooLong
 from nanovllm.replicas import messages
 from nanovllm.replicas.messages import Outputs
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule import edit_limits
-from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Request
 from nanovllm.structured import library
 from nanovllm.structured_params import StructuredOutputsParams
-from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served, tokenizer
+from tests.api.mock_api_server import MODEL, TEMPLATE, MockServer, served, tokenizer
 from tests.api.test_http_clients import NEEDED, Refusing, refused
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MadeUpServer]:
+def server() -> Iterator[MockServer]:
     with served(template=TEMPLATE) as one:
         yield one
 
@@ -39,7 +39,7 @@ def server() -> Iterator[MadeUpServer]:
 )  # fmt: skip
 @pytest.mark.parametrize("is_late", [False, True])
 def test_the_field_of_an_error_is_its_param(
-    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, path: str, ours: str, param: str,
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, path: str, ours: str, param: str,
     is_late: bool,
 ) -> None:  # fmt: skip
     plain = server.engine.open
@@ -59,7 +59,7 @@ def test_words_at_the_beginning_of_a_message_are_no_param() -> None:
 
 
 def test_an_error_without_a_field_is_one_of_the_server(
-    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch
+    server: MockServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = server.engine.open
 
@@ -78,13 +78,13 @@ def test_an_error_without_a_field_is_one_of_the_server(
 )  # fmt: skip
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_limit_of_tokens_names_itself(
-    server: MadeUpServer, path: str, name: str, value: int
+    server: MockServer, path: str, name: str, value: int
 ) -> None:
     error = refused(server, path, **{name: value})
     assert error["param"] == name and error["message"].startswith(f"{name} is {value}")
 
 
-def test_an_image_for_a_text_model_names_the_model(server: MadeUpServer) -> None:
+def test_an_image_for_a_text_model_names_the_model(server: MockServer) -> None:
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     messages = [{"role": "user", "content": [part]}]
     error = refused(server, "/v1/chat/completions", messages=messages)
@@ -116,11 +116,11 @@ def test_refused_parameters_have_their_field(given: dict[str, Any], field: str) 
 
 
 def test_refused_prompts_and_edits_have_their_field() -> None:
-    intake = Intake(MODEL, tokenizer(), 512, 32, 16)
+    intake = InputProcessor(MODEL, tokenizer(), 512, 32, 16)
     with pytest.raises(PromptTooLong) as caught:
         intake.prompt_ids(Prompt(None, [1] * 16), SamplingParams())
     assert caught.value.field == "prompt"
-    alone = Intake(MODEL, None, 512, 32, 16)
+    alone = InputProcessor(MODEL, None, 512, 32, 16)
     for given in ({"stop": "a"}, {"bad_words": ["a"]}):
         with pytest.raises(InvalidValue) as refusal:
             alone.check(SamplingParams(**given))
@@ -151,9 +151,9 @@ def test_a_request_that_forbids_all_tokens_is_at_fault_and_another_one_is_not() 
         (request_of(min_tokens=2), "min_tokens"),
         (request_of(), None),
     ):
-        found = Completion.of(request, "", "error", None, request.without_token)
+        found = FinishedOutput.of(request, "", "error", None, request.without_token)
         assert found.error_field == field and "no token can follow" in str(found.error)
-        row = messages.row(1, Increment(1, [], "", None, found), incremental=True)
+        row = messages.row(1, OutputDelta(1, [], "", None, found), incremental=True)
         sent = messages.load_outputs(messages.dump(Outputs([], [], [row]))).rows[0].done
         assert sent is not None and (sent.error, sent.error_field) == (found.error, field)
 

@@ -13,9 +13,9 @@ import pytest
 from nanovllm.api import paths
 from nanovllm.api.app import ROUTES
 from nanovllm.checks import InvalidValue
-from nanovllm.serving.made_up import MadeUpOptions
+from scripts.bench.mock_engine import MockOptions
 from tests.api.fields import ENDPOINTS
-from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served, tokenizer
+from tests.api.mock_api_server import MODEL, TEMPLATE, MockServer, served, tokenizer
 
 USER: Any = [{"role": "user", "content": "Hi"}]
 NEEDED = {
@@ -27,17 +27,17 @@ LIMITS = ("max_output_tokens", "max_tokens", "max_completion_tokens")
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MadeUpServer]:
+def server() -> Iterator[MockServer]:
     with served(template=TEMPLATE) as one:
         yield one
 
 
-def post(server: MadeUpServer, path: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+def post(server: MockServer, path: str, **fields: Any) -> tuple[int, dict[str, Any]]:
     response = server.http.post(path, json=fields)
     return response.status_code, response.json()
 
 
-def refused(server: MadeUpServer, path: str, **fields: Any) -> dict[str, Any]:
+def refused(server: MockServer, path: str, **fields: Any) -> dict[str, Any]:
     """The error of a request, whose status must be 400."""
     status, body = post(server, path, **{**NEEDED.get(path, {}), **fields})
     assert status == 400, body
@@ -45,7 +45,7 @@ def refused(server: MadeUpServer, path: str, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-def test_every_field_may_be_null(server: MadeUpServer, path: str) -> None:
+def test_every_field_may_be_null(server: MockServer, path: str) -> None:
     needed = {"messages": USER, "max_tokens": 2} if path == "/v1/messages" else NEEDED[path]
     nulls = dict.fromkeys(set(ENDPOINTS[path].__struct_fields__) - needed.keys() - {*LIMITS})
     limit = LIMITS[0] if path == "/v1/responses" else LIMITS[1]
@@ -58,7 +58,7 @@ def test_every_field_may_be_null(server: MadeUpServer, path: str) -> None:
     [(path, name) for path in NEEDED for name in LIMITS
      if name in ENDPOINTS[path].__struct_fields__],
 )  # fmt: skip
-def test_a_whole_number_may_have_a_point(server: MadeUpServer, path: str, name: str) -> None:
+def test_a_whole_number_may_have_a_point(server: MockServer, path: str, name: str) -> None:
     status, body = post(server, path, **NEEDED[path], **{name: 4.0})
     assert status == 200, body
     counts = body["usage"]
@@ -75,7 +75,7 @@ def test_a_whole_number_may_have_a_point(server: MadeUpServer, path: str, name: 
     ids=["empty", "no id", "ids", "text", "chat", "response"],
 )  # fmt: skip
 def test_a_prompt_that_cannot_be_answered_is_named(
-    server: MadeUpServer, path: str, name: str, text: Any
+    server: MockServer, path: str, name: str, text: Any
 ) -> None:
     error = refused(server, path, **{name: text})
     assert error["param"] == name
@@ -83,7 +83,7 @@ def test_a_prompt_that_cannot_be_answered_is_named(
     assert error["code"] == ("context_length_exceeded" if is_long else "invalid_value")
 
 
-def test_no_likeliest_tokens_need_no_logprobs(server: MadeUpServer) -> None:
+def test_no_likeliest_tokens_need_no_logprobs(server: MockServer) -> None:
     status, _ = post(server, "/v1/chat/completions", messages=USER, max_tokens=1, top_logprobs=0)
     assert status == 200
 
@@ -101,7 +101,7 @@ SCHEMA = {"name": "a", "schema": WRONG_FORM}
      ("/v1/responses", "text", {"format": {"type": "json_schema", **SCHEMA}})],
 )  # fmt: skip
 def test_a_form_that_is_refused_has_the_name_of_its_field(
-    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, path: str, name: str, value: Any,
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, path: str, name: str, value: Any,
     is_late: bool,
 ) -> None:  # fmt: skip
     """The engine says so at once, or when it has compiled the form, in whatever words."""
@@ -137,7 +137,7 @@ class Refusing:
 
 
 @pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
-def test_a_wrong_variable_of_a_template_is_named(server: MadeUpServer, name: str) -> None:
+def test_a_wrong_variable_of_a_template_is_named(server: MockServer, name: str) -> None:
     error = refused(server, "/v1/chat/completions", chat_template_kwargs={name: False})
     assert error["param"] == "chat_template_kwargs" and name in error["message"]
     assert "transformers" not in error["message"]
@@ -151,14 +151,14 @@ PARTS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("part", "name"), PARTS)
 def test_a_wrong_part_of_a_message_is_named(
-    server: MadeUpServer, part: dict[str, Any], name: str
+    server: MockServer, part: dict[str, Any], name: str
 ) -> None:
     messages = [*USER, {"role": "user", "content": [{"type": "text", "text": "a"}, part]}]
     error = refused(server, "/v1/chat/completions", messages=messages)
     assert error["param"] == f"messages[1].content[1].{name}"
 
 
-def test_a_message_of_an_answer_can_be_sent_back(server: MadeUpServer) -> None:
+def test_a_message_of_an_answer_can_be_sent_back(server: MockServer) -> None:
     with server.client() as client:
         done = client.chat.completions.create(model=MODEL, messages=USER, max_tokens=3)
         again = {**done.choices[0].message.model_dump(), "annotations": []}
@@ -166,19 +166,19 @@ def test_a_message_of_an_answer_can_be_sent_back(server: MadeUpServer) -> None:
         client.chat.completions.create(model=MODEL, messages=messages, max_tokens=3)
 
 
-def tokens_of(server: MadeUpServer, messages: Any, path: str = "/tokenize") -> Any:
+def tokens_of(server: MockServer, messages: Any, path: str = "/tokenize") -> Any:
     status, body = post(server, path, messages=messages)
     assert status == 200, body
     return body["tokens"]
 
 
 def test_fields_of_messages_that_other_servers_write_are_ignored(
-    server: MadeUpServer, caplog: pytest.LogCaptureFixture
+    server: MockServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = [*USER, {"role": "assistant", "content": "a"}, *USER]
     more = {"provider_specific_fields": {"a": 1}, "refusal": "no", "odd one": [1]}
     part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
-    with caplog.at_level(logging.INFO, logger="nanovllm.api.messages"):
+    with caplog.at_level(logging.INFO, logger="nanovllm.api.chat_messages"):
         for content in ("a", [part], [part]):
             other = [*USER, {"role": "assistant", "content": content, **more}, *USER]
             assert tokens_of(server, other) == tokens_of(server, plain)
@@ -199,7 +199,7 @@ def test_fields_of_messages_that_other_servers_write_are_ignored(
     ids=["openai", "litellm", "agents", "citations", "langchain", "refused"],
 )  # fmt: skip
 def test_what_clients_add_to_an_answer_changes_no_prompt(
-    server: MadeUpServer, fields: dict[str, Any]
+    server: MockServer, fields: dict[str, Any]
 ) -> None:
     answer = {"role": "assistant", "content": "four"}
     found = [
@@ -208,7 +208,7 @@ def test_what_clients_add_to_an_answer_changes_no_prompt(
     assert found[0] == found[1] and found[0][0] == 200
 
 
-def test_embeddings_are_refused_with_the_reason(server: MadeUpServer) -> None:
+def test_embeddings_are_refused_with_the_reason(server: MockServer) -> None:
     error = refused(server, "/v1/embeddings", input="a", model=MODEL)
     assert error["code"] == "unsupported_model"
     assert "generates text, not embeddings" in error["message"]
@@ -218,7 +218,7 @@ def test_embeddings_are_refused_with_the_reason(server: MadeUpServer) -> None:
 
 @pytest.mark.parametrize("message", [{"content": None}, {}, {"content": None, "tool_calls": []}])
 def test_an_answer_without_text_and_calls_can_be_sent_back(
-    server: MadeUpServer, message: dict[str, Any]
+    server: MockServer, message: dict[str, Any]
 ) -> None:
     empty = [*USER, {"role": "assistant", "content": ""}, *USER]
     assert tokens_of(server, [*USER, {"role": "assistant", **message}, *USER]) == tokens_of(
@@ -258,7 +258,7 @@ def test_a_response_can_be_sent_back_with_its_reasoning() -> None:
         "{% endfor %}{% if enable_thinking is false %}<think></think>{% endif %}"
     )
     text = "<think>\nWhy?\n</think>\n\nSo."
-    with served(MadeUpOptions(text=text), template) as server, server.client() as client:
+    with served(MockOptions(text=text), template) as server, server.client() as client:
         first = client.responses.create(model=MODEL, input="Hi")
         assert [item.type for item in first.output] == ["reasoning", "message"]
         items: Any = [{"role": "user", "content": "Hi"}, *first.output]
@@ -281,7 +281,7 @@ def test_a_response_can_be_sent_back_with_its_reasoning() -> None:
      ({"type": "reasoning", "summary": [{"type": "summary_text", "text": ""}]}, "summary")],
 )  # fmt: skip
 def test_a_wrong_item_of_an_input_is_named(
-    server: MadeUpServer, item: dict[str, Any], param: str
+    server: MockServer, item: dict[str, Any], param: str
 ) -> None:
     items = [{"role": "user", "content": "Hi", "phase": None}, item]
     error = refused(server, "/v1/responses", input=items, instructions="Be brief.")
@@ -294,7 +294,7 @@ def test_a_wrong_item_of_an_input_is_named(
      ({"prompt": "a", "tools": []}, "tools"),
      ({"messages": USER, "add_special_tokens": True}, "add_special_tokens")],
 )  # fmt: skip
-def test_tokenize_ignores_no_field(server: MadeUpServer, fields: dict[str, Any], name: str) -> None:
+def test_tokenize_ignores_no_field(server: MockServer, fields: dict[str, Any], name: str) -> None:
     assert refused(server, "/tokenize", **fields)["param"] == name
 
 
@@ -304,7 +304,7 @@ def test_tokenize_ignores_no_field(server: MadeUpServer, fields: dict[str, Any],
      ("/v1/v1/responses", "/v1/responses"), ("/models", "/v1/models"),
      ("/v1/models/", "/v1/models"), ("/v1/tokenize", "/tokenize")],
 )  # fmt: skip
-def test_a_path_that_is_almost_right_is_told(server: MadeUpServer, path: str, meant: str) -> None:
+def test_a_path_that_is_almost_right_is_told(server: MockServer, path: str, meant: str) -> None:
     response = server.http.post(path, json={})
     assert response.status_code == 404
     assert response.json()["error"]["message"].endswith(f"did you mean {meant}?")
@@ -318,7 +318,7 @@ def test_a_path_that_is_almost_right_is_told(server: MadeUpServer, path: str, me
      ("/ping", "GET /health"), ("/healthz", "GET /health")],
 )  # fmt: skip
 def test_a_path_of_another_server_is_answered_with_the_one_of_this(
-    server: MadeUpServer, path: str, endpoint: str
+    server: MockServer, path: str, endpoint: str
 ) -> None:
     for method in ("GET", "POST"):
         response = server.http.request(method, path)
@@ -326,7 +326,7 @@ def test_a_path_of_another_server_is_answered_with_the_one_of_this(
         assert response.json()["error"]["message"].endswith(f"use {endpoint}")
 
 
-def test_every_endpoint_that_is_named_for_another_path_exists(server: MadeUpServer) -> None:
+def test_every_endpoint_that_is_named_for_another_path_exists(server: MockServer) -> None:
     known = {f"{route.method} {path}" for path, route in ROUTES.items()}
     assert not set(paths.ELSEWHERE) & set(ROUTES)
     assert set(paths.ELSEWHERE.values()) <= known | {"GET /v1/models/NAME"}
@@ -334,14 +334,14 @@ def test_every_endpoint_that_is_named_for_another_path_exists(server: MadeUpServ
     assert message == "there is no such path: GET /openapi.json lists the paths"
 
 
-def test_a_compressed_body_is_refused_as_such(server: MadeUpServer) -> None:
+def test_a_compressed_body_is_refused_as_such(server: MockServer) -> None:
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
     body = gzip.compress(json.dumps({"prompt": "hello"}).encode())
     response = server.http.post("/v1/completions", content=body, headers=headers)
     assert response.status_code == 415 and "gzip" in response.json()["error"]["message"]
 
 
-def test_bytes_of_logprobs_add_up_to_characters(server: MadeUpServer) -> None:
+def test_bytes_of_logprobs_add_up_to_characters(server: MockServer) -> None:
     found: list[int] = []
     for byte in "é".encode():
         one = next(i for i in range(256) if tokenizer().bytes_of(i) == bytes([byte]))
@@ -362,7 +362,7 @@ def test_too_many_messages_are_called_input_in_responses() -> None:
 
 @pytest.mark.parametrize("has_usage", [False, True])
 def test_token_ids_of_a_chat_stream_are_where_vllm_has_them(
-    server: MadeUpServer, has_usage: bool
+    server: MockServer, has_usage: bool
 ) -> None:
     """Those of the prompt beside the choices of the first event, the others in each choice."""
     options: Any = {"continuous_usage_stats": True} if has_usage else None
@@ -380,7 +380,7 @@ def test_token_ids_of_a_chat_stream_are_where_vllm_has_them(
     assert [token_id for one in choices for token_id in one["token_ids"]] == [5, 6, 7]
 
 
-def test_echo_without_tokens_has_none_in_a_stream_either(server: MadeUpServer) -> None:
+def test_echo_without_tokens_has_none_in_a_stream_either(server: MockServer) -> None:
     asked: Any = {
         "prompt": "hello", "echo": True, "max_tokens": 0, "return_token_ids": True, "stop": "x",
     }  # fmt: skip
@@ -399,7 +399,7 @@ def test_echo_without_tokens_has_none_in_a_stream_either(server: MadeUpServer) -
         assert usage["completion_tokens"] == 0
 
 
-def test_the_tokens_of_an_input_can_be_counted(server: MadeUpServer) -> None:
+def test_the_tokens_of_an_input_can_be_counted(server: MockServer) -> None:
     asked: Any = {"input": [{"role": "user", "content": "Hi"}], "instructions": "Be brief."}
     with server.client() as client:
         counted = client.responses.input_tokens.count(model=MODEL, **asked)

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from nanovllm import open_files
-from nanovllm.api import protocol
+from nanovllm.api import connection_limits
 from nanovllm.api.page import files
-from nanovllm.serving.made_up import MadeUpOptions
-from tests.api.made_up_server import MODEL, MadeUpServer, served
+from scripts.bench.mock_engine import MockOptions
+from tests.api.mock_api_server import MODEL, MockServer, served
 from tests.api.test_http_fuzz import HEAD, all_of, connect, request
 from tests.api.test_tls import make_pair
 
@@ -29,7 +29,7 @@ ONE_TOKEN = {"prompt": "a", "max_tokens": 1}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MadeUpServer]:
+def server() -> Iterator[MockServer]:
     with served(access_log=False, header_timeout=3.0) as one:
         yield one
 
@@ -40,7 +40,7 @@ def statuses(answers: bytes) -> list[int]:
     return [one for one in found if one != 100]
 
 
-def sent(server: MadeUpServer, *pieces: bytes, half_close: bool = True) -> bytes:
+def sent(server: MockServer, *pieces: bytes, half_close: bool = True) -> bytes:
     """What the server answers to these bytes until it closes the connection."""
     with connect(server) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -65,7 +65,7 @@ class Watched:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
-    found, kind = Watched(), protocol.LimitedProtocol
+    found, kind = Watched(), connection_limits.LimitedProtocol
     made, parsed, answered = (
         kind.connection_made, kind.on_headers_complete, kind.on_response_complete,
     )  # fmt: skip
@@ -89,7 +89,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 def test_a_client_that_reads_no_answers_has_one_request_in_memory(
-    server: MadeUpServer, watched: Watched
+    server: MockServer, watched: Watched
 ) -> None:
     """And its bytes are bounded: the kernel has the others, and the client has to wait."""
     with connect(server) as sock:
@@ -107,7 +107,7 @@ def test_a_client_that_reads_no_answers_has_one_request_in_memory(
         assert server.http.get("/health").status_code == 200, "others are served"
 
 
-def test_thousands_of_pipelined_requests_are_all_answered(server: MadeUpServer) -> None:
+def test_thousands_of_pipelined_requests_are_all_answered(server: MockServer) -> None:
     answers = sent(server, HEALTH * 3000)
     assert statuses(answers) == [200] * 3000
 
@@ -131,13 +131,13 @@ def bodies() -> list[bytes]:
 
 
 @pytest.mark.parametrize("num_bytes", [1, 3, 19, 99, 989, 1 << 20])
-def test_requests_may_be_cut_anywhere(server: MadeUpServer, num_bytes: int) -> None:
+def test_requests_may_be_cut_anywhere(server: MockServer, num_bytes: int) -> None:
     data = b"".join(bodies())
     pieces = [data[at : at + num_bytes] for at in range(0, len(data), num_bytes)]
     assert statuses(sent(server, *pieces)) == [200, 200, 200, 200, 200, 200, 404, 200]
 
 
-def test_answers_come_before_the_next_requests_are_read(server: MadeUpServer) -> None:
+def test_answers_come_before_the_next_requests_are_read(server: MockServer) -> None:
     """A head that is incomplete, or late, delays no answer before it."""
     with connect(server) as sock:
         sock.sendall(HEALTH + request(ONE_TOKEN) + b"GET /hea")
@@ -153,7 +153,7 @@ def test_answers_come_before_the_next_requests_are_read(server: MadeUpServer) ->
 @pytest.mark.parametrize("num_requests", [1, 2])
 def test_a_client_that_vanishes_with_requests_in_the_pipeline_ends_them(num_requests: int) -> None:
     body = request({"prompt": "a", "max_tokens": 999, "stream": True})
-    with served(MadeUpOptions(tokens_per_s=20)) as slow:
+    with served(MockOptions(tokens_per_s=20)) as slow:
         with connect(slow) as sock:
             sock.sendall(body * num_requests)
             while not slow.engine.streams:
@@ -166,7 +166,7 @@ def test_a_client_that_vanishes_with_requests_in_the_pipeline_ends_them(num_requ
 # half-closed connections -----------------------------------------------------------------------
 
 
-def test_a_half_closed_client_gets_its_answers(server: MadeUpServer) -> None:
+def test_a_half_closed_client_gets_its_answers(server: MockServer) -> None:
     assert statuses(sent(server, request(ONE_TOKEN))) == [200]
     streamed = sent(server, request({**ONE_TOKEN, "stream": True}) + HEALTH)
     assert statuses(streamed) == [200, 200] and b"[DONE]" in streamed
@@ -175,7 +175,7 @@ def test_a_half_closed_client_gets_its_answers(server: MadeUpServer) -> None:
 
 def test_a_half_closed_client_waits_as_long_as_others() -> None:
     """It gets 100 Continue meanwhile, which clients skip."""
-    with served(MadeUpOptions(tokens_per_s=10)) as slow:
+    with served(MockOptions(tokens_per_s=10)) as slow:
         connection = http.client.HTTPConnection(slow.host, slow.port, timeout=20)
         headers = {"content-type": "application/json"}
         body = json.dumps({"prompt": "a", "max_tokens": 12})
@@ -186,21 +186,21 @@ def test_a_half_closed_client_waits_as_long_as_others() -> None:
         assert json.loads(answer.read())["usage"]["completion_tokens"] == 12
         connection.close()
         answers = sent(slow, request({"prompt": "a", "max_tokens": 12}))
-        assert answers.startswith(protocol.CONTINUE) and statuses(answers) == [200]
+        assert answers.startswith(connection_limits.CONTINUE) and statuses(answers) == [200]
         assert slow.engine.num_aborted == 0
 
 
 def test_a_half_closed_client_of_http_1_0_gets_no_100_continue() -> None:
     """It does not know it. What it waits for is aborted, as that of a client that has left."""
     old = request({"prompt": "a", "max_tokens": 999}).replace(b"HTTP/1.1", b"HTTP/1.0")
-    with served(MadeUpOptions(tokens_per_s=10)) as slow:
+    with served(MockOptions(tokens_per_s=10)) as slow:
         assert sent(slow, old) == b""
         while slow.engine.streams:
             time.sleep(0.001)
         assert slow.engine.num_aborted == 1
 
 
-def test_a_request_that_is_cut_off_gets_no_answer(server: MadeUpServer) -> None:
+def test_a_request_that_is_cut_off_gets_no_answer(server: MockServer) -> None:
     for data in (b"GET /hea", HEAD + b"content-length: 99\r\n\r\n{"):
         assert sent(server, data) == b""
         assert statuses(sent(server, HEALTH + data)) == [200]
@@ -209,7 +209,7 @@ def test_a_request_that_is_cut_off_gets_no_answer(server: MadeUpServer) -> None:
 def test_tls_has_no_half_closed_connections(tmp_path: Any) -> None:
     pair = make_pair(tmp_path, "server")
     context = ssl.create_default_context(cafile=str(pair.certificate))
-    with served(MadeUpOptions(tokens_per_s=20), **pair.options) as secure:
+    with served(MockOptions(tokens_per_s=20), **pair.options) as secure:
         with (
             connect(secure) as plain,
             context.wrap_socket(plain, server_hostname="127.0.0.1") as tls,
@@ -238,7 +238,7 @@ CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
     "malformed", [b"zz\r\n", b"5\r\nabcdefgh\r\n", b"-1\r\n\r\n", b"ffffffffffffffffff\r\n"]
 )
 @pytest.mark.parametrize("is_late", [False, True])
-def test_a_malformed_body_gets_400(server: MadeUpServer, malformed: bytes, is_late: bool) -> None:
+def test_a_malformed_body_gets_400(server: MockServer, malformed: bytes, is_late: bool) -> None:
     with connect(server) as sock:
         sock.sendall(CHUNKED + b"1\r\n{\r\n" + (b"" if is_late else malformed))
         if is_late:
@@ -250,14 +250,14 @@ def test_a_malformed_body_gets_400(server: MadeUpServer, malformed: bytes, is_la
 
 @pytest.mark.parametrize("garbage", [b"\x00" * 99, b"garbage\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"])
 def test_garbage_after_a_request_does_not_lose_its_answer(
-    server: MadeUpServer, garbage: bytes
+    server: MockServer, garbage: bytes
 ) -> None:
     answers = sent(server, request(ONE_TOKEN) + garbage, half_close=False)
     assert statuses(answers) == [200, 400] and b'"completion_tokens":1' in answers
     assert error_of(answers)["code"] == "invalid_http"
 
 
-def test_a_long_head_after_a_request_gets_431(server: MadeUpServer) -> None:
+def test_a_long_head_after_a_request_gets_431(server: MockServer) -> None:
     long = b"GET / HTTP/1.1\r\nx: " + b"y" * (40 << 10) + b"\r\n\r\n"
     assert statuses(sent(server, request(ONE_TOKEN) + long)) == [200, 431]
 
@@ -275,7 +275,7 @@ JSON = b"Content-Type: application/json\r\n"
 CHUNKS = b"Transfer-encoding: chunked\r\n"
 
 
-def test_an_upgrade_of_java_is_ignored(server: MadeUpServer) -> None:
+def test_an_upgrade_of_java_is_ignored(server: MockServer) -> None:
     post = b"POST /v1/completions HTTP/1.1\r\n"
     with connect(server) as sock:
         sock.sendall(b"GET /v1/models HTTP/1.1\r\n" + JAVA % (b"Content-Length: 0\r\n", b"", b""))
@@ -295,13 +295,13 @@ def test_an_upgrade_of_java_is_ignored(server: MadeUpServer) -> None:
 
 
 @pytest.mark.parametrize("name", [b"websocket", b"h2c, websocket", b"TLS/1.0"])
-def test_other_upgrades_are_ignored(server: MadeUpServer, name: bytes) -> None:
+def test_other_upgrades_are_ignored(server: MockServer, name: bytes) -> None:
     upgrade = b"connection: upgrade\r\nupgrade: %b\r\n\r\n" % name
     asked = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n" + upgrade
     assert statuses(sent(server, asked * 2 + HEALTH)) == [200, 200, 200]
 
 
-def test_limits_hold_for_requests_with_upgrades(server: MadeUpServer) -> None:
+def test_limits_hold_for_requests_with_upgrades(server: MockServer) -> None:
     upgrade = b"GET /health HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
     for lines in (b"x: " + b"y" * (33 << 10) + b"\r\n", b"x: y\r\n" * 200):
         assert statuses(sent(server, upgrade + lines + b"\r\n")) == [431]
@@ -310,7 +310,7 @@ def test_limits_hold_for_requests_with_upgrades(server: MadeUpServer) -> None:
         assert all_of(sock) == b"", "closed in time"
 
 
-def test_a_tunnel_is_refused(server: MadeUpServer) -> None:
+def test_a_tunnel_is_refused(server: MockServer) -> None:
     for target in (b"example.org:443", b"/", b"http://localhost/"):
         asked = b"CONNECT %b HTTP/1.1\r\nhost: localhost\r\n\r\n" % target
         assert statuses(sent(server, asked + b"tunnelled")) == [400]
@@ -320,7 +320,7 @@ def test_a_tunnel_is_refused(server: MadeUpServer) -> None:
 
 
 def test_a_connection_stays_open_after_a_body_that_was_not_needed(
-    server: MadeUpServer, watched: Watched
+    server: MockServer, watched: Watched
 ) -> None:
     """It waits for the next request, and not for the rest of a head."""
     with connect(server) as sock:

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from nanovllm.api import openapi
 from nanovllm.api.service import Service
-from nanovllm.serving.made_up import MadeUpOptions
-from tests.api.made_up_server import TEMPLATE, MadeUpServer, served
+from scripts.bench.mock_engine import MockOptions
+from tests.api.mock_api_server import TEMPLATE, MockServer, served
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 LIMITS: dict[str, Any] = {
@@ -33,13 +33,13 @@ QUICK = settings(
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MadeUpServer]:
-    with served(MadeUpOptions(max_model_len=64), TEMPLATE, **LIMITS) as one:
+def server() -> Iterator[MockServer]:
+    with served(MockOptions(max_model_len=64), TEMPLATE, **LIMITS) as one:
         yield one
 
 
 @pytest.fixture(autouse=True)
-def _goes_on(server: MadeUpServer) -> Iterator[None]:
+def _goes_on(server: MockServer) -> Iterator[None]:
     """After each test nothing runs, and the server answers."""
     yield
     deadline = time.monotonic() + 10
@@ -50,7 +50,7 @@ def _goes_on(server: MadeUpServer) -> Iterator[None]:
     assert answer.status_code == 200
 
 
-def connect(server: MadeUpServer) -> socket.socket:
+def connect(server: MockServer) -> socket.socket:
     return socket.create_connection((server.host, server.port), timeout=10)
 
 
@@ -72,7 +72,7 @@ def all_of(sock: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("mode", schemathesis.GenerationMode)
 def test_requests_made_from_the_description_give_no_server_error(
-    server: MadeUpServer, mode: schemathesis.GenerationMode
+    server: MockServer, mode: schemathesis.GenerationMode
 ) -> None:
     document = openapi.description(Service(server.engine, server.config))
     schema = schemathesis.openapi.from_dict(document)
@@ -94,7 +94,7 @@ def test_requests_made_from_the_description_give_no_server_error(
     assert num_calls > 40
 
 
-def test_bytes_that_are_no_request_end_their_connection_alone(server: MadeUpServer) -> None:
+def test_bytes_that_are_no_request_end_their_connection_alone(server: MockServer) -> None:
     rng = random.Random(19)
     for num_bytes in (1, 19, 99, 989, 9999):
         for head in (b"", HEAD, HEAD + b"content-length: 5\r\n\r\n"):
@@ -112,7 +112,7 @@ def test_bytes_that_are_no_request_end_their_connection_alone(server: MadeUpServ
      b'{"prompt": "a", "n": ' + b"9" * 400 + b"}", b"\x00" * 999],
     ids=range(10),
 )  # fmt: skip
-def test_json_that_is_none_gets_400(server: MadeUpServer, body: bytes) -> None:
+def test_json_that_is_none_gets_400(server: MockServer, body: bytes) -> None:
     kind = {"content-type": "application/json"}
     answer = server.http.post("/v1/completions", content=body, headers=kind)
     assert answer.status_code == 400 and answer.json()["error"]["message"]
@@ -125,7 +125,7 @@ def test_json_that_is_none_gets_400(server: MadeUpServer, body: bytes) -> None:
      b'{"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {"a": %b}}'],
     ids=range(3),
 )  # fmt: skip
-def test_a_wrong_value_of_any_depth_gets_400(server: MadeUpServer, body: bytes) -> None:
+def test_a_wrong_value_of_any_depth_gets_400(server: MockServer, body: bytes) -> None:
     """From some depth on it could be read, and not be printed any more."""
     kind = {"content-type": "application/json"}
     for depth in (1, 19, 99, 505, *range(960, 1000)):
@@ -141,9 +141,9 @@ CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize("place", ["next request", "after the body", "chunk"])
-def test_headers_are_bounded_wherever_they_come(server: MadeUpServer, place: str) -> None:
+def test_headers_are_bounded_wherever_they_come(server: MockServer, place: str) -> None:
     """Those of the next request are not even received before the answer is complete."""
-    with served(MadeUpOptions(tokens_per_s=5), **LIMITS) as slow, connect(slow) as sock:
+    with served(MockOptions(tokens_per_s=5), **LIMITS) as slow, connect(slow) as sock:
         body = {"prompt": "a", "max_tokens": 999, "stream": True}
         head = {
             "next request": request(body) + b"GET / HTTP/1.1\r\nx: ",
@@ -161,9 +161,7 @@ def test_headers_are_bounded_wherever_they_come(server: MadeUpServer, place: str
         assert num_sent < 16 << 20
 
 
-def test_a_body_may_come_in_small_chunks_and_what_follows_is_no_header(
-    server: MadeUpServer,
-) -> None:
+def test_a_body_may_come_in_small_chunks_and_what_follows_is_no_header(server: MockServer) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 1, "user": "x" * 8192}).encode()
     chunks = b"".join(b"1\r\n%c\r\n" % one for one in body)
     with connect(server) as sock:
@@ -171,7 +169,7 @@ def test_a_body_may_come_in_small_chunks_and_what_follows_is_no_header(
         assert b" 200 " in sock.recv(1 << 16).split(b"\r\n")[0] + b" "
 
 
-def test_a_body_of_50_mb_is_not_kept(server: MadeUpServer) -> None:
+def test_a_body_of_50_mb_is_not_kept(server: MockServer) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def pieces() -> Iterator[bytes]:
@@ -189,7 +187,7 @@ def test_a_body_of_50_mb_is_not_kept(server: MadeUpServer) -> None:
     assert grown < 48 << 10, f"{grown >> 10} MiB more"
 
 
-def test_a_million_stop_strings_are_refused(server: MadeUpServer) -> None:
+def test_a_million_stop_strings_are_refused(server: MockServer) -> None:
     start = time.monotonic()
     answer = server.http.post(
         "/v1/completions", json={"prompt": "a", "stop": ["x"] * 10**6}, timeout=20
@@ -201,8 +199,8 @@ def test_a_million_stop_strings_are_refused(server: MadeUpServer) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_a_client_that_vanishes_ends_its_requests(server: MadeUpServer) -> None:
-    with served(MadeUpOptions(tokens_per_s=20)) as slow:
+def test_a_client_that_vanishes_ends_its_requests(server: MockServer) -> None:
+    with served(MockOptions(tokens_per_s=20)) as slow:
         for body in ({"prompt": ["a", "b"], "n": 2, "stream": True}, {"prompt": "a"}):
             num = slow.engine.num_aborted
             with connect(slow) as sock:
@@ -219,7 +217,7 @@ def test_a_client_that_vanishes_ends_its_requests(server: MadeUpServer) -> None:
 @pytest.mark.parametrize(
     "sent", [b"", b"GET / HT", HEAD, HEAD + b"content-length: 99\r\n\r\n{"], ids=range(4)
 )
-def test_a_half_open_connection_is_closed_in_time(server: MadeUpServer, sent: bytes) -> None:
+def test_a_half_open_connection_is_closed_in_time(server: MockServer, sent: bytes) -> None:
     with connect(server) as sock:
         start = time.monotonic()
         sock.sendall(sent)
@@ -227,9 +225,9 @@ def test_a_half_open_connection_is_closed_in_time(server: MadeUpServer, sent: by
         assert 0.5 < time.monotonic() - start < 5
 
 
-def test_a_reader_that_stops_holds_no_request(server: MadeUpServer) -> None:
+def test_a_reader_that_stops_holds_no_request(server: MockServer) -> None:
     """Its answers go on to their end, in few large parts, or it is disconnected."""
-    made_up = MadeUpOptions(max_model_len=10**6)
+    made_up = MockOptions(max_model_len=10**6)
     with served(made_up, **{**LIMITS, "send_timeout": 0.5}) as fast, connect(fast) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.sendall(request({"prompt": "a", "max_tokens": 200_000, "stream": True}))
@@ -251,7 +249,7 @@ def many_files() -> Iterator[None]:
 
 
 def test_a_thousand_connections_are_served_and_more_replace_idle_ones(
-    server: MadeUpServer, many_files: None
+    server: MockServer, many_files: None
 ) -> None:
     with ExitStack() as stack:
         socks = [stack.enter_context(connect(server)) for _ in range(1000)]
@@ -268,7 +266,7 @@ def test_a_thousand_connections_are_served_and_more_replace_idle_ones(
 
 
 def test_a_connection_is_refused_if_all_others_have_requests() -> None:
-    made_up = MadeUpOptions(tokens_per_s=5)
+    made_up = MockOptions(tokens_per_s=5)
     with served(made_up, max_connections=3) as slow, ExitStack() as stack:
         socks = [stack.enter_context(connect(slow)) for _ in range(3)]
         for num, sock in enumerate(socks, 1):
@@ -289,14 +287,14 @@ def test_a_slow_head_keeps_no_other_client_out() -> None:
         assert b" 200 " in sock.recv(1 << 16)
 
 
-def test_headers_that_are_too_long_or_too_many_are_refused(server: MadeUpServer) -> None:
+def test_headers_that_are_too_long_or_too_many_are_refused(server: MockServer) -> None:
     for line in (b"x: " + b"y" * 5000 + b"\r\n", b"x: y\r\n" * 200):
         with connect(server) as sock:
             sock.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + line + b"\r\n")
             assert b" 431 " in all_of(sock)
 
 
-def test_pipelined_requests_are_answered_in_their_order(server: MadeUpServer) -> None:
+def test_pipelined_requests_are_answered_in_their_order(server: MockServer) -> None:
     with connect(server) as sock:
         asked = [request({"prompt": "a", "max_tokens": num}) for num in (3, 1, 2)]
         last = b"GET /version HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"

@@ -19,15 +19,15 @@ import pytest
 
 from nanovllm.api import logprobs
 from nanovllm.api.app import ROUTES
-from nanovllm.api.bodies import ChatBody, CompletionBody
 from nanovllm.api.config import ALWAYS_OPEN, ServerConfig
 from nanovllm.api.errors import ApiError
 from nanovllm.api.fields import MAX_CONTAINERS, decoded
 from nanovllm.api.page import files
+from nanovllm.api.schemas import ChatBody, CompletionBody
 from nanovllm.schedule.logprobs import Logprob
-from nanovllm.serving.made_up import MadeUpOptions
-from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served
-from tests.api.made_up_server import tokenizer as made_tokenizer
+from scripts.bench.mock_engine import MockOptions
+from tests.api.mock_api_server import MODEL, TEMPLATE, MockServer, served
+from tests.api.mock_api_server import tokenizer as made_tokenizer
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["first-key", "second-key"]
@@ -44,18 +44,18 @@ SECRET = "/home/somebody/secret-folder"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MadeUpServer]:
-    with served(MadeUpOptions(max_model_len=256), TEMPLATE) as one:
+def server() -> Iterator[MockServer]:
+    with served(MockOptions(max_model_len=256), TEMPLATE) as one:
         yield one
 
 
 @pytest.fixture(scope="module")
-def locked() -> Iterator[MadeUpServer]:
+def locked() -> Iterator[MockServer]:
     with served(api_key=KEYS) as one:
         yield one
 
 
-def ask(server: MadeUpServer, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
+def ask(server: MockServer, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
     return server.http.post(path, json=body)
 
 
@@ -82,7 +82,7 @@ def test_unpickling_on_sockets_nothing_of_the_server_can_unpickle() -> None:
 
 
 def test_unpickling_on_sockets_a_pickle_as_a_body_is_not_run(
-    server: MadeUpServer, tmp_path: Path
+    server: MockServer, tmp_path: Path
 ) -> None:
     trace = tmp_path / "it-ran"
 
@@ -103,7 +103,7 @@ def test_unpickling_on_sockets_a_pickle_as_a_body_is_not_run(
 
 @pytest.mark.parametrize("name", ["chat_template", "chat_template_kwargs"])
 def test_template_denial_of_service_no_template_comes_from_a_request(
-    server: MadeUpServer, name: str
+    server: MockServer, name: str
 ) -> None:
     loop = "{% for i in range(10**12) %}{% endfor %}"
     value = loop if name == "chat_template" else {"chat_template": loop}
@@ -120,7 +120,7 @@ def test_template_denial_of_service_no_template_comes_from_a_request(
     ids=str,
 )  # fmt: skip
 def test_template_denial_of_service_variables_replace_no_options(
-    server: MadeUpServer, variables: dict[str, Any]
+    server: MockServer, variables: dict[str, Any]
 ) -> None:
     """Those that the template does not read are left out."""
     plain = ask(server, "/tokenize", messages=USER).json()
@@ -131,7 +131,7 @@ def test_template_denial_of_service_variables_replace_no_options(
         assert answer.status_code == 400, answer.text
 
 
-def test_template_denial_of_service_contents_are_not_templates(server: MadeUpServer) -> None:
+def test_template_denial_of_service_contents_are_not_templates(server: MockServer) -> None:
     given = "{{ ''.__class__.__mro__ }}{% for i in range(10**9) %}x{% endfor %}"
     content = [{"role": "user", "content": given}]
     found = ask(server, "/tokenize", messages=content).json()
@@ -140,7 +140,7 @@ def test_template_denial_of_service_contents_are_not_templates(server: MadeUpSer
 
 @pytest.mark.parametrize("name", ["structured_outputs", "guided_grammar", "guided_regex"])
 def test_regex_denial_of_service_texts_of_requests_are_not_run_here(
-    server: MadeUpServer, name: str
+    server: MockServer, name: str
 ) -> None:
     """The form goes to the engine, which compiles it with limits (tests/structured)."""
     bomb = "(" * 2000 + "a+" + ")+" * 2000
@@ -174,7 +174,7 @@ HUGE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_unbounded_fields_are_bounded(server: MadeUpServer, name: str) -> None:
+def test_unbounded_fields_are_bounded(server: MockServer, name: str) -> None:
     body: dict[str, Any] = {"messages": USER, "logprobs": True, name: HUGE[name]}
     start = time.monotonic()
     if name == "temperature":  # JSON has no infinity
@@ -208,7 +208,7 @@ def test_unbounded_fields_brackets_in_a_text_are_text(unit: str) -> None:
 
 
 def test_unbounded_fields_a_prompt_is_measured_before_it_is_encoded(
-    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch
+    server: MockServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def encode(*given: Any, **options: Any) -> list[int]:
         raise AssertionError("it was encoded")
@@ -233,7 +233,7 @@ def test_unbounded_fields_a_prompt_is_measured_before_it_is_encoded(
 
 
 def test_unbounded_fields_items_of_a_response_are_counted_before_they_are_joined(
-    server: MadeUpServer,
+    server: MockServer,
 ) -> None:
     item = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "c"}
     start = time.monotonic()
@@ -244,7 +244,7 @@ def test_unbounded_fields_items_of_a_response_are_counted_before_they_are_joined
 
 @pytest.mark.parametrize("name", ["guided_choice", "structured_outputs"])
 def test_unbounded_fields_choices_are_counted_before_they_are_checked(
-    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, name: str
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     def check(*given: Any) -> Any:
         raise AssertionError("they were checked")
@@ -259,7 +259,7 @@ def test_unbounded_fields_choices_are_counted_before_they_are_checked(
 
 @pytest.mark.parametrize("field", ["content", "tool_calls"])
 def test_unbounded_fields_the_parts_and_calls_of_a_message_are_counted(
-    server: MadeUpServer, field: str
+    server: MockServer, field: str
 ) -> None:
     message = {"role": "assistant", "content": "a", field: [{}] * 10**5}
     error = ask(server, messages=[message]).json()["error"]
@@ -269,12 +269,12 @@ def test_unbounded_fields_the_parts_and_calls_of_a_message_are_counted(
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_unbounded_fields_schemas_of_tools_are_measured_before_a_grammar_is_built(
-    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, strict: bool
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, strict: bool
 ) -> None:
     def build(*given: Any, **options: Any) -> Any:
         raise AssertionError("it was built")
 
-    for name in ("call_schema", "required_schema", "tagged"):
+    for name in ("call_schema", "required_schema", "structural_tag"):
         monkeypatch.setattr(f"nanovllm.api.tools.{name}", build)
     names = {str(number): {"type": "string"} for number in range(10**5)}
     function = {"name": "f", "strict": strict, "parameters": {"properties": names}}
@@ -286,7 +286,7 @@ def test_unbounded_fields_schemas_of_tools_are_measured_before_a_grammar_is_buil
         assert error["param"] == "tools" and "at most 262144 are allowed" in error["message"]
 
 
-def test_unbounded_fields_tokenize_checks_tools_as_chat_does(server: MadeUpServer) -> None:
+def test_unbounded_fields_tokenize_checks_tools_as_chat_does(server: MockServer) -> None:
     for tools in ([{"type": "function", "function": {"name": "f"}}] * 129, [{"type": "function"}]):
         for path in ("/tokenize", "/v1/chat/completions"):
             answer = ask(server, path, messages=USER, tools=tools)
@@ -307,7 +307,7 @@ def test_unbounded_fields_tokenize_checks_tools_as_chat_does(server: MadeUpServe
     ids=range(5),
 )  # fmt: skip
 def test_unbounded_fields_long_texts_do_not_block_the_event_loop(
-    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
 ) -> None:
     tokenizer, threads = server.engine.tokenizer, set()
     assert tokenizer is not None
@@ -330,7 +330,7 @@ def test_unbounded_fields_long_texts_do_not_block_the_event_loop(
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_unbounded_fields_many_log_probabilities_are_written_beside_the_event_loop(
-    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, path: str
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     threads, plain = [], logprobs.of_prompt
 
@@ -364,7 +364,7 @@ def test_each_token_is_decoded_once_for_log_probabilities(monkeypatch: pytest.Mo
     assert not decoded
 
 
-def test_unbounded_fields_a_large_max_tokens_is_what_the_model_allows(server: MadeUpServer) -> None:
+def test_unbounded_fields_a_large_max_tokens_is_what_the_model_allows(server: MockServer) -> None:
     answer = ask(server, messages=USER, max_tokens=10**30, min_tokens=10**29).json()
     assert answer["usage"]["total_tokens"] == server.engine.max_model_len
 
@@ -376,7 +376,7 @@ def test_unbounded_fields_a_large_max_tokens_is_what_the_model_allows(server: Ma
     "scheme", ["http", "https", "file", "ftp", "", "data:image/png;base64,iVBORw0KGgo="]
 )
 def test_url_fetching_a_request_opens_no_connection_and_no_file(
-    server: MadeUpServer, scheme: str, tmp_path: Path
+    server: MockServer, scheme: str, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.2)
@@ -402,7 +402,7 @@ PATHS = [*ROUTES, "/v1/models/x", "/v1/unknown", "/unknown", "/docs", *files()]
                "Basic Zmlyc3Q="],
 )  # fmt: skip
 def test_missing_auth_every_path_but_health_needs_a_key(
-    locked: MadeUpServer, header: str | None
+    locked: MockServer, header: str | None
 ) -> None:
     headers = {} if header is None else {"authorization": header}
     for path in set(PATHS) - set(ALWAYS_OPEN):
@@ -419,7 +419,7 @@ SPELLINGS = (
 
 @pytest.mark.parametrize("path", SPELLINGS)
 def test_missing_auth_no_spelling_of_a_path_goes_around_the_key(
-    locked: MadeUpServer, path: str
+    locked: MockServer, path: str
 ) -> None:
     with socket.create_connection((locked.host, locked.port)) as sock:
         sock.sendall(
@@ -428,7 +428,7 @@ def test_missing_auth_no_spelling_of_a_path_goes_around_the_key(
         assert b" 401 " in sock.recv(1 << 16)
 
 
-def test_missing_auth_each_key_opens_and_health_needs_none(locked: MadeUpServer) -> None:
+def test_missing_auth_each_key_opens_and_health_needs_none(locked: MockServer) -> None:
     for key in KEYS:
         headers = {"authorization": f"Bearer {key}"}
         assert locked.http.get("/metrics", headers=headers).status_code == 200
@@ -444,7 +444,7 @@ def test_missing_auth_keys_are_not_in_texts_of_the_options() -> None:
     assert "single" not in str(caught.value)
 
 
-def test_missing_auth_pages_of_other_origins_read_nothing(server: MadeUpServer) -> None:
+def test_missing_auth_pages_of_other_origins_read_nothing(server: MockServer) -> None:
     origin = {"origin": "https://evil.example", "access-control-request-method": "POST"}
     for method in ("GET", "OPTIONS", "POST"):
         answer = server.http.request(method, "/v1/models", headers=origin)
@@ -505,7 +505,7 @@ FOREIGN = (
 )  # fmt: skip
 
 
-def raw(server: MadeUpServer, path: str, hosts: Sequence[str]) -> tuple[int, bytes]:
+def raw(server: MockServer, path: str, hosts: Sequence[str]) -> tuple[int, bytes]:
     """The status and the answer of a request with these headers Host."""
     lines = [f"GET {path} HTTP/1.1", *(f"Host: {one}" for one in hosts), "Connection: close"]
     with socket.create_connection((server.host, server.port), timeout=20) as sock:
@@ -517,7 +517,7 @@ def raw(server: MadeUpServer, path: str, hosts: Sequence[str]) -> tuple[int, byt
 
 @pytest.mark.parametrize("path", sorted({*PATHS} - {*ALWAYS_OPEN}))
 def test_dns_rebinding_on_loopback_every_path_refuses_a_foreign_host(
-    server: MadeUpServer, path: str
+    server: MockServer, path: str
 ) -> None:
     """The error is the server's usual one and names the option."""
     status, answer = raw(server, path, ["evil.example:8000"])
@@ -527,7 +527,7 @@ def test_dns_rebinding_on_loopback_every_path_refuses_a_foreign_host(
 
 
 def test_dns_rebinding_no_spelling_of_a_foreign_host_is_taken_for_a_local_one(
-    server: MadeUpServer,
+    server: MockServer,
 ) -> None:
     for host in FOREIGN:
         assert raw(server, "/v1/models", [host])[0] == 421, host
@@ -535,12 +535,12 @@ def test_dns_rebinding_no_spelling_of_a_foreign_host_is_taken_for_a_local_one(
         assert raw(server, "/v1/models", hosts)[0] == 421, hosts
 
 
-def test_dns_rebinding_names_of_loopback_stay_allowed_with_any_port(server: MadeUpServer) -> None:
+def test_dns_rebinding_names_of_loopback_stay_allowed_with_any_port(server: MockServer) -> None:
     for host in LOCAL:
         assert raw(server, "/v1/models", [host])[0] == 200, host
 
 
-def test_dns_rebinding_probes_of_health_may_use_any_address_or_none(server: MadeUpServer) -> None:
+def test_dns_rebinding_probes_of_health_may_use_any_address_or_none(server: MockServer) -> None:
     for path in ALWAYS_OPEN:
         for hosts in (["10.1.2.3:8000"], ["evil.example"], []):
             assert raw(server, path, hosts)[0] == 200, (path, hosts)
@@ -578,7 +578,7 @@ def test_dns_rebinding_hosts_are_those_of_the_option_and_of_the_address(
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, OSError, MemoryError, RecursionError])
 def test_leaking_errors_a_mistake_of_ours_tells_neither_paths_nor_prompts(
-    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     error: type[Exception],
 ) -> None:  # fmt: skip
     async def fail(prompt: Any, *given: Any, **options: Any) -> Any:
@@ -594,7 +594,7 @@ def test_leaking_errors_a_mistake_of_ours_tells_neither_paths_nor_prompts(
 
 
 def test_leaking_errors_the_path_of_the_model_stays_here(
-    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch
+    server: MockServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The name by which clients know the model takes its place."""
     path = "/srv/secret/checkpoint"
@@ -625,7 +625,7 @@ def test_leaking_errors_prompts_are_logged_only_if_asked(caplog: pytest.LogCaptu
         assert len(lines) == 1 and "\n" not in lines[0]
 
 
-def test_leaking_errors_answers_say_nothing_of_the_software(server: MadeUpServer) -> None:
+def test_leaking_errors_answers_say_nothing_of_the_software(server: MockServer) -> None:
     for path in ("/health", "/unknown"):
         answer = server.http.get(path)
         assert "server" not in answer.headers and "Traceback" not in answer.text

@@ -11,21 +11,21 @@ import httpx
 import openai
 import pytest
 
-from nanovllm.serving.made_up import MadeUpOptions
-from tests.api.made_up_server import MODEL, PLAIN_TEMPLATE, MadeUpServer, served, tokenizer
+from scripts.bench.mock_engine import MockOptions
+from tests.api.mock_api_server import MODEL, PLAIN_TEMPLATE, MockServer, served, tokenizer
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 KEY = "a-key"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MadeUpServer]:
+def server() -> Iterator[MockServer]:
     with served(api_key=["another", KEY]) as one:
         yield one
 
 
 @pytest.fixture(scope="module")
-def client(server: MadeUpServer) -> Iterator[openai.OpenAI]:
+def client(server: MockServer) -> Iterator[openai.OpenAI]:
     with server.client(api_key=KEY) as one:
         yield one
 
@@ -215,7 +215,7 @@ def test_a_response_reads_instructions_and_messages(client: openai.OpenAI) -> No
     assert found.usage.input_tokens == chat.usage.prompt_tokens
 
 
-def test_tokens_of_texts_and_conversations_come_back_as_text(server: MadeUpServer) -> None:
+def test_tokens_of_texts_and_conversations_come_back_as_text(server: MockServer) -> None:
     headers = {"authorization": f"Bearer {KEY}"}
     with httpx.Client(base_url=server.url, headers=headers) as http:
         found = http.post("/tokenize", json={"prompt": "hello", "return_token_strs": True}).json()
@@ -226,7 +226,7 @@ def test_tokens_of_texts_and_conversations_come_back_as_text(server: MadeUpServe
         assert "Be brief." in text and text.count("Hi") == 1
 
 
-def test_the_small_endpoints_answer(server: MadeUpServer) -> None:
+def test_the_small_endpoints_answer(server: MockServer) -> None:
     from nanovllm import __version__
 
     with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {KEY}"}) as http:
@@ -237,7 +237,7 @@ def test_the_small_endpoints_answer(server: MadeUpServer) -> None:
         assert http.head("/health").status_code == 200
 
 
-def test_async_requests_run_at_the_same_time(server: MadeUpServer) -> None:
+def test_async_requests_run_at_the_same_time(server: MockServer) -> None:
     async def ask(client: openai.AsyncOpenAI, seed: int) -> str:
         stream = await client.chat.completions.create(
             model=MODEL, messages=MESSAGES, seed=seed, max_tokens=5, stream=True
@@ -282,12 +282,12 @@ def test_a_refused_field_is_named(
     assert caught.value.param == param and type(caught.value) is kind
 
 
-def test_a_wrong_key_is_an_authentication_error(server: MadeUpServer) -> None:
+def test_a_wrong_key_is_an_authentication_error(server: MockServer) -> None:
     with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
         client.models.list()
 
 
-def test_a_body_that_is_too_long_gets_413(server: MadeUpServer) -> None:
+def test_a_body_that_is_too_long_gets_413(server: MockServer) -> None:
     with served(max_body_bytes=1000) as small, small.client() as client:
         with pytest.raises(openai.APIStatusError) as caught:
             client.completions.create(model=MODEL, prompt="x" * 1000)
@@ -301,7 +301,7 @@ def test_embeddings_say_that_the_model_has_none(client: openai.OpenAI) -> None:
 
 
 def test_a_full_queue_is_a_rate_limit_error() -> None:
-    slow = MadeUpOptions(tokens_per_s=20, max_num_seqs=1, max_queue_len=1)
+    slow = MockOptions(tokens_per_s=20, max_num_seqs=1, max_queue_len=1)
     with served(slow) as server, server.client() as client:
         streams = [
             client.completions.create(model=MODEL, prompt="a", max_tokens=500, stream=True)
@@ -317,7 +317,7 @@ def test_a_full_queue_is_a_rate_limit_error() -> None:
 
 
 def test_while_draining_new_requests_get_503_and_running_ones_finish() -> None:
-    with served(MadeUpOptions(tokens_per_s=40)) as server, server.client() as client:
+    with served(MockOptions(tokens_per_s=40)) as server, server.client() as client:
         stream = client.completions.create(model=MODEL, prompt="a", max_tokens=40, stream=True)
         parts = [next(iter(stream))]
         server.stop()
@@ -334,7 +334,7 @@ def test_while_draining_new_requests_get_503_and_running_ones_finish() -> None:
 
 
 def test_an_engine_that_fails_is_told_to_clients_and_ends_the_server() -> None:
-    server = MadeUpServer(MadeUpOptions(tokens_per_s=100))
+    server = MockServer(MockOptions(tokens_per_s=100))
     server.start()
     with server.client() as client:
         stream = client.completions.create(model=MODEL, prompt="a", max_tokens=999, stream=True)
@@ -358,7 +358,7 @@ def test_tools_with_a_parser_that_is_not_there_are_refused() -> None:
     assert caught.value.param == "tools"
 
 
-def test_openapi_describes_every_field(server: MadeUpServer) -> None:
+def test_openapi_describes_every_field(server: MockServer) -> None:
     headers = {"authorization": f"Bearer {KEY}"}
     document = httpx.get(f"{server.url}/openapi.json", headers=headers).json()
     chat = document["components"]["schemas"]["ChatBody"]

@@ -10,8 +10,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from nanovllm.serving.made_up import MadeUpOptions
-from tests.api.made_up_server import MODEL, MadeUpServer, served
+from scripts.bench.mock_engine import MockOptions
+from tests.api.mock_api_server import MODEL, MockServer, served
 from tests.api.test_tools_and_reasoning import CALLS, HERMES
 
 TEMPLATE = (
@@ -27,13 +27,13 @@ ASKED: Any = {"model": MODEL, "input": "Hi", "tools": TOOLS}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MadeUpServer]:
-    with served(MadeUpOptions(text=HERMES), TEMPLATE) as one:
+def server() -> Iterator[MockServer]:
+    with served(MockOptions(text=HERMES), TEMPLATE) as one:
         yield one
 
 
 @pytest.fixture(scope="module")
-def client(server: MadeUpServer) -> Iterator[openai.OpenAI]:
+def client(server: MockServer) -> Iterator[openai.OpenAI]:
     with server.client() as one:
         yield one
 
@@ -75,7 +75,7 @@ def test_without_parallel_calls_only_the_first_is_given(client: openai.OpenAI) -
 
 
 def test_calls_and_their_results_can_be_sent_back(
-    server: MadeUpServer, client: openai.OpenAI
+    server: MockServer, client: openai.OpenAI
 ) -> None:
     first = client.responses.create(**ASKED)
     results = [
@@ -110,7 +110,7 @@ def test_a_demanded_call_is_read_from_json() -> None:
         city: str
 
     text = '[{"name": "Weather", "arguments": {"city": "Oslo"}}]'
-    with served(MadeUpOptions(text=text), TEMPLATE) as server, server.client() as client:
+    with served(MockOptions(text=text), TEMPLATE) as server, server.client() as client:
         done = client.responses.parse(
             model=MODEL, input="Hi", tools=[openai.pydantic_function_tool(Weather)["function"]
             | {"type": "function"}], tool_choice={"type": "function", "name": "Weather"},

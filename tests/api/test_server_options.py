@@ -11,8 +11,8 @@ from nanovllm.api.config import ServerConfig
 from nanovllm.api.prompts import PromptMaker
 from nanovllm.config import EngineConfig
 from nanovllm.parsers import reasoning_parser
-from nanovllm.serving.made_up import MadeUpEngine
-from tests.api.made_up_server import TEMPLATE, served, tokenizer
+from scripts.bench.mock_engine import MockEngine
+from tests.api.mock_api_server import TEMPLATE, served, tokenizer
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -45,7 +45,7 @@ def test_variables_of_the_template_have_defaults_that_requests_override() -> Non
 def test_defaults_that_the_template_does_not_read_are_refused_at_the_start(
     variables: dict[str, object], message: str
 ) -> None:
-    engine = MadeUpEngine(EngineConfig("tiny-qwen3"), tokenizer(TEMPLATE), None)
+    engine = MockEngine(EngineConfig("tiny-qwen3"), tokenizer(TEMPLATE), None)
     with pytest.raises(ValueError, match=message) as raised:
         PromptMaker(engine, ServerConfig(default_chat_template_kwargs=variables))
     assert str(raised.value).startswith("default_chat_template_kwargs is {")

@@ -16,7 +16,7 @@ import pytest
 
 from nanovllm.cli.main import run
 from nanovllm.tools import command_line
-from tests.api.made_up_server import MODEL, MadeUpServer, served
+from tests.api.mock_api_server import MODEL, MockServer, served
 
 PASSPHRASE = "a passphrase"
 
@@ -49,20 +49,20 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @pytest.fixture(scope="module")
-def server(pair: Pair) -> Iterator[MadeUpServer]:
+def server(pair: Pair) -> Iterator[MockServer]:
     with served(**pair.options) as one:
         yield one
 
 
 @pytest.fixture(scope="module")
-def client(server: MadeUpServer, pair: Pair) -> Iterator[openai.OpenAI]:
+def client(server: MockServer, pair: Pair) -> Iterator[openai.OpenAI]:
     trusted = ssl.create_default_context(cafile=str(pair.certificate))
     with httpx.Client(verify=trusted) as http, server.client(http_client=http) as one:
         yield one
 
 
 def test_the_official_client_gets_whole_and_streamed_answers(
-    server: MadeUpServer, client: openai.OpenAI
+    server: MockServer, client: openai.OpenAI
 ) -> None:
     assert server.url.startswith("https://")
     asked: Any = {"model": MODEL, "prompt": "hello", "seed": 9, "max_tokens": 99}
@@ -71,7 +71,7 @@ def test_the_official_client_gets_whole_and_streamed_answers(
     assert len(chunks) > 1 and "".join(one.choices[0].text for one in chunks) == whole
 
 
-def test_a_client_that_does_not_trust_the_certificate_sends_nothing(server: MadeUpServer) -> None:
+def test_a_client_that_does_not_trust_the_certificate_sends_nothing(server: MockServer) -> None:
     with server.client() as one, pytest.raises(openai.APIConnectionError):
         one.models.list()
 
@@ -80,7 +80,7 @@ def test_a_client_that_does_not_trust_the_certificate_sends_nothing(server: Made
     "sent", [b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n", b"\x16\x03\x01\xff", b""]
 )
 def test_what_is_no_tls_gets_no_answer_and_does_no_harm(
-    server: MadeUpServer, client: openai.OpenAI, sent: bytes, caplog: pytest.LogCaptureFixture
+    server: MockServer, client: openai.OpenAI, sent: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
         caplog.at_level(logging.WARNING),

@@ -10,8 +10,8 @@ from typing import Any
 import openai
 import pytest
 
-from nanovllm.serving.made_up import MadeUpOptions
-from tests.api.made_up_server import MODEL, TEMPLATE, served
+from scripts.bench.mock_engine import MockOptions
+from tests.api.mock_api_server import MODEL, TEMPLATE, served
 
 USER: Any = [{"role": "user", "content": "What is the weather in Oslo?"}]
 TOOLS: Any = [
@@ -28,7 +28,7 @@ CALLS = [("weather", {"city": "Oslo"}), ("clock", {})]
 @contextmanager
 def answering(text: str, **options: Any) -> Iterator[openai.OpenAI]:
     """A client of a server whose answers have this text."""
-    with served(MadeUpOptions(text=text), TEMPLATE, **options) as server, server.client() as client:
+    with served(MockOptions(text=text), TEMPLATE, **options) as server, server.client() as client:
         yield client
 
 
@@ -252,7 +252,7 @@ FORM: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"typ
 def noting(text: str, **options: Any) -> Iterator[tuple[openai.OpenAI, list[Any]]]:
     """A client, and the forms that the engine gets."""
     forms: list[Any] = []
-    with served(MadeUpOptions(text=text), TEMPLATE, **options) as server, server.client() as client:
+    with served(MockOptions(text=text), TEMPLATE, **options) as server, server.client() as client:
         plain = server.engine.open
 
         async def opened(prompt: Any, params: Any, **others: Any) -> Any:

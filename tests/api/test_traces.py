@@ -21,7 +21,7 @@ from nanovllm.api.start import serve
 from nanovllm.api.traces import MAX_WAITING, Traces
 from nanovllm.config import EngineConfig
 from nanovllm.serving import supervisor
-from tests.api.made_up_server import served
+from tests.api.mock_api_server import served
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

@@ -15,7 +15,7 @@ from nanovllm.batch.output import Found, InOrder, Output
 from nanovllm.batch.results import Result, answer, failure
 from nanovllm.batch.rows import Line
 from nanovllm.schedule.logprobs import Logprob
-from nanovllm.schedule.outputs import Completion
+from nanovllm.schedule.outputs import FinishedOutput
 
 JOB = {"model": "m", "params": {"a": 1}}
 
@@ -149,7 +149,7 @@ def test_one_job_at_a_time_writes(output: Output) -> None:
 
 def test_infinite_logprobs_and_broken_ids_are_written_as_json() -> None:
     found = {5: Logprob(float("-inf"), 2, 5, None)}
-    done = Completion("é", [5], "stop", None, [1, 2], 0, [found], [None, found])
+    done = FinishedOutput("é", [5], "stop", None, [1, 2], 0, [found], [None, found])
     line = answer(3, "\ud800", done).line
     assert b"Infinity" not in line and b'"logprob": null' in line and b"\\ud800" in line
     assert "é".encode() in answer(3, "x", done).line

@@ -18,7 +18,7 @@ from nanovllm.cli.bench import offline, throughput
 from nanovllm.cli.main import run as run_command
 from nanovllm.flags import Parser
 from nanovllm.tools import device_limits
-from nanovllm.tools.device_limits import Limits
+from nanovllm.tools.device_limits import DeviceLimits
 
 OPTIONS = "--num-seqs 3 --min-len 4 --max-len 9 --max-model-len 64"
 COMMON = f"--model tiny-qwen3 --device cpu --enforce-eager {OPTIONS}".split()
@@ -160,10 +160,10 @@ def test_limits_are_measured_before_the_model_takes_the_memory(
 ) -> None:
     events: list[str] = []
 
-    def measure_limits(device: Any, dtype: Any, synchronize: Any, free_bytes: int) -> Limits:
+    def measure_limits(device: Any, dtype: Any, synchronize: Any, free_bytes: int) -> DeviceLimits:
         assert dtype is torch.bfloat16 and free_bytes > 0
         events.append("limits")
-        return Limits(1.0, 1.0)
+        return DeviceLimits(1.0, 1.0)
 
     def load(*_: Any) -> None:
         events.append("load")
@@ -186,7 +186,7 @@ def test_filters_are_recorded_and_wrong_ones_refused(run: Any) -> None:
 def test_an_fp8_cache_is_recorded_and_its_limit_is_that_of_its_bytes(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offline, "measure_limits", lambda *_: Limits(1e9, 1e15))
+    monkeypatch.setattr(offline, "measure_limits", lambda *_: DeviceLimits(1e9, 1e15))
     _, (plain,) = run("--bs", "2")
     _, (fp8,) = run("--bs", "2", "--kv-cache-dtype", "fp8")
     assert (plain["kv_cache_dtype"], fp8["kv_cache_dtype"]) == ("float32", "float8_e4m3fn")

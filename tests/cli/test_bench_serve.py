@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nanovllm.cli.bench import against_server, requests, results, serve
-from nanovllm.cli.bench.client import Record
+from nanovllm.cli.bench.client import RequestRecord
 from nanovllm.cli.bench.workload import draw_requests
 from nanovllm.cli.main import run
 from nanovllm.flags import Parser
@@ -185,14 +185,14 @@ def test_a_server_that_dies_half_way_is_reported(bench: Any) -> None:
 
 def test_without_usage_or_tokens_a_request_has_failed() -> None:
     assert [requests.send_times(3, float("inf"), 1.0, 0)] == [[0.0] * 3]
-    record = Record()
+    record = RequestRecord()
     record.on_event(b'{"choices":[{"text":"a"}]}')
     assert len(record.times) == 1 and record.num_output == 0
 
 
 @pytest.mark.parametrize("space", [b"", b" "])
 def test_only_events_with_content_are_pieces(space: bytes) -> None:
-    record = Record()
+    record = RequestRecord()
     for event, num in (
         (b'{"choices":[{"delta":{"role":"assistant","content":""}}]}', 0),
         (b'{"choices":[{"delta":{"role":"assistant","content":"a"}}]}', 1),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from nanovllm.cli import http
-from nanovllm.cli.http import Address, Broken, Client
+from nanovllm.cli.http import Address, Broken, HttpClient
 from tests.cli.mock_server import serving
 
 BODY = {"model": "mock", "prompt": [1, 2, 3], "max_tokens": 7, "stream": True}
@@ -38,9 +38,9 @@ def answering(*writes: bytes, times: int = 1) -> Iterator[str]:
         thread.join(10)
 
 
-def ask(url: str, *, wants_events: bool = True) -> tuple[http.Answer, list[bytes]]:
+def ask(url: str, *, wants_events: bool = True) -> tuple[http.HttpResponse, list[bytes]]:
     """An answer and its events."""
-    client, events = Client(url), list[bytes]()
+    client, events = HttpClient(url), list[bytes]()
     request = client.request(PATH, BODY)
     answer = http.run(client.send(request, events.append if wants_events else None))
     return answer, events
@@ -57,7 +57,7 @@ def test_events_are_whole_however_their_bytes_are_cut(splits: int) -> None:
 
 def test_connections_stay_open_between_requests() -> None:
     async def several(url: str) -> None:
-        client = Client(url)
+        client = HttpClient(url)
         for num in (1, 3, 2):
             requests = [client.request(PATH, BODY)] * num
             await asyncio.gather(*(client.send(one, lambda data: None) for one in requests))
@@ -109,8 +109,8 @@ def test_an_answer_that_is_cut_or_no_http_is_an_error(
 def test_an_idle_connection_that_the_server_has_closed_is_replaced(seconds: float) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
-    async def twice(url: str) -> list[http.Answer]:
-        client = Client(url)
+    async def twice(url: str) -> list[http.HttpResponse]:
+        client = HttpClient(url)
         first = await client.send(client.request("/"))
         await asyncio.sleep(seconds)
         return [first, await asyncio.wait_for(client.send(client.request("/")), 10)]
@@ -137,12 +137,14 @@ def test_errors_have_the_server_s_message(body: bytes, message: str) -> None:
 
 def test_keys_are_sent_and_checked() -> None:
     with serving(api_key="secret") as mock:
-        assert http.run(Client(mock.url, "secret").get("/v1/models"))["data"] == [{"id": "mock"}]
+        assert http.run(HttpClient(mock.url, "secret").get("/v1/models"))["data"] == [
+            {"id": "mock"}
+        ]
         with pytest.raises(ValueError, match="the server returned 401: no such key"):
-            http.run(Client(mock.url).get("/v1/models"))
+            http.run(HttpClient(mock.url).get("/v1/models"))
     for key in ("a\r\nHost: b", "é"):
         with pytest.raises(ValueError, match="must be printable ASCII"):
-            Client("http://a", key)
+            HttpClient("http://a", key)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,6 @@ def test_what_is_no_url_is_refused(url: str) -> None:
 def test_a_server_that_is_not_there_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    client = Client(f"http://127.0.0.1:{port}")
+    client = HttpClient(f"http://127.0.0.1:{port}")
     with pytest.raises(OSError, match=f"'127.0.0.1', port {port}: .*(refused|failed)"):
         asyncio.run(client.get("/v1/models"))

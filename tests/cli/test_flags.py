@@ -147,7 +147,7 @@ def test_every_option_is_a_flag_with_help(options: type) -> None:
 
 
 def test_sampling_parameters_of_a_terminal_are_documented() -> None:
-    from nanovllm.cli.talk import SAMPLING
+    from nanovllm.cli.chat_backend import SAMPLING
 
     assert set(SAMPLING) <= documented(SamplingParams).keys()
 

@@ -13,13 +13,13 @@ from transformers import AutoConfig
 
 from nanovllm.cli.bench.ideal import ideal_seconds
 from nanovllm.models import registry
-from nanovllm.models.interface import Model
-from nanovllm.tools.device_limits import Limits
+from nanovllm.models.model import Model
+from nanovllm.tools.device_limits import DeviceLimits
 from nanovllm.tools.shapes import CONFIGS
 
 SPEC: Any = SimpleNamespace(cache_dtype=torch.bfloat16)
-READING = Limits(bandwidth=1.0, flops=float("inf"))
-MULTIPLYING = Limits(bandwidth=float("inf"), flops=1.0)
+READING = DeviceLimits(bandwidth=1.0, flops=float("inf"))
+MULTIPLYING = DeviceLimits(bandwidth=float("inf"), flops=1.0)
 
 
 def shape(folder: Path, name: str, **changes: object) -> Model:
@@ -29,7 +29,7 @@ def shape(folder: Path, name: str, **changes: object) -> Model:
     return registry.architecture(hf.architectures)(hf, dtype=torch.bfloat16)
 
 
-def seconds(model: Model, num_requests: int, limits: Limits, num_steps: int = 1) -> float:
+def seconds(model: Model, num_requests: int, limits: DeviceLimits, num_steps: int = 1) -> float:
     """The limit of prompts of one token whose answers take `num_steps` decode steps."""
     prompts, output_lens = [[0]] * num_requests, [1 + num_steps] * num_requests
     return ideal_seconds(model, SPEC, prompts, output_lens, num_requests, limits)

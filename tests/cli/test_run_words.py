@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.cli import attach, chat, talk
+from nanovllm.cli import attach, chat, chat_backend
 from nanovllm.cli.input_lines import Input
 from nanovllm.cli.main import run
 from tests.cli.mock_server import Mock, serving
@@ -46,9 +46,9 @@ class Fake:
         self.asked.append(prompt)
         write("more")
 
-    def ask(self, asked: Any) -> talk.Reply:
+    def ask(self, asked: Any) -> chat_backend.Reply:
         self.asked.append(asked)
-        return talk.Reply(str(self.model), "yes \x9b", "", "stop", 3, 2)
+        return chat_backend.Reply(str(self.model), "yes \x9b", "", "stop", 3, 2)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
         models.append(Fake(args.model))
         return models[-1]
 
-    monkeypatch.setattr(talk, "open_model", open_model)
+    monkeypatch.setattr(chat_backend, "open_model", open_model)
     monkeypatch.setattr("sys.stdin", StringIO("from stdin"))
     return models
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from nanovllm import platforms
 from nanovllm.compile import keys
 from nanovllm.compile.keys import Key, describe, narrowed, program_key, source_digest
-from nanovllm.models import dense, interface
+from nanovllm.models import dense, model
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.interface import LayerCall, LayerKind, Model
 from nanovllm.models.layer_state import PagedKV
+from nanovllm.models.model import LayerCall, LayerKind, Model
 from nanovllm.startup import artifacts
 
 CFG = ModelConfig(
@@ -80,7 +80,7 @@ IRRELEVANT = {
     "architecture": "LlamaForCausalLM", "num_layers": 1, "inv_freq": (2.0,) * 16, "rope_scale": 2.0,
     "max_position": 9, "tied_embeddings": False, "qk_norm": True, "qkv_bias": True,
     "out_bias": True, "mlp_bias": True, "hidden_size": 9, "ffn_size": 9,
-    "rope_axes": (1,) * 16, "num_added": 3, "other_ropes": ((2.0,) * 16,),
+    "rope_axes": (1,) * 16, "num_deepstack": 3, "other_ropes": ((2.0,) * 16,),
 }  # fmt: skip
 
 
@@ -271,7 +271,7 @@ def test_the_platform_and_its_passes_are_ingredients(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "file, counts",
-    [("interface.py", True), ("config.py", True), ("formats/int8.py", True),
+    [("model.py", True), ("config.py", True), ("formats/int8.py", True),
      ("formats/new.py", True),
      ("loader.py", False), ("rope.py", False), ("kv_scales.py", False), ("qwen3.py", False)],
 )  # fmt: skip
@@ -279,8 +279,8 @@ def test_sources_of_regions_count_and_no_others_of_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, counts: bool
 ) -> None:
     copy = tmp_path / "models"
-    shutil.copytree(Path(interface.__file__).parent, copy)
-    monkeypatch.setattr(interface, "__file__", str(copy / "interface.py"))
+    shutil.copytree(Path(model.__file__).parent, copy)
+    monkeypatch.setattr(model, "__file__", str(copy / "model.py"))
     platform: Any = platforms.select("cpu")
     before = artifacts.common_ingredients(platform, [], dense.dense_model(CFG))
     with (copy / file).open("a") as opened:

@@ -20,7 +20,7 @@ from nanovllm.kernels import ops
 from nanovllm.models import loader as weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import dense_model
-from nanovllm.models.interface import VARYING, Batch, LayerCache, LayerCall
+from nanovllm.models.model import VARYING, Batch, LayerCache, LayerCall
 from nanovllm.models.rope import rotary_table
 
 ROWS, TABLE_POSITIONS, BLOCKS, BLOCK_SIZE = 3, 40, 9, 16

@@ -20,9 +20,9 @@ from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import CompiledAfterWarmUp, Compiler, Program
 from nanovllm.config import EngineConfig
 from nanovllm.kernels import ops
-from nanovllm.models.interface import VARYING
+from nanovllm.models.model import VARYING
 from nanovllm.startup.build import make_compiler
-from nanovllm.startup.choose import choose_without_weights
+from nanovllm.startup.resolve import resolve_without_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,7 +158,7 @@ def test_the_environment_names_the_folder_of_dumps(
     folder = tmp_path / "graphs"
     monkeypatch.setenv("NANOVLLM_DUMP_GRAPHS", str(folder))
     config = EngineConfig(model="tiny-qwen3", device="cpu")
-    choice = choose_without_weights(config)
+    choice = resolve_without_weights(config)
     made = replace(make_compiler(choice), store=None)
     replace(made, lowering=eager.lower).program(
         "silu", (2,), ops.silu_mul, {"gate_up_TG": torch.ones(2, 6)}

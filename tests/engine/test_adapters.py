@@ -17,7 +17,7 @@ from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import input_leaves
 from nanovllm.engine.request import EngineRequest
 from nanovllm.models import registry
-from nanovllm.schedule.outputs import Completion
+from nanovllm.schedule.outputs import FinishedOutput
 from nanovllm.schedule.plan import StepPlan
 from tests.engines import assert_all_free, drain, greedy
 from tests.models import adapted
@@ -57,7 +57,7 @@ def eager(folder: Path) -> Iterator[LLM]:
 
 def run(
     llm: LLM, prompts: Sequence[list[int]], names: Sequence[str | None], num_tokens: int = 12
-) -> list[Completion]:
+) -> list[FinishedOutput]:
     """Answers to prompts in one batch, each with an adapter or none."""
     engine, params = llm.engine, greedy(num_tokens)
     ids = [

@@ -14,7 +14,7 @@ import pytest
 
 from nanovllm import LLM, EngineConfig
 from nanovllm.engine.engine import Engine
-from nanovllm.serving import quota
+from nanovllm.serving import admission
 from nanovllm.serving.client import Client
 from tests.engines import greedy, tokens
 
@@ -72,7 +72,7 @@ def test_every_use_in_a_fork_is_refused_and_the_engine_goes_on(llm: LLM) -> None
 def test_a_client_is_refused_in_a_fork_and_sends_nothing() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        client = Client(EngineConfig("some/model"), [ours], quota.own_counts())
+        client = Client(EngineConfig("some/model"), [ours], admission.own_counts())
         said = in_fork(
             lambda: asyncio.run(client.ready()), lambda: asyncio.run(anext(client.generate([5])))
         )

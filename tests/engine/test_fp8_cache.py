@@ -17,7 +17,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.keys import program_key
-from nanovllm.models.interface import VARYING
+from nanovllm.models.model import VARYING
 from nanovllm.platforms.base import MemoryBudget
 from tests.engines import assert_all_free, random_prompts, tokens
 

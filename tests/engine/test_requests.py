@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from nanovllm import LLM
-from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
 from tests.engines import (
     NUM_TOKENS,
     Generate,
@@ -28,7 +28,7 @@ def test_increments_add_up_to_the_completion(eager_llm: LLM, hf_generate: Genera
         engine.add_request(prompt, greedy()),
         engine.add_request(other, greedy(), incremental=False),
     )
-    outputs: list[Increment] = []
+    outputs: list[OutputDelta] = []
     while engine.has_unfinished:
         outputs += engine.step()
     mine = [output for output in outputs if output.request_id == steady]
@@ -53,7 +53,7 @@ def test_abort_in_mid_flight(llm: LLM, hf_generate: Generate, num_steps: int) ->
     engine = llm.engine
     prompts = random_prompts([19, 200, 200, 33], seed=81)
     ids = [engine.add_request(prompt, greedy()) for prompt in prompts]
-    done: dict[int, Completion] = {}
+    done: dict[int, FinishedOutput] = {}
     for _ in range(num_steps):
         done.update(
             {output.request_id: output.completion for output in engine.step() if output.completion}

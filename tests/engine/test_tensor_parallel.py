@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.parallel.watch import RankFailed
+from nanovllm.parallel.monitor import RankFailed
 from nanovllm.startup import ranks
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, tokens

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import sharing
+from nanovllm.engine import locked_engine
 from tests.engines import assert_all_free, greedy, random_prompts, tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
@@ -205,7 +205,7 @@ def test_ctrl_c_at_any_call_leaves_the_engine_to_other_threads(
     llm = make_llm(num_kvcache_blocks=40)
     prompts = random_prompts([5], seed=86)
     expected = tokens(llm, prompts, greedy(3))
-    files = (sharing.__file__, threading.__file__)
+    files = (locked_engine.__file__, threading.__file__)
     # There an error of a trace function ends a resumed generator without its `finally` blocks. A
     # signal does not: it is raised inside them.
     before_311 = sys.version_info < (3, 11)

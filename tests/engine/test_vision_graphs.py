@@ -14,7 +14,7 @@ import torch
 
 from nanovllm import LLM, EngineConfig, SamplingParams
 from nanovllm.platforms.cpu import CpuPlatform
-from nanovllm.runner.captured import PrefillStep
+from nanovllm.runner.device_graphs import PrefillStep
 from nanovllm.schedule.plan import StepPlan
 from nanovllm.startup import precompile
 from tests.conftest import save_tiny
@@ -76,9 +76,9 @@ def test_a_prompt_with_images_runs_few_programs_more(
     hf, llm = seeing
     one = Given(hf, PARTS, 2)
     found = run_programs(llm, monkeypatch, lambda: answers(llm, [one], 1))
-    num_added = llm.engine.runner.cfg.num_added
-    assert num_added == (3 if "Qwen3" in type(hf).__name__ else 0)
-    added = {"add_features": num_added} if num_added else {}
+    num_deepstack = llm.engine.runner.cfg.num_deepstack
+    assert num_deepstack == (3 if "Qwen3" in type(hf).__name__ else 0)
+    added = {"add_features": num_deepstack} if num_deepstack else {}
     assert found == PLAIN | {"with_given": 1} | added
 
 

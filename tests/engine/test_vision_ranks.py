@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nanovllm.parallel.ranks import Ranks
-from nanovllm.runner import mirrored
+from nanovllm.parallel.ranks import WorkerGroup
+from nanovllm.runner import tp_driver
 from tests.models.test_vision_text import MODELS, NAMES, Given, answers, engine, saved
 
 # more patches than a socket takes at once, images beside each other, text alone
@@ -52,14 +52,14 @@ def test_four_ranks_get_each_image_in_a_message(
 ) -> None:
     """They have each of the two key-value heads twice."""
     told: list[str] = []
-    tell = Ranks.tell
+    tell = WorkerGroup.tell
 
-    def watched(self: Ranks, name: str, payload: bytes = b"") -> None:
+    def watched(self: WorkerGroup, name: str, payload: bytes = b"") -> None:
         told.append(name)
         tell(self, name, payload)
 
-    monkeypatch.setattr(Ranks, "tell", watched)
-    monkeypatch.setattr(mirrored, "GROUP_BYTES", 1)
+    monkeypatch.setattr(WorkerGroup, "send", watched)
+    monkeypatch.setattr(tp_driver, "GROUP_BYTES", 1)
     check(saved("qwen3", tmp_path), tmp_path, 4)
     assert told.count("encode") == 4
 

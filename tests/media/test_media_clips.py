@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.media import clips, given
+from nanovllm.media import clips, mm_inputs
 from tests.media.vision_cases import Case, picture
 
 MOST = 1 << 20
@@ -65,9 +65,9 @@ def test_a_file_gives_the_patches_of_its_frames(case: Case, tmp_path: Path) -> N
     url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
     references = [url, str(tmp_path / "a.mp4")]
     parts = [{"type": "video_url", "video_url": {"url": one}} for one in references]
-    files = preparer.submit(given.from_messages([{"content": parts}])[1]).result(60)
+    files = preparer.submit(mm_inputs.from_messages([{"content": parts}])[1]).result(60)
     frames = (decoded(data), {"fps": 10.0})
-    (frames_found,) = preparer.submit(given.from_data({"video": frames})).result(60)
+    (frames_found,) = preparer.submit(mm_inputs.from_data({"video": frames})).result(60)
     for one in files:
         assert torch.equal(one.values, frames_found.values)
         assert one.times == frames_found.times and one.grid == frames_found.grid

@@ -21,12 +21,12 @@ import pytest
 from PIL import Image
 
 from nanovllm import env
-from nanovllm.media import decoder, decoders, given, pictures
+from nanovllm.media import decoder, decoders, mm_inputs, pictures
 from nanovllm.media.decoders import Decoder
 from nanovllm.media.fair_pool import FairPool
 from nanovllm.media.memory import Memory
 from nanovllm.media.options import MediaOptions
-from nanovllm.media.prepare import Preparation, Preparer
+from nanovllm.media.prepare import MediaPreparation, Preparer
 from nanovllm.programs import DoesNotStart
 from tests.media.test_media_clips import video_file
 from tests.media.vision_cases import Case, picture
@@ -46,8 +46,8 @@ def data_url(seed: int) -> str:
     return "data:image/png;base64," + base64.b64encode(encoded(picture(60, 40, seed))).decode()
 
 
-def submit(preparer: Preparer, *seeds: int) -> Preparation:
-    return preparer.submit(given.from_data({"image": list(map(data_url, seeds))}))
+def submit(preparer: Preparer, *seeds: int) -> MediaPreparation:
+    return preparer.submit(mm_inputs.from_data({"image": list(map(data_url, seeds))}))
 
 
 class Programs:
@@ -131,7 +131,7 @@ def test_the_time_of_a_video_is_bounded(qwen3: Case) -> None:
     url = f"data:video/mp4;base64,{base64.b64encode(video_file('mp4', 19)).decode()}"
     part = {"type": "video_url", "video_url": {"url": url}}
     with pytest.raises(ValueError, match=r"^video 1: it takes longer than 0\.001 s to decode"):
-        preparer.submit(given.from_messages([{"content": [part]}])[1]).result(60)
+        preparer.submit(mm_inputs.from_messages([{"content": [part]}])[1]).result(60)
     preparer.close()
 
 
@@ -237,7 +237,7 @@ def test_images_in_memory_start_no_process(qwen3: Case, monkeypatch: pytest.Monk
     programs = Programs(monkeypatch)
     preparer = qwen3.preparer()
     images = [picture(60, 40), np.array(picture(60, 40))]
-    preparer.submit(given.from_data({"image": images})).result(60)
+    preparer.submit(mm_inputs.from_data({"image": images})).result(60)
     preparer.close()
     assert programs.processes == []
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanovllm.media import clips, given, patches
+from nanovllm.media import clips, mm_inputs, patches
 from nanovllm.media.prepare import Prepared
 from tests.media.vision_cases import Case, picture
 
@@ -19,7 +19,7 @@ SIZES = [(1, 1), (19, 99), (99, 19), (28, 28), (32, 64), (200, 150), (989, 333),
 def prepared(case: Case, **data: Any) -> list[Prepared]:
     preparer = case.preparer()
     try:
-        return preparer.submit(given.from_data(data)).result(60)
+        return preparer.submit(mm_inputs.from_data(data)).result(60)
     finally:
         preparer.close()
 

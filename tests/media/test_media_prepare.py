@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanovllm.media import given, patches, pictures
+from nanovllm.media import mm_inputs, patches, pictures
 from nanovllm.media.cache import ByteCache
 from nanovllm.media.prepare import Prepared, Preparer
 from tests.media.vision_cases import Case, picture
@@ -35,7 +35,7 @@ def data_url(image: Image.Image, kind: str = "PNG") -> str:
 
 
 def run(preparer: Preparer, **data: Any) -> list[Prepared]:
-    return preparer.submit(given.from_data(data)).result(60)
+    return preparer.submit(mm_inputs.from_data(data)).result(60)
 
 
 def test_all_forms_of_one_image_have_one_digest(preparer: Preparer) -> None:
@@ -49,7 +49,7 @@ def test_all_forms_of_one_image_have_one_digest(preparer: Preparer) -> None:
 
 def test_prompts_of_different_salts_share_no_media(preparer: Preparer) -> None:
     sound_free = {"image": [data_url(picture(60, 40))], "video": [[picture(60, 40)] * 2]}
-    items = given.from_data(sound_free)
+    items = mm_inputs.from_data(sound_free)
 
     def digests(salt: str | None) -> list[bytes]:
         return [one.digest for one in preparer.submit(items, salt).result(60)]
@@ -136,7 +136,7 @@ def test_submit_does_not_wait_for_the_work(
     go = threading.Event()
     original = pictures.of_image
     monkeypatch.setattr(pictures, "of_image", lambda *args: go.wait(30) and original(*args))
-    preparation = preparer.submit(given.from_data({"image": picture(60, 40)}))
+    preparation = preparer.submit(mm_inputs.from_data({"image": picture(60, 40)}))
     assert not preparation.done()
     with pytest.raises(TimeoutError):
         preparation.result(0.01)
@@ -159,7 +159,7 @@ def test_cancelled_work_ends_and_later_work_goes_on(
 
     monkeypatch.setattr(pictures, "of_image", slow)
     images = [picture(60, 40, seed=i) for i in range(4)]
-    preparation = preparer.submit(given.from_data({"image": images}))
+    preparation = preparer.submit(mm_inputs.from_data({"image": images}))
     running.wait(30)
     preparation.cancel()
     go.set()
@@ -173,8 +173,8 @@ def test_cancelled_work_ends_and_later_work_goes_on(
 def test_a_bad_image_is_named_and_harms_no_other(preparer: Preparer) -> None:
     good = picture(60, 40)
     bad = "data:image/png;base64,AAAA"
-    first = preparer.submit(given.from_data({"image": [good, bad, good]}))
-    other = preparer.submit(given.from_data({"image": good}))
+    first = preparer.submit(mm_inputs.from_data({"image": [good, bad, good]}))
+    other = preparer.submit(mm_inputs.from_data({"image": good}))
     with pytest.raises(ValueError, match="image 2: the data are not a picture"):
         first.result(60)
     assert len(other.result(60)) == 1
@@ -221,7 +221,7 @@ def test_frames_of_different_sizes_are_refused(preparer: Preparer) -> None:
 def test_frames_can_be_references_and_arrays(preparer: Preparer) -> None:
     frames = [picture(60, 40, seed=i) for i in range(4)]
     urls = preparer.submit(
-        given.from_messages(
+        mm_inputs.from_messages(
             [{"content": [{"type": "video", "video": [data_url(one) for one in frames]}]}]
         )[1]
     ).result(60)
@@ -311,6 +311,6 @@ def test_a_lack_of_memory_is_not_called_damage(
     preparer = qwen3.preparer()
     try:
         with pytest.raises(ValueError, match="image 1: there is not enough memory for it"):
-            preparer.submit(given.from_data({"image": image})).result(60)
+            preparer.submit(mm_inputs.from_data({"image": image})).result(60)
     finally:
         preparer.close()

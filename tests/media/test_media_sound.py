@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.media import given, mels, settings, sounds
+from nanovllm.media import mels, mm_inputs, settings, sounds
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.placeholders import Placeholders
 from nanovllm.media.prepare import Prepared, Preparer
@@ -47,7 +47,7 @@ def preparer(found: settings.VisionSettings) -> Any:
 
 
 def run(preparer: Preparer, **data: Any) -> list[Prepared]:
-    return preparer.submit(given.from_data(data)).result(60)
+    return preparer.submit(mm_inputs.from_data(data)).result(60)
 
 
 @pytest.mark.parametrize("num_samples", [321, 400, 480, 4000, 4001, 15999, 31900, 32000])
@@ -223,7 +223,7 @@ def test_sound_that_was_seen_is_not_prepared_again(preparer: Preparer) -> None:
 def test_wrong_parts_are_refused(message: str, part: dict[str, Any]) -> None:
     message_part = {"type": next(iter(part)), **part}
     with pytest.raises(ValueError, match=f"^audio 1 .*{message}"):
-        given.from_messages([{"role": "user", "content": [message_part]}])
+        mm_inputs.from_messages([{"role": "user", "content": [message_part]}])
 
 
 @pytest.mark.parametrize(

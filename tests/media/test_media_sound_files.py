@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from nanovllm.media import given, sounds
+from nanovllm.media import mm_inputs, sounds
 from nanovllm.media.decoders import Decoder
 from nanovllm.media.memory import Memory
 from nanovllm.media.options import MediaOptions
@@ -264,9 +264,9 @@ def test_without_pyav_the_error_says_how_to_install_it(monkeypatch: pytest.Monke
             call()
 
 
-@pytest.mark.parametrize("name", given.FORMATS)
+@pytest.mark.parametrize("name", mm_inputs.FORMATS)
 def test_parts_of_all_formats_are_taken(name: str) -> None:
     data = base64.b64encode(b"sound").decode()
     part = {"type": "input_audio", "input_audio": {"data": data, "format": name}}
-    (one,) = given.from_messages([{"role": "user", "content": [part]}])[1]
+    (one,) = mm_inputs.from_messages([{"role": "user", "content": [part]}])[1]
     assert one.value == f"data:audio/{name};base64,{data}"

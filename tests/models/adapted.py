@@ -16,7 +16,7 @@ from torch import Tensor
 from nanovllm.models import dense, registry
 from nanovllm.models.config import ModelConfig, dense_config
 from nanovllm.models.formats import Weight
-from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
+from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 
 NAME, VOCAB_SIZE, NUM_ADAPTERS = "AdaptedForCausalLM", 128, 2
 

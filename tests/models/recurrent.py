@@ -25,8 +25,8 @@ from nanovllm.kernels import ops, reference
 from nanovllm.models import dense, registry
 from nanovllm.models.config import ModelConfig, dense_config
 from nanovllm.models.formats import Weight, linear
-from nanovllm.models.interface import Batch, Kept, LayerCache, LayerCall, LayerKind, Model, Param
 from nanovllm.models.layer_state import Recurrent, StateTensor
+from nanovllm.models.model import Batch, Kept, LayerCache, LayerCall, LayerKind, Model, Param
 from nanovllm.models.rope import rotary_table
 
 NAME, VOCAB_SIZE, WIDTH, TAPS = "RecurrentForCausalLM", 128, 56, 3

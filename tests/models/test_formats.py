@@ -26,11 +26,11 @@ from nanovllm.config import EngineConfig
 from nanovllm.models import loader, quant_methods
 from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.formats.mixed import Mixed
-from nanovllm.models.interface import Model
 from nanovllm.models.loader import Target
+from nanovllm.models.model import Model
 from nanovllm.models.param import Times
 from nanovllm.runner.runner import Runner
-from nanovllm.startup.choose import choose_without_weights
+from nanovllm.startup.resolve import resolve_without_weights
 from tests.conftest import save_tiny
 from tests.models import harness, int4_format
 from tests.models.families import FAMILIES
@@ -89,7 +89,7 @@ def packed_weights(tree: Any) -> Iterator[Int4Weight]:
 
 def model_of(folder: Path, size: int = 1, **changes: Any) -> Model:
     config = EngineConfig.from_options(str(folder), options(size, **changes))
-    return choose_without_weights(config).model
+    return resolve_without_weights(config).model
 
 
 # Models -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from nanovllm.kernels.triton import common as triton_common
 from nanovllm.models import loader as weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import dense_model
-from nanovllm.models.interface import Batch, LayerCache, LayerCall
+from nanovllm.models.model import Batch, LayerCache, LayerCall
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms.base import Platform
 from nanovllm.platforms.cpu import CpuPlatform

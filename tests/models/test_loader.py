@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nanovllm.models import loader as weights
 from nanovllm.models import registry
 from nanovllm.models.dense import Layer
-from nanovllm.models.interface import Model, Params
 from nanovllm.models.loader import CheckpointError
+from nanovllm.models.model import Model, Params
 from tests.conftest import save_tiny
 
 MODEL_FILE = "model.safetensors"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanovllm.models.dense import Layer, paged_kv
-from nanovllm.models.interface import LayerKind
+from nanovllm.models.model import LayerKind
 from tests.architectures import of_types
 from tests.conftest import save_tiny
 from tests.models.harness import (

@@ -19,7 +19,7 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from nanovllm import LLM
 from nanovllm.config import EngineConfig
-from nanovllm.startup.choose import choose_without_weights
+from nanovllm.startup.resolve import resolve_without_weights
 from tests.conftest import save_tiny
 from tests.engines import drain, greedy
 from tests.models import test_shards
@@ -139,7 +139,7 @@ SPARSE = {"sparse_config": {"kernel_size": 32, "dense_len": 48}}
 def longest(folder: Path, max_model_len: int | None) -> int:
     options = {"device": "cpu", "dtype": "float32", "max_model_len": max_model_len}
     config = EngineConfig.from_options(str(folder), options)
-    return choose_without_weights(config).spec.layout.max_model_len
+    return resolve_without_weights(config).spec.layout.max_model_len
 
 
 def test_sparse_attention_is_refused_from_the_length_on_where_it_sets_in(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from nanovllm.kernels import ops, reference
 from nanovllm.models import dense, registry
 from nanovllm.models.config import ModelConfig, dense_config
 from nanovllm.models.formats import Weight, linear
-from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 from nanovllm.models.layer_state import PagedKV
+from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 from nanovllm.models.rope import rotary_table
-from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm import builder
+from nanovllm.startup.resolve import resolve_without_weights
 from tests.models.harness import engine_logits, load, max_difference, sequences
 
 NAME, VOCAB_SIZE, TOLERANCE = "MixedForCausalLM", 128, 1e-4
@@ -186,10 +186,10 @@ def test_the_reduced_model_leaves_every_program_of_the_whole_one(
     options = {**SIZES, "device": "cpu", "dtype": "float32", "max_model_len": 128,
                "kvcache_block_size": 16, "num_kvcache_blocks": 40,
                "compile_cache": tmp_path / "store"}  # fmt: skip
-    choice = choose_without_weights(EngineConfig(str(checkpoint), **options))
-    small = builder.small_runner(choice)
+    resolved = resolve_without_weights(EngineConfig(str(checkpoint), **options))
+    small = builder.small_runner(resolved)
     assert small.model.layer_kinds == (WIDE, NARROW, NARROW)
-    for kind, size in choice.spec.layout.buckets:
+    for kind, size in resolved.spec.layout.buckets:
         small.run_bucket(kind, size)
     runner = load(checkpoint, **options, compile_cache_mode="require")
     assert runner.model.distinct_layers == (0, 1, 4)

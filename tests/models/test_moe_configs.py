@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from nanovllm.models import registry
 from nanovllm.models.config import MoeConfig
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.startup.config_file import transformers_config
 
 SHARED = {

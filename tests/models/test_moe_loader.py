@@ -16,8 +16,8 @@ from nanovllm import LLM
 from nanovllm.compile.trace import tensors
 from nanovllm.models import loader as weights
 from nanovllm.models import registry
-from nanovllm.models.interface import Params
 from nanovllm.models.loader import CheckpointError
+from nanovllm.models.model import Params
 from tests.models.moe_cases import ARCHITECTURES, Case
 from tests.models.routes import edit, stacked
 

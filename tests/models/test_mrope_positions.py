@@ -12,7 +12,7 @@ from nanovllm.models.vision.positions import (
     IMAGE,
     VIDEO,
     Item,
-    Media,
+    MediaGrids,
     interval,
     locate,
     mrope_positions,
@@ -89,9 +89,9 @@ def transformers_positions(
 
 def media(
     grids: dict[str, list[Grid]], intervals: list[float], splits_frames: bool
-) -> tuple[Media, Media]:
-    videos = Media(VIDEO, VIDEO_ID, grids[VIDEO], intervals, splits_frames)
-    return Media(IMAGE, IMAGE_ID, grids[IMAGE]), videos
+) -> tuple[MediaGrids, MediaGrids]:
+    videos = MediaGrids(VIDEO, VIDEO_ID, grids[VIDEO], intervals, splits_frames)
+    return MediaGrids(IMAGE, IMAGE_ID, grids[IMAGE]), videos
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -146,15 +146,15 @@ def test_adjacent_placeholders_are_told_apart_by_their_grids() -> None:
 def test_placeholders_that_do_not_fit_the_grids_are_refused(change: int) -> None:
     ids = [5, *[IMAGE_ID] * (15 + change), 5]
     with pytest.raises(ValueError, match=rf"has {15 + change} image placeholder .* need 15$"):
-        locate(ids, [Media(IMAGE, IMAGE_ID, [ODD])], MERGE)
+        locate(ids, [MediaGrids(IMAGE, IMAGE_ID, [ODD])], MERGE)
 
 
 def test_placeholders_of_one_image_with_text_between_are_refused() -> None:
     ids = [*[IMAGE_ID] * 7, 5, *[IMAGE_ID] * 8]
     with pytest.raises(ValueError, match="of image 0 are not adjacent: it needs 15 from token 0"):
-        locate(ids, [Media(IMAGE, IMAGE_ID, [ODD])], MERGE)
+        locate(ids, [MediaGrids(IMAGE, IMAGE_ID, [ODD])], MERGE)
 
 
 def test_intervals_must_be_one_for_each_video() -> None:
     with pytest.raises(ValueError, match="2 intervals for 1 videos"):
-        locate([VIDEO_ID], [Media(VIDEO, VIDEO_ID, [SMALL], [1.0, 2.0])], MERGE)
+        locate([VIDEO_ID], [MediaGrids(VIDEO, VIDEO_ID, [SMALL], [1.0, 2.0])], MERGE)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.models.vision.positions import IMAGE, VIDEO, Media, locate, mrope_positions
+from nanovllm.models.vision.positions import IMAGE, VIDEO, MediaGrids, locate, mrope_positions
 from tests.models import omni_cases
 
 AUDIO = "audio"
@@ -70,10 +70,10 @@ def transformers_positions(
 def test_positions_are_those_of_transformers(name: str, seconds: float) -> None:
     ids, grids = prompt(PROMPTS[name])
     each = [seconds * (i + 1) for i in range(len(grids[VIDEO]))]
-    videos = Media(
+    videos = MediaGrids(
         VIDEO, IDS[VIDEO], grids[VIDEO], each, per_unit=float(PER_SECOND), spans_time=True
     )
-    items = locate(ids, (Media(IMAGE, IDS[IMAGE], grids[IMAGE]), videos), MERGE)
+    items = locate(ids, (MediaGrids(IMAGE, IDS[IMAGE], grids[IMAGE]), videos), MERGE)
     pos_3T, delta = mrope_positions(len(ids), items)
     expected_3T, expected_delta = transformers_positions(ids, grids, each)
     np.testing.assert_array_equal(pos_3T, expected_3T)

@@ -29,7 +29,7 @@ from nanovllm.models import (
     smollm3,
 )
 from nanovllm.models import loader as weights
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.models.schemes import OPTIONS
 
 BY_TYPE = {

@@ -13,10 +13,10 @@ from nanovllm.config import EngineConfig
 from nanovllm.models import loader
 from nanovllm.models.shards import Shard
 from nanovllm.runner.runner import Runner
-from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm.farm import CompileFarm
-from nanovllm.startup.laps import Laps
 from nanovllm.startup.load import load_chosen
+from nanovllm.startup.resolve import resolve_without_weights
+from nanovllm.startup.startup_timer import StartupTimer
 from tests.architectures import of_types
 from tests.conftest import save_tiny
 from tests.models import harness
@@ -48,10 +48,10 @@ def options(size: int, **changes: Any) -> dict[str, Any]:
 
 
 def load_rank(config: EngineConfig, group: ThreadGroup) -> Runner:
-    choice = choose_without_weights(config)
-    choice = replace(choice, shard=Shard(group.rank, group.size))
+    resolved = resolve_without_weights(config)
+    resolved = replace(resolved, shard=Shard(group.rank, group.size))
     farm = CompileFarm(config)
-    return load_chosen(choice, farm, Laps(), lambda: group).runner
+    return load_chosen(resolved, farm, StartupTimer(), lambda: group).runner
 
 
 def check(folder: Path, size: int, vocab_size: int, **changes: Any) -> None:
@@ -108,7 +108,7 @@ def test_one_rank_compiles_for_all(tmp_path: Path) -> None:
 def test_parts_of_random_weights_are_those_of_one_model(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", vocab_size=99)
     choices = [
-        choose_without_weights(EngineConfig.from_options(str(folder), options(size)))
+        resolve_without_weights(EngineConfig.from_options(str(folder), options(size)))
         for size in (1, 2)
     ]
     cpu = torch.device("cpu")
@@ -139,7 +139,7 @@ def test_what_ranks_cannot_share_is_refused(
 ) -> None:
     folder = save_tiny(tmp_path / "m", **changes)
     with pytest.raises(ValueError, match=message):
-        choose_without_weights(EngineConfig.from_options(str(folder), options(size)))
+        resolve_without_weights(EngineConfig.from_options(str(folder), options(size)))
 
 
 @pytest.mark.parametrize(
@@ -150,4 +150,4 @@ def test_options_for_one_rank_are_refused(change: dict[str, Any], tmp_path: Path
     with pytest.raises(
         ValueError, match=r"tensor_parallel_size is 2, which does not go with|cpu:0"
     ):
-        choose_without_weights(EngineConfig.from_options(str(folder), options(2, **change)))
+        resolve_without_weights(EngineConfig.from_options(str(folder), options(2, **change)))

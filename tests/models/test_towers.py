@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.models.interface import Param
 from nanovllm.models.loader import Target
+from nanovllm.models.model import Param
 from nanovllm.models.vision import weights
 from nanovllm.models.vision.registry import tower
 from tests.models import tower_cases

@@ -16,9 +16,9 @@ from nanovllm.compile.trace import tensors
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader, transposed
 from nanovllm.models.checkpoint import CheckpointError
-from nanovllm.models.interface import Params
+from nanovllm.models.model import Params
 from nanovllm.models.shards import Shard
-from nanovllm.startup.choose import choose_without_weights
+from nanovllm.startup.resolve import resolve_without_weights
 from tests.models import test_vision_text
 from tests.models.routes import edit
 from tests.models.test_shards import check, options
@@ -59,7 +59,7 @@ def loaded(folder: Path, rank: int = 0, size: int = 1, *, expert_parallel: bool 
     config = EngineConfig.from_options(
         str(folder), options(size, **({"expert_parallel": expert_parallel} if size > 1 else {}))
     )
-    model = choose_without_weights(config).model
+    model = resolve_without_weights(config).model
     target = loader.Target(torch.device("cpu"), shard=Shard(rank, size))
     return loader.load(model, folder, target, int)
 

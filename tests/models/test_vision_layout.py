@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nanovllm.models.vision import layout as layouts
-from nanovllm.models.vision.interface import MAX_FRAMES, TowerConfig
 from nanovllm.models.vision.registry import tower
+from nanovllm.models.vision.vision_encoder import MAX_FRAMES, TowerConfig
 from tests.models import tower_cases
 
 Grids = list[tuple[int, int, int]]

@@ -23,8 +23,8 @@ from transformers import (
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.request import MediaPrompt
-from nanovllm.runner.towers import Encodable
-from nanovllm.schedule.request import Content
+from nanovllm.runner.encoders import MMItem
+from nanovllm.schedule.request import MMSpan
 from tests.models.tower_cases import BUDGETS
 
 IMAGE, VIDEO, START = 90, 91, 92
@@ -129,7 +129,7 @@ class Given:
             grids.append([1, *part])
         self.ids, self.inputs = ids, {"input_ids": torch.tensor([ids])}
         self.embeddings: list[tuple[int, torch.Tensor]] = []
-        self.images: list[tuple[Content, Encodable]] = []
+        self.images: list[tuple[MMSpan, MMItem]] = []
         self.positions = None
         if not grids:
             return
@@ -150,8 +150,8 @@ class Given:
         patches = pixels.split(grid.prod(1).tolist())
         for start, size, one, shape in zip(self.starts, sizes, patches, grids):
             digest = hashlib.sha256(one.numpy().tobytes() + str(shape).encode()).digest()
-            image = Encodable(one, (shape[0], shape[1], shape[2]))
-            self.images.append((Content(start, size, digest), image))
+            image = MMItem(one, (shape[0], shape[1], shape[2]))
+            self.images.append((MMSpan(start, size, digest), image))
         rope = hf.model.get_rope_index(
             self.inputs["input_ids"], mm_token_type_ids=kinds, image_grid_thw=grid
         )[0]

@@ -18,8 +18,8 @@ from nanovllm.models.experts.expert_parallel import ExpertParallel
 from nanovllm.models.experts.stacked import Stacked
 from nanovllm.models.moe import SparseLayer
 from nanovllm.models.shards import Shard
-from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.expert_parallel import places_whole_experts
+from nanovllm.startup.resolve import resolve_without_weights
 from tests.conftest import save_tiny
 from tests.models import harness
 from tests.models.harness import engine_logits, max_difference, sequences
@@ -64,7 +64,7 @@ def test_a_rank_reads_its_own_experts_alone(is_stacked: bool, tmp_path: Path) ->
 def loaded(folder: Path, rank: int, size: int, **changes: Any) -> list[SparseLayer]:
     """The sparse layers of a rank as the loader reads them."""
     whole = {"expert_parallel": size > 1, **changes}
-    model = choose_without_weights(
+    model = resolve_without_weights(
         EngineConfig.from_options(str(folder), options(size, **whole))
     ).model
     target = loader.Target(torch.device("cpu"), shard=Shard(rank, size))
@@ -181,7 +181,7 @@ def test_what_cannot_be_placed_is_refused(
     folder = save_tiny(tmp_path / "m", architecture, **changes)
     config = EngineConfig.from_options(str(folder), options(size, expert_parallel=True))
     with pytest.raises(ValueError, match=message):
-        choose_without_weights(config)
+        resolve_without_weights(config)
 
 
 def test_experts_that_cannot_be_shared_are_split_by_auto(tmp_path: Path) -> None:

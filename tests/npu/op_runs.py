@@ -18,7 +18,7 @@ def in_graph(function: Callable[..., Any], inputs: dict[str, object]) -> tuple[T
     """The results of a function after tracing, conversion to Ascend IR and interpretation."""
     graph, fakes, _ = trace(function, inputs)
     replaced = replace_ops(graph, fakes, table=npu_kernels.IN_GRAPH)
-    run = torchair.lower(replaced, fakes, settings=torchair.Settings())
+    run = torchair.lower(replaced, fakes, settings=torchair.TorchairOptions())
     return tuple(run(*(value for value in inputs.values() if isinstance(value, Tensor))))
 
 

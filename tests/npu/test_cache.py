@@ -19,8 +19,8 @@ from nanovllm import LLM, EngineConfig
 from nanovllm.compile.lower import torchair
 from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.trace import trace
-from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm.builder import small_runner
+from nanovllm.startup.resolve import resolve_without_weights
 from tests.npu.conftest import SIZES
 from tests.npu.ge import Ge
 
@@ -78,9 +78,9 @@ def test_a_second_process_lowers_nothing(tmp_path: Path) -> None:
 
 def test_what_precompile_leaves_is_all_that_a_start_needs(tmp_path: Path, ge: Ge) -> None:
     options: dict[str, Any] = {"device": "npu", "compile_cache": tmp_path, **SMALL}
-    choice = choose_without_weights(EngineConfig.from_options("tiny-qwen3", options))
-    runner = small_runner(choice)
-    for kind, size in choice.spec.layout.buckets:
+    resolved = resolve_without_weights(EngineConfig.from_options("tiny-qwen3", options))
+    runner = small_runner(resolved)
+    for kind, size in resolved.spec.layout.buckets:
         runner.run_bucket(kind, size)
     runner.close()
     num_lowered = ge.num_lowered
@@ -111,7 +111,7 @@ def test_a_start_takes_what_the_script_left(
         *rows,
     ]
     # prefill, decode of two sizes, head and sampler after a prefill
-    assert f"{tmp_path}: 3 buckets, 5 programs compiled, 0 were there" in run(command)
+    assert f"{tmp_path}: 3 buckets, 5 programs compiled, 0 already there" in run(command)
     assert f"{tmp_path}: 3 buckets, 0 programs compiled" in run([*command, "--jobs=2"])
     elsewhere = tmp_path / "not the store"
     started = process(
@@ -130,11 +130,11 @@ def graph(ge: Ge) -> tuple[GraphModule, list[Tensor]]:
 
 def test_options_reach_ge(graph: tuple[GraphModule, list[Tensor]]) -> None:
     option = "experimental_config.tiling_schedule_optimize"
-    settings = [torchair.Settings(), torchair.Settings({option: True})]
+    settings = [torchair.TorchairOptions(), torchair.TorchairOptions({option: True})]
     codes = [torchair.generate(*graph, one) for one in settings]
     *_, weight = graph[0].graph.find_nodes(op="placeholder")
     weight.meta["frozen"] = True
-    codes.append(torchair.generate(*graph, torchair.Settings()))
+    codes.append(torchair.generate(*graph, torchair.TorchairOptions()))
     tiling = [f'local_compile_options["ge.tiling_schedule_optimize"] = "{on}"' for on in (0, 1, 0)]
     frozen = [
         f'local_compile_options["frozenInput"] = "{flags}"' for flags in ("0,0", "0,0", "0,1")
@@ -145,7 +145,7 @@ def test_options_reach_ge(graph: tuple[GraphModule, list[Tensor]]) -> None:
 def test_a_stored_program_is_the_same_program(
     graph: tuple[GraphModule, list[Tensor]], tmp_path: Path, ge: Ge
 ) -> None:
-    program = torchair.lower(*graph, settings=torchair.Settings(ge_cache=tmp_path))
+    program = torchair.lower(*graph, settings=torchair.TorchairOptions(ge_cache=tmp_path))
     kind, content = program.stored()
     assert (
         kind == "torchair"

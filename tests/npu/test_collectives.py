@@ -112,7 +112,7 @@ def test_a_graph_is_the_same_on_every_rank(ge: Ge) -> None:
         with collectives.using(Echo(rank, name=name)):
             graph, fakes, _ = trace(region, inputs)
             graph = replace_ops(graph, fakes, table=npu_kernels.IN_GRAPH)
-            codes.append(torchair.generate(graph, fakes, torchair.Settings()))
+            codes.append(torchair.generate(graph, fakes, torchair.TorchairOptions()))
     graphs = [_serialized(code) for code in codes]
     assert graphs[0].op == graphs[1].op and "nanovllm-" not in codes[0]
     types = [op.type for op in graphs[0].op]

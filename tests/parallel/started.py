@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from nanovllm.parallel.group import Group
-from nanovllm.parallel.ranks import Ranks
+from nanovllm.parallel.ranks import WorkerGroup
 
 MODULE = "tests.parallel.child"
 
 
 @contextmanager
-def started(size: int, folder: Path, **setup: Any) -> Iterator[Ranks]:
+def started(size: int, folder: Path, **setup: Any) -> Iterator[WorkerGroup]:
     """Ranks with a private folder within `folder`; afterwards nothing of them may be left."""
-    ranks = Ranks.start(setup, size, MODULE, folder)
+    ranks = WorkerGroup.start(setup, size, MODULE, folder)
     pids = ranks.pids
     try:
         yield ranks
@@ -32,10 +32,10 @@ def started(size: int, folder: Path, **setup: Any) -> Iterator[Ranks]:
         assert not list(folder.iterdir())
 
 
-def joined(ranks: Ranks, kind: str = "cpu") -> Group:
+def joined(ranks: WorkerGroup, kind: str = "cpu") -> Group:
     """Rank 0's group, after all ranks have made theirs; a failure aborts it."""
     device, size = torch.device(kind, 0), len(ranks.pids) + 1
-    group, _ = ranks.together(
+    group, _ = ranks.call_all(
         "join", kind.encode(), lambda: Group(0, size, device, ranks.folder, ranks.check)
     )
     ranks.call_on_failure(lambda _: group.abort())

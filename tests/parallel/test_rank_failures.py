@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from nanovllm import env
-from nanovllm.parallel import process, watch
-from nanovllm.parallel.ranks import RankFailed, Ranks, deferred_interrupts
+from nanovllm.parallel import monitor, rank_handle
+from nanovllm.parallel.ranks import RankFailed, WorkerGroup, deferred_interrupts
 from tests.parallel.started import MODULE, joined, started, wait_until_gone
 
 
@@ -32,7 +32,7 @@ def within(seconds: float) -> Iterator[None]:
     assert time.monotonic() - before < seconds
 
 
-def failed(ranks: Ranks) -> threading.Event:
+def failed(ranks: WorkerGroup) -> threading.Event:
     """An event that is set when the ranks fail."""
     event = threading.Event()
     ranks.call_on_failure(lambda _: event.set())
@@ -41,12 +41,12 @@ def failed(ranks: Ranks) -> threading.Event:
 
 def test_a_killed_rank_is_named_within_a_second(tmp_path: Path) -> None:
     with started(4, tmp_path) as ranks:
-        ranks.ask("echo")
+        ranks.call("echo")
         event = failed(ranks)
         os.kill(ranks.pids[1], signal.SIGKILL)
         with within(1):
             assert event.wait(5)
-        for call in (ranks.check, lambda: ranks.tell("note"), lambda: ranks.ask("echo")):
+        for call in (ranks.check, lambda: ranks.send("note"), lambda: ranks.call("echo")):
             with pytest.raises(RankFailed, match="rank 2 was killed by SIGKILL"):
                 call()
         with within(3):
@@ -58,7 +58,7 @@ def test_rank_0_does_not_wait_in_a_collective_for_a_killed_rank(tmp_path: Path) 
         group = joined(ranks)
         threading.Timer(0.5, os.kill, (ranks.pids[0], signal.SIGKILL)).start()
         with within(4), pytest.raises(RankFailed, match="rank 1 was killed by SIGKILL"):
-            ranks.together("wait_for_ranks", b"1", group.barrier)
+            ranks.call_all("wait_for_ranks", b"1", group.barrier)
 
 
 def test_a_stopped_rank_is_noticed_within_10_seconds(tmp_path: Path) -> None:
@@ -66,33 +66,33 @@ def test_a_stopped_rank_is_noticed_within_10_seconds(tmp_path: Path) -> None:
         group = joined(ranks)
         os.kill(ranks.pids[0], signal.SIGSTOP)
         with within(10), pytest.raises(RankFailed, match="rank 1 stopped responding"):
-            ranks.together("wait_for_ranks", b"0", group.barrier)
+            ranks.call_all("wait_for_ranks", b"0", group.barrier)
 
 
 def test_sending_to_a_rank_that_is_stuck_outside_python_does_not_last_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with started(2, tmp_path) as ranks:
-        ranks.ask("echo")
-        monkeypatch.setattr(process, "SILENT_SECONDS", 2.0)
-        ranks.tell("block", b"100")
+        ranks.call("echo")
+        monkeypatch.setattr(rank_handle, "SILENT_SECONDS", 2.0)
+        ranks.send("block", b"100")
         with within(10), pytest.raises(RankFailed, match="rank 1 stopped responding"):
             for _ in range(100):
-                ranks.tell("note", bytes(1_000_000))
+                ranks.send("note", bytes(1_000_000))
 
 
 def test_a_computation_that_keeps_pythons_lock_is_no_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "SILENT_SECONDS", 3.0)
+    monkeypatch.setattr(rank_handle, "SILENT_SECONDS", 3.0)
     with started(2, tmp_path) as ranks:
-        assert ranks.ask("compute", b"6") == [b"done"]
+        assert ranks.call("compute", b"6") == [b"done"]
 
 
 def test_a_rank_that_waits_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "SILENT_SECONDS", 3.0)
+    monkeypatch.setattr(rank_handle, "SILENT_SECONDS", 3.0)
     with started(2, tmp_path) as ranks:
-        assert ranks.ask("sleep", b"5") == [b""]
+        assert ranks.call("sleep", b"5") == [b""]
 
 
 @pytest.mark.parametrize("kind, error", [("ValueError", ValueError), ("RuntimeError", RankFailed)])
@@ -100,10 +100,10 @@ def test_an_error_of_one_rank_alone_ends_all(
     kind: str, error: type[Exception], tmp_path: Path
 ) -> None:
     with started(3, tmp_path) as ranks:
-        ranks.ask("echo")  # all have started
+        ranks.call("echo")  # all have started
         payload = json.dumps([[2], kind, "another checkpoint"]).encode()
         with within(5), pytest.raises(error, match=r"rank 2: .*another checkpoint"):
-            ranks.ask("refuse", payload)
+            ranks.call("refuse", payload)
         with pytest.raises(error, match="another checkpoint"):
             ranks.check()
         wait_until_gone(ranks.pids, 3)
@@ -112,34 +112,34 @@ def test_an_error_of_one_rank_alone_ends_all(
 def test_an_error_of_a_rank_for_which_the_others_wait_ends_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(monitor, "GRACE_SECONDS", 0.5)
     with started(3, tmp_path) as ranks:
         group = joined(ranks)
         payload = json.dumps([[2], "ValueError", "another checkpoint"]).encode()
         with within(6), pytest.raises(ValueError, match="rank 2: another checkpoint"):
-            ranks.together("refuse_or_wait", payload, group.barrier)
+            ranks.call_all("refuse_or_wait", payload, group.barrier)
 
 
 def test_an_error_of_rank_0_alone_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def own() -> None:
         raise ValueError("out of memory")
 
-    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(monitor, "GRACE_SECONDS", 0.5)
     with started(3, tmp_path) as ranks:
         joined(ranks)
         with within(6), pytest.raises(ValueError, match="rank 0: out of memory"):
-            ranks.together("wait_for_ranks", b"0", own)
+            ranks.call_all("wait_for_ranks", b"0", own)
         wait_until_gone(ranks.pids, 3)
 
 
 def test_an_error_after_tell_is_raised_by_a_later_call(tmp_path: Path) -> None:
     with started(3, tmp_path) as ranks:
-        ranks.ask("echo")  # all have started
+        ranks.call("echo")  # all have started
         event = failed(ranks)
-        ranks.tell("refuse", json.dumps([[1, 2], "RuntimeError", "no memory"]).encode())
+        ranks.send("refuse", json.dumps([[1, 2], "RuntimeError", "no memory"]).encode())
         assert event.wait(5)
         with pytest.raises(RankFailed, match=r"rank [12]: RuntimeError: no memory"):
-            ranks.tell("note")
+            ranks.send("note")
 
 
 def test_a_rank_that_dies_during_start_is_named_with_its_last_lines(tmp_path: Path) -> None:
@@ -150,12 +150,12 @@ def test_a_rank_that_dies_during_start_is_named_with_its_last_lines(tmp_path: Pa
 
 
 def test_a_module_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
-    ranks = Ranks.start({}, 2, "tests.parallel.nothing", tmp_path)
+    ranks = WorkerGroup.start({}, 2, "tests.parallel.nothing", tmp_path)
     with (
         within(10),
         pytest.raises(RankFailed, match=r"rank 1 ended with exit code 1; (.|\n)*named"),
     ):
-        ranks.ask("echo")
+        ranks.call("echo")
     ranks.close()
     assert not list(tmp_path.iterdir())
 
@@ -163,17 +163,17 @@ def test_a_module_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
 def test_a_folder_that_does_not_exist_is_an_error_and_starts_nothing(tmp_path: Path) -> None:
     num_threads = threading.active_count()
     with pytest.raises(OSError, match="nowhere"):
-        Ranks.start({}, 2, MODULE, tmp_path / "nowhere")
+        WorkerGroup.start({}, 2, MODULE, tmp_path / "nowhere")
     assert threading.active_count() == num_threads
 
 
 def test_a_rank_that_does_not_end_is_killed_on_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(monitor, "CLOSE_SECONDS", 0.5)
     with started(2, tmp_path) as ranks:
-        ranks.ask("echo")
-        ranks.tell("sleep", b"100")
+        ranks.call("echo")
+        ranks.send("sleep", b"100")
         with within(4):
             ranks.close()
 
@@ -274,10 +274,10 @@ def test_a_stopped_rank_0_does_not_take_its_ranks_for_hung(tmp_path: Path) -> No
 
 
 def test_a_thread_that_started_ranks_may_end(tmp_path: Path) -> None:
-    made: list[Ranks] = []
-    start: Callable[[], None] = lambda: made.append(Ranks.start({}, 2, MODULE, tmp_path))  # noqa: E731
+    made: list[WorkerGroup] = []
+    start: Callable[[], None] = lambda: made.append(WorkerGroup.start({}, 2, MODULE, tmp_path))  # noqa: E731
     thread = threading.Thread(target=start)
     thread.start()
     thread.join()
-    assert made[0].ask("echo", b"x") == [b"x"]
+    assert made[0].call("echo", b"x") == [b"x"]
     made[0].close()

@@ -23,7 +23,7 @@ def test_a_captured_graph_sums_and_gathers_new_numbers(num: int, tmp_path: Path)
     with started(2, tmp_path) as ranks:
         group = joined(ranks, "cuda")
         payload = str(num).encode()
-        mine, (answer,) = ranks.together("captured", payload, lambda: captured_sums(group, num))
+        mine, (answer,) = ranks.call_all("captured", payload, lambda: captured_sums(group, num))
         assert json.loads(answer) == mine
         for i, found in enumerate(mine):
             parts = [inputs(rank, i, num) for rank in range(2)]
@@ -37,7 +37,7 @@ def test_rank_0_does_not_wait_on_its_device_for_a_killed_rank(tmp_path: Path) ->
         threading.Timer(0.5, os.kill, (ranks.pids[0], signal.SIGKILL)).start()
         before = time.monotonic()
         with pytest.raises(RankFailed, match="rank 1 was killed by SIGKILL"):
-            ranks.together("wait_for_ranks", b"1", group.barrier)
+            ranks.call_all("wait_for_ranks", b"1", group.barrier)
         assert time.monotonic() - before < 10
         group.close()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.parallel.process import SILENT_SECONDS, RankProcess
+from nanovllm.parallel.rank_handle import SILENT_SECONDS, RankProcess
 
 Work = Callable[[int], tuple[float, int]]  # seconds of processor and major faults, by the tick
 

@@ -53,7 +53,7 @@ def choose(option: str, device: str = "cuda", **facts: Any) -> attention.Attenti
         "windows": (0, 0),
         **facts,
     }
-    return attention.choose(option, fake(device), attention.Facts(**needs))
+    return attention.choose(option, fake(device), attention.AttentionNeeds(**needs))
 
 
 @pytest.fixture(autouse=True)

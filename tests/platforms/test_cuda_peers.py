@@ -28,7 +28,7 @@ class Machine:
         if name == self.fails:
             self.num_calls += 1
             if self.num_calls == 1:  # on one rank alone
-                raise cuda_peers.Unavailable(f"{name} failed with CUDA error 217")
+                raise cuda_peers.PeersUnavailable(f"{name} failed with CUDA error 217")
         getattr(self, name)(*arguments)
 
     def cuMemAlloc_v2(self, found: Any, num_bytes: int) -> None:

@@ -12,9 +12,9 @@ from nanovllm.parallel import channel
 from nanovllm.parallel.channel import Channel, ChannelClosed
 from nanovllm.replicas import client_conn, messages
 from nanovllm.replicas.client_conn import ClientConn
-from nanovllm.replicas.messages import Outputs, Row
+from nanovllm.replicas.messages import Outputs, RowTokens
 from nanovllm.schedule.logprobs import Logprob
-from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
 
 Pair = tuple[ClientConn, Channel]
 
@@ -30,15 +30,15 @@ def pair() -> Iterator[Pair]:
     made[1].close()
 
 
-def received(pair: Pair) -> dict[int, Row]:
+def received(pair: Pair) -> dict[int, RowTokens]:
     """All that a client gets, joined per answer; the port sends what waits meanwhile."""
-    found: dict[int, Row] = {}
+    found: dict[int, RowTokens] = {}
     while pair[0].is_waiting or not found:
         pair[0].send_more()
         for name, payload in pair[1].pending(wait=False):
             assert name == messages.OUTPUTS
             outputs = messages.load_outputs(payload)
-            rows = [Row(one, [token]) for one, token in zip(outputs.ids, outputs.tokens)]
+            rows = [RowTokens(one, [token]) for one, token in zip(outputs.ids, outputs.tokens)]
             for row in rows + outputs.rows:
                 if row.request_id in found:
                     found[row.request_id].extend(row)
@@ -52,12 +52,12 @@ def test_a_client_that_does_not_read_gets_everything_in_few_messages(pair: Pair)
     for step in range(num_steps):
         for request_id in range(num_answers):
             if request_id == 7 and step % 3 == 0:
-                pair[0].add_row(Row(7, [step, step], [[(step, -1.0, 1)], [(step, -2.0, 1)]]))
+                pair[0].add_row(RowTokens(7, [step, step], [[(step, -1.0, 1)], [(step, -2.0, 1)]]))
             elif request_id != 7:
                 pair[0].add_token(request_id, step)
         pair[0].flush()
     done = messages.Done("length", None, 3, None, None)
-    pair[0].add_row(Row(2, [], None, done))
+    pair[0].add_row(RowTokens(2, [], None, done))
     pair[0].flush()
     assert pair[0].is_waiting
     found = received(pair)
@@ -81,7 +81,9 @@ def test_a_row_that_is_too_large_ends_its_answer_alone(
     monkeypatch.setattr(channel, "MAX_PAYLOAD_BYTES", 1000)
     pair[0].add_token(1, 7)
     for request_id, num in ((2, 3), (3, 999), (4, 30)):
-        pair[0].add_row(Row(request_id, [8], [[(token, -1.0, token) for token in range(num)]]))
+        pair[0].add_row(
+            RowTokens(request_id, [8], [[(token, -1.0, token) for token in range(num)]])
+        )
     pair[0].flush()
     found = received(pair)
     assert [found[one].token_ids for one in (1, 2, 3, 4)] == [[7], [8], [], [8]]
@@ -112,13 +114,13 @@ def test_increments_come_back_as_rows() -> None:
     def top(value: float) -> dict[int, Logprob]:
         return {4: Logprob(value, 1, 4, None), 2: Logprob(-9.0, 9, 2, None)}
 
-    growing = Increment(5, [1, 2], "", [top(-0.1), top(-0.2)])
+    growing = OutputDelta(5, [1, 2], "", [top(-0.1), top(-0.2)])
     row = messages.row(8, growing, incremental=True)
     assert (row.request_id, row.token_ids, row.done) == (8, [1, 2], None)
     assert row.logprobs == [[(4, -0.1, 1), (2, -9.0, 9)], [(4, -0.2, 1), (2, -9.0, 9)]]
     positions = [top(-0.3)] * 3
-    done = Completion("t", [1, 2, 3], "stop", 3, [8], 16, positions, [None, top(-2.0)], None)
-    last = Increment(5, [3], "", [top(-0.3)], done)
+    done = FinishedOutput("t", [1, 2, 3], "stop", 3, [8], 16, positions, [None, top(-2.0)], None)
+    last = OutputDelta(5, [3], "", [top(-0.3)], done)
     for incremental, token_ids in ((True, [3]), (False, [1, 2, 3])):
         row = messages.row(8, last, incremental=incremental)
         (found,) = messages.load_outputs(messages.dump(Outputs([], [], [row]))).rows

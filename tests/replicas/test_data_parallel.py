@@ -21,14 +21,14 @@ import torch
 
 from nanovllm import LLM, EngineConfig, SamplingParams
 from nanovllm.batch.rows import Line
-from nanovllm.batch.worker import EngineWorker, Settings, load_engine
+from nanovllm.batch.worker import EngineWorker, WorkerSettings, load_engine
 from nanovllm.engine.request import MediaPrompt
 from nanovllm.parallel.channel import Channel, ChannelClosed, channel_pair
 from nanovllm.replicas import messages
 from nanovllm.replicas.loop import Loop
 from nanovllm.replicas.messages import Add
-from nanovllm.runner.towers import Encodable
-from nanovllm.schedule.request import Content
+from nanovllm.runner.encoders import MMItem
+from nanovllm.schedule.request import MMSpan
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, save_tokenizer, tokens
 
@@ -275,7 +275,7 @@ def test_bad_requests_are_refused_and_queue_nothing(two: LLM) -> None:
             two.generate(prompts, greedy(2, **changes), use_tqdm=False)
     with pytest.raises(ValueError, match=r"embeddings have shape \[1, 63\]"):
         two.engine.add_request([5, 6], greedy(2), embeddings=[(0, torch.ones(1, 63))])
-    image = Content(0, 1, b"digest"), Encodable(torch.ones(4, 8), (1, 2, 2))
+    image = MMSpan(0, 1, b"digest"), MMItem(torch.ones(4, 8), (1, 2, 2))
     with pytest.raises(ValueError, match=r"the prompt has images, but .* accepts text only"):
         two.engine.add_request(MediaPrompt([5, 6], None, [image]), greedy(2))
     with pytest.raises(ValueError, match="sleep is not supported with data_parallel_size=2"):
@@ -330,7 +330,7 @@ def test_rows_of_killed_replicas_are_answered_again(folder: Path, alone: LLM) ->
     shared = load_engine(config)
     try:
         params = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
-        worker = EngineWorker(shared, Settings(params))
+        worker = EngineWorker(shared, WorkerSettings(params))
         for row, prompt in enumerate(prompts):
             text = json.dumps({"prompt": prompt}).encode()
             worker.submit(Line(row, text, len(text)))
@@ -483,7 +483,7 @@ def run(engine: Any, channel: Channel) -> None:
 
 
 def test_the_program_of_a_replica_sets_its_environment_before_torch_reads_it() -> None:
-    code = "import sys, nanovllm.replicas.process; sys.exit('torch' in sys.modules)"
+    code = "import sys, nanovllm.replicas.engine_program; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

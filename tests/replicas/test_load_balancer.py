@@ -5,7 +5,7 @@ from __future__ import annotations
 from nanovllm.engine.metrics import Counter, Gauge
 from nanovllm.replicas import load_balancer
 from nanovllm.replicas.load_balancer import Place, choose
-from nanovllm.replicas.totals import totals
+from nanovllm.replicas.metric_aggregation import aggregate
 
 
 def digests(*names: int) -> list[bytes]:
@@ -72,7 +72,7 @@ def test_counts_are_added_and_shares_averaged() -> None:
     first = [Counter("n:steps", 3), Gauge("n:kv_cache_usage_perc", 0.5), Gauge("n:running", 2)]
     second = [Counter("n:steps", 4), Gauge("n:kv_cache_usage_perc", 0.1), Gauge("n:running", 1)]
     labelled = [Counter("n:ends", 1, {"why": "stop"}), Counter("n:ends", 5, {"why": "length"})]
-    found = totals([first + labelled, second + labelled])
+    found = aggregate([first + labelled, second + labelled])
     assert found == [
         Counter("n:steps", 7),
         Gauge("n:kv_cache_usage_perc", 0.3),

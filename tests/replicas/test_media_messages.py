@@ -17,13 +17,13 @@ from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.batch.rows import Line
-from nanovllm.batch.worker import EngineWorker, Settings
-from nanovllm.engine.intake import Intake
+from nanovllm.batch.worker import EngineWorker, WorkerSettings
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.request import EngineRequest, MediaPrompt
 from nanovllm.hub import SEEING
 from nanovllm.replicas import messages, router
-from nanovllm.runner.towers import Encodable
-from nanovllm.schedule.request import Content
+from nanovllm.runner.encoders import MMItem
+from nanovllm.schedule.request import MMSpan
 from tests.engines import greedy
 from tests.models.test_vision_text import Given, answers, engine, saved
 from tests.replicas.test_data_parallel import counts
@@ -37,15 +37,15 @@ def crossed(asked: EngineRequest) -> EngineRequest:
 
 
 def request(given: list[tuple[int, Tensor]], **others: Any) -> EngineRequest:
-    """A request with these embeddings, as `Intake` makes it."""
-    intake = Intake("model", None, 512, 5, 999)
+    """A request with these embeddings, as `InputProcessor` makes it."""
+    intake = InputProcessor("model", None, 512, 5, 999)
     prompt = [1] * 200
     made = intake.request(prompt, SamplingParams(), embeddings=given)
     return replace(made, **others)
 
 
 def test_what_a_prompt_has_beside_its_tokens_comes_back() -> None:
-    images = [(Content(i, 7, bytes([i, 0, 255])), Encodable(torch.randn(8, i), (2, 2, 2)))
+    images = [(MMSpan(i, 7, bytes([i, 0, 255])), MMItem(torch.randn(8, i), (2, 2, 2)))
               for i in (1, 3)]  # fmt: skip
     asked = request([(3, torch.randn(2, 5).bfloat16()), (9, torch.randn(5, 9).t()[:1])])
     asked = replace(
@@ -74,9 +74,9 @@ def test_one_image_twice_is_sent_once(shares: bool) -> None:
     values = torch.randn(64, 99)
     others = values if shares else values.clone()
     digest = bytes(range(32))
-    images = [(Content(3, 16, digest), Encodable(values, (1, 8, 8))),
-              (Content(40, 16, digest), Encodable(others, (1, 8, 8)))]  # fmt: skip
-    intake = Intake("model", None, 512, 5, 999)
+    images = [(MMSpan(3, 16, digest), MMItem(values, (1, 8, 8))),
+              (MMSpan(40, 16, digest), MMItem(others, (1, 8, 8)))]  # fmt: skip
+    intake = InputProcessor("model", None, 512, 5, 999)
     once, twice = (
         intake.request(MediaPrompt([1] * 99, None, some), SamplingParams())
         for some in (images[:1], images)
@@ -181,7 +181,7 @@ def test_replicas_of_llm_and_of_a_batch_job_take_pictures() -> None:
         with pytest.raises(ValueError, match=r"at most 2 image|image.* 2"):
             two.chat(about(*map(data_url, range(3))), greedy(2), use_tqdm=False)
         params = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
-        worker = EngineWorker(two.shared, Settings(params))
+        worker = EngineWorker(two.shared, WorkerSettings(params))
         texts = [json.dumps({"messages": one}).encode() for one in conversations]
         for row, text in enumerate(texts):
             worker.submit(Line(row, text, len(text)))

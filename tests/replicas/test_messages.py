@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from nanovllm.engine.request import EngineRequest
 from nanovllm.replicas import messages
-from nanovllm.replicas.messages import Add, Outputs, Row
+from nanovllm.replicas.messages import Add, Outputs, RowTokens
 from nanovllm.sampling import RequestOutputKind, SamplingParams
 from nanovllm.schedule.logprobs import Logprob
-from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
 
 
 def crossed(params: SamplingParams, *, detokenizes: bool = True) -> SamplingParams:
@@ -49,10 +49,12 @@ def test_outputs_come_back() -> None:
         return {4: Logprob(value, 1, 4, None), 2: Logprob(-math.inf, 9, 2, None)}
 
     positions = [top(-0.1), top(1 / 3)]
-    growing = Increment(5, [1, 2], "é\ud800", positions)
-    done = Completion("t", [1], "error", 7, [8, 9], 16, positions, [None, top(-2.0)], "why \ud800")
+    growing = OutputDelta(5, [1, 2], "é\ud800", positions)
+    done = FinishedOutput(
+        "t", [1], "error", 7, [8, 9], 16, positions, [None, top(-2.0)], "why \ud800"
+    )
     rows = [messages.row(1, growing, incremental=True),
-            messages.row(2, Increment(6, [], "", None, done), incremental=False)]  # fmt: skip
+            messages.row(2, OutputDelta(6, [], "", None, done), incremental=False)]  # fmt: skip
     payload = messages.dump(Outputs([], [], rows))
     first, last = messages.load_outputs(payload).rows
     assert (first.token_ids, messages.text_of(first)) == ([1, 2], "é\ud800")
@@ -65,9 +67,9 @@ def test_outputs_come_back() -> None:
 
 
 def test_a_row_grows_without_a_copy_of_what_it_has() -> None:
-    row = Row(7, [1], [[(1, -0.5, 1)]], None, bytearray(b"a"))
+    row = RowTokens(7, [1], [[(1, -0.5, 1)]], None, bytearray(b"a"))
     had = row.token_ids, row.logprobs, row.text
-    row.extend(Row(7, [2], [[(2, -1.5, 1)]], None, bytearray("ä".encode())))
+    row.extend(RowTokens(7, [2], [[(2, -1.5, 1)]], None, bytearray("ä".encode())))
     assert (row.token_ids, messages.text_of(row)) == ([1, 2], "aä")
     assert row.logprobs == [[(1, -0.5, 1)], [(2, -1.5, 1)]]
     assert row.token_ids is had[0] and row.logprobs is had[1] and row.text is had[2]

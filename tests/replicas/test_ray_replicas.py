@@ -20,9 +20,9 @@ import torch
 
 from nanovllm import LLM, AsyncLLM, EngineConfig, SamplingParams, env
 from nanovllm.engine.request import EngineInfo
-from nanovllm.replicas import cluster, ray_replica, setups
+from nanovllm.replicas import child_config, cluster, ray_replica
 from nanovllm.replicas.handshake import check_agreement
-from nanovllm.replicas.relay import Relay
+from nanovllm.replicas.ray_actor import ReplicaActor
 from nanovllm.replicas.replica import ReplicaFailed
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, save_tokenizer, tokens
@@ -84,7 +84,7 @@ def relays() -> set[int]:
     found = set()
     for pid in children(children({os.getpid()})):
         with suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Relay"):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ReplicaActor"):
                 found.add(pid)
     return found
 
@@ -288,13 +288,13 @@ def test_messages_arrive_in_the_order_of_their_numbers(monkeypatch: pytest.Monke
     class Fake:
         def __init__(self, *args: Any) -> None: ...
 
-        def tell(self, name: str, payload: bytes) -> None:
+        def send(self, name: str, payload: bytes) -> None:
             told.append(name)
 
-    monkeypatch.setattr("nanovllm.replicas.relay.ProcessReplica", Fake)
-    relay = Relay(0, b"{}")
+    monkeypatch.setattr("nanovllm.replicas.ray_actor.ProcessReplica", Fake)
+    relay = ReplicaActor(0, b"{}")
     for number in (2, 0, 3, 1, 4):
-        relay.tell(number, str(number), b"")
+        relay.send(number, str(number), b"")
     assert told == ["0", "1", "2", "3", "4"]
 
 
@@ -366,7 +366,7 @@ def test_folders_of_this_process_have_full_paths_elsewhere(
 ) -> None:
     monkeypatch.chdir(folder.parent)
     config = EngineConfig(folder.name, tokenizer="owner/name", compile_cache="store")
-    found = setups.with_full_paths(config)
+    found = child_config.with_full_paths(config)
     assert found.model == str(folder) and found.tokenizer == "owner/name"
     assert found.compile_cache == str(folder.parent / "store")
 

@@ -14,10 +14,10 @@ from nanovllm.engine.request import EngineInfo
 from nanovllm.replicas import messages
 from nanovllm.replicas.dispatcher import GIVEN_UP
 from nanovllm.replicas.handshake import MAX_LOSSES
-from nanovllm.replicas.messages import Done, Outputs, Row
+from nanovllm.replicas.messages import Done, Outputs, RowTokens
 from nanovllm.replicas.replica import Event, Inbox, Replica, ReplicaFailed
 from nanovllm.replicas.router import Router
-from nanovllm.schedule.outputs import Completion
+from nanovllm.schedule.outputs import FinishedOutput
 
 POISON = 13
 INFO = EngineInfo("a", 64, 4, 512, 64, 16, 9, [], {})
@@ -31,7 +31,7 @@ class MadeUp(Replica):
         self.inbox, self.has_ended, self.num_answers = inbox, False, 0
         self.requests: list[messages.Add] = []
 
-    def tell(self, name: str, payload: bytes = b"") -> bool:
+    def send(self, name: str, payload: bytes = b"") -> bool:
         if name == messages.ADD and not self.has_ended:
             self.requests.append(messages.load_add(payload))
         return not self.has_ended
@@ -51,7 +51,7 @@ class MadeUp(Replica):
         self.has_ended = True
         self.inbox.put(Event(self, "", b"", RuntimeError(f"{self.name} was lost")))
 
-    def put(self, row: Row) -> None:
+    def put(self, row: RowTokens) -> None:
         self.inbox.put(Event(self, messages.OUTPUTS, messages.dump(Outputs([], [], [row]))))
 
     def work(self, num: int) -> None:
@@ -63,7 +63,9 @@ class MadeUp(Replica):
             return
         now, self.requests = self.requests[:num], self.requests[num:]
         for one in now:
-            self.put(Row(one.ids[0], one.prompt_ids, None, Done("length", None, 0, None, None)))
+            self.put(
+                RowTokens(one.ids[0], one.prompt_ids, None, Done("length", None, 0, None, None))
+            )
         self.num_answers += len(now)
 
 
@@ -103,9 +105,9 @@ def add(router: Router, prompts: list[list[int]], **options: Any) -> list[int]:
     return [router.add_request(one, SamplingParams(max_tokens=4), **options) for one in prompts]
 
 
-def answers(router: Router, starter: Starter, wanted: list[int]) -> dict[int, Completion]:
+def answers(router: Router, starter: Starter, wanted: list[int]) -> dict[int, FinishedOutput]:
     """The answers to these requests. Each replica gives one at a time."""
-    found: dict[int, Completion] = {}
+    found: dict[int, FinishedOutput] = {}
     for _ in range(100 * len(wanted)):
         for one in starter.last.values():
             one.work(1)
@@ -153,7 +155,7 @@ def test_without_retries_requests_of_a_lost_replica_end_and_later_ones_are_answe
 def test_an_answer_whose_tokens_are_known_is_not_tried_again() -> None:
     router, starter = make(1, retries=True)
     begun, silent = add(router, [[5, 6], [7, 8]])
-    starter.last[0].put(Row(begun, [5]))
+    starter.last[0].put(RowTokens(begun, [5]))
     router.advance()
     starter.last[0].fail()
     found = answers(router, starter, [begun, silent])

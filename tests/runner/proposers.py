@@ -16,7 +16,7 @@ from nanovllm.engine.engine import Engine
 from nanovllm.runner.draft import DraftModel
 from nanovllm.runner.proposer import DeviceProposer, Fed
 from nanovllm.runner.state import DeviceState
-from nanovllm.schedule.outputs import Completion
+from nanovllm.schedule.outputs import FinishedOutput
 from nanovllm.schedule.plan import DRAFT, StepPlan
 from nanovllm.startup.draft import Draft
 from nanovllm.startup.load import load
@@ -108,11 +108,11 @@ class Watched:
 
 def run(
     engine: Engine, prompts: Sequence[list[int]], params: SamplingParams | list[SamplingParams]
-) -> list[Completion]:
+) -> list[FinishedOutput]:
     """Answers to prompts in one batch."""
     each = params if isinstance(params, list) else [params] * len(prompts)
     ids = [engine.add_request(*one, incremental=False) for one in zip(prompts, each)]
-    done: dict[int, Completion] = {}
+    done: dict[int, FinishedOutput] = {}
     while engine.has_unfinished:
         for output in engine.step():
             if output.completion is not None:

@@ -34,8 +34,8 @@ def test_rank_and_all_logprobs_are_those_of_transformers(
 
     def asking(plan: StepPlan) -> Any:
         wanted = [one._replace(num_top=ALL_TOKENS) for one in plan.prompt_logprobs]
-        choice = replace(plan.choice, num_logprobs=ALL_TOKENS)
-        return launch(replace(plan, choice=choice, prompt_logprobs=wanted))
+        sampling = replace(plan.sampling, num_logprobs=ALL_TOKENS)
+        return launch(replace(plan, sampling=sampling, prompt_logprobs=wanted))
 
     def keep(plan: StepPlan, result: StepResult) -> None:
         results.append((plan, result))

@@ -94,7 +94,7 @@ def test_requests_of_all_kinds_share_a_batch(
     found = run(engine, PROMPTS, MIXED)
     assert [one.token_ids for one in found] == [one["token_ids"] for one in expected]
     assert found[2].logprobs is not None and len(found[2].logprobs) == 14
-    with_others = [bool(plan.choice.has_penalties or plan.choice.num_logprobs)
+    with_others = [bool(plan.sampling.has_penalties or plan.sampling.num_logprobs)
                    for plan, _ in watched.verifying]  # fmt: skip
     assert with_others and not any(with_others)
 

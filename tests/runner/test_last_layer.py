@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, EngineConfig, SamplingParams
-from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm.builder import small_runner
+from nanovllm.startup.resolve import resolve_without_weights
 from tests.conftest import save_tiny
 from tests.engines import random_prompts
 
@@ -91,9 +91,9 @@ def test_the_small_model_leaves_every_program_of_the_whole_one(
     model: tuple[Path, bool], tmp_path: Path
 ) -> None:
     options = {**OPTIONS, "device": "cpu", "compile_cache": tmp_path / "store"}
-    choice = choose_without_weights(EngineConfig(str(model[0]), **options))
-    small = small_runner(choice)
-    for kind, size in choice.spec.layout.buckets:
+    sampling = resolve_without_weights(EngineConfig(str(model[0]), **options))
+    small = small_runner(sampling)
+    for kind, size in sampling.spec.layout.buckets:
         small.run_bucket(kind, size)
     llm = LLM(str(model[0]), **options, compile_cache_mode="require")
     compiler = llm.engine.runner.compiler

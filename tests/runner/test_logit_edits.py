@@ -17,7 +17,7 @@ from nanovllm.platforms.base import Replay
 from nanovllm.runner import logit_edits
 from nanovllm.runner.logit_edits import EditTables
 from nanovllm.runner.sampling import Penalties, penalize
-from nanovllm.schedule.plan import Choice, LogitEdits, RowEdits, StepPlan
+from nanovllm.schedule.plan import LogitEdits, RowEdits, SamplingMetadata, StepPlan
 from tests.engines import VOCAB_SIZE, assert_all_free, drain, greedy, random_prompts
 
 MINUS_INF = float("-inf")
@@ -360,8 +360,10 @@ def test_a_captured_sampler_moves_nothing_between_host_and_device(eager_llm: LLM
     row_idx_R = torch.full((2,), runner.state.pad_row, device=runner.platform.device)
     logits_RV = torch.randn(2, VOCAB_SIZE, device=runner.platform.device)
     for has_edits, has_penalties in ((False, False), (True, False), (False, True), (True, True)):
-        choice = Choice(has_filters=True, has_edits=has_edits, has_penalties=has_penalties)
-        variant = runner.sampler.variant(choice)
+        sampling = SamplingMetadata(
+            has_filters=True, has_edits=has_edits, has_penalties=has_penalties
+        )
+        variant = runner.sampler.variant(sampling)
         with torch.no_grad(), Refuse():
             variant.choose(row_idx_R, logits_RV)
 

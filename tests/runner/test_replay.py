@@ -56,8 +56,8 @@ def test_written_plans_give_the_same_result_in_another_process(
     def masking(plan: StepPlan) -> Any:
         if len(plan.rows) == 1 and not plan.is_prefill:  # allow only even tokens
             mask = np.full((1, llm.engine.model_config.vocab_size // 32), 0x55555555, np.int32)
-            choice = replace(plan.choice, masked=[0])
-            plan = replace(plan, choice=choice, allowed_MW=mask)
+            sampling = replace(plan.sampling, masked=[0])
+            plan = replace(plan, sampling=sampling, allowed_MW=mask)
         number = len(list(tmp_path.glob("*.plan")))
         (tmp_path / f"{number:04}.plan").write_bytes(plan.to_bytes())
         return launch(plan)
@@ -84,10 +84,10 @@ def test_written_plans_give_the_same_result_in_another_process(
     plans = [StepPlan.from_bytes(path.read_bytes()) for path in sorted(tmp_path.glob("*.plan"))]
     assert {plan.is_prefill for plan in plans} == {True, False}
     assert any(plan.prompt_logprobs for plan in plans) and any(plan.histories for plan in plans)
-    assert any(plan.choice.has_masks for plan in plans)
-    masked = next(i for i, plan in enumerate(plans) if plan.choice.has_masks)
+    assert any(plan.sampling.has_masks for plan in plans)
+    masked = next(i for i, plan in enumerate(plans) if plan.sampling.has_masks)
     assert results[masked][0][0][0] % 2 == 0, "the mask was kept"
-    edited = [row[0][0] for (row, *_), plan in zip(results, plans) if plan.choice.has_edits]
+    edited = [row[0][0] for (row, *_), plan in zip(results, plans) if plan.sampling.has_edits]
     assert edited in ([7, 9] * 3, [9, 7] * 3), "the edits were kept"
     command = [sys.executable, __file__, str(tmp_path), json.dumps(OPTIONS)]
     subprocess.run(command, env=env.for_children(), check=True, timeout=300)

@@ -17,9 +17,9 @@ from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.cache_groups import CacheGroups
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.plan import PAD_BLOCK, StepPlan
+from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.scheduler import Scheduler
-from nanovllm.schedule.stall import StallBound
 
 BLOCK = 4
 MAX_TOKENS = 39  # of a request of a random load, its answer included
@@ -115,7 +115,7 @@ def check(s: Known, plan: StepPlan | None) -> None:
         one.status is Status.WAITING and not one.blocks and one.row == -1 for one in s.waiting
     )
     # those that are computed again after a NaN have lost their places
-    in_order = [one for one in [*s.running, *s.waiting] if not one.is_alone]
+    in_order = [one for one in [*s.running, *s.waiting] if not one.no_sharing]
     for priority in {one.priority for one in in_order}:
         arrival = [one.request_id for one in in_order if one.priority == priority]
         assert arrival == sorted(arrival), "first come, first served"
@@ -132,7 +132,8 @@ def check(s: Known, plan: StepPlan | None) -> None:
         assert all(num > 0 for num in plan.num_tokens)
         assert len(requests) <= s.max_prefill_rows
         known = [
-            one.known_ids[start : start + num] for one, (start, num) in zip(requests, chunks(plan))
+            one.all_token_ids[start : start + num]
+            for one, (start, num) in zip(requests, chunks(plan))
         ]
         assert plan.token_T.tolist() == [token for part in known for token in part]
         return
@@ -192,7 +193,7 @@ class RandomLoad:
             enable_prefix_caching=rng.random() < 0.7,
             max_proposals=max_proposals,
             stall=rng.choice(
-                [None, StallBound(rng.choice([0.1, 3.0]), ((4, 1.0), (32, 2.0)), 0.001)]
+                [None, PrefillLatencyBound(rng.choice([0.1, 3.0]), ((4, 1.0), (32, 2.0)), 0.001)]
             ),
         )
         if on_device:
@@ -259,7 +260,7 @@ class RandomLoad:
             one, num_fed = s.known[request_id], 1 if plan.is_prefill else num
             if not wanted or one.status is Status.FINISHED:
                 continue
-            if one.is_failing or (rng.random() < 0.01 and not one.is_alone):
+            if one.is_failing or (rng.random() < 0.01 and not one.no_sharing):
                 s.tokens_known(one, num_fed, [])
                 s.retry(one)
                 continue

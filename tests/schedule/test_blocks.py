@@ -17,7 +17,7 @@ def fill(pool: BlockPool, token_ids: list[int]) -> list[int]:
     pool.share(shared)
     blocks = shared + pool.allocate(pool.num_blocks_for(len(token_ids)) - len(shared))
     for block, digest in zip(blocks, digests):
-        pool.publish(block, digest)
+        pool.cache_block(block, digest)
     return blocks
 
 
@@ -133,8 +133,8 @@ def test_of_two_blocks_with_the_same_content_the_first_is_found() -> None:
     pool = BlockPool(4, 2)
     (digest,) = pool.digests([7, 7])
     first, second = pool.allocate(1), pool.allocate(1)
-    pool.publish(first[0], digest)
-    pool.publish(second[0], digest)
+    pool.cache_block(first[0], digest)
+    pool.cache_block(second[0], digest)
     assert pool.cached_prefix([digest]) == first
     pool.release(second)
     pool.release(first)
@@ -183,7 +183,7 @@ def test_pages_never_overlap(seed: int) -> None:
                 content.pop(block, None)
             for idx, digest in enumerate(digests):
                 content[blocks[idx]] = tuple(token_ids[: (idx + 1) * block_size])
-                pool.publish(blocks[idx], digest)
+                pool.cache_block(blocks[idx], digest)
             owners[step] = (token_ids, blocks)
         elif action < 0.75 and owners:  # a request grows by a token
             token_ids, blocks = owners[rng.choice(list(owners))]
@@ -197,7 +197,7 @@ def test_pages_never_overlap(seed: int) -> None:
             token_ids.append(rng.randrange(2))
             if len(token_ids) % block_size == 0:
                 content[blocks[-1]] = tuple(token_ids)
-                pool.publish(blocks[-1], pool.digests(token_ids)[-1])
+                pool.cache_block(blocks[-1], pool.digests(token_ids)[-1])
         elif owners:
             pool.release(owners.pop(rng.choice(list(owners)))[1])
         held = [block for _, blocks in owners.values() for block in blocks]

@@ -11,7 +11,7 @@ import pytest
 
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import TextStream
-from nanovllm.tokenizer import Decoding, GrowingText, Tokenizer, load_full
+from nanovllm.tokenizer import Decoding, IncrementalText, Tokenizer, load_full
 from tests.engines import save_tokenizer
 
 TEXTS = [
@@ -34,7 +34,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def grow(tokenizer: Tokenizer, token_ids: list[int], sizes: list[int]) -> list[str]:
-    growing, pieces, start = GrowingText(tokenizer), [], 0
+    growing, pieces, start = IncrementalText(tokenizer), [], 0
     for size in sizes:
         pieces.append(growing.append(token_ids[start : start + size]))
         start += size
@@ -61,7 +61,7 @@ def test_any_bytes_grow_to_what_decoding_at_once_gives(tokenizer: Tokenizer, see
 
 def test_an_unfinished_character_is_shown_once_no_more_tokens_come(tokenizer: Tokenizer) -> None:
     token_ids = tokenizer.encode("aé")[:-1]
-    growing = GrowingText(tokenizer)
+    growing = IncrementalText(tokenizer)
     assert [growing.append([token_id]) for token_id in token_ids] == ["a", ""]
     assert growing.flush() == "\ufffd" and growing.flush() == ""
 

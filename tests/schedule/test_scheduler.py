@@ -10,8 +10,8 @@ import pytest
 
 from nanovllm import SamplingParams
 from nanovllm.schedule.plan import DRAFT, NEWEST, StepPlan
-from nanovllm.schedule.request import Content, Status
-from nanovllm.schedule.stall import StallBound
+from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
+from nanovllm.schedule.request import MMSpan, Status
 from tests.schedule.loads import (
     BLOCK,
     DECODE,
@@ -78,11 +78,13 @@ def test_prompts_go_first_when_nobody_watches() -> None:
 
 
 # a step of a small model on a large GPU; a chunk of 8192 after 8192 others would take 15 + 50 ms
-STALL = StallBound(30.0, ((32, 2.0), (128, 2.0), (512, 2.5), (2048, 4.5), (8192, 15.0)), 5e-7)
+STALL = PrefillLatencyBound(
+    30.0, ((32, 2.0), (128, 2.0), (512, 2.5), (2048, 4.5), (8192, 15.0)), 5e-7
+)
 
 
 def with_long_prompt(
-    stall: StallBound, *, watched: bool, **changes: Any
+    stall: PrefillLatencyBound, *, watched: bool, **changes: Any
 ) -> tuple[Known, list[StepPlan], list[float]]:
     """Add a prompt of 16,384 tokens while eight requests decode. Returns the scheduler, all plans
     from then on, and the estimated milliseconds of the prefill steps."""
@@ -334,8 +336,8 @@ def test_equal_prompts_share_blocks_within_a_step() -> None:
 
 def test_what_else_decides_keys_and_values_parts_the_prefix_cache() -> None:
     """Requests with the same tokens share blocks only if their roots and contents are the same."""
-    image, other = Content(2, 3, b"i" * 32), Content(2, 3, b"o" * 32)
-    cases: list[tuple[bytes, tuple[Content, ...]]] = [
+    image, other = MMSpan(2, 3, b"i" * 32), MMSpan(2, 3, b"o" * 32)
+    cases: list[tuple[bytes, tuple[MMSpan, ...]]] = [
         (b"", ()), (b"adapter", ()), (b"", (image,)), (b"", (other,)),
         (b"", (image._replace(start=3),)), (b"", (image._replace(start=4),)),
     ]  # fmt: skip

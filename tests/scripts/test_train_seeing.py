@@ -40,7 +40,7 @@ from tiny.pictures import GRIDS, draw
 from tiny.vision_model import IMAGE, SETTINGS, build_model, build_tokenizer, equal_sizes
 
 from nanovllm.hub import SEEING, resolve
-from nanovllm.media import given, settings
+from nanovllm.media import mm_inputs, settings
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.placeholders import Placeholders
 from nanovllm.media.prepare import Preparer
@@ -94,7 +94,7 @@ def test_a_conversation_is_the_prompt_that_the_engine_makes_and_its_answers(
     )
     image = Image.fromarray(draw([picture])[0])
     preparer = Preparer(found, MediaOptions())
-    (item,) = preparer.submit(given.from_data({"image": image})).result()
+    (item,) = preparer.submit(mm_inputs.from_data({"image": image})).result()
     expanded = Placeholders(tokenizer, True).of_text(text, [item])
     assert batch.input_BS[0].tolist() == expanded.token_ids
     assert batch.patch_PD is not None and batch.grid_B3 is not None

@@ -12,7 +12,7 @@ DTYPE = torch.bfloat16
 
 
 def test_work_is_that_of_the_formulas() -> None:
-    """Those of `models/vision/interface`, and the products outside blocks."""
+    """Those of `models/vision/vision_encoder`, and the products outside blocks."""
     for name, levels in (("Qwen3-VL-2B", 2), ("Qwen2.5-VL-3B", 1)):
         tower = vision_shapes.make_tower(name, DTYPE, depth=9)
         cfg, merged = tower.config, 4 * tower.config.hidden_size

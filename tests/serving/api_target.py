@@ -10,8 +10,8 @@ import sys
 
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.api_process import ApiProcess
+from nanovllm.serving.async_engine import Draining, EngineDead
 from nanovllm.serving.client import Client
-from nanovllm.serving.interface import Draining, EngineDead
 
 
 def run(process: ApiProcess) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 from nanovllm.engine.metrics import Gauge, Metric
 from nanovllm.engine.request import EngineInfo, EngineRequest
 from nanovllm.parallel.channel import Channel
-from nanovllm.replicas import process
+from nanovllm.replicas import engine_program
 from nanovllm.replicas.client_conn import ClientConn
 from nanovllm.replicas.loop import Loop
 from nanovllm.sampling import SamplingParams
-from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
 
 STEP_SECONDS = 0.01
 INFO = EngineInfo("", 512, 16, 512, 64, 16, 100, [3], {})
@@ -29,7 +29,7 @@ class FakeEngine:
         self.step_seconds = step_seconds
         self._requests: dict[int, tuple[list[int], SamplingParams, list[int]]] = {}
         self._num_added = 0
-        self._outputs: list[Increment] = []
+        self._outputs: list[OutputDelta] = []
 
     def add(self, asked: EngineRequest) -> int:
         self._num_added += 1
@@ -44,9 +44,9 @@ class FakeEngine:
             if len(found) == params.max_tokens:
                 self._end(request_id, [token_id], "length")
             else:
-                self._outputs.append(Increment(request_id, [token_id], ""))
+                self._outputs.append(OutputDelta(request_id, [token_id], ""))
 
-    def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
+    def take(self, request_ids: Container[int] | None = None) -> list[OutputDelta]:
         taken, self._outputs = self._outputs, []
         return taken
 
@@ -68,8 +68,8 @@ class FakeEngine:
 
     def _end(self, request_id: int, token_ids: list[int], reason: str) -> None:
         prompt_ids, _, found = self._requests.pop(request_id)
-        done = Completion("", found, reason, None, prompt_ids, 0, None, None)
-        self._outputs.append(Increment(request_id, token_ids, "", None, done))
+        done = FinishedOutput("", found, reason, None, prompt_ids, 0, None, None)
+        self._outputs.append(OutputDelta(request_id, token_ids, "", None, done))
 
 
 def serve(setup: dict[str, Any], channel: Channel) -> None:
@@ -84,4 +84,4 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
 
 
 if __name__ == "__main__":
-    process.run(serve)
+    engine_program.run(serve)

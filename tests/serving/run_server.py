@@ -10,7 +10,7 @@ from typing import Any
 from nanovllm import log
 from nanovllm.config import EngineConfig
 from nanovllm.serving import engine_process
-from nanovllm.serving.supervisor import Service, Supervisor
+from nanovllm.serving.supervisor import ServerProcesses, Supervisor
 
 
 def main(given: dict[str, Any]) -> int:
@@ -20,7 +20,7 @@ def main(given: dict[str, Any]) -> int:
     config = EngineConfig(**given.pop("engine"))
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
-    service = Service(config, "tests.serving.api_target:run", listener, **given)
+    service = ServerProcesses(config, "tests.serving.api_target:run", listener, **given)
     try:
         return Supervisor(service).run()
     except ValueError as error:

@@ -17,7 +17,7 @@ from nanovllm.parallel.channel import ChannelClosed, channel_pair
 from nanovllm.replicas.client_conn import ClientConn
 from nanovllm.replicas.handshake import digest_of
 from nanovllm.replicas.loop import Loop
-from nanovllm.serving import quota
+from nanovllm.serving import admission
 from nanovllm.serving.client import Client
 
 Result = TypeVar("Result")
@@ -49,8 +49,8 @@ def serve(
 
     Afterwards the engine has no requests.
     """
-    with quota.new_file(num_clients) as descriptor:
-        counts = quota.inherited_counts(descriptor)
+    with admission.new_file(num_clients) as descriptor:
+        counts = admission.inherited_counts(descriptor)
     pairs = [socket.socketpair() for _ in range(num_clients)]
     control, theirs = channel_pair()
     thread = threading.Thread(target=_run_loop, args=(engine, [one for _, one in pairs], control))

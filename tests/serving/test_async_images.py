@@ -14,8 +14,8 @@ from nanovllm.engine.engine import Engine
 from nanovllm.hub import SEEING
 from nanovllm.outputs import RequestOutput
 from nanovllm.prompts import Prompt
+from nanovllm.serving.async_engine import Draining, EngineDead, QueueFull
 from nanovllm.serving.client import Client
-from nanovllm.serving.interface import Draining, EngineDead, QueueFull
 from tests.engines import greedy
 from tests.serving.pictures import SECRET, Held, about, corrupt, data_url
 from tests.serving.served import serve

@@ -17,7 +17,7 @@ import pytest
 
 import nanovllm
 from nanovllm import LLM, AsyncLLM
-from nanovllm.serving.interface import EngineDead, Unavailable
+from nanovllm.serving.async_engine import EngineDead, Unavailable
 from tests.engines import greedy
 from tests.replicas.test_data_parallel import children
 from tests.serving.served import LOOPS, run

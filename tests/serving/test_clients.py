@@ -15,9 +15,9 @@ from nanovllm.engine.engine import Engine
 from nanovllm.engine.request import EngineRequest
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling import RequestOutputKind
+from nanovllm.serving.async_engine import Delta, Draining, QueueFull
 from nanovllm.serving.client import Client
 from nanovllm.serving.encoding import LONG_TEXT_CHARACTERS
-from nanovllm.serving.interface import Delta, Draining, QueueFull
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, save_tokenizer
 from tests.serving.served import LOOPS, serve

@@ -40,7 +40,7 @@ class Server:
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
 
-    def ask(self, asked: dict[str, Any]) -> Iterator[str]:
+    def call(self, asked: dict[str, Any]) -> Iterator[str]:
         """The lines of an answer; the first one is the id of the API process."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(json.dumps(asked).encode() + b"\n")
@@ -68,7 +68,7 @@ class Server:
         """Wait until both API processes have answered."""
         found: set[str] = set()
         while len(found) < 2:
-            found.add(next(iter(self.ask(SHORT))))
+            found.add(next(iter(self.call(SHORT))))
         self.known = self.pids
         return self
 
@@ -97,7 +97,7 @@ def test_an_engine_answers_through_two_api_processes(make: Make) -> None:
     asked = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     answers = {}
     while len(answers) < 2:
-        pid, *lines = server.ask(asked)
+        pid, *lines = server.call(asked)
         answers[pid] = list(chain.from_iterable(json.loads(line)[0] for line in lines))
     first, second = answers.values()
     assert first == second and len(first) == 8
@@ -108,12 +108,12 @@ def test_an_engine_answers_through_two_api_processes(make: Make) -> None:
 
 def test_sigterm_lets_requests_finish_and_refuses_new_ones(make: Make) -> None:
     server = make().start()
-    lines = server.ask({**LONG, "max_tokens": 250})  # time to see that others are refused
+    lines = server.call({**LONG, "max_tokens": 250})  # time to see that others are refused
     next(lines), next(lines)
     server.process.send_signal(signal.SIGTERM)
     refused = ""
     while "Draining" not in refused:
-        refused = "".join(server.ask(SHORT))
+        refused = "".join(server.call(SHORT))
     assert json.loads(list(lines)[-1])[1] == "length"
     assert server.end()[0] == 0
     assert list(server.temporary.iterdir()) == []
@@ -121,7 +121,7 @@ def test_sigterm_lets_requests_finish_and_refuses_new_ones(make: Make) -> None:
 
 def test_what_has_not_finished_in_time_is_cut_off(make: Make) -> None:
     server = make(drain_timeout=0.3).start()
-    lines = server.ask({**LONG, "max_tokens": 400})
+    lines = server.call({**LONG, "max_tokens": 400})
     next(lines), next(lines)
     server.process.send_signal(signal.SIGTERM)
     assert json.loads(list(lines)[-1])[1] == "abort"
@@ -130,7 +130,7 @@ def test_what_has_not_finished_in_time_is_cut_off(make: Make) -> None:
 
 def test_the_second_interrupt_ends_everything_at_once(make: Make) -> None:
     server = make().start()
-    lines = server.ask(LONG)
+    lines = server.call(LONG)
     next(lines), next(lines)
     server.process.send_signal(signal.SIGINT)
     time.sleep(0.2)
@@ -166,7 +166,7 @@ def test_a_compiler_that_is_killed_leaves_no_temporary_file(
 @pytest.mark.parametrize("program", ["engine", "serving.api_process"])
 def test_a_killed_process_ends_the_server(program: str, make: Make) -> None:
     server = make().start()
-    lines = server.ask(LONG)
+    lines = server.call(LONG)
     of_api_process = int(next(lines))
     killed = server.known[program][0] if program == "engine" else of_api_process
     next(lines)
@@ -186,7 +186,7 @@ def test_a_killed_process_ends_the_server(program: str, make: Make) -> None:
 
 def test_nothing_runs_after_the_supervisor_is_killed(make: Make) -> None:
     server = make().start()
-    lines = server.ask(LONG)
+    lines = server.call(LONG)
     next(lines), next(lines)
     server.process.kill()
     server.end(5)

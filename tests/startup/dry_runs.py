@@ -44,7 +44,7 @@ from nanovllm.models import loader as weights
 from nanovllm.models.vision import weights as tower_weights
 from nanovllm.platforms import preload
 from nanovllm.platforms.cuda import TRAITS, CudaPlatform
-from nanovllm.startup import choose
+from nanovllm.startup import resolve
 from nanovllm.startup.compile_farm.builder import Builder
 from tests.conftest import tiny_config
 from tests.kernels.builds import TARGETS, WHOLE, AbsentDevice, Target, all_builds
@@ -109,7 +109,7 @@ def make_up_device() -> None:
     driver.set_active(Driver(target))  # type: ignore[arg-type]
     torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
-    choose.select_platform = lambda config: Platform()
+    resolve.select_platform = lambda config: Platform()
 
     def empty(model: Any, target: weights.Target, seed: int, progress: Any) -> Any:
         # without a generator, which would need the device

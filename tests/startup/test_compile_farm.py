@@ -14,8 +14,8 @@ import pytest
 
 from nanovllm import EngineConfig
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
-from nanovllm.startup.compile_farm.process import ANSWER, WorkerProcess
-from nanovllm.startup.compile_farm.tasks import Bucket, Outcome, Task, TaskQueue
+from nanovllm.startup.compile_farm.tasks import Bucket, BuildOutcome, Task, TaskQueue
+from nanovllm.startup.compile_farm.worker_handle import ANSWER, WorkerProcess
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +96,7 @@ def test_every_kernel_is_compiled_once_the_longest_first(caplog: pytest.LogCaptu
         farm = farm_of(processes, buckets, 1, dry_run=True)
         outcomes = farm.wait(lambda outcome: None)
         farm.close()
-    assert outcomes == [Outcome(bucket, 4, 0, 0, 0.2) for bucket in buckets]
+    assert outcomes == [BuildOutcome(bucket, 4, 0, 0, 0.2) for bucket in buckets]
     kernels = ["own of 16", "shared", "own of 4", "own of 1"]
     expected = [["dry_run", list(bucket)] for bucket in buckets] + [
         ["compile", kernel] for kernel in kernels

@@ -14,9 +14,9 @@ import pytest
 from nanovllm import LLM, EngineConfig
 from nanovllm.platforms import preload
 from nanovllm.platforms.cpu import CpuPlatform
-from nanovllm.startup import choose
+from nanovllm.startup import resolve
 from nanovllm.startup.compile_farm import farm as compile_farm
-from nanovllm.startup.compile_farm import fork_server, process
+from nanovllm.startup.compile_farm import fork_server, worker_handle
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.compile_farm.fork_server import ForkServer
 
@@ -121,7 +121,7 @@ def test_a_server_forks_as_many_as_are_wanted_and_ends_with_them(bare_store: Pat
     assert len(forked) == 2 and all("imports" in worker.next_answer() for worker in forked)
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
     assert len(children.read_text().split()) == 2
-    process.end_all(forked, seconds=30)
+    worker_handle.end_all(forked, seconds=30)
     assert server.process.returncode == 0
     server.end()
 
@@ -150,7 +150,7 @@ def test_a_server_that_could_not_import_leaves_its_words(
         with pytest.raises(BrokenPipeError):
             worker.next_answer()
     assert forked[0].stderr.read() == "no such module\n"
-    process.end_all(forked)
+    worker_handle.end_all(forked)
 
 
 @on_linux
@@ -166,18 +166,18 @@ def test_a_start_uses_its_server_or_ends_it(
         begun.append(ForkServer(config, most))
         return begun[0]
 
-    choose_model = choose.choose_model
+    resolve_model = resolve.resolve_model
 
-    def choose_later(*args: Any, **options: Any) -> Any:
+    def resolve_later(*args: Any, **options: Any) -> Any:
         ended.append(begun[0].process.poll())
-        return choose_model(*args, **options)
+        return resolve_model(*args, **options)
 
     monkeypatch.setattr(compile_farm, "_is_likely_needed", lambda config: True)
     monkeypatch.setattr(compile_farm, "ForkServer", begin)
     monkeypatch.setattr(
         compile_farm, "spawn", lambda config: pytest.fail("another process was started")
     )
-    monkeypatch.setattr(choose, "choose_model", choose_later)
+    monkeypatch.setattr(resolve, "resolve_model", resolve_later)
     monkeypatch.setattr(CpuPlatform, "compile_workers", lambda *_: count)
     llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=bare_store)
     compiler = llm.engine.runner.compiler

@@ -22,7 +22,7 @@ from nanovllm.compile.program import CompileRequired
 from nanovllm.platforms.cpu import CpuPlatform
 from nanovllm.startup.compile_farm import farm as compile_farm
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
-from nanovllm.startup.compile_farm.tasks import Outcome
+from nanovllm.startup.compile_farm.tasks import BuildOutcome
 from tests.conftest import save_tiny
 from tests.startup.starts import Ended, Starts, one_anew
 
@@ -325,7 +325,7 @@ def test_a_worker_that_is_killed_is_missed_but_not_waited_for(
     forked[1].next_answer()  # it is ready; it dies before it gets a bucket
     os.kill(int(forks[1]), signal.SIGKILL)
     farm.build([("decode", 4), ("prefill", 64)], 2)
-    outcomes: list[Outcome] = []
+    outcomes: list[BuildOutcome] = []
     with pytest.raises(WorkerFailed, match="it exited without output"):
         farm.wait(outcomes.append)
     assert {outcome.bucket for outcome in outcomes} == {("decode", 4), ("prefill", 64)}, (

@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 
 from nanovllm.sampling import SamplingParams
-from nanovllm.structured.grammars import NUM_SLOW, NUM_WORKERS, Grammars, Limits, Refusal
+from nanovllm.structured.grammar_sandbox import TooSlow
+from nanovllm.structured.grammars import (
+    NUM_SLOW,
+    NUM_WORKERS,
+    GrammarLimits,
+    GrammarRefusal,
+    Grammars,
+)
 from nanovllm.structured.library import Source
-from nanovllm.structured.trials import TooSlow
 
 PARAMS = SamplingParams(structured_outputs={"regex": "a"})
 WAIT_S = 60.0
@@ -48,7 +54,7 @@ def compiler() -> Compiler:
 
 @pytest.fixture
 def grammars(compiler: Compiler) -> Iterator[Grammars]:
-    made = Grammars(compiler, Limits(9.0, 4))  # type: ignore[arg-type]
+    made = Grammars(compiler, GrammarLimits(9.0, 4))  # type: ignore[arg-type]
     yield made
     made.close()
 
@@ -59,7 +65,7 @@ def ready(grammars: Grammars, num: int) -> dict[int, str]:
     end = time.monotonic() + WAIT_S
     while len(found) < num and time.monotonic() < end:
         for request_id, one in grammars.take(0.1):
-            assert isinstance(one, Refusal)
+            assert isinstance(one, GrammarRefusal)
             found[request_id] = one.reason
     return found
 

@@ -11,7 +11,7 @@ from itertools import count
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.schedule.outputs import Completion, TextStream
+from nanovllm.schedule.outputs import FinishedOutput, TextStream
 from nanovllm.schedule.scheduler import Scheduler
 from tests.engine.interrupts import is_interrupted
 
@@ -39,9 +39,9 @@ def wait_for_grammars(llm: LLM) -> None:
     wait(llm.engine._grammars._cache.values(), 60)
 
 
-def ends(llm: LLM, num: int) -> dict[int, Completion]:
+def ends(llm: LLM, num: int) -> dict[int, FinishedOutput]:
     """The ends of `num` requests. Each has one, and then the engine has nothing to do."""
-    found: list[tuple[int, Completion]] = []
+    found: list[tuple[int, FinishedOutput]] = []
     for _ in range(MAX_STEPS):
         outputs = llm.engine.step()
         found += [(one.request_id, one.completion) for one in outputs if one.completion]

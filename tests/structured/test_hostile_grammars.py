@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.structured import library, trials
+from nanovllm.structured import grammar_sandbox, library
 
 PROMPT = "What is 2 + 3?"
 SECONDS = 60.0  # on a busy machine
@@ -161,12 +161,15 @@ def test_what_is_too_long_or_too_deep_is_refused_before_it_is_compiled(llm: LLM)
 def test_a_grammar_that_takes_too_long_is_killed(llm: LLM) -> None:
     ended(llm, {"choice": ["a"]})
     (trial, *_) = (one for one in llm.engine._grammars._compiler._trials if one._program.process)
-    source = trials.Source("json", json.dumps(wide(4000)))
+    source = grammar_sandbox.Source("json", json.dumps(wide(4000)))
     before = trial._program.process.pid
     with pytest.raises(ValueError, match=r"longer than 0.01 s to compile .* grammar_timeout_s"):
         trial.run(source, 0.01)
     assert trial._program.process is None
-    assert trial.run(trials.Source("regex", "a"), 30.0) and trial._program.process.pid != before
+    assert (
+        trial.run(grammar_sandbox.Source("regex", "a"), 30.0)
+        and trial._program.process.pid != before
+    )
 
 
 def test_compiled_grammars_are_kept_up_to_a_limit(llm: LLM) -> None:

@@ -42,7 +42,7 @@ def step_seconds(llm: LLM, given: dict[str, Any]) -> dict[bool, float]:
         plan = engine.advance()
         took = time.process_time() - start
         if plan is not None and not plan.is_prefill and len(plan.rows) == 33:
-            seconds[plan.choice.has_masks].append(took)
+            seconds[plan.sampling.has_masks].append(took)
     engine.abort_all(list(engine._answers.requests))
     engine.take()
     assert min(map(len, seconds.values())) > 8

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.intake import Intake
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.replicas import messages
 from nanovllm.replicas.messages import Add
 from nanovllm.sampling import BeamSearchParams
-from nanovllm.structured import library, trial
-from nanovllm.structured.keywords import KNOWN, checked_schema
+from nanovllm.structured import grammar_sandbox_program, library
+from nanovllm.structured.schema_check import KNOWN, checked_schema
 from nanovllm.structured_params import StructuredOutputsParams
 from nanovllm.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ def test_the_class_and_a_dict_are_the_same() -> None:
 
 
 def test_a_missing_library_is_said_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    intake = Intake("model", Tokenizer(lambda: None), 8, 8, 8, max_grammar_bytes=99)
+    intake = InputProcessor("model", Tokenizer(lambda: None), 8, 8, 8, max_grammar_bytes=99)
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
     assert intake.source(params) is not None and intake.source(SamplingParams()) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -57,7 +57,7 @@ def test_a_missing_library_is_said_with_its_extra(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_model_without_a_tokenizer_refuses_them() -> None:
-    intake = Intake("some model", None, 8, 8, 8, max_grammar_bytes=99)
+    intake = InputProcessor("some model", None, 8, 8, 8, max_grammar_bytes=99)
     with pytest.raises(ValueError, match="needs a tokenizer: 'some model' does not have one"):
         intake.source(SamplingParams(structured_outputs=StructuredOutputsParams(regex="a")))
 
@@ -94,7 +94,10 @@ def test_annotations_are_allowed_and_formats_are_strict() -> None:
 
 
 def test_a_trial_knows_bytes_and_special_tokens() -> None:
-    tokenizer = trial.new_tokenizer({3: "<|im_end|>", 700: "<tool>"})
+    tokenizer = grammar_sandbox_program.new_tokenizer({3: "<|im_end|>", 700: "<tool>"})
     named = library.Source("grammar", 'start: "ü" <tool>')
-    assert "error" not in trial.tried(tokenizer, named)
-    assert "unknown special" in trial.tried(tokenizer, named._replace(text="start: <x>"))["error"]
+    assert "error" not in grammar_sandbox_program.tried(tokenizer, named)
+    assert (
+        "unknown special"
+        in grammar_sandbox_program.tried(tokenizer, named._replace(text="start: <x>"))["error"]
+    )

@@ -18,9 +18,9 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.engine import Engine
 from nanovllm.parallel.channel import Channel, channel_pair
 from nanovllm.replicas import loop, messages
+from nanovllm.serving.async_engine import EngineDead
 from nanovllm.serving.async_llm import AsyncLLM
 from nanovllm.serving.client import Client
-from nanovllm.serving.interface import EngineDead
 from tests.engines import greedy
 from tests.replicas import test_data_parallel
 from tests.serving import served
@@ -37,7 +37,9 @@ def trials(parent: int) -> set[Path]:
             words, state = (path / "cmdline").read_bytes(), (path / "stat").read_text()
         except OSError:
             continue  # it has ended
-        if b"nanovllm.structured.trial" in words and state.rsplit(")")[1].split()[1] == str(parent):
+        if b"nanovllm.structured.grammar_sandbox_program" in words and state.rsplit(")")[1].split()[
+            1
+        ] == str(parent):
             found.add(path)
     return found
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanovllm.tools import device_limits
-from nanovllm.tools.device_limits import Limits, best_seconds, measure_limits
+from nanovllm.tools.device_limits import DeviceLimits, best_seconds, measure_limits
 
 
 @pytest.fixture
@@ -20,13 +20,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        ((0.5, 0.25), Limits(1600, 8000)),
-        ((0.0005, 0.5, 0.0001, 0.2), Limits(1.6e6, 2e7)),
-        ((0.0005, 0.001, 0.0001, 0.0002), Limits(1.6e7, 8e7)),
+        ((0.5, 0.25), DeviceLimits(1600, 8000)),
+        ((0.0005, 0.5, 0.0001, 0.2), DeviceLimits(1.6e6, 2e7)),
+        ((0.0005, 0.001, 0.0001, 0.0002), DeviceLimits(1.6e7, 8e7)),
     ],
 )
 def test_the_larger_size_is_for_devices_too_fast_for_the_smaller(
-    small: None, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], expected: Limits
+    small: None, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], expected: DeviceLimits
 ) -> None:
     """Bytes are read and written, a product takes 2 · 10³ or 2 · 20³ operations."""
     times = iter(seconds)

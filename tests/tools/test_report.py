@@ -16,8 +16,8 @@ from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 from nanovllm.tools import device_limits, report, report_data, report_page
 from nanovllm.tools.costs import cost, tokens_per_expert
-from nanovllm.tools.device_limits import Limits
-from nanovllm.tools.report_data import Call, Padding, Region, Report
+from nanovllm.tools.device_limits import DeviceLimits
+from nanovllm.tools.report_data import MeasuredCall, Padding, RegionReport, Report
 from nanovllm.tools.report_experts import experts
 from tests.conftest import save_tiny
 
@@ -184,12 +184,12 @@ def assert_stands_alone(text: str) -> None:
 
 
 def test_names_cannot_break_the_page() -> None:
-    call = Call("<script>alert(1)</script>", 'f32["&"]', 1e-5, 10, 0)
+    call = MeasuredCall("<script>alert(1)</script>", 'f32["&"]', 1e-5, 10, 0)
     made = Report(
         "a <b> model",
         {"<device>": '"x"'},
-        Limits(1e9, 1e12),
-        (Region("layer", 2, [], [call]),),
+        DeviceLimits(1e9, 1e12),
+        (RegionReport("layer", 2, [], [call]),),
         (),
         "<trace>",
     )
@@ -261,15 +261,15 @@ def test_layers_with_experts_show_the_tokens_of_each(
 
 
 def test_experts_are_drawn_as_high_as_their_tokens() -> None:
-    call = Call("experts", "f32[9, 8]", 2e-3, 10**6, 0, (3, 0, 6))
-    other = Call("linear", "", 1.0, 10, 10)
-    regions = [Region("layer", 5, [], [other, call]), Region("head", 1, [], [other])]
-    drawn = experts(regions, Limits(1e9, 1e12))
+    call = MeasuredCall("experts", "f32[9, 8]", 2e-3, 10**6, 0, (3, 0, 6))
+    other = MeasuredCall("linear", "", 1.0, 10, 10)
+    regions = [RegionReport("layer", 5, [], [other, call]), RegionReport("head", 1, [], [other])]
+    drawn = experts(regions, DeviceLimits(1e9, 1e12))
     assert re.findall(r'<rect [^>]* height="([\d.]+)"', drawn) == ["60.0", "0.0", "120.0"]
     assert "<h3>layer, 5 in a step" in drawn and "head" not in drawn
     assert "2 of 3 experts</b> are chosen, by 6 tokens at most" in drawn
     assert "1 MB</b> in 2.00 ms: <b>50% of the device" in drawn
-    assert experts(regions[1:], Limits(1e9, 1e12)) == ""
+    assert experts(regions[1:], DeviceLimits(1e9, 1e12)) == ""
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from nanovllm import env, programs
 from nanovllm.cli import http
 from nanovllm.cli.bench import requests, results
-from nanovllm.cli.talk import first_model
+from nanovllm.cli.chat_backend import first_model
 from nanovllm.cli.watch import Watch
 from nanovllm.platforms.cores import usable_cores
 from nanovllm.tools.terminal import printable
@@ -99,7 +99,7 @@ async def _model(args: argparse.Namespace, server: Server) -> str:
     deadline = time.monotonic() + args.ready_check_timeout_sec
     while True:
         try:
-            found = await first_model(http.Client(server.url, server.api_key))
+            found = await first_model(http.HttpClient(server.url, server.api_key))
             return str(args.model or found)
         except (OSError, ValueError) as error:
             if time.monotonic() >= deadline:
@@ -109,7 +109,7 @@ async def _model(args: argparse.Namespace, server: Server) -> str:
 
 async def _warm_up(server: Server, bodies: Sequence[dict[str, Any]]) -> None:
     """Send warm-up requests. Raises ValueError, with the server's message, if it refuses them."""
-    client = http.Client(server.url, server.api_key)
+    client = http.HttpClient(server.url, server.api_key)
     sent = (client.send(client.request(server.path, body), lambda data: None) for body in bodies)
     for answer in await asyncio.gather(*sent):
         answer.checked()

@@ -27,7 +27,7 @@ TELLING = tuple(
 CONTENT = ("content", "reasoning_content", "tool_calls")
 
 
-class Record:
+class RequestRecord:
     """One request. Times are in seconds; those of deltas are after `start`.
 
     num_prompt, num_output: token counts from the server's usage. error: None on success.
@@ -61,7 +61,7 @@ class Record:
             if "delta" not in choice or any(choice["delta"].get(name) for name in CONTENT):
                 self.times.append(now)
 
-    async def send(self, client: http.Client, request: bytes) -> None:
+    async def send(self, client: http.HttpClient, request: bytes) -> None:
         self.start = monotonic()
         try:
             answer = (await client.send(request, self.on_event)).checked()
@@ -82,14 +82,17 @@ class Record:
 
 
 async def send_all(
-    client: http.Client, requests: Sequence[tuple[float, bytes]], limit: int | None, start: float
-) -> list[Record]:
+    client: http.HttpClient,
+    requests: Sequence[tuple[float, bytes]],
+    limit: int | None,
+    start: float,
+) -> list[RequestRecord]:
     """Send each request at its time after `start`, at most `limit` concurrently."""
     slots = asyncio.Semaphore(limit or len(requests))
 
-    async def one(request: bytes) -> Record:
+    async def one(request: bytes) -> RequestRecord:
         async with slots:
-            record = Record()
+            record = RequestRecord()
             await record.send(client, request)
         print("done", flush=True)
         return record
@@ -105,7 +108,7 @@ async def send_all(
 async def main() -> None:
     programs.begin()
     work = json.loads(sys.stdin.readline())
-    client = http.Client(work["url"], work["api_key"])
+    client = http.HttpClient(work["url"], work["api_key"])
     requests = [(one["at"], client.request(work["path"], one["body"])) for one in work["requests"]]
     open_files.allow(len(requests) + 64)
     print("ready", flush=True)

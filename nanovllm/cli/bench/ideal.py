@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from nanovllm.models.interface import Model
+from nanovllm.models.model import Model
 from nanovllm.runner.spec import EngineSpec
-from nanovllm.tools.device_limits import Limits
+from nanovllm.tools.device_limits import DeviceLimits
 
 
 class _Weights:
@@ -44,7 +44,7 @@ def ideal_seconds(
     prompts: list[list[int]],
     output_lens: list[int],
     rows: int,
-    limits: Limits,
+    limits: DeviceLimits,
 ) -> float:
     """The seconds for prompts and answers, with up to `rows` requests at a time.
 

@@ -17,16 +17,16 @@ from torch.profiler import ProfilerActivity
 from nanovllm import env, platforms
 from nanovllm.cli.bench.engines import check_options, engine_of, expert_traffic, load, num_generated
 from nanovllm.cli.bench.ideal import ideal_seconds
+from nanovllm.cli.bench.prefill_latency import measure_prefill_latency
 from nanovllm.cli.bench.routing import experts_per_step
-from nanovllm.cli.bench.stall import measure_stall
 from nanovllm.cli.bench.workload import Workload, make_workload, varied
 from nanovllm.cli.watch import Watch
 from nanovllm.engine.engine import Engine
 from nanovllm.llm import LLM
 from nanovllm.platforms.base import Platform
 from nanovllm.sampling import SamplingParams
-from nanovllm.startup.choose import choose_dtype
-from nanovllm.tools.device_limits import Limits, measure_limits
+from nanovllm.startup.resolve import choose_dtype
+from nanovllm.tools.device_limits import DeviceLimits, measure_limits
 from nanovllm.tools.kernel_table import as_text
 from nanovllm.tools.profile import profile_decode
 
@@ -66,7 +66,7 @@ def choose_model(args: argparse.Namespace, platform: Platform) -> None:
     )
 
 
-def limits_of(platform: Platform, args: argparse.Namespace, config: dict[str, Any]) -> Limits:
+def limits_of(platform: Platform, args: argparse.Namespace, config: dict[str, Any]) -> DeviceLimits:
     """The device's limits. Call it before the model's KV cache is allocated."""
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     hf = SimpleNamespace(dtype=getattr(torch, stored.removeprefix("torch."), None))
@@ -81,7 +81,7 @@ def limits_of(platform: Platform, args: argparse.Namespace, config: dict[str, An
 
 
 def measure(
-    args: argparse.Namespace, work: Workload, batch_size: int, limits: Limits
+    args: argparse.Namespace, work: Workload, batch_size: int, limits: DeviceLimits
 ) -> dict[str, Any]:
     """Measure one batch size. Returns a line of results."""
     rows = 1 if args.latency else batch_size
@@ -232,7 +232,7 @@ def measure_all(args: argparse.Namespace) -> None:
             if not results:
                 say_what(args, work)
             if limits is None:
-                results.append(measure_stall(args, work.model, work.max_model_len))
+                results.append(measure_prefill_latency(args, work.model, work.max_model_len))
             else:
                 results.append(measure(args, work, batch_size, limits))
             print(sentence(results[-1]))

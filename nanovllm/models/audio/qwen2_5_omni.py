@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, pad
 
 from nanovllm.kernels import ops
-from nanovllm.models.audio.interface import AudioConfig, AudioTower, Merger, Outer
-from nanovllm.models.interface import Param
+from nanovllm.models.audio.audio_encoder import AudioConfig, AudioMerger, AudioOuter, AudioTower
+from nanovllm.models.model import Param
 
 NAME = "Qwen2_5OmniThinkerForConditionalGeneration"
 MAX_TIMESCALE = 10000.0  # of the sinusoids
 
 
-class Block(NamedTuple):
+class AudioBlock(NamedTuple):
     """Weights of one block. Keys have no bias."""
 
     attn_norm_D: Tensor
@@ -70,7 +70,7 @@ def tower(audio: Any, dtype: torch.dtype) -> AudioTower:
         outer_params=outer_params,
         block_params=block_params,
         merger_params=merger_params,
-        block_type=Block,
+        block_type=AudioBlock,
         unused=("audio_bos_eos_token.weight",),
     )
 
@@ -78,7 +78,7 @@ def tower(audio: Any, dtype: torch.dtype) -> AudioTower:
 # regions -----------------------------------------------------------------------------------------
 
 
-def embed(cfg: AudioConfig, w: Outer, frames_K: Tensor, mel_KFM: Tensor) -> Tensor:
+def embed(cfg: AudioConfig, w: AudioOuter, frames_K: Tensor, mel_KFM: Tensor) -> Tensor:
     """Mel features to the hidden state [T, D]. Frames after a chunk's end count as silence."""
     frame_F = torch.arange(cfg.chunk_frames, device=mel_KFM.device)
     own_KF1 = (frame_F < frames_K.unsqueeze(1)).unsqueeze(2)
@@ -87,7 +87,7 @@ def embed(cfg: AudioConfig, w: Outer, frames_K: Tensor, mel_KFM: Tensor) -> Tens
     return (x_KPD + _sinusoids(cfg, x_KPD)).flatten(0, 1)
 
 
-def block(cfg: AudioConfig, w: Block, start_S: Tensor, h_TD: Tensor) -> Tensor:
+def block(cfg: AudioConfig, w: AudioBlock, start_S: Tensor, h_TD: Tensor) -> Tensor:
     """One block; segments are chunks."""
     x_TD = _normed(cfg, h_TD, w.attn_norm_D, w.attn_norm_bias_D)
     q_TD, k_TD, v_TD = ops.linear(x_TD, w.qkv_ED, None).chunk(3, dim=1)
@@ -107,7 +107,7 @@ def block(cfg: AudioConfig, w: Block, start_S: Tensor, h_TD: Tensor) -> Tensor:
     return h_TD.clamp(-most, most)
 
 
-def merge(cfg: AudioConfig, w: Merger, h_TD: Tensor) -> Tensor:
+def merge(cfg: AudioConfig, w: AudioMerger, h_TD: Tensor) -> Tensor:
     """Tokens [G, O]: the means of two positions each."""
     h_G2D = h_TD.unflatten(0, (-1, 2))
     h_GD = (h_G2D[:, 0] + h_G2D[:, 1]) / 2
@@ -150,7 +150,7 @@ def outer_params(cfg: AudioConfig) -> dict[str, Param]:
 
 
 def block_params(cfg: AudioConfig, block_idx: int) -> dict[str, Param]:
-    """Parameters of one block, by the fields of `Block`."""
+    """Parameters of one block, by the fields of `AudioBlock`."""
     prefix, hidden, ffn = f"layers.{block_idx}.", cfg.hidden_size, cfg.ffn_size
     attention = prefix + "self_attn."
     qkv = tuple(f"{attention}{name}_proj.weight" for name in "qkv")
@@ -167,7 +167,7 @@ def block_params(cfg: AudioConfig, block_idx: int) -> dict[str, Param]:
 
 
 def merger_params(cfg: AudioConfig) -> dict[str, Param]:
-    """Parameters after the last block, by the fields of `Merger`."""
+    """Parameters after the last block, by the fields of `AudioMerger`."""
     return {
         **_norm_params("norm", "ln_post", cfg.hidden_size),
         **_product("out", "OD", "proj", cfg.out_size, cfg.hidden_size),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nanovllm.models.vision.interface import TowerConfig
+from nanovllm.models.vision.vision_encoder import TowerConfig
 
 BUDGETS = (256, 512, 1024, 2048, 4096, 6144)
 

@@ -13,12 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanovllm.models.vision.interface import MAX_FRAMES, Layout, Taps, TowerConfig, Windows
+from nanovllm.models.vision.vision_encoder import (
+    MAX_FRAMES,
+    FrameLayout,
+    Taps,
+    TowerConfig,
+    Windows,
+)
 
 Grid = Sequence[int]  # (frames, rows, columns)
 
 
-class Call(NamedTuple):
+class TowerCall(NamedTuple):
     """A part of the frames that goes through the tower at once, and its budget of patches T.
 
     The budget is None if one frame has more patches than every budget: such a frame needs a call of
@@ -54,10 +60,10 @@ def frames_of(grids: Sequence[Grid], merge_size: int) -> np.ndarray:
     return np.repeat(grid_I3[:, 1:], grid_I3[:, 0], axis=0)
 
 
-def calls(frames_F2: np.ndarray, budgets: Sequence[int]) -> list[Call]:
+def calls(frames_F2: np.ndarray, budgets: Sequence[int]) -> list[TowerCall]:
     """Frames in order, as many in a call as the largest of the ascending `budgets` takes, but no
     more than MAX_FRAMES; each call has the smallest budget that takes its frames."""
-    found: list[Call] = []
+    found: list[TowerCall] = []
     first, total, largest = 0, 0, budgets[-1]
     sizes = frames_F2.prod(axis=1).tolist()
 
@@ -65,7 +71,7 @@ def calls(frames_F2: np.ndarray, budgets: Sequence[int]) -> list[Call]:
         if end > first:
             idx = bisect_left(budgets, total)
             budget = budgets[idx] if idx < len(budgets) else None
-            found.append(Call(frames_F2[first:end], total, budget))
+            found.append(TowerCall(frames_F2[first:end], total, budget))
 
     for i, size in enumerate(sizes):
         if total + size > largest or i - first == MAX_FRAMES:
@@ -76,7 +82,7 @@ def calls(frames_F2: np.ndarray, budgets: Sequence[int]) -> list[Call]:
     return found
 
 
-def layout(cfg: TowerConfig, frames_F2: np.ndarray, budget: int) -> Layout:
+def layout(cfg: TowerConfig, frames_F2: np.ndarray, budget: int) -> FrameLayout:
     """The inputs of a call of `budget` patches with these frames, as arrays."""
     counts_F = frames_F2.prod(axis=1)
     order = _order(frames_F2, counts_F, cfg.merge_size)
@@ -88,7 +94,7 @@ def layout(cfg: TowerConfig, frames_F2: np.ndarray, budget: int) -> Layout:
     windows = _windows(cfg, frames_F2, order, budget) if cfg.has_windows else None
     if windows is not None:
         row_col_T2 = _regrouped(row_col_T2, windows.order_G)
-    return Layout(
+    return FrameLayout(
         row_col_T2=row_col_T2,
         frame_start_S=_starts(ends_F, MAX_FRAMES + 1),
         windows=windows,

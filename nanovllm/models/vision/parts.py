@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models.interface import Param
-from nanovllm.models.vision.interface import Layout, Merger, Outer, TowerConfig
+from nanovllm.models.model import Param
+from nanovllm.models.vision.vision_encoder import FrameLayout, Merger, Outer, TowerConfig
 
 
-class AttentionWeights(Protocol):
+class TowerAttentionWeights(Protocol):
     """The weights that `attention` reads."""
 
     @property
@@ -33,7 +33,7 @@ def embed_patches(w: Outer, pixel_TC: Tensor) -> Tensor:
     return ops.linear(pixel_TC, w.patch_DCTPP.flatten(1), w.patch_bias_D)
 
 
-def rotary_table(cfg: TowerConfig, layout: Layout) -> Tensor:
+def rotary_table(cfg: TowerConfig, layout: FrameLayout) -> Tensor:
     """[cos | sin] of each patch, fp32 [T, H].
 
     The first half of the H / 2 angles follows the patch's row, the second its column.
@@ -48,7 +48,7 @@ def rotary_table(cfg: TowerConfig, layout: Layout) -> Tensor:
 def attention(
     cfg: TowerConfig,
     max_len: int,
-    w: AttentionWeights,
+    w: TowerAttentionWeights,
     rope_TH: Tensor,
     start_S: Tensor,
     x_TD: Tensor,
@@ -88,7 +88,7 @@ def product(name: str, dims: str, source: str, rows: int, columns: int) -> dict[
 
 
 def attention_params(cfg: TowerConfig, block_idx: int) -> dict[str, Param]:
-    """Parameters by the fields of `AttentionWeights`."""
+    """Parameters by the fields of `TowerAttentionWeights`."""
     prefix, hidden = f"blocks.{block_idx}.attn.", cfg.hidden_size
     return {
         **product("qkv", "ED", prefix + "qkv", 3 * hidden, hidden),

@@ -42,7 +42,7 @@ class Item(NamedTuple):
         return self.frames * self.rows * self.columns
 
 
-class Media(NamedTuple):
+class MediaGrids(NamedTuple):
     """The processor's data of a prompt's images or videos.
 
     `token_id` is that of a placeholder. `grids` are in the order of the prompt. `intervals` are the
@@ -85,7 +85,7 @@ def interval(seconds: float, per_second: float) -> float:
     return float(np.float32(seconds) * np.float32(per_second))
 
 
-def locate(token_ids: Sequence[int], media: Sequence[Media], merge_size: int) -> list[Item]:
+def locate(token_ids: Sequence[int], media: Sequence[MediaGrids], merge_size: int) -> list[Item]:
     """The items of a prompt in its order, with their starts.
 
     Placeholders of two items may be adjacent. Raises ValueError if there are more or fewer

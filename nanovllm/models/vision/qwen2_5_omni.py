@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from nanovllm.models.interface import Param
+from nanovllm.models.model import Param
 from nanovllm.models.vision import qwen2_5_vl
-from nanovllm.models.vision.interface import Tower, TowerConfig
+from nanovllm.models.vision.vision_encoder import Tower, TowerConfig
 
 
 def tower(vision: Any, dtype: torch.dtype) -> Tower:

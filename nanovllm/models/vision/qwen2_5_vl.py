@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models.interface import Param
+from nanovllm.models.model import Param
 from nanovllm.models.vision import parts
-from nanovllm.models.vision.interface import Layout, Merger, Outer, Tower, TowerConfig
+from nanovllm.models.vision.vision_encoder import FrameLayout, Merger, Outer, Tower, TowerConfig
 
 NAME = "Qwen2_5_VLForConditionalGeneration"
 # 16 bytes in bf16: cuBLAS is fastest for rows that begin at multiples of 16 bytes. The published
@@ -21,7 +21,7 @@ NAME = "Qwen2_5_VLForConditionalGeneration"
 WIDTH = 8
 
 
-class Block(NamedTuple):
+class Qwen25VLBlock(NamedTuple):
     """Weights of one block."""
 
     attn_norm_D: Tensor
@@ -55,14 +55,16 @@ def tower(vision: Any, dtype: torch.dtype) -> Tower:
         outer_params=outer_params,
         block_params=block_params,
         merger_params=merger_params,
-        block_type=Block,
+        block_type=Qwen25VLBlock,
     )
 
 
 # regions -----------------------------------------------------------------------------------------
 
 
-def embed(cfg: TowerConfig, w: Outer, layout: Layout, pixel_TC: Tensor) -> tuple[Tensor, Tensor]:
+def embed(
+    cfg: TowerConfig, w: Outer, layout: FrameLayout, pixel_TC: Tensor
+) -> tuple[Tensor, Tensor]:
     """Patches to the hidden state [T, D], in the order of windows, and the rotary table [T, H]."""
     h_TD = parts.embed_patches(w, pixel_TC)
     if layout.windows is not None:
@@ -72,7 +74,7 @@ def embed(cfg: TowerConfig, w: Outer, layout: Layout, pixel_TC: Tensor) -> tuple
 
 
 def block(
-    cfg: TowerConfig, max_len: int, w: Block, rope_TH: Tensor, start_S: Tensor, h_TD: Tensor
+    cfg: TowerConfig, max_len: int, w: Qwen25VLBlock, rope_TH: Tensor, start_S: Tensor, h_TD: Tensor
 ) -> Tensor:
     """One block; segments are frames or windows, of at most `max_len` patches."""
     x_TD = ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps)
@@ -97,7 +99,7 @@ def outer_params(cfg: TowerConfig) -> dict[str, Param]:
 
 
 def block_params(cfg: TowerConfig, block_idx: int) -> dict[str, Param]:
-    """Parameters of one block, by the fields of `Block`.
+    """Parameters of one block, by the fields of `Qwen25VLBlock`.
 
     MLPs are padded to multiples of WIDTH. Padding adds nothing: its silu(gate) · up is zero.
     """

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 from nanovllm.kernels import ops
-from nanovllm.models.interface import Param
+from nanovllm.models.model import Param
 from nanovllm.models.vision import parts
-from nanovllm.models.vision.interface import Layout, Merger, Outer, Tower, TowerConfig
+from nanovllm.models.vision.vision_encoder import FrameLayout, Merger, Outer, Tower, TowerConfig
 
 NAME = "Qwen3VLForConditionalGeneration"
 
 
-class Block(NamedTuple):
+class Qwen3VLBlock(NamedTuple):
     """Weights of one block."""
 
     attn_norm_D: Tensor
@@ -64,14 +64,16 @@ def tower(vision: Any, dtype: torch.dtype) -> Tower:
         outer_params=outer_params,
         block_params=block_params,
         merger_params=merger_params,
-        block_type=Block,
+        block_type=Qwen3VLBlock,
     )
 
 
 # regions -----------------------------------------------------------------------------------------
 
 
-def embed(cfg: TowerConfig, w: Outer, layout: Layout, pixel_TC: Tensor) -> tuple[Tensor, Tensor]:
+def embed(
+    cfg: TowerConfig, w: Outer, layout: FrameLayout, pixel_TC: Tensor
+) -> tuple[Tensor, Tensor]:
     """Patches to the hidden state [T, D] with learned positions, and the rotary table [T, H]."""
     assert layout.taps is not None and w.table_ID is not None
     h_TD = parts.embed_patches(w, pixel_TC)
@@ -81,7 +83,7 @@ def embed(cfg: TowerConfig, w: Outer, layout: Layout, pixel_TC: Tensor) -> tuple
 
 
 def block(
-    cfg: TowerConfig, max_len: int, w: Block, rope_TH: Tensor, start_S: Tensor, h_TD: Tensor
+    cfg: TowerConfig, max_len: int, w: Qwen3VLBlock, rope_TH: Tensor, start_S: Tensor, h_TD: Tensor
 ) -> Tensor:
     """One block; segments are frames, of at most `max_len` patches."""
     x_TD = _normed(cfg, h_TD, w.attn_norm_D, w.attn_norm_bias_D)
@@ -112,7 +114,7 @@ def outer_params(cfg: TowerConfig) -> dict[str, Param]:
 
 
 def block_params(cfg: TowerConfig, block_idx: int) -> dict[str, Param]:
-    """Parameters of one block, by the fields of `Block`."""
+    """Parameters of one block, by the fields of `Qwen3VLBlock`."""
     prefix, hidden, ffn = f"blocks.{block_idx}.", cfg.hidden_size, cfg.ffn_size
     return {
         **_norm_params("attn_norm", "_D", prefix + "norm1", hidden),

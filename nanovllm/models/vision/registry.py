@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nanovllm.models.vision import qwen2_5_omni, qwen2_5_vl, qwen3_vl
-from nanovllm.models.vision.interface import Tower
+from nanovllm.models.vision.vision_encoder import Tower
 
 TOWERS: dict[str, Callable[[Any, torch.dtype], Tower]] = {
     "qwen2_5_vl_vision": qwen2_5_vl.tower,

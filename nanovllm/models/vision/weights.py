@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.models.checkpoint import Checkpoint, CheckpointError
-from nanovllm.models.interface import Model, Param, Params
 from nanovllm.models.loader import RANDOM_STD, Target
+from nanovllm.models.model import Model, Param, Params
 
 Weights = TypeVar("Weights", covariant=True)
 

@@ -29,13 +29,13 @@ from nanovllm.platforms.regions import SplitRegion
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.warmup import dry_run_bucket
 from nanovllm.startup.build import make_compiler, with_cache
-from nanovllm.startup.choose import Choice, choose_without_weights
+from nanovllm.startup.resolve import ResolvedConfig, resolve_without_weights
 
 logger = logging.getLogger(__name__)
 
 
 def small_runner(
-    choice: Choice,
+    resolved: ResolvedConfig,
     compiler_options: dict[str, Any] | None = None,
     mode: AbstractContextManager[object] | None = None,
 ) -> Runner:
@@ -45,9 +45,9 @@ def small_runner(
     cache: there the model is not reduced, and the cache is the engine's. Tensors are made under
     `mode`. Raises CompileRequired if graphs are impossible on this device.
     """
-    platform, spec = choice.platform, choice.spec
-    model = choice.model if platform.traits.whole_steps else choice.model.reduced()
-    compiler = make_compiler(choice)
+    platform, spec = resolved.platform, resolved.spec
+    model = resolved.model if platform.traits.whole_steps else resolved.model.reduced()
+    compiler = make_compiler(resolved)
     if compiler.lowering is None:
         raise CompileRequired(platform.lowering()[1])
     for name, value in (compiler_options or {}).items():
@@ -62,7 +62,7 @@ def small_runner(
         params = loader.random(model, target, 0, lambda _: None)
         params = weights.with_towers(params, model, partial(weights.random, target=target, seed=0))
         runner = Runner(model, params, spec, platform, compiler)
-    return with_cache(choice, lambda _: runner)[0] if platform.traits.whole_steps else runner
+    return with_cache(resolved, lambda _: runner)[0] if platform.traits.whole_steps else runner
 
 
 class Builder:
@@ -127,8 +127,8 @@ class Builder:
         return [after - earlier for earlier, after in zip(before, counts())]
 
     @cached_property
-    def _choice(self) -> Choice:
-        return choose_without_weights(self._config, self._platform)
+    def _choice(self) -> ResolvedConfig:
+        return resolve_without_weights(self._config, self._platform)
 
     @cached_property
     def _runner(self) -> Runner:

@@ -18,8 +18,8 @@ from nanovllm import env
 from nanovllm.config import EngineConfig
 from nanovllm.platforms import preload
 from nanovllm.startup.compile_farm.fork_server import ForkServer
-from nanovllm.startup.compile_farm.process import WorkerProcess, end_all, spawn
-from nanovllm.startup.compile_farm.tasks import Bucket, Outcome, Task, TaskQueue
+from nanovllm.startup.compile_farm.tasks import Bucket, BuildOutcome, Task, TaskQueue
+from nanovllm.startup.compile_farm.worker_handle import WorkerProcess, end_all, spawn
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class WorkerFailed(RuntimeError):
     """A worker exited early or stopped answering. The message is its log's end or its task."""
 
 
-class _Event(Enum):
+class _WorkerEvent(Enum):
     """What a worker's thread reports besides outcomes and failures."""
 
     ANSWERED = 0
@@ -52,7 +52,9 @@ class CompileFarm:
         self._tasks = TaskQueue(())
         self._known_kernels: set[str] = set()
         self._lock = threading.Lock()
-        self._events: queue.SimpleQueue[Outcome | WorkerFailed | _Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[BuildOutcome | WorkerFailed | _WorkerEvent] = (
+            queue.SimpleQueue()
+        )
         self._current: dict[int, Task] = {}  # by the number of the worker
         self._has_warned = False
         self._used_device = False
@@ -99,14 +101,14 @@ class CompileFarm:
             thread.start()
 
     def wait(
-        self, progress: Callable[[Outcome], object], patience_s: float | None = None
-    ) -> list[Outcome]:
+        self, progress: Callable[[BuildOutcome], object], patience_s: float | None = None
+    ) -> list[BuildOutcome]:
         """Wait for all buckets and kernels; `progress` gets each outcome as it comes.
 
         Raises WorkerFailed for a failed worker, after the others have done the rest. Also raises it
         if no worker answers for `patience_s` seconds, after killing all of them.
         """
-        outcomes: list[Outcome] = []
+        outcomes: list[BuildOutcome] = []
         failures: list[WorkerFailed] = []
         num_running = len(self._threads)
         while num_running:
@@ -118,11 +120,11 @@ class CompileFarm:
                 raise WorkerFailed(
                     f"for {patience_s:.0f} s there was no answer; still at work: {current}"
                 ) from None
-            if event is _Event.FINISHED:
+            if event is _WorkerEvent.FINISHED:
                 num_running -= 1
             elif isinstance(event, WorkerFailed):
                 failures.append(event)
-            elif isinstance(event, Outcome):
+            elif isinstance(event, BuildOutcome):
                 outcomes.append(event)
                 progress(event)
         if self._used_device:
@@ -148,7 +150,7 @@ class CompileFarm:
             seconds = worker.next_answer()
             ready = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
             self._log(number, "is ready: %s s", ready)
-            self._events.put(_Event.ANSWERED)
+            self._events.put(_WorkerEvent.ANSWERED)
             while (task := self._tasks.take()) is not None:
                 self._do(number, worker, task)
         except (OSError, ValueError):
@@ -157,7 +159,7 @@ class CompileFarm:
             self._events.put(WorkerFailed(message or "it exited without output"))
         finally:
             worker.dismiss()
-            self._events.put(_Event.FINISHED)
+            self._events.put(_WorkerEvent.FINISHED)
 
     def _listen(self, number: int, worker: WorkerProcess, lines: list[str]) -> None:
         for line in worker.stderr:
@@ -168,12 +170,12 @@ class CompileFarm:
         kernels: list[Task] = []
         self._current[number] = task
         try:
-            answer = worker.ask([task.verb, task.what])
+            answer = worker.call([task.verb, task.what])
             if task.is_kernel:
                 self._log(number, "a kernel in %.3f s", answer)
-                self._events.put(_Event.ANSWERED)
+                self._events.put(_WorkerEvent.ANSWERED)
                 return
-            outcome = Outcome(task.what, *answer["numbers"])
+            outcome = BuildOutcome(task.what, *answer["numbers"])
             kernels = self._new_kernels(answer["kernels"])
             self._log(number, "%s, %d new kernels", outcome, len(kernels))
             self._used_device |= answer["has_run"]

@@ -14,7 +14,7 @@ import subprocess
 from nanovllm import env
 from nanovllm.config import EngineConfig
 from nanovllm.platforms import preload
-from nanovllm.startup.compile_farm.process import WorkerProcess, end_parent, worker_command
+from nanovllm.startup.compile_farm.worker_handle import WorkerProcess, end_parent, worker_command
 
 
 class ForkServer:

@@ -12,7 +12,7 @@ Bucket = tuple[str, int]  # ("prefill", tokens) or ("decode", rows)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BuildOutcome:
     """One bucket's numbers of programs compiled, programs found and kernels compiled; seconds."""
 
     bucket: Bucket

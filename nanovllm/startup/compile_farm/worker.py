@@ -17,9 +17,9 @@ from nanovllm import env, log
 from nanovllm.compile.trace import trace
 from nanovllm.config import EngineConfig
 from nanovllm.platforms import preload
-from nanovllm.startup.choose import select_platform
 from nanovllm.startup.compile_farm.builder import Builder
-from nanovllm.startup.compile_farm.process import ANSWER
+from nanovllm.startup.compile_farm.worker_handle import ANSWER
+from nanovllm.startup.resolve import select_platform
 from nanovllm.startup.store_folder import open_store
 
 

@@ -1,0 +1,275 @@
+"""Turns prompts and sampling parameters into requests. A refused prompt leaves nothing behind.
+
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nanovllm.checks import InvalidValue, as_python
+from nanovllm.config import EngineConfig
+from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
+from nanovllm.prompts import (
+    AnyPrompt,
+    Prompt,
+    PromptRefused,
+    PromptTooLong,
+    as_prompt,
+    checked_text,
+)
+from nanovllm.sampling import INT64_MAX, SamplingParams
+from nanovllm.schedule import edit_limits
+from nanovllm.schedule.plan import LogitEdits
+from nanovllm.schedule.request import MMSpan
+from nanovllm.structured import library
+from nanovllm.structured.library import Source
+from nanovllm.structured_params import FIELD
+from nanovllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanovllm.runner.encoders import MMItem
+
+Embeddings = Sequence[tuple[int, "Tensor"]]  # (position, [n, D]) pairs
+
+
+@dataclass(frozen=True)
+class InputProcessor:
+    """Checks requests against the limits of a model. All methods raise ValueError."""
+
+    model: str
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int
+    num_deepstack: int = 0
+    uses_mrope: bool = False
+    max_grammar_bytes: int = 0
+    has_towers: bool = True
+
+    @classmethod
+    def of(
+        cls, config: EngineConfig, tokenizer: Tokenizer | None, info: EngineInfo
+    ) -> InputProcessor:
+        return cls(
+            config.model,
+            tokenizer,
+            info.vocab_size,
+            info.hidden_size,
+            info.max_model_len,
+            num_deepstack=info.num_deepstack,
+            uses_mrope=info.uses_mrope,
+            max_grammar_bytes=config.max_grammar_bytes,
+            has_towers=info.has_towers,
+        )
+
+    def request(
+        self,
+        prompt: AnyPrompt | Prompt | MediaPrompt,
+        params: SamplingParams,
+        *,
+        incremental: bool = True,
+        embeddings: Embeddings = (),
+        positions: np.ndarray | None = None,
+        priority: int = 0,
+    ) -> EngineRequest:
+        """A request for an engine. The arguments are those of `Engine.add_request`.
+
+        Media of a `Prompt` are not checked. `check_forms` checks the rest of `params`.
+        """
+        self.check(params)
+        media: dict[str, MMItem] = {}
+        media_contents: tuple[MMSpan, ...] = ()
+        if isinstance(prompt, MediaPrompt):
+            positions = prompt.position_3T
+            media = {content.key: item for content, item in prompt.images}
+            media_contents = tuple(content for content, _ in prompt.images)
+            prompt = Prompt(None, prompt.token_ids, prompt.cache_salt)
+        given = as_prompt(prompt)
+        prompt_ids = self.prompt_ids(given, params)
+        contents = self.contents(embeddings, len(prompt_ids))
+        self.check_positions(positions, len(prompt_ids))
+        if media and not self.has_towers:
+            raise ValueError(f"the prompt has images, but {self.model!r} accepts text only")
+        return EngineRequest(
+            prompt_ids,
+            params,
+            incremental,
+            checked_priority(priority),
+            given.cache_salt,
+            params.seed,
+            contents=contents + media_contents,
+            embeddings={one.key: embeds for one, (_, embeds) in zip(contents, embeddings)},
+            media=media,
+            positions=positions,
+        )
+
+    def check_forms(self, params: SamplingParams) -> None:
+        """Refuse grammars and edits of logits that an engine would refuse."""
+        self.source(params)
+        edits = self.edits(params)
+        if edits is not None:
+            edit_limits.check(edits, self.vocab_size)
+
+    def prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """The prompt's token ids, truncated as `params` require and checked against the limits."""
+        if prompt.token_ids is not None:
+            prompt_ids = prompt.token_ids
+        elif self.tokenizer is None:
+            raise PromptRefused(f"{self.model!r} has no tokenizer: give token ids instead of text")
+        else:
+            assert prompt.text is not None
+            prompt_ids = self.tokenizer.encode(prompt.text)
+        longest = self.max_model_len - 1
+        if params.truncate_prompt_tokens is not None:
+            num = params.truncate_prompt_tokens
+            prompt_ids = prompt_ids[-min(num if num > 0 else longest, len(prompt_ids)) :]
+        if not prompt_ids:
+            raise PromptRefused("the prompt is empty: it must have at least 1 token")
+        prompt_ids = self._checked_ids(prompt_ids)
+        if len(prompt_ids) > longest:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt_ids)} tokens: with max_model_len {self.max_model_len} "
+                f"at most {longest} fit, since the answer needs at least one"
+            )
+        return prompt_ids
+
+    def _checked_ids(self, token_ids: list[Any]) -> list[int]:
+        # the usual case: no Python loop over the tokens
+        are_ints = set(map(type, token_ids)) == {int}
+        if are_ints and min(token_ids) >= 0 and max(token_ids) < self.vocab_size:
+            return token_ids
+        token_ids = list(map(as_python, token_ids))
+        for token_id in token_ids:
+            if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+                raise PromptRefused(
+                    f"token id {token_id!r} is outside the vocabulary: ids are whole numbers, "
+                    f"0 … {self.vocab_size - 1}"
+                )
+        return token_ids
+
+    def text_ids(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, checked as those of a request, but without media."""
+        if prompt.media:
+            raise ValueError(f"the prompt has {prompt.media[0].name}: only text is supported here")
+        return self.prompt_ids(prompt, SamplingParams())
+
+    def encoded(self, prompt: Prompt) -> Prompt:
+        """The prompt with token ids, unless it has media."""
+        if prompt.token_ids is not None or prompt.media or self.tokenizer is None:
+            return prompt
+        assert prompt.text is not None
+        return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
+
+    def max_output(self, params: SamplingParams, prompt_len: int) -> int:
+        """The most tokens of the answer: max_tokens, at most what max_model_len leaves."""
+        left = self.max_model_len - prompt_len
+        return left if params.max_tokens is None else min(params.max_tokens, left)
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse parameters that need a tokenizer if there is none."""
+        if self.tokenizer is None:
+            for name, given in (("stop", params.stop_strings), ("bad_words", params.bad_words)):
+                if given:
+                    raise InvalidValue(
+                        name,
+                        f"{name}={list(given)} needs a tokenizer: {self.model!r} does not have one",
+                    )
+
+    def source(self, params: SamplingParams) -> Source | None:
+        """The grammar of `params`, before it is compiled."""
+        if params.structured_outputs is None:
+            return None
+        if self.tokenizer is None:
+            raise InvalidValue(
+                FIELD, f"structured_outputs needs a tokenizer: {self.model!r} does not have one"
+            )
+        library.check_installed()
+        return library.source(params.structured_outputs, self.max_grammar_bytes)
+
+    def edits(self, params: SamplingParams) -> LogitEdits | None:
+        """The edits of logits that `params` specify."""
+        if not params.has_edits:
+            return None
+        bad = [tokens for word in params.bad_words or () for tokens in self._bad_tokens(word)]
+        return LogitEdits(dict(params.logit_bias or {}), params.allowed_token_ids, bad)
+
+    def _bad_tokens(self, word: str) -> list[list[int]]:
+        """The tokens of a word at the start of a text, and inside it after a space.
+
+        The second form is left out if the space is a separate token: the first form forbids the
+        tokens after it.
+        """
+        assert self.tokenizer is not None
+        checked_text("bad_words", word, "bad_words")
+        start, inside = (
+            self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)
+            for space in ("", " ")
+        )
+        if not start:
+            words = f"bad_words has {word!r}, which this tokenizer cannot encode"
+            raise InvalidValue("bad_words", words)
+        return [start, inside] if inside[0] != start[0] and len(inside) == len(start) else [start]
+
+    def check_positions(self, positions: np.ndarray | None, prompt_len: int) -> None:
+        """Refuse positions in time, height and width that do not fit the prompt or the model."""
+        if positions is None:
+            return
+        if not self.uses_mrope:
+            raise ValueError(f"positions are given, but {self.model!r} has one for each token")
+        if positions.shape != (3, prompt_len) or positions.dtype != np.int64:
+            raise ValueError(
+                f"positions have shape {list(positions.shape)} and dtype {positions.dtype}: they "
+                f"must be [3, {prompt_len}] and int64"
+            )
+        low, high = int(positions.min()), int(positions.max())
+        if low < 0 or high >= self.max_model_len:
+            raise ValueError(
+                f"positions are {low} … {high}: they must be 0 … {self.max_model_len - 1}"
+            )
+
+    def contents(self, embeddings: Embeddings, prompt_len: int) -> tuple[MMSpan, ...]:
+        """The position, length and digest of each of the given embeddings."""
+        contents: list[MMSpan] = []
+        if embeddings:
+            from torch import uint8
+        for start, embeds in embeddings:
+            shape = list(embeds.shape)
+            widths = [self.hidden_size * (1 + num) for num in range(self.num_deepstack + 1)]
+            if len(shape) != 2 or shape[1] not in widths or not shape[0]:
+                allowed = " or ".join(f"[n, {width}]" for width in widths)
+                raise ValueError(f"embeddings have shape {shape}: it must be {allowed}")
+            if start < 0 or start + shape[0] > prompt_len:
+                raise ValueError(
+                    f"{shape[0]} embeddings from position {start} on do not fit a prompt of "
+                    f"{prompt_len} tokens"
+                )
+            values = embeds.detach().cpu().contiguous().view(uint8).numpy()
+            digest = hashlib.sha256(f"{embeds.dtype} {shape}".encode() + values.tobytes()).digest()
+            contents.append(MMSpan(start, shape[0], digest))
+        ends = sorted((one.start, one.start + one.num) for one in contents)
+        if any(start < end for (_, end), (start, _) in pairwise(ends)):
+            raise ValueError(f"embeddings overlap: they lie at positions {ends}")
+        return tuple(contents)
+
+
+def drawn_seed(engine_seed: int, request_id: int) -> int:
+    """The seed of a request that has none."""
+    digest = hashlib.sha256(f"{engine_seed} {request_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def checked_priority(priority: object) -> int:
+    value = as_python(priority)
+    if type(value) is not int or not -INT64_MAX <= value <= INT64_MAX:
+        words = f"priority is {priority!r}: it must be a whole number of 64 bits"
+        raise InvalidValue("priority", words)
+    return value

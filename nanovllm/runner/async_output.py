@@ -1,0 +1,43 @@
+"""A launched step, and its result once the host waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanovllm.platforms.base import HostCopy
+from nanovllm.runner.sampling import LogprobCopies
+from nanovllm.schedule.plan import Logprobs, StepPlan, StepResult
+
+
+@dataclass(frozen=True)
+class AsyncOutput:
+    """A launched step."""
+
+    plan: StepPlan
+    tokens: HostCopy  # [bucket's rows], or [rows, K] with counts
+    counts: HostCopy | None
+    logprobs: LogprobCopies | None
+    prompt_logprobs: list[list[LogprobCopies]]  # by entry of the plan, in parts
+    check: Callable[[], None] = lambda: None  # raises if the result is not one
+
+    def wait(self) -> StepResult:
+        """Block until the step is done; return its StepResult."""
+        found = self.tokens.tolist()
+        self.check()
+        if self.counts is None:
+            tokens = [[one] if wanted else [] for one, wanted in zip(found, self.plan.is_sampled)]
+        else:
+            counts = self.counts.tolist()[: len(self.plan.rows)]
+            tokens = [row[:count] for row, count in zip(found, counts)]
+        return StepResult(
+            tokens,
+            self.logprobs.wait() if self.logprobs is not None else None,
+            [_joined([part.wait() for part in parts]) for parts in self.prompt_logprobs],
+        )
+
+
+def _joined(parts: Sequence[Logprobs]) -> Logprobs:
+    return Logprobs(*(np.concatenate(values) for values in zip(*parts)))

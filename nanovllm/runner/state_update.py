@@ -1,0 +1,51 @@
+"""Writes the host's updates of the state: rows of new requests, new blocks, and the sampler's
+tables.
+
+R rows | N new blocks | P blocks per row | F sampling fields | S rows of the state
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from nanovllm.platforms.base import Platform
+from nanovllm.runner.sampling import Sampler
+from nanovllm.runner.state import DeviceState
+from nanovllm.schedule.plan import PAD_BLOCK, StepPlan
+
+
+def write(plan: StepPlan, state: DeviceState, sampler: Sampler, platform: Platform) -> None:
+    """Write a plan's data to the device. Raises ValueError for an adapter if the model has none."""
+    if plan.settings:
+        _write_rows(plan, state, platform)
+        sampler.edits.clear(row.row for row in plan.settings)
+    for group, table_SP in enumerate(state.block_tables if plan.new_blocks else ()):
+        if new := [one for one in plan.new_blocks if one[1] == group]:
+            row_N, _, index_N, block_N = platform.upload(new, torch.int64).unbind(1)
+            table_SP.index_put_((row_N, index_N), block_N.int())
+    sampler.remember(plan.histories)
+    sampler.edits.write(plan.edits)
+    if plan.allowed_MW is not None:
+        masked = [plan.rows[row] for row in plan.sampling.masked]
+        sampler.masks.write(plan.rows, masked, plan.allowed_MW)
+
+
+def _write_rows(plan: StepPlan, state: DeviceState, platform: Platform) -> None:
+    rows, upload = plan.settings, platform.upload
+    adapters = [row.adapter for row in rows]
+    if state.adapter_S is None and any(adapters):
+        raise ValueError(f"adapter {max(adapters)} is not loaded: only 0, none, is")
+    numbers = [(row.row, row.pos, row.rope_offset, row.seed) for row in rows]
+    row_R, *columns = upload(numbers, torch.int64).unbind(1)
+    for target, values in zip((state.pos_S, state.rope_offset_S, state.seed_S), columns):
+        target.index_copy_(0, row_R, values)
+    if state.adapter_S is not None:
+        state.adapter_S.index_copy_(0, row_R, upload(adapters, torch.int64))
+    sampling_RF = upload([row.sampling for row in rows], torch.float32)
+    state.sampling_SF.index_copy_(0, row_R, sampling_RF)
+    for group, table_SP in enumerate(state.block_tables):
+        tables = np.full((len(rows), table_SP.shape[1]), PAD_BLOCK, np.int32)
+        for table_P, row in zip(tables, rows):
+            table_P[: len(row.blocks[group])] = row.blocks[group]
+        table_SP.index_copy_(0, row_R, upload(tables, torch.int32))

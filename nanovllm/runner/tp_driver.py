@@ -1,0 +1,166 @@
+"""The runner of the first rank of several: it sends its calls to the other ranks.
+
+Every rank launches every step on its own device. A plan has all host data of its step, so the other
+ranks do not answer, except to confirm allocations.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+from safetensors import torch as safe
+from torch import Tensor
+
+from nanovllm.parallel.ranks import WorkerGroup, deferred_interrupts
+from nanovllm.runner.async_output import AsyncOutput
+from nanovllm.runner.encoders import MMItem
+from nanovllm.runner.runner import Runner
+from nanovllm.schedule.plan import LogitEdits, StepPlan
+
+GROUP_BYTES = 1 << 27  # of patches or mel features in one message
+
+
+class TPWorkers(Protocol):
+    """The other ranks."""
+
+    @property
+    def ranks(self) -> WorkerGroup: ...
+    def close(self) -> None: ...
+
+
+class TPDriver(Runner):
+    """The first rank's runner."""
+
+    def __init__(self, *args: Any, followers: TPWorkers, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._followers, self.ranks = followers, followers.ranks
+        self._pid = os.getpid()
+        # at the interpreter's exit captured graphs must end before the group that is in them
+        self._at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    def launch(self, plan: StepPlan) -> AsyncOutput:
+        """See `Runner.launch`. An error leaves the ranks with different states and ends them."""
+        with deferred_interrupts():
+            self.ranks.send("launch", plan.to_bytes())
+            try:
+                launched = super().launch(plan)
+            except Exception as error:
+                self.ranks.fail(error)
+                raise
+        return replace(launched, check=self.ranks.check)
+
+    def prepare(
+        self,
+        edits: LogitEdits | None = None,
+        *,
+        has_penalties: bool = False,
+        has_masks: bool = False,
+    ) -> None:
+        super().prepare(edits, has_penalties=has_penalties, has_masks=has_masks)
+        if edits is not None or has_penalties or has_masks:
+            content = [None if edits is None else edits._asdict(), has_penalties, has_masks]
+            self.ranks.call("prepare", json.dumps(content).encode())
+
+    def add_embeddings(self, key: str, embeds: Tensor) -> None:
+        super().add_embeddings(key, embeds)
+        self.ranks.call("add_embeddings", safe.save({key: embeds.cpu().contiguous()}))
+
+    def encode(self, media: Mapping[str, MMItem]) -> None:
+        """See `Runner.encode`. Every rank encodes the same media together, since the embeddings
+        must be equal to the last bit."""
+        for group in _groups(media):
+            facts = {key: [one.grid, one.tower] for key, one in group.items()}
+            content = safe.save({key: one.values for key, one in group.items()})
+            self.ranks.send("encode", json.dumps(facts).encode() + b"\0" + content)
+            super().encode(group)
+
+    def drop_embeddings(self, keys: Iterable[str]) -> None:
+        dropped = list(keys)
+        super().drop_embeddings(dropped)
+        if dropped:
+            self.ranks.send("drop_embeddings", json.dumps(dropped).encode())
+
+    def decode_uncaptured(
+        self, num_rows: int, watch: AbstractContextManager[object], rows: Sequence[int] = ()
+    ) -> None:
+        self.ranks.send("decode_uncaptured", json.dumps([num_rows, list(rows)]).encode())
+        super().decode_uncaptured(num_rows, watch, rows)
+
+    def close(self) -> None:
+        atexit.unregister(self._at_exit)
+        try:
+            super().close()  # before the group: NCCL waits for captured graphs
+        finally:
+            self._followers.close()
+
+
+def _groups(media: Mapping[str, MMItem]) -> Iterator[dict[str, MMItem]]:
+    """The media of each message: up to GROUP_BYTES, unless a single item is larger."""
+    group: dict[str, MMItem] = {}
+    num_bytes = 0
+    for key, one in media.items():
+        if group and num_bytes + one.values.nbytes > GROUP_BYTES:
+            yield group
+            group, num_bytes = {}, 0
+        group[key] = one
+        num_bytes += one.values.nbytes
+    if group:
+        yield group
+
+
+def _close(found: weakref.ref[TPDriver]) -> None:
+    runner = found()
+    if runner is not None and runner._pid == os.getpid():  # a fork shares the group's sockets
+        runner.close()
+
+
+def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
+    """The other ranks' handlers for the first rank's messages."""
+
+    def launch(payload: bytes) -> None:
+        runner.launch(StepPlan.from_bytes(payload))
+
+    def prepare(payload: bytes) -> None:
+        edits, has_penalties, has_masks = json.loads(payload)
+        if edits is not None:
+            edits["bias"] = {int(token_id): value for token_id, value in edits["bias"].items()}
+            edits = LogitEdits(**edits)
+        runner.prepare(edits, has_penalties=has_penalties, has_masks=has_masks)
+
+    def add_embeddings(payload: bytes) -> None:
+        for key, embeds in safe.load(payload).items():
+            runner.add_embeddings(key, embeds)
+
+    def encode(payload: bytes) -> None:
+        facts, _, content = payload.partition(b"\0")
+        values = safe.load(content)
+        media = {
+            key: MMItem(values[key], tuple(grid), tower)
+            for key, (grid, tower) in json.loads(facts).items()
+        }
+        runner.encode(media)
+
+    def drop_embeddings(payload: bytes) -> None:
+        runner.drop_embeddings(json.loads(payload))
+
+    def decode_uncaptured(payload: bytes) -> None:
+        num_rows, rows = json.loads(payload)
+        runner.decode_uncaptured(num_rows, nullcontext(), rows)
+
+    return {
+        "launch": launch,
+        "prepare": prepare,
+        "add_embeddings": add_embeddings,
+        "encode": encode,
+        "drop_embeddings": drop_embeddings,
+        "decode_uncaptured": decode_uncaptured,
+    }
