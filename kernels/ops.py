@@ -116,6 +116,31 @@ linear_int8 = _define(
     lambda x, weight, scale, bias, residual=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 
+packed_linear = _define(
+    "packed_linear(Tensor x, Tensor code, Tensor scale, Tensor? offset, Tensor? table, int bits, "
+    "int group, Tensor? bias, Tensor? residual=None) -> Tensor",
+    reference.packed.packed_linear,
+    lambda x, code, *rest: x.new_empty((*x.shape[:-1], code.shape[0])),
+)
+packed_expert_linear = _define(
+    "packed_expert_linear(Tensor x, Tensor expert, Tensor code, Tensor scale, Tensor? offset, "
+    "Tensor? table, int bits, int group) -> Tensor",
+    reference.packed.packed_expert_linear,
+    lambda x, expert, code, *rest: x.new_empty((*expert.shape, code.shape[1])),
+)
+fp8_linear = _define(
+    "fp8_linear(Tensor x, Tensor weight, Tensor scale, int block_rows, int block_columns, "
+    "Tensor? bias, Tensor? residual=None) -> Tensor",
+    reference.packed.fp8_linear,
+    lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+fp8_expert_linear = _define(
+    "fp8_expert_linear(Tensor x, Tensor expert, Tensor weight, Tensor scale, int block_rows, "
+    "int block_columns) -> Tensor",
+    reference.packed.fp8_expert_linear,
+    lambda x, expert, weight, *rest: x.new_empty((*expert.shape, weight.shape[1])),
+)
+
 linear_ = _define(
     "linear_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias) -> ()",
     reference.linear.linear_,
@@ -200,7 +225,12 @@ class Product(NamedTuple):
 
 
 # The products of linear layers: one for each format that has an op.
-PRODUCTS: dict[Any, Product] = {linear: Product(1, fused_linear, linear_), linear_int8: Product(2)}
+PRODUCTS: dict[Any, Product] = {
+    linear: Product(1, fused_linear, linear_),
+    linear_int8: Product(2),
+    packed_linear: Product(6),
+    fp8_linear: Product(4),
+}
 
 
 def _topk_softmax_fake(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -402,6 +432,8 @@ __all__ = [
     "expert_linear",
     "experts",
     "fetch_experts",
+    "fp8_expert_linear",
+    "fp8_linear",
     "fused_linear",
     "gather_columns",
     "kernel_of",
@@ -412,6 +444,8 @@ __all__ = [
     "offloaded_experts",
     "op_name",
     "own_rank",
+    "packed_expert_linear",
+    "packed_linear",
     "paged_attention",
     "qk_norm_rope_store",
     "register_kernels",

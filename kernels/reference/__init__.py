@@ -24,6 +24,7 @@ from nanovllm.kernels.reference import (
     linear,
     norm_act,
     offload,
+    packed,
     rope_store,
     sample,
     step,
@@ -36,6 +37,7 @@ __all__ = [
     "meaning",
     "norm_act",
     "offload",
+    "packed",
     "rope_store",
     "sample",
     "step",
@@ -45,7 +47,7 @@ __all__ = [
 def meaning(name: str) -> Callable[..., Any]:
     """The meaning of an op, if a compiler can trace it: not of ops of `offload`, which read the
     routing on the host. Raises KeyError for other names."""
-    for topic in (attention, experts, linear, norm_act, rope_store, sample, step):
+    for topic in (attention, experts, linear, norm_act, packed, rope_store, sample, step):
         if name in vars(topic):
             found: Callable[..., Any] = vars(topic)[name]
             return found

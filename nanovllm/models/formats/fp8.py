@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import ops
+from nanovllm.kernels import ops, reference
 from nanovllm.models.formats.format import Axis, Companion, Extent, Format, Piece, spread
 
 LARGEST = float(torch.finfo(torch.float8_e4m3fn).max)
@@ -27,20 +27,14 @@ class Fp8Weight(NamedTuple):
     block_rows: int
     block_columns: int
 
-    def real(self, dtype: torch.dtype) -> Tensor:
-        """All numbers [.., O, D]."""
-        num_rows, depth = self.values_OD.shape[-2:]
-        scale_OG = spread(self.scale_RG, self.block_rows, num_rows, -2)
-        return (self.values_OD.float() * spread(scale_OG, self.block_columns, depth, -1)).to(dtype)
-
     def linear(self, x_TD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None) -> Tensor:
-        return ops.linear(x_TD, self.real(x_TD.dtype), bias_O, residual_TO)
+        return ops.fp8_linear(x_TD, *self, bias_O, residual_TO)
 
     def rows(self, first: int) -> Tensor:
-        return self.real(torch.float32)[first:]
+        return reference.packed.of_fp8(*self)[first:]
 
     def expert_linear(self, x: Tensor, expert_TK: Tensor) -> Tensor:
-        return ops.expert_linear(x, expert_TK, self.real(x.dtype))
+        return ops.fp8_expert_linear(x, expert_TK, *self)
 
 
 @dataclass(frozen=True)

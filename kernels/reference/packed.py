@@ -1,0 +1,129 @@
+"""Products of weights in packed codes or in fp8. Shapes: see the package.
+
+C bytes of codes in a row | G groups of columns, with a scale each | R blocks of rows
+
+A weight in codes of 4 or 8 bits is `level · scale + offset`: the level of code c is c, or table[c];
+scale and offset are those of the column's group, and there may be no offset. A byte holds one code
+of 8 bits. Codes of 4 bits are in blocks of 32 columns, 16 bytes each: byte j has the code of column
+j in its lower half and that of column j + 16 in its upper half, as GGUF has them. The last block of
+a row may have columns behind the weight's depth, which no product reads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.reference.experts import expert_linear
+from nanovllm.kernels.reference.linear import linear
+
+BLOCK = 32  # columns in a block of codes of 4 bits
+
+
+def unpack(code: Tensor, bits: int) -> Tensor:
+    """The codes of bytes along the last axis, in the order of columns."""
+    if bits == 8:
+        return code
+    block = code.unflatten(-1, (-1, BLOCK // 2))
+    return torch.cat((block & 15, block >> 4), -1).flatten(-2)
+
+
+def pack(code: Tensor, bits: int) -> Tensor:
+    """Bytes of codes along the last axis; columns are added up to a whole block of 4 bits."""
+    if bits == 8:
+        return code.to(torch.uint8).contiguous()
+    padded = torch.nn.functional.pad(code.to(torch.uint8), (0, -code.shape[-1] % BLOCK))
+    low, high = padded.unflatten(-1, (-1, BLOCK)).chunk(2, -1)
+    return (low | (high << 4)).flatten(-2).contiguous()
+
+
+def unpacked(
+    code: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    depth: int,
+) -> Tensor:
+    """The real values [.., O, D] in fp32: codes [.., O, C], scales and offsets [.., O, G]."""
+    level = unpack(code, bits)[..., :depth]
+    value = level.float() if table is None else table.float()[level.long()]
+    value = value * _of_columns(scale, group, depth)
+    return value if offset is None else value + _of_columns(offset, group, depth)
+
+
+def packed_linear(
+    x_TD: Tensor,
+    code_OC: Tensor,
+    scale_OG: Tensor,
+    offset_OG: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    """x · weightᵀ + bias, then + residual; the sum is in fp32 and is rounded to x's dtype once."""
+    weight_OD = unpacked(code_OC, scale_OG, offset_OG, table, bits, group, x_TD.shape[-1])
+    return _product(x_TD, weight_OD, bias_O, residual_TO)
+
+
+def packed_expert_linear(
+    x: Tensor,
+    expert_TK: Tensor,
+    code_EOC: Tensor,
+    scale_EOG: Tensor,
+    offset_EOG: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+) -> Tensor:
+    """`experts.expert_linear` with weights in codes: [T, K, O]."""
+    weight_EOD = unpacked(code_EOC, scale_EOG, offset_EOG, table, bits, group, x.shape[-1])
+    return expert_linear(x, expert_TK, weight_EOD)
+
+
+def of_fp8(weight: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
+    """The real values [.., O, D] in fp32: fp8 numbers times the scale [.., R, G] of their block."""
+    scale_OG = scale.repeat_interleave(block_rows, -2)[..., : weight.shape[-2], :]
+    return weight.float() * _of_columns(scale_OG, block_columns, weight.shape[-1])
+
+
+def fp8_linear(
+    x_TD: Tensor,
+    weight_OD: Tensor,
+    scale_RG: Tensor,
+    block_rows: int,
+    block_columns: int,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    """x · weightᵀ + bias, then + residual; the sum is in fp32 and is rounded to x's dtype once."""
+    weight = of_fp8(weight_OD, scale_RG, block_rows, block_columns)
+    return _product(x_TD, weight, bias_O, residual_TO)
+
+
+def fp8_expert_linear(
+    x: Tensor,
+    expert_TK: Tensor,
+    weight_EOD: Tensor,
+    scale_ERG: Tensor,
+    block_rows: int,
+    block_columns: int,
+) -> Tensor:
+    """`experts.expert_linear` with weights in fp8: [T, K, O]."""
+    weight = of_fp8(weight_EOD, scale_ERG, block_rows, block_columns)
+    return expert_linear(x, expert_TK, weight)
+
+
+def _product(
+    x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None
+) -> Tensor:
+    bias = None if bias_O is None else bias_O.float()
+    y_TO = linear(x_TD.float(), weight_OD, bias).to(x_TD.dtype)
+    return y_TO if residual_TO is None else y_TO + residual_TO
+
+
+def _of_columns(of_groups: Tensor, group: int, depth: int) -> Tensor:
+    return of_groups.float().repeat_interleave(group, -1)[..., :depth]

@@ -1,0 +1,62 @@
+"""The stored weight of formats with codes of 4 or 8 bits and scales of groups of inputs.
+
+O outputs | D depth | C bytes of codes in a row | G groups of inputs | E experts | T tokens
+K experts per token. See `reference.packed` for the codes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import ops, reference
+
+
+class PackedWeight(NamedTuple):
+    """weight = level · scale + offset, in the order of inputs that `order_D` gives.
+
+    code_OC: bytes, [.., O, C]. scale_OG, offset_OG: [.., O, G], of `group` inputs each; no offset
+    is 0. table: the levels of codes; None: the codes themselves. order_D: the column d of the
+    weight is for input order_D[d], int32 [.., D]; None: for input d.
+    """
+
+    code_OC: Tensor
+    scale_OG: Tensor
+    offset_OG: Tensor | None
+    table: Tensor | None
+    order_D: Tensor | None
+    bits: int
+    group: int
+    depth: int
+
+    def linear(self, x_TD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None) -> Tensor:
+        if self.order_D is not None:
+            x_TD = x_TD.index_select(-1, self.order_D)
+        return ops.packed_linear(x_TD, *self[:4], self.bits, self.group, bias_O, residual_TO)
+
+    def rows(self, first: int) -> Tensor:
+        return self.real()[first:]
+
+    def lookup(self, row_T: Tensor, dtype: torch.dtype) -> Tensor:
+        offset = None if self.offset_OG is None else self.offset_OG[row_T]
+        some = self._replace(
+            code_OC=self.code_OC[row_T], scale_OG=self.scale_OG[row_T], offset_OG=offset
+        )
+        return some.real().to(dtype)
+
+    def expert_linear(self, x: Tensor, expert_TK: Tensor) -> Tensor:
+        if self.order_D is not None:
+            order_TKD = self.order_D[expert_TK.long()].long()
+            x = x if x.dim() == 3 else x.unsqueeze(1).expand(-1, expert_TK.shape[1], -1)
+            x = x.gather(-1, order_TKD)
+        return ops.packed_expert_linear(x, expert_TK, *self[:4], self.bits, self.group)
+
+    def real(self) -> Tensor:
+        """The real values [.., O, D] in fp32, in the order of inputs."""
+        value = reference.packed.unpacked(*self[:4], self.bits, self.group, self.depth)
+        if self.order_D is None:
+            return value
+        place = self.order_D.long().argsort(-1)
+        return value.gather(-1, place.unsqueeze(-2).expand_as(value))
