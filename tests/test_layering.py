@@ -62,7 +62,13 @@ ALLOWED = {
         "nanovllm.programs",
         "nanovllm.kernels.peers",
     ),
-    "schedule": ("nanovllm.schedule", "nanovllm.checks", "nanovllm.sampling", "nanovllm.tokenizer"),
+    "schedule": (
+        "nanovllm.schedule",
+        "nanovllm.checks",
+        "nanovllm.sampling",
+        "nanovllm.tokenizer",
+        "nanovllm.wire",
+    ),
     "runner": (
         "nanovllm.runner",
         "nanovllm.schedule.edit_limits",
@@ -76,6 +82,7 @@ ALLOWED = {
         "nanovllm.kernels.collectives",
         "nanovllm.kernels.ops",
         "nanovllm.kernels.reference",
+        "nanovllm.wire",
     ),
     "startup": (
         "nanovllm.startup",

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
-import numpy as np
 
 from nanovllm.checks import InvalidValue
 from nanovllm.engine.metrics import Counter, Gauge, Metric
@@ -25,6 +24,8 @@ from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
 from nanovllm.schedule.request import MMSpan
 from nanovllm.tokenizer import Tokenizer
+from nanovllm.wire import Array, array, decoder, tensor
+from nanovllm.wire import dump as dump
 
 READY, OUTPUTS, METRICS = "ready", "outputs", "metrics"
 MEDIA, ADD, END = "media", "add", "end"
@@ -37,14 +38,6 @@ OF_CLIENT = frozenset(("n", "seed", "output_kind", "truncate_prompt_tokens"))
 OF_TEXT = OF_CLIENT | {"stop", "detokenize", "include_stop_str_in_output"}
 
 Top = list[tuple[int, float, int]]  # token id, log-probability, rank
-
-
-class Array(msgspec.Struct, array_like=True):
-    """A tensor or array: its contiguous bytes."""
-
-    dtype: str
-    shape: list[int]
-    data: bytearray  # a view when encoding
 
 
 class MediaItem(msgspec.Struct, array_like=True):
@@ -140,14 +133,12 @@ class Outputs(msgspec.Struct, array_like=True):
     rows: list[RowTokens]
 
 
-_encoder = msgspec.msgpack.Encoder()
-dump = _encoder.encode
-load_info = msgspec.msgpack.Decoder(EngineInfo).decode
-load_add = msgspec.msgpack.Decoder(Add).decode
-load_end = msgspec.msgpack.Decoder(End).decode
-load_outputs = msgspec.msgpack.Decoder(Outputs).decode
-_load_media = msgspec.msgpack.Decoder(MediaMessage).decode
-_load_metrics = msgspec.msgpack.Decoder(list[tuple[bool, str, float, dict[str, str]]]).decode
+load_info = decoder(EngineInfo)
+load_add = decoder(Add)
+load_end = decoder(End)
+load_outputs = decoder(Outputs)
+_load_media = decoder(MediaMessage)
+_load_metrics = decoder(list[tuple[bool, str, float, dict[str, str]]])
 
 
 # requests -----------------------------------------------------------------------------------------
@@ -176,12 +167,12 @@ def dump_media(request: EngineRequest) -> bytes:
     return dump(
         MediaMessage(
             [(one.start, one.num, one.digest) for one in request.contents],
-            [(bytes.fromhex(key), _array(one)) for key, one in request.embeddings.items()],
+            [(bytes.fromhex(key), array(one)) for key, one in request.embeddings.items()],
             [
-                MediaItem(bytes.fromhex(key), _array(one.values), list(one.grid), one.tower)
+                MediaItem(bytes.fromhex(key), array(one.values), list(one.grid), one.tower)
                 for key, one in request.media.items()
             ],
-            None if positions is None else _array(positions),
+            None if positions is None else array(positions),
         )
     )
 
@@ -208,37 +199,13 @@ def with_media(request: EngineRequest, payload: bytes) -> EngineRequest:
     return replace(
         request,
         contents=tuple(MMSpan(*one) for one in found.contents),
-        embeddings={digest.hex(): _tensor(one) for digest, one in found.embeddings},
+        embeddings={digest.hex(): tensor(one) for digest, one in found.embeddings},
         media={
-            one.digest.hex(): MMItem(_tensor(one.values), tuple(one.grid), one.tower)
+            one.digest.hex(): MMItem(tensor(one.values), tuple(one.grid), one.tower)
             for one in found.media
         },
-        positions=None if found.positions is None else _tensor(found.positions).numpy(),
+        positions=None if found.positions is None else tensor(found.positions).numpy(),
     )
-
-
-def _array(values: Any) -> Array:
-    """Encode a tensor of any device and strides, or an array."""
-    import torch
-
-    if isinstance(values, np.ndarray):
-        values = torch.from_numpy(np.ascontiguousarray(values))
-    on_host = values.detach().cpu().contiguous()
-    raw = on_host.reshape(-1).view(torch.uint8).numpy().data
-    return Array(
-        str(on_host.dtype).removeprefix("torch."), list(on_host.shape), cast(bytearray, raw)
-    )
-
-
-def _tensor(array: Array) -> Any:
-    import torch
-
-    dtype = getattr(torch, array.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{array.dtype!r} is not a dtype")
-    if not array.data:
-        return torch.empty(array.shape, dtype=dtype)
-    return torch.frombuffer(array.data, dtype=dtype).reshape(array.shape)
 
 
 # answers ------------------------------------------------------------------------------------------

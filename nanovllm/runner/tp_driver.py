@@ -7,7 +7,6 @@ ranks do not answer, except to confirm allocations.
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,9 +15,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from safetensors import torch as safe
 from torch import Tensor
 
+from nanovllm import wire
 from nanovllm.parallel.ranks import WorkerGroup, deferred_interrupts
 from nanovllm.runner.async_output import AsyncOutput
 from nanovllm.runner.encoders import MMItem
@@ -26,6 +25,13 @@ from nanovllm.runner.runner import Runner
 from nanovllm.schedule.plan import LogitEdits, StepPlan
 
 GROUP_BYTES = 1 << 27  # of patches or mel features in one message
+
+
+_load_needs = wire.decoder(tuple[LogitEdits | None, bool, bool])
+_load_embeddings = wire.decoder(tuple[str, wire.Array])
+_load_media = wire.decoder(list[tuple[str, wire.Array, tuple[int, ...], str]])
+_load_keys = wire.decoder(list[str])
+_load_rows = wire.decoder(tuple[int, list[int]])
 
 
 class TPWorkers(Protocol):
@@ -67,32 +73,32 @@ class TPDriver(Runner):
     ) -> None:
         super().prepare(edits, has_penalties=has_penalties, has_masks=has_masks)
         if edits is not None or has_penalties or has_masks:
-            content = [None if edits is None else edits._asdict(), has_penalties, has_masks]
-            self.ranks.call("prepare", json.dumps(content).encode())
+            self.ranks.call("prepare", wire.dump((edits, has_penalties, has_masks)))
 
     def add_embeddings(self, key: str, embeds: Tensor) -> None:
         super().add_embeddings(key, embeds)
-        self.ranks.call("add_embeddings", safe.save({key: embeds.cpu().contiguous()}))
+        self.ranks.call("add_embeddings", wire.dump((key, wire.array(embeds))))
 
     def encode(self, media: Mapping[str, MMItem]) -> None:
         """See `Runner.encode`. Every rank encodes the same media together, since the embeddings
         must be equal to the last bit."""
         for group in _groups(media):
-            facts = {key: [one.grid, one.tower] for key, one in group.items()}
-            content = safe.save({key: one.values for key, one in group.items()})
-            self.ranks.send("encode", json.dumps(facts).encode() + b"\0" + content)
+            items = [
+                (key, wire.array(one.values), one.grid, one.tower) for key, one in group.items()
+            ]
+            self.ranks.send("encode", wire.dump(items))
             super().encode(group)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         dropped = list(keys)
         super().drop_embeddings(dropped)
         if dropped:
-            self.ranks.send("drop_embeddings", json.dumps(dropped).encode())
+            self.ranks.send("drop_embeddings", wire.dump(dropped))
 
     def decode_uncaptured(
         self, num_rows: int, watch: AbstractContextManager[object], rows: Sequence[int] = ()
     ) -> None:
-        self.ranks.send("decode_uncaptured", json.dumps([num_rows, list(rows)]).encode())
+        self.ranks.send("decode_uncaptured", wire.dump((num_rows, list(rows))))
         super().decode_uncaptured(num_rows, watch, rows)
 
     def close(self) -> None:
@@ -130,30 +136,26 @@ def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
         runner.launch(StepPlan.from_bytes(payload))
 
     def prepare(payload: bytes) -> None:
-        edits, has_penalties, has_masks = json.loads(payload)
-        if edits is not None:
-            edits["bias"] = {int(token_id): value for token_id, value in edits["bias"].items()}
-            edits = LogitEdits(**edits)
+        edits, has_penalties, has_masks = _load_needs(payload)
         runner.prepare(edits, has_penalties=has_penalties, has_masks=has_masks)
 
     def add_embeddings(payload: bytes) -> None:
-        for key, embeds in safe.load(payload).items():
-            runner.add_embeddings(key, embeds)
+        key, embeds = _load_embeddings(payload)
+        runner.add_embeddings(key, wire.tensor(embeds))
 
     def encode(payload: bytes) -> None:
-        facts, _, content = payload.partition(b"\0")
-        values = safe.load(content)
-        media = {
-            key: MMItem(values[key], tuple(grid), tower)
-            for key, (grid, tower) in json.loads(facts).items()
-        }
-        runner.encode(media)
+        runner.encode(
+            {
+                key: MMItem(wire.tensor(values), grid, tower)
+                for key, values, grid, tower in _load_media(payload)
+            }
+        )
 
     def drop_embeddings(payload: bytes) -> None:
-        runner.drop_embeddings(json.loads(payload))
+        runner.drop_embeddings(_load_keys(payload))
 
     def decode_uncaptured(payload: bytes) -> None:
-        num_rows, rows = json.loads(payload)
+        num_rows, rows = _load_rows(payload)
         runner.decode_uncaptured(num_rows, nullcontext(), rows)
 
     return {

@@ -6,12 +6,13 @@ which feed T tokens, row after row.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from nanovllm import wire
 
 PAD_BLOCK = 0  # belongs to padding, never to a request
 NO_TOKEN = -1  # in `StepResult.tokens`: no token could be chosen (`reference.sample.sample`)
@@ -212,34 +213,15 @@ class StepPlan:
         return bool(self.embeddings) or self.position_3T is not None
 
     def to_bytes(self) -> bytes:
-        """The plan as bytes, for `from_bytes`."""
-        # not `asdict`, which copies every number
-        return _pack(vars(self) | {"sampling": vars(self.sampling)})
+        """The plan as a message, for `from_bytes`."""
+        return wire.dump(self)
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> StepPlan:
-        content = _unpack(data)
-        sampling = content.pop("sampling")
-        sampling["forbidden"] = [(row, token_id) for row, token_id in sampling["forbidden"]]
-        kinds: dict[str, Any] = {
-            "settings": RowSettings,
-            "restores": RowCopy,
-            "snapshots": RowCopy,
-            "histories": TokenHistory,
-            "edits": RowEdits,
-            "prompt_logprobs": PromptLogprobs,
-            "embeddings": EmbeddingSpan,
-        }
-        for row in content["edits"]:
-            bias, allowed, bad = row[1]  # the keys of a JSON object are strings
-            edits = LogitEdits(
-                {int(token_id): value for token_id, value in bias.items()}, allowed, bad
-            )
-            row[1] = edits
-        for name, kind in kinds.items():
-            content[name] = [kind(*values) for values in content[name]]
-        content["new_blocks"] = [tuple(new) for new in content["new_blocks"]]
-        return cls(sampling=SamplingMetadata(**sampling), **content)
+    @staticmethod
+    def from_bytes(data: bytes) -> StepPlan:
+        return _load(data)
+
+
+_load = wire.decoder(StepPlan)
 
 
 class Logprobs(NamedTuple):
@@ -268,36 +250,3 @@ class StepResult:
     tokens: list[list[int]]
     logprobs: Logprobs | None = None
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
-
-
-def _pack(content: dict[str, Any]) -> bytes:
-    """JSON, a zero byte, then the raw bytes of the arrays; the JSON has their dtypes and shapes."""
-    arrays: list[np.ndarray] = []
-
-    def written(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            arrays.append(np.ascontiguousarray(value))
-            return {"array": len(arrays) - 1, "dtype": value.dtype.str, "shape": value.shape}
-        assert isinstance(value, np.generic), type(value)
-        return value.item()
-
-    text = json.dumps(content, default=written, separators=(",", ":")).encode()
-    return b"\0".join((text, b"".join(array.tobytes() for array in arrays)))
-
-
-def _unpack(data: bytes) -> dict[str, Any]:
-    text, _, raw = data.partition(b"\0")
-    offset = 0
-
-    def read(value: dict[str, Any]) -> Any:
-        nonlocal offset
-        if "array" not in value:
-            return value
-        dtype, shape = np.dtype(value["dtype"]), tuple(value["shape"])
-        count = int(np.prod(shape))
-        # a copy is aligned and writable, as torch requires
-        array = np.frombuffer(raw, dtype, count, offset).reshape(shape).copy()
-        offset += array.nbytes
-        return array
-
-    return json.loads(text, object_hook=read)
