@@ -126,6 +126,7 @@ ALLOWED = {
         "nanovllm.media.mm_inputs",
         "nanovllm.prompts",
         "nanovllm.tokenizer",
+        "nanovllm.wire",
         *SETTINGS,
     ),
     "serving": (

@@ -51,17 +51,17 @@ def test_four_ranks_get_each_image_in_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They have each of the two key-value heads twice."""
-    told: list[str] = []
-    tell = WorkerGroup.tell
+    sent: list[str] = []
+    send = WorkerGroup.send
 
     def watched(self: WorkerGroup, name: str, payload: bytes = b"") -> None:
-        told.append(name)
-        tell(self, name, payload)
+        sent.append(name)
+        send(self, name, payload)
 
     monkeypatch.setattr(WorkerGroup, "send", watched)
     monkeypatch.setattr(tp_driver, "GROUP_BYTES", 1)
     check(saved("qwen3", tmp_path), tmp_path, 4)
-    assert told.count("encode") == 4
+    assert sent.count("encode") == 4
 
 
 def test_graphs_of_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
