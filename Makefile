@@ -1,4 +1,4 @@
-# make run: install, then answer a few prompts with the embedded model.   make serve: the same as a server.   make test: install, then lint, types and tests.
+# make run: install, then answer a few prompts with the embedded model.   make serve: the same as a server.   make check: install, then lint, types and the tests of tests/check.txt.   make test: the same with all tests.
 PYTHON ?= python3
 WORKERS ?= 2
 VENV ?= .venv
@@ -8,7 +8,7 @@ SOURCES := setup.py constraints.txt
 NPU := $(VENV)/npu
 NPU_SOURCES := $(addprefix tests/npu/,requirements.txt cann_stub/build.py cann_stub/runtime.c)
 
-.PHONY: run serve test test-npu lint browser clean
+.PHONY: run serve check test test-npu lint checked-tests browser clean
 
 run: $(VENV)/.installed
 	$(BIN)/python example.py $(ARGS)
@@ -16,13 +16,23 @@ run: $(VENV)/.installed
 serve: $(VENV)/.installed-serve
 	$(BIN)/nanovllm serve $(ARGS)
 
+# Workers take whole files in the order of the collection, which begins with the longest (tests/conftest.py).
+XDIST := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Without mypy's cache the types take as long as the tests, so they run beside them.
+check: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync lint checked-tests
+
+checked-tests: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q $(XDIST) $$(cat tests/check.txt) $(ARGS)
+
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(XDIST) $(ARGS)
 	@problem="$$($(BIN)/python tests/npu/run.py --problem)"; if [ -z "$$problem" ]; then $(MAKE) test-npu; else echo "$$problem"; fi
 
 # torch_npu without an NPU: the real package over libraries with the names of CANN's (tests/npu/run.py)
 test-npu: $(NPU)/.installed
-	$(BIN)/python tests/npu/run.py $(NPU) $(ARGS)
+	$(BIN)/python tests/npu/run.py $(NPU) $(XDIST) $(ARGS)
 
 # what the tests of the page drive, on Debian as root; without it they are left out, and the summary says so
 browser:

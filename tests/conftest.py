@@ -28,6 +28,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# The files that take longest. They come first, so that no worker is left with one of them at the end.
+LONGEST = (
+    "tests/npu/test_engine.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect tests that need more GPUs than this machine has, or a missing browser. A skip would
     mean that something is wrong."""
@@ -43,6 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    longest = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: longest.get(item.nodeid.partition("::")[0], len(longest)))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -8,7 +8,7 @@ converts nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,14 +32,17 @@ class Attributes:
 
     def __init__(self, op: Any) -> None:
         self._op = op
+        self._known: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        value = self._op.attr[name]
-        kind = value.WhichOneof("value")
-        found = getattr(value, kind)
-        if kind == "s":
-            return found.decode()
-        return list(found.i) if kind == "list" else found
+        if name not in self._known:
+            value = self._op.attr[name]
+            kind = value.WhichOneof("value")
+            found = getattr(value, kind)
+            if kind == "s":
+                found = found.decode()
+            self._known[name] = list(found.i) if kind == "list" else found
+        return self._known[name]
 
     def get(self, name: str, default: Any) -> Any:
         return self[name] if name in self._op.attr else default
@@ -302,7 +305,7 @@ OPS: dict[str, Callable[..., Any]] = {
     ),
     "ZerosLike": lambda a, x: torch.zeros_like(x),
 }
-STRUCTURE = ("Data", "Const", "NetOutput")  # handled by `run`
+STRUCTURE = ("Data", "Const", "NetOutput")  # handled by `Program`
 
 
 def _unsupported(what: str) -> Any:
@@ -321,32 +324,59 @@ def constant(op: Any) -> Tensor:
 Observer = Callable[[Any, Sequence["Tensor | None"]], None]
 
 
-def run(graph: Any, inputs: Sequence[Tensor], observe: Observer | None = None) -> list[Tensor]:
-    """Execute a graph on host tensors; returns the outputs of the net.
+class Call(NamedTuple):
+    """An op that computes."""
 
-    Ops with a reference input change it in place. `observe(op, inputs)` is called before each op
-    that computes.
-    """
-    values: dict[str, Tensor] = {}
-    missing = {op.type for op in graph.op} - {*OPS, *STRUCTURE}
-    assert not missing, f"ops without a meaning: {missing}"
-    for op in graph.op:
-        # :-1 marks an edge of order, not of data
-        names = [name for name in op.input if not name.endswith(":-1")]
-        if op.type == "Data":
-            values[f"{op.name}:0"] = inputs[op.attr["index"].i]
-        elif op.type == "Const":
-            values[f"{op.name}:0"] = constant(op)
-        elif op.type == "NetOutput":
-            return [values[name] for name in names]
-        else:
+    op: Any
+    type: str
+    name: str
+    function: Callable[..., Any]
+    attributes: Attributes
+    inputs: list[str]
+
+
+class Program:
+    """A graph, read once: reading it took most of the time of a run."""
+
+    def __init__(self, graph: Any) -> None:
+        missing = {op.type for op in graph.op} - {*OPS, *STRUCTURE}
+        assert not missing, f"ops without a meaning: {missing}"
+        self._data: list[tuple[str, int]] = []
+        self._constants: dict[str, Tensor] = {}
+        self._calls: list[Call] = []
+        self._outputs: list[str] | None = None
+        for op in graph.op:
+            # :-1 marks an edge of order, not of data
+            names = [name for name in op.input if not name.endswith(":-1")]
+            if op.type == "Data":
+                self._data.append((f"{op.name}:0", op.attr["index"].i))
+            elif op.type == "Const":
+                self._constants[f"{op.name}:0"] = constant(op)
+            elif op.type == "NetOutput":
+                self._outputs = names
+                break
+            else:
+                call = Call(op, op.type, op.name, OPS[op.type], Attributes(op), names)
+                self._calls.append(call)
+
+    def run(self, inputs: Sequence[Tensor], observe: Observer | None = None) -> list[Tensor]:
+        """Execute it on host tensors; returns the outputs of the net.
+
+        Ops with a reference input change it in place. `observe(op, inputs)` is called before each
+        op that computes.
+        """
+        if self._outputs is None:
+            raise ValueError("the graph has no NetOutput")
+        values: dict[str, Any] = {name: value.clone() for name, value in self._constants.items()}
+        values.update((name, inputs[index]) for name, index in self._data)
+        for op, op_type, op_name, function, attributes, names in self._calls:
             arguments = [values[name] if name else None for name in names]
             if observe is not None:
                 observe(op, arguments)
             try:
-                results = OPS[op.type](Attributes(op), *arguments)
+                results = function(attributes, *arguments)
             except Exception as error:
-                raise type(error)(f"{op.type} {op.name}: {error}") from error
+                raise type(error)(f"{op_type} {op_name}: {error}") from error
             for index, result in enumerate(results if isinstance(results, tuple) else (results,)):
-                values[f"{op.name}:{index}"] = result
-    raise ValueError("the graph has no NetOutput")
+                values[f"{op_name}:{index}"] = result
+        return [values[name] for name in self._outputs]

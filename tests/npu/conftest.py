@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -64,9 +64,15 @@ def ge() -> Iterator[Ge]:
     patch.undo()
 
 
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The store of programs of all tests, in all workers of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    return str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "nanovllm")
+
+
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path_factory.getbasetemp() / "nanovllm"))
+    monkeypatch.setenv("NANOVLLM_CACHE", store(tmp_path_factory))
 
 
 def answers(llm: LLM, edits: LogitEdits | None = None, **params: Any) -> list[list[int]]:
@@ -95,7 +101,8 @@ def run(request: pytest.FixtureRequest, ge: Ge, host: Host) -> Callable[..., Any
 
 @pytest.fixture(scope="session")
 def cpu_answers() -> Callable[..., list[list[int]]]:
-    """The CPU's answers in bf16, as on an NPU, by the plain meaning of our ops, not by kernels."""
+    """The CPU's answers in bf16, as on an NPU, by the plain meaning of our ops, not by kernels.
+    They are kept: most tests compare with the same few."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             cpu_library,
@@ -103,13 +110,22 @@ def cpu_answers() -> Callable[..., list[list[int]]]:
             lambda *args, **kwargs: (False, "the tests of the NPU compare with plain torch"),
         )
         llm = LLM("tiny-qwen3", device="cpu", dtype="bfloat16", enforce_eager=True, **SIZES)
-    return partial(answers, llm)
+    known: list[tuple[LogitEdits | None, dict[str, Any], list[list[int]]]] = []
+
+    def of_cpu(edits: LogitEdits | None = None, **params: Any) -> list[list[int]]:
+        for other_edits, other_params, found in known:
+            if other_edits is edits and other_params == params:
+                return deepcopy(found)
+        known.append((edits, params, answers(llm, edits, **params)))
+        return deepcopy(known[-1][2])
+
+    return of_cpu
 
 
 @pytest.fixture(scope="session")
 def npu_llm(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     """The embedded model in GE mode; its graphs are the first ones of `ge`."""
-    os.environ["NANOVLLM_CACHE"] = str(tmp_path_factory.getbasetemp() / "nanovllm")
+    os.environ["NANOVLLM_CACHE"] = store(tmp_path_factory)
     torch.set_num_threads(1)
     llm = LLM("tiny-qwen3", device="npu", **SIZES)
     yield llm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ class Graph:
     dtypes: list[tuple[Any, dict[str, torch.dtype]]] = field(default_factory=list)
     # output → the input whose memory it is written to
     written: dict[int, int] = field(default_factory=dict)
+
+    @cached_property
+    def program(self) -> ascend_ir.Program:
+        return ascend_ir.Program(self.proto)
 
     def count(self, op_type: str) -> int:
         return sum(op.type == op_type for op in self.proto.op)
@@ -80,7 +85,7 @@ def _run(graph: Graph, inputs: list[Tensor], assigned: list[Tensor | None]) -> l
         )
 
     hosts = [host_view(tensor) if tensor.device.type == "npu" else tensor for tensor in inputs]
-    results = ascend_ir.run(graph.proto, hosts, observe if graph.num_runs == 0 else None)
+    results = graph.program.run(hosts, observe if graph.num_runs == 0 else None)
     graph.num_runs += 1
     assigned += [None] * (len(results) - len(assigned))
     positions = {id(tensor): index for index, tensor in enumerate(inputs)}

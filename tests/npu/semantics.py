@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -80,6 +81,11 @@ def scatter_nd_update(var: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     return var
 
 
+@cache
+def _causal_mask() -> Tensor:
+    return torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+
+
 def fused_infer_attention_score(
     query: Tensor,
     key: Tensor,
@@ -132,7 +138,7 @@ def fused_infer_attention_score(
         )
         assert block_size % 128 == 0 and sparse_mode == 3 and actual_seq_lengths is not None
         assert atten_mask is not None and atten_mask.shape == (2048, 2048)
-        assert torch.equal(atten_mask.bool(), torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+        assert torch.equal(atten_mask.bool(), _causal_mask())
         ends, tokens = list(actual_seq_lengths), query
         assert ends == sorted(ends) and ends[-1] == query.shape[0], (
             f"running token counts {ends} do not end in T"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -93,17 +93,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
     return save
 
 
+def tokens_on_cpu(folder: str) -> list[list[int]]:
+    """The tokens of a CPU engine that runs the plain meaning of our ops, not kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_library, "available", lambda *args, **kwargs: (False, "plain torch"))
+        llm = LLM(folder, device="cpu", enforce_eager=True, dtype="float32", **SIZES)
+        found = tokens(llm)
+        llm.close()
+    return found
+
+
 @pytest.fixture(scope="module")
-def on_cpu(checkpoint: Callable[[str], str]) -> Callable[[str], LLM]:
-    """A CPU engine that runs the plain meaning of our ops, not kernels."""
-
-    @cache
-    def make(name: str) -> LLM:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu_library, "available", lambda *args, **kwargs: (False, "plain torch"))
-            return LLM(checkpoint(name), device="cpu", enforce_eager=True, dtype="float32", **SIZES)
-
-    return make
+def on_cpu(checkpoint: Callable[[str], str]) -> Callable[[str], list[list[int]]]:
+    return cache(lambda name: tokens_on_cpu(checkpoint(name)))
 
 
 @pytest.fixture
@@ -120,7 +122,7 @@ def test_greedy_tokens_are_the_cpus(
     name: str,
     mode: str,
     checkpoint: Callable[[str], str],
-    on_cpu: Callable[[str], LLM],
+    on_cpu: Callable[[str], list[list[int]]],
     host: Host,
     ge: Ge,
 ) -> None:
@@ -131,43 +133,51 @@ def test_greedy_tokens_are_the_cpus(
     for layer_cache in llm.engine.runner.steps.caches:
         for tensor in (layer_cache.k_CBKH, layer_cache.v_CBKH):
             host_view(tensor)[0].fill_(float("nan"))
-    assert tokens(llm) == tokens(on_cpu(name))
+    assert tokens(llm) == on_cpu(name)
     llm.close()
     # in graphs of GE these are Ascend IR, which the tests below check
     assert (host.seen >= FUSED) == (mode != "ge")
     assert (len(ge.graphs) > num_graphs) == (mode == "ge")
 
 
-@pytest.mark.usefixtures("_fp32")
-@pytest.mark.parametrize("mode", ["ge", "captured", "eager"])
-def test_compressed_experts_give_the_tokens_of_the_cpu(mode: str, tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path, "mixtral", **EXPERTS["mixtral"])
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
+    """A checkpoint with compressed experts, and the CPU's tokens."""
+    folder = save_tiny(tmp_path_factory.mktemp("compressed"), "mixtral", **EXPERTS["mixtral"])
     source = open_source(str(folder))
     decompose_experts.run(source, folder / "svd_experts", 19, "float32", torch.device("cpu"))
-    options = {"dtype": "float32", **SIZES}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_library, "available", lambda *args, **kwargs: (False, "plain torch"))
-        expected = LLM(str(folder), device="cpu", enforce_eager=True, **options)
-    llm = LLM(str(folder), device="npu", **options, **MODES[mode])
+    return str(folder), tokens_on_cpu(str(folder))
+
+
+@pytest.mark.usefixtures("_fp32")
+@pytest.mark.parametrize("mode", ["ge", "captured", "eager"])
+def test_compressed_experts_give_the_tokens_of_the_cpu(
+    mode: str, compressed: tuple[str, list[list[int]]]
+) -> None:
+    folder, expected = compressed
+    llm = LLM(folder, device="npu", dtype="float32", **SIZES, **MODES[mode])
     assert isinstance(llm.engine.runner.params.layers[1].experts, Compressed)
-    assert tokens(llm) == tokens(expected)
+    assert tokens(llm) == expected
     llm.close()
 
 
 @pytest.fixture(scope="module")
-def trained_on_cpu() -> Iterator[LLM]:
+def trained_on_cpu() -> list[list[int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_library, "available", lambda *args, **kwargs: (False, "plain torch"))
         llm = LLM("tiny-mixtral", device="cpu", dtype="bfloat16", enforce_eager=True, **TRAINED)
-    yield llm
+    found = answers(llm)
     llm.close()
+    return found
 
 
 @pytest.mark.parametrize("mode", ["ge", "captured", "npugraph_ex", "eager"])
-def test_the_trained_model_answers_as_on_the_cpu(mode: str, trained_on_cpu: LLM) -> None:
+def test_the_trained_model_answers_as_on_the_cpu(
+    mode: str, trained_on_cpu: list[list[int]]
+) -> None:
     llm = LLM("tiny-mixtral", device="npu", **TRAINED, **MODES[mode])
     assert llm.engine.model_config.dtype == torch.bfloat16
-    assert answers(llm) == answers(trained_on_cpu)
+    assert answers(llm) == trained_on_cpu
     llm.close()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -25,8 +27,8 @@ SIZES: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def codes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@contextmanager
+def recorded() -> Iterator[list[str]]:
     """The code of every program that npugraph_ex makes from now on."""
     found: list[str] = []
     original = npugraph_ex.generate
@@ -35,26 +37,38 @@ def codes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(original(*args))
         return found[-1]
 
-    monkeypatch.setattr(npugraph_ex, "generate", generate)
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(npugraph_ex, "generate", generate)
+        yield found
 
 
-@pytest.fixture
-def counters() -> Iterator[dict[str, int]]:
-    """npugraph_ex's own counts of captures and of captures done again."""
+class Started(NamedTuple):
+    llm: LLM
+    codes: list[str]  # of the start; those of later steps follow
+    num_codes: int  # of the start
+    counters: dict[str, int]  # npugraph_ex's own, at the end of the start
+    counting: dict[str, int]  # the same, with what follows
+
+
+@pytest.fixture(scope="module")
+def started(host: Host) -> Iterator[Started]:
     from torch._dynamo.utils import counters
 
-    counters["npugraph_ex"].clear()
-    yield counters["npugraph_ex"]
+    counting = counters["npugraph_ex"]
+    counting.clear()
+    with recorded() as codes:
+        llm = LLM("tiny-qwen3", device="npu", **SIZES)
+        yield Started(llm, codes, len(codes), dict(counting), counting)
+    llm.close()
 
 
-def test_each_decode_bucket_is_captured_once(
-    counters: dict[str, int], codes: list[str], host: Host
-) -> None:
+def test_each_decode_bucket_is_captured_once(started: Started, host: Host) -> None:
     """Steps of changing rows and lengths capture nothing, copy no input, and lower nothing."""
-    llm = LLM("tiny-qwen3", device="npu", **SIZES)
-    num_codes = len(codes)
-    assert dict(counters) and set(counters.values()) == {1} and len(counters) == 2
+    llm, codes, _, at_start, counters = started
+    num_codes_before = len(codes)
+    assert set(at_start.values()) == {1} and len(at_start) == 2
+    assert all(name.startswith("captured_") for name in at_start)
+    before = Counter(counters)
     host.seen.clear()
     params = [
         SamplingParams(temperature=0.0, max_tokens=num, ignore_eos=True) for num in (30, 12, 5, 7)
@@ -62,17 +76,14 @@ def test_each_decode_bucket_is_captured_once(
     prompts = [list(range(5, 5 + length)) for length in (1, 19, 3, 2)]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert [len(output["token_ids"]) for output in outputs] == [30, 12, 5, 7]
-    llm.close()
-    captured = {name: num for name, num in counters.items() if name.startswith("captured_")}
-    assert set(captured.values()) == {1} and len(captured) == 2
-    assert not any(num for name, num in counters.items() if name not in captured)
+    assert Counter(counters) == before
     assert "aten::_foreach_copy_" not in host.seen
-    assert len(codes) == num_codes
+    assert len(codes) == num_codes_before
 
 
-def test_decode_programs_write_in_place_and_take_lengths(codes: list[str]) -> None:
+def test_decode_programs_write_in_place_and_take_lengths(started: Started) -> None:
     """The other programs run op by op, without a capture."""
-    LLM("tiny-qwen3", device="npu", **SIZES).close()
+    codes = started.codes[: started.num_codes]
     decode = [code for code in codes if "actual_seq_lengths_kv" in code]
     assert len(decode) == 2 and len(codes) > 3
     for code, num_rows in zip(sorted(decode, key=len), (2, 3)):
@@ -109,15 +120,18 @@ def test_a_graph_may_be_freed_while_another_is_captured(host: Host) -> None:
         earlier.reset()
 
 
-def test_options_reach_npugraph_ex(codes: list[str]) -> None:
+def test_options_reach_npugraph_ex() -> None:
     options = {"remove_noop_ops": False}
-    LLM("tiny-qwen3", device="npu", **SIZES, npu_graph_options=options).close()
+    sizes = {**SIZES, "graph_batch_sizes": (3,)}
+    with recorded() as codes:
+        LLM("tiny-qwen3", device="npu", **sizes, npu_graph_options=options).close()
     assert codes and all('compile_configs["remove_noop_ops"] = False' in code for code in codes)
 
 
-def test_all_captures_share_a_memory_pool(codes: list[str]) -> None:
-    LLM("tiny-qwen3", device="npu", **SIZES).close()
-    decode = [code for code in codes if "actual_seq_lengths_kv" in code]
+def test_all_captures_share_a_memory_pool(started: Started) -> None:
+    decode = [
+        code for code in started.codes[: started.num_codes] if "actual_seq_lengths_kv" in code
+    ]
     pools = {line for code in decode for line in re.findall(r"^    pool=(.*),$", code, re.M)}
     assert len(pools) == 1 and pools != {"None"}, pools
 
