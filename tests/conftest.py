@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# The files that take longest. They come first, so that no worker is left with one of them at the end.
+# The files that take longest come first, so that no worker is left with one of them at the end.
 LONGEST = (
     "tests/npu/test_engine.py",
 )

@@ -68,9 +68,9 @@ def test_a_field_that_works_has_its_effect(
     with caplog.at_level(logging.INFO, logger="nanovllm.api.access"):
         response = server.http.post(endpoint, json=body)
         assert response.status_code == 200, response.text
+        while not caplog.messages:  # the server logs after its answer
+            time.sleep(0.001)
     prompt, params, priority = opened[-1]
-    while not caplog.messages:  # the server logs after its answer
-        time.sleep(0.001)
     log = json.loads(caplog.messages[-1])
     assert case.shows(Seen(params, prompt, priority, read(response), log)), name
 

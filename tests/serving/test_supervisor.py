@@ -154,6 +154,7 @@ def test_a_compiler_that_is_killed_leaves_no_temporary_file(
     server = Server(temporary, engine={**ENGINE, "device": "cpu"}, is_fake=False)
     try:
         while not begun.exists():
+            assert server.process.poll() is None
             time.sleep(0.05)
         server.known = server.pids
         server.process.send_signal(signal.SIGTERM)
