@@ -30,7 +30,33 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest come first, so that no worker is left with one of them at the end.
 LONGEST = (
+    "tests/replicas/test_ray_replicas.py",
+    "tests/startup/test_warm_start.py",
+    "tests/replicas/test_data_parallel.py",
+    "tests/models/test_formats.py",
+    "tests/serving/test_async_llm.py",
+    "tests/batch/test_local_cluster.py",
+    "tests/engine/test_tensor_parallel.py",
+    "tests/scripts/test_train_tiny.py",
+    "tests/scripts/test_train_seeing.py",
+    "tests/models/test_quantized_checkpoints.py",
+    "tests/models/test_families.py",
+    "tests/kernels/test_parallel_experts.py",
+    "tests/kernels/test_triton_experts.py",
+    "tests/scripts/test_bench_server.py",
+    "tests/startup/test_compile_farm.py",
+    "tests/kernels/test_triton_attention.py",
+    "tests/kernels/test_attention_backends.py",
+    "tests/cli/test_bench_offline.py",
+    "tests/models/test_config_fields.py",
+    "tests/models/test_vision_fields.py",
+    "tests/runner/test_tower.py",
+    # of the NPU's, which run by themselves
     "tests/npu/test_engine.py",
+    "tests/npu/test_tensor_parallel_npu.py",
+    "tests/npu/test_expert_engine.py",
+    "tests/npu/test_vision_npu.py",
+    "tests/npu/test_cache.py",
 )
 
 
