@@ -21,7 +21,7 @@ XDIST := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Without mypy's cache the types take as long as the tests, so they run beside them.
 check: $(VENV)/.installed-test
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync lint checked-tests
+	@$(MAKE) --no-print-directory --jobs=2 lint checked-tests
 
 checked-tests: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q $(XDIST) $$(cat tests/check.txt) $(ARGS)

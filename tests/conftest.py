@@ -33,6 +33,7 @@ LONGEST = (
     "tests/replicas/test_ray_replicas.py",
     "tests/startup/test_warm_start.py",
     "tests/replicas/test_data_parallel.py",
+    "tests/test_documents.py",
     "tests/models/test_formats.py",
     "tests/serving/test_async_llm.py",
     "tests/batch/test_local_cluster.py",

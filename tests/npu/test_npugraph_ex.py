@@ -154,9 +154,9 @@ print(json.dumps({{"tokens": found, "interrupts": is_own}}))
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A process with two engines, first in this mode."""
+    sizes = json.dumps({**SIZES, "graph_batch_sizes": (3,)})
     out = run_process(
-        ["-c", SCRIPT.format(sizes=json.dumps(SIZES))],
-        NANOVLLM_CACHE=str(tmp_path_factory.mktemp("store")),
+        ["-c", SCRIPT.format(sizes=sizes)], NANOVLLM_CACHE=str(tmp_path_factory.mktemp("store"))
     )
     return json.loads(out.splitlines()[-1])
 
