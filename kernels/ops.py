@@ -140,6 +140,17 @@ fp8_expert_linear = _define(
     reference.packed.fp8_expert_linear,
     lambda x, expert, weight, *rest: x.new_empty((*expert.shape, weight.shape[1])),
 )
+ggml_linear = _define(
+    "ggml_linear(Tensor x, Tensor block, int ggml_type, Tensor? bias, Tensor? residual=None) "
+    "-> Tensor",
+    reference.ggml.ggml_linear,
+    lambda x, block, *rest: x.new_empty((*x.shape[:-1], block.shape[0])),
+)
+ggml_expert_linear = _define(
+    "ggml_expert_linear(Tensor x, Tensor expert, Tensor block, int ggml_type) -> Tensor",
+    reference.ggml.ggml_expert_linear,
+    lambda x, expert, block, *rest: x.new_empty((*expert.shape, block.shape[1])),
+)
 
 linear_ = _define(
     "linear_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias) -> ()",
@@ -230,6 +241,7 @@ PRODUCTS: dict[Any, Product] = {
     linear_int8: Product(2),
     packed_linear: Product(6),
     fp8_linear: Product(4),
+    ggml_linear: Product(2),
 }
 
 
@@ -436,6 +448,8 @@ __all__ = [
     "fp8_linear",
     "fused_linear",
     "gather_columns",
+    "ggml_expert_linear",
+    "ggml_linear",
     "kernel_of",
     "linear",
     "linear_",

@@ -21,6 +21,7 @@ from typing import Any
 from nanovllm.kernels.reference import (
     attention,
     experts,
+    ggml,
     linear,
     norm_act,
     offload,
@@ -33,6 +34,7 @@ from nanovllm.kernels.reference import (
 __all__ = [
     "attention",
     "experts",
+    "ggml",
     "linear",
     "meaning",
     "norm_act",
@@ -47,7 +49,7 @@ __all__ = [
 def meaning(name: str) -> Callable[..., Any]:
     """The meaning of an op, if a compiler can trace it: not of ops of `offload`, which read the
     routing on the host. Raises KeyError for other names."""
-    for topic in (attention, experts, linear, norm_act, packed, rope_store, sample, step):
+    for topic in (attention, experts, ggml, linear, norm_act, packed, rope_store, sample, step):
         if name in vars(topic):
             found: Callable[..., Any] = vars(topic)[name]
             return found

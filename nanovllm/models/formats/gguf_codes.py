@@ -1,0 +1,138 @@
+"""From blocks of GGUF files to `PackedWeight`: types with codes of 4 and 8 bits.
+
+All have a scale for every 32 columns. Those of Q4_K are products of two numbers: they are rounded
+to fp16, by 1/2048 of their value at most, since in fp32 they would take a quarter of the weight.
+All other scales are as the file has them.
+O outputs | D depth | n blocks in a row | g = 32 columns of a group.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.reference.ggml import half, six_bits
+from nanovllm.kernels.reference.packed import pack
+from nanovllm.models.formats.packed_weight import PackedWeight
+
+GROUP = 32
+Q4_0, Q4_1, Q8_0, Q4_K, IQ4_NL, MXFP4 = 2, 3, 8, 12, 20, 39
+IQ4_LEVELS = (
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
+)  # fmt: skip
+E2M1_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # in halves
+
+
+class Codes(NamedTuple):
+    """`zero` is the code of 0; None: the offset is the file's minimum, or there is a table."""
+
+    bits: int
+    zero: int | None = None
+    has_minimum: bool = False
+    levels: tuple[int, ...] = ()
+    scale_dtype: torch.dtype = torch.float16
+
+    @property
+    def has_offset(self) -> bool:
+        return self.has_minimum or self.zero is not None
+
+    def table(self, device: torch.device | str) -> Tensor | None:
+        if not self.levels:
+            return None
+        return torch.tensor(self.levels, dtype=torch.float32, device=device)
+
+
+CODES: dict[int, Codes] = {
+    Q4_0: Codes(4, zero=8),
+    Q4_1: Codes(4, has_minimum=True),
+    Q8_0: Codes(8, zero=128),
+    Q4_K: Codes(4, has_minimum=True),
+    IQ4_NL: Codes(4, levels=IQ4_LEVELS),
+    MXFP4: Codes(4, levels=E2M1_LEVELS, scale_dtype=torch.bfloat16),  # powers of 2, from 2^-128
+}
+
+
+def of_blocks(block: Tensor, ggml_type: int) -> PackedWeight:
+    """The weight in blocks [O, n, bytes]. Raises ValueError for a scale that is no number."""
+    codes, minimum = CODES[ggml_type], None
+    if ggml_type == Q4_K:
+        code, scale, minimum = _q4_k(block)
+    elif ggml_type == MXFP4:
+        code, scale = block[..., 1:].flatten(-2), _power_of_2(block[..., 0])
+    else:
+        num = 4 if codes.has_minimum else 2
+        scale = half(block[..., :2]).squeeze(-1)
+        minimum = half(block[..., 2:4]).squeeze(-1) if codes.has_minimum else None
+        code = block[..., num:].flatten(-2)
+        code = code ^ 128 if codes.bits == 8 else code  # a signed number, plus 128
+    return _weight(code, scale, minimum, codes)
+
+
+def quantized(weight_OD: Tensor, ggml_type: int) -> PackedWeight:
+    """A matrix in fp32 by the smallest and largest numbers of its groups."""
+    codes, group = CODES[ggml_type], weight_OD.unflatten(-1, (-1, GROUP))
+    largest, top = group.abs().amax(-1), 2**codes.bits - 1
+    if codes.levels:
+        scale = (largest / max(codes.levels)).to(codes.scale_dtype).float()
+        level, order = torch.tensor(codes.levels, dtype=torch.float32).sort()
+        bounds = ((level[1:] + level[:-1]) / 2).to(group.device)
+        found = torch.bucketize(group / _above_0(scale), bounds)
+        return _weight(pack(order.to(group.device)[found].flatten(-2), 4), scale, None, codes)
+    minimum = None
+    if codes.has_minimum:
+        minimum = group.amin(-1)
+        scale = (group.amax(-1) - minimum) / top
+        found = ((group - minimum.unsqueeze(-1)) / _above_0(scale)).round()
+    else:
+        assert codes.zero is not None
+        scale = largest / (codes.zero - 1)
+        found = (group / _above_0(scale)).round() + codes.zero
+    code = pack(found.clamp(0, top).flatten(-2), codes.bits)
+    return _weight(code, scale, minimum, codes)
+
+
+def check_finite(number: Tensor) -> None:
+    """Raise ValueError for a scale that is no number."""
+    if not number.isfinite().all():
+        raise ValueError("a scale is NaN, infinite or too large")
+
+
+def _weight(code: Tensor, scale: Tensor, minimum: Tensor | None, codes: Codes) -> PackedWeight:
+    scale = scale.to(codes.scale_dtype)
+    offset = None if minimum is None else minimum.to(codes.scale_dtype)
+    if codes.zero is not None:
+        offset = scale * -codes.zero  # a power of 2: exact
+    for one in (scale, offset):
+        if one is not None:
+            check_finite(one)
+    depth = scale.shape[-1] * GROUP
+    table = codes.table(code.device)
+    return PackedWeight(code.contiguous(), scale, offset, table, None, codes.bits, GROUP, depth)
+
+
+def _q4_k(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and minima. 32 bytes have the codes of two groups: their lower halves those of
+    the first one."""
+    d, d_min, packed, low = block.split([2, 2, 12, 128], -1)
+    scale, minimum = six_bits(packed)
+    two = low.unflatten(-1, (4, 2, 16))  # groups' pairs | columns 0 … 15, 16 … 31 | columns
+    first = (two[..., 0, :] & 15) | (two[..., 1, :] << 4)
+    second = (two[..., 0, :] >> 4) | (two[..., 1, :] & 240)
+    code = torch.stack((first, second), -2).flatten(-4)
+    scales = (half(d) * scale.float()).flatten(-2)
+    return code, scales, -(half(d_min) * minimum.float()).flatten(-2)
+
+
+def _power_of_2(exponent: Tensor) -> Tensor:
+    """2^(exponent − 128) in bf16; its bits are those of fp32 without the lower half."""
+    if (exponent == 255).any():
+        raise ValueError("a scale is NaN, infinite or too large")
+    wide = exponent.to(torch.int16)
+    small = torch.where(wide == 0, 0x20, 0x40).to(torch.int16)  # below the smallest normal number
+    return torch.where(wide < 2, small, (wide - 1) << 7).view(torch.bfloat16)
+
+
+def _above_0(scale: Tensor) -> Tensor:
+    return scale.where(scale > 0, 1.0).unsqueeze(-1)
