@@ -8,6 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanovllm import gguf_tokenizer
+from nanovllm.models.gguf.header import is_gguf
+
 # All files of a tokenizer in transformers' layouts. A folder with one of the first four has one.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
@@ -18,6 +21,9 @@ REPLACEMENT = "\ufffd"  # the decoder's output for the first bytes of an incompl
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files, or a GGUF file has one."""
+    if is_gguf(folder):
+        return gguf_tokenizer.has_tokenizer(folder)
     return any((folder / name).is_file() for name in TOKENIZER_FILES[:4])
 
 
@@ -30,7 +36,11 @@ def import_library() -> Any:
 
 
 def load_full(folder: Path) -> Any:
-    """transformers' tokenizer of a folder. Raises ValueError for one that needs custom code."""
+    """transformers' tokenizer of a folder, or of a GGUF file. Raises ValueError for one that needs
+    custom code."""
+    if is_gguf(folder):
+        import_library()
+        return gguf_tokenizer.load(folder)
     library = import_library()
     try:
         # without a value transformers would prompt on stdin

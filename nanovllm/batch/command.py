@@ -103,7 +103,7 @@ def _object(name: str, value: Any) -> dict[str, Any]:
 def _facts(config: EngineConfig) -> dict[str, Any]:
     """The model, and the options that differ from their defaults."""
     folder = os.path.expanduser(config.model)
-    model = os.path.realpath(folder) if os.path.isdir(folder) else config.model
+    model = os.path.realpath(folder) if os.path.exists(folder) else config.model
     options = {
         option.name: getattr(config, option.name)
         for option in fields(EngineConfig)

@@ -40,7 +40,7 @@ def models(cache: HFCacheInfo | None) -> list[CachedRepoInfo]:
 def has_weights(model: CachedRepoInfo) -> bool:
     """Whether any revision has a weight file that `hub.resolve` would download."""
     return any(
-        Path(file.file_name).suffix == ".safetensors"
+        Path(file.file_name).suffix in (".safetensors", ".gguf")
         for revision in model.revisions
         for file in revision.files
     )

@@ -28,6 +28,7 @@ PACKED_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+FLOATING_POINT = "a floating point dtype"
 READERS = 8  # threads: one reads 3 to 8 GB/s from the page cache
 PIECE_BYTES = 1 << 24  # that a thread reads at a time
 
@@ -43,7 +44,7 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged or does not fit its config."""
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """A tensor in a file: its data begins at byte `begin` of the file."""
 
     dtype: str
@@ -90,7 +91,7 @@ class _Piece(NamedTuple):
     They are in runs of `run_bytes`, each of which begins `step_bytes` after the one before it.
     """
 
-    file: _File
+    file: File
     begin: int
     dtype: torch.dtype
     out: Tensor
@@ -123,7 +124,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, buffer: Buffer = plain_buffer) -> None:
         self.folder, self._buffer = folder, buffer
-        self._files: dict[Path, _File] = {}
+        self._files: dict[Path, File] = {}
         self._buffers: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(READERS, "read-weights")
@@ -228,7 +229,7 @@ class Checkpoint:
             finally:
                 self._buffers.put(buffer)
 
-    def _find(self, name: str) -> tuple[_File, _Stored]:
+    def _find(self, name: str) -> tuple[File, Stored]:
         if name not in self._paths:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         file, name = self._file(self._paths[name]), self._stored[name]
@@ -239,9 +240,9 @@ class Checkpoint:
             )
         return file, file.tensors[name]
 
-    def _file(self, path: Path) -> _File:
+    def _file(self, path: Path) -> File:
         if path not in self._files:
-            self._files[path] = _File(path)
+            self._files[path] = File(path)
         return self._files[path]
 
     def _dtype(self, name: str, wanted: torch.dtype) -> torch.dtype:
@@ -251,12 +252,18 @@ class Checkpoint:
         found = (PACKED_DTYPES if is_packed else DTYPES).get(stored.dtype)
         if found is not None and found is (wanted if is_packed else found):
             return found
+        asked = str(wanted).removeprefix("torch.") if is_packed else FLOATING_POINT
+        raise self._dtype_error(name, asked)
+
+    def _dtype_error(self, name: str, asked: str) -> CheckpointError:
+        """The error for a tensor that is not stored in the dtype that is asked for."""
+        file, _ = self._find(name)
         with safe_open(file.path, framework="pt") as opened:
             dtype = str(opened.get_tensor(self._stored[name]).dtype).removeprefix("torch.")
         why = "it is quantized, but config.json has no quantization_config for it"
-        if is_packed:
-            why = f"its format asks for {str(wanted).removeprefix('torch.')}"
-        raise CheckpointError(f"{self.folder}: tensor {name} is stored as {dtype}: {why}")
+        if asked != FLOATING_POINT:
+            why = f"its format asks for {asked}"
+        return CheckpointError(f"{self.folder}: tensor {name} is stored as {dtype}: {why}")
 
     def _locate(self) -> dict[str, Path]:
         """The file of each tensor: model.safetensors, else by the index, else all files."""
@@ -274,25 +281,28 @@ class Checkpoint:
         return {name: path for path in paths for name in self._file(path).tensors}
 
 
-class _File:
+class File:
     """An open safetensors file and its header."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._lock = path, threading.Lock()
         try:
             with safe_open(path, framework="pt"):  # checks the header, and the file's size
-                self._file = path.open("rb", buffering=0)
+                self._open(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
         header_len = int.from_bytes(self._file.read(8), "little")
         header = json.loads(self._file.read(header_len))
         self.tensors = {
-            name: _Stored(
+            name: Stored(
                 one["dtype"], tuple(one["shape"]), 8 + header_len + one["data_offsets"][0]
             )
             for name, one in header.items()
             if name != "__metadata__"
         }
+
+    def _open(self, path: Path) -> None:
+        self.path, self._lock = path, threading.Lock()
+        self._file = path.open("rb", buffering=0)
 
     def close(self) -> None:
         self._file.close()

@@ -19,6 +19,7 @@ from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, mapped, quantized
 from nanovllm.models.formats.mixed import Mixed
+from nanovllm.models.gguf.checkpoint import opened
 from nanovllm.models.model import LayerKind, Model, Param, Params
 from nanovllm.models.schemes import Part
 from nanovllm.models.shards import ALL, Shard, taken
@@ -53,7 +54,7 @@ class Target(NamedTuple):
 
 
 def load(model: Model, folder: Path, target: Target, progress: Progress) -> Params:
-    """Read a checkpoint in transformers' layout, in the formats that `model.scheme` chooses and
+    """Read a checkpoint in transformers' layout, or a GGUF file, in the formats that `model.scheme` chooses and
     otherwise in the model's dtype.
 
     Calls `progress(n)` after every n layers.
@@ -64,7 +65,7 @@ def load(model: Model, folder: Path, target: Target, progress: Progress) -> Para
     Raises CheckpointError naming the tensor that is missing, left over, misshapen, quantized or of
     another dtype than described, or the file that is missing or damaged.
     """
-    with Checkpoint(folder, target.buffer) as checkpoint:
+    with opened(folder, target.buffer) as checkpoint:
         reader = WeightReader(model.config, checkpoint, target)
         params = build(model, partial(_read, model, reader), progress, target.place)
         extra = [name for name in reader.left_over() if not name.startswith(model.read_elsewhere)]

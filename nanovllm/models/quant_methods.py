@@ -10,6 +10,7 @@ from typing import Any
 
 from nanovllm.models.formats.fp8 import Fp8
 from nanovllm.models.formats.grouped import Awq, Gptq
+from nanovllm.models.gguf.scheme import GgufTypes
 from nanovllm.models.schemes import UNQUANTIZED, Modules, Packed, Scheme
 
 Config = Mapping[str, Any]
@@ -67,11 +68,21 @@ def awq(config: Config) -> Scheme:
     return Packed("awq", Awq(4, _group(config)), plain)
 
 
+def gguf(config: Config) -> Scheme:
+    """`types` has the type of each matrix in codes, by its name; the others are plain. The config
+    of a GGUF file has it (`gguf.config`)."""
+    types = config.get("types")
+    if not isinstance(types, Mapping):
+        raise ValueError(f"quantization_config has types {types!r:.80}: it must be an object")
+    return GgufTypes(tuple(sorted((str(name), str(one)) for name, one in types.items())))
+
+
 CHECKPOINTS: dict[str, Callable[[Config], Scheme]] = {
     "fp8": fp8,
     "compressed-tensors": compressed_tensors,
     "gptq": gptq,
     "awq": awq,
+    "gguf": gguf,
 }
 
 

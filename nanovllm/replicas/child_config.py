@@ -42,7 +42,7 @@ def setup(
 
 
 def with_full_paths(config: EngineConfig) -> EngineConfig:
-    """The config for a process in another folder: existing local folders become absolute paths."""
+    """The config for a process in another folder: existing local folders and files become absolute paths."""
     store = config.compile_cache and env.read().store_folder(config.compile_cache)
     tokenizer = config.tokenizer and _full_path(config.tokenizer)
     return replace(
@@ -59,4 +59,4 @@ def tokenizer(config: EngineConfig) -> Tokenizer | None:
 
 def _full_path(given: str | os.PathLike[str]) -> str:
     path = Path(os.path.expanduser(given))
-    return str(path.absolute()) if path.is_dir() else str(given)
+    return str(path.absolute()) if path.exists() else str(given)

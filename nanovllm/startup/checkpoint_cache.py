@@ -21,6 +21,8 @@ from nanovllm.compile.key import Key
 from nanovllm.compile.store import Artifact, Store
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.code_files import digest
+from nanovllm.models.gguf import header
+from nanovllm.models.gguf.header import is_gguf
 from nanovllm.tokenizer import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_full
 
 logger = logging.getLogger(__name__)
@@ -46,11 +48,12 @@ class StoredConfig(SimpleNamespace):
 def read_config(
     folder: Path, store: Store | None, overrides: Mapping[str, object] | None = None
 ) -> Any:
-    """transformers' config of a checkpoint with `overrides`, or the store's copy of it.
+    """transformers' config of a checkpoint (a folder or a GGUF file) with `overrides`, or the store's
+    copy of it.
 
     Errors are those of `transformers_config`.
     """
-    path = folder / "config.json"
+    path = folder if is_gguf(folder) else folder / "config.json"
     changes = json.dumps(overrides or {}, sort_keys=True)
     key = _key(CONFIG, [path], "transformers", overrides=changes)
     if store is not None and (found := store.find(key)):
@@ -108,10 +111,11 @@ def read_tokenizer_of(config: EngineConfig, folder: Path, store: Store) -> Token
 
 
 def read_tokenizer(folder: Path, store: Store) -> Tokenizer | None:
-    """The tokenizer of a folder, or None if it has none."""
+    """The tokenizer of a folder or a GGUF file, or None if it has none."""
     if not has_tokenizer(folder):
         return None
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    files = [folder] if is_gguf(folder) else files
     config = [folder / "config.json"] if (folder / "config.json").is_file() else []
     key = _key(TOKENIZER, [*files, *config], "transformers", "tokenizers")
     if found := store.find(key):
@@ -152,6 +156,11 @@ def _description(full: Any) -> str | None:
 
 
 def _key(kind: str, files: Sequence[Path], *libraries: str, **others: str) -> Key:
-    digests = {f"file {path.name}": digest(path.read_bytes()) for path in files}
+    digests = {
+        f"file {path.name}": header.read(path).digest
+        if is_gguf(path)
+        else digest(path.read_bytes())
+        for path in files
+    }
     versions = {f"version {name}": importlib.metadata.version(name) for name in libraries}
     return Key({"kind": f"{kind} {FORMAT}", **digests, **versions, **others})

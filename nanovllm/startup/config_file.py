@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.models import registry
+from nanovllm.models.gguf import config as gguf_config
+from nanovllm.models.gguf.header import is_gguf, read
 from nanovllm.models.rope import refuse_nested
 
 # transformers reads these names too, although they are not fields of a config class.
@@ -50,14 +52,21 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_stored(path: Path) -> dict[str, Any]:
+    """The fields of a config.json, its folder's, or a GGUF file's. Raises ValueError."""
+    if is_gguf(path):
+        return gguf_config.fields(read(path))
+    return read_object(path / "config.json" if path.is_dir() else path)
+
+
 def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
-    """transformers' config of a config.json, in which `overrides` replace fields.
+    """transformers' config of a config.json, or of a GGUF file, in which `overrides` replace fields.
 
     Raises ValueError, with the file's name, for an unknown architecture or model type, for rope
     parameters per layer type, for values that transformers refuses, and for overrides of unknown
     fields.
     """
-    stored = read_object(path)
+    stored = read_stored(path)
     fields = overridden(stored, overrides) if overrides else stored
     names, model_type = fields.get("architectures"), fields.get("model_type")
     if not isinstance(names, list):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm import env
 from nanovllm.checks import to_options
+from nanovllm.models.gguf.header import is_gguf, read
 
 if TYPE_CHECKING:
     from nanovllm.parallel.group import Group
@@ -81,7 +82,10 @@ def start(resolved: ResolvedConfig) -> TPWorkerGroup:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """A digest of config.json, and of the names and sizes of the files with weights."""
+    """A digest of config.json, and of the names and sizes of the files with weights; that of the
+    headers of a GGUF file, which have the sizes of tensors."""
+    if is_gguf(folder):
+        return read(folder).digest
     total = sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         total.update(f"{path.name}\0{path.stat().st_size}\n".encode())

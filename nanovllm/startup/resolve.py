@@ -15,6 +15,7 @@ from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.models import registry, svd_experts
+from nanovllm.models.gguf.header import is_gguf
 from nanovllm.models.layer_state import recurrent_bytes
 from nanovllm.models.loader import has_own_head
 from nanovllm.models.model import Model
@@ -371,7 +372,7 @@ def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
     path = folder / "generation_config.json"
     found = generation_config(folder).get("eos_token_id")
     if found is None:
-        path, found = folder / "config.json", hf.eos_token_id
+        path, found = folder if is_gguf(folder) else folder / "config.json", hf.eos_token_id
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
         raise ValueError(f"{path}: eos_token_id is {found!r}: it must be a token id, or a list")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm import hub
-from nanovllm.cli.bench.workload import TOP_TOKEN, draw_requests
+from nanovllm.cli.bench.workload import TOP_TOKEN, draw_requests, read_fields
+from nanovllm.models.gguf.header import is_gguf
 
 NUM_PROMPTS = {"random": 1000, "nanovllm": 256}
 TEMPERATURE = {"random": 0.0, "nanovllm": 0.6}
@@ -105,7 +106,10 @@ def _vocab_size(args: argparse.Namespace, model: str) -> int:
     if args.vocab_size is not None:
         return int(args.vocab_size)
     name = args.tokenizer or model
-    if name in hub.EMBEDDED or (Path(name).expanduser() / "config.json").is_file():
+    path = Path(name).expanduser()
+    if is_gguf(path) and path.is_file():
+        return int(read_fields(path)["vocab_size"])
+    if name in hub.EMBEDDED or (path / "config.json").is_file():
         config = json.loads((hub.resolve(name, weights=False) / "config.json").read_text())
         return int(config["vocab_size"])
     return TOP_TOKEN + 1

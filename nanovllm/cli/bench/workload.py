@@ -44,7 +44,7 @@ def make_workload(args: argparse.Namespace, stack: ExitStack) -> Workload:
         model, config = stack.enter_context(TemporaryDirectory()), _random_config(args)
         (Path(model) / "config.json").write_text(json.dumps(config))
     else:
-        config = _read(hub.resolve(model, weights=False) / "config.json")
+        config = read_fields(hub.resolve(model, weights=False))
     for name in ("vocab_size", "max_position_embeddings"):
         if type(config.get(name)) is not int:
             raise ValueError(f"config.json of {model} has {config.get(name)!r} for {name}")
@@ -72,6 +72,13 @@ def _random_config(args: argparse.Namespace) -> dict[str, Any]:
     if args.layers:
         config["num_hidden_layers"] = args.layers
     return config
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The fields of a checkpoint's config.json, or those of a GGUF file."""
+    from nanovllm.startup.config_file import read_stored  # imports torch
+
+    return read_stored(folder)
 
 
 def _read(path: Path) -> dict[str, Any]:

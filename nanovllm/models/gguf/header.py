@@ -11,7 +11,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,10 @@ from nanovllm.models.gguf.types import OTHERS, TYPES, GgufType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-LARGEST_HEADER = 1 << 28  # bytes; those of published models have up to 30 MB
+LARGEST_HEADER = 1 << 26  # bytes; those of published models have up to 20 MB
 FIRST_READ = 1 << 24
 MOST_TENSORS, MOST_KEYS, MOST_SPLITS = 1 << 17, 1 << 16, 1 << 12
+MOST_VALUES = 1 << 22  # of an array
 LONGEST_NAME = 1 << 10  # bytes of a tensor's name
 MOST_AXES = 4
 LARGEST_ALIGNMENT = 1 << 20
@@ -192,17 +193,27 @@ class _Cursor:
         if kind != ARRAY:
             raise self.error(f"{key} has the unknown type {kind}")
         kind, count = self.number("I", key), self.number("Q", key)
+        if count > MOST_VALUES:
+            raise self.error(f"{key} has {count} values: at most {MOST_VALUES} are read")
         if kind in NUMBERS:
             code = NUMBERS[kind]
             place = self.take(count * struct.calcsize("<" + code), key)
             return struct.unpack_from(f"<{count}{code}", self.data, place)
         if kind != STRING:
             raise self.error(f"{key} is an array of the type {kind}: only numbers and texts are")
-        if 8 * count > self.size - self.place:
-            raise self.error(
-                f"{key} has {count} texts, but {self.size - self.place} bytes are left in the file"
-            )
-        return tuple(self.text(key) for _ in range(count))
+        return tuple(self.texts(count, key))
+
+    def texts(self, count: int, key: str) -> Iterator[str]:
+        """The texts of an array. Vocabularies have many: this is quicker than `text`."""
+        data = self.data
+        for _ in range(count):
+            begin = self.place + 8
+            stop = begin + int.from_bytes(data[self.place : begin], "little")
+            if stop > len(data):
+                yield self.text(key)  # refuses it
+            else:
+                self.place = stop
+                yield data[begin:stop].decode()
 
 
 def _header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]]:

@@ -1,0 +1,115 @@
+"""The names of a GGUF file's tensors, and what llama.cpp changes in them.
+
+`ARCHITECTURES` has the architectures by their names in files. Names are those that llama.cpp's
+converter writes; here they become those of checkpoints in transformers' layout. Does not import
+torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+# Tensors of rotary factors: they are read with the config.
+ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight",
+                          "rope_factors_short.weight"})  # fmt: skip
+OUTER = {
+    "token_embd": "model.embed_tokens",
+    "output": "lm_head",
+    "output_norm": "model.norm",
+}
+LLAMA = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+QWEN_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{expert}.up_proj",
+    "ffn_down_exps": "mlp.experts.{expert}.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+MIXTRAL_EXPERTS = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
+}
+NORMS_BEHIND = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+BLOCK = re.compile(r"blk\.(\d{1,5})\.([a-z_0-9]+)\.(weight|bias)")
+EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How llama.cpp stores an architecture.
+
+    `layer` are the names of a layer's modules. If it `permutes`, the rows of each head of q and k
+    are in the order in which llama.cpp rotates neighbours: row 2i + j is row i + j · H/2 of
+    transformers. If `norms_plus_one`, norms are stored with the 1 that the family adds to them.
+    """
+
+    layer: Mapping[str, str] = field(default_factory=lambda: LLAMA)
+    permutes: bool = False
+    norms_plus_one: bool = False
+
+    def name_of(self, stored: str) -> str:
+        """The name in transformers' layout, with {expert} for a tensor of all experts. A name that
+        this architecture does not have stays as it is."""
+        module, _, end = stored.rpartition(".")
+        if module in OUTER and end in ("weight", "bias"):
+            return f"{OUTER[module]}.{end}"
+        found = BLOCK.fullmatch(stored)
+        if found is None or found[2] not in self.layer:
+            return stored
+        return f"model.layers.{int(found[1])}.{self.layer[found[2]]}.{found[3]}"
+
+
+PHI3 = {**LLAMA, "ffn_up": "mlp.gate_up_proj"}
+GEMMA3 = {**LLAMA, **NORMS_BEHIND, "ffn_norm": "pre_feedforward_layernorm"}
+ARCHITECTURES: dict[str, Layout] = {
+    "llama": Layout({**LLAMA, **MIXTRAL_EXPERTS}, permutes=True),
+    "qwen2": Layout(),
+    "qwen2moe": Layout({**LLAMA, **QWEN_EXPERTS}),
+    "qwen3": Layout(),
+    "qwen3moe": Layout({**LLAMA, **QWEN_EXPERTS}),
+    "gemma3": Layout(GEMMA3, norms_plus_one=True),
+    "phi3": Layout(PHI3),
+    "granite": Layout(permutes=True),
+    "olmo2": Layout({**LLAMA, **NORMS_BEHIND}),
+    "smollm3": Layout(permutes=True),
+}
+
+
+def without_number(name: str) -> str:
+    """The name that the matrices of all experts share."""
+    return EXPERT_NUMBER.sub(".experts.", name)
+
+
+def of_experts(name: str, num_experts: int) -> Iterator[str]:
+    """The names of the matrices of all experts, in their order."""
+    return (name.replace("{expert}", str(expert)) for expert in range(num_experts))
+
+
+def heads_key(name: str) -> str | None:
+    """The key of the number of heads in the rows of a tensor whose rows llama.cpp permutes."""
+    if ".self_attn.q_proj." in name:
+        return "attention.head_count"
+    return "attention.head_count_kv" if ".self_attn.k_proj." in name else None
