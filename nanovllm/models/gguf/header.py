@@ -62,7 +62,10 @@ class Header(NamedTuple):
 
     @property
     def architecture(self) -> str:
-        return str(self.get("general.architecture", str))
+        found = self.get("general.architecture", str)
+        if found is None:
+            raise GgufError(f"{self.path}: general.architecture is missing")
+        return str(found)
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """A value of the metadata, or the default. Raises GgufError for a value of another type."""
