@@ -275,8 +275,8 @@ class Checkpoint:
         paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
         if not paths:
             raise CheckpointError(
-                f"{folder}: no .safetensors file; other formats are not read, since they can run "
-                "code"
+                f"{folder}: no .safetensors file; formats that can run code are not read, and a "
+                "GGUF file is named by its path, or on the Hub as owner/name:TYPE"
             )
         return {name: path for path in paths for name in self._file(path).tensors}
 
