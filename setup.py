@@ -84,6 +84,7 @@ setup(
         "nanovllm.models.audio",
         "nanovllm.models.experts",
         "nanovllm.models.formats",
+        "nanovllm.models.gguf",
         "nanovllm.models.vision",
         "nanovllm.parallel",
         "nanovllm.parsers",
@@ -136,6 +137,7 @@ setup(
         "vision": ["pillow>=12.3"],
         "test": [
             "anthropic>=2.0",
+            "gguf>=0.19",
             "triton>=3.6; platform_system == 'Linux'",
             "av>=17.1",
             "pillow>=12.3",

@@ -54,7 +54,9 @@ def _models(names: Iterable[str]) -> list[list[str]]:
     for name in sorted(names):
         if is_gguf(name) and not name.rpartition("/")[2].lower().startswith(PROJECTOR):
             split = SPLIT.fullmatch(name)
-            found.setdefault(name if split is None else f"{split[1]} of {split[3]}", []).append(name)
+            found.setdefault(name if split is None else f"{split[1]} of {split[3]}", []).append(
+                name
+            )
     return list(found.values())
 
 

@@ -22,9 +22,7 @@ SPACE = "\u2581"  # in place of spaces in SentencePiece's tokens
 GPT2 = "gpt2"
 DIGITS = r"\p{N}"
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORDS = (
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3, QWEN2 = CONTRACTIONS + WORDS % "{1,3}", CONTRACTIONS + WORDS % ""
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CASES = (
@@ -61,8 +59,8 @@ def load(path: Path) -> Any:
     make = {"gpt2": _byte_level, "llama": _sentence_piece}.get(kind)
     if make is None:
         raise GgufError(
-            f"{path}: tokenizer.ggml.model is {kind!r:.80}, which is not supported: only 'gpt2' and "
-            "'llama' are"
+            f"{path}: tokenizer.ggml.model is {kind!r:.80}, which is not supported: only 'gpt2' "
+            "and 'llama' are"
         )
     try:
         backend = make(header, tokens)
@@ -199,7 +197,8 @@ def _token(header: Header, tokens: Sequence[str], name: str) -> str | None:
         return None
     if not 0 <= number < len(tokens):
         raise GgufError(
-            f"{header.path}: {PREFIX}{name}_token_id is {number}, but there are {len(tokens)} tokens"
+            f"{header.path}: {PREFIX}{name}_token_id is {number}, but there are {len(tokens)} "
+            "tokens"
         )
     return tokens[number]
 

@@ -15,7 +15,8 @@ from nanovllm.cli.main import run
 from nanovllm.hub import names_model, resolve
 
 NAMES = (
-    "README.md", "config.json", "m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m.Q8_0.gguf", "mmproj-m-f16.gguf",
+    "README.md", "config.json", "m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m.Q8_0.gguf",
+    "mmproj-m-f16.gguf",
     "big/m-BF16-00001-of-00002.gguf", "big/m-BF16-00002-of-00002.gguf", "m-F16.gguf",
     "imat/m-F16.gguf", "m[1]-IQ4_NL.gguf",
 )  # fmt: skip

@@ -10,13 +10,13 @@ import gguf
 import pytest
 
 from nanovllm import LLM, gguf_tokenizer
+from nanovllm.config import EngineConfig
 from nanovllm.models.gguf.header import GgufError
 from nanovllm.startup.checkpoint_cache import PROBES, read_tokenizer
+from nanovllm.startup.config_file import transformers_config
 from nanovllm.startup.generation_config import generation_config
 from nanovllm.startup.resolve import eos_token_ids
-from nanovllm.startup.config_file import transformers_config
 from nanovllm.startup.store_folder import open_store
-from nanovllm.config import EngineConfig
 from nanovllm.tokenizer import has_tokenizer, load_full
 from tests.conftest import save_tiny
 from tests.engines import save_tokenizer
@@ -35,8 +35,6 @@ def only_tokenizer(path: Path, tokenizer: Write) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
 
 
 def test_byte_level_tokens_are_those_of_the_original(tmp_path: Path) -> None:
@@ -71,9 +69,7 @@ def test_byte_level_tokens_are_those_of_the_original(tmp_path: Path) -> None:
 )
 def test_texts_are_split_as_the_name_says(pre: str, parts: list[str], tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
-    path = only_tokenizer(
-        tmp_path / "a.gguf", lambda writer: add_byte_level(writer, tmp_path, pre)
-    )
+    path = only_tokenizer(tmp_path / "a.gguf", lambda writer: add_byte_level(writer, tmp_path, pre))
     backend = gguf_tokenizer.load(path).backend_tokenizer
     found = [one for one, _ in backend.pre_tokenizer.pre_tokenize_str("it's 1234!!  x")]
     assert found == [part.replace(" ", "Ġ") for part in parts]

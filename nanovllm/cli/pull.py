@@ -21,7 +21,9 @@ USAGE = "MODEL [--revision REVISION]"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a Hub id (owner/name, or owner/name:TYPE for a GGUF file)")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Hub id (owner/name, or owner/name:TYPE for a GGUF file)"
+    )
     parser.add_argument("--revision", help="a branch, tag or commit (default: the main branch)")
     add_quiet(parser)
 
@@ -35,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     folder = hub.download(args.model, revision=args.revision)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(
-            f"{args.model} has no weights in the safetensors format: if it has GGUF files, name one "
-            f"by its type, as in {args.model}:Q4_K_M"
+            f"{args.model} has no weights in the safetensors format: if it has GGUF files, name "
+            f"one by its type, as in {args.model}:Q4_K_M"
         )
     print(folder)

@@ -247,7 +247,7 @@ class Checkpoint:
 
     def _dtype(self, name: str, wanted: torch.dtype) -> torch.dtype:
         """The dtype of a tensor that is read to one of dtype `wanted`. Raises CheckpointError."""
-        file, stored = self._find(name)
+        _, stored = self._find(name)
         is_packed = wanted in PACKED_DTYPES.values()
         found = (PACKED_DTYPES if is_packed else DTYPES).get(stored.dtype)
         if found is not None and found is (wanted if is_packed else found):
@@ -293,9 +293,7 @@ class File:
         header_len = int.from_bytes(self._file.read(8), "little")
         header = json.loads(self._file.read(header_len))
         self.tensors = {
-            name: Stored(
-                one["dtype"], tuple(one["shape"]), 8 + header_len + one["data_offsets"][0]
-            )
+            name: Stored(one["dtype"], tuple(one["shape"]), 8 + header_len + one["data_offsets"][0])
             for name, one in header.items()
             if name != "__metadata__"
         }

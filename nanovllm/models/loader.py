@@ -54,8 +54,8 @@ class Target(NamedTuple):
 
 
 def load(model: Model, folder: Path, target: Target, progress: Progress) -> Params:
-    """Read a checkpoint in transformers' layout, or a GGUF file, in the formats that `model.scheme` chooses and
-    otherwise in the model's dtype.
+    """Read a checkpoint in transformers' layout, or a GGUF file, in the formats that
+    `model.scheme` chooses and otherwise in the model's dtype.
 
     Calls `progress(n)` after every n layers.
 

@@ -42,7 +42,7 @@ def setup(
 
 
 def with_full_paths(config: EngineConfig) -> EngineConfig:
-    """The config for a process in another folder: existing local folders and files become absolute paths."""
+    """The config for a process in another folder: existing local paths become absolute."""
     store = config.compile_cache and env.read().store_folder(config.compile_cache)
     tokenizer = config.tokenizer and _full_path(config.tokenizer)
     return replace(

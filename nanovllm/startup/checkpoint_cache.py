@@ -48,8 +48,7 @@ class StoredConfig(SimpleNamespace):
 def read_config(
     folder: Path, store: Store | None, overrides: Mapping[str, object] | None = None
 ) -> Any:
-    """transformers' config of a checkpoint (a folder or a GGUF file) with `overrides`, or the store's
-    copy of it.
+    """transformers' config of a folder or a GGUF file with `overrides`, or the store's copy of it.
 
     Errors are those of `transformers_config`.
     """

@@ -60,7 +60,7 @@ def read_stored(path: Path) -> dict[str, Any]:
 
 
 def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
-    """transformers' config of a config.json, or of a GGUF file, in which `overrides` replace fields.
+    """transformers' config of a config.json or a GGUF file, in which `overrides` replace fields.
 
     Raises ValueError, with the file's name, for an unknown architecture or model type, for rope
     parameters per layer type, for values that transformers refuses, and for overrides of unknown

@@ -45,9 +45,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "llama": Kind("llama", permutes=True),
-    "mixtral": Kind(
-        "llama", permutes=True, experts="layers.{layer}.feed_forward.experts.{matrix}"
-    ),
+    "mixtral": Kind("llama", permutes=True, experts="layers.{layer}.feed_forward.experts.{matrix}"),
     "qwen2": Kind("qwen2"),
     "qwen2_moe": Kind("qwen2moe"),
     "qwen3": Kind("qwen3"),
@@ -112,7 +110,7 @@ def write(
         one = one if EXPERT.fullmatch(sources[0]) else one[0]
         stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored_name is not None, name
-        is_matrix = one.ndim > 1 and not stored_name.startswith("blk") or _is_packed(stored_name)
+        is_matrix = (one.ndim > 1 and not stored_name.startswith("blk")) or _is_packed(stored_name)
         type_name = type_of(stored_name) if is_matrix and one.ndim > 1 else "F32"
         raw, values = _in_type(one, type_name, i)
         for source, value in zip(sources, values if one.ndim == 3 else [values], strict=True):
@@ -221,10 +219,7 @@ def _merged(tensors: Mapping[str, Any], kind: Kind) -> dict[str, list[str]]:
 def _in_type(one: Array, type_name: str, seed: int) -> tuple[Array, Array]:
     """A tensor in a type, and its real values."""
     kind = gguf.GGMLQuantizationType[type_name]
-    if type_name in HALVES:
-        raw = blocks(one.shape, type_name, seed)
-    else:
-        raw = quantize(one, kind)
+    raw = blocks(one.shape, type_name, seed) if type_name in HALVES else quantize(one, kind)
     return raw, dequantize(raw, kind)
 
 

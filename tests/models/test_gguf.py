@@ -21,7 +21,7 @@ from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.formats.packed_weight import PackedWeight
 from nanovllm.models.gguf.types import TYPES
 from tests.conftest import save_tiny
-from tests.models import families, gguf_cases, harness
+from tests.models import families, harness
 from tests.models.gguf_cases import HALVES, TypeOf, Written, blocks, in_turns, write
 from tests.models.harness import engine_logits, max_difference, sequences, transformers_logits
 from tests.models.moe_cases import NORMALIZED, Case

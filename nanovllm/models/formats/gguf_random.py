@@ -75,6 +75,6 @@ def _filled(code: Tensor, num: int, value: int) -> Tensor:
 def _joined(code: Tensor, width: int, bits: int) -> Tensor:
     """Bytes of codes: see `reference.ggml.shifted`, or with a width of 1 its `_bits`."""
     shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=code.device).view(-1, 1)
-    return (code.unflatten(-1, (-1, 8 // bits, width)) << shift).sum(-2, dtype=torch.uint8).flatten(
-        -2
+    return (
+        (code.unflatten(-1, (-1, 8 // bits, width)) << shift).sum(-2, dtype=torch.uint8).flatten(-2)
     )

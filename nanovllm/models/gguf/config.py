@@ -78,7 +78,8 @@ class _Facts:
         found = self.get(key, (int, float), default)
         if found is not None and not math.isfinite(found):
             raise GgufError(
-                f"{self.header.path}: {self.header.architecture}.{key} is {found}: it must be finite"
+                f"{self.header.path}: {self.header.architecture}.{key} is {found}: it must be "
+                "finite"
             )
         return found
 
@@ -238,10 +239,13 @@ def _gemma3(facts: _Facts) -> Fields:
     layers, heads = facts.size("block_count"), facts.size("attention.head_count")
     head_dim = facts.size("attention.key_length", 256)
     scalar = facts.size("embedding_length") // heads if layers == LAYERS_OF_27B else head_dim
-    period = facts.size("attention.sliding_window_pattern", SWA_PERIOD)
-    types = [
-        "sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)
-    ]
+    key = "gemma3.attention.sliding_window_pattern"
+    pattern = facts.header.get(key, (int, tuple), SWA_PERIOD)
+    if not isinstance(pattern, tuple):
+        pattern = tuple((i + 1) % max(1, pattern) > 0 for i in range(layers))
+    if len(pattern) != layers:
+        raise GgufError(f"{facts.header.path}: {key} has {len(pattern)} values")
+    types = ["sliding_attention" if one else "full_attention" for one in pattern]
     theta = facts.number("rope.freq_base_swa", SWA_THETA)
     return {
         "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": head_dim,

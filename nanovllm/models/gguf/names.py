@@ -14,11 +14,7 @@ from dataclasses import dataclass, field
 # Tensors of rotary factors: they are read with the config.
 ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight",
                           "rope_factors_short.weight"})  # fmt: skip
-OUTER = {
-    "token_embd": "model.embed_tokens",
-    "output": "lm_head",
-    "output_norm": "model.norm",
-}
+OUTER = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
 LLAMA = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
