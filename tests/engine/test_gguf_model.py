@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,30 @@ import torch
 from nanovllm import LLM, SamplingParams
 from tests.gguf_model import smollm2
 
+ROOT = Path(__file__).parents[2]
 NUM_TOKENS = 20
+# Reads the weights of a file, and prints by how many kB the most memory in use exceeds that before.
+READ = """
+import sys
+from pathlib import Path
+
+import torch
+
+from nanovllm.models import loader, registry
+from nanovllm.startup.config_file import transformers_config
+
+def memory(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+path = Path(sys.argv[1])
+hf = transformers_config(path, {})
+model = registry.architecture(hf.architectures)(hf, dtype=torch.float32)
+Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is in use
+before = memory("VmRSS:")
+params = loader.load(model, path, loader.Target(torch.device("cpu")), lambda num_layers: None)
+print(memory("VmHWM:") - before)
+"""
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time, 123 dogs")
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -60,6 +85,14 @@ def test_greedy_tokens_are_those_of_transformers(path: Path, llm: LLM) -> None:
         for place in range(num_prompt, len(ids)):
             found = output["prompt_logprobs"][place]
             assert max(found, key=lambda token: found[token].logprob) == ids[place], place
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's counts of memory are Linux's")
+def test_reading_takes_little_more_memory_than_the_file(path: Path) -> None:
+    command = [sys.executable, "-c", READ, str(path)]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    num_bytes = path.stat().st_size
+    assert 0.9 * num_bytes < 1024 * int(found.stdout) < 1.15 * num_bytes
 
 
 def test_a_chat_through_the_file_s_template(llm: LLM) -> None:

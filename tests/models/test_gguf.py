@@ -184,9 +184,9 @@ def test_ranks_do_not_cut_blocks(tmp_path: Path) -> None:
         harness.load(written.path, "cpu", enforce_eager=True, tensor_parallel_size=2)
 
 
-def test_split_files_and_sleep(tmp_path: Path) -> None:
-    """A model in several files, whose weights are read again after sleep."""
-    written = small(tmp_path, in_turns("Q4_1", "Q5_K"), num_files=3)
+def test_split_files_that_sleep_and_two_processes(tmp_path: Path) -> None:
+    """A model in several files, whose weights are read again after sleep, and by two ranks."""
+    written = small(tmp_path, in_turns("Q4_1", "Q5_1"), num_files=3)
     assert written.path.name == "model-00001-of-00003.gguf"
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     llm = LLM(str(tmp_path), **options(1), enable_sleep_mode=True)
@@ -198,3 +198,6 @@ def test_split_files_and_sleep(tmp_path: Path) -> None:
         llm.sleep(level=level)
         llm.wake_up()
         assert llm.generate([[5, 6, 7]], params, use_tqdm=False)[0]["token_ids"] == expected
+    both = LLM(str(written.path), **options(2))
+    assert both.generate([[5, 6, 7]], params, use_tqdm=False)[0]["token_ids"] == expected
+    both.close()
