@@ -28,7 +28,7 @@ def names_model(text: str) -> bool:
     starts = ("/", "./", "../", "~")
     is_name = text in EMBEDDED or is_hub_name(text)
     is_path = text.startswith(starts) and len(text.split()) == 1
-    return is_name or is_path or (bool(text) and _is_local(Path(os.path.expanduser(text))))
+    return is_name or is_path or (bool(text) and is_local(Path(os.path.expanduser(text))))
 
 
 def is_hub_name(text: str) -> bool:
@@ -36,7 +36,8 @@ def is_hub_name(text: str) -> bool:
     return any(one.fullmatch(text) for one in (HUB_ID, HUB_GGUF))
 
 
-def _is_local(path: Path) -> bool:
+def is_local(path: Path) -> bool:
+    """Whether a path is a folder or a GGUF file."""
     return path.is_dir() or (is_gguf(path) and path.is_file())
 
 
@@ -49,7 +50,7 @@ def resolve(model: str, *, weights: bool = True, revision: str | None = None) ->
     for a name that is not an embedded model, a folder with a config.json or one GGUF model, a GGUF
     file, or an existing Hub id, and for a revision of anything but a Hub id.
     """
-    if revision is not None and (model in EMBEDDED or _is_local(Path(os.path.expanduser(model)))):
+    if revision is not None and (model in EMBEDDED or is_local(Path(os.path.expanduser(model)))):
         raise ValueError(
             f"revision is {revision!r}, but model {model!r} is not a Hub id, and only a Hub id has "
             "revisions"

@@ -12,6 +12,7 @@ from typing import Any
 from nanovllm.batch.job import Job
 from nanovllm.batch.worker import EngineWorker, WorkerSettings, load_engine
 from nanovllm.config import EngineConfig
+from nanovllm.hub import is_local
 from nanovllm.programs import INTERRUPTED, TERMINATED
 from nanovllm.replicas import cluster
 
@@ -103,7 +104,7 @@ def _object(name: str, value: Any) -> dict[str, Any]:
 def _facts(config: EngineConfig) -> dict[str, Any]:
     """The model, and the options that differ from their defaults."""
     folder = os.path.expanduser(config.model)
-    model = os.path.realpath(folder) if os.path.exists(folder) else config.model
+    model = os.path.realpath(folder) if is_local(Path(folder)) else config.model
     options = {
         option.name: getattr(config, option.name)
         for option in fields(EngineConfig)

@@ -59,4 +59,4 @@ def tokenizer(config: EngineConfig) -> Tokenizer | None:
 
 def _full_path(given: str | os.PathLike[str]) -> str:
     path = Path(os.path.expanduser(given))
-    return str(path.absolute()) if path.exists() else str(given)
+    return str(path.absolute()) if hub.is_local(path) else str(given)

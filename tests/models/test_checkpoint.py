@@ -76,13 +76,13 @@ def test_a_file_is_read_the_same_where_files_have_one_position(
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every file that is opened from here on."""
     found: list[Any] = []
-    make: Callable[..., Any] = files._File
+    make: Callable[..., Any] = files.File
 
     def making(path: Path) -> Any:
         found.append(make(path))
         return found[-1]
 
-    monkeypatch.setattr(files, "_File", making)
+    monkeypatch.setattr(files, "File", making)
     return found
 
 
