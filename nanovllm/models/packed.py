@@ -87,13 +87,27 @@ def _check(checkpoint: Checkpoint, stored_as: Format, pieces: Sequence[Piece]) -
                 has_plain = piece.source in checkpoint
                 also = f", and {piece.source} is there: it is not quantized" if has_plain else ""
                 raise CheckpointError(f"{checkpoint.folder}: tensor {name} is missing{also}")
-            found, wanted = checkpoint.shape(name), _shape(companion, piece)
+            found = checkpoint.shape(name)
+            if companion.whole is not None:
+                _check_whole(checkpoint, name, companion.whole)
+                continue
+            wanted = _shape(companion, piece)
             is_number = math.prod(wanted) == math.prod(found) == 1
             if found != wanted and not is_number and not companion.is_unread:
                 raise CheckpointError(
                     f"{checkpoint.folder}: tensor {name} has shape {list(found)}, but the config "
                     f"asks for {list(wanted)}"
                 )
+
+
+def _check_whole(checkpoint: Checkpoint, name: str, limits: tuple[int, int]) -> None:
+    found, (least, most) = checkpoint.shape(name), limits
+    if len(found) != 1 or not least <= found[0] <= most:
+        asked = str(least) if least == most else f"{least} to {most}"
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {name} has shape {list(found)}, but its format asks for "
+            f"one axis of {asked}"
+        )
 
 
 def _named(stored_as: Format, piece: Piece) -> list[tuple[str, Companion]]:
@@ -135,7 +149,10 @@ def _raw(
         name = stored_as.companion_name(piece.source, end)
         if companion.is_unread or name not in checkpoint:
             continue
-        cut, narrowed = _cut(companion.axes, piece, checkpoint.shape(name))
+        shape = checkpoint.shape(name)
+        cut, narrowed = Cut.whole(shape), None
+        if companion.whole is None:
+            cut, narrowed = _cut(companion.axes, piece, shape)
         out = torch.empty(_shape_of(cut), dtype=companion.dtype, device=device)
         wanted.append((name, out.view(-1), cut))
         raw[end] = out if narrowed is None else out.narrow(*narrowed)

@@ -56,7 +56,9 @@ def gptq(config: Config) -> Scheme:
     is_v2 = config.get("checkpoint_format") == "gptq_v2"
     _require(config, "checkpoint_format", None, "gptq", "gptq_v2")
     has_order = bool(config.get("desc_act")) and config.get("group_size") != -1
-    stored = Gptq(config["bits"], _group(config), 0 if is_v2 else 1, has_order)
+    stored = Gptq(
+        config["bits"], _group(config), 0 if is_v2 else 1, has_order, config.get("sym") is True
+    )
     return Packed("gptq", stored, has_head=bool(config.get("lm_head")))
 
 

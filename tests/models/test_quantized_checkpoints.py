@@ -24,8 +24,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.models import loader
 from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.formats.fp8 import Fp8Weight
-from nanovllm.models.formats.grouped import GroupedWeight
 from nanovllm.models.formats.mixed import Mixed
+from nanovllm.models.formats.packed_weight import PackedWeight
 from nanovllm.models.loader import Shard, Target
 from nanovllm.platforms import cpu
 from tests.conftest import save_tiny
@@ -176,7 +176,7 @@ def test_dense_models_alone_and_on_two_ranks(kind: Kind, tmp_path: Path) -> None
     folder = pack(kind, save_tiny(tmp_path, vocab_size=99, intermediate_size=112))
     params = check(folder, 99)
     stored = params.layers[0].down_DF
-    assert isinstance(stored, Fp8Weight if "fp8" in kind.name else GroupedWeight)
+    assert isinstance(stored, Fp8Weight if "fp8" in kind.name else PackedWeight)
     check_ranks(folder, 2, 99)
 
 

@@ -19,7 +19,8 @@ class PackedWeight(NamedTuple):
 
     code_OC: bytes, [.., O, C]. scale_OG, offset_OG: [.., O, G], of `group` inputs each; no offset
     is 0. table: the levels of codes; None: the codes themselves. order_D: the column d of the
-    weight is for input order_D[d], int32 [.., D]; None: for input d.
+    weight is for input order_D[d], int32 [.., D]; None: for input d. There may be more columns than
+    the `depth` inputs: those that are for input `depth`, which is 0, fill groups up.
     """
 
     code_OC: Tensor
@@ -33,7 +34,7 @@ class PackedWeight(NamedTuple):
 
     def linear(self, x_TD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None) -> Tensor:
         if self.order_D is not None:
-            x_TD = x_TD.index_select(-1, self.order_D)
+            x_TD = self._padded(x_TD).index_select(-1, self.order_D)
         return ops.packed_linear(x_TD, *self[:4], self.bits, self.group, bias_O, residual_TO)
 
     def rows(self, first: int) -> Tensor:
@@ -50,13 +51,21 @@ class PackedWeight(NamedTuple):
         if self.order_D is not None:
             order_TKD = self.order_D[expert_TK.long()].long()
             x = x if x.dim() == 3 else x.unsqueeze(1).expand(-1, expert_TK.shape[1], -1)
-            x = x.gather(-1, order_TKD)
+            x = self._padded(x).gather(-1, order_TKD)
         return ops.packed_expert_linear(x, expert_TK, *self[:4], self.bits, self.group)
 
     def real(self) -> Tensor:
         """The real values [.., O, D] in fp32, in the order of inputs."""
-        value = reference.packed.unpacked(*self[:4], self.bits, self.group, self.depth)
+        num_columns = self.depth if self.order_D is None else self.order_D.shape[-1]
+        value = reference.packed.unpacked(*self[:4], self.bits, self.group, num_columns)
         if self.order_D is None:
             return value
-        place = self.order_D.long().argsort(-1)
-        return value.gather(-1, place.unsqueeze(-2).expand_as(value))
+        found = value.new_zeros((*value.shape[:-1], self.depth + 1))
+        found.scatter_(-1, self.order_D.long().unsqueeze(-2).expand_as(value), value)
+        return found[..., : self.depth]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """The inputs, and a 0 for the columns that fill groups up, if there are any."""
+        assert self.order_D is not None
+        has_more = self.order_D.shape[-1] > self.depth
+        return torch.nn.functional.pad(x, (0, 1)) if has_more else x
