@@ -24,8 +24,8 @@ from nanovllm.models.model import LayerKind, Model, Param, Params
 from nanovllm.models.schemes import Part
 from nanovllm.models.shards import ALL, Shard, taken
 
-# Checkpoint tensors that no forward pass reads.
-IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")
+# Checkpoint tensors that no forward pass reads; scales of an 8-bit cache follow from the weights.
+IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|self_attn\.[kv]_scale)$")
 RANDOM_STD = 0.02
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SLACK = 1 << 20  # numbers, for padding

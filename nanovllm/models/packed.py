@@ -117,9 +117,9 @@ def _named(stored_as: Format, piece: Piece) -> list[tuple[str, Companion]]:
 
 def _shape(companion: Companion, piece: Piece) -> tuple[int, ...]:
     """The shape of a companion in the checkpoint."""
-    if companion.shape is not None:
-        return companion.shape
-    seen = tuple(axis.size(piece.shape) for axis in companion.axes)
+    seen = companion.shape
+    if seen is None:
+        seen = tuple(axis.size(piece.shape) for axis in companion.axes)
     return (piece.num_experts, *seen) if piece.num_experts else seen
 
 

@@ -8,66 +8,66 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nanovllm.models import compressed_config
+from nanovllm.models.formats.bitsandbytes import Bnb4, Bnb8
+from nanovllm.models.formats.fp4 import MxFp4Experts
 from nanovllm.models.formats.fp8 import Fp8
 from nanovllm.models.formats.grouped import Awq, Gptq
 from nanovllm.models.gguf.scheme import GgufTypes
+from nanovllm.models.quant_config import Config, block, group, require
 from nanovllm.models.schemes import UNQUANTIZED, Modules, Packed, Scheme
 
-Config = Mapping[str, Any]
 SCALE, INVERSE = "weight_scale", "weight_scale_inv"
 
 
 def fp8(config: Config) -> Scheme:
     """`weight_scale_inv` for blocks, `weight_scale` for whole tensors; both multiply."""
-    _require(config, "activation_scheme", "dynamic", "static")
-    _require(config, "fmt", "e4m3")
-    plain = Modules(config.get("modules_to_not_convert") or config.get("ignored_layers") or ())
+    require(config, "activation_scheme", "dynamic", "static")
+    require(config, "fmt", "e4m3")
     size = config.get("weight_block_size")
-    stored = Fp8((0, 0), SCALE) if size is None else Fp8(_block(size), INVERSE)
-    return Packed("fp8", stored, plain)
-
-
-def compressed_tensors(config: Config) -> Scheme:
-    """fp8 weights of the library compressed-tensors: one group of linear layers."""
-    _require(config, "format", "float-quantized", "naive-quantized")
-    _require(config, "quantization_status", "compressed")
-    _require(config, "kv_cache_scheme", None)
-    groups = list((config.get("config_groups") or {}).values())
-    if len(groups) != 1 or groups[0].get("targets") != ["Linear"]:
-        raise ValueError(
-            f"quantization_config has the groups {groups}: only one with the targets ['Linear'] is "
-            "supported"
-        )
-    weights = groups[0].get("weights") or {}
-    _require(weights, "type", "float")
-    _require(weights, "num_bits", 8)
-    _require(weights, "symmetric", True)
-    _require(weights, "strategy", "tensor", "channel", "block")
-    blocks = {"tensor": (0, 0), "channel": (1, 0)}
-    found = blocks.get(weights["strategy"]) or _block(weights.get("block_structure"))
-    ignored = Modules(config.get("ignore") or ())
-    return Packed("compressed-tensors", Fp8(found, SCALE), ignored, has_head=True)
+    stored = Fp8((0, 0), SCALE) if size is None else Fp8(block(size), INVERSE)
+    return Packed("fp8", stored, _plain(config, "modules_to_not_convert", "ignored_layers"))
 
 
 def gptq(config: Config) -> Scheme:
-    _require(config, "bits", 4, 8)
-    _require(config, "dynamic", None, {})
-    _require(config, "modules_in_block_to_quantize", None)
+    require(config, "bits", 4, 8)
+    require(config, "dynamic", None, {})
+    require(config, "modules_in_block_to_quantize", None)
     is_v2 = config.get("checkpoint_format") == "gptq_v2"
-    _require(config, "checkpoint_format", None, "gptq", "gptq_v2")
+    require(config, "checkpoint_format", None, "gptq", "gptq_v2")
     has_order = bool(config.get("desc_act")) and config.get("group_size") != -1
-    stored = Gptq(
-        config["bits"], _group(config), 0 if is_v2 else 1, has_order, config.get("sym") is True
-    )
+    is_symmetric = config.get("sym") is True
+    stored = Gptq(config["bits"], group(config), 0 if is_v2 else 1, has_order, is_symmetric)
     return Packed("gptq", stored, has_head=bool(config.get("lm_head")))
 
 
 def awq(config: Config) -> Scheme:
-    _require(config, "bits", 4)
-    _require(config, "version", "gemm", "GEMM")
-    _require(config, "zero_point", True)
-    plain = Modules(config.get("modules_to_not_convert") or ())
-    return Packed("awq", Awq(4, _group(config)), plain)
+    require(config, "bits", 4)
+    require(config, "version", "gemm", "GEMM")
+    require(config, "zero_point", True)
+    return Packed("awq", Awq(4, group(config)), _plain(config, "modules_to_not_convert"))
+
+
+def mxfp4(config: Config) -> Scheme:
+    """Experts alone are packed, as in gpt-oss."""
+    plain = _plain(config, "modules_to_not_convert")
+    return Packed("mxfp4", MxFp4Experts(), plain, kinds=frozenset({"experts"}))
+
+
+def bitsandbytes(config: Config) -> Scheme:
+    """The head is plain; so are the modules that `llm_int8_skip_modules` names."""
+    plain = _plain(config, "llm_int8_skip_modules")
+    is_4, is_8 = bool(config.get("load_in_4bit")), bool(config.get("load_in_8bit"))
+    if is_4 == is_8:
+        raise ValueError(
+            f"quantization_config has load_in_4bit {is_4} and load_in_8bit {is_8}: one must be True"
+        )
+    if is_8:
+        return Packed("bitsandbytes", Bnb8(), plain)
+    require(config, "bnb_4bit_quant_type", "nf4", "fp4")
+    require(config, "bnb_4bit_quant_storage", None, "uint8")
+    is_nested = bool(config.get("bnb_4bit_use_double_quant"))
+    return Packed("bitsandbytes", Bnb4(config["bnb_4bit_quant_type"], is_nested), plain)
 
 
 def gguf(config: Config) -> Scheme:
@@ -81,10 +81,12 @@ def gguf(config: Config) -> Scheme:
 
 CHECKPOINTS: dict[str, Callable[[Config], Scheme]] = {
     "fp8": fp8,
-    "compressed-tensors": compressed_tensors,
+    "compressed-tensors": compressed_config.scheme,
     "gptq": gptq,
     "awq": awq,
     "gguf": gguf,
+    "mxfp4": mxfp4,
+    "bitsandbytes": bitsandbytes,
 }
 
 
@@ -105,30 +107,6 @@ def of_checkpoint(hf: Any) -> Scheme:
     return CHECKPOINTS[method](found)
 
 
-def _require(config: Config, name: str, *allowed: object) -> None:
-    """Refuse a value that is there and is not allowed. `allowed` with None: it may be missing."""
-    found = config.get(name)
-    is_optional = name in ("fmt", "activation_scheme", "quantization_status", "symmetric")
-    if found not in allowed and not (found is None and is_optional):
-        raise ValueError(
-            f"quantization_config has {name} {found!r}, which is not supported: only "
-            f"{', '.join(map(repr, allowed))}"
-        )
-
-
-def _block(size: Any) -> tuple[int, int]:
-    is_pair = isinstance(size, (list, tuple)) and len(size) == 2
-    if not is_pair or not all(isinstance(one, int) and one > 0 for one in size):
-        raise ValueError(
-            f"quantization_config has blocks of {size!r}: it must be two numbers above 0"
-        )
-    return size[0], size[1]
-
-
-def _group(config: Config) -> int:
-    found = config.get("group_size")
-    if not isinstance(found, int) or not (found > 0 or found == -1):
-        raise ValueError(
-            f"quantization_config has group_size {found!r}: it must be a number above 0, or -1"
-        )
-    return found
+def _plain(config: Config, *names: str) -> Modules:
+    """The modules that one of these fields names."""
+    return Modules(next((config[name] for name in names if config.get(name)), ()))

@@ -130,7 +130,7 @@ class Packed(BySource):
     """A checkpoint that stores linear layers and experts in one format.
 
     The `plain` modules are not among them. The head and the embedding table are if it `has_head`
-    and `has_table`; a tied head is the table.
+    and `has_table`; a tied head is the table. Parameters of other `kinds` are plain.
     """
 
     quant_method: str
@@ -138,11 +138,14 @@ class Packed(BySource):
     plain: Modules = field(default_factory=Modules)
     has_head: bool = False
     has_table: bool = False
+    kinds: frozenset[str] = PACKABLE
 
     def __str__(self) -> str:
         return f"quant_method {self.quant_method!r}"
 
     def format(self, param: Param, source: str) -> Format:
+        if param.kind not in self.kinds:
+            return PLAIN
         if param.is_vocab and not (self.has_head if source == HEAD else self.has_table):
             return PLAIN
         names = (source,) if param.other_name is None else (source, param.other_name)

@@ -25,9 +25,9 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where output i of a word is
 
 @dataclass(frozen=True)
 class Grouped(PackedFormat):
-    """A group has so many `inputs`; −1 are all. Zeros are larger by `zero_offset` than they are stored.
-    If a matrix `has_order`, its `g_idx` names the group of each input. All zeros of a `symmetric`
-    checkpoint are half of all values, so that offsets are exact in fp16."""
+    """A group has so many `inputs`; −1 are all. Zeros are larger by `zero_offset` than they are
+    stored. If a matrix `has_order`, its `g_idx` names the group of each input. All zeros of a
+    `symmetric` checkpoint are half of all values, so that offsets are exact in fp16."""
 
     bits: int
     inputs: int

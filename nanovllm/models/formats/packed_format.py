@@ -147,9 +147,7 @@ class PackedFormat(Format):
         """
         offset_OG = -zero_OG.float() * scale_OG
         if group_D is None:
-            scale_OG, offset_OG = (
-                self.of_groups(x, piece, extent) for x in (scale_OG, offset_OG)
-            )
+            scale_OG, offset_OG = (self.of_groups(x, piece, extent) for x in (scale_OG, offset_OG))
             return self.packed(code_OD, scale_OG, offset_OG, None, extent)
         order_S, block_G = self.sorted_by_group(group_D, scale_OG.shape[1], extent)
         # the columns that fill groups up have any codes
