@@ -242,7 +242,5 @@ def test_configs_that_are_not_followed_are_refused(
 def test_blocks_that_do_not_end_with_rows_are_refused(tmp_path: Path) -> None:
     kind = replace(BY_NAME["bnb int8"], config=NF4)
     folder = pack(kind, save_tiny(tmp_path, intermediate_size=96))
-    with pytest.raises(
-        ValueError, match=re.escape("blocks of 64 numbers do not end with its rows of 96")
-    ):
+    with pytest.raises(ValueError, match="blocks of 64 numbers do not end with its rows of 96"):
         model_of(folder)
