@@ -83,7 +83,7 @@ ALLOWED: dict[str, Rule] = {
         "a number of experts per layer, at least 1, or bytes with a unit, such as '8GiB'",
         _is_experts_or_bytes,
     ),
-    "quantization": one_of("int8", None),
+    "quantization": one_of("int8", "fp8", "int4", None),
     "hf_overrides": ("a dict of fields of config.json, with JSON values", is_json_object),
     "compile_cache": ("a folder's path", lambda value: str(value) != ""),
     "compile_cache_mode": one_of("auto", "require"),
@@ -152,8 +152,9 @@ class EngineConfig:
         engine captures decode steps) or "npugraph_ex" (torch_npu's compiler of that name rewrites
         and captures them).
     random_weights: draw weights from a seeded normal distribution. Only config.json is needed.
-    quantization: "int8", on a CPU, stores the weights of linear layers as int8 with a factor per
-        output. None: weights keep their dtype.
+    quantization: converts the weights of linear layers as they are read: "int8", on a CPU, with a
+        factor per output; "fp8" with a factor per output, experts too; "int4" with a factor for 128
+        inputs, experts too, the head not. None: weights keep their dtype. See docs/quantization.md.
     expert_offload: keep all experts in host memory, and some of them on the device as well: a
         number of experts per layer, or bytes for the experts of all layers, such as "8GiB" or
         "500MB". See docs/experts.md.

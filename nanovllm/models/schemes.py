@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 from nanovllm.models.checkpoint import plain_name
 from nanovllm.models.formats.format import Format
+from nanovllm.models.formats.fp8 import Fp8Rounded
 from nanovllm.models.formats.int8 import Int8
 from nanovllm.models.formats.plain import PLAIN
+from nanovllm.models.formats.rounded import Rounded
 from nanovllm.models.param import PACKABLE, Param
 
 HEAD = "lm_head.weight"
@@ -43,16 +45,22 @@ class Scheme(ABC):
 
 @dataclass(frozen=True)
 class Converted(Scheme):
-    """All linear layers are converted to one format as they are read. A tied head is converted,
-    and the embedding table stays plain, since its rows are looked up."""
+    """All linear layers, and experts if the format takes them, are converted to one format as they
+    are read. The head is one of the layers if it `has_head`. A tied head is converted then, and the
+    embedding table stays plain, since its rows are looked up."""
 
     linear: Format = PLAIN
+    has_head: bool = True
 
     def __str__(self) -> str:
         return f"quantization {self.linear.name!r}"
 
     def parts(self, param: Param) -> tuple[Part, ...]:
-        return (Part(param, self.linear if param.kind == "linear" else PLAIN),)
+        kinds = self.linear.kinds & {"linear", "experts"}
+        is_plain = param.kind not in kinds or param.compressed
+        if is_plain or (param.is_vocab and not self.has_head):
+            return (Part(param, PLAIN),)
+        return (Part(param, self.linear),)
 
 
 UNQUANTIZED = Converted()
@@ -154,4 +162,9 @@ class Packed(BySource):
 
 
 # The values of the option `quantization`; `quant_methods` has those of checkpoints.
-OPTIONS: dict[str, Scheme] = {"int8": Converted(Int8())}
+# fp8 has a scale for each output: blocks of 128 × 128 are no more exact, see docs/log.md.
+OPTIONS: dict[str, Converted] = {
+    "int8": Converted(Int8()),
+    "fp8": Converted(Fp8Rounded((1, 0), "weight_scale")),
+    "int4": Converted(Rounded(), has_head=False),
+}

@@ -27,16 +27,18 @@ from nanovllm.platforms.regions import Region, SplitRegion
 
 # Ops whose reference reads the routing on the host, so that it cannot be traced.
 OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
+PACKED_EXPERT_OPS = ("fp8_expert_linear", "packed_expert_linear")  # the same
 # Ops of a step with our kernels on CPU and CUDA.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
     "paged_attention", "qk_norm_rope_store", "rms_norm", "sample", "sampling_inputs", "silu_mul",
-    "span_inputs", "topk_softmax", "varlen_attention", *OFFLOAD_OPS, *COLLECTIVES,
+    "span_inputs", "topk_softmax", "varlen_attention", *OFFLOAD_OPS, *PACKED_EXPERT_OPS,
+    *COLLECTIVES,
 })  # fmt: skip
 # The passes of fuse=False: our kernels are used only for ops that no lowering can generate.
 UNFUSED_OPS = frozenset({
     "paged_attention", "varlen_attention", "store_kv", "sample", "topk_softmax", "experts",
-    "expert_linear", *OFFLOAD_OPS, *COLLECTIVES,
+    "expert_linear", *OFFLOAD_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
 })  # fmt: skip
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
     ("replace_ops", partial(replace_ops, keep=lambda name, node: name in UNFUSED_OPS)),

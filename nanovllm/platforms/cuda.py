@@ -76,6 +76,7 @@ class CudaPlatform(Accelerator):
         traits = replace(
             TRAITS,
             supported_dtypes=TRAITS.supported_dtypes + bfloat16,
+            quantizations=("fp8", "int4"),
             takes_quantized=True,
             supports_fp8_cache=capability >= (8, 9),  # Triton converts float8_e4m3fn from 8.9 on
             supports_offload=torch.version.hip is None,

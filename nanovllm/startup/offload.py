@@ -42,7 +42,7 @@ def choose_offload(config: EngineConfig, model: Model, platform: Platform) -> Of
         )
     if not all(stored_as.is_plain for stored_as in model.expert_formats):
         raise ValueError(
-            f"expert_offload is {asked!r}, but the checkpoint's experts are quantized "
+            f"expert_offload is {asked!r}, but the model's experts are quantized "
             f"({model.scheme}), and those are not offloaded: leave it out"
         )
     plan = _in_experts(asked, model) if isinstance(asked, int) else _in_bytes(asked, model)

@@ -125,8 +125,9 @@ def resolve_model(
     traits = platform.traits
     if config.quantization is not None and config.quantization not in traits.quantizations:
         raise ValueError(
-            f"quantization {config.quantization!r} is not supported on a {traits.name} device, "
-            "only on a cpu: leave it out or use device='cpu'"
+            f"quantization {config.quantization!r} is not supported on a {traits.name} device "
+            f"(supported: {', '.join(map(repr, traits.quantizations)) or 'none'}): leave it out or "
+            "use device='cpu'"
         )
     hf = read_config(folder, store, config.hf_overrides)
     dtype = choose_dtype(config.dtype, hf, platform)
@@ -175,12 +176,13 @@ def make_model(config: EngineConfig, hf: Any, dtype: torch.dtype) -> Model:
             f"quantization is {config.quantization!r}, but the checkpoint is quantized already "
             f"({model.scheme}): leave it out"
         )
-    if model.config.moe is not None:
+    scheme = OPTIONS[config.quantization]
+    if model.config.moe is not None and "experts" not in scheme.linear.kinds:
         raise ValueError(
             f"quantization {config.quantization!r} is not supported for a model with experts "
             f"({model.config.architecture})"
         )
-    return model.with_scheme(OPTIONS[config.quantization])
+    return model.with_scheme(scheme)
 
 
 def on_ranks(config: EngineConfig, model: Model) -> Model:

@@ -431,7 +431,7 @@ def test_options_that_do_not_go_with_a_packed_checkpoint_are_refused(tmp_path: P
     folder = pack(Case("mixtral", 4, 2).save(tmp_path))
     with pytest.raises(ValueError, match="'int8', but the checkpoint is quantized already"):
         model_of(folder, quantization="int8")
-    with pytest.raises(ValueError, match="expert_offload is 2, but the checkpoint's experts are"):
+    with pytest.raises(ValueError, match="expert_offload is 2, but the model's experts are"):
         model_of(folder, expert_offload=2)
 
 

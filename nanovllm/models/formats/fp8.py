@@ -117,3 +117,12 @@ class Fp8(Format):
         if not columns:
             return 1, extent.shape[-1]
         return extent.row_block(rows), extent.column_block(columns)
+
+
+@dataclass(frozen=True)
+class Fp8Rounded(Fp8):
+    """The same, from numbers in the model's dtype: the option "fp8"."""
+
+    @property
+    def is_packed(self) -> bool:
+        return False
