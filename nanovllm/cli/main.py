@@ -39,6 +39,9 @@ COMMANDS = {
     ),
     "batch": Command("nanovllm.cli.batch", "answer a file of prompts"),
     "precompile": Command("nanovllm.cli.precompile", "compile a model's programs ahead of time"),
+    "quantize": Command(
+        "nanovllm.cli.quantize", "write a quantized copy of a model", has_engine=False
+    ),
     "cache": Command(
         "nanovllm.cli.cache", "list, verify or prune compiled programs", has_engine=False
     ),
