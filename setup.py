@@ -121,6 +121,7 @@ setup(
         "flash-attn": [
             "fa3-fwd>=0.0.3; platform_system == 'Linux' and platform_machine == 'x86_64'"
         ],
+        "gguf": ["gguf>=0.19"],
         "ray": ["ray>=2.56"],
         "serve": [
             "httptools>=0.6",
@@ -141,6 +142,8 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",
             "av>=17.1",
             "pillow>=12.3",
+            "compressed-tensors>=0.20",
+            "gguf>=0.19",
             "httptools>=0.6",
             "httpx>=0.28",
             "hypothesis>=6.100",

@@ -217,9 +217,7 @@ def _cuts(path: Path, described: Any) -> str:
     for name, ends in CUTS.items():
         if len(expressions) == 1 and expressions[0].replace("(?i:", "(?:").endswith(ends):
             return name
-    raise ValueError(
-        f"{path} cuts texts by {expressions}: only those of {', '.join(CUTS)} are known"
-    )
+    raise ValueError(f"{path} cuts texts by {expressions}: only {', '.join(CUTS)} are known")
 
 
 def _objects(described: Any) -> Iterator[dict[str, Any]]:

@@ -41,10 +41,12 @@ def words(code_OD: Tensor, bits: int) -> Tensor:
 
 def _words(name: str, weight_OD: Tensor, bits: int, group: int) -> dict[str, Tensor]:
     depth = weight_OD.shape[1]
-    code_OD, scale_OG = rounded(name, weight_OD, bits, group or depth, weight_OD.dtype)
+    # scales that two bytes hold, as the engine has them
+    dtype = torch.float16 if weight_OD.dtype is torch.float32 else weight_OD.dtype
+    code_OD, scale_OG = rounded(name, weight_OD, bits, group or depth, dtype)
     return {
         "weight_packed": words(code_OD, bits),
-        "weight_scale": scale_OG,
+        "weight_scale": scale_OG.to(weight_OD.dtype),
         "weight_shape": torch.tensor(weight_OD.shape),
     }
 
