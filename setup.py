@@ -142,7 +142,7 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",
             "av>=17.1",
             "pillow>=12.3",
-            "compressed-tensors>=0.20",
+            "compressed-tensors>=0.19",
             "gguf>=0.19",
             "httptools>=0.6",
             "httpx>=0.28",

@@ -81,8 +81,8 @@ def test_pins_are_what_the_package_requires(python: str) -> None:
 @pytest.mark.parametrize("python", VERSIONS)
 def test_pinned_packages_allow_the_version_of_python(python: str) -> None:
     """Checked for the packages that are installed here in their pinned versions. The other lines
-    are av 17.1.0, numpy 2.2.6, pillow 12.3.0 and transformers 5.20.2, which PyPI offers for
-    Python 3.10 and later."""
+    are av 17.1.0, compressed-tensors 0.19.0, numpy 2.2.6, pillow 12.3.0 and transformers 5.20.2,
+    which PyPI offers for Python 3.10 and later."""
     for pin in pins(python):
         try:
             found = importlib.metadata.distribution(pin.name)

@@ -38,12 +38,13 @@ def add_arguments(parser: Parser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the folder. Raises ValueError or OSError for an unusable model or folder."""
     from nanovllm import hub, log
-    from nanovllm.tools import quantize  # imports torch
+    from nanovllm.tools import quantize, quantize_gguf, quantize_source  # import torch
 
     log.configure()
-    quantize.check_target(args.output)
-    source = quantize.read_source(hub.resolve(args.model, revision=args.revision))
-    write = quantize.writer(args.format)
-    with Watch("quantize", "bytes", quantize.total_bytes(source), shown=not args.quiet) as watch:
-        write(source, args.output, watch.update)
+    quantize_source.check_target(args.output)
+    source = quantize_source.read_source(hub.resolve(args.model, revision=args.revision))
+    writer = quantize_gguf if args.format.startswith("gguf-") else quantize
+    total = quantize_source.total_bytes(source)
+    with Watch("quantize", "bytes", total, shown=not args.quiet) as watch:
+        writer.write(source, args.format, args.output, watch.update)
     print(args.output)

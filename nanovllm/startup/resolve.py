@@ -159,9 +159,8 @@ def check_quantized(model: Model, folder: Path, platform: Platform) -> None:
             f"{platform.traits.name} device: use a checkpoint that is not, or another device"
         )
     logger.warning(
-        "%s: weights stay quantized (%s), and products dequantize them, which is slower than "
-        "products of a checkpoint that is not quantized", folder, model.scheme,
-    )  # fmt: skip
+        "%s: weights stay quantized (%s), see docs/quantization.md", folder, model.scheme
+    )
 
 
 def make_model(config: EngineConfig, hf: Any, dtype: torch.dtype) -> Model:

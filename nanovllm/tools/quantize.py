@@ -10,68 +10,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanovllm.models import registry
 from nanovllm.models.checkpoint import Checkpoint, plain_name
 from nanovllm.models.param import Param
-from nanovllm.models.schemes import UNQUANTIZED
-from nanovllm.startup.config_file import read_object, transformers_config
+from nanovllm.startup.config_file import read_object
+from nanovllm.tools.quantize_source import Progress, Source, check_target
 from nanovllm.tools.quantized_matrices import KINDS, Kind
 
 PLAN, INDEX = "quantize.json", "model.safetensors.index.json"
 # Files of weights, which are not copied.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-Progress = Callable[[int], object]  # called with bytes of the checkpoint that are done
-
-
-class Source(NamedTuple):
-    """A checkpoint to be quantized: `matrices` has its parameters by the names of their tensors."""
-
-    folder: Path
-    hf: Any
-    model: Any
-    matrices: dict[str, Param]
-
-    def files(self) -> list[Path]:
-        single = self.folder / "model.safetensors"
-        return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
-
-
-def read_source(folder: Path) -> Source:
-    """Raises ValueError for a checkpoint that is quantized, or that the engine does not run."""
-    hf = transformers_config(folder / "config.json", {})
-    model = registry.architecture(hf.architectures)(hf, dtype=torch.bfloat16, max_model_len=None)
-    if model.scheme != UNQUANTIZED:
-        raise ValueError(
-            f"{folder} is quantized already ({model.scheme}): use the checkpoint that it was made "
-            "from"
-        )
-    matrices = {}
-    for params in model.declared:
-        for param in params.values():
-            if param.kind in ("linear", "experts") and not param.is_vocab:
-                other = () if param.other_name is None else (param.other_name,)
-                matrices.update(dict.fromkeys((*param.sources, *other), param))
-    return Source(folder, hf, model, matrices)
-
-
-def check_target(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists: choose another folder, or remove it")
-
-
-def total_bytes(source: Source) -> int:
-    return sum(path.stat().st_size for path in source.files())
 
 
 def write(source: Source, name: str, target: Path, progress: Progress) -> None:
@@ -185,15 +142,3 @@ def _write_index(work: Path, source: Source) -> None:
         weight_map.update(dict.fromkeys(_names(path), path.name))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def writer(name: str) -> Callable[[Source, Path, Progress], None]:
-    """The function that writes a format of FORMATS."""
-    if name in KINDS:
-        return lambda source, target, progress: write(source, name, target, progress)
-    from nanovllm.tools import quantize_gguf
-
-    return partial(quantize_gguf.write, name)
-
-
-FORMATS = (*KINDS, "gguf-q8_0", "gguf-q4_0")

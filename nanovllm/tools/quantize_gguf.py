@@ -18,7 +18,7 @@ from nanovllm.models.checkpoint import Checkpoint
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.rope import rope_parameters
 from nanovllm.startup.config_file import read_object
-from nanovllm.tools.quantize import Progress, Source, check_target
+from nanovllm.tools.quantize_source import Progress, Source, check_target
 
 BLOCK = 32  # columns that share a scale
 ARCHITECTURES = {
@@ -40,7 +40,7 @@ class Item(NamedTuple):
     read: Callable[[], np.ndarray[Any, Any]]
 
 
-def write(name: str, source: Source, target: Path, progress: Progress) -> None:
+def write(source: Source, name: str, target: Path, progress: Progress) -> None:
     """Write `target`/NAME.gguf, with NAME that of the checkpoint's folder.
 
     Raises ValueError for a model or a tokenizer that this does not know, before anything is

@@ -16,7 +16,7 @@ from torch import Tensor
 from nanovllm.cli.main import run
 from nanovllm.models.formats.fp8 import Fp8Weight
 from nanovllm.models.formats.packed_weight import PackedWeight
-from nanovllm.tools import quantize
+from nanovllm.tools import quantize, quantize_source
 from tests.conftest import save_tiny
 from tests.models import harness
 from tests.models.harness import engine_logits, max_difference, sequences, transformers_logits
@@ -129,7 +129,7 @@ def in_files(folder: Path) -> Path:
 
 
 def test_an_interrupted_run_goes_on_after_the_last_whole_file(tmp_path: Path) -> None:
-    source = quantize.read_source(in_files(save_tiny(tmp_path / "source", **SIZES)))
+    source = quantize_source.read_source(in_files(save_tiny(tmp_path / "source", **SIZES)))
     target, work = tmp_path / "out", tmp_path / "out.partial"
 
     def stop(num_bytes: int) -> None:
@@ -144,14 +144,14 @@ def test_an_interrupted_run_goes_on_after_the_last_whole_file(tmp_path: Path) ->
     quantize.write(source, "fp8", target, done.append)
     found = (target / "model-1.safetensors").stat()
     assert (found.st_ino, found.st_mtime_ns) == before
-    assert sum(done) == quantize.total_bytes(source) and not work.exists()
+    assert sum(done) == quantize_source.total_bytes(source) and not work.exists()
     index = json.loads((target / quantize.INDEX).read_text())["weight_map"]
     assert {*index.values()} == {"model-1.safetensors", "model-2.safetensors"}
     harness.load(target, "cpu", enforce_eager=True)
 
 
 def test_what_is_left_of_another_format_is_not_used(tmp_path: Path) -> None:
-    source = quantize.read_source(save_tiny(tmp_path / "source", **SIZES))
+    source = quantize_source.read_source(save_tiny(tmp_path / "source", **SIZES))
     target = tmp_path / "out"
 
     def stop(num_bytes: int) -> None:
@@ -166,7 +166,7 @@ def test_what_is_left_of_another_format_is_not_used(tmp_path: Path) -> None:
 
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "a", **{**SIZES, "intermediate_size": 96})
-    source, target = quantize.read_source(folder), tmp_path / "out"
+    source, target = quantize_source.read_source(folder), tmp_path / "out"
     with pytest.raises(ValueError, match=r"down_proj.* its 96 inputs are no multiple of 128"):
         quantize.write(source, "w4a16", target, int)
     assert not target.exists() and not (tmp_path / "out.partial").exists()
@@ -174,7 +174,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out exists: choose another folder"):
         quantize.write(source, "fp8", target, int)
     with pytest.raises(ValueError, match=r"is quantized already .*compressed-tensors"):
-        quantize.read_source(target)
+        quantize_source.read_source(target)
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial" / "mine").touch()
     with pytest.raises(ValueError, match="is not of nanovllm quantize: remove it"):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from nanovllm.tools import quantize
+from nanovllm.tools import quantize_gguf, quantize_source
 from nanovllm.tools.quantize_gguf import CUTS
 from tests.conftest import save_tiny
 
@@ -34,8 +34,8 @@ def add_tokenizer(folder: Path, cuts: str) -> None:
 
 
 def written(folder: Path, name: str, target: Path) -> Any:
-    source = quantize.read_source(folder)
-    quantize.writer(name)(source, target, int)
+    source = quantize_source.read_source(folder)
+    quantize_gguf.write(source, name, target, int)
     (path,) = target.iterdir()
     return gguf.GGUFReader(path)
 
