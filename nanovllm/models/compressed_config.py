@@ -68,7 +68,8 @@ class Grouped(BySource):
 
 def scheme(config: Config) -> Grouped:
     require(config, "quantization_status", "compressed")
-    require(config, "sparsity_config", None, {})
+    if sparsity := config.get("sparsity_config"):
+        require(sparsity, "format", "dense")
     require(config, "transform_config", None, {})
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:

@@ -72,6 +72,7 @@ def of_groups(groups: dict[str, Any], stored: str, **more: Any) -> dict[str, Any
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "sparsity_config": {"format": "dense"},
         **more,
     }
 

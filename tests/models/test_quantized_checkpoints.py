@@ -69,8 +69,15 @@ def words(values: Tensor, bits: int, order: tuple[int, ...] = ()) -> Tensor:
     return torch.where(found >= 2**31, found - 2**32, found).int()
 
 
-def grouped(weight: Tensor, bits: int, group: int, kind: str, has_order: bool = False) -> Packed:
-    """GPTQ ("gptq", "gptq_v2") or AWQ."""
+def grouped(
+    weight: Tensor,
+    bits: int,
+    group: int,
+    kind: str,
+    has_order: bool = False,
+    symmetric: bool = False,
+) -> Packed:
+    """GPTQ ("gptq", "gptq_v2") or AWQ; all zeros of `symmetric` ones are half of all values."""
     (num_rows, depth), largest = weight.shape, 2**bits - 1
     group = depth if group < 0 else group
     group_D = torch.arange(depth) // group
@@ -82,6 +89,9 @@ def grouped(weight: Tensor, bits: int, group: int, kind: str, has_order: bool = 
     for g in range(num_groups):
         own = weight[:, group_D == g].float()
         low, high = own.amin(1).clamp(max=-1e-4), own.amax(1).clamp(min=1e-4)
+        if symmetric:
+            high = torch.maximum(-low, high)
+            low = -high * (largest + 1) / (largest - 1)  # the zero is in the middle
         scale[:, g] = ((high - low) / largest).half().float()
         zero[:, g] = (-low / scale[:, g]).round().clamp(1, largest)
         own_value = ((own / scale[:, g, None]).round() + zero[:, g, None]).clamp(0, largest)
@@ -138,6 +148,8 @@ KINDS = [
     Kind("fp8 channels", partial(fp8, rows=1, columns=0, scale_name="weight_scale"),
          compressed("channel")),
     Kind("gptq", partial(grouped, bits=4, group=32, kind="gptq"), gptq()),
+    Kind("gptq symmetric", partial(grouped, bits=4, group=64, kind="gptq", symmetric=True),
+         gptq(group_size=64, sym=True)),
     Kind("gptq ordered", partial(grouped, bits=4, group=16, kind="gptq", has_order=True),
          gptq(group_size=16, desc_act=True)),
     Kind("gptq v2, 8 bits", partial(grouped, bits=8, group=-1, kind="gptq_v2"),
