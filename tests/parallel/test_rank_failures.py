@@ -192,14 +192,14 @@ def test_interrupts_wait_until_all_ranks_have_been_told() -> None:
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from nanovllm.parallel import process, watch
-from nanovllm.parallel.ranks import Ranks
-ranks = Ranks.start({{}}, 3, "tests.parallel.child", Path(sys.argv[1]))
+from nanovllm.parallel import monitor, rank_handle
+from nanovllm.parallel.ranks import WorkerGroup
+ranks = WorkerGroup.start({{}}, 3, "tests.parallel.child", Path(sys.argv[1]))
 {ask}
 print(*ranks.pids, flush=True)
 {then}
 """
-ASK = "ranks.ask('echo')"
+ASK = "ranks.call('echo')"
 
 
 def run_program(folder: Path, ask: str, then: str) -> tuple[subprocess.Popen[str], list[int]]:
@@ -229,7 +229,7 @@ def finish(program: subprocess.Popen[str], pids: list[int], seconds: float) -> s
 
 @pytest.mark.parametrize("ask", ["", ASK], ids=["during start", "when it waits"])
 def test_ctrl_c_leaves_nothing(ask: str, tmp_path: Path) -> None:
-    then = "watch.CLOSE_SECONDS = 0.5; ranks.ask('sleep', b'100')"
+    then = "monitor.CLOSE_SECONDS = 0.5; ranks.call('sleep', b'100')"
     program, pids = run_program(tmp_path, ask, then)
     os.killpg(program.pid, signal.SIGINT)
     error = finish(program, pids, 8)
@@ -245,7 +245,7 @@ def test_an_interpreter_that_exits_ends_its_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["echo", "sleep", "block"])
 def test_ranks_end_when_rank_0_is_killed(what: str, tmp_path: Path) -> None:
-    then = f"ranks.tell({what!r}, b'100'); print(flush=True); time.sleep(100)"
+    then = f"ranks.send({what!r}, b'100'); print(flush=True); time.sleep(100)"
     program, pids = run_program(tmp_path, ASK, then)
     assert program.stdout is not None and program.stdout.readline() == "\n"
     program.kill()
@@ -261,7 +261,7 @@ def test_stopped_ranks_end_when_rank_0_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_stopped_rank_0_does_not_take_its_ranks_for_hung(tmp_path: Path) -> None:
-    then = "process.SILENT_SECONDS = 3.0; sys.stdin.read(); ranks.check()"
+    then = "rank_handle.SILENT_SECONDS = 3.0; sys.stdin.read(); ranks.check()"
     program, pids = run_program(tmp_path, ASK, then)
     for seconds in (2, 4):
         for pid in (program.pid, *pids):

@@ -254,7 +254,7 @@ def test_only_constrained_rows_wait_for_their_tokens(
     answers(llm, [params(regex="[a-z]{16}")])  # the grammar is compiled now
     plans = plans_of(llm, monkeypatch)
     answers(llm, [plain(max_tokens=20), params(regex="[a-z]{16}", max_tokens=8)])
-    decode = [(len(plan.rows), plan.choice.masked) for plan in plans if not plan.is_prefill]
+    decode = [(len(plan.rows), plan.sampling.masked) for plan in plans if not plan.is_prefill]
     both = [rows for rows, masked in decode if masked]
     assert both.count(2) == 7 and len(decode) <= 22
     assert all(one != other for one, other in pairwise(decode[:13]))
@@ -340,8 +340,8 @@ def test_steps_with_constrained_rows_verify_no_proposals(
     assert answers(llm, asked) == expected
     steps = [plan for plan in plans if not plan.is_prefill]
     assert any(len(plan.token_T) for plan in steps), "proposals were made"
-    assert any(plan.choice.masked for plan in steps)
-    assert not any(plan.choice.masked and len(plan.token_T) for plan in steps)
+    assert any(plan.sampling.masked for plan in steps)
+    assert not any(plan.sampling.masked and len(plan.token_T) for plan in steps)
 
 
 def test_an_error_in_a_step_leaves_answers_as_they_are(
