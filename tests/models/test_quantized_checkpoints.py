@@ -325,7 +325,7 @@ def test_a_device_that_does_not_run_them_refuses(
         (compressed("tensor", num_bits=4), "has num_bits 4"),
         ({**compressed("tensor"), "config_groups": {}}, "has the groups"),
         ({**compressed("tensor"), "kv_cache_scheme": {"num_bits": 8}}, "has kv_cache_scheme"),
-        ({**compressed("tensor"), "format": "pack-quantized"}, "has format 'pack-quantized'"),
+        ({**compressed("tensor"), "format": "pack-quantized"}, "has type 'float'"),
     ],
 )
 def test_configs_that_are_not_followed_are_refused(
