@@ -17,7 +17,7 @@ import torch
 from nanovllm import LLM, SamplingParams, env, platforms
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.kernels import ops
-from nanovllm.kernels.cpu import build, experts, library, step
+from nanovllm.kernels.cpu import build, experts, ggml, library, packed, step
 from nanovllm.platforms import preload
 from nanovllm.schedule.outputs import FinishedOutput
 from tests.conftest import save_tiny
@@ -102,7 +102,7 @@ def cpu_kernels() -> Path:
     folder = env.read().store_folder(None) / "cpp"
     before = build._LibraryState.settings
     build.configure(folder, env.read().cxx, may_compile=True)
-    for load in (library.load, step._load, experts._load):
+    for load in (library.load, step._load, experts._load, packed._load, ggml._load):
         # not what this process has loaded, perhaps from a store of one test
         load.__wrapped__()
     build._LibraryState.settings = before

@@ -149,6 +149,8 @@ class DryRun(Protocol):
 class Platform(ABC):
     """The engine's interface to a device. Override what differs from the defaults."""
 
+    exact_inputs = False  # kernels keep the inputs of packed weights as they are
+
     def __init__(self, device: torch.device, traits: Traits) -> None:
         self.device, self.traits = device, traits
 

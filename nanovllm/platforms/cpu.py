@@ -22,8 +22,10 @@ from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels.cpu import build as cpp_build
 from nanovllm.kernels.cpu import experts as cpu_experts
+from nanovllm.kernels.cpu import ggml as cpu_ggml
 from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.kernels.cpu import linear as cpu_linear
+from nanovllm.kernels.cpu import packed as cpu_packed
 from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.kernels.cpu import step as cpu_step
 from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, MemoryBudget, Platform, Traits
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 CACHE_SHARE, CACHE_CEILING_BYTES = 0.25, 8 << 30
 
 # Ops with our C++ kernels: as fast as Inductor's code, which is compiled for every bucket.
-KERNEL_OPS = STEP_OPS | {"linear_int8"}
+KERNEL_OPS = STEP_OPS | {"linear_int8"} | set(cpu_packed.KERNELS) | set(cpu_ggml.KERNELS)
 
 
 TRAITS = Traits(
@@ -84,6 +86,9 @@ class CpuPlatform(Platform):
             cpu_register.register()
             cpu_step.register()
             cpu_experts.register()
+            cpu_packed.register()
+            cpu_ggml.register()
+            cpu_packed.configure(self.exact_inputs)
 
     def part_environment(
         self, part: int, num_parts: int, num_devices: int, own: Mapping[str, str]

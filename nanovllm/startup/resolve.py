@@ -70,7 +70,9 @@ class ResolvedConfig:
     def prepare_kernels(self) -> None:
         """Register the device's kernels. C++ libraries that the store lacks are compiled here."""
         may_compile = self.config.compile_cache_mode == "auto"
-        self.platform.prepare(self.store.folder / "cpp", env.read().cxx, may_compile=may_compile)
+        environment = env.read()
+        self.platform.exact_inputs = environment.exact_inputs
+        self.platform.prepare(self.store.folder / "cpp", environment.cxx, may_compile=may_compile)
 
     def check_graphs(self) -> None:
         """Warn if graphs are requested but impossible on this device; call `prepare_kernels` first.

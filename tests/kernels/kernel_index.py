@@ -22,6 +22,8 @@ from triton.runtime.jit import KernelInterface
 
 from nanovllm.kernels import collectives, ops, reference
 from nanovllm.kernels.cpu import experts as cpu_experts
+from nanovllm.kernels.cpu import ggml as cpu_ggml
+from nanovllm.kernels.cpu import packed as cpu_packed
 from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.kernels.cpu import step as cpu_step
 from nanovllm.kernels.npu import kernels as npu_kernels
@@ -45,7 +47,13 @@ ROOT = "nanovllm.kernels."
 Kernels = Mapping[str, Callable[..., Any]]
 
 TRITON: Kernels = {**triton_register.KERNELS, **triton_step.KERNELS}
-CPU: Kernels = {**cpu_register.KERNELS, **cpu_step.KERNELS, **cpu_experts.KERNELS}
+CPU: Kernels = {
+    **cpu_register.KERNELS,
+    **cpu_step.KERNELS,
+    **cpu_experts.KERNELS,
+    **cpu_packed.KERNELS,
+    **cpu_ggml.KERNELS,
+}
 # Ops that stay in compiled graphs, and so run the registered kernel there.
 KEPT = {"cuda": cuda.KERNEL_OPS, "cpu": cpu.KERNEL_OPS | {"linear"}}
 

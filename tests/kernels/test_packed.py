@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from nanovllm.kernels import ops, reference
+from nanovllm.kernels.cpu import packed as cpu_packed
 from nanovllm.kernels.reference.packed import pack, unpack
 
 TABLE = torch.linspace(-1.0, 1.0, 16)
+
+
+@pytest.fixture(autouse=True)
+def _exact_inputs() -> Iterator[None]:
+    """On a CPU ops may have kernels, if an earlier test has made an engine."""
+    before = cpu_packed.are_exact()
+    cpu_packed.configure(exact=True)
+    yield
+    cpu_packed.configure(exact=before)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

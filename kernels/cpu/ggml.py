@@ -1,0 +1,96 @@
+"""Products of blocks of codes of GGUF files: `ggml.cpp`, called through ctypes as in `library.py`.
+
+Rows of x are quantized to int8 as for packed codes: see `packed`. If inputs must be exact, the
+meaning in plain torch runs.
+
+The library is compiled or loaded at the first call, so other models never wait for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import ops, reference
+from nanovllm.kernels.cpu import build, packed
+from nanovllm.kernels.cpu import library as cpu_library
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    """Compile the library or find it in the cache, and load it. Raises as `build.load` does."""
+    library = build.load(Path(__file__).with_suffix(".cpp"), (packed.PACKED,))
+    function = library.nanovllm_ggml_linear
+    function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
+    cpu_library.lend_threads(cpu_library.load(), library)
+    return library
+
+
+def _covers(x: Tensor, block: Tensor, ggml_type: int) -> bool:
+    """True if the kernel reads these tensors as they are."""
+    kind = reference.ggml.TYPES.get(ggml_type)
+    return (
+        kind is not None
+        and not packed.are_exact()
+        and x.numel() > 0
+        and x.dtype in packed.INPUT_CODES
+        and block.dtype is torch.uint8
+        and block.stride(-1) == 1
+        and block.shape[-1] * kind.columns == x.shape[-1] * kind.num_bytes
+    )
+
+
+def ggml_linear(
+    x_TD: Tensor,
+    block_OB: Tensor,
+    ggml_type: int,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    """`reference.ggml.ggml_linear`, with x quantized to int8."""
+    shape = (*x_TD.shape[:-1], block_OB.shape[0])
+    if (
+        x_TD.dim() != 2
+        or not _covers(x_TD, block_OB, ggml_type)
+        or not packed.is_dense(bias_O, x_TD.dtype)
+        or (
+            residual_TO is not None
+            and (residual_TO.dtype is not x_TD.dtype or residual_TO.shape != shape)
+        )
+    ):
+        return reference.ggml.ggml_linear(x_TD, block_OB, ggml_type, bias_O, residual_TO)
+    if x_TD.stride(1) != 1:
+        x_TD = x_TD.contiguous()
+    residual_TO = None if residual_TO is None else residual_TO.contiguous()
+    weight = packed.Weight(block_OB, None, None, None, ggml_type, 0)
+    out_TO = x_TD.new_empty(shape)
+    depth = x_TD.shape[1]
+    _load().nanovllm_ggml_linear(
+        packed.arguments_of(out_TO, x_TD, None, weight, depth, bias_O, residual_TO)
+    )
+    return out_TO
+
+
+def ggml_expert_linear(x: Tensor, expert_TK: Tensor, block_EOB: Tensor, ggml_type: int) -> Tensor:
+    """`reference.ggml.ggml_expert_linear`; raises IndexError for an expert that is not there."""
+    if not _covers(x, block_EOB, ggml_type):
+        return reference.ggml.ggml_expert_linear(x, expert_TK, block_EOB, ggml_type)
+    x, expert_TK = x.contiguous(), expert_TK.to(torch.int32).contiguous()
+    weight = packed.Weight(block_EOB, None, None, None, ggml_type, 0)
+    out_TKO = x.new_empty((*expert_TK.shape, block_EOB.shape[1]))
+    arguments = packed.arguments_of(out_TKO, x, expert_TK, weight, x.shape[-1])
+    if not _load().nanovllm_ggml_linear(arguments):
+        packed.refuse(expert_TK, block_EOB.shape[0])
+    return out_TKO
+
+
+KERNELS = {kernel.__name__: kernel for kernel in (ggml_linear, ggml_expert_linear)}
+
+
+def register() -> None:
+    """Make these the ops' CPU kernels. Later calls do nothing."""
+    ops.register_kernels("CPU", KERNELS)

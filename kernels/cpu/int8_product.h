@@ -1,0 +1,210 @@
+// Products of rows of codes with rows of x in int8. Needs vectors.h, groups.h, packed.h and int8.h.
+//
+// A tile reads the codes of a few rows once for up to 4 rows of x. Sums of products of a step are
+// integers, which are exact; they are multiplied by the scales of both and added up in fp32.
+
+namespace {
+
+// How a tile reads rows of weights, which have a scale for each `group` of columns.
+struct Rows {
+  int64_t num_steps, step_bytes, sums_at;
+  int64_t code_bytes = 0;  // in a row, up to the depth
+  int64_t group, num_scales, num_offsets;
+  int64_t scale_advance, scale_period;  // vectors of scales begin so far apart, every so many
+  int64_t prefetch;  // from a row to one that is read soon
+  Bytes table{};  // of levels, if codes have one
+  IVec index[4];  // of the scale of each lane, in the steps that share a vector of scales
+};
+
+// What a tile knows of codes:
+//   Step(step, rows)  where a step's codes are; first_byte is about that place in a row
+//   load              the codes of a step of one row
+//   kStepBytes        about what a step takes of a row
+//   kAreSmall         codes are 0..63, else those that `dot` takes
+//   kHasBias          rows of x have biases, for what is added to codes to make them unsigned
+template <typename Codes>
+INLINE IVec multiply(IVec sum, Bytes code, Bytes x) {
+  return Codes::kAreSmall ? dot_small(sum, code, x) : dot(sum, code, x);
+}
+
+// sums[t * OB + o] of TB rows of x and OB rows of weights. With kHalves scales are for 16 columns.
+template <typename Codes, bool kHalves, int TB, int OB>
+void tile(float* sums, const Rows& at, const char* const* x, const char* const* code,
+          const float* const* scale, const float* const* offset) {
+  constexpr int kSteps = kHalves ? 2 : 4;  // that share a vector of scales
+  Vec acc[OB][TB] = {};
+  const Codes codes(at);
+  int64_t first_scale = 0, until_next = at.scale_period;
+  for (int64_t first = 0; first < at.num_steps; first += kSteps) {
+    Vec scales[OB];
+    const SomeLanes some_scales = first_lanes(at.num_scales - first_scale);
+    for (int o = 0; o < OB; ++o) scales[o] = load_some(scale[o] + first_scale, some_scales);
+    if (--until_next == 0) first_scale += at.scale_advance, until_next = at.scale_period;
+    for (int j = 0; j < kSteps; ++j) {
+      const int64_t step = first + j;
+      if (step >= at.num_steps) break;
+      const typename Codes::Step place(step, at);
+      Bytes low[OB], high[OB];
+      Vec low_scale[OB], high_scale[OB];
+      for (int o = 0; o < OB; ++o) {
+        codes.load(low[o], high[o], code[o], place);
+        for (int i = 0; i < Codes::kStepBytes; i += 64)
+          __builtin_prefetch(code[o] + place.first_byte + at.prefetch + i, 0, 2);
+        low_scale[o] = permute(scales[o], at.index[kHalves ? 2 * j : j]);
+        if (kHalves) high_scale[o] = permute(scales[o], at.index[(2 * j + 1) & 3]);
+      }
+      for (int t = 0; t < TB; ++t) {
+        const char* from = x[t] + step * at.step_bytes;
+        const Bytes x_low = load_bytes(from), x_high = load_bytes(from + kBytes);
+        const Vec x_scale = load((const float*)(from + 2 * kBytes));
+        IVec start{}, high_start{};
+        if (Codes::kHasBias) start = *(const IVecAt*)(from + 3 * kBytes);
+        if (Codes::kHasBias && kHalves) high_start = *(const IVecAt*)(from + 4 * kBytes);
+        for (int o = 0; o < OB; ++o) {
+          IVec sum = multiply<Codes>(start, low[o], x_low);
+          if (kHalves) {
+            const IVec of_high = multiply<Codes>(high_start, high[o], x_high);
+            acc[o][t] = multiply_add(__builtin_convertvector(of_high, Vec),
+                                     high_scale[o] * x_scale, acc[o][t]);
+          } else {
+            sum = multiply<Codes>(sum, high[o], x_high);
+          }
+          acc[o][t] =
+              multiply_add(__builtin_convertvector(sum, Vec), low_scale[o] * x_scale, acc[o][t]);
+        }
+      }
+    }
+  }
+  for (int64_t g = 0; g < at.num_offsets; g += kLanes) {
+    const SomeLanes some = first_lanes(at.num_offsets - g);
+    for (int o = 0; o < OB; ++o) {
+      const Vec offsets = load_some(offset[o] + g, some);
+      for (int t = 0; t < TB; ++t)
+        acc[o][t] =
+            multiply_add(offsets, load((const float*)(x[t] + at.sums_at) + g), acc[o][t]);
+    }
+  }
+  for (int t = 0; t < TB; ++t)
+    for (int o = 0; o < OB; ++o) sums[t * OB + o] = sum(acc[o][t]);
+}
+
+constexpr int kTileTokens = 4;
+constexpr int kTileOutputs = kTileRows == 8 ? 4 : 2;
+
+typedef void (*TileFunction)(float*, const Rows&, const char* const*, const char* const*,
+                             const float* const*, const float* const*);
+
+template <typename Codes, bool kHalves>
+TileFunction tile_of(int64_t num_tokens) {
+  static const TileFunction of[kTileTokens] = {
+      tile<Codes, kHalves, 1, kTileOutputs>, tile<Codes, kHalves, 2, kTileOutputs>,
+      tile<Codes, kHalves, 3, kTileOutputs>, tile<Codes, kHalves, 4, kTileOutputs>};
+  return of[num_tokens - 1];
+}
+
+constexpr int64_t kPrefetchBytes = 8 << 10;  // so far ahead that memory answers in time
+
+// How a product of integers reads weights and x.
+struct IntegerProduct {
+  Rows rows;
+  RowFormat x;
+  TileFunction (*tile_of)(int64_t num_tokens);
+  int64_t row_bytes;  // of weights
+
+  // Scales are one for each `group` of columns, INT64_MAX: for all; they must suit `fits`.
+  // Sums of x are those of the groups of offsets.
+  IntegerProduct(const Packed& at, int64_t group, int64_t num_scales, int64_t offset_group,
+                 int64_t num_offsets, int64_t stride) {
+    rows.group = group, rows.num_scales = num_scales, rows.num_offsets = num_offsets;
+    const bool halves = group == kHalf;
+    for (int i = 0; i < 4; ++i)
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t step = halves ? i / 2 : i, half = halves ? i % 2 * kHalf : 0;
+        rows.index[i][lane] = (int32_t)((step * kStepColumns + lane / 4 * kBlock + half) / group);
+      }
+    const int64_t columns = halves ? kShared / 2 : kShared;
+    rows.scale_advance = std::max<int64_t>(1, columns / group);
+    rows.scale_period = std::max<int64_t>(1, group / columns);
+    x = {at.depth, offset_group, num_offsets, halves, false, 0, 1.0f};
+    const int64_t tile_bytes = kTileOutputs * std::max<int64_t>(stride, 1);
+    rows.prefetch = (kPrefetchBytes + tile_bytes - 1) / tile_bytes * tile_bytes;
+    row_bytes = stride;
+  }
+
+  static constexpr int64_t kShared = 4 * kStepColumns;  // columns of a vector of scales
+
+  static bool fits(int64_t group) {
+    return group == kHalf || group % kShared == 0 || group == INT64_MAX ||
+           (group % kBlock == 0 && kShared % group == 0);
+  }
+
+  // Call it when x and the codes are known.
+  void measure() {
+    rows.num_steps = x.num_steps(), rows.step_bytes = x.step_bytes(), rows.sums_at = x.sums_at();
+  }
+
+  // of a buffer for the scales, and for the offsets, of a row
+  int64_t scale_floats() const { return (rows.num_scales + kLanes) / kLanes * kLanes; }
+};
+
+// A row of weights: its codes, and scales and offsets as a tile reads them.
+struct WeightRow {
+  const char* code;
+  const float *scale, *offset;
+};
+
+// Multiplies the pairs of one group by outputs first .. end - 1. Row i of the group is x_row[i].
+// read(expert, o, buffer) is a WeightRow; the buffer has room for `buffer_floats` numbers.
+template <typename Io, typename Read>
+void multiply_part(const Packed& at, const IntegerProduct& by, const Part& part,
+                   const char* const* x_row, const int32_t* pair, int64_t buffer_floats,
+                   const Read& read) {
+  const int64_t num = part.group->num, num_passes = (num + kTileTokens - 1) / kTileTokens;
+  float* buffer = scratch((size_t)(kTileOutputs * buffer_floats));
+  const char* code[kTileOutputs];
+  const float *scale[kTileOutputs], *offset[kTileOutputs];
+  float sums[kTileTokens * kTileOutputs];
+  for (int64_t o = part.first; o < part.end; o += kTileOutputs) {
+    const int64_t num_outputs = std::min<int64_t>(kTileOutputs, part.end - o);
+    for (int64_t i = 0; i < kTileOutputs; ++i) {
+      const int64_t row = o + std::min(i, num_outputs - 1);  // a short tile repeats its last row
+      const WeightRow weight = read(part.group->expert, row, buffer + i * buffer_floats);
+      code[i] = weight.code, scale[i] = weight.scale, offset[i] = weight.offset;
+    }
+    for (int64_t pass = 0; pass < num_passes; ++pass) {
+      const int64_t token = num * pass / num_passes, end = num * (pass + 1) / num_passes;
+      by.tile_of(end - token)(sums, by.rows, x_row + token, code, scale, offset);
+      for (int64_t t = token; t < end; ++t)
+        for (int64_t i = 0; i < num_outputs; ++i)
+          put_result<Io>(at, pair[t], o + i, sums[(t - token) * kTileOutputs + i]);
+    }
+  }
+}
+
+template <typename Io, typename Read>
+void integer_product(const Packed& at, const IntegerProduct& by, int64_t buffer_floats,
+                     const Read& read) {
+  const int64_t x_bytes = by.x.bytes(), repeats = at.x_repeats;
+  const int64_t chunk = outputs_at_once(at, by.row_bytes, kTileOutputs);
+  for_blocks(at.num_pairs / repeats, repeats, x_bytes / 4, [&](int64_t first, int64_t num) {
+    const int64_t first_pair = first * repeats, num_pairs = num * repeats;
+    char* rows = (char*)scratch<kShared>((size_t)(num * x_bytes / 4));
+    parallel_for(num, num * at.depth < kMinParallel ? 1 : at.num_threads, [&](int64_t row) {
+      quantize_row(rows + row * x_bytes, (const Io*)at.x + (first + row) * at.x_stride, by.x);
+    });
+    const std::vector<int32_t> one(at.expert ? 0 : num_pairs);
+    const Groups groups(at.expert ? at.expert + first_pair : one.data(), num_pairs, at.num_experts);
+    std::vector<const char*> x_row(num_pairs);
+    std::vector<int32_t> pair(num_pairs);
+    for (int64_t place = 0; place < num_pairs; ++place) {
+      x_row[place] = rows + groups.pair[place] / repeats * x_bytes;
+      pair[place] = (int32_t)(first_pair + groups.pair[place]);
+    }
+    for_parts(groups, at.num_outputs, chunk, at.num_threads, [&](const Part& part) {
+      multiply_part<Io>(at, by, part, x_row.data() + part.group->first,
+                        pair.data() + part.group->first, buffer_floats, read);
+    });
+  });
+}
+
+}  // namespace
