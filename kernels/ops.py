@@ -214,6 +214,25 @@ fused_linear = _define(
 )
 
 
+fused_packed_linear = _define(
+    "fused_packed_linear(Tensor x, Tensor? norm_weight, Tensor code, Tensor scale, Tensor? offset, "
+    "Tensor? table, int bits, int group, Tensor? bias, Tensor? residual, float eps, bool silu_mul) "
+    "-> Tensor",
+    reference.packed.fused_packed_linear,
+    lambda x, norm_weight, code, *rest: x.new_empty(
+        (*x.shape[:-1], code.shape[0] // 2 if rest[-1] else code.shape[0])
+    ),
+)
+fused_fp8_linear = _define(
+    "fused_fp8_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor scale, int block_rows, "
+    "int block_columns, Tensor? bias, Tensor? residual, float eps, bool silu_mul) -> Tensor",
+    reference.packed.fused_fp8_linear,
+    lambda x, norm_weight, weight, *rest: x.new_empty(
+        (*x.shape[:-1], weight.shape[0] // 2 if rest[-1] else weight.shape[0])
+    ),
+)
+
+
 class Product(NamedTuple):
     """How passes read and replace a product `op(x, *weight, bias, residual=None)`.
 
@@ -239,8 +258,8 @@ class Product(NamedTuple):
 PRODUCTS: dict[Any, Product] = {
     linear: Product(1, fused_linear, linear_),
     linear_int8: Product(2),
-    packed_linear: Product(6),
-    fp8_linear: Product(4),
+    packed_linear: Product(6, fused_packed_linear),
+    fp8_linear: Product(4, fused_fp8_linear),
     ggml_linear: Product(2),
 }
 
@@ -274,6 +293,21 @@ expert_linear = _define(
     "expert_linear(Tensor x, Tensor expert, Tensor weight) -> Tensor",
     reference.experts.expert_linear,
     lambda x, expert, weight: x.new_empty((*expert.shape, weight.shape[1])),
+)
+packed_experts = _define(
+    "packed_experts(Tensor x, Tensor weight, Tensor expert, Tensor code, Tensor scale, "
+    "Tensor? offset, Tensor? table, int bits, int group, Tensor down_code, Tensor down_scale, "
+    "Tensor? down_offset, Tensor? down_table, int down_bits, int down_group, "
+    "Tensor? residual=None, Tensor? local=None) -> Tensor",
+    reference.packed.packed_experts,
+    lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+fp8_experts = _define(
+    "fp8_experts(Tensor x, Tensor weight, Tensor expert, Tensor gate_up, Tensor scale, "
+    "int block_rows, int block_columns, Tensor down, Tensor down_scale, int down_block_rows, "
+    "int down_block_columns, Tensor? residual=None, Tensor? local=None) -> Tensor",
+    reference.packed.fp8_experts,
+    lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 # No pass replaces these three by their meaning, which reads the routing on the host.
 fetch_experts = _define(
@@ -417,6 +451,11 @@ def kernel_of(target: object, dispatch_key: str) -> Callable[..., Any] | None:
     return _registered.get((dispatch_key, op_name(target) or ""))
 
 
+def has_kernel(op: object, device: torch.device) -> bool:
+    """True if a kernel is registered for the op and for devices of this type."""
+    return kernel_of(op, device.type.upper()) is not None
+
+
 def op_name(target: object) -> str | None:
     """The name of the op in an FX node's target; None if it is not an op of this library."""
     return (
@@ -445,11 +484,15 @@ __all__ = [
     "experts",
     "fetch_experts",
     "fp8_expert_linear",
+    "fp8_experts",
     "fp8_linear",
+    "fused_fp8_linear",
     "fused_linear",
+    "fused_packed_linear",
     "gather_columns",
     "ggml_expert_linear",
     "ggml_linear",
+    "has_kernel",
     "kernel_of",
     "linear",
     "linear_",
@@ -459,6 +502,7 @@ __all__ = [
     "op_name",
     "own_rank",
     "packed_expert_linear",
+    "packed_experts",
     "packed_linear",
     "paged_attention",
     "qk_norm_rope_store",

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.reference.experts import expert_linear
+from nanovllm.kernels.reference import norm_act
+from nanovllm.kernels.reference.experts import expert_linear, experts
 from nanovllm.kernels.reference.linear import linear
 
 BLOCK = 32  # columns in a block of codes of 4 bits
@@ -115,6 +116,106 @@ def fp8_expert_linear(
     """`experts.expert_linear` with weights in fp8: [T, K, O]."""
     weight = of_fp8(weight_EOD, scale_ERG, block_rows, block_columns)
     return expert_linear(x, expert_TK, weight)
+
+
+def fused_packed_linear(
+    x_TD: Tensor,
+    norm_weight_D: Tensor | None,
+    code_OC: Tensor,
+    scale_OG: Tensor,
+    offset_OG: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
+    silu_mul: bool,
+) -> Tensor:
+    """`packed_linear` with the ops around it, as in `linear.fused_linear`."""
+    weight_OD = unpacked(code_OC, scale_OG, offset_OG, table, bits, group, x_TD.shape[-1])
+    return _fused(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
+
+
+def fused_fp8_linear(
+    x_TD: Tensor,
+    norm_weight_D: Tensor | None,
+    weight_OD: Tensor,
+    scale_RG: Tensor,
+    block_rows: int,
+    block_columns: int,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
+    silu_mul: bool,
+) -> Tensor:
+    """`fp8_linear` with the ops around it, as in `linear.fused_linear`."""
+    weight = of_fp8(weight_OD, scale_RG, block_rows, block_columns)
+    return _fused(x_TD, norm_weight_D, weight, bias_O, residual_TO, eps, silu_mul)
+
+
+def packed_experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    code_EOC: Tensor,
+    scale_EOG: Tensor,
+    offset_EOG: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    down_code_EDC: Tensor,
+    down_scale_EDG: Tensor,
+    down_offset_EDG: Tensor | None,
+    down_table: Tensor | None,
+    down_bits: int,
+    down_group: int,
+    residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
+) -> Tensor:
+    """`experts.experts` with weights in codes, in the order of inputs: gate and up, then down."""
+    depth, size = x_TD.shape[-1], code_EOC.shape[1] // 2
+    gate_up = unpacked(code_EOC, scale_EOG, offset_EOG, table, bits, group, depth)
+    down_parts = (down_code_EDC, down_scale_EDG, down_offset_EDG, down_table, down_bits, down_group)
+    down = unpacked(*down_parts, size)
+    return experts(x_TD, weight_TK, expert_TK, gate_up, down, residual_TD, local_X)
+
+
+def fp8_experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EGD: Tensor,
+    scale_ERG: Tensor,
+    block_rows: int,
+    block_columns: int,
+    down_EDF: Tensor,
+    down_scale_ERG: Tensor,
+    down_block_rows: int,
+    down_block_columns: int,
+    residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
+) -> Tensor:
+    """`experts.experts` with weights in fp8: gate and up, then down."""
+    gate_up = of_fp8(gate_up_EGD, scale_ERG, block_rows, block_columns)
+    down = of_fp8(down_EDF, down_scale_ERG, down_block_rows, down_block_columns)
+    return experts(x_TD, weight_TK, expert_TK, gate_up, down, residual_TD, local_X)
+
+
+def _fused(
+    x_TD: Tensor,
+    norm_weight_D: Tensor | None,
+    weight_OD: Tensor,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
+    silu_mul: bool,
+) -> Tensor:
+    if norm_weight_D is not None:
+        x_TD = norm_act.rms_norm(x_TD, norm_weight_D, eps)
+    y_TO = _product(x_TD, weight_OD, bias_O, None)
+    y_TO = norm_act.silu_mul(y_TO) if silu_mul else y_TO
+    return y_TO if residual_TO is None else y_TO + residual_TO
 
 
 def _product(

@@ -34,7 +34,10 @@ from nanovllm.platforms.regions import Region, SplitRegion
 
 # Ops with our Triton kernels. Inductor could fuse norms and activations too, but it has no
 # programmatic dependent launch and takes seconds per bucket.
-KERNEL_OPS = STEP_OPS | {"fused_linear", "linear_", "norm_router_topk"}
+KERNEL_OPS = STEP_OPS | {
+    "fp8_linear", "fused_fp8_linear", "fused_linear", "fused_packed_linear", "linear_",
+    "norm_router_topk", "packed_linear",
+}  # fmt: skip
 
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -130,14 +133,20 @@ class CudaPlatform(Accelerator):
         from nanovllm.kernels.triton import all_reduce as triton_all_reduce
         from nanovllm.kernels.triton import common as triton_common
         from nanovllm.kernels.triton import linear as triton_linear
+        from nanovllm.kernels.triton import packed_linear as triton_packed
         from nanovllm.kernels.triton import topk_softmax as triton_topk
 
         has_matrix_units = triton_common.has_matrix_units(self.device)
         takes = triton_linear.takes if has_matrix_units else _takes_one_row
+        all_takes: Mapping[Any, Callable[..., bool]] = {
+            ops.linear: takes,
+            ops.packed_linear: triton_packed.takes_packed,
+            ops.fp8_linear: triton_packed.takes_fp8,
+        }
         return (
             ("fuse_rope_store", fuse_rope_store),
             ("fuse_router", partial(fuse_router, takes=triton_topk.takes)),
-            ("fuse_linear", partial(fuse_linear, takes={ops.linear: takes})),
+            ("fuse_linear", partial(fuse_linear, takes=all_takes)),
             ("fuse_add_norm", fuse_add_norm),
             ("fuse_reduce_norm", partial(fuse_reduce_norm, takes=triton_all_reduce.has_few_rows)),
             ("add_in_place", add_in_place),

@@ -148,3 +148,31 @@ def test_a_chain_of_layers(num_layers: int) -> None:
         return (x,)
 
     assert fused(function)[1] == ["fused_linear"] * 2 * num_layers
+
+
+@pytest.mark.parametrize("kind", ["packed", "fp8"])
+def test_products_of_packed_weights_become_their_own_fused_ops(kind: str) -> None:
+    values = torch.randn(20, 32, generator=SEEDED)
+    code = torch.randint(256, (20, 16), generator=SEEDED, dtype=torch.uint8)
+    weight = (code, torch.rand(20, 1), -torch.rand(20, 1), None, 4, 32)
+    op, fused_name = ops.packed_linear, "fused_packed_linear"
+    if kind == "fp8":
+        weight = (values.to(torch.float8_e4m3fn), torch.rand(1, 1), 32, 32)  # type: ignore[assignment]
+        op, fused_name = ops.fp8_linear, "fused_fp8_linear"
+    given = {f"w{i}": one for i, one in enumerate(weight) if isinstance(one, torch.Tensor)}
+    tensors = {"x": torch.randn(3, 32), "norm": torch.rand(32), "residual": torch.randn(3, 20)}
+
+    def function(
+        x: Tensor, norm: Tensor, residual: Tensor, *parts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rest = weight[len(parts) :]
+        gate_up = op(ops.rms_norm(x, norm, EPS), *parts, *rest, None)
+        return ops.silu_mul(gate_up), op(x, *parts, *rest, None, residual)
+
+    graph, fakes, _ = trace(function, tensors | given)
+    graph = fuse_linear(graph, fakes, takes={op: lambda x, *rest: x.shape[0] <= 3})
+    names = [name for node in graph.graph.nodes if (name := ops.op_name(node.target))]
+    assert names == [fused_name] * 2
+    arguments = (*tensors.values(), *given.values())
+    for actual, wanted in zip(graph(*arguments), function(*arguments), strict=True):
+        torch.testing.assert_close(actual, wanted)

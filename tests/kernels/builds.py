@@ -300,6 +300,20 @@ def products(target: Target, whole: bool) -> Iterator[Build]:
         yield Build(label, kernel, constants, num_warps)
 
 
+def packed(target: Target, whole: bool) -> Iterator[Build]:
+    """Products with packed weights."""
+    from tests.kernels.packed_builds import launches
+
+    for name, kernel, constants, num_warps, num_stages, types in launches(
+        target.shared_bytes, target.has_matrix_units, whole
+    ):
+        yield Build(name, kernel, constants, num_warps, num_stages, types=types)
+
+
+def is_packed(name: str) -> bool:
+    return name.startswith("packed ")
+
+
 def steps(name: str) -> Iterator[Build]:
     """The sampler, and the kernels that compute the inputs of a decode step."""
     from nanovllm.kernels.triton import sample as triton_sample
@@ -418,6 +432,7 @@ def all_builds(name: str) -> Iterator[Build]:
     if name in BETWEEN:
         return
     yield from products(target, whole)
+    yield from packed(target, whole)
     yield from segments(target, whole)
     yield from hopper_prefills(whole)
     yield from mixtures(name)
@@ -524,14 +539,17 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
     found = {}
     for build in all_builds(name):
         is_examined = target.backend == "cuda" and (
-            converts_fast(build) or is_of_segments(build.name) or is_of_hopper(build.name)
+            converts_fast(build)
+            or is_of_segments(build.name)
+            or is_of_hopper(build.name)
+            or is_packed(build.name)
         )
         # Line numbers take an eighth of the time of a compile. They may change the code a little,
         # so kernels that are examined have them, as on a GPU.
         knobs.compilation.disable_line_info = not is_examined
         compiled = compile_build(build, target)
         text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-        marks = ("mma.", "wgmma.", "mfma", "ex2.approx.ftz", "cp.async", "bf16")
+        marks = ("mma.", "wgmma.", "mfma", "tcgen05", "ex2.approx.ftz", "cp.async", "bf16")
         one = {
             "shared": compiled.metadata.shared,
             "marks": [mark for mark in marks if mark in text],

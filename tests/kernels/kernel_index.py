@@ -32,6 +32,8 @@ from nanovllm.kernels.triton import (
     attention_prefill_hopper,
     experts,
     gated_gemm,
+    packed_linear,
+    packed_tiles,
     skinny_tiles,
     split_k_gemm,
     topk_softmax,
@@ -62,6 +64,8 @@ PASSES = {
     "add_rms_norm": "fuse_add_norm",
     "qk_norm_rope_store": "fuse_rope_store",
     "fused_linear": "fuse_linear",
+    "fused_packed_linear": "fuse_linear",
+    "fused_fp8_linear": "fuse_linear",
     "linear_": "add_in_place",
     "all_reduce_": "reduce_in_place",
     "all_reduce_norm": "fuse_reduce_norm",
@@ -159,6 +163,29 @@ CHOSEN: dict[str, dict[str, str]] = {
     "advance": {"advance_kernel": "always"},
 }
 CHOSEN["offloaded_experts"] = CHOSEN["experts"]
+_PACKED_ROWS = {
+    "packed_gemv_kernel": (
+        f"one row; without matrix units up to {packed_linear.MAX_ROWS_ONE_BY_ONE} rows one by one"
+    ),
+    "packed_gemm_kernel": (
+        f"2 to {packed_tiles.MAX_ROWS} rows, and one row if `packed_tiles.TILES` says so"
+    ),
+    "dequantize_kernel": "more rows: the weight's real values, a part at a time, for cuBLAS",
+    "rms_norm_kernel": "the norm before more rows than one",
+    "silu_mul_kernel": "SiLU·up after cuBLAS",
+}
+_PACKED_FEW = f"one token, or at most {packed_tiles.PAIRS_PER_EXPERT:g} pairs per expert"
+_PACKED_GROUPS = {
+    "packed_gemv_kernel": _PACKED_FEW,
+    "sort_pairs_kernel": "more pairs",
+    "packed_grouped_kernel": "more pairs",
+}
+for _name in ("packed_linear", "fp8_linear", "fused_packed_linear", "fused_fp8_linear"):
+    CHOSEN[_name] = _PACKED_ROWS
+for _name in ("packed_expert_linear", "fp8_expert_linear"):
+    CHOSEN[_name] = _PACKED_GROUPS
+for _name in ("packed_experts", "fp8_experts"):
+    CHOSEN[_name] = _PACKED_GROUPS | {"combine_kernel": "more pairs"}
 
 
 HEAD = """

@@ -24,6 +24,7 @@ from tests.kernels.builds import (
     fp8_cases,
     is_of_hopper,
     is_of_segments,
+    is_packed,
 )
 
 REPOSITORY = Path(__file__).parents[2]
@@ -113,3 +114,17 @@ def test_kernels_for_an_fp8_cache_convert_two_values_at_once_without_spills(
             assert not it["stack bytes"] and not it["byte loads"], (kernel, it)
         if ": decode" in kernel and not is_fp32:
             assert it["conversions"], (kernel, it)
+
+
+@pytest.mark.parametrize("name", ["t4", "a100", WHOLE, "b200", "mi300"])
+def test_products_with_packed_weights_use_the_matrix_units_without_spills(
+    name: str, builds: Builds
+) -> None:
+    found = {kernel: it for kernel, it in builds.of(name).items() if is_packed(kernel)}
+    assert len(found) == (9 if name == WHOLE else 4 if TARGETS[name].has_matrix_units else 1)
+    for kernel, it in found.items():
+        has_rows = " 1x" not in kernel and "dequantize" not in kernel
+        assert bool(set(it["marks"]) & {"mma.", "wgmma.", "mfma", "tcgen05"}) == has_rows, kernel
+        # the sums of 256 rows take the registers, and what follows the loop uses the stack
+        assert it.get("stack bytes", 0) <= (64 if " 256x" in kernel else 0), (kernel, it)
+        assert not it.get("byte loads"), (kernel, it)

@@ -70,15 +70,16 @@ def experts(
     """The experts' weighted sum for each token, plus the residual: see
     `reference.experts.experts`.
 
-    A format whose weights have `experts` computes it as one op, if both matrices are its own.
+    A format whose weights have `experts` may compute it as one op, if both matrices are its own.
     """
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         rest = () if local_X is None else (local_X,)
         return ops.experts(x_TD, weight_TK, expert_TK, gate_up, down, residual_TD, *rest)
     whole: Any = getattr(gate_up, "experts", None)
     if whole is not None and type(gate_up) is type(down):
-        result: Tensor = whole(x_TD, weight_TK, expert_TK, down, residual_TD, local_X)
-        return result
+        result: Tensor | None = whole(x_TD, weight_TK, expert_TK, down, residual_TD, local_X)
+        if result is not None:
+            return result
     if local_X is not None:
         expert_TK = local_X[expert_TK.long()]
     own_TK = expert_TK.clamp(min=0)

@@ -36,6 +36,23 @@ class Fp8Weight(NamedTuple):
     def expert_linear(self, x: Tensor, expert_TK: Tensor) -> Tensor:
         return ops.fp8_expert_linear(x, expert_TK, *self)
 
+    def experts(
+        self,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        down: Fp8Weight,
+        residual_TD: Tensor | None,
+        local_X: Tensor | None,
+    ) -> Tensor | None:
+        """See `formats.experts`; None if the device has no kernel."""
+        if not ops.has_kernel(ops.fp8_experts, x_TD.device):
+            return None
+        result: Tensor = ops.fp8_experts(
+            x_TD, weight_TK, expert_TK, *self, *down, residual_TD, local_X
+        )
+        return result
+
 
 @dataclass(frozen=True)
 class Fp8(Format):

@@ -54,6 +54,26 @@ class PackedWeight(NamedTuple):
             x = self._padded(x).gather(-1, order_TKD)
         return ops.packed_expert_linear(x, expert_TK, *self[:4], self.bits, self.group)
 
+    def experts(
+        self,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        down: PackedWeight,
+        residual_TD: Tensor | None,
+        local_X: Tensor | None,
+    ) -> Tensor | None:
+        """See `formats.experts`; None if the device has no kernel, or inputs change places."""
+        is_ordered = self.order_D is not None or down.order_D is not None
+        if is_ordered or not ops.has_kernel(ops.packed_experts, x_TD.device):
+            return None
+        gate_up_parts = (*self[:4], self.bits, self.group)
+        down_parts = (*down[:4], down.bits, down.group)
+        result: Tensor = ops.packed_experts(
+            x_TD, weight_TK, expert_TK, *gate_up_parts, *down_parts, residual_TD, local_X
+        )
+        return result
+
     def real(self) -> Tensor:
         """The real values [.., O, D] in fp32, in the order of inputs."""
         num_columns = self.depth if self.order_D is None else self.order_D.shape[-1]

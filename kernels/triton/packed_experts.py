@@ -1,0 +1,335 @@
+"""Experts with packed weights in Triton: pair by pair for few tokens, else sorted into groups.
+
+As in `moe_gemv.py` and `grouped_gemm.py`, with the products of `packed_gemv.py` and
+`packed_gemm.py`.
+
+Shapes: T tokens | K experts per token | P = T·K pairs | E experts | X experts, with those elsewhere
+| D hidden | F expert width | L weight rows of a tile
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.triton import packed_codes
+from nanovllm.kernels.triton.common import (
+    has_matrix_units,
+    launch_options,
+    shared_memory_bytes,
+    wait_for_earlier_kernels,
+)
+from nanovllm.kernels.triton.grouped_gemm import BY_PAIR, BY_PLACE, BY_TOKEN, _group_of
+from nanovllm.kernels.triton.moe_sort import Groups, combine, sort_pairs
+from nanovllm.kernels.triton.packed_codes import Codes
+from nanovllm.kernels.triton.packed_gemm import columns_of, lines_of, packed_sums, results_of
+from nanovllm.kernels.triton.packed_gemv import packed_gemv
+from nanovllm.kernels.triton.packed_tiles import PackedGemmTile, few_pairs, grouped_tile
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def packed_grouped_kernel(
+    x_ptr,  # [T, D], [P, D] or, by place, [P, D] in the order of the sorted pairs
+    code_ptr,  # [E, O, C]
+    scale_ptr,  # [E, R, G]
+    offset_ptr,  # [E, R, G], read if HAS_OFFSET
+    table_ptr,
+    pair_ptr,  # [P]
+    start_ptr,  # [E + 1]
+    factor_ptr,  # [P] fp32, read if HAS_FACTOR
+    out_ptr,  # [P, NUM_OUTS], written
+    x_stride,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS_P: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_OUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BITS: tl.constexpr,
+    FORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EACH: tl.constexpr,
+    STAGES: tl.constexpr,
+    X_BY: tl.constexpr,
+    OUT_BY: tl.constexpr,
+    SILU_MUL: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_earlier_kernels(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    OUTS: tl.constexpr = LINES // 2 if SILU_MUL else LINES
+    NUM_LINES: tl.constexpr = NUM_OUTS * 2 if SILU_MUL else NUM_OUTS
+    SCALES: tl.constexpr = ((NUM_LINES + GROUP_ROWS - 1) // GROUP_ROWS) * NUM_GROUPS
+    HALF: tl.constexpr = COLUMNS * BITS // 8
+    tile = tl.program_id(1)
+    expert, earlier = _group_of(start_ptr, tile, NUM_EXPERTS, EXPERTS_P, ROWS)
+    if expert >= NUM_EXPERTS:
+        return
+    end = tl.load(start_ptr + expert + 1)
+    place_T = tl.load(start_ptr + expert) + (tile - earlier) * ROWS + tl.arange(0, ROWS)
+    real_T = place_T < end
+    pair_T = tl.load(pair_ptr + place_T, mask=real_T, other=0)
+    row_T = pair_T // TOP_K if X_BY == BY_TOKEN else pair_T if X_BY == BY_PAIR else place_T
+    out_T = place_T if OUT_BY == BY_PLACE else pair_T
+
+    first = tl.program_id(0) * OUTS
+    line_L = lines_of(first, NUM_OUTS, LINES, SILU_MUL)
+    at = expert.to(tl.int64)
+    x_at = x_ptr + row_T.to(tl.int64)[:, None] * x_stride + columns_of(HALF, BITS)[None, :]
+    acc_LT = packed_sums(
+        tl.zeros((LINES, ROWS), tl.float32), code_ptr + at * (NUM_LINES * (DEPTH * BITS // 8)),
+        scale_ptr + at * SCALES, offset_ptr + at * SCALES, table_ptr, x_at, first, line_L, real_T,
+        0, dtype, DEPTH // (COLUMNS * EACH), DEPTH, BITS, FORM, GROUP, GROUP_ROWS, NUM_GROUPS,
+        HAS_OFFSET, COLUMNS, EACH, STAGES, NUM_OUTS if SILU_MUL else 0, LINES, False, UPCAST,
+    )  # fmt: skip
+    if HAS_FACTOR:
+        acc_LT *= tl.load(factor_ptr + pair_T, mask=real_T, other=0.0)[None, :]
+    y_TO = tl.trans(results_of(acc_LT, dtype, SILU_MUL))
+    o_O = first + tl.arange(0, OUTS)
+    tl.store(
+        out_ptr + out_T.to(tl.int64)[:, None] * NUM_OUTS + o_O[None, :],
+        y_TO,
+        mask=real_T[:, None] & (o_O < NUM_OUTS)[None, :],
+    )
+
+
+def grouped_constants(
+    num_outs: int, depth: int, codes: Codes, silu_mul: bool, tile: PackedGemmTile, top_k: int
+) -> dict[str, Any]:
+    """The kernel's constants that depend on the weights and the tile."""
+    num_experts = codes.code.shape[0]
+    return codes.constants() | {
+        "NUM_EXPERTS": num_experts,
+        "EXPERTS_P": triton.next_power_of_2(num_experts),
+        "TOP_K": top_k,
+        "NUM_OUTS": num_outs,
+        "DEPTH": depth,
+        "ROWS": tile.rows,
+        "LINES": tile.lines,
+        "COLUMNS": tile.columns,
+        "EACH": tile.each,
+        "STAGES": tile.num_stages,
+        "SILU_MUL": silu_mul,
+    }
+
+
+def packed_grouped(
+    x_PD: Tensor,
+    codes: Codes,
+    groups: Groups,
+    top_k: int,
+    factor_TK: Tensor | None = None,
+    *,
+    x_by: int,
+    out_by: int,
+    silu_mul: bool = False,
+    launch: PackedGemmTile | None = None,
+) -> Tensor:
+    """x · weightᵀ for the rows of every expert: see `grouped_gemm.grouped_gemm`."""
+    depth, device = x_PD.shape[1], x_PD.device
+    num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
+    num_pairs, num_experts = groups.pair_P.shape[0], codes.code.shape[0]
+    shared_bytes = shared_memory_bytes(device)
+    tile = launch or grouped_tile(groups.pairs_each, codes, depth, silu_mul, shared_bytes)
+    out_PO = torch.empty((num_pairs, num_outs), dtype=x_PD.dtype, device=device)
+    # a group of n pairs has at most (n + rows − 1) / rows tiles
+    num_tiles = min(num_pairs, num_pairs // tile.rows + num_experts)
+    outs = tile.lines // 2 if silu_mul else tile.lines
+    packed_grouped_kernel[(triton.cdiv(num_outs, outs), num_tiles)](
+        x_PD,
+        codes.code,
+        *codes.tensors(),
+        groups.pair_P,
+        groups.start_E1,
+        x_PD if factor_TK is None else factor_TK,
+        out_PO,
+        x_PD.stride(0),
+        **grouped_constants(num_outs, depth, codes, silu_mul, tile, top_k),
+        X_BY=x_by,
+        OUT_BY=out_by,
+        HAS_FACTOR=factor_TK is not None,
+        UPCAST=device.type != "cuda",
+        num_warps=tile.num_warps,
+        **launch_options(device),
+    )
+    return out_PO
+
+
+def _expert_linear(x: Tensor, expert_TK: Tensor, codes: Codes) -> Tensor | None:
+    """[T, K, O], or None if the kernels cannot take these."""
+    x_PD = x.flatten(0, -2)
+    if not takes(x_PD, codes) or not expert_TK.is_contiguous():
+        return None
+    (num_tokens, top_k), shared_by = expert_TK.shape, expert_TK.shape[1] if x.dim() == 2 else 1
+    x_PD = x_PD.contiguous()
+    if few_pairs(num_tokens, top_k, codes.code.shape[0]) or not has_units(x.device):
+        y_PO = packed_gemv(x_PD, codes, expert_TK=expert_TK, x_shared_by=shared_by)
+    else:
+        groups = sort_pairs(expert_TK, codes.code.shape[0])
+        x_by = BY_TOKEN.value if x.dim() == 2 else BY_PAIR.value
+        y_PO = packed_grouped(x_PD, codes, groups, top_k, x_by=x_by, out_by=BY_PAIR.value)
+    return y_PO.view(*expert_TK.shape, -1)
+
+
+def takes(x_PD: Tensor, codes: Codes) -> bool:
+    """True if the kernels of experts can multiply these rows."""
+    return x_PD.dtype in DTYPES and x_PD.shape[0] > 0 and packed_codes.takes(codes, x_PD.shape[-1])
+
+
+def has_units(device: torch.device) -> bool:
+    return device.type != "cuda" or has_matrix_units(device)
+
+
+def packed_expert_linear(
+    x: Tensor,
+    expert_TK: Tensor,
+    code_EOC: Tensor,
+    scale_EOG: Tensor,
+    offset_EOG: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+) -> Tensor:
+    """See `reference.packed.packed_expert_linear`."""
+    codes = packed_codes.of_packed(code_EOC, scale_EOG, offset_EOG, table, bits, group)
+    found = _expert_linear(x, expert_TK, codes)
+    if found is not None:
+        return found
+    return reference.packed.packed_expert_linear(x, expert_TK, *codes[:4], bits, group)
+
+
+def fp8_expert_linear(
+    x: Tensor,
+    expert_TK: Tensor,
+    weight_EOD: Tensor,
+    scale_ERG: Tensor,
+    block_rows: int,
+    block_columns: int,
+) -> Tensor:
+    """See `reference.packed.fp8_expert_linear`."""
+    codes = packed_codes.of_fp8(weight_EOD, scale_ERG, block_rows, block_columns)
+    found = _expert_linear(x, expert_TK, codes)
+    if found is not None:
+        return found
+    return reference.packed.fp8_expert_linear(
+        x, expert_TK, weight_EOD, scale_ERG, block_rows, block_columns
+    )
+
+
+def _experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up: Codes,
+    down: Codes,
+    residual_TD: Tensor | None,
+    local_X: Tensor | None,
+) -> Tensor | None:
+    """`reference.experts.experts`, or None if the kernels cannot take these."""
+    size = gate_up.num_rows // 2
+    tensors = [one for one in (weight_TK, expert_TK, local_X) if one is not None]
+    if (
+        not takes(x_TD, gate_up)
+        or not packed_codes.takes(down, size)
+        or size % 8
+        or not all(one.is_contiguous() for one in tensors)
+    ):
+        return None
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    residual_TD = None if residual_TD is None else residual_TD.contiguous()
+    (num_tokens, top_k), num_here = expert_TK.shape, gate_up.code.shape[0]
+    num_experts = num_here if local_X is None else len(local_X)
+    if few_pairs(num_tokens, top_k, num_experts) or not has_units(x_TD.device):
+        inner_PF = packed_gemv(
+            x_TD, gate_up, silu_mul=True, expert_TK=expert_TK, local_X=local_X, x_shared_by=top_k
+        )
+        return packed_gemv(
+            inner_PF,
+            down,
+            residual_TO=residual_TD,
+            expert_TK=expert_TK,
+            local_X=local_X,
+            factor_TK=weight_TK,
+            adds_pairs=True,
+        )
+    groups = sort_pairs(expert_TK, num_here, local_X)
+    by_token, by_pair, by_place = BY_TOKEN.value, BY_PAIR.value, BY_PLACE.value
+    inner_PF = packed_grouped(
+        x_TD, gate_up, groups, top_k, x_by=by_token, out_by=by_place, silu_mul=True
+    )
+    y_PD = packed_grouped(inner_PF, down, groups, top_k, weight_TK, x_by=by_place, out_by=by_pair)
+    return combine(y_PD, expert_TK, residual_TD, local_X)
+
+
+def packed_experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    code_EGC: Tensor,
+    scale_EGG: Tensor,
+    offset_EGG: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    down_code_EDC: Tensor,
+    down_scale_EDG: Tensor,
+    down_offset_EDG: Tensor | None,
+    down_table: Tensor | None,
+    down_bits: int,
+    down_group: int,
+    residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
+) -> Tensor:
+    """See `reference.packed.packed_experts`."""
+    gate_up = (code_EGC, scale_EGG, offset_EGG, table, bits, group)
+    down = (
+        down_code_EDC, down_scale_EDG, down_offset_EDG, down_table, down_bits, down_group
+    )  # fmt: skip
+    codes = packed_codes.of_packed(*gate_up), packed_codes.of_packed(*down)
+    found = _experts(x_TD, weight_TK, expert_TK, *codes, residual_TD, local_X)
+    if found is not None:
+        return found
+    return reference.packed.packed_experts(
+        x_TD, weight_TK, expert_TK, *gate_up, *down, residual_TD, local_X
+    )
+
+
+def fp8_experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EGD: Tensor,
+    scale_ERG: Tensor,
+    block_rows: int,
+    block_columns: int,
+    down_EDF: Tensor,
+    down_scale_ERG: Tensor,
+    down_block_rows: int,
+    down_block_columns: int,
+    residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
+) -> Tensor:
+    """See `reference.packed.fp8_experts`."""
+    gate_up = (gate_up_EGD, scale_ERG, block_rows, block_columns)
+    down = (down_EDF, down_scale_ERG, down_block_rows, down_block_columns)
+    codes = packed_codes.of_fp8(*gate_up), packed_codes.of_fp8(*down)
+    found = _experts(x_TD, weight_TK, expert_TK, *codes, residual_TD, local_X)
+    if found is not None:
+        return found
+    return reference.packed.fp8_experts(
+        x_TD, weight_TK, expert_TK, *gate_up, *down, residual_TD, local_X
+    )

@@ -1,0 +1,223 @@
+"""Selects the kernel of each product with packed weights on a GPU: one of ours, or cuBLAS."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.triton import packed_codes, packed_tiles
+from nanovllm.kernels.triton.common import shared_memory_bytes
+from nanovllm.kernels.triton.norm_act import rms_norm, silu_mul
+from nanovllm.kernels.triton.packed_codes import Codes
+from nanovllm.kernels.triton.packed_experts import DTYPES, has_units
+from nanovllm.kernels.triton.packed_gemm import dequantize, packed_gemm
+from nanovllm.kernels.triton.packed_gemv import packed_gemv
+
+# cuBLAS gets the real values of so many rows of a weight at a time, which bounds their memory.
+DEQUANTIZED_BYTES = 128 << 20
+# Without matrix units so many rows are multiplied one by one.
+MAX_ROWS_ONE_BY_ONE = 4
+
+
+def takes(num_rows: int, has_units: bool, norm: bool) -> bool:
+    """True if one launch computes the product with its neighbours. More rows than one are normed
+    by a kernel of their own, as before `split_k_gemm`."""
+    if norm or not has_units:
+        return num_rows == 1
+    return num_rows <= packed_tiles.MAX_ROWS
+
+
+def takes_packed(
+    x_TD: Tensor,
+    code_OC: Tensor,
+    scale_OG: Tensor,
+    offset_OG: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    has_norm: bool,
+    silu: bool,
+) -> bool:
+    """For the pass `fuse_linear`: whether `fused_packed_linear` is one launch."""
+    codes = packed_codes.of_packed(code_OC, scale_OG, offset_OG, table, bits, group)
+    return _can(x_TD, codes) and takes(x_TD.shape[0], has_units(x_TD.device), has_norm)
+
+
+def takes_fp8(
+    x_TD: Tensor,
+    weight_OD: Tensor,
+    scale_RG: Tensor,
+    block_rows: int,
+    block_columns: int,
+    has_norm: bool,
+    silu: bool,
+) -> bool:
+    """For the pass `fuse_linear`: whether `fused_fp8_linear` is one launch."""
+    codes = packed_codes.of_fp8(weight_OD, scale_RG, block_rows, block_columns)
+    return _can(x_TD, codes) and takes(x_TD.shape[0], has_units(x_TD.device), has_norm)
+
+
+def _can(x_TD: Tensor, codes: Codes) -> bool:
+    return (
+        x_TD.dim() == 2
+        and x_TD.dtype in DTYPES
+        and x_TD.shape[0] > 0
+        and packed_codes.takes(codes, x_TD.shape[1])
+    )
+
+
+def _product(
+    x_TD: Tensor,
+    norm_D: Tensor | None,
+    codes: Codes,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> Tensor | None:
+    """The product with its neighbours, or None if the kernels cannot take it."""
+    if not _can(x_TD, codes) or any(
+        one is not None and one.dtype is not x_TD.dtype for one in (norm_D, residual_TO)
+    ):
+        return None
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    residual_TO = None if residual_TO is None else residual_TO.contiguous()
+    num_rows, matrix_units = x_TD.shape[0], has_units(x_TD.device)
+    if norm_D is not None and num_rows > 1:
+        x_TD, norm_D = rms_norm(x_TD, norm_D, eps), None
+    if num_rows == 1 or (num_rows <= MAX_ROWS_ONE_BY_ONE and not matrix_units):
+        return _one_by_one(x_TD, norm_D, codes, bias_O, residual_TO, eps, silu)
+    if matrix_units and num_rows <= packed_tiles.MAX_ROWS:
+        return packed_gemm(x_TD, codes, bias_O, residual_TO, silu)
+    y_TO = _by_cublas(x_TD, codes, bias_O)
+    y_TO = silu_mul(y_TO) if silu else y_TO
+    return y_TO if residual_TO is None else y_TO.add_(residual_TO)
+
+
+def _one_by_one(
+    x_TD: Tensor,
+    norm_D: Tensor | None,
+    codes: Codes,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    """Each row by itself; one row on the matrix units where that was faster."""
+    shared_bytes = shared_memory_bytes(x_TD.device)
+    tile = packed_tiles.one_row_tile(codes, x_TD.shape[1], silu, shared_bytes)
+    if has_units(x_TD.device) and isinstance(tile, packed_tiles.PackedGemmTile):
+        x_TD = x_TD if norm_D is None else rms_norm(x_TD, norm_D, eps)
+        return packed_gemm(x_TD, codes, bias_O, residual_TO, silu, launch=tile)
+    return packed_gemv(
+        x_TD, codes, norm_D=norm_D, eps=eps, bias_O=bias_O, residual_TO=residual_TO, silu_mul=silu
+    )
+
+
+def _by_cublas(x_TD: Tensor, codes: Codes, bias_O: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias with the real values of some rows of the weight after the other."""
+    depth, num_lines = x_TD.shape[1], codes.num_rows
+    some = max(128, DEQUANTIZED_BYTES // (depth * x_TD.element_size()) // 128 * 128)
+    some = max(1, some // codes.group_rows) * codes.group_rows
+    if num_lines <= some:
+        return torch.nn.functional.linear(x_TD, dequantize(codes, depth, x_TD.dtype), bias_O)
+    out_TO = x_TD.new_empty((x_TD.shape[0], num_lines))
+    for first in range(0, num_lines, some):
+        rows = slice(first, first + some)
+        groups = slice(first // codes.group_rows, (first + some) // codes.group_rows)
+        part = codes._replace(
+            code=codes.code[rows],
+            scale=codes.scale[groups],
+            offset=None if codes.offset is None else codes.offset[groups],
+        )
+        bias = None if bias_O is None else bias_O[rows]
+        real_OD = dequantize(part, depth, x_TD.dtype)
+        out_TO[:, rows] = torch.nn.functional.linear(x_TD, real_OD, bias)
+    return out_TO
+
+
+def packed_linear(
+    x_TD: Tensor,
+    code_OC: Tensor,
+    scale_OG: Tensor,
+    offset_OG: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    """See `reference.packed.packed_linear`."""
+    codes = packed_codes.of_packed(code_OC, scale_OG, offset_OG, table, bits, group)
+    found = _product(x_TD, None, codes, bias_O, residual_TO, 0.0, False)
+    if found is not None:
+        return found
+    return reference.packed.packed_linear(x_TD, *codes[:4], bits, group, bias_O, residual_TO)
+
+
+def fp8_linear(
+    x_TD: Tensor,
+    weight_OD: Tensor,
+    scale_RG: Tensor,
+    block_rows: int,
+    block_columns: int,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    """See `reference.packed.fp8_linear`."""
+    codes = packed_codes.of_fp8(weight_OD, scale_RG, block_rows, block_columns)
+    found = _product(x_TD, None, codes, bias_O, residual_TO, 0.0, False)
+    if found is not None:
+        return found
+    return reference.packed.fp8_linear(
+        x_TD, weight_OD, scale_RG, block_rows, block_columns, bias_O, residual_TO
+    )
+
+
+def fused_packed_linear(
+    x_TD: Tensor,
+    norm_weight_D: Tensor | None,
+    code_OC: Tensor,
+    scale_OG: Tensor,
+    offset_OG: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
+    silu_mul: bool,
+) -> Tensor:
+    """`reference.packed.fused_packed_linear`. The weights may be read before earlier kernels end,
+    so no running kernel may write them."""
+    codes = packed_codes.of_packed(code_OC, scale_OG, offset_OG, table, bits, group)
+    found = _product(x_TD, norm_weight_D, codes, bias_O, residual_TO, eps, silu_mul)
+    if found is not None:
+        return found
+    return reference.packed.fused_packed_linear(
+        x_TD, norm_weight_D, *codes[:4], bits, group, bias_O, residual_TO, eps, silu_mul
+    )
+
+
+def fused_fp8_linear(
+    x_TD: Tensor,
+    norm_weight_D: Tensor | None,
+    weight_OD: Tensor,
+    scale_RG: Tensor,
+    block_rows: int,
+    block_columns: int,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
+    silu_mul: bool,
+) -> Tensor:
+    """`reference.packed.fused_fp8_linear`; as above."""
+    codes = packed_codes.of_fp8(weight_OD, scale_RG, block_rows, block_columns)
+    found = _product(x_TD, norm_weight_D, codes, bias_O, residual_TO, eps, silu_mul)
+    if found is not None:
+        return found
+    return reference.packed.fused_fp8_linear(
+        x_TD, norm_weight_D, weight_OD, scale_RG, block_rows, block_columns, bias_O, residual_TO,
+        eps, silu_mul,
+    )  # fmt: skip

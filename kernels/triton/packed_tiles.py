@@ -1,0 +1,182 @@
+"""Tiles of products with packed weights, and up to how many rows they are used."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from nanovllm.kernels.triton.packed_codes import Codes
+
+MAX_ROWS = 256  # more rows are multiplied by cuBLAS with the real values
+
+
+class PackedGemvTile(NamedTuple):
+    """The sizes of a launch for one row: outputs of one program, warps, pieces of a thread, chunks
+    that are loaded together."""
+
+    outs: int
+    num_warps: int
+    each: int = 2
+    ahead: int = 1
+
+
+class PackedGemmTile(NamedTuple):
+    """The sizes of a launch for some rows: rows and weight rows of a program, columns of a chunk,
+    chunks of a step, parts of the depth, steps in flight, warps."""
+
+    rows: int
+    lines: int
+    columns: int
+    each: int
+    splits: int
+    num_stages: int
+    num_warps: int
+
+
+Tile = PackedGemvTile | PackedGemmTile
+RUNGS = (1, 8, 16, 32, 64, 128, 256)
+# (kind, weight rows, depth, silu·up): the tile of each rung, None for that of the rules below. The
+# kind is the number of bits, and "fp8". Written by scripts/bench/packed_tiles.py.
+TILES: dict[tuple[str, int, int, bool], tuple[Tile | None, ...]] = {}
+
+
+def kind_of(codes: Codes) -> str:
+    return (
+        "fp8"
+        if codes.is_fp8
+        else f"{codes.bits} bits" + (" table" if codes.table is not None else "")
+    )
+
+
+def known_tile(num_rows: int, codes: Codes, depth: int, silu_mul: bool) -> Tile | None:
+    """The measured tile, if there is one for groups of this size."""
+    tiles = TILES.get((kind_of(codes), codes.num_rows, depth, silu_mul))
+    rung = next((i for i, most in enumerate(RUNGS) if num_rows <= most), None)
+    tile = tiles[rung] if tiles is not None and rung is not None else None
+    if isinstance(tile, PackedGemmTile) and chunk_columns(codes, depth) % tile.columns:
+        return None
+    return tile
+
+
+# One row of larger weights in codes of 4 bits goes to the matrix units: by the code for sm_90 that
+# takes 2.8 instructions for a weight instead of 5.1 with a norm before and SiLU·up (docs/log.md).
+LARGE_WEIGHT = 64 << 20
+
+
+def one_row_tile(
+    codes: Codes, depth: int, silu_mul: bool, shared_bytes: int
+) -> PackedGemmTile | None:
+    """The tile of one row on the matrix units, or None for the ordinary cores."""
+    known = known_tile(1, codes, depth, silu_mul)
+    if isinstance(known, PackedGemvTile):
+        return None
+    is_large = codes.num_rows * depth >= LARGE_WEIGHT
+    if known is not None or (kind_of(codes) == "4 bits" and is_large):
+        tile = known or _tile_by_rule(8, codes, depth)
+        return fitted(tile, codes, depth, shared_bytes)
+    return None
+
+
+def chunk_columns(codes: Codes, depth: int) -> int:
+    """The most columns, up to 128, of a chunk with one scale, or with two for groups of 16."""
+    least = 32 if codes.bits == 4 else 16
+    group = depth if codes.group >= depth else max(codes.group, least)
+    return next(c for c in (128, 64, 32, 16) if group % c == 0 and depth % c == 0)
+
+
+def gemv_tile(
+    num_rows: int, codes: Codes, depth: int, silu_mul: bool, pairs: int, multiprocessors: int
+) -> PackedGemvTile:
+    """The tile for one row, of a weight or of `num_rows` pairs with their experts."""
+    known = known_tile(1, codes, depth, silu_mul) if codes.code.dim() == 2 else None
+    if isinstance(known, PackedGemvTile):
+        return known
+    pieces = depth * codes.bits // 64
+    num_warps = 1 if pieces <= 96 else 2 if pieces <= 192 else 4
+    # a thread has the codes of 8 weight rows, or of 4 with a table, which takes registers
+    outs = (4 if silu_mul else 8) // (1 if codes.table is None else 2)
+    lines = num_rows * codes.num_rows // (1 + silu_mul)
+    while outs > 1 and lines < 2 * outs * multiprocessors:
+        outs //= 2
+    return PackedGemvTile(outs, num_warps, 2 if pieces >= 64 else 1, 2 if pairs > 1 else 1)
+
+
+def gemm_tile(
+    num_rows: int, codes: Codes, depth: int, silu_mul: bool, shared_bytes: int
+) -> PackedGemmTile:
+    """The tile for some rows. The parts of the depth are the same for all up to 64 rows."""
+    tile = known_tile(max(num_rows, 2), codes, depth, silu_mul)
+    if not isinstance(tile, PackedGemmTile):
+        rung = next((r for r in RUNGS[1:] if num_rows <= r), RUNGS[-1])
+        tile = _tile_by_rule(rung, codes, depth)
+    return fitted(tile, codes, depth, shared_bytes)
+
+
+def _tile_by_rule(rung: int, codes: Codes, depth: int) -> PackedGemmTile:
+    columns = chunk_columns(codes, depth)
+    each = next(n for n in (8, 4, 2, 1) if n * columns <= 128 and depth % (n * columns) == 0)
+    # 2 programs on each of 132 multiprocessors, with 4 steps at least
+    tiles, steps = -(-codes.num_rows // 64), depth // (columns * each)
+    if rung > 64:
+        tiles = -(-codes.num_rows // 128)
+    most = 8 if rung <= 64 else 2
+    splits = next(
+        n
+        for n in (1, 2, 4, 8)
+        if n == most or tiles * n >= 264 or steps % (2 * n) or steps // (2 * n) < 4
+    )
+    if rung <= 64:
+        return PackedGemmTile(rung, 64, columns, each, splits, 4, 4)
+    # scales of fp8 multiply sums of their own: 256 rows of both do not fit the registers
+    rows = 128 if codes.is_fp8 else rung
+    return PackedGemmTile(rows, 128, columns, each, splits, 3, 8)
+
+
+def fitted(tile: PackedGemmTile, codes: Codes, depth: int, shared_bytes: int) -> PackedGemmTile:
+    """The tile with fewer steps in flight, or narrower chunks, if shared memory is small."""
+    while (most := _most_stages(tile, codes, shared_bytes)) < 2:
+        least = 32 if codes.bits == 4 else 16
+        if tile.each > 1:
+            tile = tile._replace(each=tile.each // 2)
+        elif tile.columns > least:
+            tile = tile._replace(columns=tile.columns // 2)
+        elif tile.lines > 64:
+            tile = tile._replace(lines=64)
+        else:
+            tile = tile._replace(rows=tile.rows // 2)
+    return tile._replace(num_stages=min(tile.num_stages, most))
+
+
+def _most_stages(tile: PackedGemmTile, codes: Codes, shared_bytes: int) -> int:
+    """Steps that fit beside the operand that goes through shared memory once more."""
+    columns = tile.columns * tile.each
+    stage_bytes = tile.lines * columns * codes.bits // 8 + tile.rows * columns * 2
+    operand_bytes = tile.lines * tile.columns * 2
+    return (shared_bytes - 4096 - operand_bytes) // stage_bytes
+
+
+# Pairs are sorted where more than a quarter as many pairs as experts make sharing likely.
+PAIRS_PER_EXPERT = 0.25
+# (kind, weight rows, depth, silu·up): tiles of experts for up to so many pairs each
+EXPERT_TILES: dict[tuple[str, int, int, bool], dict[int, PackedGemmTile]] = {}
+
+
+def few_pairs(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """True if each pair of a token and one of its experts is multiplied by itself."""
+    return num_tokens == 1 or num_tokens * top_k <= PAIRS_PER_EXPERT * num_experts
+
+
+def grouped_tile(
+    pairs_each: float, codes: Codes, depth: int, silu_mul: bool, shared_bytes: int
+) -> PackedGemmTile:
+    """The tile for experts with so many pairs each."""
+    known = EXPERT_TILES.get((kind_of(codes), codes.num_rows, depth, silu_mul), {})
+    columns = chunk_columns(codes, depth)
+    tile = next((one for most, one in known.items() if pairs_each <= most), None)
+    if tile is None or columns % tile.columns:
+        each = next(n for n in (8, 4, 2, 1) if n * columns <= 128 and depth % (n * columns) == 0)
+        rows = next(
+            (rows for most, rows in ((8, 16), (24, 32), (96, 64)) if pairs_each <= most), 128
+        )
+        lines, num_warps = (64, 4) if rows < 64 else (128, 8)
+        tile = PackedGemmTile(rows, lines, columns, each, 1, 4, num_warps)
+    return fitted(tile, codes, depth, shared_bytes)

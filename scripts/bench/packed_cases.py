@@ -1,0 +1,228 @@
+"""Products with packed weights to check and time: shapes of Qwen3 models, kinds, tiles, inputs."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.triton import linear as triton_linear
+from nanovllm.kernels.triton import packed_codes, packed_tiles
+from nanovllm.kernels.triton.norm_act import rms_norm, silu_mul
+from nanovllm.kernels.triton.packed_codes import Codes
+from nanovllm.kernels.triton.packed_gemm import packed_gemm
+from nanovllm.kernels.triton.packed_gemv import packed_gemv
+from nanovllm.kernels.triton.packed_tiles import PackedGemmTile, PackedGemvTile, Tile
+from nanovllm.tools.shapes import CONFIGS
+
+DTYPE = torch.bfloat16
+EPS = 1e-6
+DEVICE = "cuda"
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MODELS = {"8b": "Qwen3-8B", "30b": "Qwen3-30B-A3B", "0.6b": "Qwen3-0.6B"}
+KINDS = ("int4", "fp8")
+SHARED_BYTES = 227 << 10
+MULTIPROCESSORS = 132
+
+
+class Shape(NamedTuple):
+    """A weight's rows and depth; what is fused at one row, and after the product."""
+
+    num_lines: int
+    depth: int
+    norm: bool = False
+    silu: bool = False
+
+
+def shapes(model: str) -> dict[str, Shape]:
+    """The dense products of a layer."""
+    config = CONFIGS[MODELS[model]]
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    query = config["num_attention_heads"] * head_dim
+    qkv = query + 2 * config["num_key_value_heads"] * head_dim
+    found = {"qkv": Shape(qkv, hidden, norm=True), "out": Shape(hidden, query)}
+    if "num_experts" not in config:
+        ffn = config["intermediate_size"]
+        found["gate_up"] = Shape(2 * ffn, hidden, norm=True, silu=True)
+        found["down"] = Shape(hidden, ffn)
+    return found
+
+
+def random_codes(kind: str, num_lines: int, depth: int, outer: tuple[int, ...] = ()) -> Codes:
+    """int4 with groups of 128 and offsets in bf16, or fp8 with blocks of 128 × 128."""
+    if kind == "fp8":
+        weight = torch.randn(*outer, num_lines, depth, device=DEVICE).to(torch.float8_e4m3fn)
+        blocks = (*outer, -(-num_lines // 128), -(-depth // 128))
+        scale = (torch.rand(blocks, device=DEVICE) + 0.5) / depth**0.5
+        return packed_codes.of_fp8(weight, scale, 128, 128)
+    shape = (*outer, num_lines, depth // 2)
+    code = torch.randint(256, shape, dtype=torch.uint8, device=DEVICE)
+    groups = (*outer, num_lines, depth // 128)
+    scale = ((torch.rand(groups, device=DEVICE) + 0.5) / depth**0.5 / 4).to(DTYPE)
+    return packed_codes.of_packed(code, scale, -8 * scale, None, 4, 128)
+
+
+def real(codes: Codes, depth: int) -> Tensor:
+    """The real values in fp32."""
+    code, scale, offset, table, bits, rows, group, is_fp8 = codes
+    if is_fp8:
+        return reference.packed.of_fp8(code.view(torch.float8_e4m3fn), scale, rows, group)
+    return reference.packed.unpacked(code, scale, offset, table, bits, group, depth)
+
+
+def num_bytes(codes: Codes) -> int:
+    return sum(one.nbytes for one in codes[:4] if isinstance(one, Tensor))
+
+
+class Case:
+    """A product with enough weights to exceed the L2, in a kind and in bf16."""
+
+    def __init__(self, shape: Shape, kind: str, rotated_bytes: int = 320 << 20) -> None:
+        self.shape, self.kind = shape, kind
+        first = random_codes(kind, *shape[:2])
+        copies = max(1, min(28, -(-rotated_bytes // num_bytes(first))))
+        self.codes = [first, *(self._copy(first) for _ in range(copies - 1))]
+        self.norm = torch.rand(shape.depth, device=DEVICE).to(DTYPE) + 0.5
+
+    @staticmethod
+    def _copy(codes: Codes) -> Codes:
+        return codes._replace(code=codes.code.clone(), scale=codes.scale.clone())
+
+    def inputs(self, num_rows: int) -> None:
+        num_outs = self.shape.num_lines // (2 if self.shape.silu else 1)
+        self.x = torch.randn(num_rows, self.shape.depth, device=DEVICE).to(DTYPE)
+        has_residual = not self.shape.norm
+        self.residual = (
+            torch.randn(num_rows, num_outs, device=DEVICE).to(DTYPE) if has_residual else None
+        )
+
+    def run(self, idx: int, tile: Tile) -> Tensor:
+        """As in a step: at one row with the norm before it."""
+        codes, silu, x = self.codes[idx], self.shape.silu, self.x
+        norm = self.norm if self.shape.norm and len(x) == 1 else None
+        if isinstance(tile, PackedGemvTile):
+            return packed_gemv(
+                x,
+                codes,
+                norm_D=norm,
+                eps=EPS,
+                residual_TO=self.residual,
+                silu_mul=silu,
+                launch=tile,
+            )
+        x = x if norm is None else rms_norm(x, norm, EPS)
+        return packed_gemm(x, codes, None, self.residual, silu, launch=tile)
+
+    def launches(self) -> list[int]:
+        return [i % len(self.codes) for i in range(28)]
+
+    @cached_property
+    def real_OD(self) -> Tensor:
+        return real(self.codes[0], self.shape.depth)
+
+    def error(self, y: Tensor) -> float:
+        x = self.x.float()
+        if self.shape.norm and len(x) == 1:
+            x = reference.norm_act.rms_norm(x, self.norm.float(), EPS)
+        exact = linear(x, self.real_OD)
+        exact = reference.norm_act.silu_mul(exact) if self.shape.silu else exact
+        exact = exact if self.residual is None else exact + self.residual.float()
+        return float((y.float() - exact).norm() / exact.norm())
+
+
+class Plain:
+    """The same product in bf16, by the kernels of today."""
+
+    def __init__(self, shape: Shape, rotated_bytes: int = 320 << 20) -> None:
+        self.shape = shape
+        copies = max(1, min(14, -(-rotated_bytes // (shape.num_lines * shape.depth * 2))))
+        size = (shape.num_lines, shape.depth)
+        self.weights = [torch.randn(size, device=DEVICE, dtype=DTYPE) for _ in range(copies)]
+
+    def run(self, idx: int, x: Tensor, norm: Tensor | None, residual: Tensor | None) -> Tensor:
+        weight, silu = self.weights[idx % len(self.weights)], self.shape.silu
+        if norm is not None and not triton_linear.takes(x, weight, True, silu):
+            x, norm = rms_norm(x, norm, EPS), None
+        if triton_linear.takes(x, weight, norm is not None, silu):
+            return triton_linear.fused_linear(x, norm, weight, None, residual, EPS, silu)
+        if residual is not None:
+            return torch.addmm(residual, x, weight.t())
+        y = linear(x, weight)
+        return silu_mul(y) if silu else y
+
+
+def tiles(shape: Shape, kind: str, num_rows: int, few: bool) -> list[Tile]:
+    """Candidates, the rule's choice first; `few` for products that matter less."""
+    codes = _stand_in(shape, kind)
+    rule = packed_tiles.gemm_tile(num_rows, codes, shape.depth, shape.silu, SHARED_BYTES)
+    found: list[Any] = []
+    if num_rows == 1:
+        found = [
+            packed_tiles.gemv_tile(1, codes, shape.depth, shape.silu, 1, MULTIPROCESSORS),
+            *_gemv_tiles(shape, codes.bits),
+        ]
+        num_rows = 8
+    found += [rule, *_gemm_tiles(shape, codes, num_rows)]
+    found = [
+        one if isinstance(one, PackedGemvTile) else _fitted(one, codes, shape) for one in found
+    ]
+    return list(dict.fromkeys(found))[: 6 if few else 14]
+
+
+def _stand_in(shape: Shape, kind: str) -> Codes:
+    meta = torch.empty(1, 1, device="meta")
+    bits, rows, is_fp8 = (8, 128, True) if kind == "fp8" else (4, 1, False)
+    code = torch.empty(shape.num_lines, shape.depth * bits // 8, device="meta", dtype=torch.uint8)
+    return Codes(code, meta, None if is_fp8 else meta, None, bits, rows, 128, is_fp8)
+
+
+def _fitted(tile: PackedGemmTile, codes: Codes, shape: Shape) -> PackedGemmTile:
+    return packed_tiles.fitted(tile, codes, shape.depth, SHARED_BYTES)
+
+
+def _gemv_tiles(shape: Shape, bits: int) -> list[PackedGemvTile]:
+    pieces, found = shape.depth * bits // 64, []
+    for (num_warps, each), lines, ahead in product(
+        ((4, 2), (4, 1), (2, 2), (2, 4), (1, 2), (1, 4), (8, 1)), (8, 4, 16), (1, 2)
+    ):
+        outs, chunk = lines // (1 + shape.silu), 32 * num_warps * each
+        programs = shape.num_lines // lines
+        if (
+            pieces % chunk == 0
+            and ahead <= pieces // chunk
+            and programs >= 132
+            and lines * each * ahead <= 32
+            and programs * num_warps >= 400
+        ):
+            found.append(PackedGemvTile(outs, num_warps, each, ahead))
+    return found[:9]
+
+
+def _gemm_tiles(shape: Shape, codes: Codes, num_rows: int) -> list[PackedGemmTile]:
+    columns = packed_tiles.chunk_columns(codes, shape.depth)
+    steps, found = shape.depth // columns, []
+    for rows, (lines, warps), splits, stages in product(
+        (num_rows, 64, 128, 256), ((64, 4), (128, 4), (128, 8)), (1, 2, 4, 8), (4, 3, 6)
+    ):
+        programs = -(-num_rows // rows) * -(-shape.num_lines // lines) * splits
+        area = rows * lines // (32 * warps)  # sums of a thread
+        if (
+            (rows == num_rows or (rows < num_rows and num_rows >= 128))
+            and steps % splits == 0
+            and steps // splits >= 2
+            and 64 <= programs <= (1600 if splits == 1 else 800)
+            and area <= 128
+            and (area >= 16 or num_rows < 64)
+        ):
+            found.append(PackedGemmTile(rows, lines, columns, 1, splits, stages, warps))
+    # close to two programs on each multiprocessor first
+    return sorted(found, key=lambda one: abs(_programs(one, shape, num_rows) - 264))
+
+
+def _programs(tile: PackedGemmTile, shape: Shape, num_rows: int) -> int:
+    return -(-num_rows // tile.rows) * -(-shape.num_lines // tile.lines) * tile.splits
