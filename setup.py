@@ -143,7 +143,6 @@ setup(
             "av>=17.1",
             "pillow>=12.3",
             "compressed-tensors>=0.19",
-            "gguf>=0.19",
             "httptools>=0.6",
             "httpx>=0.28",
             "hypothesis>=6.100",

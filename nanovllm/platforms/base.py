@@ -27,7 +27,10 @@ from nanovllm.platforms.regions import Region, SplitRegion
 
 # Ops whose reference reads the routing on the host, so that it cannot be traced.
 OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
-PACKED_EXPERT_OPS = ("fp8_expert_linear", "packed_expert_linear")  # the same
+PACKED_EXPERT_OPS = (  # the same
+    "fp8_expert_linear", "fp8_experts", "ggml_expert_linear", "packed_expert_linear",
+    "packed_experts",
+)  # fmt: skip
 # Ops of a step with our kernels on CPU and CUDA.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
