@@ -25,18 +25,6 @@ from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_ex
 from nanovllm.kernels.triton.linear import fused_linear, linear_
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.offload import fetch_experts, stream_experts
-from nanovllm.kernels.triton.packed_experts import (
-    fp8_expert_linear,
-    fp8_experts,
-    packed_expert_linear,
-    packed_experts,
-)
-from nanovllm.kernels.triton.packed_linear import (
-    fp8_linear,
-    fused_fp8_linear,
-    fused_packed_linear,
-    packed_linear,
-)
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
 from nanovllm.kernels.triton.sample import sample
 from nanovllm.kernels.triton.sample_columns import sample_columns
@@ -119,14 +107,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "norm_router_topk": norm_router_topk,
     "experts": experts,
     "expert_linear": expert_linear,
-    "packed_linear": packed_linear,
-    "packed_expert_linear": packed_expert_linear,
-    "packed_experts": packed_experts,
-    "fused_packed_linear": fused_packed_linear,
-    "fp8_linear": fp8_linear,
-    "fp8_expert_linear": fp8_expert_linear,
-    "fp8_experts": fp8_experts,
-    "fused_fp8_linear": fused_fp8_linear,
     "fetch_experts": fetch_experts,
     "stream_experts": stream_experts,
     "offloaded_experts": offloaded_experts,

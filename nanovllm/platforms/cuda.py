@@ -97,7 +97,8 @@ class CudaPlatform(Accelerator):
     ) -> None:
         torch.cuda.set_device(self.device)
         try:
-            from nanovllm.kernels.triton import compile_log
+            from nanovllm.kernels import dequantized
+            from nanovllm.kernels.triton import compile_log, packed_register
             from nanovllm.kernels.triton import register as triton_kernels
             from nanovllm.kernels.triton import step as triton_step
         except ImportError as error:
@@ -110,6 +111,9 @@ class CudaPlatform(Accelerator):
         compile_log.watch()
         triton_kernels.register()
         triton_step.register()
+        if self.packed_kernels:
+            packed_register.register()
+        dequantized.register()
 
     def rank_environment(self, rank: int, own: Mapping[str, str]) -> dict[str, str]:
         return self.part_environment(rank, 0, 1, own)
@@ -138,11 +142,10 @@ class CudaPlatform(Accelerator):
 
         has_matrix_units = triton_common.has_matrix_units(self.device)
         takes = triton_linear.takes if has_matrix_units else _takes_one_row
-        all_takes: Mapping[Any, Callable[..., bool]] = {
-            ops.linear: takes,
-            ops.packed_linear: triton_packed.takes_packed,
-            ops.fp8_linear: triton_packed.takes_fp8,
-        }
+        all_takes: dict[Any, Callable[..., bool]] = {ops.linear: takes}
+        if self.packed_kernels:
+            all_takes[ops.packed_linear] = triton_packed.takes_packed
+            all_takes[ops.fp8_linear] = triton_packed.takes_fp8
         return (
             ("fuse_rope_store", fuse_rope_store),
             ("fuse_router", partial(fuse_router, takes=triton_topk.takes)),
@@ -165,6 +168,7 @@ class CudaPlatform(Accelerator):
             "cuda": str(torch.version.cuda) if is_nvidia else f"hip {torch.version.hip}",
             "driver": _driver_version(),
             "triton": triton.__version__,
+            "packed kernels": str(self.packed_kernels),
         }
 
     def compile_workers(self, bytes_each: int, bytes_own: int) -> int:

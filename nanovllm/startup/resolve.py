@@ -71,7 +71,6 @@ class ResolvedConfig:
         """Register the device's kernels. C++ libraries that the store lacks are compiled here."""
         may_compile = self.config.compile_cache_mode == "auto"
         environment = env.read()
-        self.platform.exact_inputs = environment.exact_inputs
         self.platform.prepare(self.store.folder / "cpp", environment.cxx, may_compile=may_compile)
 
     def check_graphs(self) -> None:
@@ -237,12 +236,16 @@ def resolve_without_weights(
 
 
 def select_platform(config: EngineConfig) -> Platform:
-    return platforms.select(
+    platform = platforms.select(
         config.device,
         npu_graph_mode=config.npu_graph_mode,
         npu_graph_options=config.tuned.npu_graph_options,
         graph_batch_sizes=config.graph_batch_sizes,
     )
+    environment = env.read()
+    platform.exact_inputs = environment.exact_inputs
+    platform.packed_kernels = environment.packed_kernels
+    return platform
 
 
 def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineSpec:

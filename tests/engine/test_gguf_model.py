@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.cpu import packed
 from tests.gguf_model import smollm2
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,13 @@ PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time,
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
+def make(path: Path) -> LLM:
+    return LLM(
+        str(path), device="cpu", dtype="float32", enforce_eager=True, max_model_len=128,
+        max_num_seqs=4, max_num_batched_tokens=256,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def path() -> Path:
     return smollm2()
@@ -48,10 +56,7 @@ def path() -> Path:
 
 @pytest.fixture(scope="module")
 def llm(path: Path) -> Iterator[LLM]:
-    llm = LLM(
-        str(path), device="cpu", dtype="float32", enforce_eager=True, max_model_len=128,
-        max_num_seqs=4, max_num_batched_tokens=256,
-    )  # fmt: skip
+    llm = make(path)
     yield llm
     llm.engine.close()
 
@@ -95,8 +100,37 @@ def test_reading_takes_little_more_memory_than_the_file(path: Path) -> None:
     assert 0.9 * num_bytes < 1024 * int(found.stdout) < 1.15 * num_bytes
 
 
-def test_a_chat_through_the_file_s_template(llm: LLM) -> None:
+def check_chat(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=8)
     (output,) = llm.chat(QUESTION, params, use_tqdm=False)
     assert output["text"] == "The capital of France is Paris."
     assert output["finish_reason"] == "stop"
+
+
+def test_a_chat_through_the_file_s_template(llm: LLM) -> None:
+    check_chat(llm)
+
+
+def test_inputs_in_int8_give_nearly_the_same_logprobs(
+    path: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As users run it: tests keep inputs exact elsewhere (conftest.py)."""
+    ids = llm.get_tokenizer().encode(PROMPTS[1] + "    return n if n < 2 else fibonacci(n - 1)")
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+
+    def logprobs(engine: LLM) -> torch.Tensor:
+        (output,) = engine.generate([ids], params, use_tqdm=False)
+        found = output["prompt_logprobs"]
+        return torch.tensor([found[i][ids[i]].logprob for i in range(1, len(ids))])
+
+    exact = logprobs(llm)
+    monkeypatch.setenv("NANOVLLM_EXACT_INPUTS", "0")
+    try:
+        rounded_llm = make(path)
+        rounded = logprobs(rounded_llm)
+        check_chat(rounded_llm)
+        rounded_llm.engine.close()
+    finally:
+        packed.configure(True)  # of all engines of the process
+    differences = (rounded - exact).abs()
+    assert 0 < differences.mean() < 0.05

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-from nanovllm.kernels import collectives, ops, reference
+from nanovllm.kernels import collectives, dequantized, ops, reference
 from nanovllm.kernels.cpu import experts as cpu_experts
 from nanovllm.kernels.cpu import ggml as cpu_ggml
 from nanovllm.kernels.cpu import packed as cpu_packed
@@ -33,6 +33,7 @@ from nanovllm.kernels.triton import (
     experts,
     gated_gemm,
     packed_linear,
+    packed_register,
     packed_tiles,
     skinny_tiles,
     split_k_gemm,
@@ -48,7 +49,8 @@ PAGE = FOLDER / "README.md"
 ROOT = "nanovllm.kernels."
 Kernels = Mapping[str, Callable[..., Any]]
 
-TRITON: Kernels = {**triton_register.KERNELS, **triton_step.KERNELS}
+TRITON: Kernels = {**triton_register.KERNELS, **triton_step.KERNELS, **packed_register.KERNELS}
+CUDA: Kernels = {**dequantized.KERNELS, **TRITON}
 CPU: Kernels = {
     **cpu_register.KERNELS,
     **cpu_step.KERNELS,
@@ -199,7 +201,8 @@ platform names. Any other becomes plain torch, which the lowering fuses with its
 """
 TABLE_HEAD = """
 A kernel with (eager) runs outside compiled graphs only. An empty cell is plain torch; `linear` on a
-GPU is thus cuBLAS. MPS registers no kernel: all its cells are empty. On a CPU `linear` stays in
+GPU is thus cuBLAS. MPS registers no kernel: all its cells are empty. Those of packed weights are
+used with NANOVLLM_PACKED_KERNELS=1, else `dequantized.py`. On a CPU `linear` stays in
 graphs where `cpu.linear.prefers_own_linear` holds, or if it has a residual. On an NPU a cell names
 the graphs: of GE, or captured by npugraph_ex. The last column is the pass that puts the op into
 graphs. The last four ops stand for the code of other packages, on every device.
@@ -315,7 +318,7 @@ def _op_rows() -> Iterator[str]:
         yield _row(
             f"`{name}`",
             _meaning(name),
-            _cell(name, TRITON, KEPT["cuda"]),
+            _cell(name, CUDA, KEPT["cuda"]),
             _cell(name, CPU, KEPT["cpu"]),
             _npu_cell(name),
             f"`{PASSES[name]}`" if name in PASSES else "",
