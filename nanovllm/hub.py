@@ -91,6 +91,7 @@ def download(model: str, *, weights: bool = True, revision: str | None = None) -
 
 def _download_gguf(model: str, repository: str, type_name: str, revision: str | None) -> Path:
     """The first file. Without a connection, those in the Hub's cache are known."""
+    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -98,7 +99,7 @@ def _download_gguf(model: str, repository: str, type_name: str, revision: str | 
         names = HfApi().list_repo_files(repository, revision=revision)
     except HfHubHTTPError:
         raise
-    except Exception:  # offline, or of the library for connections
+    except (OSError, httpx.HTTPError):  # no connection
         folder = _snapshot(repository, revision, ["*.gguf"], local_files_only=True)
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if is_gguf(path)]
     chosen = gguf_files.of_type(model, names, type_name)

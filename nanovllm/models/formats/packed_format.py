@@ -6,6 +6,7 @@ O outputs | D depth | G groups of inputs | g inputs of a group | S columns as st
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -42,8 +43,8 @@ class PackedFormat(Format):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
 
     @property
-    def layout(self) -> Layout:
-        raise NotImplementedError
+    @abstractmethod
+    def layout(self) -> Layout: ...
 
     @property
     def is_packed(self) -> bool:
