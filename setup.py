@@ -76,6 +76,7 @@ setup(
         "nanovllm.engine",
         "nanovllm.kernels",
         "nanovllm.kernels.cpu",
+        "nanovllm.kernels.cuda",
         "nanovllm.kernels.npu",
         "nanovllm.kernels.reference",
         "nanovllm.kernels.triton",
@@ -101,7 +102,7 @@ setup(
     entry_points={"console_scripts": ["nanovllm = nanovllm.cli.main:entry"]},
     package_data={
         "nanovllm": ["assets/*/*", "py.typed"],
-        "nanovllm.kernels": ["cpu/*.cpp", "cpu/*.h"],
+        "nanovllm.kernels": ["cpu/*.cpp", "cpu/*.h", "cuda/*.cu"],
         "nanovllm.api.page": ["*.css", "*.html", "*.js", "*.svg"],
         "nanovllm.tools": ["*.css", "*.js"],
     },
@@ -139,6 +140,8 @@ setup(
         "test": [
             "anthropic>=2.0",
             "gguf>=0.19",
+            # compiles CUDA C++ for GPUs that are not there; torch for CUDA has it
+            "nvidia-cuda-nvrtc>=13; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "triton>=3.6; platform_system == 'Linux'",
             "av>=17.1",
             "pillow>=12.3",

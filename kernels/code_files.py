@@ -13,9 +13,17 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from nanovllm.kernels.private_files import UnsafeParent, accept_parent, refuse_shared_parents
+from nanovllm.kernels.private_files import (
+    UnsafeParent,
+    UnsafePath,
+    accept_parent,
+    make_private,
+    read_private,
+    refuse_shared_parents,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,3 +91,46 @@ def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+class CodeFolder:
+    """A private folder of compiled code, each file with its digest in a file beside it.
+
+    A folder that cannot be made is replaced by one for this process only.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            make_private(folder)
+        except (OSError, UnsafeParent) as error:
+            logger.warning("compiled code is kept for this process only: %s", error)
+            folder = temporary_folder()
+        self._folder = folder
+
+    def get(self, name: str, key: str, suffix: str, build: Callable[[], bytes]) -> bytes:
+        """The code kept under a key, or what `build` returns, which is kept from then on."""
+        path = self._folder / f"{name}-{digest(key.encode())[:32]}{suffix}"
+        recorded = path.with_suffix(".sha256")
+        if (found := read_whole(path, recorded)) is not None:
+            return found
+        content = build()
+        # The digest is written last: a file without one is not used.
+        write_whole(path, content)
+        write_whole(recorded, digest(content).encode())
+        return content
+
+
+def read_whole(path: Path, recorded: Path) -> bytes | None:
+    """The content of a file whose digest is in `recorded`; None, with a warning where something is
+    wrong, if it must be compiled again."""
+    try:
+        expected, content = read_private(recorded).decode(), read_private(path)
+    except UnsafePath as error:
+        logger.warning("compiling it again: %s", error)
+        return None
+    except (OSError, UnicodeDecodeError):
+        return None
+    if digest(content) != expected:
+        logger.warning("%s is damaged: compiling it again", path)
+        return None
+    return content

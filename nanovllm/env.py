@@ -24,9 +24,8 @@ class Environment:
     """NANOVLLM_LOG_LEVEL, NANOVLLM_DUMP_GRAPHS (a folder for graphs), NANOVLLM_STRICT (1: a compile
     after warm-up is an error), NANOVLLM_CACHE (a folder), NANOVLLM_DISABLE_SVD (1: compressed
     experts are not used), NANOVLLM_DISABLE_PEER_MEMORY (1: NCCL does all sums over ranks),
-    NANOVLLM_EXACT_INPUTS (1: inputs of packed weights are not quantized on CPUs),
-    NANOVLLM_PACKED_KERNELS (1: kernels of packed weights that have not run on a GPU yet) and CXX (a
-    C++ compiler, perhaps with options). None: not set."""
+    NANOVLLM_EXACT_INPUTS (1: inputs of packed weights are not quantized on CPUs) and CXX (a C++
+    compiler, perhaps with options). None: not set."""
 
     log_level: str
     dump_graphs: Path | None
@@ -36,7 +35,6 @@ class Environment:
     disable_svd: bool = False
     disable_peer_memory: bool = False
     exact_inputs: bool = False
-    packed_kernels: bool = False
 
     def store_folder(self, given: str | os.PathLike[str] | None) -> Path:
         """The folder for compiled code: `given` by an option, or NANOVLLM_CACHE, or the default.
@@ -71,7 +69,6 @@ def read() -> Environment:
     return Environment(
         level, folders["NANOVLLM_DUMP_GRAPHS"], strict, folders["NANOVLLM_CACHE"], cxx, disable_svd,
         _switch("NANOVLLM_DISABLE_PEER_MEMORY"), _switch("NANOVLLM_EXACT_INPUTS"),
-        _switch("NANOVLLM_PACKED_KERNELS"),
     )  # fmt: skip
 
 

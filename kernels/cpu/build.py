@@ -25,14 +25,8 @@ from typing import ClassVar
 
 import torch
 
-from nanovllm.kernels.code_files import BUILDING, digest, temporary_folder, write_whole
-from nanovllm.kernels.private_files import (
-    PRIVATE,
-    UnsafeParent,
-    UnsafePath,
-    make_private,
-    read_private,
-)
+from nanovllm.kernels.code_files import BUILDING, digest, read_whole, temporary_folder, write_whole
+from nanovllm.kernels.private_files import PRIVATE, UnsafeParent, make_private
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +172,7 @@ def load(source: Path, structs: Sequence[ArgumentStruct] = ()) -> ctypes.CDLL:
         logger.warning("compiled C++ is kept for this process only: %s", error)
         folder = temporary_folder()
     library, recorded = folder / f"{source.stem}-{key}.so", folder / f"{source.stem}-{key}.sha256"
-    if not _is_whole(library, recorded):
+    if read_whole(library, recorded) is None:
         if not settings.may_compile:
             raise RuntimeError(
                 f"{source.name} has no usable library in {folder}, and compiling is not allowed"
@@ -206,20 +200,6 @@ def _with_headers(source: Path) -> str:
         lines += [f'#line 1 "{header.name}"', header.read_text()]
         lines.append(f'#line {number + 1} "{source.name}"')
     return "\n".join(lines)
-
-
-def _is_whole(library: Path, recorded: Path) -> bool:
-    try:
-        expected, content = read_private(recorded).decode(), read_private(library)
-    except UnsafePath as error:
-        logger.warning("compiling it again: %s", error)
-        return False
-    except (OSError, UnicodeDecodeError):
-        return False
-    if digest(content) != expected:
-        logger.warning("%s is damaged: compiling it again", library)
-        return False
-    return True
 
 
 def _compile(compiler: list[str], flags: list[str], text: bytes, folder: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Finds the Triton kernels that a step launches, on fake tensors, and compiles one at a time.
+"""Finds the kernels that a step launches, on fake tensors, and compiles one at a time.
 
 A compiled kernel depends on the launch's constants and, for each other argument, on its type and on
 whether it is 1 or a multiple of 16 (for a pointer, its address). So the launches of all steps are
@@ -27,6 +27,8 @@ from triton.runtime.jit import JITFunction
 
 from nanovllm.kernels import ops
 from nanovllm.kernels.collectives import COLLECTIVES
+from nanovllm.kernels.cuda import nvrtc
+from nanovllm.kernels.cuda.nvrtc import Function
 from nanovllm.kernels.triton import common as triton_common
 
 
@@ -62,6 +64,10 @@ class TritonDryRun:
         3.6 each signature has one in C, which takes a C compiler 0.2 s.
         """
         asked = json.loads(request)
+        if "constants" in asked:
+            function = Function(asked["source"], tuple(map(tuple, asked["constants"])))
+            nvrtc.compile_function(function, torch.cuda.get_device_capability())
+            return
         kernel = getattr(importlib.import_module(asked["module"]), asked["name"])
         arguments = {
             name: _like(value) if isinstance(value, dict) else value
@@ -77,12 +83,18 @@ class TritonDryRun:
                 _inlined_length(kernel)
             )
 
+        def keep_function(function: Function) -> None:
+            request = json.dumps(function._asdict(), sort_keys=True)
+            self.kernels[request] = len(nvrtc.source_of(function))
+
         launch = JITFunction.run
         JITFunction.run, triton_common.counters_are_fake = keep, True
+        nvrtc.record(keep_function)
         try:
             yield
         finally:
             JITFunction.run, triton_common.counters_are_fake = launch, False
+            nvrtc.record(None)
 
 
 class _Pointer:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels import reference
+from nanovllm.kernels.cuda import packed_linear as cuda_packed
 from nanovllm.kernels.triton import packed_codes
 from nanovllm.kernels.triton.common import (
     has_matrix_units,
@@ -144,7 +145,7 @@ def packed_grouped(
     num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
     num_pairs, num_experts = groups.pair_P.shape[0], codes.code.shape[0]
     shared_bytes = shared_memory_bytes(device)
-    tile = launch or grouped_tile(groups.pairs_each, codes, depth, silu_mul, shared_bytes)
+    tile = launch or grouped_tile(groups.pairs_each, codes, depth, shared_bytes)
     out_PO = torch.empty((num_pairs, num_outs), dtype=x_PD.dtype, device=device)
     # a group of n pairs has at most (n + rows − 1) / rows tiles
     num_tiles = min(num_pairs, num_pairs // tile.rows + num_experts)
@@ -177,7 +178,10 @@ def _expert_linear(x: Tensor, expert_TK: Tensor, codes: Codes) -> Tensor | None:
     (num_tokens, top_k), shared_by = expert_TK.shape, expert_TK.shape[1] if x.dim() == 2 else 1
     x_PD = x_PD.contiguous()
     if few_pairs(num_tokens, top_k, codes.code.shape[0]) or not has_units(x.device):
-        y_PO = packed_gemv(x_PD, codes, expert_TK=expert_TK, x_shared_by=shared_by)
+        if cuda_packed.takes(x_PD, codes):
+            y_PO = cuda_packed.packed_pairs(x_PD, codes, expert_TK, x_shared_by=shared_by)
+        else:
+            y_PO = packed_gemv(x_PD, codes, expert_TK=expert_TK, x_shared_by=shared_by)
     else:
         groups = sort_pairs(expert_TK, codes.code.shape[0])
         x_by = BY_TOKEN.value if x.dim() == 2 else BY_PAIR.value
@@ -254,6 +258,13 @@ def _experts(
     (num_tokens, top_k), num_here = expert_TK.shape, gate_up.code.shape[0]
     num_experts = num_here if local_X is None else len(local_X)
     if few_pairs(num_tokens, top_k, num_experts) or not has_units(x_TD.device):
+        if local_X is None and all(cuda_packed.takes(x_TD, one) for one in (gate_up, down)):
+            inner_PF = cuda_packed.packed_pairs(
+                x_TD, gate_up, expert_TK, x_shared_by=top_k, silu_mul=True
+            )
+            return cuda_packed.packed_pairs(
+                inner_PF, down, expert_TK, factor_TK=weight_TK, residual_TO=residual_TD
+            )
         inner_PF = packed_gemv(
             x_TD, gate_up, silu_mul=True, expert_TK=expert_TK, local_X=local_X, x_shared_by=top_k
         )

@@ -15,7 +15,6 @@ Shapes: T rows (tokens) | L weight rows of a tile | H bytes of a chunk of a row
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -398,13 +397,6 @@ def gemm_constants(
     }
 
 
-@functools.cache
-def takes_256_rows(device: torch.device) -> bool:
-    """False where Triton compiles a tile of 256 rows to nothing (sm_100), or registers lack."""
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def packed_gemm(
     x_TD: Tensor,
     codes: Codes,
@@ -421,9 +413,7 @@ def packed_gemm(
     """
     (num_rows, depth), device = x_TD.shape, x_TD.device
     num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
-    tile = launch or gemm_tile(num_rows, codes, depth, silu_mul, shared_memory_bytes(device))
-    if tile.rows > 128 and not takes_256_rows(device):
-        tile = tile._replace(rows=128)
+    tile = launch or gemm_tile(num_rows, codes, depth, shared_memory_bytes(device))
     out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=device)
     outs = tile.lines // 2 if silu_mul else tile.lines
     grid = (triton.cdiv(num_outs, outs), triton.cdiv(num_rows, tile.rows), tile.splits)
@@ -509,7 +499,7 @@ def dequantize_kernel(
 
 def dequantize(codes: Codes, depth: int, dtype: torch.dtype) -> Tensor:
     """The real values [O, D] of a weight, or of some of its rows."""
-    tile = gemm_tile(1, codes, depth, False, shared_memory_bytes(codes.code.device))
+    tile = gemm_tile(1, codes, depth, shared_memory_bytes(codes.code.device))
     lines, each, num_outs = 64, max(1, 512 // tile.columns), codes.num_rows
     out_OD = torch.empty((num_outs, depth), dtype=dtype, device=codes.code.device)
     grid = (triton.cdiv(num_outs, lines), triton.cdiv(depth, tile.columns * each))

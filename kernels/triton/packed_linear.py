@@ -1,4 +1,8 @@
-"""Selects the kernel of each product with packed weights on a GPU: one of ours, or cuBLAS."""
+"""Selects the kernel of each product with packed weights on a GPU.
+
+bf16 goes to kernels/cuda on NVIDIA GPUs of sm_80 on, other dtypes, GPUs and forms of codes to
+Triton, and many rows to cuBLAS: in fp8, or with the real values.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton import packed_codes, packed_tiles
-from nanovllm.kernels.triton.common import shared_memory_bytes
+from nanovllm.kernels.cuda import packed_linear as cuda_packed
+from nanovllm.kernels.triton import fp8_products, packed_codes, packed_tiles
 from nanovllm.kernels.triton.norm_act import rms_norm, silu_mul
 from nanovllm.kernels.triton.packed_codes import Codes
 from nanovllm.kernels.triton.packed_experts import DTYPES, has_units
@@ -16,6 +20,8 @@ from nanovllm.kernels.triton.packed_gemv import packed_gemv
 
 # cuBLAS gets the real values of so many rows of a weight at a time, which bounds their memory.
 DEQUANTIZED_BYTES = 128 << 20
+# More rows than this in fp8 are multiplied by the units of fp8, where there are some.
+MAX_FP8_ROWS = 32
 # Without matrix units so many rows are multiplied one by one.
 MAX_ROWS_ONE_BY_ONE = 4
 
@@ -55,7 +61,11 @@ def takes_fp8(
 ) -> bool:
     """For the pass `fuse_linear`: whether `fused_fp8_linear` is one launch."""
     codes = packed_codes.of_fp8(weight_OD, scale_RG, block_rows, block_columns)
-    return _can(x_TD, codes) and takes(x_TD.shape[0], has_units(x_TD.device), has_norm)
+    return (
+        _can(x_TD, codes)
+        and not _is_by_fp8(x_TD, codes)
+        and takes(x_TD.shape[0], has_units(x_TD.device), has_norm)
+    )
 
 
 def _can(x_TD: Tensor, codes: Codes) -> bool:
@@ -86,32 +96,33 @@ def _product(
     num_rows, matrix_units = x_TD.shape[0], has_units(x_TD.device)
     if norm_D is not None and num_rows > 1:
         x_TD, norm_D = rms_norm(x_TD, norm_D, eps), None
-    if num_rows == 1 or (num_rows <= MAX_ROWS_ONE_BY_ONE and not matrix_units):
-        return _one_by_one(x_TD, norm_D, codes, bias_O, residual_TO, eps, silu)
-    if matrix_units and num_rows <= packed_tiles.MAX_ROWS:
-        return packed_gemm(x_TD, codes, bias_O, residual_TO, silu)
-    y_TO = _by_cublas(x_TD, codes, bias_O)
+    if num_rows <= packed_tiles.MAX_ROWS and not _is_by_fp8(x_TD, codes):
+        if cuda_packed.takes(x_TD, codes):
+            return cuda_packed.packed_linear(
+                x_TD, codes, norm_D=norm_D, eps=eps, bias_O=bias_O, residual_TO=residual_TO,
+                silu_mul=silu,
+            )  # fmt: skip
+        if num_rows == 1 or (num_rows <= MAX_ROWS_ONE_BY_ONE and not matrix_units):
+            return packed_gemv(
+                x_TD, codes, norm_D=norm_D, eps=eps, bias_O=bias_O, residual_TO=residual_TO,
+                silu_mul=silu,
+            )  # fmt: skip
+        if matrix_units:
+            return packed_gemm(x_TD, codes, bias_O, residual_TO, silu)
+    if _is_by_fp8(x_TD, codes):
+        y_TO = fp8_products.fp8_product(x_TD, codes)
+        y_TO = y_TO if bias_O is None else y_TO.add_(bias_O)
+    else:
+        y_TO = _by_cublas(x_TD, codes, bias_O)
     y_TO = silu_mul(y_TO) if silu else y_TO
     return y_TO if residual_TO is None else y_TO.add_(residual_TO)
 
 
-def _one_by_one(
-    x_TD: Tensor,
-    norm_D: Tensor | None,
-    codes: Codes,
-    bias_O: Tensor | None,
-    residual_TO: Tensor | None,
-    eps: float,
-    silu: bool,
-) -> Tensor:
-    """Each row by itself; one row on the matrix units where that was faster."""
-    shared_bytes = shared_memory_bytes(x_TD.device)
-    tile = packed_tiles.one_row_tile(codes, x_TD.shape[1], silu, shared_bytes)
-    if has_units(x_TD.device) and isinstance(tile, packed_tiles.PackedGemmTile):
-        x_TD = x_TD if norm_D is None else rms_norm(x_TD, norm_D, eps)
-        return packed_gemm(x_TD, codes, bias_O, residual_TO, silu, launch=tile)
-    return packed_gemv(
-        x_TD, codes, norm_D=norm_D, eps=eps, bias_O=bias_O, residual_TO=residual_TO, silu_mul=silu
+def _is_by_fp8(x_TD: Tensor, codes: Codes) -> bool:
+    return (
+        x_TD.shape[0] > MAX_FP8_ROWS
+        and fp8_products.has_units(x_TD.device)
+        and fp8_products.takes(x_TD, codes)
     )
 
 

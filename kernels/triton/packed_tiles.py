@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from nanovllm.kernels.triton.packed_codes import Codes
 
-MAX_ROWS = 256  # more rows are multiplied by cuBLAS with the real values
+MAX_ROWS = 64  # more rows are multiplied by cuBLAS
 
 
 class PackedGemvTile(NamedTuple):
@@ -32,48 +32,7 @@ class PackedGemmTile(NamedTuple):
     num_warps: int
 
 
-Tile = PackedGemvTile | PackedGemmTile
-RUNGS = (1, 8, 16, 32, 64, 128, 256)
-# (kind, weight rows, depth, silu·up): the tile of each rung, None for that of the rules below. The
-# kind is the number of bits, and "fp8". Written by scripts/bench/packed_tiles.py.
-TILES: dict[tuple[str, int, int, bool], tuple[Tile | None, ...]] = {}
-
-
-def kind_of(codes: Codes) -> str:
-    return (
-        "fp8"
-        if codes.is_fp8
-        else f"{codes.bits} bits" + (" table" if codes.table is not None else "")
-    )
-
-
-def known_tile(num_rows: int, codes: Codes, depth: int, silu_mul: bool) -> Tile | None:
-    """The measured tile, if there is one for groups of this size."""
-    tiles = TILES.get((kind_of(codes), codes.num_rows, depth, silu_mul))
-    rung = next((i for i, most in enumerate(RUNGS) if num_rows <= most), None)
-    tile = tiles[rung] if tiles is not None and rung is not None else None
-    if isinstance(tile, PackedGemmTile) and chunk_columns(codes, depth) % tile.columns:
-        return None
-    return tile
-
-
-# One row of larger weights in codes of 4 bits goes to the matrix units: by the code for sm_90 that
-# takes 2.8 instructions for a weight instead of 5.1 with a norm before and SiLU·up (docs/log.md).
-LARGE_WEIGHT = 64 << 20
-
-
-def one_row_tile(
-    codes: Codes, depth: int, silu_mul: bool, shared_bytes: int
-) -> PackedGemmTile | None:
-    """The tile of one row on the matrix units, or None for the ordinary cores."""
-    known = known_tile(1, codes, depth, silu_mul)
-    if isinstance(known, PackedGemvTile):
-        return None
-    is_large = codes.num_rows * depth >= LARGE_WEIGHT
-    if known is not None or (kind_of(codes) == "4 bits" and is_large):
-        tile = known or _tile_by_rule(8, codes, depth)
-        return fitted(tile, codes, depth, shared_bytes)
-    return None
+RUNGS = (8, 16, 32, 64)
 
 
 def chunk_columns(codes: Codes, depth: int) -> int:
@@ -87,9 +46,6 @@ def gemv_tile(
     num_rows: int, codes: Codes, depth: int, silu_mul: bool, pairs: int, multiprocessors: int
 ) -> PackedGemvTile:
     """The tile for one row, of a weight or of `num_rows` pairs with their experts."""
-    known = known_tile(1, codes, depth, silu_mul) if codes.code.dim() == 2 else None
-    if isinstance(known, PackedGemvTile):
-        return known
     pieces = depth * codes.bits // 64
     num_warps = 1 if pieces <= 96 else 2 if pieces <= 192 else 4
     # a thread has the codes of 8 weight rows, or of 4 with a table, which takes registers
@@ -100,35 +56,20 @@ def gemv_tile(
     return PackedGemvTile(outs, num_warps, 2 if pieces >= 64 else 1, 2 if pairs > 1 else 1)
 
 
-def gemm_tile(
-    num_rows: int, codes: Codes, depth: int, silu_mul: bool, shared_bytes: int
-) -> PackedGemmTile:
-    """The tile for some rows. The parts of the depth are the same for all up to 64 rows."""
-    tile = known_tile(max(num_rows, 2), codes, depth, silu_mul)
-    if not isinstance(tile, PackedGemmTile):
-        rung = next((r for r in RUNGS[1:] if num_rows <= r), RUNGS[-1])
-        tile = _tile_by_rule(rung, codes, depth)
-    return fitted(tile, codes, depth, shared_bytes)
-
-
-def _tile_by_rule(rung: int, codes: Codes, depth: int) -> PackedGemmTile:
+def gemm_tile(num_rows: int, codes: Codes, depth: int, shared_bytes: int) -> PackedGemmTile:
+    """The tile for some rows. The parts of the depth are the same for all numbers of rows."""
+    rung = next((r for r in RUNGS if num_rows <= r), RUNGS[-1])
     columns = chunk_columns(codes, depth)
     each = next(n for n in (8, 4, 2, 1) if n * columns <= 128 and depth % (n * columns) == 0)
     # 2 programs on each of 132 multiprocessors, with 4 steps at least
     tiles, steps = -(-codes.num_rows // 64), depth // (columns * each)
-    if rung > 64:
-        tiles = -(-codes.num_rows // 128)
-    most = 8 if rung <= 64 else 2
     splits = next(
         n
         for n in (1, 2, 4, 8)
-        if n == most or tiles * n >= 264 or steps % (2 * n) or steps // (2 * n) < 4
+        if n == 8 or tiles * n >= 264 or steps % (2 * n) or steps // (2 * n) < 4
     )
-    if rung <= 64:
-        return PackedGemmTile(rung, 64, columns, each, splits, 4, 4)
-    # scales of fp8 multiply sums of their own: 256 rows of both do not fit the registers
-    rows = 128 if codes.is_fp8 else rung
-    return PackedGemmTile(rows, 128, columns, each, splits, 3, 8)
+    tile = PackedGemmTile(rung, 64, columns, each, splits, 4, 4)
+    return fitted(tile, codes, depth, shared_bytes)
 
 
 def fitted(tile: PackedGemmTile, codes: Codes, depth: int, shared_bytes: int) -> PackedGemmTile:
@@ -156,8 +97,6 @@ def _most_stages(tile: PackedGemmTile, codes: Codes, shared_bytes: int) -> int:
 
 # Pairs are sorted where more than a quarter as many pairs as experts make sharing likely.
 PAIRS_PER_EXPERT = 0.25
-# (kind, weight rows, depth, silu·up): tiles of experts for up to so many pairs each
-EXPERT_TILES: dict[tuple[str, int, int, bool], dict[int, PackedGemmTile]] = {}
 
 
 def few_pairs(num_tokens: int, top_k: int, num_experts: int) -> bool:
@@ -165,18 +104,11 @@ def few_pairs(num_tokens: int, top_k: int, num_experts: int) -> bool:
     return num_tokens == 1 or num_tokens * top_k <= PAIRS_PER_EXPERT * num_experts
 
 
-def grouped_tile(
-    pairs_each: float, codes: Codes, depth: int, silu_mul: bool, shared_bytes: int
-) -> PackedGemmTile:
+def grouped_tile(pairs_each: float, codes: Codes, depth: int, shared_bytes: int) -> PackedGemmTile:
     """The tile for experts with so many pairs each."""
-    known = EXPERT_TILES.get((kind_of(codes), codes.num_rows, depth, silu_mul), {})
     columns = chunk_columns(codes, depth)
-    tile = next((one for most, one in known.items() if pairs_each <= most), None)
-    if tile is None or columns % tile.columns:
-        each = next(n for n in (8, 4, 2, 1) if n * columns <= 128 and depth % (n * columns) == 0)
-        rows = next(
-            (rows for most, rows in ((8, 16), (24, 32), (96, 64)) if pairs_each <= most), 128
-        )
-        lines, num_warps = (64, 4) if rows < 64 else (128, 8)
-        tile = PackedGemmTile(rows, lines, columns, each, 1, 4, num_warps)
+    each = next(n for n in (8, 4, 2, 1) if n * columns <= 128 and depth % (n * columns) == 0)
+    rows = next((rows for most, rows in ((8, 16), (24, 32), (96, 64)) if pairs_each <= most), 128)
+    lines, num_warps = (64, 4) if rows < 64 else (128, 8)
+    tile = PackedGemmTile(rows, lines, columns, each, 1, 4, num_warps)
     return fitted(tile, codes, depth, shared_bytes)

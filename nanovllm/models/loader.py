@@ -266,20 +266,53 @@ def random(model: Model, target: Target, seed: int, progress: Progress) -> Param
     return build(model, draw, progress, place)
 
 
+def undefined(model: Model, target: Target) -> Params:
+    """Weights whose numbers are not defined, and are not read: for fake tensors."""
+    device, place, _, shard = target
+
+    def empty(model: Model, param: Param, weight: Tensor) -> Weight:
+        return _converted(model, param, weight, _empty)
+
+    def make(param: Param) -> Weight:
+        if param.kind == "places":
+            return shard.places(*param.shape).to(device)
+        weight = torch.empty(param.shape, dtype=model.config.dtype, device=device)
+        if isinstance(place, Offloader) and param.kind == "experts":
+            return place.empty(param.shape, weight.dtype)
+        return empty(model, param, taken(shard, param, weight))
+
+    return build(model, make, lambda _: None, place, empty)
+
+
+def _empty(part: Part, weight: Tensor, extent: Extent) -> Weight:
+    return weight if part.format.is_plain else part.format.empty(extent, weight.device)
+
+
+Conversion = Callable[[Part, Tensor, Extent], Weight]
+
+
 def converted(model: Model, param: Param, weight: Tensor) -> Weight:
     """This rank's share of a parameter, from the model's dtype to its formats."""
+    return _converted(model, param, weight, _quantized)
+
+
+def _converted(model: Model, param: Param, weight: Tensor, convert: Conversion) -> Weight:
     parts = model.scheme.parts(param)
     extents = [model.extent(part.param) for part in parts]
     if len(parts) == 1:
-        return _quantized(parts[0], weight, extents[0])
+        return convert(parts[0], weight, extents[0])
     rows = weight.split([extent.shape[-2] for extent in extents], dim=-2)
-    return _joined(model, parts, list(map(_quantized, parts, rows, extents)))
+    return _joined(model, parts, list(map(convert, parts, rows, extents)))
 
 
 def build(
-    model: Model, make: Callable[[Param], Weight], progress: Progress, place: Place = _in_place
+    model: Model,
+    make: Callable[[Param], Weight],
+    progress: Progress,
+    place: Place = _in_place,
+    convert: Callable[[Model, Param, Tensor], Weight] = converted,
 ) -> Params:
-    """The parameters that `make` gives as they are stored."""
+    """The parameters that `make` gives as they are stored; `convert` makes a tied head."""
 
     def made(declared: dict[str, Param]) -> dict[str, Any]:
         return {name: mapped(place, make(param)) for name, param in declared.items()}
@@ -301,7 +334,7 @@ def build(
     if model.tied_head is not None:
         table = outer["embed_VD"]
         if not model.head_is_table:
-            table = mapped(place, converted(model, model.tied_head, table))
+            table = mapped(place, convert(model, model.tied_head, table))
         outer["head_VD"] = table
     layers = []
     for declared, kind in zip(layer_params, model.layer_kinds):

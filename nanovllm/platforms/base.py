@@ -153,7 +153,6 @@ class Platform(ABC):
     """The engine's interface to a device. Override what differs from the defaults."""
 
     exact_inputs = False  # kernels keep the inputs of packed weights as they are
-    packed_kernels = False  # kernels of packed weights that have not run on a GPU yet are used
 
     def __init__(self, device: torch.device, traits: Traits) -> None:
         self.device, self.traits = device, traits

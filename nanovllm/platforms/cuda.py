@@ -98,6 +98,7 @@ class CudaPlatform(Accelerator):
         torch.cuda.set_device(self.device)
         try:
             from nanovllm.kernels import dequantized
+            from nanovllm.kernels.cuda import nvrtc
             from nanovllm.kernels.triton import compile_log, packed_register
             from nanovllm.kernels.triton import register as triton_kernels
             from nanovllm.kernels.triton import step as triton_step
@@ -111,8 +112,8 @@ class CudaPlatform(Accelerator):
         compile_log.watch()
         triton_kernels.register()
         triton_step.register()
-        if self.packed_kernels:
-            packed_register.register()
+        packed_register.register()
+        nvrtc.configure(libraries)
         dequantized.register()
 
     def rank_environment(self, rank: int, own: Mapping[str, str]) -> dict[str, str]:
@@ -142,10 +143,11 @@ class CudaPlatform(Accelerator):
 
         has_matrix_units = triton_common.has_matrix_units(self.device)
         takes = triton_linear.takes if has_matrix_units else _takes_one_row
-        all_takes: dict[Any, Callable[..., bool]] = {ops.linear: takes}
-        if self.packed_kernels:
-            all_takes[ops.packed_linear] = triton_packed.takes_packed
-            all_takes[ops.fp8_linear] = triton_packed.takes_fp8
+        all_takes: dict[Any, Callable[..., bool]] = {
+            ops.linear: takes,
+            ops.packed_linear: triton_packed.takes_packed,
+            ops.fp8_linear: triton_packed.takes_fp8,
+        }
         return (
             ("fuse_rope_store", fuse_rope_store),
             ("fuse_router", partial(fuse_router, takes=triton_topk.takes)),
@@ -168,7 +170,6 @@ class CudaPlatform(Accelerator):
             "cuda": str(torch.version.cuda) if is_nvidia else f"hip {torch.version.hip}",
             "driver": _driver_version(),
             "triton": triton.__version__,
-            "packed kernels": str(self.packed_kernels),
         }
 
     def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
@@ -182,9 +183,10 @@ class CudaPlatform(Accelerator):
         return triton_dry_run.TritonDryRun()
 
     def kernels_compiled(self) -> list[str]:
+        from nanovllm.kernels.cuda import nvrtc
         from nanovllm.kernels.triton import compile_log
 
-        return compile_log.compiled()
+        return compile_log.compiled() + nvrtc.compiled()
 
     def capture(self, step: Callable[[], None]) -> Replay:
         torch.cuda.synchronize()

@@ -244,7 +244,6 @@ def select_platform(config: EngineConfig) -> Platform:
     )
     environment = env.read()
     platform.exact_inputs = environment.exact_inputs
-    platform.packed_kernels = environment.packed_kernels
     return platform
 
 

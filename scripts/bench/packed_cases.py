@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from nanovllm.kernels import reference
+from nanovllm.kernels.cuda.packed_linear import Tile, packed_linear
 from nanovllm.kernels.triton import linear as triton_linear
-from nanovllm.kernels.triton import packed_codes, packed_tiles
+from nanovllm.kernels.triton import packed_codes
 from nanovllm.kernels.triton.norm_act import rms_norm, silu_mul
 from nanovllm.kernels.triton.packed_codes import Codes
-from nanovllm.kernels.triton.packed_gemm import packed_gemm
-from nanovllm.kernels.triton.packed_gemv import packed_gemv
-from nanovllm.kernels.triton.packed_tiles import PackedGemmTile, PackedGemvTile, Tile
 from nanovllm.tools.shapes import CONFIGS
 
 DTYPE = torch.bfloat16
@@ -26,8 +23,6 @@ DEVICE = "cuda"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MODELS = {"8b": "Qwen3-8B", "30b": "Qwen3-30B-A3B", "0.6b": "Qwen3-0.6B"}
 KINDS = ("int4", "fp8")
-SHARED_BYTES = 227 << 10
-MULTIPROCESSORS = 132
 
 
 class Shape(NamedTuple):
@@ -101,22 +96,17 @@ class Case:
             torch.randn(num_rows, num_outs, device=DEVICE).to(DTYPE) if has_residual else None
         )
 
-    def run(self, idx: int, tile: Tile) -> Tensor:
+    def run(self, idx: int, tile: Tile | None = None) -> Tensor:
         """As in a step: at one row with the norm before it."""
-        codes, silu, x = self.codes[idx], self.shape.silu, self.x
-        norm = self.norm if self.shape.norm and len(x) == 1 else None
-        if isinstance(tile, PackedGemvTile):
-            return packed_gemv(
-                x,
-                codes,
-                norm_D=norm,
-                eps=EPS,
-                residual_TO=self.residual,
-                silu_mul=silu,
-                launch=tile,
-            )
-        x = x if norm is None else rms_norm(x, norm, EPS)
-        return packed_gemm(x, codes, None, self.residual, silu, launch=tile)
+        return packed_linear(
+            self.x,
+            self.codes[idx],
+            norm_D=self.norm if self.shape.norm and len(self.x) == 1 else None,
+            eps=EPS,
+            residual_TO=self.residual,
+            silu_mul=self.shape.silu,
+            tile=tile,
+        )
 
     def launches(self) -> list[int]:
         return [i % len(self.codes) for i in range(28)]
@@ -156,73 +146,17 @@ class Plain:
         return silu_mul(y) if silu else y
 
 
-def tiles(shape: Shape, kind: str, num_rows: int, few: bool) -> list[Tile]:
-    """Candidates, the rule's choice first; `few` for products that matter less."""
-    codes = _stand_in(shape, kind)
-    rule = packed_tiles.gemm_tile(num_rows, codes, shape.depth, shape.silu, SHARED_BYTES)
-    found: list[Any] = []
-    if num_rows == 1:
-        found = [
-            packed_tiles.gemv_tile(1, codes, shape.depth, shape.silu, 1, MULTIPROCESSORS),
-            *_gemv_tiles(shape, codes.bits),
-        ]
-        num_rows = 8
-    found += [rule, *_gemm_tiles(shape, codes, num_rows)]
-    found = [
-        one if isinstance(one, PackedGemvTile) else _fitted(one, codes, shape) for one in found
-    ]
-    return list(dict.fromkeys(found))[: 6 if few else 14]
+# Candidates by rows of x: up to 8, up to 16, and more.
+TILES = (
+    ((1, 4, 4, 1, 2), (1, 8, 4), (1, 8, 2, 1, 2), (1, 8, 2, 1, 3), (2, 4, 2), (2, 4, 2, 1, 3),
+     (2, 8, 2), (2, 8, 2, 1, 2), (2, 16, 1), (2, 16, 2), (4, 8, 1), (4, 4, 2, 1, 2), (2, 4, 4)),
+    ((2, 4, 2), (2, 4, 2, 1, 2), (2, 8, 2), (2, 16, 1), (2, 4, 2, 2), (2, 8, 1, 2), (2, 2, 2, 4),
+     (1, 8, 2, 2), (1, 4, 4, 2), (4, 4, 1, 2), (4, 8, 1), (1, 8, 4), (2, 8, 2, 2), (1, 4, 2, 4)),
+    ((2, 2, 2, 4), (2, 4, 2, 2), (2, 4, 1, 2), (2, 2, 1, 4), (1, 4, 2, 2), (1, 2, 2, 4),
+     (1, 4, 2, 4), (1, 4, 1, 4), (1, 8, 1, 2), (2, 8, 2), (1, 8, 2, 2), (2, 8, 1, 2)),
+)  # fmt: skip
 
 
-def _stand_in(shape: Shape, kind: str) -> Codes:
-    meta = torch.empty(1, 1, device="meta")
-    bits, rows, is_fp8 = (8, 128, True) if kind == "fp8" else (4, 1, False)
-    code = torch.empty(shape.num_lines, shape.depth * bits // 8, device="meta", dtype=torch.uint8)
-    return Codes(code, meta, None if is_fp8 else meta, None, bits, rows, 128, is_fp8)
-
-
-def _fitted(tile: PackedGemmTile, codes: Codes, shape: Shape) -> PackedGemmTile:
-    return packed_tiles.fitted(tile, codes, shape.depth, SHARED_BYTES)
-
-
-def _gemv_tiles(shape: Shape, bits: int) -> list[PackedGemvTile]:
-    pieces, found = shape.depth * bits // 64, []
-    for (num_warps, each), lines, ahead in product(
-        ((4, 2), (4, 1), (2, 2), (2, 4), (1, 2), (1, 4), (8, 1)), (8, 4, 16), (1, 2)
-    ):
-        outs, chunk = lines // (1 + shape.silu), 32 * num_warps * each
-        programs = shape.num_lines // lines
-        if (
-            pieces % chunk == 0
-            and ahead <= pieces // chunk
-            and programs >= 132
-            and lines * each * ahead <= 32
-            and programs * num_warps >= 400
-        ):
-            found.append(PackedGemvTile(outs, num_warps, each, ahead))
-    return found[:9]
-
-
-def _gemm_tiles(shape: Shape, codes: Codes, num_rows: int) -> list[PackedGemmTile]:
-    columns = packed_tiles.chunk_columns(codes, shape.depth)
-    steps, found = shape.depth // columns, []
-    for rows, (lines, warps), splits, stages in product(
-        (num_rows, 64, 128, 256), ((64, 4), (128, 4), (128, 8)), (1, 2, 4, 8), (4, 3, 6)
-    ):
-        programs = -(-num_rows // rows) * -(-shape.num_lines // lines) * splits
-        area = rows * lines // (32 * warps)  # sums of a thread
-        if (
-            (rows == num_rows or (rows < num_rows and num_rows >= 128))
-            and steps % splits == 0
-            and steps // splits >= 2
-            and 64 <= programs <= (1600 if splits == 1 else 800)
-            and area <= 128
-            and (area >= 16 or num_rows < 64)
-        ):
-            found.append(PackedGemmTile(rows, lines, columns, 1, splits, stages, warps))
-    # close to two programs on each multiprocessor first
-    return sorted(found, key=lambda one: abs(_programs(one, shape, num_rows) - 264))
-
-
-def _programs(tile: PackedGemmTile, shape: Shape, num_rows: int) -> int:
-    return -(-num_rows // tile.rows) * -(-shape.num_lines // tile.lines) * tile.splits
+def tiles(num_rows: int) -> list[Tile]:
+    some = TILES[0 if num_rows <= 8 else 1 if num_rows <= 16 else 2]
+    return [Tile(*one) for one in some]

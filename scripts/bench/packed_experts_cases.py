@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton import packed_experts, packed_tiles
+from nanovllm.kernels.triton import packed_experts
 from nanovllm.kernels.triton.experts import experts as plain_experts
 from nanovllm.kernels.triton.packed_codes import Codes
 from nanovllm.tools.shapes import CONFIGS
@@ -19,12 +19,10 @@ CONFIG = CONFIGS["Qwen3-30B-A3B"]
 HIDDEN, SIZE = CONFIG["hidden_size"], CONFIG["moe_intermediate_size"]
 EXPERTS, TOP_K = CONFIG["num_experts"], CONFIG["num_experts_per_tok"]
 LAYERS = 4
-# Tiles of groups to time in the place of the rule's: (rows, lines, stages, warps).
-GROUP_TILES = ((16, 64, 4, 4), (16, 128, 4, 8), (32, 64, 4, 4), (32, 128, 3, 8), (64, 128, 3, 8))
 
 
 def bench_experts(kind: str, bandwidth: float) -> dict[str, Any]:
-    """Microseconds of all experts of a layer for each number of rows, and with other tiles."""
+    """Microseconds of all experts of a layer for each number of rows."""
     layers = [
         (
             random_codes(kind, 2 * SIZE, HIDDEN, (EXPERTS,)),
@@ -46,7 +44,7 @@ def bench_experts(kind: str, bandwidth: float) -> dict[str, Any]:
         print(
             f"experts 30b {kind:4} rows {num_rows:3}: {row['us']:7.2f} µs, "
             f"bf16 {row['bf16']:7.2f}, bytes {limit:6.2f} ({limit / row['us']:4.0%}) "
-            f"error {row['error']:.1e} {row.get('tiles', '')}{slower}",
+            f"error {row['error']:.1e}{slower}",
             flush=True,
         )
         found["rows"][num_rows] = row
@@ -73,26 +71,4 @@ def _timed(
     error = float((run(0).float() - exact).norm() / exact.norm())
     row: dict[str, Any] = {"error": error, "us": time_launches(run, calls)}
     row["bf16"] = time_launches(run_plain, calls)
-    if not packed_tiles.few_pairs(len(x), TOP_K, EXPERTS):
-        row["tiles"] = _by_tile(run, calls, layers[0], row["us"])
     return row
-
-
-def _by_tile(
-    run: Any, calls: list[Any], codes: tuple[Codes, Codes], rule: float
-) -> dict[str, float]:
-    """Times with the same tile for both products; that of the rule first."""
-    found, own = {"rule": rule}, packed_tiles.EXPERT_TILES
-    for rows, lines, stages, warps in GROUP_TILES:
-        tile = packed_tiles.PackedGemmTile(rows, lines, 128, 1, 1, stages, warps)
-        try:
-            packed_tiles.EXPERT_TILES = {
-                (packed_tiles.kind_of(one), one.num_rows, depth, silu): {1 << 30: tile}
-                for one, depth, silu in zip(codes, (HIDDEN, SIZE), (True, False))
-            }
-            found[f"{tuple(tile)}"] = time_launches(run, calls)
-        except Exception as problem:
-            print(f"FAILED experts {tuple(tile)}: {str(problem)[:200]}", flush=True)
-        finally:
-            packed_tiles.EXPERT_TILES = own
-    return found

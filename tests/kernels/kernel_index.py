@@ -165,12 +165,19 @@ CHOSEN: dict[str, dict[str, str]] = {
     "advance": {"advance_kernel": "always"},
 }
 CHOSEN["offloaded_experts"] = CHOSEN["experts"]
+_CUDA_PACKED = (
+    "bf16 on NVIDIA GPUs from sm_80 on, with codes that are integers or fp8 (`packed_linear.takes`)"
+)
 _PACKED_ROWS = {
+    "packed_linear.cu": f"up to {packed_tiles.MAX_ROWS} rows: {_CUDA_PACKED}",
     "packed_gemv_kernel": (
-        f"one row; without matrix units up to {packed_linear.MAX_ROWS_ONE_BY_ONE} rows one by one"
+        "else one row; without matrix units up to "
+        f"{packed_linear.MAX_ROWS_ONE_BY_ONE} rows one by one"
     ),
-    "packed_gemm_kernel": (
-        f"2 to {packed_tiles.MAX_ROWS} rows, and one row if `packed_tiles.TILES` says so"
+    "packed_gemm_kernel": f"else 2 to {packed_tiles.MAX_ROWS} rows",
+    "quantize_kernel": (
+        f"sm_90, bf16 and weights in fp8: more rows than {packed_linear.MAX_FP8_ROWS}; cuBLAS "
+        "multiplies"
     ),
     "dequantize_kernel": "more rows: the weight's real values, a part at a time, for cuBLAS",
     "rms_norm_kernel": "the norm before more rows than one",
@@ -178,7 +185,8 @@ _PACKED_ROWS = {
 }
 _PACKED_FEW = f"one token, or at most {packed_tiles.PAIRS_PER_EXPERT:g} pairs per expert"
 _PACKED_GROUPS = {
-    "packed_gemv_kernel": _PACKED_FEW,
+    "packed_linear.cu": f"{_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
+    "packed_gemv_kernel": f"else {_PACKED_FEW}",
     "sort_pairs_kernel": "more pairs",
     "packed_grouped_kernel": "more pairs",
 }
@@ -201,8 +209,7 @@ platform names. Any other becomes plain torch, which the lowering fuses with its
 """
 TABLE_HEAD = """
 A kernel with (eager) runs outside compiled graphs only. An empty cell is plain torch; `linear` on a
-GPU is thus cuBLAS. MPS registers no kernel: all its cells are empty. Those of packed weights are
-used with NANOVLLM_PACKED_KERNELS=1, else `dequantized.py`. On a CPU `linear` stays in
+GPU is thus cuBLAS. MPS registers no kernel: all its cells are empty. On a CPU `linear` stays in
 graphs where `cpu.linear.prefers_own_linear` holds, or if it has a residual. On an NPU a cell names
 the graphs: of GE, or captured by npugraph_ex. The last column is the pass that puts the op into
 graphs. The last four ops stand for the code of other packages, on every device.
@@ -222,7 +229,8 @@ def all_ops() -> list[str]:
 
 
 def launched(kernel: Callable[..., Any]) -> dict[str, str]:
-    """{kernel: its module} of the Triton kernels that a registered function can launch."""
+    """{kernel: its module} of the kernels that a registered function can launch: those of Triton,
+    and files in CUDA C++."""
     found: dict[str, str] = {}
     waiting, seen = [kernel], {kernel}
     while waiting:
@@ -231,10 +239,21 @@ def launched(kernel: Callable[..., Any]) -> dict[str, str]:
                 function: Any = value.fn
                 if function.__name__.endswith("_kernel"):
                     found[function.__name__] = function.__module__
+            elif _is_of_cuda(value):
+                found[f"{value.__module__.rpartition('.')[2]}.cu"] = value.__module__
             elif isinstance(value, types.FunctionType) and value not in seen:
                 seen.add(value)
                 waiting.append(value)
     return found
+
+
+def _is_of_cuda(value: Any) -> bool:
+    """True for a function that launches a kernel in CUDA C++."""
+    return (
+        isinstance(value, types.FunctionType)
+        and value.__module__.startswith(f"{ROOT}cuda.")
+        and "nvrtc.launch(" in inspect.getsource(value)
+    )
 
 
 def _used(function: Any) -> Iterator[Any]:
@@ -255,7 +274,8 @@ def _used(function: Any) -> Iterator[Any]:
 
 def all_launched() -> set[str]:
     """Every kernel that a function of `kernels/triton/` launches."""
-    return {name for kernel in TRITON.values() for name in launched(kernel)}
+    found = {name for kernel in TRITON.values() for name in launched(kernel)}
+    return {name for name in found if name.endswith("_kernel")}
 
 
 def defined() -> set[str]:

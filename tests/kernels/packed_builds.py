@@ -65,7 +65,6 @@ def launches(shared_bytes: int, has_matrix_units: bool, whole: bool) -> Iterator
         yield some_rows(*int4, 64, False, shared_bytes)
     if whole:
         yield one_row(*fp8, silu=False)
-        yield some_rows(*int4, 256, False, shared_bytes)
         yield some_rows("nf4", KINDS["nf4"], *size, 16, False, shared_bytes)
         yield dequantized(*fp8)
         yield experts("fp8", KINDS["fp8"], shared_bytes)
@@ -91,7 +90,7 @@ def some_rows(
     from nanovllm.kernels.triton import packed_gemm, packed_tiles
 
     codes = weight(kind, 2 * num_outs if silu else num_outs, depth)
-    tile = tile or packed_tiles.gemm_tile(num_rows, codes, depth, silu, shared_bytes)
+    tile = tile or packed_tiles.gemm_tile(num_rows, codes, depth, shared_bytes)
     constants = packed_gemm.gemm_constants(num_rows, num_outs, depth, codes, silu, tile)
     constants |= {"HAS_BIAS": silu, "HAS_RESIDUAL": not silu, "UPCAST": False}
     label = f"packed {name} {num_rows}x{num_outs}x{depth}"
@@ -117,7 +116,7 @@ def experts(name: str, kind: Kind, shared_bytes: int) -> Launch:
     from nanovllm.kernels.triton import grouped_gemm, packed_experts, packed_tiles
 
     codes = weight(kind, 1536, 2048, 128)
-    tile = packed_tiles.grouped_tile(1.0, codes, 2048, True, shared_bytes)
+    tile = packed_tiles.grouped_tile(1.0, codes, 2048, shared_bytes)
     constants = packed_experts.grouped_constants(768, 2048, codes, True, tile, 8) | {
         "X_BY": grouped_gemm.BY_TOKEN.value, "OUT_BY": grouped_gemm.BY_PLACE.value,
         "HAS_FACTOR": False, "UPCAST": False,

@@ -10,13 +10,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops, reference
 from nanovllm.kernels.reference.packed import pack
-from nanovllm.kernels.triton import (
-    packed_codes,
-    packed_experts,
-    packed_gemm,
-    packed_gemv,
-    packed_tiles,
-)
+from nanovllm.kernels.triton import packed_codes, packed_experts, packed_gemm, packed_gemv
 from nanovllm.kernels.triton import packed_linear as packed
 from nanovllm.kernels.triton.packed_tiles import PackedGemmTile, PackedGemvTile
 from nanovllm.models import formats
@@ -27,6 +21,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
 # Half a unit in the last place for each place that rounds: the norm, the weight, the result, and
 # SiLU·up twice. The interpreter truncates bf16, which is off by as much on average.
+ROUNDED = 0.04  # where x is rounded to fp8, too
 LIMIT = {dtype: 5 * torch.finfo(dtype).eps / 2 for dtype in (torch.float16, torch.bfloat16)}
 
 
@@ -99,7 +94,8 @@ def check(
     exact_TO = exact_TD @ real(weight, depth).T + (0 if bias_O is None else bias_O.double())
     exact_TO = reference.norm_act.silu_mul(exact_TO) if silu else exact_TO
     exact_TO = exact_TO if residual_TO is None else exact_TO + residual_TO.double()
-    assert error(y_TO, exact_TO) < LIMIT[dtype]
+    is_rounded = device == "cuda" and packed._is_by_fp8(x_TD, codes_of(weight))
+    assert error(y_TO, exact_TO) < (ROUNDED if is_rounded else LIMIT[dtype])
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
@@ -182,21 +178,6 @@ def test_each_tile_of_some_rows_matches_the_formula(tile: str, form: str) -> Non
     assert torch.equal(*runs)
     y_TO = packed_gemm.packed_gemm(x_TD, codes_of(weight), None, None, True, launch)
     assert error(y_TO, reference.norm_act.silu_mul(exact_TO)) < LIMIT[torch.float16]
-
-
-def test_one_row_of_a_large_weight_is_multiplied_on_the_matrix_units(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    launched = []
-    run = packed_gemm.packed_gemm
-    monkeypatch.setattr(packed_tiles, "LARGE_WEIGHT", 40 * 64)
-    monkeypatch.setattr(
-        packed, "packed_gemm", lambda *args, **kw: launched.append(kw) or run(*args, **kw)
-    )
-    check(packed_weight(38, 64, 4, 32, "offset"), 1, 64, norm=True, silu=True)
-    assert not launched
-    check(packed_weight(40, 64, 4, 32, "offset"), 1, 64, norm=True, silu=True)
-    assert [one["launch"].rows for one in launched] == [8]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -2,7 +2,7 @@
 
 `python dry_runs.py FOLDER CASE …` prints a line of JSON for each case: its name and what was
 found, or why it failed. A case is an architecture. "mixtral:2" has two resident experts in each
-layer. Of a model with experts, half of the buckets are dry-run.
+layer, "mixtral:int4" quantized weights. Of a model with experts, half of the buckets are dry-run.
 
 It runs in its own process: the other tests use Triton's interpreter, which replaces the compiler,
 and this file replaces the device queries of torch and Triton. Each case has a fork, so everything
@@ -36,11 +36,12 @@ from triton.runtime import driver
 
 from nanovllm import EngineConfig
 from nanovllm.compile.trace import trace
-from nanovllm.kernels.triton import compile_log
+from nanovllm.kernels.cuda import nvrtc
+from nanovllm.kernels.triton import compile_log, packed_register
 from nanovllm.kernels.triton import dry_run as triton_dry_run
 from nanovllm.kernels.triton import register as triton_kernels
 from nanovllm.kernels.triton import step as triton_step
-from nanovllm.models import loader as weights
+from nanovllm.models.loader import Target as WeightTarget
 from nanovllm.models.vision import weights as tower_weights
 from nanovllm.platforms import preload
 from nanovllm.platforms.cuda import TRAITS, CudaPlatform
@@ -89,6 +90,7 @@ class Platform(CudaPlatform):
             supported_dtypes=(torch.bfloat16,),
             supports_fp8_cache=True,
             supports_offload=True,
+            quantizations=("int4",),
         )
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -111,18 +113,10 @@ def make_up_device() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
     resolve.select_platform = lambda config: Platform()
 
-    def empty(model: Any, target: weights.Target, seed: int, progress: Any) -> Any:
-        # without a generator, which would need the device
-        def make(param: Any) -> Tensor:
-            return torch.empty(param.shape, dtype=model.config.dtype, device=target.device)
-
-        return weights.build(model, make, progress, target.place)
-
-    def empty_tower(tower: Any, target: weights.Target, seed: int) -> Any:
+    def empty_tower(tower: Any, target: WeightTarget, seed: int) -> Any:
         dtype, device = tower.config.dtype, target.device
         return tower.build(lambda param: torch.empty(param.shape, dtype=dtype, device=device))
 
-    weights.random = empty  # type: ignore[assignment]
     tower_weights.random = empty_tower
 
 
@@ -183,12 +177,14 @@ def save_config(folder: Path, name: str) -> Path:
     return folder
 
 
-def dry_run(folder: Path, architecture: str, num_resident: int | None = None) -> dict[str, Any]:
+def dry_run(folder: Path, architecture: str, option: str = "") -> dict[str, Any]:
     make_up_device()
     shorten_compiles()
     compile_log.watch()
     triton_kernels.register()
     triton_step.register()
+    packed_register.register()
+    nvrtc.configure(folder / "cuda")
     launches: list[tuple[str, Any, dict[str, Any]]] = []
     request = triton_dry_run._request
 
@@ -201,7 +197,8 @@ def dry_run(folder: Path, architecture: str, num_resident: int | None = None) ->
     config = EngineConfig(
         str(folder / "model"), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
         max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
-        expert_offload=num_resident,
+        expert_offload=int(option) if option.isdigit() else None,
+        quantization=None if option.isdigit() else option or None,
     )  # fmt: skip
     builder = Builder(config, Platform())
     # of offloaded experts, prefill streams and the smaller decode buckets fetch
@@ -227,8 +224,9 @@ def dry_run(folder: Path, architecture: str, num_resident: int | None = None) ->
         "problems": [answer["problem"] for answer in answers],
         "programs": len(list((folder / "store" / "entries").iterdir())),
         "requests": len(requests),
-        "longest": json.loads(max(lengths, key=lengths.__getitem__))["name"],
-        "names": sorted({json.loads(one)["name"] for one in requests}),
+        "longest": _name(max(lengths, key=lengths.__getitem__)),
+        "names": sorted(set(map(_name, requests))),
+        "in_cuda": len(list((folder / "cuda").glob("*.cubin"))),
         "files": sorted({path.suffix for path in (folder / "store" / "triton").glob("*/*")}),
         "assembled": sorted({path.stem for path in binaries if is_assembled(path)}),
         "launches": len(launches),
@@ -239,11 +237,16 @@ def dry_run(folder: Path, architecture: str, num_resident: int | None = None) ->
     }
 
 
+def _name(request: str) -> str:
+    asked = json.loads(request)
+    return asked.get("name") or f"{asked['source']}.cu"
+
+
 def is_assembled(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x7fELF")
 
 
-def found_or_why_not(folder: Path, architecture: str, *options: int) -> dict[str, Any] | str:
+def found_or_why_not(folder: Path, architecture: str, *options: str) -> dict[str, Any] | str:
     try:
         return dry_run(folder, architecture, *options)
     except Exception:
@@ -255,8 +258,8 @@ def main(folder: Path, cases: list[str]) -> None:
     trace(lambda x: x + 1, {"x": torch.zeros(2, 2)}, varying=("x",))
     calls: list[tuple[Any, ...]] = []
     for case in cases:
-        architecture, *num_resident = case.split(":")
-        calls.append((folder / case, architecture, *map(int, num_resident)))
+        architecture, *option = case.split(":")
+        calls.append((folder / case, architecture, *option))
         save_config(folder / case / "model", architecture)
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         for case, call in zip(cases, calls):

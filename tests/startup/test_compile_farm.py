@@ -174,7 +174,7 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     script = Path(__file__).with_name("dry_runs.py")
     done = subprocess.run(
-        [sys.executable, script, folder, "qwen3_vl", "mixtral", "mixtral:2"],
+        [sys.executable, script, folder, "qwen3_vl", "mixtral", "mixtral:2", "mixtral:int4"],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -236,3 +236,12 @@ def test_launches_of_offloaded_experts_are_found_by_a_dry_run(dry_runs: dict[str
         "moe_gemv_gate_up_kernel", "moe_gemv_down_kernel",
     }  # fmt: skip
     assert found["compiled_after_launches"] == found["compiled"] == found["requests"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
+def test_products_of_quantized_weights_are_found_by_a_dry_run(dry_runs: dict[str, Any]) -> None:
+    found = dry_runs["mixtral:int4"]
+    assert isinstance(found, dict), found
+    assert found["problems"] == [None, None, None]
+    assert {"packed_linear.cu", "packed_grouped_kernel"} <= set(found["names"])
+    assert found["in_cuda"] == found["requests"] - found["compiled"] > 3

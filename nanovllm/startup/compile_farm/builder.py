@@ -42,8 +42,9 @@ def small_runner(
     """A runner of the reduced model with random weights and two cache blocks.
 
     Where a step is one program, the program depends on the number of layers and the size of the
-    cache: there the model is not reduced, and the cache is the engine's. Tensors are made under
-    `mode`. Raises CompileRequired if graphs are impossible on this device.
+    cache: there the model is not reduced, and the cache is the engine's. With `mode` tensors are
+    made under it, and weights have no numbers. Raises CompileRequired if graphs are impossible on
+    this device.
     """
     platform, spec = resolved.platform, resolved.spec
     model = resolved.model if platform.traits.whole_steps else resolved.model.reduced()
@@ -59,7 +60,10 @@ def small_runner(
         ):  # the host's experts are on the device as well, since they are small
             host = SplitRegion(platform.device)
             target = target._replace(place=Offloader(spec.offload, host, platform.device))
-        params = loader.random(model, target, 0, lambda _: None)
+        if mode is None:
+            params = loader.random(model, target, 0, lambda _: None)
+        else:
+            params = loader.undefined(model, target)
         params = weights.with_towers(params, model, partial(weights.random, target=target, seed=0))
         runner = Runner(model, params, spec, platform, compiler)
     return with_cache(resolved, lambda _: runner)[0] if platform.traits.whole_steps else runner

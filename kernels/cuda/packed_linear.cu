@@ -1,0 +1,510 @@
+// Products of up to 64 rows in bf16 with packed weights, on the matrix units (mma.sync, sm_80 on).
+//
+//   y = silu_mul(rms_norm(x) · weightᵀ + bias) + residual, and the same for pairs of experts
+//
+// A warp multiplies M · 16 weight rows by all rows of x. Four threads share a weight row: each reads
+// 16 bytes of its codes, which are 32 or 16 neighbouring columns, and the same columns of x. The sum
+// may be in any order, so no code moves between threads: a word becomes the left operand of one or
+// two products of the matrix units in registers. WK warps share the depth and add their sums in
+// shared memory, in their order. STAGES chunks of codes of a warp are on their way.
+//
+// Constants, by -D: BITS (4 or 8), FP8 (codes are float8_e4m3fn), OFFSET, SCALE (0 fp32, 1 bf16,
+// 2 fp16), NT (tiles of 8 rows of x), M, WK, WR, STAGES,
+// MIN_PROGRAMS (of a multiprocessor), SILU, NORM (one row of x is normed first),
+// PAIRS (0 a product, 1 a product for each pair, 2 the sum over a token's pairs), PDL.
+//
+// t thread of four | g group of four threads: the weight row in a tile of 8, and the row of x
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef unsigned long long u64;
+
+struct Args {
+  const u16* x;          // [T, D] bf16
+  const u8* code;        // [(E,) O, D · BITS / 8]
+  const u8* scale;       // [(E,) R, G]
+  const u8* offset;      // [(E,) O, G]
+  const u16* norm;       // [D]
+  const u16* bias;       // [O]
+  const u16* residual;   // [T, num_outs]
+  const int* expert;     // [T, K]
+  const float* factor;   // [T, K]
+  u16* out;              // [T, num_outs]
+  u64 x_stride;
+  u32 num_rows, num_lines, depth;
+  u32 group_shift;       // a scale is for 2^group_shift columns
+  u32 rows_shift;        // and for 2^rows_shift weight rows
+  u32 num_groups, top_k, x_shared_by;
+  float eps;
+};
+
+struct __align__(16) Four { u32 a, b, c, d; };
+
+#define CHUNK (BITS == 4 ? 128 : 64)           // columns of a chunk
+#define WORDS (CHUNK / 16)                     // products of a tile and a chunk
+#define EACH (CHUNK / 4)                       // columns of a thread
+#define XS (EACH / 8)                          // its pieces of 16 bytes of x
+#define THREADS (32 * WK * WR)
+#define SCALE_BYTES (SCALE == 0 ? 4 : 2)
+
+__device__ __forceinline__ Four load_once(const void* at) {
+  Four v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.a), "=r"(v.b), "=r"(v.c), "=r"(v.d) : "l"(at));
+  return v;
+}
+
+__device__ __forceinline__ Four load_four(const void* at) {
+  return *reinterpret_cast<const Four*>(at);
+}
+
+__device__ __forceinline__ float of_bf16(u32 bits) { return __uint_as_float(bits << 16); }
+
+__device__ __forceinline__ u32 to_bf16(float v) {
+  u16 r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
+  return r;
+}
+
+__device__ __forceinline__ float rounded(float v) { return of_bf16(to_bf16(v)); }
+
+__device__ __forceinline__ u32 twice(float v) {  // v in both halves
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(v));
+  return r;
+}
+
+__device__ __forceinline__ u32 spread(u32 word, u32 selector) {
+  return __byte_perm(word, 0, selector);
+}
+
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
+__device__ __forceinline__ void multiply(float (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
+                                         u32 b1) {
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float load_scale(const u8* at, u32 idx) {
+#if SCALE == 0
+  return __ldg(reinterpret_cast<const float*>(at) + idx);
+#else
+  u16 bits = __ldg(reinterpret_cast<const u16*>(at) + idx);
+#if SCALE == 1
+  return of_bf16(bits);
+#else
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(bits));
+  return r;
+#endif
+#endif
+}
+
+// The codes of a word as numbers in bf16, in pairs. The bits of a code are a denormal number or one
+// of the smallest normal numbers, code · 2⁻¹³³ or, for upper codes, 2⁻¹²⁹. `low` and `high` are the
+// scale times 2¹¹³ and 2¹⁰⁹, `less` is the offset times 2⁻²⁰, and sums are multiplied by 2²⁰.
+// Numbers in fp8 are exact, and without their scales.
+struct Pairs { u32 of[8 / (BITS / 4) / 2]; };
+
+__device__ __forceinline__ Pairs numbers(u32 word, u32 low, u32 high, u32 less) {
+  Pairs r;
+#if FP8
+  u32 p = spread(word, 0x1404), q = spread(word, 0x3424);
+  u32 m = ((p >> 4) & 0x07f007f0) | (p & 0x80008000);
+  u32 n = ((q >> 4) & 0x07f007f0) | (q & 0x80008000);
+  r.of[0] = fma2(m, 0x7b807b80, 0x80008000);
+  r.of[1] = fma2(n, 0x7b807b80, 0x80008000);
+#elif BITS == 8
+  r.of[0] = fma2(spread(word, 0x4140), low, less);
+  r.of[1] = fma2(spread(word, 0x4342), low, less);
+#else
+  u32 p = spread(word, 0x4140), q = spread(word, 0x4342);
+  r.of[0] = fma2(p & 0x000f000f, low, less);
+  r.of[1] = fma2(q & 0x000f000f, low, less);
+  r.of[2] = fma2(p & 0x00f000f0, high, less);
+  r.of[3] = fma2(q & 0x00f000f0, high, less);
+#endif
+  return r;
+}
+
+struct Slot {  // a chunk of a warp on its way
+  Four code[M][2];
+  float scale[M][2], offset[M][2];
+};
+
+__device__ __forceinline__ u32 word_of(const Four& v, int w) {
+  return w == 0 ? v.a : w == 1 ? v.b : w == 2 ? v.c : v.d;
+}
+
+__device__ __forceinline__ void flatten(u32 (&flat)[XS * 4], const Four (&x)[XS]) {
+#pragma unroll
+  for (int i = 0; i < XS * 4; i++) flat[i] = word_of(x[i / 4], i % 4);
+}
+
+// A unit's arguments of `numbers`, for the two rows of a thread.
+__device__ __forceinline__ void factors(const Slot& slot, int m, u32 (&low)[2], u32 (&high)[2],
+                                        u32 (&less)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    low[h] = FP8 ? 0 : twice(slot.scale[m][h] * 0x1p113f);
+    high[h] = FP8 || BITS == 8 ? 0 : twice(slot.scale[m][h] * 0x1p109f);
+    less[h] = OFFSET ? twice(slot.offset[m][h] * 0x1p-20f) : 0x80008000;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_linear(const Args a) {
+  extern __shared__ __align__(16) u8 shared[];
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int warp = (threadIdx.x >> 5) / WR, side = (threadIdx.x >> 5) % WR;
+  const u32 depth = a.depth, num_lines = a.num_lines;
+  const u32 num_outs = SILU ? num_lines / 2 : num_lines;
+  const u32 outs_of_tile = SILU ? 8 : 16, first = blockIdx.x * (WR * M * outs_of_tile);
+  const u32 num_chunks = (depth + CHUNK - 1) / CHUNK;
+#if PDL
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  // the weight rows of this thread: row g of each tile's upper and lower half
+  u32 line[M][2];
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      u32 out = first + (side * M + m) * outs_of_tile + g + (SILU ? 0 : 8 * h);
+      out = out < num_outs ? out : num_outs - 1;
+      line[m][h] = out + (SILU && h ? num_outs : 0);
+    }
+
+  const u32 row_bytes = depth * BITS / 8;
+  const u64 expert_bytes = (u64)num_lines * row_bytes;
+  const u64 num_scales = (u64)(((num_lines - 1) >> a.rows_shift) + 1) * a.num_groups;
+  const u8* code_at[M][2];
+  u32 scale_at[M][2];
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      code_at[m][h] = a.code + (u64)line[m][h] * row_bytes;
+      scale_at[m][h] = (line[m][h] >> a.rows_shift) * a.num_groups;
+    }
+#if PAIRS == 2
+  // a warp takes whole pairs of the token blockIdx.y
+  const u32 my_pairs = a.top_k > (u32)warp ? (a.top_k - warp + WK - 1) / WK : 0;
+  const u32 num_steps = my_pairs * num_chunks;
+#else
+  const u32 num_steps = num_chunks > (u32)warp ? (num_chunks - warp + WK - 1) / WK : 0;
+#endif
+  u64 expert = 0;
+#if PAIRS
+#if PDL
+  asm volatile("griddepcontrol.wait;");
+#endif
+#endif
+#if PAIRS == 1
+  expert = a.expert[blockIdx.y];
+#endif
+
+  auto pair_of = [&](u32 step) { return blockIdx.y * a.top_k + warp + step / num_chunks * WK; };
+  auto chunk_of = [&](u32 step) { return PAIRS == 2 ? step % num_chunks : warp + step * WK; };
+  auto fetch = [&](Slot& slot, u32 step, int m) {
+    const u32 column = chunk_of(step) * CHUNK + t * EACH;
+    const bool is_real = column < depth;
+    const u32 at = is_real ? column : 0;
+    const u8 *scale = a.scale, *offset = a.offset;
+    u64 code = at * BITS / 8;
+#if PAIRS
+    u64 one = expert;
+#if PAIRS == 2
+    one = a.expert[pair_of(step)];
+#endif
+    code += one * expert_bytes;
+    scale += one * num_scales * SCALE_BYTES, offset += one * num_scales * SCALE_BYTES;
+#endif
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      slot.code[m][h] = load_once(code_at[m][h] + code);
+      const u32 idx = scale_at[m][h] + (at >> a.group_shift);
+      slot.scale[m][h] = load_scale(scale, idx);
+      if (OFFSET) slot.offset[m][h] = load_scale(offset, idx);
+    }
+  };
+
+  Slot slots[STAGES];
+#pragma unroll
+  for (int s = 0; s < STAGES; s++)
+    if ((u32)s < num_steps)
+#pragma unroll
+      for (int m = 0; m < M; m++) fetch(slots[s], s, m);
+#if PDL && !PAIRS
+  asm volatile("griddepcontrol.wait;");
+#endif
+
+#if NORM
+  // x · norm / √(mean x² + eps), rounded to bf16, for all warps
+  u16* const normed = reinterpret_cast<u16*>(shared);
+  float* const squares = reinterpret_cast<float*>(shared + ((depth * 2 + 15) & ~15u));
+  float square = 0;
+  for (u32 i = threadIdx.x * 8; i < depth; i += THREADS * 8) {
+    Four v = load_four(a.x + i);
+    const u32 words[4] = {v.a, v.b, v.c, v.d};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const float low = of_bf16(words[j] & 0xffff), high = __uint_as_float(words[j] & 0xffff0000);
+      square += low * low + high * high;
+    }
+  }
+#pragma unroll
+  for (int i = 16; i; i /= 2) square += __shfl_xor_sync(0xffffffff, square, i);
+  if (lane == 0) squares[threadIdx.x >> 5] = square;
+  __syncthreads();
+  square = 0;
+#pragma unroll
+  for (int i = 0; i < THREADS / 32; i++) square += squares[i];
+  const float factor = rsqrtf(square / depth + a.eps);
+  for (u32 i = threadIdx.x * 8; i < depth; i += THREADS * 8) {
+    Four v = load_four(a.x + i), w = load_four(a.norm + i);
+    const u32 words[4] = {v.a, v.b, v.c, v.d}, weights[4] = {w.a, w.b, w.c, w.d};
+    u32 found[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const float low = of_bf16(words[j] & 0xffff) * factor * of_bf16(weights[j] & 0xffff);
+      const float high = __uint_as_float(words[j] & 0xffff0000) * factor *
+                         __uint_as_float(weights[j] & 0xffff0000);
+      found[j] = to_bf16(low) | to_bf16(high) << 16;
+    }
+    *reinterpret_cast<Four*>(normed + i) = Four{found[0], found[1], found[2], found[3]};
+  }
+  __syncthreads();
+#endif
+
+#if NT == 1
+  // columns of this thread in row g of x
+  auto load_x = [&](Four (&x)[XS], u32 step) {
+    const u32 column = chunk_of(step) * CHUNK + t * EACH;
+    bool is_real = step < num_steps && column < depth;
+#if PAIRS == 2
+    is_real = is_real && g == 0;
+    const u16* at = a.x + (u64)pair_of(step) * a.x_stride + column;
+#elif PAIRS == 1
+    is_real = is_real && g == 0;
+    const u16* at = a.x + (u64)(blockIdx.y / a.x_shared_by) * a.x_stride + column;
+#elif NORM
+    is_real = is_real && g == 0;
+    const u16* at = normed + column;
+#else
+    is_real = is_real && g < a.num_rows;
+    const u16* at = a.x + (u64)g * a.x_stride + column;
+#endif
+#pragma unroll
+    for (int i = 0; i < XS; i++) x[i] = is_real ? load_four(at + 8 * i) : Four{0, 0, 0, 0};
+  };
+#else
+  // Warps that share a chunk of x copy it to shared memory, a step ahead: [8 · NT rows, CHUNK]. The
+  // pieces of 16 bytes of a row are exchanged so that eight threads read from different banks.
+  u8* const staged = shared + warp * (8 * NT * CHUNK * 2);
+  auto place = [](u32 row, u32 piece) {
+    const u32 moved = CHUNK == 128 ? piece ^ (piece >> 3 & 1) ^ (row & 1) << 1 : piece ^ (row & 1);
+    return row * (CHUNK * 2) + moved * 16;
+  };
+  auto copy_x = [&](u32 step) {
+    u8* const to = staged + (step & 1) * (WK * 8 * NT * CHUNK * 2);
+    const u32 first_column = chunk_of(step) * CHUNK;
+#pragma unroll
+    for (int i = 0; i < (8 * NT * CHUNK / 8 + 32 * WR - 1) / (32 * WR); i++) {
+      const u32 idx = i * (32 * WR) + side * 32 + lane;
+      const u32 row = idx / (CHUNK / 8), piece = idx % (CHUNK / 8), column = first_column + piece * 8;
+      const bool is_real = step < num_steps && row < a.num_rows && column < depth;
+      const u16* from = is_real ? a.x + (u64)row * a.x_stride + column : a.x;
+      if (8 * NT * CHUNK / 8 % (32 * WR) == 0 || idx < 8 * NT * CHUNK / 8)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                         (u32)__cvta_generic_to_shared(to + place(row, piece))),
+                     "l"(from), "r"(is_real ? 16 : 0));
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+#endif
+
+  float acc[M][NT][4];
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) acc[m][n][i] = 0;
+#if PAIRS == 2
+  float sums[M][4];
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[m][i] = 0;
+#endif
+
+#if NT == 1
+  Four x[2][XS];
+  load_x(x[0], 0);
+#else
+  copy_x(0);
+#endif
+  for (u32 base = 0; base < num_steps; base += STAGES) {
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) {
+      const u32 step = base + s;
+      if (step >= num_steps) break;
+      Slot& slot = slots[s];
+#if NT == 1
+      u32 flat[XS * 4];
+      flatten(flat, x[s & 1]);
+      load_x(x[(s + 1) & 1], step + 1);
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        u32 low[2], high[2], less[2];
+        factors(slot, m, low, high, less);
+        float part[4] = {0, 0, 0, 0};
+        float(&sum)[4] = FP8 ? part : acc[m][0];
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+          const Pairs p = numbers(word_of(slot.code[m][0], w), low[0], high[0], less[0]);
+          const Pairs q = numbers(word_of(slot.code[m][1], w), low[1], high[1], less[1]);
+#pragma unroll
+          for (int i = 0; i < WORDS / 4; i++)
+            multiply(sum, p.of[2 * i], q.of[2 * i], p.of[2 * i + 1], q.of[2 * i + 1],
+                     flat[2 * w + 8 * i], flat[2 * w + 8 * i + 1]);
+        }
+        if (FP8)
+#pragma unroll
+          for (int i = 0; i < 4; i++) acc[m][0][i] += part[i] * slot.scale[m][i / 2];
+        if (step + STAGES < num_steps) fetch(slot, step + STAGES, m);
+      }
+#else
+      asm volatile("cp.async.wait_group 0;");
+      if (WR == 1)
+        __syncwarp();
+      else
+        asm volatile("bar.sync %0, %1;" ::"r"(warp + 1), "n"(32 * WR) : "memory");
+      copy_x(step + 1);
+      const u8* const chunk = staged + (step & 1) * (WK * 8 * NT * CHUNK * 2);
+      u32 operand[M][4][WORDS / 4][4];
+      float scale[M][2];
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        u32 low[2], high[2], less[2];
+        factors(slot, m, low, high, less);
+        scale[m][0] = slot.scale[m][0], scale[m][1] = slot.scale[m][1];
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+          const Pairs p = numbers(word_of(slot.code[m][0], w), low[0], high[0], less[0]);
+          const Pairs q = numbers(word_of(slot.code[m][1], w), low[1], high[1], less[1]);
+#pragma unroll
+          for (int i = 0; i < WORDS / 4; i++) {
+            operand[m][w][i][0] = p.of[2 * i], operand[m][w][i][1] = q.of[2 * i];
+            operand[m][w][i][2] = p.of[2 * i + 1], operand[m][w][i][3] = q.of[2 * i + 1];
+          }
+        }
+        if (step + STAGES < num_steps) fetch(slot, step + STAGES, m);
+      }
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        Four x[XS];
+#pragma unroll
+        for (int i = 0; i < XS; i++) x[i] = load_four(chunk + place(8 * n + g, XS * t + i));
+        u32 flat[XS * 4];
+        flatten(flat, x);
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+          float part[4] = {0, 0, 0, 0};
+          float(&sum)[4] = FP8 ? part : acc[m][n];
+#pragma unroll
+          for (int w = 0; w < 4; w++)
+#pragma unroll
+            for (int i = 0; i < WORDS / 4; i++) {
+              const u32(&left)[4] = operand[m][w][i];
+              multiply(sum, left[0], left[1], left[2], left[3], flat[2 * w + 8 * i],
+                       flat[2 * w + 8 * i + 1]);
+            }
+          if (FP8)
+#pragma unroll
+            for (int i = 0; i < 4; i++) acc[m][n][i] += part[i] * scale[m][i / 2];
+        }
+      }
+#endif
+#if PAIRS == 2
+      if ((step + 1) % num_chunks == 0) {
+        const float factor = a.factor[pair_of(step)];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) sums[m][i] += factor * acc[m][0][i], acc[m][0][i] = 0;
+      }
+#endif
+    }
+#if NT == 1 && STAGES % 2
+#pragma unroll
+    for (int i = 0; i < XS; i++) x[0][i] = x[1][i];
+#endif
+  }
+#if PAIRS == 2
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) acc[m][0][i] = sums[m][i];
+#endif
+
+  // the sums of all warps, in their order
+  float4* const parts = reinterpret_cast<float4*>(shared);
+#if NT > 1
+  asm volatile("cp.async.wait_group 0;");
+#endif
+  __syncthreads();  // x in shared memory is read no more
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+      parts[((warp * WR + side) * M * NT + m * NT + n) * 32 + lane] =
+          make_float4(acc[m][n][0], acc[m][n][1], acc[m][n][2], acc[m][n][3]);
+  __syncthreads();
+  for (u32 i = threadIdx.x; i < WR * M * NT * 32; i += THREADS) {
+    float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int k = 0; k < WK; k++) {
+      const float4 part = parts[k * WR * M * NT * 32 + i];
+      sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
+    }
+    const u32 m = i / 32 / NT, n = i / 32 % NT, row = (i & 31) >> 2;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      u32 token = 8 * n + 2 * (i & 3) + j;
+#if PAIRS
+      if (token) continue;
+      token = blockIdx.y;
+#else
+      if (token >= a.num_rows) continue;
+#endif
+      const float upper = FP8 ? sum[j] : sum[j] * 0x1p20f;
+      const float lower = FP8 ? sum[2 + j] : sum[2 + j] * 0x1p20f;
+#pragma unroll
+      for (int h = 0; h < (SILU ? 1 : 2); h++) {
+        const u32 out = first + m * outs_of_tile + row + 8 * h;
+        if (out >= num_outs) continue;
+        float y = h ? lower : upper;
+        if (a.bias) y += of_bf16(a.bias[out]);
+        y = rounded(y);
+#if SILU
+        float up = lower;
+        if (a.bias) up += of_bf16(a.bias[out + num_outs]);
+        y = rounded(y / (1.0f + __expf(-y))) * rounded(up);
+#endif
+        const u64 at = (u64)token * num_outs + out;
+        if (a.residual) y = rounded(y) + of_bf16(a.residual[at]);
+        a.out[at] = to_bf16(y);
+      }
+    }
+  }
+}

@@ -1,0 +1,184 @@
+"""Products with packed weights in CUDA C++: the formula on a GPU, and compiled for others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.cuda import nvrtc
+from nanovllm.kernels.cuda import packed_linear as cuda_packed
+from nanovllm.kernels.cuda.packed_linear import FP8_TILES, INTEGER_TILES, ROWS, Tile
+from nanovllm.kernels.triton import fp8_products, packed_codes
+from nanovllm.kernels.triton.packed_codes import Codes
+
+DTYPE, EPS = torch.bfloat16, 1e-6
+LIMIT = 1.2e-2  # of bf16: the weight, the result, and SiLU·up twice are rounded
+ROUNDED = 0.04  # x is rounded to fp8
+# (bits or "fp8", group of columns, dtype of scales); group 0: one for each row
+KINDS = [
+    ("4", 128, torch.bfloat16), ("4", 64, torch.float16), ("4", 32, torch.float32),
+    ("4", 0, torch.bfloat16), ("8", 128, torch.float16), ("8", 32, torch.bfloat16),
+    ("fp8", 128, torch.float32), ("fp8", 0, torch.float32),
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    nvrtc.configure(tmp_path)
+    yield tmp_path
+    nvrtc.configure(None)
+
+
+def random_codes(
+    kind: str, group: int, dtype: torch.dtype, shape: tuple[int, ...], device: str
+) -> Codes:
+    *outer, num_lines, depth = shape
+    group = group or depth
+    if kind == "fp8":
+        rows = 128 if group == 128 else 1
+        weight = torch.randn(shape, device=device).to(torch.float8_e4m3fn)
+        num_scales = (*outer, -(-num_lines // rows), -(-depth // group))
+        scale = (torch.rand(num_scales, device=device) + 0.5) / depth**0.5
+        return packed_codes.of_fp8(weight, scale, rows, group)
+    bits = int(kind)
+    code = torch.randint(
+        256, (*outer, num_lines, depth * bits // 8), dtype=torch.uint8, device=device
+    )
+    scale = torch.rand(*outer, num_lines, -(-depth // group), device=device) + 0.5
+    scale = (scale / depth**0.5 / 2 ** (bits - 2)).to(dtype)
+    return packed_codes.of_packed(code, scale, -(2 ** (bits - 1)) * scale, None, bits, group)
+
+
+def real(codes: Codes, depth: int) -> Tensor:
+    code, scale, offset, table, bits, rows, group, is_fp8 = codes
+    if is_fp8:
+        values = reference.packed.of_fp8(code.view(torch.float8_e4m3fn), scale, rows, group)
+        return values.double()
+    return reference.packed.unpacked(code, scale, offset, table, bits, group, depth).double()
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    assert actual.shape == exact.shape
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 5, 13, 27, 50])
+@pytest.mark.parametrize("kind, group, dtype", KINDS)
+def test_each_form_of_codes_matches_the_formula(
+    kind: str, group: int, dtype: torch.dtype, num_rows: int
+) -> None:
+    """Odd sizes, with and without the neighbours, and rows that are a part of a larger tensor."""
+    for num_lines, depth in ((320, 1024), (72, 448)):
+        codes = random_codes(kind, group, dtype, (num_lines, depth), "cuda")
+        for silu, norm in ((False, False), (True, False), (True, True), (False, True)):
+            if norm and num_rows > 1:
+                continue
+            num_outs = num_lines // 2 if silu else num_lines
+            x_TD = torch.randn(num_rows, depth + 8, device="cuda").to(DTYPE)[:, :depth]
+            bias_O = torch.randn(num_lines, device="cuda").to(DTYPE)
+            residual_TO = torch.randn(num_rows, num_outs, device="cuda").to(DTYPE)
+            norm_D = (torch.rand(depth, device="cuda") + 0.5).to(DTYPE) if norm else None
+            assert cuda_packed.takes(x_TD, codes)
+            y_TO = cuda_packed.packed_linear(
+                x_TD, codes, norm_D=norm_D, eps=EPS, bias_O=bias_O, residual_TO=residual_TO,
+                silu_mul=silu,
+            )  # fmt: skip
+            exact_TD = x_TD.double()
+            if norm_D is not None:
+                exact_TD *= torch.rsqrt(exact_TD.square().mean(-1, keepdim=True) + EPS)
+                exact_TD *= norm_D.double()
+            exact_TO = exact_TD @ real(codes, depth).T + bias_O.double()
+            exact_TO = reference.norm_act.silu_mul(exact_TO) if silu else exact_TO
+            assert error(y_TO, exact_TO + residual_TO.double()) < LIMIT
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, group, dtype", [KINDS[0], KINDS[-2], KINDS[-1]])
+def test_pairs_of_experts_match_the_formula(kind: str, group: int, dtype: torch.dtype) -> None:
+    num_experts, size, hidden, top_k, num_tokens = 16, 256, 768, 8, 3
+    gate_up = random_codes(kind, group, dtype, (num_experts, 2 * size, hidden), "cuda")
+    down = random_codes(kind, group, dtype, (num_experts, hidden, size), "cuda")
+    logits = torch.randn(num_tokens, num_experts, device="cuda")
+    weight_TK, expert_TK = reference.experts.topk_softmax(logits, top_k, True)
+    x_TD, residual_TD = torch.randn(2, num_tokens, hidden, device="cuda").to(DTYPE)
+    inner_PF = cuda_packed.packed_pairs(x_TD, gate_up, expert_TK, x_shared_by=top_k, silu_mul=True)
+    chosen = real(gate_up, hidden)[expert_TK.long()]
+    exact = torch.einsum("td,tkod->tko", x_TD.double(), chosen)
+    assert error(inner_PF, reference.norm_act.silu_mul(exact).flatten(0, 1)) < LIMIT
+    y_TD = cuda_packed.packed_pairs(
+        inner_PF, down, expert_TK, factor_TK=weight_TK, residual_TO=residual_TD
+    )
+    inner = inner_PF.view(num_tokens, top_k, size).double()
+    exact = torch.einsum("tkf,tkof->tko", inner, real(down, size)[expert_TK.long()])
+    exact = (exact * weight_TK.double().unsqueeze(2)).sum(1) + residual_TD.double()
+    assert error(y_TD, exact) < LIMIT
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [128, 0])
+@pytest.mark.parametrize("num_rows", [33, 65, 250])
+def test_products_in_fp8_match_the_formula(num_rows: int, group: int) -> None:
+    if not fp8_products.has_units(torch.device("cuda")):
+        pytest.skip("cuBLAS takes scales of blocks on sm_90")
+    for num_lines, depth in ((512, 1024), (256, 768)):
+        codes = random_codes("fp8", group, torch.float32, (num_lines, depth), "cuda")
+        x_TD = torch.randn(num_rows, depth, device="cuda").to(DTYPE)
+        assert fp8_products.takes(x_TD, codes)
+        exact_TO = x_TD.double() @ real(codes, depth).T
+        assert error(fp8_products.fp8_product(x_TD, codes), exact_TO) < ROUNDED
+
+
+@pytest.mark.parametrize("group", [128, 320])
+def test_the_largest_magnitude_of_a_group_becomes_the_largest_number(group: int) -> None:
+    x_TD = torch.randn(5, 320, device="cuda" if torch.cuda.is_available() else "cpu").to(DTYPE)
+    q_TD, scale_GT = fp8_products.quantize(x_TD, group)
+    assert q_TD.shape == (fp8_products.ROWS, 320)
+    assert scale_GT.shape == (-(-320 // group), fp8_products.ROWS)
+    for i, part in enumerate(x_TD.float().split(group, 1)):
+        scale_T = part.abs().amax(1) / 448
+        assert torch.allclose(scale_GT[i, :5], scale_T, rtol=1e-6)
+        values = q_TD[:5, i * group : i * group + part.shape[1]].float() * scale_T.unsqueeze(1)
+        assert torch.allclose(values, part, rtol=2**-4, atol=2**-9 * float(scale_T.max()))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_the_kernel_compiles(capability: tuple[int, int], folder: Path) -> None:
+    """One tile for each number of rows, alternately of integers and fp8; and pairs."""
+    functions = []
+    for i, row_tiles in enumerate(most // 8 for most in ROWS):
+        kind, group, dtype = KINDS[0] if i % 2 else KINDS[-2]
+        codes = random_codes(kind, group, dtype, (256, 256), "cpu")
+        tile = (INTEGER_TILES if i % 2 else FP8_TILES)[i][0]
+        functions.append((codes, tile, row_tiles, i == 1, i == 0, 0))
+    functions += [(functions[1][0], Tile(1, 8, 2), 1, False, False, pairs) for pairs in (1, 2)]
+    x = torch.empty(1, 256, dtype=DTYPE)
+    for one in functions:
+        function = cuda_packed._function(x, *one)
+        program = nvrtc.compile_function(function, capability)
+        assert program.startswith(b"\x7fELF") and b"packed_linear" in program
+        assert nvrtc.compile_function(function, capability) == program
+    assert len(list(folder.glob("*.cubin"))) == len(functions)
+
+
+def test_a_source_that_nvrtc_refuses_is_an_error_with_its_message(folder: Path) -> None:
+    function = nvrtc.Function("packed_linear", nvrtc.constants({"BITS": 3}))
+    with pytest.raises(RuntimeError, match=r"NVRTC refuses packed_linear\.cu: .*error"):
+        nvrtc.compile_function(function, (9, 0))
+    assert not list(folder.glob("*.cubin"))
+
+
+def test_a_damaged_program_is_compiled_again(folder: Path) -> None:
+    codes = random_codes(*KINDS[0], (256, 256), "cpu")
+    function = cuda_packed._function(
+        torch.empty(1, 256, dtype=DTYPE), codes, Tile(1, 4, 2), 1, False, False, 0
+    )
+    program = nvrtc.compile_function(function, (9, 0))
+    (path,) = folder.glob("*.cubin")
+    path.write_bytes(program[:-1] + b"x")
+    assert nvrtc.compile_function(function, (9, 0)) == program == path.read_bytes()
