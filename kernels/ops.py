@@ -103,6 +103,31 @@ varlen_attention = _define(
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
 )
 
+latent_inputs = _define(
+    "latent_inputs(Tensor q, Tensor key, Tensor kv, Tensor norm, Tensor cos_sin, Tensor pos, "
+    "Tensor slot, Tensor(a!) cache, float eps) -> (Tensor, Tensor)",
+    reference.latent_attention.latent_inputs,
+    lambda q, key, kv, *rest: (q.new_empty((*q.shape[:2], kv.shape[1])), kv.new_empty(kv.shape)),
+)
+latent_attention = _define(
+    "latent_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_len, Tensor q_start, "
+    "int max_q_len, float scale, int latent_size) -> Tensor",
+    reference.latent_attention.latent_attention,
+    lambda q, *rest: q.new_empty((*q.shape[:2], rest[-1])),
+)
+latent_span_attention = _define(
+    "latent_span_attention(Tensor q, Tensor absorbed_q, Tensor entry, Tensor key, Tensor value, "
+    "Tensor cache, Tensor block_table, Tensor seq_len, Tensor q_start, int max_q_len, float scale) "
+    "-> Tensor",
+    reference.latent_attention.latent_span_attention,
+    lambda q, absorbed_q, entry, key, value, *rest: q.new_empty((*q.shape[:2], value.shape[1])),
+)
+head_linear = _define(
+    "head_linear(Tensor x, Tensor weight) -> Tensor",
+    reference.latent_attention.head_linear,
+    lambda x, weight: x.new_empty((*x.shape[:2], weight.shape[1])),
+)
+
 linear = _define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual=None) -> Tensor",
     reference.linear.linear,
@@ -273,6 +298,12 @@ topk_softmax = _define(
     "topk_softmax(Tensor logits, int top_k, bool normalize) -> (Tensor, Tensor)",
     reference.experts.topk_softmax,
     _topk_softmax_fake,
+)
+topk_grouped = _define(
+    "topk_grouped(Tensor logits, Tensor? bias, int top_k, bool is_sigmoid, bool normalize, "
+    "int num_groups, int top_groups, int group_scores, float factor) -> (Tensor, Tensor)",
+    reference.experts.topk_grouped,
+    lambda logits, bias, top_k, *rest: _topk_softmax_fake(logits, top_k, normalize=False),
 )
 norm_router_topk = _define(
     "norm_router_topk(Tensor x, Tensor norm_weight, Tensor router, float eps, int top_k, "
@@ -493,7 +524,11 @@ __all__ = [
     "ggml_expert_linear",
     "ggml_linear",
     "has_kernel",
+    "head_linear",
     "kernel_of",
+    "latent_attention",
+    "latent_inputs",
+    "latent_span_attention",
     "linear",
     "linear_",
     "linear_int8",
@@ -517,6 +552,7 @@ __all__ = [
     "span_inputs",
     "store_kv",
     "stream_experts",
+    "topk_grouped",
     "topk_softmax",
     "varlen_attention",
     "zero_padding_",

@@ -65,6 +65,16 @@ ARCHITECTURES: dict[str, Entry] = {
     "Qwen2ForCausalLM": Entry(TEXT, "Qwen2, Qwen2.5"),
     "Qwen3ForCausalLM": Entry(TEXT, "Qwen3"),
     "SmolLM3ForCausalLM": Entry(TEXT, "SmolLM3"),
+    "DeepseekV2ForCausalLM": Entry(
+        EXPERTS, "DeepSeek-V2, V2-Lite",
+        "a cache of latents; `norm_topk_prob` is refused; on an NPU in eager mode alone",
+    ),
+    "DeepseekV3ForCausalLM": Entry(
+        EXPERTS, "DeepSeek-V3, V3.1, R1, Kimi-K2, Moonlight-16B-A3B",
+        "a cache of latents; layers that predict further tokens (MTP) are not read; on an NPU in "
+        "eager mode alone",
+    ),
+    "Glm4MoeLiteForCausalLM": Entry(EXPERTS, "GLM-4.7-Flash", "as DeepSeek-V3"),
     "MixtralForCausalLM": Entry(EXPERTS, "Mixtral"),
     "Qwen2MoeForCausalLM": Entry(EXPERTS, "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "a shared expert"),
     "Qwen3MoeForCausalLM": Entry(EXPERTS, "Qwen3-30B-A3B, Qwen3-235B-A22B"),

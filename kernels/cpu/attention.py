@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.cpu.library import ATTENTION, DTYPE_CODES, QK_NORM_ROPE_STORE, load
+from nanovllm.kernels.reference.latent_attention import Parts
 
 
 def paged_attention(
@@ -91,6 +94,33 @@ def paged_attention(
         )
     )
     return out_TNH
+
+
+def latent_attention(
+    q_TNZ: Tensor,
+    cache_CBZ: Tensor,
+    block_table_RP: Tensor,
+    seq_len_R: Tensor,
+    q_start_S: Tensor,
+    max_q_len: int,
+    scale: float,
+    latent_size: int,
+) -> Tensor:
+    """`reference.latent_attention.latent_attention` by the same kernel: it also sums the rotated
+    keys, a small part of an entry."""
+    entries = cache_CBZ.unsqueeze(2)
+    out_TNZ = paged_attention(
+        q_TNZ, entries, entries, block_table_RP, seq_len_R, q_start_S, max_q_len, scale, 0
+    )
+    return out_TNZ.narrow(2, 0, latent_size).contiguous()
+
+
+def latent_span_attention(*args: Any) -> Tensor:
+    """`reference.latent_attention.latent_span_attention` by the same kernel."""
+    parts = Parts(latent_attention, paged_attention)
+    meaning: Any = reference.latent_attention.latent_span_attention
+    result: Tensor = meaning(*args, parts)
+    return result
 
 
 def qk_norm_rope_store(

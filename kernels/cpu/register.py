@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nanovllm.kernels import ops
-from nanovllm.kernels.cpu.attention import paged_attention, qk_norm_rope_store
+from nanovllm.kernels.cpu.attention import (
+    latent_attention,
+    latent_span_attention,
+    paged_attention,
+    qk_norm_rope_store,
+)
 from nanovllm.kernels.cpu.library import load
 from nanovllm.kernels.cpu.linear import linear, linear_int8
 from nanovllm.kernels.cpu.norm_act import add_rms_norm, rms_norm, silu_mul
@@ -15,6 +20,8 @@ from nanovllm.kernels.varlen_attention import varlen_attention_cpu
 KERNELS: dict[str, Callable[..., object]] = {
     "add_rms_norm": add_rms_norm,
     "apply_token_bitmask": apply_token_bitmask,
+    "latent_attention": latent_attention,
+    "latent_span_attention": latent_span_attention,
     "paged_attention": paged_attention,
     "qk_norm_rope_store": qk_norm_rope_store,
     "rms_norm": rms_norm,

@@ -23,6 +23,7 @@ from nanovllm.kernels.npu.attention import (
     paged_attention_in_graph,
 )
 from nanovllm.kernels.npu.experts import expert_linear, experts, topk_softmax
+from nanovllm.kernels.npu.latent_attention import latent_inputs, no_graph
 from nanovllm.kernels.npu.varlen_attention import varlen_attention_eager, varlen_attention_in_graph
 
 
@@ -120,6 +121,7 @@ EAGER: dict[str, Callable[..., Any]] = {
     "silu_mul": silu_mul,
     "rope": rope,
     "store_kv": store_kv,
+    "latent_inputs": latent_inputs,
     "store_state": store_state,
     "linear": linear,
     "topk_softmax": topk_softmax,
@@ -131,6 +133,8 @@ EAGER: dict[str, Callable[..., Any]] = {
 # our op → the function in a graph for GE
 IN_GRAPH: dict[str, Callable[..., Any]] = {
     **EAGER,
+    "latent_attention": no_graph,
+    "latent_span_attention": no_graph,
     "paged_attention": paged_attention_in_graph,
     "varlen_attention": varlen_attention_in_graph,
     "all_reduce": all_reduce_in_graph,
@@ -142,13 +146,15 @@ IN_GRAPH: dict[str, Callable[..., Any]] = {
 IN_CAPTURE: dict[str, Callable[..., Any]] = {
     **EAGER,
     **COMMUNICATE,
+    "latent_attention": no_graph,
+    "latent_span_attention": no_graph,
     "paged_attention": paged_attention_captured,
     # towers run op by op there, and the op reads segments on the host
     "varlen_attention": ops.varlen_attention,
 }
 # ops that use Ascend's kernels even if nothing is fused
 NEVER_PLAIN = frozenset({
-    "paged_attention", "varlen_attention", "store_kv", "store_state", "linear", "topk_softmax",
-    "experts",
+    "latent_attention", "latent_inputs", "latent_span_attention", "paged_attention",
+    "varlen_attention", "store_kv", "store_state", "linear", "topk_softmax", "experts",
     "expert_linear", *COMMUNICATE,
 })  # fmt: skip

@@ -22,6 +22,7 @@ from nanovllm.kernels.reference import (
     attention,
     experts,
     ggml,
+    latent_attention,
     linear,
     norm_act,
     offload,
@@ -35,6 +36,7 @@ __all__ = [
     "attention",
     "experts",
     "ggml",
+    "latent_attention",
     "linear",
     "meaning",
     "norm_act",
@@ -49,7 +51,11 @@ __all__ = [
 def meaning(name: str) -> Callable[..., Any]:
     """The meaning of an op, if a compiler can trace it: not of ops of `offload`, which read the
     routing on the host. Raises KeyError for other names."""
-    for topic in (attention, experts, ggml, linear, norm_act, packed, rope_store, sample, step):
+    topics = (
+        *(attention, experts, ggml, latent_attention, linear, norm_act),
+        *(packed, rope_store, sample, step),
+    )
+    for topic in topics:
         if name in vars(topic):
             found: Callable[..., Any] = vars(topic)[name]
             return found

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import ops
+from nanovllm.kernels import ops, reference
+from nanovllm.kernels.reference.latent_attention import Parts
 from nanovllm.kernels.triton.all_reduce import (
     all_reduce,
     all_reduce_,
@@ -22,6 +23,9 @@ from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton.attention_prefill_hopper import paged_attention_prefill_hopper, suits
 from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_experts
+from nanovllm.kernels.triton.latent_decode import latent_attention_decode
+from nanovllm.kernels.triton.latent_inputs import head_linear, latent_inputs
+from nanovllm.kernels.triton.latent_prefill import latent_attention_prefill
 from nanovllm.kernels.triton.linear import fused_linear, linear_
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.offload import fetch_experts, stream_experts
@@ -29,6 +33,7 @@ from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_k
 from nanovllm.kernels.triton.sample import sample
 from nanovllm.kernels.triton.sample_columns import sample_columns
 from nanovllm.kernels.triton.token_bitmask import apply_token_bitmask
+from nanovllm.kernels.triton.topk_grouped import topk_grouped
 from nanovllm.kernels.triton.topk_softmax import norm_router_topk, topk_softmax
 from nanovllm.kernels.triton.topk_topp import apply_top_k_top_p
 from nanovllm.kernels.triton.varlen_attention import varlen_attention
@@ -83,6 +88,35 @@ def paged_attention(
     )
 
 
+def latent_attention(
+    q_TNZ: Tensor,
+    cache_CBZ: Tensor,
+    block_table_RP: Tensor,
+    seq_len_R: Tensor,
+    q_start_S: Tensor,
+    max_q_len: int,
+    scale: float,
+    latent_size: int,
+) -> Tensor:
+    """`reference.latent_attention.latent_attention`; decode (max_q_len 1) and steps of several
+    tokens a row are different kernels."""
+    if max_q_len == 1:
+        return latent_attention_decode(
+            q_TNZ, cache_CBZ, block_table_RP, seq_len_R, scale, latent_size
+        )
+    return latent_attention_prefill(
+        q_TNZ, cache_CBZ, block_table_RP, seq_len_R, q_start_S, max_q_len, scale, latent_size
+    )
+
+
+def latent_span_attention(*args: Any) -> Tensor:
+    """`reference.latent_attention.latent_span_attention` by the kernels of the two forms."""
+    parts = Parts(latent_attention_prefill, paged_attention_prefill, head_linear)
+    meaning: Any = reference.latent_attention.latent_span_attention
+    result: Tensor = meaning(*args, parts)
+    return result
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "all_reduce": all_reduce,
     "all_reduce_": all_reduce_,
@@ -95,6 +129,10 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "store_kv": store_kv,
     "qk_norm_rope_store": qk_norm_rope_store,
     "paged_attention": paged_attention,
+    "head_linear": head_linear,
+    "latent_attention": latent_attention,
+    "latent_inputs": latent_inputs,
+    "latent_span_attention": latent_span_attention,
     "varlen_attention": varlen_attention,
     "zero_padding_": zero_padding_,
     "fused_linear": fused_linear,
@@ -103,6 +141,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "sample_columns": sample_columns,
     "apply_top_k_top_p": apply_top_k_top_p,
     "apply_token_bitmask": apply_token_bitmask,
+    "topk_grouped": topk_grouped,
     "topk_softmax": topk_softmax,
     "norm_router_topk": norm_router_topk,
     "experts": experts,

@@ -38,6 +38,21 @@ class AttentionWeights(Protocol):
     def out_bias_D(self) -> Tensor | None: ...
 
 
+class MlpWeights(Protocol):
+    """The weights that `mlp` reads."""
+
+    @property
+    def mlp_norm_D(self) -> Tensor: ...
+    @property
+    def gate_up_GD(self) -> Weight: ...
+    @property
+    def gate_up_bias_G(self) -> Tensor | None: ...
+    @property
+    def down_DF(self) -> Weight: ...
+    @property
+    def down_bias_D(self) -> Tensor | None: ...
+
+
 class Layer(NamedTuple):
     """Weights of one decoder layer."""
 
@@ -169,7 +184,7 @@ def kept(batch: Batch, o_TQ: Tensor, h_TD: Tensor) -> tuple[Tensor, Tensor]:
     return o_TQ.index_select(0, batch.keep_R), h_TD.index_select(0, batch.keep_R)
 
 
-def mlp(cfg: ModelConfig, w: Layer, h_TD: Tensor) -> Tensor:
+def mlp(cfg: ModelConfig, w: MlpWeights, h_TD: Tensor) -> Tensor:
     """The second half of a dense layer: h + MLP of the normalised h."""
     x_TD = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps)
     gate_up_TG = linear(x_TD, w.gate_up_GD, w.gate_up_bias_G)
@@ -238,7 +253,7 @@ def attention_params(cfg: ModelConfig, layer_idx: int) -> dict[str, Param]:
     if cfg.qkv_bias:
         declared["qkv_bias_E"] = _bias(qkv, parts)._replace(units=heads)
     if cfg.out_bias:
-        declared["out_bias_D"] = _summed_bias(attn + "o_proj.bias", hidden)
+        declared["out_bias_D"] = summed_bias(attn + "o_proj.bias", hidden)
     if cfg.qk_norm:
         declared["q_norm_H"] = Param.one("norm", attn + "q_norm.weight", cfg.head_dim)
         declared["k_norm_H"] = Param.one("norm", attn + "k_norm.weight", cfg.head_dim)
@@ -256,7 +271,7 @@ def mlp_params(
     declared = {"gate_up_GD": _weight(gate_up, parts, hidden), "down_DF": down}
     if cfg.mlp_bias:
         declared["gate_up_bias_G"] = _bias(gate_up, parts)
-        declared["down_bias_D"] = _summed_bias(prefix + "down_proj.bias", hidden)
+        declared["down_bias_D"] = summed_bias(prefix + "down_proj.bias", hidden)
     return declared
 
 
@@ -264,7 +279,7 @@ def _weight(names: tuple[str, ...], parts: tuple[int, ...], depth: int) -> Param
     return Param.stack("linear", tuple(name + ".weight" for name in names), parts, depth)
 
 
-def _summed_bias(source: str, size: int) -> Param:
+def summed_bias(source: str, size: int) -> Param:
     """A bias of a product that is summed over the ranks."""
     return Param.one("bias", source, size)._replace(is_first_only=True)
 

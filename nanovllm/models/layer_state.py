@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+LARGEST_LATENT = 512  # the attention of a tile of heads holds results of this size
 # The memory of a long sequence in fewer groups, relative to the least
 MAX_WASTE = 1.05
 
@@ -70,11 +71,12 @@ class PagedLatent:
         return self
 
     def check(self) -> None:
-        """Raise ValueError: no attention op reads latents."""
-        raise ValueError(
-            f"a latent cache ({self.size} + {self.rope_size} numbers a token) is not supported: "
-            "there is no attention op that reads it"
-        )
+        """Raise ValueError for sizes that no attention op takes."""
+        if self.size % 8 or not 0 < self.size <= LARGEST_LATENT:
+            raise ValueError(
+                f"kv_lora_rank {self.size} is not supported: it must be a multiple of 8, up to "
+                f"{LARGEST_LATENT}"
+            )
 
 
 class StateTensor(NamedTuple):

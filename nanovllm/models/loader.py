@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.models import experts, packed, svd_experts, transposed
+from nanovllm.models import experts, formats, packed, svd_experts, transposed
 from nanovllm.models.checkpoint import Buffer, Checkpoint, CheckpointError, Cut, plain_buffer
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts.offloaded import Offloader
@@ -87,6 +87,10 @@ class WeightReader:
         self._spellings: dict[bool, str] = {}
         self._orientations = transposed.Orientations()
 
+    @property
+    def num_ranks(self) -> int:
+        return self._target.shard.size
+
     def read(self, param: Param) -> Tensor:
         """A parameter in the model's dtype on the device. Raises CheckpointError: see `load`."""
         shard = self._target.shard
@@ -154,7 +158,8 @@ class WeightReader:
         place = self._target.place
         if isinstance(place, Offloader) and param.kind == "experts":
             return place.empty(param.shape, self._config.dtype)
-        return torch.empty(param.shape, dtype=self._config.dtype, device=self._target.device)
+        dtype = param.dtype or self._config.dtype
+        return torch.empty(param.shape, dtype=dtype, device=self._target.device)
 
     def _is_transposed(self, param: Param, sources: tuple[str, ...]) -> bool:
         """Whether the one tensor of all sources is transposed. Raises CheckpointError."""
@@ -228,8 +233,22 @@ def _read(model: Model, reader: WeightReader, param: Param) -> Weight:
             return reader.read_packed(*part, extent)
         return _quantized(part, reader.read(part.param), extent)
 
+    if param.kind == "heads":
+        return _dequantized(model, reader, param)
     parts = model.scheme.parts(param)
     return _joined(model, parts, list(map(read, parts)))
+
+
+def _dequantized(model: Model, reader: WeightReader, param: Param) -> Tensor:
+    """A plain parameter that a checkpoint may store in the format of a linear layer."""
+    (part,) = model.scheme.parts(param._replace(kind="linear", adapt=None))
+    if not part.format.is_packed:
+        return reader.read(param)
+    stored = reader.read_packed(*part, model.extent(part.param))
+    weight = formats.rows(stored, 0).to(param.dtype or model.config.dtype)
+    if param.adapt is not None:
+        param.adapt(weight, param.local(reader.num_ranks).parts)
+    return weight
 
 
 def _quantized(part: Part, weight: Tensor, extent: Extent) -> Weight:
@@ -255,7 +274,7 @@ def random(model: Model, target: Target, seed: int, progress: Progress) -> Param
     def draw(param: Param) -> Weight:
         if param.kind == "places":
             return shard.places(*param.shape).to(device)
-        weight = torch.empty(param.shape, dtype=model.config.dtype, device=device)
+        weight = torch.empty(param.shape, dtype=param.dtype or model.config.dtype, device=device)
         if param.kind in ("norm", "bias"):
             return taken(shard, param, weight.fill_(float(param.kind == "norm")))
         weight.normal_(0.0, RANDOM_STD, generator=generator)
@@ -276,7 +295,7 @@ def undefined(model: Model, target: Target) -> Params:
     def make(param: Param) -> Weight:
         if param.kind == "places":
             return shard.places(*param.shape).to(device)
-        weight = torch.empty(param.shape, dtype=model.config.dtype, device=device)
+        weight = torch.empty(param.shape, dtype=param.dtype or model.config.dtype, device=device)
         if isinstance(place, Offloader) and param.kind == "experts":
             return place.empty(param.shape, weight.dtype)
         return empty(model, param, taken(shard, param, weight))

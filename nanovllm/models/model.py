@@ -16,7 +16,7 @@ from torch import Tensor
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, num_bytes
-from nanovllm.models.layer_state import LayerState, PageGroups, Recurrent, page_groups
+from nanovllm.models.layer_state import LayerState, PagedLatent, PageGroups, Recurrent, page_groups
 from nanovllm.models.param import Param as Param
 from nanovllm.models.schemes import UNQUANTIZED, Part, Scheme
 
@@ -44,14 +44,31 @@ class LayerCache(NamedTuple):
     k_scale_K: Tensor | None = None
     v_scale_K: Tensor | None = None
 
+    @property
+    def shape_CB(self) -> tuple[int, int]:
+        """The number of blocks, and that of tokens in each."""
+        return self.k_CBKH.shape[0], self.k_CBKH.shape[1]
+
+
+class LatentCache(NamedTuple):
+    """One layer's latents: Z numbers of each token, which all heads share (`PagedLatent`)."""
+
+    latent_CBZ: Tensor
+
+    @property
+    def shape_CB(self) -> tuple[int, int]:
+        """The number of blocks, and that of tokens in each."""
+        return self.latent_CBZ.shape[0], self.latent_CBZ.shape[1]
+
 
 # What a layer keeps: its cache, or its `Recurrent.tensors` in order, [X, *shape] each (`States`).
-Kept = LayerCache | tuple[Tensor, ...]
+PagedCache = LayerCache | LatentCache
+Kept = PagedCache | tuple[Tensor, ...]
 
 
 # Region inputs whose first dimension may vary between runs of one program: the number of cache
 # blocks, and the number of positions in the rotary table.
-VARYING = ("k_CBKH", "v_CBKH", "cos_sin_MH")
+VARYING = ("k_CBKH", "v_CBKH", "latent_CBZ", "cos_sin_MH")
 
 
 class Pages(NamedTuple):
@@ -371,6 +388,11 @@ class Model:
     def is_recurrent(self) -> bool:
         """True if a layer keeps a state of each row."""
         return any(isinstance(one, Recurrent) for one in self.kept)
+
+    @property
+    def has_latents(self) -> bool:
+        """True if layers keep latents, and no keys and values."""
+        return any(isinstance(one, PagedLatent) for one in self.kept)
 
     @property
     def page_groups(self) -> PageGroups:

@@ -184,17 +184,23 @@ def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[
     moe, hidden, prefix = cfg.moe, cfg.hidden_size, f"model.layers.{layer_idx}."
     router = Param.one("router", prefix + names.router, moe.num_experts, hidden)
     other_router = names.other_router and prefix + names.other_router
-    whole = stacked_params(cfg, names, layer_idx)
     declared = {
         **attention_params(cfg, layer_idx),
         "router_ED": router._replace(other_name=other_router),
-        **(whole if moe.compression is None else compressed_params(cfg, whole, layer_idx)),
+        **expert_params(cfg, names, layer_idx),
     }
     if moe.shared_size:
         gate = prefix + "mlp.shared_expert_gate.weight"
         declared["shared_gate_1D"] = Param.one("router", gate, 1, hidden)
         declared |= mlp_params(cfg, layer_idx, "mlp.shared_expert", moe.shared_size)
     return declared
+
+
+def expert_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:
+    """A layer's experts, by the fields of the form that the config asks for."""
+    assert cfg.moe is not None
+    whole = stacked_params(cfg, names, layer_idx)
+    return whole if cfg.moe.compression is None else compressed_params(cfg, whole, layer_idx)
 
 
 def stacked_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nanovllm.models.formats.format import Extent
 
 ParamKind = Literal[
-    "linear", "norm", "bias", "table", "router", "experts", "basis", "places", "conv"
+    "linear", "norm", "bias", "table", "router", "experts", "basis", "places", "conv", "heads"
 ]  # fmt: skip
 PACKABLE = frozenset({"linear", "experts", "table"})  # a scheme chooses the formats of these kinds
 # (tensor, rows of each source in it), see `Param`
@@ -67,10 +67,11 @@ class Param(NamedTuple):
     of a layer's experts [E, O, D], whose rows are stacked expert by expert, "table" an embedding
     table: a scheme (`schemes`) chooses the formats of these. All others are plain tensors: "conv"
     is the kernel of a convolution, "router" the matrix that scores experts, "basis" a matrix that
-    compressed experts share, "places" where a rank's experts are in its stack (`Shard.places`),
-    which no checkpoint has. `parts` are the row counts of the sources. A checkpoint may have one
-    tensor of `shape` with the name `other_name` instead. If it `may_be_transposed`, its last two
-    axes may be exchanged there.
+    compressed experts share, "heads" a matrix for each head of attention, whose products are
+    batched: a checkpoint may store it in the format of a linear layer. "places" is where a rank's
+    experts are in its stack (`Shard.places`), which no checkpoint has. `parts` are the row counts
+    of the sources. A checkpoint may have one tensor of `shape` with the name `other_name` instead.
+    If it `may_be_transposed`, its last two axes may be exchanged there.
 
     `shard_axis` is the axis of the sources that tensor parallelism splits, each source by itself;
     None for a parameter that every rank has (`shards`). `units` are the numbers of heads in the
@@ -85,6 +86,8 @@ class Param(NamedTuple):
 
     If `source_shape` is given, each source has this shape and fills the first rows and columns of
     its part; the rest is zero. Only towers have such parameters (`vision.weights`).
+
+    It is stored in `dtype`, or in the model's if that is None.
 
     A `compressed` parameter is read from `svd_experts`, which resolves its sources. The
     checkpoint's tensors that `replaces` names are not read.
@@ -105,6 +108,7 @@ class Param(NamedTuple):
     may_be_transposed: bool = False
     adapt: Adapt | None = None
     source_shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
 
     @classmethod
     def one(cls, kind: ParamKind, source: str, *shape: int, shard_axis: int | None = None) -> Param:
@@ -196,4 +200,4 @@ class Param(NamedTuple):
         if isinstance(self.adapt, RowOrder):
             bounds.append(1)
         columns = small.shape[-1] if axis == 1 else 0
-        return Extent(small.shape, dtype, math.gcd(*bounds), columns, self.shape[-1])
+        return Extent(small.shape, self.dtype or dtype, math.gcd(*bounds), columns, self.shape[-1])

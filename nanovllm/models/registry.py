@@ -7,7 +7,10 @@ from functools import partial
 from typing import Any
 
 from nanovllm.models import (
+    deepseek_v2,
+    deepseek_v3,
     gemma3,
+    glm4_moe_lite,
     granite,
     llama,
     minicpm,
@@ -46,6 +49,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3MoeForCausalLM": qwen3_moe.model,
     "Qwen3VLForConditionalGeneration": qwen3_vl.model,
     "Qwen3VLMoeForConditionalGeneration": qwen3_vl_moe.model,
+    "DeepseekV2ForCausalLM": deepseek_v2.model,
+    "DeepseekV3ForCausalLM": deepseek_v3.model,
+    "Glm4MoeLiteForCausalLM": glm4_moe_lite.model,
     "Gemma3ForCausalLM": gemma3.model,
     "GraniteForCausalLM": granite.model,
     "MiniCPMForCausalLM": minicpm.model,
@@ -59,7 +65,8 @@ ROPES_PER_LAYER_TYPE = frozenset({"Gemma3ForCausalLM"})
 # Model types that transformers has no config class for: the type whose class reads them, and fields
 # with another default value.
 READ_AS: dict[str, tuple[str, dict[str, object]]] = {
-    "minicpm": ("llama", {"tie_word_embeddings": True})
+    "kimi_k2": ("deepseek_v3", {}),
+    "minicpm": ("llama", {"tie_word_embeddings": True}),
 }
 
 

@@ -32,6 +32,7 @@ class AttentionNeeds(NamedTuple):
 
     block_size: tokens per cache block; None means the backend's default.
     cache_dtype: that of keys and values; None means the model's.
+    has_latents: True if the cache holds latents, which our own kernels alone read.
     """
 
     dtype: torch.dtype
@@ -39,6 +40,7 @@ class AttentionNeeds(NamedTuple):
     block_size: int | None
     windows: Sequence[int]
     cache_dtype: torch.dtype | None = None
+    has_latents: bool = False
 
 
 class Attention(NamedTuple):
@@ -88,6 +90,12 @@ def choose(name: str, platform: Platform, facts: AttentionNeeds) -> Attention:
 
     Raises ValueError if the backend is not for this device, not installed, or cannot run the model.
     """
+    if facts.has_latents:
+        if name not in ("auto", "triton"):
+            raise ValueError(
+                f"attention_backend is {name!r}, which does not read a cache of latents: use 'auto'"
+            )
+        return Attention()
     if name == "auto":
         return _fastest(platform, facts)
     offered = platform.traits.attention_backends

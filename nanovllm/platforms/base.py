@@ -31,17 +31,18 @@ PACKED_EXPERT_OPS = (  # the same
     "fp8_expert_linear", "fp8_experts", "ggml_expert_linear", "packed_expert_linear",
     "packed_experts",
 )  # fmt: skip
+LATENT_OPS = ("head_linear", "latent_attention", "latent_inputs", "latent_span_attention")
 # Ops of a step with our kernels on CPU and CUDA.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
     "paged_attention", "qk_norm_rope_store", "rms_norm", "sample", "sampling_inputs", "silu_mul",
-    "span_inputs", "topk_softmax", "varlen_attention", *OFFLOAD_OPS, *PACKED_EXPERT_OPS,
-    *COLLECTIVES,
+    "span_inputs", "topk_grouped", "topk_softmax", "varlen_attention", *LATENT_OPS, *OFFLOAD_OPS,
+    *PACKED_EXPERT_OPS, *COLLECTIVES,
 })  # fmt: skip
 # The passes of fuse=False: our kernels are used only for ops that no lowering can generate.
 UNFUSED_OPS = frozenset({
-    "paged_attention", "varlen_attention", "store_kv", "sample", "topk_softmax", "experts",
-    "expert_linear", *OFFLOAD_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
+    "paged_attention", "varlen_attention", "store_kv", "sample", "topk_grouped", "topk_softmax",
+    "experts", "expert_linear", *LATENT_OPS, *OFFLOAD_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
 })  # fmt: skip
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
     ("replace_ops", partial(replace_ops, keep=lambda name, node: name in UNFUSED_OPS)),
@@ -58,6 +59,7 @@ class Traits:
     quantizations: supported values of the option `quantization`.
     takes_quantized: True if quantized checkpoints run.
     supports_fp8_cache: True if kernels read and write a float8_e4m3fn cache.
+    supports_latents: True if attention over latents runs.
     supports_offload: True if kernels can read experts in host memory.
     attention_backends: supported values of the option `attention_backend` besides "auto".
     block_size: default tokens per cache block.
@@ -80,6 +82,7 @@ class Traits:
     quantizations: tuple[str, ...] = ()
     takes_quantized: bool = False
     supports_fp8_cache: bool = False
+    supports_latents: bool = True
     supports_offload: bool = False
     attention_backends: tuple[str, ...] = ()
     block_size: int

@@ -82,6 +82,8 @@ class CudaPlatform(Accelerator):
             quantizations=("fp8", "int4"),
             takes_quantized=True,
             supports_fp8_cache=capability >= (8, 9),  # Triton converts float8_e4m3fn from 8.9 on
+            # without matrix units, a tile of latents does not fit the shared memory
+            supports_latents=capability >= (8, 0),
             supports_offload=torch.version.hip is None,
             max_ranks=torch.cuda.device_count(),
         )

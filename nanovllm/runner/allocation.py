@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanovllm.models.layer_state import Recurrent
-from nanovllm.models.model import Kept, LayerCache, Model
+from nanovllm.models.layer_state import Paged, PagedLatent, Recurrent
+from nanovllm.models.model import Kept, LatentCache, LayerCache, Model, PagedCache
 from nanovllm.platforms.regions import Region
 from nanovllm.runner.snapshots import RowStates, Snapshots
 from nanovllm.runner.spec import EngineSpec
@@ -47,8 +47,17 @@ def allocate(
         _, tensor_idx = place
         if tensor_idx not in pages:
             pages[tensor_idx] = [region.zeros(shape, spec.cache_dtype) for shape in shapes]
-        made.append(LayerCache(*pages[tensor_idx], *layer_scales))
+        made.append(paged_cache(kept, pages[tensor_idx], layer_scales))
     return tuple(made), Snapshots(tuple(states), layout.num_places)
+
+
+def paged_cache(
+    kept: Paged, tensors: Sequence[Tensor], scales: tuple[Tensor, ...] = ()
+) -> PagedCache:
+    """A layer's cache of these tensors, and of the scales if it is in fp8."""
+    if isinstance(kept, PagedLatent):
+        return LatentCache(*tensors)
+    return LayerCache(*tensors, *scales)
 
 
 def _states(

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from nanovllm.compile.program import Compiler, Region
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.model import LayerCache, Model, Params
+from nanovllm.models.model import Model, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms.attention import Attention
+from nanovllm.runner.allocation import paged_cache
 from nanovllm.runner.proposer import Drafting, Fed
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import DeviceState
@@ -104,7 +105,9 @@ class DraftParts:
             attention=attention,
             params=self._params,
             caches=tuple(
-                LayerCache(*(zeros(shape, dtype) for shape in kept.shapes(num_blocks, block_size)))
+                paged_cache(
+                    kept, [zeros(shape, dtype) for shape in kept.shapes(num_blocks, block_size)]
+                )
                 for _ in model.layer_kinds
             ),
             cos_sin_MH=first,

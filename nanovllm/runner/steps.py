@@ -21,7 +21,7 @@ from nanovllm.compile.trace import tensors
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
-from nanovllm.models.model import Batch, Kept, LayerCache, LayerCall, Model, Params
+from nanovllm.models.model import Batch, Kept, LayerCall, Model, PagedCache, Params
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.mm_embeds import MMEmbeds, add_features, with_given
 from nanovllm.runner.proposer import Drafting, Fed, write
@@ -128,17 +128,17 @@ class Steps:
     drafting: Drafting | None = None
 
     @property
-    def pages(self) -> LayerCache:
+    def pages(self) -> PagedCache:
         """The cache of one layer: those of all layers with pages have its shape."""
-        return next(one for one in self.caches if isinstance(one, LayerCache))
+        return next(one for one in self.caches if isinstance(one, PagedCache))
 
     @property
     def block_size(self) -> int:
-        return self.pages.k_CBKH.shape[1]
+        return self.pages.shape_CB[1]
 
     def places(self, *, verifies: bool = False) -> StatePlaces:
         """The places of rows' states, in a step that perhaps `verifies` proposals."""
-        kept = next((one for one in self.caches if not isinstance(one, LayerCache)), None)
+        kept = next((one for one in self.caches if not isinstance(one, PagedCache)), None)
         if kept is None:
             return StatePlaces()
         return StatePlaces(kept[0].shape[0] // self.state.pos_S.shape[0], verifies)
@@ -445,7 +445,7 @@ class Steps:
             params = params._replace(head_VD=None)
         return self._run(
             name,
-            (*shapes, self.pages.k_CBKH.shape[0]),
+            (*shapes, self.pages.shape_CB[0]),
             partial(_inlined, self.model, self.attention, method),
             state=self.state,
             params=params,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 READY = "ready"  # the kind of the marker that a store has every bucket of a model and layout
-SHARED_MODULES = ("config", "dense", "layer_state", "model")
+SHARED_MODULES = ("config", "dense", "grouped_moe", "latent", "layer_state", "model")
 # The folders of models whose modules regions of several architectures may use.
 SHARED_FOLDERS = ("audio", "formats", "experts", "vision")
 

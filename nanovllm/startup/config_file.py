@@ -37,6 +37,9 @@ LARGEST = {
     **dict.fromkeys(("hidden_size", "head_dim", "d_model", "out_hidden_size"), 1 << 20),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "vocab_size"), 1 << 24),
     "shared_expert_intermediate_size": 1 << 24,
+    **dict.fromkeys(("n_shared_experts", "num_nextn_predict_layers"), 1 << 12),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), 1 << 20),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 1 << 20),
 }
 LARGEST_OTHER = (1 << 63) - 1
 

@@ -60,7 +60,7 @@ def _check(resolved: ResolvedConfig, model: Model) -> None:
     windows = [kind.window for kind in model.layer_kinds]
     block_size = resolved.config.kvcache_block_size
     facts = attention.AttentionNeeds(
-        theirs.dtype, theirs.head_dim, block_size, windows, theirs.dtype
+        theirs.dtype, theirs.head_dim, block_size, windows, theirs.dtype, model.has_latents
     )
     backend = attention.choose(resolved.config.attention_backend, resolved.platform, facts)
     if backend != resolved.spec.attention:

@@ -251,10 +251,15 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
     """The engine's choices for a model. Raises ValueError for options that do not go together."""
     cfg = model.config
     model.page_groups.check()
+    if model.has_latents and not platform.traits.supports_latents:
+        raise ValueError(
+            f"{cfg.architecture} keeps latents, and attention over them is not supported on this "
+            f"{platform.traits.name} device"
+        )
     windows = [kind.window for kind in model.layer_kinds]
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, model, platform)
     facts = attention.AttentionNeeds(
-        cfg.dtype, cfg.head_dim, config.kvcache_block_size, windows, cache_dtype
+        cfg.dtype, cfg.head_dim, config.kvcache_block_size, windows, cache_dtype, model.has_latents
     )
     backend = attention.choose(config.attention_backend, platform, facts)
     if backend != attention.Attention() and cache_dtype is not cfg.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,13 +39,15 @@ def cost(
     name = op._schema.name.partition("::")[2]
     named = _named(op, args, kwargs)
     out_bytes = sum(tensor.nbytes for tensor in _tensors(result))
-    if name == "paged_attention":
-        return _attention(named, out_bytes, seq_lens)
+    if name in ("paged_attention", "latent_attention"):
+        return _attention(name, named, out_bytes, seq_lens)
     if name == "qk_norm_rope_store":
         num_tokens = named["qkv"].shape[0]
         stored = num_tokens * _slot_bytes(named)
         table = num_tokens * named["cos_sin"].shape[1] * named["cos_sin"].element_size()
         return named["qkv"].nbytes + out_bytes + stored + table, 0
+    if name in _OF_LATENTS:
+        return _OF_LATENTS[name](named, out_bytes)
     if name == "store_kv":
         stored = named["k"].shape[0] * _slot_bytes(named)
         return named["k"].nbytes + named["v"].nbytes + stored, 0
@@ -118,12 +120,56 @@ def _experts(named: dict[str, Any], out_bytes: int) -> tuple[int, int]:
 
 
 def _attention(
-    named: dict[str, Any], out_bytes: int, lengths: Sequence[int] | None
+    name: str, named: dict[str, Any], out_bytes: int, lengths: Sequence[int] | None
 ) -> tuple[int, int]:
-    """Bytes of q, the output and each visible key and value once; 4 flops per (query, key) pair
-    and element of the query heads."""
-    q_TNH = named["q"]
-    seq_lens, window = named["seq_len"].tolist() if lengths is None else lengths, named["window"]
+    """Bytes of q, the output and what the cache has of each visible token once; 2 flops per (query,
+    key) pair and element of the query heads, and 2 per element of their values."""
+    q_TNH, window = named["q"], named.get("window", 0)
+    keys, pairs = _keys_and_pairs(named, lengths, window)
+    value_size = named["latent_size"] if name == "latent_attention" else q_TNH.shape[2]
+    num_bytes = q_TNH.nbytes + out_bytes + keys * _slot_bytes(named)
+    return num_bytes, 2 * pairs * q_TNH.shape[1] * (q_TNH.shape[2] + value_size)
+
+
+def _latent_inputs(named: dict[str, Any], out_bytes: int) -> tuple[int, int]:
+    """Bytes of the inputs, of the rows of the table, and of the results, of which entries are
+    written twice; 2 flops for each number of a head's key matrix and token."""
+    num_tokens, key_NPL = named["q"].shape[0], named["key"]
+    read = sum(named[name].nbytes for name in ("q", "key", "kv", "norm"))
+    table = named["cos_sin"].shape[1] * named["cos_sin"].element_size()
+    num_bytes = read + out_bytes + num_tokens * (_slot_bytes(named) + table)
+    return num_bytes, 2 * num_tokens * key_NPL.numel()
+
+
+def _head_linear(named: dict[str, Any], out_bytes: int) -> tuple[int, int]:
+    x_TNI, weight_NOI = named["x"], named["weight"]
+    return x_TNI.nbytes + weight_NOI.nbytes + out_bytes, 2 * x_TNI.shape[0] * weight_NOI.numel()
+
+
+def _latent_span(named: dict[str, Any], out_bytes: int) -> tuple[int, int]:
+    """Bytes of the inputs and of each visible entry once; flops of the expanded form: a product
+    with the heads' matrices for each token, and H + V for each pair of a query and a key."""
+    q_TNH, matrices = named["q"], (named["key"], named["value"])
+    keys, pairs = _keys_and_pairs(named, None, 0)
+    read = sum(one.nbytes for one in (q_TNH, named["absorbed_q"], named["entry"], *matrices))
+    products = q_TNH.shape[0] * sum(one.numel() for one in matrices)
+    per_pair = q_TNH.shape[1] * (q_TNH.shape[2] + named["value"].shape[1])
+    num_bytes = read + out_bytes + keys * _slot_bytes(named)
+    return num_bytes, 2 * (products + pairs * per_pair)
+
+
+_OF_LATENTS: dict[str, Callable[[dict[str, Any], int], tuple[int, int]]] = {
+    "head_linear": _head_linear,
+    "latent_inputs": _latent_inputs,
+    "latent_span_attention": _latent_span,
+}
+
+
+def _keys_and_pairs(
+    named: dict[str, Any], lengths: Sequence[int] | None, window: int
+) -> tuple[int, int]:
+    """The visible keys of all rows, and the pairs of a query and a key that it sees."""
+    seq_lens = named["seq_len"].tolist() if lengths is None else lengths
     num_queries = [1] * len(seq_lens)
     if named["max_q_len"] != 1:
         num_queries = torch.diff(named["q_start"]).tolist()
@@ -133,13 +179,13 @@ def _attention(
             seen = seq_len if window <= 0 else min(seq_len, window + num - 1)
             keys += seen
             pairs += num * seen - num * (num - 1) // 2
-    num_bytes = q_TNH.nbytes + out_bytes + keys * _slot_bytes(named)
-    return num_bytes, 4 * pairs * q_TNH.shape[1] * q_TNH.shape[2]
+    return keys, pairs
 
 
 def _slot_bytes(named: dict[str, Any]) -> int:
-    """Bytes of one token's key and value in the cache that the call names."""
-    return sum(int(named[name][0, 0].nbytes) for name in ("k_cache", "v_cache"))
+    """Bytes of one token in the caches that the call names."""
+    caches = (named[name] for name in ("k_cache", "v_cache", "cache") if name in named)
+    return sum(int(cache[0, 0].nbytes) for cache in caches)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

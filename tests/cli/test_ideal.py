@@ -35,6 +35,22 @@ def seconds(model: Model, num_requests: int, limits: DeviceLimits, num_steps: in
     return ideal_seconds(model, SPEC, prompts, output_lens, num_requests, limits)
 
 
+@pytest.mark.parametrize(("name", "total"), [("DeepSeek-V2-Lite", 15.7e9), ("GLM-4.7-Flash", 30e9)])
+def test_a_step_of_latents_reads_one_for_each_token(
+    name: str, total: float, tmp_path: Path
+) -> None:
+    """The model has as many weights as its release names."""
+    model = shape(tmp_path, name)
+    moe, num_layers = model.config.moe, model.config.num_layers
+    assert moe is not None
+    assert model.param_bytes / 2 == pytest.approx(total, rel=0.01)
+    for num_rows in (1, 19):
+        distinct = moe.distinct_experts(num_rows) / moe.num_experts
+        read = model.weight_bytes - (1 - distinct) * model.expert_bytes
+        read += 2 * num_rows * num_layers * (512 + 64) * 2
+        assert seconds(model, num_rows, READING) == pytest.approx(read, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "others", "one_expert", "num_layers", "kv_bytes"),
     [

@@ -134,7 +134,7 @@ POINTERS = {
         "num_ptr", "num_tokens_ptr", "given_ptr", "out_row_ptr", "out_num_ptr", "out_last_ptr",
     },
 }  # fmt: skip
-FLOATS = {"eps", "scale_log2", "log_vocab_size"}
+FLOATS = {"eps", "scale_log2", "log_vocab_size", "factor"}
 
 
 class Build(NamedTuple):
@@ -415,6 +415,20 @@ def converts_fast(build: Build) -> bool:
     return build.has_fp8_cache and build.dtype != "fp32" and ": prefill" not in build.name
 
 
+def latents(target: Target, whole: bool) -> Iterator[Build]:
+    """Attention over latents, and the choice from groups of experts."""
+    from tests.kernels.latent_builds import launches
+
+    for name, kernel, constants, num_warps, num_stages, dtype, types in launches(
+        target.shared_bytes, target.has_matrix_units, whole
+    ):
+        yield Build(name, kernel, constants, num_warps, num_stages, dtype, types=types)
+
+
+def is_of_latents(name: str) -> bool:
+    return name.startswith("latents ")
+
+
 def sums(whole: bool) -> Iterator[Build]:
     """The kernels of small sums over ranks."""
     from tests.kernels.reduce_builds import launches
@@ -434,6 +448,7 @@ def all_builds(name: str) -> Iterator[Build]:
     yield from products(target, whole)
     yield from packed(target, whole)
     yield from segments(target, whole)
+    yield from latents(target, whole)
     yield from hopper_prefills(whole)
     yield from mixtures(name)
     if name in WITH_RANKS:
@@ -543,6 +558,7 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
             or is_of_segments(build.name)
             or is_of_hopper(build.name)
             or is_packed(build.name)
+            or is_of_latents(build.name)
         )
         # Line numbers take an eighth of the time of a compile. They may change the code a little,
         # so kernels that are examined have them, as on a GPU.

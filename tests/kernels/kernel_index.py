@@ -96,6 +96,17 @@ CHOSEN: dict[str, dict[str, str]] = {
         ),
         "prefill_kernel": "every other prefill",
     },
+    "latent_inputs": {"latent_inputs_kernel": "always; cuBLAS absorbs the queries"},
+    "head_linear": {},
+    "latent_attention": {
+        "latent_decode_kernel": "decode: `max_q_len` is 1",
+        "latent_merge_kernel": "decode, unless there is one worker",
+        "latent_prefill_kernel": "steps of several tokens a row",
+    },
+    "latent_span_attention": {
+        "latent_prefill_kernel": "rows with older tokens, and steps of few tokens a row",
+        "prefill_kernel": "rows whose tokens are all new",
+    },
     "varlen_attention": {
         "varlen_attention_kernel": f"always; heads of up to {varlen_attention.MAX_HEAD}"
     },
@@ -140,6 +151,7 @@ CHOSEN: dict[str, dict[str, str]] = {
         "best_of_span_kernel": "always",
         "best_of_ranks_kernel": "on GPUs that read each other's memory; else NCCL gathers",
     },
+    "topk_grouped": {"topk_grouped_kernel": "always"},
     "topk_softmax": {"topk_softmax_kernel": "always"},
     "norm_router_topk": {
         "norm_router_topk_kernel": (

@@ -131,7 +131,7 @@ def _poison(runner: Runner) -> None:
 def _admit(runner: Runner, known: Sequence[Known]) -> None:
     """Give each sequence a row of the state, with blocks for all its tokens."""
     block_size, state = runner.layout.block_size, runner.state
-    num_blocks = runner.steps.pages.k_CBKH.shape[0]
+    num_blocks = runner.steps.pages.shape_CB[0]
     free = (torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(2)) + 1).tolist()
     for row, (ids, _) in enumerate(known):
         for table_SP in state.block_tables:

@@ -44,7 +44,7 @@ LENGTHS = ((1, 5), (19, 22), (70, 72))
 TOLERANCE = 1e-4
 GROUP = 24  # divides no size below
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
-LINEAR = re.compile(r".*\.(self_attn|mlp|shared_expert)\.\w+_proj\.weight")
+LINEAR = re.compile(r".*\.(self_attn|mlp|shared_experts?)\.\w+_proj(_with_mqa)?\.weight")
 EXPERT = re.compile(r".*\.experts\.(\d+\.(\w+_proj|w\d)\.weight|gate_up_proj|down_proj)")
 
 

@@ -46,8 +46,12 @@ BY_TYPE = {
     "olmo2": olmo2.model,
     "gemma3_text": gemma3.model,
 }
-# Those without a class for text alone in transformers have tests of their own.
+# Those without a class for text alone in transformers, and those with latents, have tests of their
+# own.
 TESTED_ELSEWHERE = {
+    "DeepseekV2ForCausalLM": "test_latent_models.py",
+    "DeepseekV3ForCausalLM": "test_latent_models.py",
+    "Glm4MoeLiteForCausalLM": "test_latent_models.py",
     "MiniCPMForCausalLM": "test_minicpm.py",
     "Qwen2_5_VLForConditionalGeneration": "test_vision_text.py",
     "Qwen2_5OmniModel": "test_omni.py",

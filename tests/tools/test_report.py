@@ -123,6 +123,32 @@ def test_attention_costs_the_keys_that_are_seen(
     )
 
 
+def test_attention_over_latents_reads_an_entry_once_for_all_heads() -> None:
+    q_TNZ, cache = torch.ones(5, 4, 48), torch.ones(9, 16, 48)
+    table_RP, seq_len_R = torch.zeros(2, 3).int(), torch.tensor([19, 33]).int()
+    start_S = torch.tensor([0, 2, 5]).int()
+    args = [q_TNZ, cache, table_RP, seq_len_R, start_S, 3, 0.1, 40]
+    out = torch.ones(5, 4, 40)
+    pairs = (18 + 19) + (31 + 32 + 33)
+    expected = q_TNZ.nbytes + out.nbytes + (19 + 33) * 48 * 4, 2 * pairs * 4 * (48 + 40)
+    assert cost(ops.latent_attention, args, {}, out) == expected
+    q_TNH, key_NPL, value_NVL = torch.ones(5, 4, 24), torch.ones(4, 16, 40), torch.ones(4, 20, 40)
+    kv_TZ, table_Mr, places_T = torch.ones(5, 48), torch.ones(64, 8), torch.zeros(5).long()
+    args = [q_TNH, key_NPL, kv_TZ, torch.ones(40), table_Mr, places_T, places_T, cache, 1e-6]
+    num_bytes = q_TNH.nbytes + key_NPL.nbytes + 3 * kv_TZ.nbytes + 40 * 4 + 5 * 8 * 4 + q_TNZ.nbytes
+    flops = 2 * 5 * key_NPL.numel()
+    assert cost(ops.latent_inputs, args, {}, (q_TNZ, kv_TZ)) == (num_bytes, flops)
+    value_TNV = torch.ones(5, 4, 20)
+    num_bytes = out.nbytes + value_NVL.nbytes + value_TNV.nbytes
+    found = cost(ops.head_linear, [out, value_NVL], {}, value_TNV)
+    assert found == (num_bytes, 2 * 5 * value_NVL.numel())
+    args = [q_TNH, q_TNZ, kv_TZ, key_NPL, value_NVL, cache, table_RP, seq_len_R, start_S, 3, 0.1]
+    read = (*args[:5], value_TNV)
+    num_bytes = sum(one.nbytes for one in read) + (19 + 33) * 48 * 4
+    flops = 2 * 5 * (key_NPL.numel() + value_NVL.numel()) + 2 * pairs * 4 * (24 + 20)
+    assert cost(ops.latent_span_attention, args, {}, value_TNV) == (num_bytes, flops)
+
+
 def test_padding_is_what_a_trace_leaves_of_each_bucket() -> None:
     found = report_data.padding_of([1, 3, 4, 5, 20], [1, 4, 16])
     assert [(part.bucket, part.num_steps, part.num_rows) for part in found] == [
