@@ -191,7 +191,6 @@ def on_ranks(config: EngineConfig, model: Model) -> Model:
     size, moe = config.tensor_parallel_size, model.config.moe
     asked = f"tensor_parallel_size is {size}"
     alone = {
-        f"quantization={config.quantization!r}": config.quantization is not None,
         f"expert_offload={config.expert_offload!r}": config.expert_offload is not None,
         "enable_sleep_mode=True": config.enable_sleep_mode,
         f"device={config.device!r}": ":" in config.device,

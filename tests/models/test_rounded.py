@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanovllm.config import EngineConfig
 from nanovllm.models.formats.format import Extent
 from nanovllm.models.formats.fp8 import Fp8Weight
 from nanovllm.models.formats.packed_weight import PackedWeight
@@ -20,6 +21,8 @@ from tests.models import harness
 from tests.models.harness import engine_logits, max_difference, sequences
 from tests.models.moe_cases import Case
 from tests.models.test_formats import LENGTHS, TOLERANCE, is_matrix
+from tests.models.test_shards import load_rank, options
+from tests.models.thread_ranks import on_ranks
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -56,15 +59,23 @@ def test_what_is_not_finite_is_refused() -> None:
             scheme.linear.quantized("w", weight, Extent((3, 9), torch.float32))
 
 
-def real(folder: Path, quantization: str) -> Path:
+# Matrices whose columns ranks share: each rank rounds its own.
+CUT_BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
+
+
+def real(folder: Path, quantization: str, num_ranks: int = 1) -> Path:
     """A checkpoint with the numbers that the weights become."""
     weights = load_file(folder / "model.safetensors")
     stored_as = OPTIONS[quantization].linear
-    is_head = lambda name: quantization == "fp8" and name == "lm_head.weight"  # noqa: E731
+    is_head = lambda name: quantization != "int4" and name == "lm_head.weight"  # noqa: E731
     for name, weight in weights.items():
         if is_matrix(name) or is_head(name):
-            found = stored_as.quantized(name, weight, Extent(tuple(weight.shape), weight.dtype))
-            weights[name] = found.rows(0)  # type: ignore[union-attr]
+            is_cut = num_ranks > 1 and name.endswith(CUT_BY_COLUMNS)
+            parts = weight.chunk(num_ranks if is_cut else 1, dim=1)
+            unit = parts[0].shape[1] if is_cut else 0
+            extents = [Extent(tuple(part.shape), part.dtype, column_unit=unit) for part in parts]
+            found = [stored_as.quantized(name, *both) for both in zip(parts, extents)]
+            weights[name] = torch.cat([one.rows(0) for one in found], 1)  # type: ignore[union-attr]
     (folder / "real").mkdir()
     save_file(weights, folder / "real" / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
@@ -94,3 +105,26 @@ def test_models_have_the_logits_of_the_rounded_numbers(
     kind = Fp8Weight if quantization == "fp8" else PackedWeight
     assert isinstance(layer.experts.down_EDF if has_experts else layer.down_DF, kind)
     assert isinstance(params.head_VD, torch.Tensor) == (quantization == "int4")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "has_experts"),
+    [("int8", False), ("fp8", False), ("int4", False), ("fp8", True), ("int4", True)],
+)
+def test_each_of_two_ranks_rounds_its_own_part(
+    quantization: str, has_experts: bool, tmp_path: Path
+) -> None:
+    """Shares of 56 columns; an expert is whole on one of the ranks."""
+    if has_experts:
+        changes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 48}
+        folder = Case("mixtral", 4, 2, changes).save(tmp_path)
+    else:
+        folder = save_tiny(
+            tmp_path, vocab_size=96, intermediate_size=112, tie_word_embeddings=False
+        )
+    known = sequences(96, *LENGTHS)
+    exact = harness.load(real(folder, quantization, 2), "cpu", enforce_eager=True)
+    expected = engine_logits(exact, known)
+    config = EngineConfig.from_options(str(folder), options(2, quantization=quantization))
+    for found in on_ranks(2, lambda group: engine_logits(load_rank(config, group), known)):
+        assert max_difference(found, expected) < TOLERANCE
