@@ -198,13 +198,21 @@ def page_tokens(flash: Flash, head_dim: int) -> int:
 
 
 def unsupported(
-    flash: Flash, *, dtype: torch.dtype, head_dim: int, block_size: int, windows: Iterable[int]
+    flash: Flash,
+    *,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    windows: Iterable[int],
+    has_sinks: bool = False,
 ) -> str:
     """Why the interface cannot run a model, with value and limit; "" if it can.
 
     block_size: tokens of a cache block, 0 if it is chosen by `page_tokens`.
     """
     name, dtype_name = f"flash-attn {flash.generation}", str(dtype).removeprefix("torch.")
+    if has_sinks:
+        return f"the model's attention has sinks, and {name} has none"
     if dtype not in DTYPES:
         return f"dtype is {dtype_name}, and {name} computes in float16 and bfloat16 only"
     if dtype is torch.float16 and "FP16" in flash.lacks:
@@ -251,6 +259,7 @@ def paged_attention(
     window: int,
     k_scale_K: None = None,
     v_scale_K: None = None,
+    sinks_N: None = None,
 ) -> Tensor:
     """`reference.attention.paged_attention` for fp16 and bf16. Check `unsupported` first.
 

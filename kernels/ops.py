@@ -70,7 +70,7 @@ def _define_attention(name: str, meaning: Callable[..., Any]) -> Any:
     return _define(
         f"{name}(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_len, "
         "Tensor q_start, int max_q_len, float scale, int window, "
-        "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+        "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? sinks=None) -> Tensor",
         meaning,
         lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
     )
@@ -307,9 +307,9 @@ topk_grouped = _define(
 )
 norm_router_topk = _define(
     "norm_router_topk(Tensor x, Tensor norm_weight, Tensor router, float eps, int top_k, "
-    "bool normalize) -> (Tensor, Tensor, Tensor)",
+    "bool normalize, Tensor? bias=None) -> (Tensor, Tensor, Tensor)",
     reference.experts.norm_router_topk,
-    lambda x, norm_weight, router, eps, top_k, normalize: (
+    lambda x, norm_weight, router, eps, top_k, normalize, bias=None: (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         *_topk_softmax_fake(x, top_k, normalize),
     ),
@@ -338,6 +338,22 @@ fp8_experts = _define(
     "int block_rows, int block_columns, Tensor down, Tensor down_scale, int down_block_rows, "
     "int down_block_columns, Tensor? residual=None, Tensor? local=None) -> Tensor",
     reference.packed.fp8_experts,
+    lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+clamped_experts = _define(
+    "clamped_experts(Tensor x, Tensor weight, Tensor expert, Tensor gate_up, Tensor gate_up_bias, "
+    "Tensor down, Tensor down_bias, float alpha, float limit, Tensor? residual=None, "
+    "Tensor? local=None) -> Tensor",
+    reference.clamped.clamped_experts,
+    lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+packed_clamped_experts = _define(
+    "packed_clamped_experts(Tensor x, Tensor weight, Tensor expert, Tensor code, Tensor scale, "
+    "Tensor? offset, Tensor? table, int bits, int group, Tensor gate_up_bias, Tensor down_code, "
+    "Tensor down_scale, Tensor? down_offset, Tensor? down_table, int down_bits, int down_group, "
+    "Tensor down_bias, float alpha, float limit, Tensor? residual=None, Tensor? local=None) "
+    "-> Tensor",
+    reference.clamped.packed_clamped_experts,
     lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 # No pass replaces these three by their meaning, which reads the routing on the host.
@@ -510,6 +526,7 @@ __all__ = [
     "all_reduce_norm",
     "apply_token_bitmask",
     "apply_top_k_top_p",
+    "clamped_experts",
     "decode_inputs",
     "expert_linear",
     "experts",
@@ -536,6 +553,7 @@ __all__ = [
     "offloaded_experts",
     "op_name",
     "own_rank",
+    "packed_clamped_experts",
     "packed_expert_linear",
     "packed_experts",
     "packed_linear",

@@ -30,11 +30,13 @@ def paged_attention_sdpa(
     window: int,
     k_scale_K: None = None,
     v_scale_K: None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """`reference.attention.paged_attention`; torch's kernel for the device and dtype sets the
     precision."""
     if max_q_len == 1:
-        return _decode(q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, scale, window)
+        rows = (block_table_RP, seq_len_R, scale, window, sinks_N)
+        return _decode(q_TNH, k_cache_CBKH, v_cache_CBKH, *rows)
     block_size = k_cache_CBKH.shape[1]
     out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     starts, seq_lens = q_start_S.tolist(), seq_len_R.tolist()
@@ -62,7 +64,7 @@ def paged_attention_sdpa(
                 for cache in (k_cache_CBKH, v_cache_CBKH)
             )
             out_TNH[first:end] = _attend(
-                q_TNH[None, first:end], k_LKH[None], v_LKH[None], seen_TL[None], scale
+                q_TNH[None, first:end], k_LKH[None], v_LKH[None], seen_TL[None], scale, sinks_N
             )[0]
     return out_TNH
 
@@ -75,6 +77,7 @@ def _decode(
     seq_len_R: Tensor,
     scale: float,
     window: int,
+    sinks_N: Tensor | None,
 ) -> Tensor:
     num_rows, max_len = block_table_RP.shape[0], block_table_RP.shape[1] * k_cache_CBKH.shape[1]
     key_pos_L = torch.arange(max_len, device=q_RNH.device)
@@ -93,7 +96,8 @@ def _decode(
             torch.where(seen_RL[:, :, None, None], cache[table_RP].flatten(1, 2), 0)
             for cache in (k_cache_CBKH, v_cache_CBKH)
         )
-        out_R1NH = _attend(q_RNH[rows].unsqueeze(1), k_RLKH, v_RLKH, seen_RL.unsqueeze(1), scale)
+        queries, seen_R1L = q_RNH[rows].unsqueeze(1), seen_RL.unsqueeze(1)
+        out_R1NH = _attend(queries, k_RLKH, v_RLKH, seen_R1L, scale, sinks_N)
         outs.append(torch.where(seq_len_R1[:, :, None, None] > 0, out_R1NH, 0).squeeze(1))
     return (
         torch.cat(outs) if outs else torch.empty_like(q_RNH, memory_format=torch.contiguous_format)
@@ -101,22 +105,34 @@ def _decode(
 
 
 def _attend(
-    q_RTNH: Tensor, k_RLKH: Tensor, v_RLKH: Tensor, seen_RTL: Tensor, scale: float
+    q_RTNH: Tensor,
+    k_RLKH: Tensor,
+    v_RLKH: Tensor,
+    seen_RTL: Tensor,
+    scale: float,
+    sinks_N: Tensor | None,
 ) -> Tensor:
     """The G query heads of a key-value head become rows of queries of it.
 
-    No key or value is copied for the other heads of a group.
+    No key or value is copied for the other heads of a group. A sink is the mask's number for one
+    more key, which is 0 and has the value 0.
     """
     num_tokens, num_kv_heads = q_RTNH.shape[1], k_RLKH.shape[2]
     q_RKQH = (
         q_RTNH.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     )  # Q = G · T
-    seen_RQL = seen_RTL.repeat(1, q_RKQH.shape[2] // num_tokens, 1)
+    mask_RKQL = seen_RTL.repeat(1, q_RKQH.shape[2] // num_tokens, 1).unsqueeze(1)
+    if sinks_N is not None:
+        number_RKQL = torch.zeros_like(mask_RKQL, dtype=q_RTNH.dtype)
+        number_RKQL = number_RKQL.masked_fill(~mask_RKQL, float("-inf"))
+        sink_1KQ1 = sinks_N.to(q_RTNH.dtype).view(1, num_kv_heads, -1, 1)
+        sink_1KQ1 = sink_1KQ1.repeat_interleave(num_tokens, 2)
+        wanted = (len(q_RTNH), num_kv_heads, q_RKQH.shape[2], -1)
+        mask_RKQL = torch.cat((number_RKQL.expand(wanted), sink_1KQ1.expand(wanted)), -1)
+        k_RLKH, v_RLKH = (
+            torch.nn.functional.pad(x_RLKH, (0, 0, 0, 0, 0, 1)) for x_RLKH in (k_RLKH, v_RLKH)
+        )
     out_RKQH = torch.nn.functional.scaled_dot_product_attention(
-        q_RKQH,
-        k_RLKH.transpose(1, 2),
-        v_RLKH.transpose(1, 2),
-        attn_mask=seen_RQL.unsqueeze(1),
-        scale=scale,
+        q_RKQH, k_RLKH.transpose(1, 2), v_RLKH.transpose(1, 2), attn_mask=mask_RKQL, scale=scale
     )
     return out_RKQH.unflatten(2, (-1, num_tokens)).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -17,6 +17,7 @@ from nanovllm.templates import TemplateFacts, renderer
 from nanovllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+THINKING = "message.thinking"  # read by templates whose name for reasoning_content it is
 CONTENT_FORMATS = ("auto", "string", "openai")
 
 
@@ -131,6 +132,8 @@ def render(
                 "no place for it"
             )
         normal = [_message(message, as_parts or bool(media)) for message in bare]
+        if THINKING in template:
+            normal = list(map(_with_thinking, normal))
         others = (template, options.tools, options.chat_template_kwargs)
         marked = None if special is None else special.marked(normal, others)
         if special is not None and marked is not None:
@@ -187,6 +190,18 @@ def _message(message: Mapping[str, Any], as_parts: bool) -> dict[str, Any]:
     if as_parts:
         return {**message, "content": [_part(part) for part in parts]}
     return {**message, "content": "\n".join(_part(part)["text"] for part in parts)}
+
+
+def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning as `thinking`. The template of gpt-oss takes one of that and
+    content beside calls, and writes it to the channel of reasoning: both become one text."""
+    reasoning, content = message.get("reasoning_content"), message.get("content")
+    if not isinstance(reasoning, str) or not reasoning or "thinking" in message:
+        return message
+    others = {key: value for key, value in message.items() if key != "reasoning_content"}
+    if not (message.get("tool_calls") and isinstance(content, str) and content):
+        return {**others, "thinking": reasoning}
+    return {**others, "thinking": f"{reasoning}\n{content}", "content": ""}
 
 
 def _part(part: Any) -> dict[str, str]:

@@ -116,7 +116,8 @@ def _snapshot(
             repository,
             revision=revision,
             allow_patterns=list(patterns),
-            ignore_patterns=["consolidated*"],  # a second copy of all weights in some repositories
+            # a second copy of all weights in some repositories
+            ignore_patterns=["consolidated*", "original/*"],
             tqdm_class=progress.silent_class(),
             **options,
         )

@@ -75,6 +75,11 @@ ARCHITECTURES: dict[str, Entry] = {
         "eager mode alone",
     ),
     "Glm4MoeLiteForCausalLM": Entry(EXPERTS, "GLM-4.7-Flash", "as DeepSeek-V3"),
+    "GptOssForCausalLM": Entry(
+        EXPERTS, "gpt-oss-20b, gpt-oss-120b",
+        "experts in MXFP4 or in bf16; flash-attn and `expert_offload` are refused; on an NPU, "
+        "graphs and MXFP4 are",
+    ),
     "MixtralForCausalLM": Entry(EXPERTS, "Mixtral"),
     "Qwen2MoeForCausalLM": Entry(EXPERTS, "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "a shared expert"),
     "Qwen3MoeForCausalLM": Entry(EXPERTS, "Qwen3-30B-A3B, Qwen3-235B-A22B"),

@@ -24,6 +24,7 @@ def paged_attention(
     window: int,
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """`reference.attention.paged_attention`, which reads the pages in place, for fp32, bf16 and
     fp16.
@@ -56,9 +57,11 @@ def paged_attention(
             max_q_len,
             scale,
             window,
+            sinks_N=sinks_N,
         )
     if q_TNH.stride(2) != 1:
         q_TNH = q_TNH.contiguous()
+    sinks_N = None if sinks_N is None else sinks_N.float().contiguous()
     q_strides = q_TNH.stride()
     if block_table_RP.dtype is not torch.int32 or block_table_RP.stride(1) != 1:
         block_table_RP = _int32(block_table_RP)
@@ -74,6 +77,7 @@ def paged_attention(
             block_table_RP.data_ptr(),
             seq_len_R.data_ptr(),
             q_start_S.data_ptr(),
+            0 if sinks_N is None else sinks_N.data_ptr(),
             q_strides[0],
             q_strides[1],
             *k_strides[:3],

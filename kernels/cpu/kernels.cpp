@@ -81,6 +81,7 @@ struct Attention {
   const int32_t* block_table;  // [R, P]
   const int32_t* seq_len;      // [R]
   const int32_t* q_start;      // [R + 1]
+  const float* sinks;          // [N]: scores without a value, or null
   int64_t q_stride_T, q_stride_N;
   int64_t k_stride_C, k_stride_B, k_stride_K;
   int64_t v_stride_C, v_stride_B, v_stride_K;
@@ -91,6 +92,11 @@ struct Attention {
   int64_t num_threads;
   double scale;
 };
+
+// What the sink of a head adds to the sum of exp2(score - max) over its keys.
+INLINE float of_sink(const Attention& at, int64_t head, float max) {
+  return at.sinks ? std::exp2(at.sinks[head] * 1.4426950408889634f - max) : 0.0f;
+}
 
 template <Start kStart>
 void multiply_lanes(float* c, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
@@ -209,7 +215,8 @@ void attend_tile(const Attention& at, const Tile& tile) {
       int64_t token = tile.first_token + m / tile.num_heads,
               head = tile.first_head + m % tile.num_heads;
       Q* out_H = (Q*)at.out + (token * at.num_heads + head) * H;
-      float factor = sum_M[m] > 0 ? 1.0f / sum_M[m] : 0.0f;  // no key seen: zeros
+      const float total = sum_M[m] + of_sink(at, head, max_M[m]);
+      float factor = sum_M[m] > 0 ? 1.0f / total : 0.0f;  // no key seen: zeros
       for (int64_t h = 0; h < H; ++h) put(out_H + h, out_HM[h * kTileLanes + m] * factor);
     }
   });
@@ -383,7 +390,7 @@ void attend_span(const Attention& at, const Span& span, float* partial,
         for (int64_t h = 0; h < H; h += kLanes)
           store(joined_H + h, load(joined_H + h) + load(part + n * H + h) * factor);
       }
-      const float factor = total > 0 ? 1.0f / total : 0.0f;
+      const float factor = total > 0 ? 1.0f / (total + of_sink(at, n, top)) : 0.0f;
       for (int64_t h = 0; h < H; ++h) put(out_H + h, joined_H[h] * factor);
     }
   });

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import ops
+from nanovllm.kernels import ops, reference
 
 # fused_infer_attention_score reads a causal mask of this size for any lengths (its sparse mode 3).
 # It takes block sizes of the paged cache that are multiples of 128 if a row has several query
@@ -134,8 +134,19 @@ def paged_attention_eager(
     max_q_len: int,
     scale: float,
     window: int,
+    k_scale_K: None = None,
+    v_scale_K: None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
-    """The same op outside a graph. It takes lengths as numbers, so it waits for the device."""
+    """The same op outside a graph. It takes lengths as numbers, so it waits for the device.
+
+    With sinks it is plain torch, with or without a window.
+    """
+    if sinks_N is not None:
+        return reference.attention.paged_attention(
+            q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, max_q_len,
+            scale, window, sinks_N=sinks_N,
+        )  # fmt: skip
     check_attention(k_cache_CBKH.shape[1], max_q_len, window)
     num_tokens, num_heads = q_TNH.shape[:2]
     block_size, num_kv_heads = k_cache_CBKH.shape[1:3]

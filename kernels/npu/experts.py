@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.reference.clamped import Product, by_products
+
 # By their documentation: moe_gating_top_k_softmax takes up to this many experts per token,
 # grouped_matmul up to this many groups, and rows of matrices below this size.
 MAX_TOP_K, MAX_EXPERTS, ROW_LIMIT = 1024, 1024, 65536
@@ -115,6 +117,30 @@ def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:
     sorted_PD, place_P, count_E = _sort(x.reshape(-1, size), owner_TK, weight_EOD, num_experts)
     y_PO = _products(sorted_PD, weight_EOD, count_E)
     return y_PO.index_select(0, place_P).view(*expert_TK.shape, num_columns)
+
+
+def clamped_experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EGD: Tensor,
+    gate_up_bias_EG: Tensor,
+    down_EDF: Tensor,
+    down_bias_ED: Tensor,
+    alpha: float,
+    limit: float,
+    residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
+) -> Tensor:
+    """`reference.clamped.clamped_experts`, whose products are those of `expert_linear`."""
+
+    def multiply(weight_EOD: Tensor) -> Product:
+        return lambda x, own_TK: expert_linear(x, own_TK, weight_EOD)
+
+    return by_products(
+        (multiply(gate_up_EGD), multiply(down_EDF)), x_TD, weight_TK, expert_TK, gate_up_bias_EG,
+        down_bias_ED, alpha, limit, residual_TD, local_X,
+    )  # fmt: skip
 
 
 def _sort(

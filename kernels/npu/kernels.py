@@ -22,7 +22,7 @@ from nanovllm.kernels.npu.attention import (
     paged_attention_eager,
     paged_attention_in_graph,
 )
-from nanovllm.kernels.npu.experts import expert_linear, experts, topk_softmax
+from nanovllm.kernels.npu.experts import clamped_experts, expert_linear, experts, topk_softmax
 from nanovllm.kernels.npu.latent_attention import latent_inputs, no_graph
 from nanovllm.kernels.npu.varlen_attention import varlen_attention_eager, varlen_attention_in_graph
 
@@ -127,6 +127,7 @@ EAGER: dict[str, Callable[..., Any]] = {
     "topk_softmax": topk_softmax,
     "experts": experts,
     "expert_linear": expert_linear,
+    "clamped_experts": clamped_experts,
     "paged_attention": paged_attention_eager,
     "varlen_attention": varlen_attention_eager,
 }
@@ -156,5 +157,5 @@ IN_CAPTURE: dict[str, Callable[..., Any]] = {
 NEVER_PLAIN = frozenset({
     "latent_attention", "latent_inputs", "latent_span_attention", "paged_attention",
     "varlen_attention", "store_kv", "store_state", "linear", "topk_softmax", "experts",
-    "expert_linear", *COMMUNICATE,
+    "clamped_experts", "expert_linear", *COMMUNICATE,
 })  # fmt: skip

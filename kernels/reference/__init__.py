@@ -20,6 +20,7 @@ from typing import Any
 
 from nanovllm.kernels.reference import (
     attention,
+    clamped,
     experts,
     ggml,
     latent_attention,
@@ -34,6 +35,7 @@ from nanovllm.kernels.reference import (
 
 __all__ = [
     "attention",
+    "clamped",
     "experts",
     "ggml",
     "latent_attention",
@@ -52,7 +54,7 @@ def meaning(name: str) -> Callable[..., Any]:
     """The meaning of an op, if a compiler can trace it: not of ops of `offload`, which read the
     routing on the host. Raises KeyError for other names."""
     topics = (
-        *(attention, experts, ggml, latent_attention, linear, norm_act),
+        *(attention, clamped, experts, ggml, latent_attention, linear, norm_act),
         *(packed, rope_store, sample, step),
     )
     for topic in topics:

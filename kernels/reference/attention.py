@@ -18,6 +18,7 @@ def paged_attention(
     window: int,
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each row's newest tokens over that row's blocks.
 
@@ -28,6 +29,10 @@ def paged_attention(
     Cache entries outside a row's first seq_len tokens never affect its output, even if they are
     NaN. With scales (see `store_kv`) keys and values are the cache's entries times their head's
     scale.
+
+    A sink is a score of one more key of a head, whose value is 0: exp(sink) joins the denominator
+    of the softmax. It is not multiplied by `scale`, and no window leaves it out. Source: OpenAI
+    2025, https://arxiv.org/abs/2508.10925.
     """
     num_rows, block_size = block_table_RP.shape[0], k_cache_CBKH.shape[1]
     out_TNH = torch.zeros_like(q_TNH)
@@ -39,8 +44,8 @@ def paged_attention(
         k_RLKH, v_RLKH = k_RPBKH.flatten(1, 2), v_RPBKH.flatten(1, 2)
         key_pos_L = torch.arange(max_len, device=q_TNH.device)
         seen_RL = _seen(seq_len_R.unsqueeze(1) - 1, key_pos_L, window)
-        out = _attend(q_TNH.unsqueeze(1), k_RLKH, v_RLKH, seen_RL.unsqueeze(1), scale).squeeze(1)
-        return torch.where((seq_len_R > 0).view(-1, 1, 1), out, out_TNH)
+        out = _attend(q_TNH.unsqueeze(1), k_RLKH, v_RLKH, seen_RL.unsqueeze(1), scale, sinks_N)
+        return torch.where((seq_len_R > 0).view(-1, 1, 1), out.squeeze(1), out_TNH)
     starts, seq_lens = q_start_S.tolist(), seq_len_R.tolist()
     for row in range(num_rows):
         start, end, seq_len = starts[row], starts[row + 1], seq_lens[row]
@@ -52,7 +57,7 @@ def paged_attention(
         query_pos = torch.arange(seq_len - (end - start), seq_len, device=q_TNH.device)
         seen_TL = _seen(query_pos.unsqueeze(1), torch.arange(seq_len, device=q_TNH.device), window)
         out_TNH[start:end] = _attend(
-            q_TNH[None, start:end], k_LKH[None], v_LKH[None], seen_TL[None], scale
+            q_TNH[None, start:end], k_LKH[None], v_LKH[None], seen_TL[None], scale, sinks_N
         )[0]
     return out_TNH
 
@@ -95,7 +100,12 @@ def _seen(query_pos: Tensor, key_pos: Tensor, window: int) -> Tensor:
 
 
 def _attend(
-    q_RTNH: Tensor, k_RLKH: Tensor, v_RLKH: Tensor, seen_RTL: Tensor, scale: float
+    q_RTNH: Tensor,
+    k_RLKH: Tensor,
+    v_RLKH: Tensor,
+    seen_RTL: Tensor,
+    scale: float,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """Matmul and softmax in fp32. Keys that no query sees are zeroed first: 0 · NaN is NaN."""
     num_rows, num_tokens, num_heads, head_dim = q_RTNH.shape
@@ -110,9 +120,13 @@ def _attend(
     )
     score_RKGTL = (q_RKGTH.flatten(2, 3) @ k_RKHL).unflatten(2, (-1, num_tokens)) * scale
     score_RKGTL = score_RKGTL.masked_fill(~seen_RTL[:, None, None], float("-inf"))
-    out_RKGTH = (score_RKGTL.softmax(-1).nan_to_num(0.0).flatten(2, 3) @ v_RKLH).unflatten(
-        2, (-1, num_tokens)
-    )
+    if sinks_N is None:
+        prob_RKGTL = score_RKGTL.softmax(-1).nan_to_num(0.0)
+    else:
+        sink_KG11 = sinks_N.float().view(num_kv_heads, -1, 1, 1)
+        sink_RKGT1 = sink_KG11.expand(*score_RKGTL.shape[:-1], 1)
+        prob_RKGTL = torch.cat((score_RKGTL, sink_RKGT1), -1).softmax(-1)[..., :-1]
+    out_RKGTH = (prob_RKGTL.flatten(2, 3) @ v_RKLH).unflatten(2, (-1, num_tokens))
     return (
         out_RKGTH.permute(0, 3, 1, 2, 4)
         .reshape(num_rows, num_tokens, num_heads, head_dim)

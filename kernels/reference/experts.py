@@ -68,11 +68,17 @@ def topk_grouped(
 
 
 def norm_router_topk(
-    x_TD: Tensor, norm_D: Tensor, router_ED: Tensor, eps: float, top_k: int, normalize: bool
+    x_TD: Tensor,
+    norm_D: Tensor,
+    router_ED: Tensor,
+    eps: float,
+    top_k: int,
+    normalize: bool,
+    bias_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = rms_norm(x); returns (y, *topk_softmax(y · routerᵀ))."""
+    """y = rms_norm(x); returns (y, *topk_softmax(y · routerᵀ + bias))."""
     normed_TD = rms_norm(x_TD, norm_D, eps)
-    return normed_TD, *topk_softmax(linear(normed_TD, router_ED, None), top_k, normalize)
+    return normed_TD, *topk_softmax(linear(normed_TD, router_ED, bias_E), top_k, normalize)
 
 
 def experts(

@@ -24,6 +24,17 @@ def add_rms_norm(
     return rms_norm(residual_TD, weight_D, eps), residual_TD
 
 
+def clamped_swiglu(gate_up_TG: Tensor, alpha: float, limit: float) -> Tensor:
+    """(up + 1) · gate · sigmoid(alpha · gate) of an input [gate | up] along the last dimension.
+
+    gate is at most `limit`, and up is between −limit and limit. All is in fp32 and rounded once;
+    [T, 2F] -> [T, F]. Source: OpenAI 2025, https://arxiv.org/abs/2508.10925.
+    """
+    gate_TF, up_TF = gate_up_TG.float().chunk(2, dim=-1)
+    gate_TF, up_TF = gate_TF.clamp(max=limit), up_TF.clamp(-limit, limit)
+    return ((up_TF + 1) * gate_TF * torch.sigmoid(alpha * gate_TF)).to(gate_up_TG.dtype)
+
+
 def silu_mul(gate_up_TG: Tensor) -> Tensor:
     """silu(gate) · up of an input [gate | up] along the last dimension; [T, 2F] -> [T, F]."""
     gate_TF, up_TF = gate_up_TG.chunk(2, dim=-1)

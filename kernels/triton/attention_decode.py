@@ -37,6 +37,7 @@ from nanovllm.kernels.triton.common import (
     from_fp8_in_place,
     launch_options,
     load_index,
+    load_sinks,
     num_multiprocessors,
     shared_memory_bytes,
     to_fp16,
@@ -124,15 +125,22 @@ def _widened(q_MHp, k_SHp, v_SHp, FP8: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _store_result(acc_MHp, max_M, sum_M, v_scale, row_idx, row_begin, row_end, span_begin, span_end,
-                  out_ptr, part_out_ptr, part_lse_ptr, out_at_MHp, part_at_MHp, mask_MHp,
-                  SLOT: tl.constexpr, GROUP_M: tl.constexpr, HEAD_P: tl.constexpr,
-                  FP8: tl.constexpr):  # fmt: skip
-    """Stores the result of a row if it lies within the span, else of the span's part of it."""
+                  out_ptr, part_out_ptr, part_lse_ptr, sinks_ptr, out_at_MHp, part_at_MHp, mask_MHp,
+                  q_head_M, SLOT: tl.constexpr, GROUP: tl.constexpr, GROUP_M: tl.constexpr,
+                  HEAD_P: tl.constexpr, FP8: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
+    """Stores the result of a row if it lies within the span, else of the span's part of it.
+
+    A part has no share of the sink: see `_merge`.
+    """
     safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)
     out_MHp = acc_MHp / safe_sum_M[:, None]
     if FP8:
         out_MHp *= v_scale
     if (row_begin >= span_begin) & (row_end <= span_end):
+        if HAS_SINKS:
+            is_head_M = tl.arange(0, GROUP_M) < GROUP
+            sink_M = load_sinks(sinks_ptr + q_head_M, is_head_M)
+            out_MHp *= (safe_sum_M / (safe_sum_M + tl.exp2(sink_M - max_M)))[:, None]
         out_at = out_ptr + row_idx * SLOT + out_at_MHp
         tl.store(out_at, out_MHp.to(out_ptr.dtype.element_ty), mask=mask_MHp)
     else:
@@ -147,6 +155,7 @@ def _store_result(acc_MHp, max_M, sum_M, v_scale, row_idx, row_begin, row_end, s
 def _merge(
     part_out_ptr,  # [W, 2, K, G, H]
     part_lse_ptr,  # [W, 2, K, G, H]
+    sinks_ptr,  # [N], read if HAS_SINKS
     out_ptr,  # this row's and key-value head's [G, H]
     head_idx,
     first_worker,
@@ -157,8 +166,10 @@ def _merge(
     HEAD: tl.constexpr,
     HEAD_P: tl.constexpr,
     PARTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """out = Σ 2^lse_i · out_i / Σ 2^lse_i over the parts. PARTS of them are loaded at a time.
+    A sink joins the second sum.
 
     All operations are elementwise in [G, H] (the lse is stored once per element), so no thread
     waits for another.
@@ -199,14 +210,17 @@ def _merge(
             sum_GpHp += weight_GpHp
             acc_GpHp += weight_GpHp * outs[i]
         max_GpHp = new_max_GpHp
+    if HAS_SINKS:
+        sink_Gp = load_sinks(sinks_ptr + head_idx * GROUP + group_Gp, group_Gp < GROUP)
+        sum_GpHp += tl.exp2(sink_Gp[:, None] - max_GpHp)
     tl.store(out_ptr + at_GpHp, (acc_GpHp / sum_GpHp).to(out_ptr.dtype.element_ty), mask=mask_GpHp)
 
 
 @triton.jit
 def _report_part(row_idx, row_begin, row_end, num_long, tiles_per_worker, head_idx, arrived_ptr,
-                 part_out_ptr, part_lse_ptr, out_ptr, NUM_KV_HEADS: tl.constexpr,
+                 part_out_ptr, part_lse_ptr, sinks_ptr, out_ptr, NUM_KV_HEADS: tl.constexpr,
                  GROUP: tl.constexpr, GROUP_P: tl.constexpr, HEAD: tl.constexpr,
-                 HEAD_P: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+                 HEAD_P: tl.constexpr, PARTS: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
     """Counts this worker among those of a row. The last of them merges the parts."""
     first_worker = _worker_of(row_begin, num_long, tiles_per_worker)
     num_parts = _worker_of(row_end - 1, num_long, tiles_per_worker) - first_worker + 1
@@ -217,10 +231,10 @@ def _report_part(row_idx, row_begin, row_end, num_long, tiles_per_worker, head_i
     if num_before == num_parts - 1:
         tl.store(arrived_at, 0)
         _merge(
-            part_out_ptr, part_lse_ptr,
+            part_out_ptr, part_lse_ptr, sinks_ptr,
             out_ptr + (row_idx * NUM_KV_HEADS + head_idx) * (GROUP * HEAD),
             head_idx, first_worker, num_parts,
-            NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS,
+            NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS, HAS_SINKS,
         )  # fmt: skip
 
 
@@ -237,6 +251,7 @@ def decode_kernel(
     arrived_ptr,  # [W, K] int32: zero before and after each launch
     k_scale_ptr,  # [K] fp32, read for an fp8 cache
     v_scale_ptr,  # [K] fp32, read for an fp8 cache
+    sinks_ptr,  # [N], None unless HAS_SINKS
     num_rows,
     num_workers,
     table_blocks,
@@ -263,6 +278,7 @@ def decode_kernel(
     PARTS: tl.constexpr,
     MIN_WORKERS: tl.constexpr,
     WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -353,8 +369,8 @@ def decode_kernel(
         if is_last:
             _store_result(
                 acc_MHp, max_M, sum_M, v_scale, row_idx, row_begin, row_end, span_begin, span_end,
-                out_ptr, part_out_ptr, part_lse_ptr, out_at_MHp, part_at_MHp, q_mask_MHp, SLOT,
-                GROUP_M, HEAD_P, FP8,
+                out_ptr, part_out_ptr, part_lse_ptr, sinks_ptr, out_at_MHp, part_at_MHp, q_mask_MHp,
+                q_head_M, SLOT, GROUP, GROUP_M, HEAD_P, FP8, HAS_SINKS,
             )  # fmt: skip
 
         if ROWS_P > 1:
@@ -374,8 +390,8 @@ def decode_kernel(
             part_row_end = tl.where(i == 0, first_end, row_end)
             _report_part(
                 part_row, part_row_begin, part_row_end, num_long, tiles_per_worker, head_idx,
-                arrived_ptr, part_out_ptr, part_lse_ptr, out_ptr,
-                NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS,
+                arrived_ptr, part_out_ptr, part_lse_ptr, sinks_ptr, out_ptr,
+                NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS, HAS_SINKS,
             )  # fmt: skip
 
 
@@ -455,6 +471,7 @@ def paged_attention_decode(
     launch: DecodeTile | None = None,
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """softmax(q · kᵀ · scale) · v for the newest token of each row, as
     `reference.attention.paged_attention`.
@@ -500,6 +517,7 @@ def paged_attention_decode(
         arrival_counters(device, num_workers * num_kv_heads),
         part_lse if k_scale_K is None else k_scale_K,
         part_lse if v_scale_K is None else v_scale_K,
+        sinks_N,
         num_rows,
         num_workers,
         block_table_RP.shape[1],
@@ -509,6 +527,7 @@ def paged_attention_decode(
         *k_cache_CBKH.stride()[:3],
         *v_cache_CBKH.stride()[:3],
         **constants,
+        HAS_SINKS=sinks_N is not None,
         UPCAST=device.type != "cuda",
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

@@ -29,6 +29,7 @@ from nanovllm.kernels.triton.common import (
     from_fp8_in_place,
     launch_options,
     load_index,
+    load_sinks,
     padded_rows,
     shared_memory_bytes,
     to_fp16,
@@ -136,6 +137,7 @@ def prefill_kernel(
     out_ptr,  # [T, N, H]
     k_scale_ptr,  # [K] fp32, read for an fp8 cache
     v_scale_ptr,  # [K] fp32, read for an fp8 cache
+    sinks_ptr,  # [N], None unless HAS_SINKS
     num_tokens,
     num_rows,
     table_blocks,
@@ -159,6 +161,7 @@ def prefill_kernel(
     TILE: tl.constexpr,
     ROWS_P: tl.constexpr,
     WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -233,6 +236,9 @@ def prefill_kernel(
         K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
         True, HEAD, HEAD_P, BLOCK, TILE, WINDOW, UPCAST,
     )  # fmt: skip
+    if HAS_SINKS:  # the sum of a row without keys becomes infinite
+        is_head_M = entry_M < TOKENS * GROUP
+        sum_M += tl.exp2(load_sinks(sinks_ptr + q_head_M, is_head_M) - max_M)
     out_MHp = acc_MHp / tl.where(sum_M > 0, sum_M, 1.0)[:, None]
     if FP8:
         out_MHp *= tl.load(v_scale_ptr + head_idx)
@@ -307,6 +313,7 @@ def paged_attention_prefill(
     launch: PrefillTile | None = None,
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax(q · kᵀ · scale) · v of the new tokens, as
     `reference.attention.paged_attention`.
@@ -343,6 +350,7 @@ def paged_attention_prefill(
         out_TNH,
         seq_len_R if k_scale_K is None else k_scale_K,
         seq_len_R if v_scale_K is None else v_scale_K,
+        sinks_N,
         num_tokens,
         num_rows,
         block_table_RP.shape[1],
@@ -352,6 +360,7 @@ def paged_attention_prefill(
         *k_cache_CBKH.stride()[:3],
         *v_cache_CBKH.stride()[:3],
         **constants,
+        HAS_SINKS=sinks_N is not None,
         UPCAST=q_TNH.device.type != "cuda",
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

@@ -135,6 +135,12 @@ def load_index(ptr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def load_sinks(at, mask):
+    """The sinks of heads, as exponents of 2; 0 where `mask` is false."""
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
 def wait_for_earlier_kernels(PDL: tl.constexpr, EARLY: tl.constexpr = False):
     """Waits until the results of earlier kernels are visible.
 
@@ -158,12 +164,32 @@ def wait_for_earlier_kernels(PDL: tl.constexpr, EARLY: tl.constexpr = False):
 
 
 @triton.jit
-def finish(y, up, dtype: tl.constexpr, SILU_MUL: tl.constexpr):
-    """A product's result in its dtype: y, or silu(y) · up. Rounds where the reference rounds."""
-    if SILU_MUL:
+def finish(y, up, dtype: tl.constexpr, SILU_MUL: tl.constexpr, ALPHA: tl.constexpr = 0.0,
+           LIMIT: tl.constexpr = 0.0):  # fmt: skip
+    """A product's result in its dtype: y, or silu(y) · up. Rounds where the reference rounds.
+
+    With a LIMIT it is `reference.norm_act.clamped_swiglu` in place of SiLU.
+    """
+    if LIMIT > 0:
+        y = tl.minimum(y.to(dtype).to(tl.float32), LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up.to(dtype).to(tl.float32), -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        y = (up + 1.0) * y / (1.0 + tl.exp(-ALPHA * y))
+    elif SILU_MUL:
         y = y.to(dtype).to(tl.float32)
         y = (y / (1.0 + tl.exp(-y))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
     return y.to(dtype)
+
+
+class Clamp(NamedTuple):
+    """What `reference.clamped` adds to the products of experts: biases, and an activation."""
+
+    gate_up_bias_EG: Tensor
+    down_bias_ED: Tensor
+    alpha: float
+    limit: float
+
+
+NO_CLAMP = Clamp(None, None, 0.0, 0.0)  # type: ignore[arg-type]
 
 
 class Places(NamedTuple):

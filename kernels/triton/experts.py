@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.triton import grouped_gemm, moe_gemv, moe_sort, offload
-from nanovllm.kernels.triton.common import Places
+from nanovllm.kernels.triton.common import NO_CLAMP, Clamp, Places
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Pairs are sorted where more than a quarter as many pairs as experts make sharing likely.
@@ -24,11 +24,11 @@ def experts(
     local_X: Tensor | None = None,
 ) -> Tensor:
     """See `reference.experts.experts`."""
-    if not _takes(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF):
+    if not takes(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF):
         return reference.experts.experts(
             x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X
         )
-    return _run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X=local_X)
+    return run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X=local_X)
 
 
 def offloaded_experts(
@@ -48,16 +48,17 @@ def offloaded_experts(
     offload.wait_for_copies(others_gate_up)
     places = Places(num_experts, first_1, slot_I, others_gate_up, others_down)
     slots = (slots_gate_up_SGD, slots_down_SDF)
-    if not _takes(x_TD, weight_TK, expert_TK, *slots):
+    if not takes(x_TD, weight_TK, expert_TK, *slots):
         return reference.offload.offloaded_experts(
             x_TD, weight_TK, expert_TK, num_experts, *places[1:3], *slots, *places[3:], residual_TD
         )
-    return _run(x_TD, weight_TK, expert_TK, *slots, residual_TD, places)
+    return run(x_TD, weight_TK, expert_TK, *slots, residual_TD, places)
 
 
-def _takes(
+def takes(
     x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> bool:
+    """True if kernels take these."""
     tensors = (weight_TK, expert_TK, gate_up_EGD, down_EDF)
     return (
         x_TD.dtype in DTYPES
@@ -67,7 +68,7 @@ def _takes(
     )
 
 
-def _run(
+def run(
     x_TD: Tensor,
     weight_TK: Tensor,
     expert_TK: Tensor,
@@ -76,17 +77,20 @@ def _run(
     residual_TD: Tensor | None,
     places: Places | None = None,
     local_X: Tensor | None = None,
+    clamp: Clamp = NO_CLAMP,
 ) -> Tensor:
+    """The launches for these sizes; with `clamp` those of `reference.clamped.clamped_experts`."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     residual_TD = None if residual_TD is None else residual_TD.contiguous()
     num_experts = gate_up_EGD.shape[0] if places is None else places.num_experts
     # the share of pairs that stay here is that of experts, if tokens are spread evenly
     num_experts = num_experts if local_X is None else len(local_X)
     is_few = x_TD.shape[0] == 1 or expert_TK.numel() <= PAIRS_PER_EXPERT * num_experts
-    run = moe_gemv.moe_gemv if is_few else grouped_gemm.grouped_experts
-    return run(
-        x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X, places=places
-    )
+    launch = moe_gemv.moe_gemv if is_few else grouped_gemm.grouped_experts
+    return launch(
+        x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X, places=places,
+        clamp=clamp,
+    )  # fmt: skip
 
 
 def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.triton.common import (
+    NO_CLAMP,
+    Clamp,
     Places,
     dot,
     expert_at,
@@ -88,6 +90,7 @@ def grouped_gemm_kernel(
     pair_ptr,  # [P]
     start_ptr,  # [E + 1]
     scale_ptr,  # [P] fp32, read if HAS_SCALE
+    bias_ptr,  # [E, weight rows], None unless HAS_BIAS
     out_ptr,  # [P, NUM_OUTS], written
     x_stride,
     NUM_EXPERTS: tl.constexpr,
@@ -104,6 +107,9 @@ def grouped_gemm_kernel(
     GATED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     OFFLOADED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -137,10 +143,13 @@ def grouped_gemm_kernel(
         x_TC = _load(x_at, chunk, d_C, real_T, DEPTH, COLUMNS, False)
         w_OC = _load(w_at, chunk, d_C, line_O >= 0, DEPTH, COLUMNS, True)
         acc_OT = dot(w_OC, tl.trans(x_TC), acc_OT, UPCAST)
+    if HAS_BIAS:
+        bias_at = bias_ptr + expert * ((2 if GATED else 1) * NUM_OUTS) + line_O
+        acc_OT += tl.load(bias_at).to(tl.float32)[:, None]
     if GATED:
         pairs = tl.permute(tl.reshape(acc_OT, (LINES // 16, 2, 8, ROWS)), (0, 2, 3, 1))
         gate, up = tl.split(pairs)
-        y_OT = tl.reshape(finish(gate, up, dtype, True), (OUTS, ROWS))
+        y_OT = tl.reshape(finish(gate, up, dtype, True, ALPHA, LIMIT), (OUTS, ROWS))
     else:
         if HAS_SCALE:
             acc_OT *= tl.load(scale_ptr + pair_T, mask=real_T, other=0.0)[None, :]
@@ -192,12 +201,16 @@ def grouped_gemm(
     gated: bool = False,
     tile: GroupedTile | None = None,
     places: Places | None = None,
+    bias_EO: Tensor | None = None,
+    alpha: float = 0.0,
+    limit: float = 0.0,
 ) -> Tensor:
     """x · weightᵀ for the rows of every expert: [P, outputs]; silu(gate) · up if `gated`.
 
     `x_by` and `out_by` select the row of x and of the result for a sorted pair: by its token, its
     pair, or its place. `scale_TK` multiplies the rows of pairs. `tile` overrides
-    the measured one. With `places` the weights are those of slots.
+    the measured one. With `places` the weights are those of slots. With a `limit` the activation is
+    `reference.norm_act.clamped_swiglu`.
     """
     num_experts, num_lines, depth = weight_EOD.shape
     others, tables = weight_EOD, (groups.start_E1, groups.start_E1)
@@ -226,6 +239,9 @@ def grouped_gemm(
         "GATED": gated,
         "HAS_SCALE": scale_TK is not None,
         "OFFLOADED": places is not None,
+        "HAS_BIAS": bias_EO is not None,
+        "ALPHA": alpha,
+        "LIMIT": limit,
         "UPCAST": device.type != "cuda",
     }
     grid = (triton.cdiv(num_outs, tile.lines // 2 if gated else tile.lines), num_tiles)
@@ -237,6 +253,7 @@ def grouped_gemm(
         groups.pair_P,
         groups.start_E1,
         x if scale_TK is None else scale_TK,
+        bias_EO,
         out_PO,
         x.stride(0),
         **constants,
@@ -256,21 +273,24 @@ def grouped_experts(
     local_X: Tensor | None = None,
     tiles: tuple[GroupedTile | None, GroupedTile | None] = (None, None),
     places: Places | None = None,
+    clamp: Clamp = NO_CLAMP,
 ) -> Tensor:
     """`reference.experts.experts`; all tensors are contiguous but x, whose last stride is 1.
 
     The weighted output of each expert is rounded to x's dtype before the sum. `tiles` overrides the
-    tiles of the two products, for measurements. With `places` the weights are those of slots.
+    tiles of the two products, for measurements. With `places` the weights are those of slots. With
+    `clamp` it is `reference.clamped.clamped_experts`.
     """
+    gate_up_bias_EG, down_bias_ED, alpha, limit = clamp
     top_k = expert_TK.shape[1]
     num_experts = gate_up_EGD.shape[0] if places is None else places.num_experts
     groups = sort_pairs(expert_TK, num_experts, local_X)
     inner_PF = grouped_gemm(
         x_TD, gate_up_EGD, groups, top_k, x_by=BY_TOKEN.value, out_by=BY_PLACE.value, gated=True,
-        tile=tiles[0], places=places,
+        tile=tiles[0], places=places, bias_EO=gate_up_bias_EG, alpha=alpha, limit=limit,
     )  # fmt: skip
     y_PD = grouped_gemm(
         inner_PF, down_EDF, groups, top_k, weight_TK, x_by=BY_PLACE.value, out_by=BY_PAIR.value,
-        tile=tiles[1], places=places,
+        tile=tiles[1], places=places, bias_EO=down_bias_ED,
     )  # fmt: skip
     return combine(y_PD, expert_TK, residual_TD, local_X)

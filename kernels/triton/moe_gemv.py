@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common import Places, expert_at, finish, launch_options, local_expert
+from nanovllm.kernels.triton.common import (
+    NO_CLAMP,
+    Clamp,
+    Places,
+    expert_at,
+    finish,
+    launch_options,
+    local_expert,
+)
 
 # Loops of up to so many steps, with a fixed number of them, are unrolled by the compiler.
 UNROLLED = tl.constexpr(8)
@@ -84,6 +92,7 @@ def moe_gemv_gate_up_kernel(
     others_ptr,  # the next three are read if OFFLOADED: see `common.Places`
     first_ptr,
     slot_ptr,
+    bias_ptr,  # [E, 2 · NUM_OUTS], None unless HAS_BIAS
     out_ptr,  # [P, NUM_OUTS], written
     x_stride,
     TOP_K: tl.constexpr,
@@ -95,6 +104,9 @@ def moe_gemv_gate_up_kernel(
     AHEAD: tl.constexpr,
     OFFLOADED: tl.constexpr,
     EXPERT_PARALLEL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -136,8 +148,29 @@ def moe_gemv_gate_up_kernel(
                 acc_AWC, up_AWC, w_at, up_at, x_at, 1.0, first, DEPTH, DEPTH, COLUMNS, AHEAD, EXACT,
                 False, True,
             )  # fmt: skip
-    y_AW = finish(tl.sum(acc_AWC, 2), tl.sum(up_AWC, 2), dtype, True)
+    gate_AW, up_AW = tl.sum(acc_AWC, 2), tl.sum(up_AWC, 2)
+    if HAS_BIAS:
+        bias_at = bias_ptr + expert * (2 * NUM_OUTS) + row_AW
+        gate_AW += tl.load(bias_at).to(tl.float32)
+        up_AW += tl.load(bias_at + NUM_OUTS).to(tl.float32)
+    y_AW = finish(gate_AW, up_AW, dtype, True, ALPHA, LIMIT)
     tl.store(out_ptr + pair * NUM_OUTS + o_AW, y_AW, mask=o_AW < NUM_OUTS)
+
+
+@triton.jit
+def _add_bias(bias_AW, bias_ptr, at_AW, is_here_AW, scale, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        one_AW = tl.load(bias_ptr + at_AW, mask=is_here_AW, other=0.0)
+        bias_AW += scale * one_AW.to(tl.float32)
+    return bias_AW
+
+
+@triton.jit
+def _sums(acc_AWC, bias_AW, HAS_BIAS: tl.constexpr):
+    y_AW = tl.sum(acc_AWC, 2)
+    if HAS_BIAS:
+        y_AW += bias_AW
+    return y_AW
 
 
 @triton.jit
@@ -151,6 +184,7 @@ def moe_gemv_down_kernel(
     first_ptr,
     slot_ptr,
     residual_ptr,  # [T, NUM_OUTS], read if HAS_RESIDUAL
+    bias_ptr,  # [E, NUM_OUTS], None unless HAS_BIAS
     out_ptr,  # [T, NUM_OUTS], written
     TOP_K: tl.constexpr,
     NUM_OUTS: tl.constexpr,
@@ -162,6 +196,7 @@ def moe_gemv_down_kernel(
     HAS_RESIDUAL: tl.constexpr,
     OFFLOADED: tl.constexpr,
     EXPERT_PARALLEL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -185,6 +220,7 @@ def moe_gemv_down_kernel(
     if HAS_RESIDUAL:  # loaded early, so that the end of the program does not wait for it
         residual_AW = tl.load(residual_ptr + token * NUM_OUTS + row_AW)
     acc_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
+    bias_AW = tl.zeros((EACH, WARPS), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         expert = local_expert(local_ptr, tl.load(expert_ptr + pair), EXPERT_PARALLEL)
@@ -194,6 +230,14 @@ def moe_gemv_down_kernel(
             expert = tl.maximum(expert, 0)
         w_at = at_AWC + expert_at(
             weight_ptr, others_ptr, first_ptr, slot_ptr, expert, NUM_OUTS * DEPTH, OFFLOADED
+        )
+        bias_AW = _add_bias(
+            bias_AW,
+            bias_ptr,
+            expert * NUM_OUTS + row_AW,
+            (row_AW >= 0) & (end > 0),
+            scale,
+            HAS_BIAS,
         )
         x_at = x_ptr + pair * DEPTH + d_1WC
         if DEPTH <= BLOCK:
@@ -207,7 +251,7 @@ def moe_gemv_down_kernel(
                     acc_AWC, acc_AWC, w_at, w_at, x_at, scale, first, end, DEPTH, COLUMNS, AHEAD,
                     EXACT, MASKED, False,
                 )  # fmt: skip
-    y_AW = tl.sum(acc_AWC, 2).to(dtype)
+    y_AW = _sums(acc_AWC, bias_AW, HAS_BIAS).to(dtype)
     if HAS_RESIDUAL:
         y_AW = (y_AW.to(tl.float32) + residual_AW.to(tl.float32)).to(dtype)
     tl.store(out_ptr + token * NUM_OUTS + o_AW, y_AW, mask=o_AW < NUM_OUTS)
@@ -234,11 +278,12 @@ def moe_gemv(
     local_X: Tensor | None = None,
     tiles: tuple[GemvTile, GemvTile] | None = None,
     places: Places | None = None,
+    clamp: Clamp = NO_CLAMP,
 ) -> Tensor:
     """`reference.experts.experts`; all tensors are contiguous but x, whose last stride is 1.
 
     `tiles` overrides the tiles of the two launches, for measurements. With `places` the weights are
-    those of slots.
+    those of slots. With `clamp` it is `reference.clamped.clamped_experts`.
     """
     (num_tokens, top_k), device, dtype = expert_TK.shape, x_TD.device, x_TD.dtype
     (_, depth, size), options = down_EDF.shape, launch_options(x_TD.device)
@@ -254,6 +299,7 @@ def moe_gemv(
         gate_up_EGD,
         gate_up_EGD if places is None else places.others_gate_up,
         *tables,
+        clamp.gate_up_bias_EG,
         inner_PF,
         x_TD.stride(0),
         TOP_K=top_k,
@@ -265,6 +311,9 @@ def moe_gemv(
         AHEAD=first.ahead,
         OFFLOADED=places is not None,
         EXPERT_PARALLEL=local_X is not None,
+        HAS_BIAS=clamp.gate_up_bias_EG is not None,
+        ALPHA=clamp.alpha,
+        LIMIT=clamp.limit,
         num_warps=first.num_warps,
         **options,
     )
@@ -277,6 +326,7 @@ def moe_gemv(
         down_EDF if places is None else places.others_down,
         *tables,
         x_TD if residual_TD is None else residual_TD,
+        clamp.down_bias_ED,
         out_TD,
         TOP_K=top_k,
         NUM_OUTS=depth,
@@ -288,6 +338,7 @@ def moe_gemv(
         HAS_RESIDUAL=residual_TD is not None,
         OFFLOADED=places is not None,
         EXPERT_PARALLEL=local_X is not None,
+        HAS_BIAS=clamp.down_bias_ED is not None,
         num_warps=second.num_warps,
         **options,
     )

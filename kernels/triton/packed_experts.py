@@ -20,6 +20,8 @@ from nanovllm.kernels import reference
 from nanovllm.kernels.cuda import packed_linear as cuda_packed
 from nanovllm.kernels.triton import packed_codes
 from nanovllm.kernels.triton.common import (
+    NO_CLAMP,
+    Clamp,
     has_matrix_units,
     launch_options,
     shared_memory_bytes,
@@ -45,6 +47,7 @@ def packed_grouped_kernel(
     pair_ptr,  # [P]
     start_ptr,  # [E + 1]
     factor_ptr,  # [P] fp32, read if HAS_FACTOR
+    bias_ptr,  # [E, O], None unless HAS_BIAS
     out_ptr,  # [P, NUM_OUTS], written
     x_stride,
     NUM_EXPERTS: tl.constexpr,
@@ -67,6 +70,9 @@ def packed_grouped_kernel(
     OUT_BY: tl.constexpr,
     SILU_MUL: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -97,9 +103,11 @@ def packed_grouped_kernel(
         0, dtype, DEPTH // (COLUMNS * EACH), DEPTH, BITS, FORM, GROUP, GROUP_ROWS, NUM_GROUPS,
         HAS_OFFSET, COLUMNS, EACH, STAGES, NUM_OUTS if SILU_MUL else 0, LINES, False, UPCAST,
     )  # fmt: skip
+    if HAS_BIAS:
+        acc_LT += tl.load(bias_ptr + expert * NUM_LINES + line_L).to(tl.float32)[:, None]
     if HAS_FACTOR:
         acc_LT *= tl.load(factor_ptr + pair_T, mask=real_T, other=0.0)[None, :]
-    y_TO = tl.trans(results_of(acc_LT, dtype, SILU_MUL))
+    y_TO = tl.trans(results_of(acc_LT, dtype, SILU_MUL, ALPHA, LIMIT))
     o_O = first + tl.arange(0, OUTS)
     tl.store(
         out_ptr + out_T.to(tl.int64)[:, None] * NUM_OUTS + o_O[None, :],
@@ -139,6 +147,9 @@ def packed_grouped(
     out_by: int,
     silu_mul: bool = False,
     launch: PackedGemmTile | None = None,
+    bias_EO: Tensor | None = None,
+    alpha: float = 0.0,
+    limit: float = 0.0,
 ) -> Tensor:
     """x · weightᵀ for the rows of every expert: see `grouped_gemm.grouped_gemm`."""
     depth, device = x_PD.shape[1], x_PD.device
@@ -157,12 +168,16 @@ def packed_grouped(
         groups.pair_P,
         groups.start_E1,
         x_PD if factor_TK is None else factor_TK,
+        bias_EO,
         out_PO,
         x_PD.stride(0),
         **grouped_constants(num_outs, depth, codes, silu_mul, tile, top_k),
         X_BY=x_by,
         OUT_BY=out_by,
         HAS_FACTOR=factor_TK is not None,
+        HAS_BIAS=bias_EO is not None,
+        ALPHA=alpha,
+        LIMIT=limit,
         UPCAST=device.type != "cuda",
         num_warps=tile.num_warps,
         **launch_options(device),
@@ -234,7 +249,7 @@ def fp8_expert_linear(
     )
 
 
-def _experts(
+def run_experts(
     x_TD: Tensor,
     weight_TK: Tensor,
     expert_TK: Tensor,
@@ -242,8 +257,11 @@ def _experts(
     down: Codes,
     residual_TD: Tensor | None,
     local_X: Tensor | None,
+    clamp: Clamp = NO_CLAMP,
 ) -> Tensor | None:
-    """`reference.experts.experts`, or None if the kernels cannot take these."""
+    """`reference.experts.experts`, or `reference.clamped.packed_clamped_experts`, or None if the
+    kernels cannot take these."""
+    gate_up_bias_EG, down_bias_ED, alpha, limit = clamp
     size = gate_up.num_rows // 2
     tensors = [one for one in (weight_TK, expert_TK, local_X) if one is not None]
     if (
@@ -258,7 +276,8 @@ def _experts(
     (num_tokens, top_k), num_here = expert_TK.shape, gate_up.code.shape[0]
     num_experts = num_here if local_X is None else len(local_X)
     if few_pairs(num_tokens, top_k, num_experts) or not has_units(x_TD.device):
-        if local_X is None and all(cuda_packed.takes(x_TD, one) for one in (gate_up, down)):
+        is_plain = local_X is None and clamp is NO_CLAMP
+        if is_plain and all(cuda_packed.takes(x_TD, one) for one in (gate_up, down)):
             inner_PF = cuda_packed.packed_pairs(
                 x_TD, gate_up, expert_TK, x_shared_by=top_k, silu_mul=True
             )
@@ -266,11 +285,20 @@ def _experts(
                 inner_PF, down, expert_TK, factor_TK=weight_TK, residual_TO=residual_TD
             )
         inner_PF = packed_gemv(
-            x_TD, gate_up, silu_mul=True, expert_TK=expert_TK, local_X=local_X, x_shared_by=top_k
+            x_TD,
+            gate_up,
+            bias_O=gate_up_bias_EG,
+            expert_TK=expert_TK,
+            local_X=local_X,
+            x_shared_by=top_k,
+            silu_mul=True,
+            alpha=alpha,
+            limit=limit,
         )
         return packed_gemv(
             inner_PF,
             down,
+            bias_O=down_bias_ED,
             residual_TO=residual_TD,
             expert_TK=expert_TK,
             local_X=local_X,
@@ -280,9 +308,13 @@ def _experts(
     groups = sort_pairs(expert_TK, num_here, local_X)
     by_token, by_pair, by_place = BY_TOKEN.value, BY_PAIR.value, BY_PLACE.value
     inner_PF = packed_grouped(
-        x_TD, gate_up, groups, top_k, x_by=by_token, out_by=by_place, silu_mul=True
-    )
-    y_PD = packed_grouped(inner_PF, down, groups, top_k, weight_TK, x_by=by_place, out_by=by_pair)
+        x_TD, gate_up, groups, top_k, x_by=by_token, out_by=by_place, bias_EO=gate_up_bias_EG,
+        silu_mul=True, alpha=alpha, limit=limit,
+    )  # fmt: skip
+    y_PD = packed_grouped(
+        inner_PF, down, groups, top_k, weight_TK, x_by=by_place, out_by=by_pair,
+        bias_EO=down_bias_ED,
+    )  # fmt: skip
     return combine(y_PD, expert_TK, residual_TD, local_X)
 
 
@@ -311,7 +343,7 @@ def packed_experts(
         down_code_EDC, down_scale_EDG, down_offset_EDG, down_table, down_bits, down_group
     )  # fmt: skip
     codes = packed_codes.of_packed(*gate_up), packed_codes.of_packed(*down)
-    found = _experts(x_TD, weight_TK, expert_TK, *codes, residual_TD, local_X)
+    found = run_experts(x_TD, weight_TK, expert_TK, *codes, residual_TD, local_X)
     if found is not None:
         return found
     return reference.packed.packed_experts(
@@ -338,7 +370,7 @@ def fp8_experts(
     gate_up = (gate_up_EGD, scale_ERG, block_rows, block_columns)
     down = (down_EDF, down_scale_ERG, down_block_rows, down_block_columns)
     codes = packed_codes.of_fp8(*gate_up), packed_codes.of_fp8(*down)
-    found = _experts(x_TD, weight_TK, expert_TK, *codes, residual_TD, local_X)
+    found = run_experts(x_TD, weight_TK, expert_TK, *codes, residual_TD, local_X)
     if found is not None:
         return found
     return reference.packed.fp8_experts(

@@ -283,14 +283,15 @@ def lines_of(first, NUM_OUTS: tl.constexpr, LINES: tl.constexpr, SILU_MUL: tl.co
 
 
 @triton.jit
-def results_of(acc_LT, dtype: tl.constexpr, SILU_MUL: tl.constexpr):
-    """A tile's results in `dtype`: the sums, or silu(gate) · up."""
+def results_of(acc_LT, dtype: tl.constexpr, SILU_MUL: tl.constexpr, ALPHA: tl.constexpr = 0.0,
+               LIMIT: tl.constexpr = 0.0):  # fmt: skip
+    """A tile's results in `dtype`: the sums, or an activation of them (see `finish`)."""
     if SILU_MUL:
         LINES: tl.constexpr = acc_LT.shape[0]
         ROWS: tl.constexpr = acc_LT.shape[1]
         pairs = tl.permute(tl.reshape(acc_LT, (LINES // 16, 2, 8, ROWS)), (0, 2, 3, 1))
         gate, up = tl.split(pairs)
-        return tl.reshape(finish(gate, up, dtype, True), (LINES // 2, ROWS))
+        return tl.reshape(finish(gate, up, dtype, True, ALPHA, LIMIT), (LINES // 2, ROWS))
     else:
         return acc_LT.to(dtype)
 

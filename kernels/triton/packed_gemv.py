@@ -112,7 +112,7 @@ def packed_gemv_kernel(  # noqa: C901
     expert_ptr,  # [P], read if HAS_EXPERTS
     local_ptr,  # [X], read if EXPERT_PARALLEL
     factor_ptr,  # [P] fp32, read if HAS_FACTOR: multiplies the products of pairs
-    bias_ptr,  # [O], read if HAS_BIAS
+    bias_ptr,  # [.., O], read if HAS_BIAS
     residual_ptr,  # [T, NUM_OUTS], read if HAS_RESIDUAL
     out_ptr,  # [rows, NUM_OUTS], written
     x_stride,  # in words
@@ -137,6 +137,8 @@ def packed_gemv_kernel(  # noqa: C901
     HAS_EXPERTS: tl.constexpr,
     EXPERT_PARALLEL: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program computes OUTS outputs of the row `program_id(1)`: the sum of PAIRS products.
@@ -233,11 +235,20 @@ def packed_gemv_kernel(  # noqa: C901
     y_A = tl.sum(acc_AB, 1) * unit(FORM)
     if HAS_NORM:
         y_A *= tl.rsqrt(tl.sum(tl.sum(tl.sum(square_1B2, 2), 1), 0) / DEPTH + eps)
-    if HAS_BIAS:
+    if HAS_BIAS and not HAS_EXPERTS:
         y_A += tl.load(bias_ptr + line_A).to(tl.float32)
+    elif HAS_BIAS:
+        for i in tl.static_range(PAIRS):
+            factor = 1.0
+            if HAS_FACTOR:
+                factor = tl.load(factor_ptr + row * PAIRS + i)
+            is_here_A = (line_A >= 0) & (expert[i] >= 0)
+            bias_at = bias_ptr + tl.maximum(expert[i], 0) * LINES + line_A
+            one_A = tl.load(bias_at, mask=is_here_A, other=0.0).to(tl.float32)
+            y_A += tl.where(is_here_A, factor * one_A, 0.0)
     if SILU_MUL:
         gate_O, up_O = tl.split(tl.trans(tl.reshape(y_A, (2, OUTS))))
-        y_O = finish(gate_O, up_O, dtype, True)
+        y_O = finish(gate_O, up_O, dtype, True, ALPHA, LIMIT)
     else:
         y_O = y_A.to(dtype)
     if HAS_RESIDUAL:
@@ -307,12 +318,16 @@ def packed_gemv(
     adds_pairs: bool = False,
     launch: PackedGemvTile | None = None,
     pdl: bool | None = None,
+    alpha: float = 0.0,
+    limit: float = 0.0,
 ) -> Tensor:
     """x · weightᵀ of each row by itself, with its neighbours; see `reference.packed`.
 
     With `expert_TK` the weights are those of experts, and the result has a row for each pair, or,
     if `adds_pairs`, the sum of each token's pairs times `factor_TK`. `x_shared_by` pairs share a
-    row of x. `launch` and `pdl` override the tile and programmatic dependent launch.
+    row of x. `bias_O` is [E, O] then, and multiplied as the products are. With a `limit` the
+    activation is `reference.norm_act.clamped_swiglu`. `launch` and `pdl` override the tile and
+    programmatic dependent launch.
     """
     num_x, depth = x_TD.shape
     num_lines, device, dtype = codes.num_rows, x_TD.device, x_TD.dtype
@@ -351,6 +366,8 @@ def packed_gemv(
         HAS_EXPERTS=expert_TK is not None,
         EXPERT_PARALLEL=local_X is not None,
         HAS_FACTOR=factor_TK is not None,
+        ALPHA=alpha,
+        LIMIT=limit,
         num_warps=tile.num_warps,
         **(launch_options(device) if pdl is not False else {"PDL": False}),
     )

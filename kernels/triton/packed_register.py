@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nanovllm.kernels import ops
+from nanovllm.kernels.triton.clamped import packed_clamped_experts
 from nanovllm.kernels.triton.packed_experts import (
     fp8_expert_linear,
     fp8_experts,
@@ -22,6 +23,7 @@ from nanovllm.kernels.triton.packed_linear import (
 KERNELS: dict[str, Callable[..., Any]] = {
     "packed_linear": packed_linear,
     "packed_expert_linear": packed_expert_linear,
+    "packed_clamped_experts": packed_clamped_experts,
     "packed_experts": packed_experts,
     "fused_packed_linear": fused_packed_linear,
     "fp8_linear": fp8_linear,

@@ -22,6 +22,7 @@ from nanovllm.kernels.triton.all_reduce import (
 from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton.attention_prefill_hopper import paged_attention_prefill_hopper, suits
+from nanovllm.kernels.triton.clamped import clamped_experts
 from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_experts
 from nanovllm.kernels.triton.latent_decode import latent_attention_decode
 from nanovllm.kernels.triton.latent_inputs import head_linear, latent_inputs
@@ -52,6 +53,7 @@ def paged_attention(
     window: int,
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """`reference.attention.paged_attention`; decode (max_q_len 1) and prefill are different
     kernels, and long prefills on Hopper have one of their own."""
@@ -67,8 +69,9 @@ def paged_attention(
             None,
             k_scale_K,
             v_scale_K,
+            sinks_N,
         )
-    if suits(q_TNH, k_cache_CBKH, v_cache_CBKH, max_q_len, window):
+    if sinks_N is None and suits(q_TNH, k_cache_CBKH, v_cache_CBKH, max_q_len, window):
         return paged_attention_prefill_hopper(
             q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, scale
         )
@@ -85,6 +88,7 @@ def paged_attention(
         None,
         k_scale_K,
         v_scale_K,
+        sinks_N,
     )
 
 
@@ -144,6 +148,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "topk_grouped": topk_grouped,
     "topk_softmax": topk_softmax,
     "norm_router_topk": norm_router_topk,
+    "clamped_experts": clamped_experts,
     "experts": experts,
     "expert_linear": expert_linear,
     "fetch_experts": fetch_experts,

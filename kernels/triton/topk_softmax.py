@@ -123,6 +123,7 @@ def norm_router_topk_kernel(
     weight_ptr,  # [K] fp32, written
     expert_ptr,  # [K] int32, written
     arrived_ptr,  # int32: zero before and after each launch
+    bias_ptr,  # [E], None unless HAS_BIAS
     eps,
     NUM_EXPERTS: tl.constexpr,
     EXPERTS_P: tl.constexpr,
@@ -131,6 +132,7 @@ def norm_router_topk_kernel(
     WARPS: tl.constexpr,
     TOP_K: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Each warp scores one expert; the program that arrives last chooses among all of them."""
@@ -167,7 +169,10 @@ def norm_router_topk_kernel(
         is_mine = chunk % tl.num_programs(0) == tl.program_id(0)
         at_WC = chunk * COLUMNS + d_WC
         tl.store(normed_ptr + at_WC, y_WC, mask=is_mine & (at_WC < DEPTH))
-    logits_W = tl.sum(acc_WC, 1).to(dtype).to(tl.float32)
+    logits_W = tl.sum(acc_WC, 1)
+    if HAS_BIAS:
+        logits_W += tl.load(bias_ptr + expert_W, mask=is_expert_W, other=0.0).to(tl.float32)
+    logits_W = logits_W.to(dtype).to(tl.float32)
     tl.store(logits_ptr + expert_W, logits_W, mask=is_expert_W)
     # all threads store before the one thread's release; its acquire comes before all loads
     tl.debug_barrier()
@@ -193,7 +198,13 @@ def takes(x_TD: Tensor, router_ED: Tensor) -> bool:
 
 
 def norm_router_topk(
-    x_TD: Tensor, norm_D: Tensor, router_ED: Tensor, eps: float, top_k: int, normalize: bool
+    x_TD: Tensor,
+    norm_D: Tensor,
+    router_ED: Tensor,
+    eps: float,
+    top_k: int,
+    normalize: bool,
+    bias_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.experts.norm_router_topk` for inputs that `takes` accepts. The logits are
     rounded as there.
@@ -207,7 +218,9 @@ def norm_router_topk(
         or x_TD.stride(1) != 1
         or not router_ED.is_contiguous()
     ):
-        return reference.experts.norm_router_topk(x_TD, norm_D, router_ED, eps, top_k, normalize)
+        return reference.experts.norm_router_topk(
+            x_TD, norm_D, router_ED, eps, top_k, normalize, bias_E
+        )
     normed_TD = torch.empty_like(x_TD)
     logits_E = torch.empty(num_experts, dtype=torch.float32, device=device)
     weight_TK = torch.empty((1, top_k), dtype=torch.float32, device=device)
@@ -222,6 +235,7 @@ def norm_router_topk(
         weight_TK,
         expert_TK,
         arrival_counters(device, 1),
+        bias_E,
         eps,
         NUM_EXPERTS=num_experts,
         EXPERTS_P=triton.next_power_of_2(num_experts),
@@ -230,6 +244,7 @@ def norm_router_topk(
         WARPS=num_warps,
         TOP_K=top_k,
         NORMALIZE=normalize,
+        HAS_BIAS=bias_E is not None,
         num_warps=num_warps,
         **launch_options(device),
     )

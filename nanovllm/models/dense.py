@@ -161,6 +161,7 @@ def attend(
     cos_sin_MH: Tensor,
     batch: Batch,
     qkv: tuple[Tensor, Tensor, Tensor],
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys, store keys and values, and attend: [T, Q]. `qkv` is of `heads`."""
     q_TNH, k_TKH, v_TKH = qkv
@@ -169,7 +170,7 @@ def attend(
     ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T, kv.k_scale_K, kv.v_scale_K)
     o_TNH = ops.ATTENTION[call.attention](
         q_TNH, kv.k_CBKH, kv.v_CBKH, batch.block_table_RP, batch.seq_len_R, batch.q_start_S,
-        call.max_q_len, cfg.head_dim**-0.5, call.kind.window, kv.k_scale_K, kv.v_scale_K,
+        call.max_q_len, cfg.head_dim**-0.5, call.kind.window, kv.k_scale_K, kv.v_scale_K, sinks_N,
     )  # fmt: skip
     return o_TNH.flatten(1)
 

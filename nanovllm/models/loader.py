@@ -163,8 +163,10 @@ class WeightReader:
 
     def _is_transposed(self, param: Param, sources: tuple[str, ...]) -> bool:
         """Whether the one tensor of all sources is transposed. Raises CheckpointError."""
-        if not param.may_be_transposed or sources == param.sources:
+        if sources == param.sources:
             return False
+        if not param.may_be_transposed:
+            return param.is_interleaved
         return self._orientations.is_transposed(self._checkpoint, sources[0], param)
 
     def _sources(self, param: Param, tensor_of: Callable[[str], str] = str) -> tuple[str, ...]:

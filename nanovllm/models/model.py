@@ -124,6 +124,7 @@ class LayerKind:
     name: str  # in the names of programs
     keeps: LayerState
     sparse: bool = False
+    has_sinks: bool = False  # of attention, see `reference.attention.paged_attention`
 
     @property
     def window(self) -> int:
@@ -354,7 +355,7 @@ class Model:
     @property
     def expert_bytes(self) -> int:
         """The part of `weight_bytes` that experts take."""
-        return sum(self._num_bytes(param) for param in self._read_params if param.kind == "experts")
+        return sum(self._num_bytes(param) for param in self._read_params if param.is_of_experts)
 
     @property
     def expert_formats(self) -> set[Format]:
@@ -376,7 +377,7 @@ class Model:
     def num_weights(self, *, of_experts: bool = False) -> int:
         """The numbers that a step can read, whatever their format; with `of_experts` those of
         experts."""
-        params = (p for p in self._read_params if p.kind == "experts" or not of_experts)
+        params = (param for param in self._read_params if param.is_of_experts or not of_experts)
         return sum(math.prod(param.local(self.config.num_ranks).shape) for param in params)
 
     @property

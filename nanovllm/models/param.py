@@ -71,7 +71,8 @@ class Param(NamedTuple):
     batched: a checkpoint may store it in the format of a linear layer. "places" is where a rank's
     experts are in its stack (`Shard.places`), which no checkpoint has. `parts` are the row counts
     of the sources. A checkpoint may have one tensor of `shape` with the name `other_name` instead.
-    If it `may_be_transposed`, its last two axes may be exchanged there.
+    If it `may_be_transposed`, its last two axes may be exchanged there. If it `is_interleaved`,
+    they are, and the rows of a matrix's sources take turns.
 
     `shard_axis` is the axis of the sources that tensor parallelism splits, each source by itself;
     None for a parameter that every rank has (`shards`). `units` are the numbers of heads in the
@@ -106,6 +107,7 @@ class Param(NamedTuple):
     is_first_only: bool = False
     is_expert_parallel: bool = False
     may_be_transposed: bool = False
+    is_interleaved: bool = False
     adapt: Adapt | None = None
     source_shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
@@ -126,6 +128,11 @@ class Param(NamedTuple):
     ) -> Param:
         """Several tensors with the same shape `rest` beyond axis 0, split along axis 0."""
         return cls(kind, (sum(parts), *rest), sources, parts, 0)
+
+    @property
+    def is_of_experts(self) -> bool:
+        """True for the matrices of a layer's experts, and for their biases [E, O]."""
+        return self.kind == "experts" or (self.kind == "bias" and len(self.shape) > 1)
 
     @property
     def num_matrices(self) -> int:

@@ -64,4 +64,7 @@ def read(checkpoint: Checkpoint, shard: Shard, param: Param, out_EOD: Tensor) ->
             sources=param.sources[: count * per_expert],
             parts=param.parts[: count * per_expert],
         )
-        out_EOD[first : first + count] = taken(part, some, staged_EDO.mT)
+        whole_EOD = staged_EDO.mT
+        if param.is_interleaved:
+            whole_EOD = whole_EOD.unflatten(1, (-1, per_expert)).transpose(1, 2).flatten(1, 2)
+        out_EOD[first : first + count] = taken(part, some, whole_EOD)

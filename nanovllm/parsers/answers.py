@@ -36,9 +36,11 @@ class AnswerParser:
         inside_reasoning: `ReasoningParser.begins_in` of the prompt.
         """
         stages = [TextParser(self._until_end)] if self.end_texts else []
+        with_calls = False
         if self.reasoning is not None:
-            stages.append(self.reasoning.stream(inside_reasoning))
-        if self.tools is not None:
+            with_calls = self.tools is not None and self.reasoning.tools == self.tools.name
+            stages.append(self.reasoning.stream(inside_reasoning, with_calls))
+        if self.tools is not None and not with_calls:
             stages.append(self.tools.stream())
         return AnswerStream(stages)
 

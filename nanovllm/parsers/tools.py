@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanovllm.parsers import formats, xml_calls
+from nanovllm.parsers import formats, harmony, xml_calls
 from nanovllm.parsers.argument_types import ArgumentTypes
 from nanovllm.parsers.parts import Parsed, Sink, joined
 from nanovllm.parsers.reader import AnswerReader, TextParser, Wait
@@ -59,6 +59,7 @@ PARSERS = {
         ToolParser("mistral", True, _json(formats.mistral)),
         ToolParser("deepseek", True, _json(formats.deepseek)),
         ToolParser("granite", True, _json(formats.granite)),
+        ToolParser("openai", True, _json(harmony.read_calls)),
         ToolParser("qwen3_coder", False, xml_calls.qwen3_coder),
         ToolParser("glm45", False, xml_calls.glm45),
         ToolParser(REQUIRED, False, _json(formats.json_list)),
@@ -71,6 +72,7 @@ MARKS = {
     xml_calls.PARAMETER: "qwen3_coder",
     xml_calls.FUNCTION: None,  # Functionary
     xml_calls.ARG_KEY: "glm45",
+    harmony.CHANNEL + "commentary": "openai",
     formats.GRANITE_CALL + " followed by": "granite",
     formats.CALL_BEGIN: "deepseek",
     formats.TOOL_CALLS: "mistral",

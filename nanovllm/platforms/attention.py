@@ -33,6 +33,7 @@ class AttentionNeeds(NamedTuple):
     block_size: tokens per cache block; None means the backend's default.
     cache_dtype: that of keys and values; None means the model's.
     has_latents: True if the cache holds latents, which our own kernels alone read.
+    has_sinks: whether a layer has them.
     """
 
     dtype: torch.dtype
@@ -41,6 +42,7 @@ class AttentionNeeds(NamedTuple):
     windows: Sequence[int]
     cache_dtype: torch.dtype | None = None
     has_latents: bool = False
+    has_sinks: bool = False
 
 
 class Attention(NamedTuple):
@@ -137,6 +139,7 @@ def _problem(flash: Flash, facts: AttentionNeeds) -> str:
         head_dim=facts.head_dim,
         block_size=facts.block_size or 0,
         windows=facts.windows,
+        has_sinks=facts.has_sinks,
     )
 
 

@@ -27,6 +27,7 @@ from nanovllm.platforms.regions import Region, SplitRegion
 
 # Ops whose reference reads the routing on the host, so that it cannot be traced.
 OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
+CLAMPED_EXPERT_OPS = ("clamped_experts", "packed_clamped_experts")  # the same
 PACKED_EXPERT_OPS = (  # the same
     "fp8_expert_linear", "fp8_experts", "ggml_expert_linear", "packed_expert_linear",
     "packed_experts",
@@ -37,12 +38,14 @@ STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
     "paged_attention", "qk_norm_rope_store", "rms_norm", "sample", "sampling_inputs", "silu_mul",
     "span_inputs", "topk_grouped", "topk_softmax", "varlen_attention", *LATENT_OPS, *OFFLOAD_OPS,
+    *CLAMPED_EXPERT_OPS,
     *PACKED_EXPERT_OPS, *COLLECTIVES,
 })  # fmt: skip
 # The passes of fuse=False: our kernels are used only for ops that no lowering can generate.
 UNFUSED_OPS = frozenset({
     "paged_attention", "varlen_attention", "store_kv", "sample", "topk_grouped", "topk_softmax",
-    "experts", "expert_linear", *LATENT_OPS, *OFFLOAD_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
+    "experts", "expert_linear", *LATENT_OPS, *OFFLOAD_OPS, *CLAMPED_EXPERT_OPS,
+    *PACKED_EXPERT_OPS, *COLLECTIVES,
 })  # fmt: skip
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
     ("replace_ops", partial(replace_ops, keep=lambda name, node: name in UNFUSED_OPS)),
@@ -71,6 +74,7 @@ class Traits:
     run_ahead: default number of steps launched before the tokens of the first are read.
     decode_rows: default decode buckets in rows, ascending.
     prefill_growth: ratio of adjacent prefill buckets above 512 tokens.
+    graphs_have_sinks: True if attention with sinks can be part of a graph.
     whole_steps: True if a step compiles as one graph with static shapes, not region by region.
     wants_lengths: True if the runner must call `announce` before every decode step.
     max_ranks: the most ranks of one engine; None means no limit.
@@ -93,6 +97,7 @@ class Traits:
     run_ahead: int = 0
     decode_rows: tuple[int, ...] = (1, 4, 16, 32)
     prefill_growth: int = 2
+    graphs_have_sinks: bool = True
     whole_steps: bool = False
     wants_lengths: bool = False
     max_ranks: int | None = 1

@@ -21,6 +21,7 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels.cpu import build as cpp_build
+from nanovllm.kernels.cpu import clamped as cpu_clamped
 from nanovllm.kernels.cpu import experts as cpu_experts
 from nanovllm.kernels.cpu import ggml as cpu_ggml
 from nanovllm.kernels.cpu import library as cpu_library
@@ -87,6 +88,7 @@ class CpuPlatform(Platform):
             cpu_step.register()
             cpu_experts.register()
             cpu_packed.register()
+            cpu_clamped.register()
             cpu_ggml.register()
             cpu_packed.configure(self.exact_inputs)
 

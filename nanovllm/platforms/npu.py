@@ -57,6 +57,7 @@ TRAITS = Traits(
     # Few and far apart: GE compiles a graph of the whole step for every bucket.
     decode_rows=(16, 32, 48, 64, 96, 128, 160, 192, 224, 256),
     prefill_growth=4,
+    graphs_have_sinks=False,
     whole_steps=True,
 )
 

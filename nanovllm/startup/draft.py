@@ -59,8 +59,15 @@ def _check(resolved: ResolvedConfig, model: Model) -> None:
         )
     windows = [kind.window for kind in model.layer_kinds]
     block_size = resolved.config.kvcache_block_size
+    has_sinks = any(kind.has_sinks for kind in model.layer_kinds)
     facts = attention.AttentionNeeds(
-        theirs.dtype, theirs.head_dim, block_size, windows, theirs.dtype, model.has_latents
+        theirs.dtype,
+        theirs.head_dim,
+        block_size,
+        windows,
+        theirs.dtype,
+        model.has_latents,
+        has_sinks,
     )
     backend = attention.choose(resolved.config.attention_backend, resolved.platform, facts)
     if backend != resolved.spec.attention:

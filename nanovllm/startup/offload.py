@@ -40,6 +40,11 @@ def choose_offload(config: EngineConfig, model: Model, platform: Platform) -> Of
             f"expert_offload is {asked!r}, but the experts beside the checkpoint are compressed, "
             "and those are not offloaded: leave it out, or set NANOVLLM_DISABLE_SVD=1"
         )
+    if any("gate_up_bias_EG" in params for params in model.declared):
+        raise ValueError(
+            f"expert_offload is {asked!r}, but the experts of {model.config.architecture} have "
+            "biases, and those are not offloaded: leave it out"
+        )
     if not all(stored_as.is_plain for stored_as in model.expert_formats):
         raise ValueError(
             f"expert_offload is {asked!r}, but the model's experts are quantized "

@@ -257,8 +257,20 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
         )
     windows = [kind.window for kind in model.layer_kinds]
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, model, platform)
+    has_sinks = any(kind.has_sinks for kind in model.layer_kinds)
+    if has_sinks and not (config.enforce_eager or platform.traits.graphs_have_sinks):
+        raise ValueError(
+            f"the attention of {cfg.architecture} has sinks, which graphs on the device "
+            f"{platform.traits.name} do not support: set enforce_eager=True"
+        )
     facts = attention.AttentionNeeds(
-        cfg.dtype, cfg.head_dim, config.kvcache_block_size, windows, cache_dtype, model.has_latents
+        cfg.dtype,
+        cfg.head_dim,
+        config.kvcache_block_size,
+        windows,
+        cache_dtype,
+        model.has_latents,
+        has_sinks,
     )
     backend = attention.choose(config.attention_backend, platform, facts)
     if backend != attention.Attention() and cache_dtype is not cfg.dtype:

@@ -59,7 +59,7 @@ def _timed(
     expert: Tensor,
 ) -> dict[str, Any]:
     def run(idx: int) -> Tensor:
-        y = packed_experts._experts(x, weight, expert, *layers[idx], None, None)
+        y = packed_experts.run_experts(x, weight, expert, *layers[idx], None, None)
         assert y is not None
         return y
 

@@ -165,7 +165,7 @@ def test_pull_downloads_the_files_that_are_read(
     (asked,) = downloads
     assert (asked["model"], asked["revision"]) == ("a/b", "v1")
     assert asked["allow_patterns"] == [*hub.CONFIG_FILES, "*.safetensors"]
-    assert asked["ignore_patterns"] == ["consolidated*"]
+    assert asked["ignore_patterns"] == ["consolidated*", "original/*"]
     assert asked["tqdm_class"](range(9)).disable, "no bar without a terminal"
 
 

@@ -84,6 +84,27 @@ def test_a_step_reads_and_multiplies_by_the_experts_that_rows_choose(
     assert seconds(model, num_rows, MULTIPLYING) == pytest.approx(flops, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_layers", "num_experts"), [("gpt-oss-20b", 24, 32), ("gpt-oss-120b", 36, 128)]
+)
+@pytest.mark.parametrize("num_rows", [1, 19])
+def test_experts_in_mxfp4_are_read_as_they_are_stored(
+    name: str, num_layers: int, num_experts: int, num_rows: int, tmp_path: Path
+) -> None:
+    """A byte has two numbers, and 32 numbers a scale of two bytes. Biases are those of experts."""
+    model, size, heads, kv = shape(tmp_path, name), 2880, 64 * 64, 8 * 64
+    qkv, out = (size + 1) * (heads + 2 * kv), (heads + 1) * size
+    others = 2 * (qkv + out + 64 + 2 * size + (size + 1) * num_experts)
+    one_expert = 3 * size * size * 18 // 32 + 2 * 3 * size
+    tables = num_layers * 2 * 16 * 4  # of levels
+    assert model.expert_bytes == num_layers * num_experts * one_expert + tables
+    distinct = num_experts * (1 - (1 - 4 / num_experts) ** num_rows)
+    cached = 2 * num_rows * num_layers * 2 * 2 * kv  # two tokens of a row, within the window
+    head = 2 * (201088 + 1) * size
+    read = head + num_layers * (others + distinct * one_expert) + cached
+    assert seconds(model, num_rows, READING) == pytest.approx(read, rel=1e-6)
+
+
 def test_a_model_whose_tokens_choose_all_experts_reads_all_weights(tmp_path: Path) -> None:
     model = shape(tmp_path, "Mixtral-8x7B", num_experts_per_tok=8, num_hidden_layers=2)
     kv_bytes = model.page_groups.token_bytes(torch.bfloat16)

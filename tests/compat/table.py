@@ -125,8 +125,10 @@ SERVE_FLAGS = {
     "--disable-log-requests": "the same as `--no-access-log`",
     "--disable-uvicorn-access-log": "the same",
     "--enable-log-requests": "the same as `--access-log`",
-    "--default-chat-template-kwargs": "", "--tool-call-parser": "`auto` is the default",
-    "--reasoning-parser": "`auto` is the default; `qwen3`, `deepseek_r1` and `glm45` are `think`",
+    "--default-chat-template-kwargs": "",
+    "--tool-call-parser": "`auto` is the default; `openai` is that of gpt-oss",
+    "--reasoning-parser": "`auto` is the default; `qwen3`, `deepseek_r1` and `glm45` are `think`; "
+    "`openai_gptoss` is that of gpt-oss",
     "--enable-auto-tool-choice": "not needed",
 }  # fmt: skip
 ENGINE_METHODS = (

@@ -125,7 +125,7 @@ def test_what_has_no_stable_description_is_refused() -> None:
     kept = PagedKV(2, 16, 16, window=9)
     bound = describe(partial(dense.layer, CFG, LayerCall("sdpa", LayerKind("window9", kept), 1)))
     assert bound[0] == "nanovllm.models.dense:layer"
-    kind = {"name": "window9", "keeps": asdict(kept), "sparse": False}
+    kind = {"name": "window9", "keeps": asdict(kept), "sparse": False, "has_sinks": False}
     assert bound[2:] == [["sdpa", kind, 1, False]]
 
 

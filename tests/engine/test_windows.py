@@ -20,7 +20,8 @@ from tests.models.harness import transformers_model
 NAMES = (
     "gemma3",
     "phi3",
-)  # three groups with windows of 17 and none; one group with a window of 17
+    "gpt-oss",
+)  # three groups with windows of 17 and none; one group with a window of 17; both kinds
 
 
 def make(name: str, folder: Path, **options: Any) -> LLM:

@@ -56,6 +56,7 @@ MODELS = {
     "head-256": Model(16, 8, 256, 64, "bf16"),
     "head-256-fp32": Model(16, 8, 256, 48, "fp32"),
 }
+GPT_OSS = Model(64, 8, 64, 64, "bf16")
 TARGETS = {
     "t4": Target("cuda", 75, 32, 64 * KB),
     "a100": Target("cuda", 80, 32, 163 * KB),
@@ -77,6 +78,7 @@ SMALL = {"decode": (1, 4096), "prefill": (16, 4096)}
 Sizes = dict[str, tuple[int, int]]
 ONE_ROW, ROWS = {"decode": SMALL["decode"]}, {"decode": LARGE["decode"]}
 FEW_TOKENS, TOKENS = {"prefill": SMALL["prefill"]}, {"prefill": LARGE["prefill"]}
+WITH_SINKS = {"decode": (256, 128), "prefill": (8192, 128)}
 # What GPUs other than WHOLE get. The largest heads and steps need the most shared memory.
 FEW_CASES: dict[str, tuple[Sizes, ...]] = {"qwen3-0.6b": (SMALL,), "head-256": (LARGE,)}
 # What WHOLE gets: every tile. That of a decode step has the most stages, thus the most shared
@@ -156,6 +158,8 @@ def attention_of_models(name: str) -> Iterator[Build]:
     for model_name, several in cases.items():
         for sizes in several:
             yield from attention(model_name, MODELS[model_name], target, sizes)
+    if name == WHOLE:
+        yield from attention("gpt-oss-20b", GPT_OSS, target, WITH_SINKS, has_sinks=True)
     if name not in FP8_TARGETS:
         return
     for model_name, several in fp8_cases(name).items():
@@ -166,7 +170,12 @@ def attention_of_models(name: str) -> Iterator[Build]:
 
 
 def attention(
-    name: str, model: Model, target: Target, sizes: Sizes, has_fp8_cache: bool = False
+    name: str,
+    model: Model,
+    target: Target,
+    sizes: Sizes,
+    has_fp8_cache: bool = False,
+    has_sinks: bool = False,
 ) -> Iterator[Build]:
     import triton
 
@@ -188,6 +197,7 @@ def attention(
             f"{cache}_STRIDE_SLOT": num_kv_heads * head_dim,
         }
         strides |= {f"{cache}_STRIDE_BLOCK": block_size * num_kv_heads * head_dim, "UPCAST": False}
+    strides |= {"HAS_SINKS": has_sinks, **({} if has_sinks else {"sinks_ptr": None})}
     is_fp8 = has_fp8_cache and element_size == 2
     head_bytes = head_p * (1 if is_fp8 else element_size)
     if "decode" in sizes:
@@ -363,7 +373,7 @@ def mixtures(name: str) -> Iterator[Build]:
 
     The tiles of groups alone depend on the GPU, so most GPUs get the other kernels in odd sizes.
     """
-    from tests.kernels.expert_builds import group_launches, other_launches
+    from tests.kernels.expert_builds import clamped_launches, group_launches, other_launches
 
     shared_bytes, all_forms = TARGETS[name].shared_bytes, name == WHOLE or name in FAR
     model, odd = ("qwen3-30b-a3b", "bf16"), ("odd", "fp32" if name == WHOLE else "bf16")
@@ -373,6 +383,7 @@ def mixtures(name: str) -> Iterator[Build]:
     ]
     if name == WHOLE:
         cases += [
+            (("gpt-oss-20b", "bf16"), clamped_launches("gpt-oss-20b", shared_bytes)),
             (model, other_launches(model[0], True)),
             (odd, group_launches(*odd, shared_bytes, False, False)),
         ]

@@ -15,7 +15,11 @@ class Mixture(NamedTuple):
     top_k: int
 
 
-MIXTURES = {"qwen3-30b-a3b": Mixture(2048, 768, 128, 8), "odd": Mixture(200, 72, 60, 4)}
+MIXTURES = {
+    "qwen3-30b-a3b": Mixture(2048, 768, 128, 8),
+    "odd": Mixture(200, 72, 60, 4),
+    "gpt-oss-20b": Mixture(2880, 2880, 32, 4),
+}
 # Types of pointers that are not those of the model's dtype.
 TYPES = {
     "scale_ptr": "*fp32", "logits_ptr": "*fp32", "arrived_ptr": "*i32", "expert_ptr": "*i32",
@@ -24,6 +28,9 @@ TYPES = {
     "owner_ptr": "*i32", "copies_ptr": "*i32", "buffer_slot_ptr": "*i32", "kv_slot_ptr": "*i64",
     "counters_ptr": "*i64", "stamp_ptr": "*i64", "clock_ptr": "*i64",
 }  # fmt: skip
+# Biases of experts, and the activation of gpt-oss.
+NOT_CLAMPED: dict[str, Any] = {"HAS_BIAS": False, "ALPHA": 0.0, "LIMIT": 0.0, "bias_ptr": None}
+CLAMPED: dict[str, Any] = {"HAS_BIAS": True, "ALPHA": 1.702, "LIMIT": 7.0}
 # In these kernels weight_ptr and out_ptr are results of the choice of experts.
 CHOICE = {"weight_ptr": "*fp32"}
 
@@ -56,6 +63,13 @@ def group_launches(
             yield _group(MIXTURES[name], 1.0, gated, True, shared_bytes, dtype)
 
 
+def clamped_launches(name: str, shared_bytes: int) -> Iterator[Launch]:
+    """Launches of experts with biases and a clamped activation."""
+    yield from _few(MIXTURES[name], " clamped")
+    for gated in (False, True):
+        yield _group(MIXTURES[name], 24.0, gated, False, shared_bytes, "bf16", clamped=True)
+
+
 def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
     from nanovllm.kernels.triton import moe_sort, topk_softmax
 
@@ -67,6 +81,7 @@ def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
         "NORMALIZE": True,
     }
     score = shape | {"DEPTH": hidden, "COLUMNS": 256, "WARPS": 4}
+    score |= {"HAS_BIAS": False, "bias_ptr": None}
     logits = {"logits_ptr": "*bf16"}
     yield (
         "route",
@@ -94,6 +109,7 @@ def _few(mixture: Mixture, where: str) -> Iterator[Launch]:
         "COLUMNS": moe_gemv.COLUMNS,
         "OFFLOADED": where == " offloaded",
         "EXPERT_PARALLEL": where == " expert_parallel",
+        **(CLAMPED if where == " clamped" else NOT_CLAMPED),
     }
     first, second = moe_gemv.gemv_tiles(hidden, size)
     for label, kernel, tile, outs, depth in (
@@ -112,7 +128,13 @@ def _few(mixture: Mixture, where: str) -> Iterator[Launch]:
 
 
 def _group(
-    mixture: Mixture, pairs_each: float, gated: bool, offloaded: bool, shared_bytes: int, dtype: str
+    mixture: Mixture,
+    pairs_each: float,
+    gated: bool,
+    offloaded: bool,
+    shared_bytes: int,
+    dtype: str,
+    clamped: bool = False,
 ) -> Launch:
     from nanovllm.kernels.triton import grouped_gemm
 
@@ -134,8 +156,9 @@ def _group(
         "HAS_SCALE": not gated,
         "OFFLOADED": offloaded,
         "UPCAST": False,
+        **(CLAMPED if clamped else NOT_CLAMPED),
     }
-    where = " offloaded" if offloaded else ""
+    where = " offloaded" if offloaded else " clamped" if clamped else ""
     label = f"group {'gate_up' if gated else 'down'} {pairs_each:g}{where}"
     return label, grouped_gemm.grouped_gemm_kernel, constants, tile.num_warps, 3, TYPES
 

@@ -165,6 +165,13 @@ CHOSEN: dict[str, dict[str, str]] = {
         "grouped_gemm_kernel": "more pairs, twice",
         "combine_kernel": "more pairs",
     },
+    "clamped_experts": {
+        "moe_gemv_gate_up_kernel": _FEW,
+        "moe_gemv_down_kernel": _FEW,
+        "sort_pairs_kernel": "more pairs",
+        "grouped_gemm_kernel": "more pairs, twice",
+        "combine_kernel": "more pairs",
+    },
     "expert_linear": {"sort_pairs_kernel": "always", "grouped_gemm_kernel": "always"},
     "fetch_experts": {"fetch_plan_kernel": "always", "copy_kernel": "always"},
     "stream_experts": {"stream_plan_kernel": "always", "copy_kernel": "always"},
@@ -206,7 +213,7 @@ for _name in ("packed_linear", "fp8_linear", "fused_packed_linear", "fused_fp8_l
     CHOSEN[_name] = _PACKED_ROWS
 for _name in ("packed_expert_linear", "fp8_expert_linear"):
     CHOSEN[_name] = _PACKED_GROUPS
-for _name in ("packed_experts", "fp8_experts"):
+for _name in ("packed_experts", "fp8_experts", "packed_clamped_experts"):
     CHOSEN[_name] = _PACKED_GROUPS | {"combine_kernel": "more pairs"}
 
 

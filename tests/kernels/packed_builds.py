@@ -27,6 +27,7 @@ KINDS = {
     "int4": Kind(4, 1, 128, True),
     "fp8": Kind(8, 128, 128),
     "nf4": Kind(4, 1, 64, has_table=True),
+    "mxfp4": Kind(4, 1, 32, has_table=True),
 }
 TYPES = {
     "table_ptr": "*fp32", "part_ptr": "*fp32", "arrived_ptr": "*i32", "expert_ptr": "*i32",
@@ -68,6 +69,8 @@ def launches(shared_bytes: int, has_matrix_units: bool, whole: bool) -> Iterator
         yield some_rows("nf4", KINDS["nf4"], *size, 16, False, shared_bytes)
         yield dequantized(*fp8)
         yield experts("fp8", KINDS["fp8"], shared_bytes)
+        yield clamped_experts("mxfp4", KINDS["mxfp4"], shared_bytes)
+        yield clamped_pair("mxfp4", KINDS["mxfp4"])
 
 
 def one_row(name: str, kind: Kind, num_outs: int, depth: int, silu: bool) -> Launch:
@@ -78,6 +81,7 @@ def one_row(name: str, kind: Kind, num_outs: int, depth: int, silu: bool) -> Lau
     constants = packed_gemv.gemv_constants(num_outs, depth, codes, silu, tile) | {
         "X_SHARED_BY": 1, "HAS_NORM": silu, "HAS_BIAS": False, "HAS_RESIDUAL": not silu,
         "HAS_EXPERTS": False, "EXPERT_PARALLEL": False, "HAS_FACTOR": False,
+        "ALPHA": 0.0, "LIMIT": 0.0,
     }  # fmt: skip
     kernel, types = packed_gemv.packed_gemv_kernel, types_of(kind, True)
     return f"packed {name} 1x{num_outs}x{depth}", kernel, constants, tile.num_warps, 3, types
@@ -119,7 +123,41 @@ def experts(name: str, kind: Kind, shared_bytes: int) -> Launch:
     tile = packed_tiles.grouped_tile(1.0, codes, 2048, shared_bytes)
     constants = packed_experts.grouped_constants(768, 2048, codes, True, tile, 8) | {
         "X_BY": grouped_gemm.BY_TOKEN.value, "OUT_BY": grouped_gemm.BY_PLACE.value,
-        "HAS_FACTOR": False, "UPCAST": False,
+        "HAS_FACTOR": False, "UPCAST": False, "HAS_BIAS": False, "ALPHA": 0.0, "LIMIT": 0.0,
+        "bias_ptr": None,
     }  # fmt: skip
     kernel, types = packed_experts.packed_grouped_kernel, types_of(kind, False)
     return f"packed {name} group", kernel, constants, tile.num_warps, tile.num_stages, types
+
+
+SIZE, NUM_EXPERTS, TOP_K = 2880, 32, 4  # of gpt-oss-20b
+CLAMP: dict[str, Any] = {"HAS_BIAS": True, "ALPHA": 1.702, "LIMIT": 7.0}
+
+
+def clamped_experts(name: str, kind: Kind, shared_bytes: int) -> Launch:
+    """gate and up of gpt-oss-20b for groups of 32 pairs."""
+    from nanovllm.kernels.triton import grouped_gemm, packed_experts, packed_tiles
+
+    codes = weight(kind, 2 * SIZE, SIZE, NUM_EXPERTS)
+    tile = packed_tiles.grouped_tile(32.0, codes, SIZE, shared_bytes)
+    constants = packed_experts.grouped_constants(SIZE, SIZE, codes, True, tile, TOP_K) | {
+        "X_BY": grouped_gemm.BY_TOKEN.value, "OUT_BY": grouped_gemm.BY_PLACE.value,
+        "HAS_FACTOR": False, "UPCAST": False, **CLAMP,
+    }  # fmt: skip
+    kernel, types = packed_experts.packed_grouped_kernel, types_of(kind, False)
+    label = f"packed {name} group clamped"
+    return label, kernel, constants, tile.num_warps, tile.num_stages, types
+
+
+def clamped_pair(name: str, kind: Kind) -> Launch:
+    """down of gpt-oss-20b for one token."""
+    from nanovllm.kernels.triton import packed_gemv, packed_tiles
+
+    codes = weight(kind, SIZE, SIZE, NUM_EXPERTS)
+    tile = packed_tiles.gemv_tile(1, codes, SIZE, False, TOP_K, 132)
+    constants = packed_gemv.gemv_constants(SIZE, SIZE, codes, False, tile, TOP_K) | {
+        "X_SHARED_BY": 1, "HAS_NORM": False, "HAS_RESIDUAL": True, "HAS_EXPERTS": True,
+        "EXPERT_PARALLEL": False, "HAS_FACTOR": True, **CLAMP,
+    }  # fmt: skip
+    kernel, types = packed_gemv.packed_gemv_kernel, types_of(kind, True)
+    return f"packed {name} 1x pair clamped", kernel, constants, tile.num_warps, 3, types

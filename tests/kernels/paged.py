@@ -64,6 +64,7 @@ def exact_attention(
     q_start: Tensor,
     scale: float,
     window: int,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """Attention in fp64, one query at a time, so that no mask is needed.
 
@@ -81,6 +82,8 @@ def exact_attention(
             first = max(0, end - window) if window > 0 else 0
             if end > 0:
                 k, v = (x[first:end].repeat_interleave(group, dim=1) for x in (k_LKH, v_LKH))
-                weight_LN = ((q_TNH[token].double() * k).sum(-1) * scale).softmax(0)
+                weight_LN = ((q_TNH[token].double() * k).sum(-1) * scale).exp()
+                others_N = 0.0 if sinks_N is None else sinks_N.double().exp()
+                weight_LN = weight_LN / (weight_LN.sum(0) + others_N)
                 out_TNH[token] = (weight_LN.unsqueeze(-1) * v).sum(0)
     return out_TNH

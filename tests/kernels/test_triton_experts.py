@@ -162,15 +162,16 @@ def test_norm_router_topk(num_experts: int, hidden: int, top_k: int, dtype: torc
     x_TD = (3 * torch.randn(1, hidden, device=device)).to(dtype)
     norm_D = (torch.rand(hidden, device=device) + 0.5).to(dtype)
     router = (torch.randn(num_experts, hidden, device=device) / hidden**0.5).to(dtype)
+    bias = torch.randn(num_experts, device=device).to(dtype) if num_experts == 60 else None
     for _ in range(2):  # the second finds the counter that the first has left
         normed_TD, weight_TK, expert_TK = topk_softmax.norm_router_topk(
-            x_TD, norm_D, router, 1e-6, top_k, True
+            x_TD, norm_D, router, 1e-6, top_k, True, bias
         )
-    wanted = reference.experts.norm_router_topk(x_TD, norm_D, router, 1e-6, top_k, True)
+    wanted = reference.experts.norm_router_topk(x_TD, norm_D, router, 1e-6, top_k, True, bias)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(normed_TD, wanted[0], rtol=2 * unit, atol=2 * unit)
     # logits that round differently may change places, but not by more than their rounding
-    logits_TE = wanted[0].double() @ router.double().t()
+    logits_TE = wanted[0].double() @ router.double().t() + (0 if bias is None else bias.double())
     chosen = logits_TE.gather(1, expert_TK.long())
     assert (chosen - logits_TE.sort(descending=True).values[:, :top_k]).abs().max() < 8 * unit
     assert len(set(expert_TK.flatten().tolist())) == top_k

@@ -74,6 +74,16 @@ GEMMA = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "query_pre_attn_scalar": 50,
 }
+GPT_OSS = {
+    "num_hidden_layers": 3,
+    "sliding_window": 17,
+    "intermediate_size": 40,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+# every token goes to all experts, so that rounding changes none's; scores of attention are small
+ALL_EXPERTS = {"num_experts_per_tok": GPT_OSS["num_local_experts"], "initializer_range": 0.12}
 FAMILIES = (
     # the second and the third layer rotate nothing
     Family("smollm3", "smollm3", {"no_rope_layers": [1, 0, 0, 1], "num_hidden_layers": 4}),
@@ -106,6 +116,7 @@ FAMILIES = (
             },
         },
     ),
+    Family("gpt-oss", "gpt_oss", GPT_OSS),
     # Mistral-Small: no window, and a head that does not divide the hidden size
     Family("mistral-small", "mistral", {"sliding_window": None, "tie_word_embeddings": False}),
 )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import (
     Gemma3TextConfig,
+    GptOssConfig,
     GraniteConfig,
     Olmo2Config,
     Phi3Config,
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from tests.conftest import save_tiny
-from tests.models.families import GEMMA, GRANITE
+from tests.models.families import GEMMA, GPT_OSS, GRANITE
 from tests.models.harness import engine_logits, load, max_difference
 from tests.models.test_config_fields import (
     HONOURED,
@@ -46,6 +47,7 @@ FAMILIES: dict[str, type[PretrainedConfig]] = {
     "phi3": Phi3Config,
     "olmo2": Olmo2Config,
     "gemma3_text": Gemma3TextConfig,
+    "gpt_oss": GptOssConfig,
 }
 ALL = tuple(FAMILIES)
 WITH_BIASES = ("smollm3", "granite", "olmo2", "gemma3_text")
@@ -56,6 +58,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "phi3": {**SMALL, "hidden_size": 128},  # see `families.PHI`
     "olmo2": SMALL,
     "gemma3_text": {**SMALL, **GEMMA, "num_hidden_layers": 2, "layer_types": LAYER_TYPES},
+    "gpt_oss": {**SMALL, **GPT_OSS, "num_hidden_layers": 2, "tie_word_embeddings": True},
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 77, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3,
@@ -66,6 +69,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [0, 1, 1]},
     "phi3": {"hidden_size": 96},
     "gemma3_text": {"layer_types": [*LAYER_TYPES, LAYER_TYPES[0]]},
+    "gpt_oss": {"layer_types": None, "num_local_experts": 5},
 }
 # No logits depend on these: see `test_config_fields.OTHERS`.
 NOT_READ: dict[str, Any] = {
@@ -151,6 +155,25 @@ CASES = (
     Case({"attn_logit_softcapping": 2.0}, "attn_logit_softcapping 2.0", ("gemma3_text",)),
     Case({"use_bidirectional_attention": True}, "use_bidirectional_attention", ("gemma3_text",)),
     Case({"rope_parameters": GEMMA_ROPES}, HONOURED, ("gemma3_text",)),
+    # gpt-oss
+    Case({"num_experts_per_tok": 3}, HONOURED, ("gpt_oss",)),
+    Case({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but there are 4", ("gpt_oss",)),
+    Case({"attention_bias": False}, HONOURED, ("gpt_oss",), draws=True),
+    Case({"sliding_window": 9}, HONOURED, ("gpt_oss",)),
+    Case({"sliding_window": None}, "sliding_window is None", ("gpt_oss",)),
+    Case({"layer_types": LAYER_TYPES[::-1]}, HONOURED, ("gpt_oss",)),
+    Case({"layer_types": ["chunked_attention"] * 2}, "chunked", ("gpt_oss",)),
+    Case(rope("yarn", **YARN, truncate=True), HONOURED, ("gpt_oss",)),
+    Case(rope("yarn", **YARN, truncate=False), HONOURED, ("gpt_oss",)),
+    Case({"swiglu_limit": -7.0}, "swiglu_limit is -7.0: it must be a number", ("gpt_oss",)),
+    Case({"swiglu_alpha": -1.0}, "swiglu_alpha is -1.0: it must be a number", ("gpt_oss",)),
+    Case({"router_aux_loss_coef": 0.5, "output_router_logits": True}, UNREAD, ("gpt_oss",)),
+    # older versions of transformers compute with constants in their place
+    *(
+        Case({name: value}, HONOURED, ("gpt_oss",))
+        for name, value in (("swiglu_alpha", 0.5), ("swiglu_limit", 0.5))
+        if name in {field.name for field in fields(GptOssConfig)}
+    ),
 )
 PAIRS = [pytest.param(name, case, id=f"{name}-{case}") for case in CASES for name in case.families]
 

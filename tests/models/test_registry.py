@@ -15,6 +15,7 @@ from nanovllm.compile.trace import tensors
 from nanovllm.models import (
     dense,
     gemma3,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -45,6 +46,7 @@ BY_TYPE = {
     "phi3": phi3.model,
     "olmo2": olmo2.model,
     "gemma3_text": gemma3.model,
+    "gpt_oss": gpt_oss.model,
 }
 # Those without a class for text alone in transformers, and those with latents, have tests of their
 # own.
@@ -76,6 +78,7 @@ EXPERTS = {
 }  # fmt: skip
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
     "qwen3_moe": EXPERTS,
     "smollm3": {"pad_token_id": None},
@@ -93,6 +96,7 @@ BIASES = {
     "granite": ("attention_bias", "mlp_bias"),
     "olmo2": ("attention_bias",),
     "gemma3_text": ("attention_bias",),
+    "gpt_oss": ("attention_bias",),
 }
 
 
@@ -167,7 +171,9 @@ def test_declared_parameters_are_those_of_transformers(
     for params in model.declared:
         for param in params.values():
             if param.other_name is not None:  # transformers' own
-                declared[param.other_name] = param.shape
+                num, *matrix = param.shape
+                is_transposed = param.is_interleaved
+                declared[param.other_name] = (num, *(matrix[::-1] if is_transposed else matrix))
                 continue
             assert sum(param.parts) == param.shape[0]
             for source, part in zip(param.sources, param.parts, strict=True):

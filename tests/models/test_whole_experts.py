@@ -18,7 +18,7 @@ from nanovllm.models.experts.expert_parallel import ExpertParallel
 from nanovllm.models.experts.stacked import Stacked
 from nanovllm.models.moe import SparseLayer
 from nanovllm.models.shards import Shard
-from nanovllm.startup.expert_parallel import places_whole_experts
+from nanovllm.startup.expert_parallel import QUANTIZED_STEP, places_whole_experts
 from nanovllm.startup.resolve import resolve_without_weights
 from tests.conftest import save_tiny
 from tests.models import harness
@@ -153,6 +153,14 @@ def test_auto_places_whole_experts_where_parts_would_be_narrow(
 ) -> None:
     moe = MoeConfig(num_experts, 4, width, normalize=True)
     assert places_whole_experts(moe, num_ranks) == is_whole
+
+
+@pytest.mark.parametrize(("num_ranks", "is_whole"), [(2, False), (4, True), (8, True)])
+def test_auto_cuts_no_blocks_of_quantized_experts(num_ranks: int, is_whole: bool) -> None:
+    """gpt-oss: 720 columns of 2,880 are no multiple of 32."""
+    moe = MoeConfig(32, 4, 2880, normalize=True)
+    assert places_whole_experts(moe, num_ranks, QUANTIZED_STEP) == is_whole
+    assert places_whole_experts(moe, 4) is False
 
 
 @pytest.mark.parametrize(("width", "form"), [(256, Stacked), (128, ExpertParallel)])

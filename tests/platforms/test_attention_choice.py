@@ -105,6 +105,16 @@ def test_auto_takes_what_was_measured_to_be_faster_for_prefill(
     assert choose("triton", **facts) == OWN
 
 
+@pytest.mark.parametrize("generation", [1, 2, 3])
+def test_flash_attn_is_refused_for_sinks(generation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_flash_attn.install(monkeypatch, generation)
+    assert choose("flash_attn") == flash(generation)
+    message = f"the model's attention has sinks, and flash-attn {generation} has none"
+    with pytest.raises(ValueError, match=message):
+        choose("flash_attn", has_sinks=True)
+    assert choose("auto", has_sinks=True) == OWN
+
+
 def test_an_npu_refuses_other_backends() -> None:
     with pytest.raises(
         ValueError, match=r"attention_backend 'sdpa' is not for the device npu: use 'auto'$"

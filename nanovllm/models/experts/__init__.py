@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nanovllm.models.experts import compressed, expert_parallel, offloaded, stacked
+from nanovllm.models.experts import clamped, compressed, expert_parallel, offloaded, stacked
 from nanovllm.models.experts.offloaded import Offloaded
 
 # A layer's stored experts: a named tuple of tensors that is specific to its form.
@@ -39,8 +39,10 @@ class Form(Protocol):
         `reference.experts.experts`."""
 
 
-# Supersets first: `gather` takes the first form whose fields are all present.
 FORMS: tuple[Form, ...] = (expert_parallel, stacked, compressed, offloaded)
+# Supersets first: `gather` takes the first type whose fields without a default are all present.
+# The first one has an `apply` of its own.
+TYPES: tuple[type[Any], ...] = (clamped.Clamped, *(form.Stored for form in FORMS))
 
 
 def prepare(
@@ -71,6 +73,7 @@ def apply(
 
 def gather(values: dict[str, Any]) -> Experts:
     """Remove a layer's stored experts from its parameters by name; returns them in their form."""
-    form = next(one for one in FORMS if set(one.Stored._fields) <= set(values))
-    stored: Experts = form.Stored(*(values.pop(name) for name in form.Stored._fields))
+    present = set(values)
+    of_type = next(one for one in TYPES if set(one._fields) - set(one._field_defaults) <= present)
+    stored: Experts = of_type(*(values.pop(name, None) for name in of_type._fields))
     return stored

@@ -32,6 +32,11 @@ class PackedWeight(NamedTuple):
     group: int
     depth: int
 
+    @property
+    def codes(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+        """The arguments of ops that hold the weight, if it has no order of inputs."""
+        return *self[:4], self.bits, self.group
+
     def linear(self, x_TD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None) -> Tensor:
         if self.order_D is not None:
             x_TD = self._padded(x_TD).index_select(-1, self.order_D)
@@ -67,10 +72,8 @@ class PackedWeight(NamedTuple):
         is_ordered = self.order_D is not None or down.order_D is not None
         if is_ordered or not ops.has_kernel(ops.packed_experts, x_TD.device):
             return None
-        gate_up_parts = (*self[:4], self.bits, self.group)
-        down_parts = (*down[:4], down.bits, down.group)
         result: Tensor = ops.packed_experts(
-            x_TD, weight_TK, expert_TK, *gate_up_parts, *down_parts, residual_TD, local_X
+            x_TD, weight_TK, expert_TK, *self.codes, *down.codes, residual_TD, local_X
         )
         return result
 
