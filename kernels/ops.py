@@ -39,6 +39,11 @@ add_rms_norm = _define(
     reference.norm_act.add_rms_norm,
     lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x)),
 )
+layer_norm = _define(
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
+    reference.norm_act.layer_norm,
+    lambda x, weight, bias, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
 silu_mul = _define(
     "silu_mul(Tensor gate_up) -> Tensor",
     reference.norm_act.silu_mul,
@@ -305,6 +310,12 @@ topk_grouped = _define(
     reference.experts.topk_grouped,
     lambda logits, bias, top_k, *rest: _topk_softmax_fake(logits, top_k, normalize=False),
 )
+group_topk = _define(
+    "group_topk(Tensor logits, Tensor? bias, int top_k, int num_groups, int top_groups, "
+    "bool sigmoid, bool normalize, float smallest_sum, float scale) -> (Tensor, Tensor)",
+    reference.experts.group_topk,
+    lambda logits, bias, top_k, *rest: _topk_softmax_fake(logits, top_k, True),
+)
 norm_router_topk = _define(
     "norm_router_topk(Tensor x, Tensor norm_weight, Tensor router, float eps, int top_k, "
     "bool normalize, Tensor? bias=None) -> (Tensor, Tensor, Tensor)",
@@ -540,12 +551,14 @@ __all__ = [
     "gather_columns",
     "ggml_expert_linear",
     "ggml_linear",
+    "group_topk",
     "has_kernel",
     "head_linear",
     "kernel_of",
     "latent_attention",
     "latent_inputs",
     "latent_span_attention",
+    "layer_norm",
     "linear",
     "linear_",
     "linear_int8",

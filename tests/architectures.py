@@ -45,12 +45,28 @@ class Entry(NamedTuple):
 
 
 ARCHITECTURES: dict[str, Entry] = {
+    "CohereForCausalLM": Entry(TEXT, "Command R, Command R+, Aya"),
+    "Cohere2ForCausalLM": Entry(TEXT, "Command R7B, Command A"),
+    "Ernie4_5ForCausalLM": Entry(TEXT, "ERNIE 4.5, dense (0.3B)"),
+    "Exaone4ForCausalLM": Entry(
+        TEXT, "EXAONE 4.0", '`kv_cache_dtype="fp8"` is refused: values have no bound'
+    ),
     "Gemma3ForCausalLM": Entry(
         TEXT, "Gemma-3, text only (1B, 270M)",
         "a cap on attention scores and attention in both directions are refused; on an NPU, "
         "windows are",
     ),
+    **dict.fromkeys(
+        ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
+        Entry(
+            TEXT, "Gemma 4, dense (31B), text only",
+            "images are refused, and so are the other models of the family: experts, embeddings "
+            "per layer and shared caches; on an NPU it is refused",
+        ),
+    ),
+    "Glm4ForCausalLM": Entry(TEXT, "GLM-4-0414 (9B, 32B), GLM-Z1"),
     "GraniteForCausalLM": Entry(TEXT, "Granite 3"),
+    "HunYuanDenseV1ForCausalLM": Entry(TEXT, "Hunyuan dense (0.5B to 7B)"),
     "LlamaForCausalLM": Entry(TEXT, "Llama 1 to 3.x"),
     "MiniCPMForCausalLM": Entry(
         TEXT, "MiniCPM, MiniCPM4",
@@ -58,12 +74,21 @@ ARCHITECTURES: dict[str, Entry] = {
         "`dense_len`",
     ),
     "MistralForCausalLM": Entry(TEXT, "Mistral, Mistral-Small 24B (2501)"),
+    "MinistralForCausalLM": Entry(TEXT, "Ministral 8B with layer types"),
+    "Ministral3ForCausalLM": Entry(TEXT, "Ministral 3, text only"),
+    "Mistral3ForConditionalGeneration": Entry(
+        TEXT, "Mistral-Small 3.1 and 3.2, Ministral 3 (3B, 8B, 14B)", "images are refused"
+    ),
     "Olmo2ForCausalLM": Entry(
         TEXT, "OLMo-2", '`kv_cache_dtype="fp8"` is refused: values have no bound'
+    ),
+    "Olmo3ForCausalLM": Entry(
+        TEXT, "OLMo-3", '`kv_cache_dtype="fp8"` is refused: values have no bound'
     ),
     "Phi3ForCausalLM": Entry(TEXT, "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini"),
     "Qwen2ForCausalLM": Entry(TEXT, "Qwen2, Qwen2.5"),
     "Qwen3ForCausalLM": Entry(TEXT, "Qwen3"),
+    "SeedOssForCausalLM": Entry(TEXT, "Seed-OSS 36B"),
     "SmolLM3ForCausalLM": Entry(TEXT, "SmolLM3"),
     "DeepseekV2ForCausalLM": Entry(
         EXPERTS, "DeepSeek-V2, V2-Lite",
@@ -80,6 +105,16 @@ ARCHITECTURES: dict[str, Entry] = {
         "experts in MXFP4 or in bf16; flash-attn and `expert_offload` are refused; on an NPU, "
         "graphs and MXFP4 are",
     ),
+    "Starcoder2ForCausalLM": Entry(TEXT, "StarCoder2"),
+    "Ernie4_5_MoeForCausalLM": Entry(
+        EXPERTS, "ERNIE 4.5 (21B-A3B, 300B-A47B), text", "layers that propose tokens are not read"
+    ),
+    "Glm4MoeForCausalLM": Entry(
+        EXPERTS, "GLM-4.5, GLM-4.5-Air, GLM-4.6", "layers that propose tokens are not read"
+    ),
+    "GraniteMoeForCausalLM": Entry(EXPERTS, "Granite 3 with experts (1B-A400M, 3B-A800M)"),
+    "GraniteMoeSharedForCausalLM": Entry(EXPERTS, "Granite MoE shared", "a shared expert"),
+    "HunYuanMoEV1ForCausalLM": Entry(EXPERTS, "Hunyuan-A13B", "a shared expert"),
     "MixtralForCausalLM": Entry(EXPERTS, "Mixtral"),
     "Qwen2MoeForCausalLM": Entry(EXPERTS, "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "a shared expert"),
     "Qwen3MoeForCausalLM": Entry(EXPERTS, "Qwen3-30B-A3B, Qwen3-235B-A22B"),

@@ -111,9 +111,12 @@ def save_tiny(
             # transformers initializes biases to zero, which would hide mistakes in them
             torch.nn.init.normal_(parameter, std=0.1)
         elif "norm" in name:
-            # Gemma's norms multiply by 1 + weight
-            mean = 0.0 if architecture.startswith("gemma") else 1.0
+            # Gemma 3's norms multiply by 1 + weight
+            mean = 0.0 if architecture.startswith("gemma3") else 1.0
             torch.nn.init.normal_(parameter, mean=mean, std=0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            torch.nn.init.normal_(buffer, mean=1.0, std=0.1)
     model.save_pretrained(folder)
     return folder
 

@@ -45,12 +45,28 @@ def _fuse(graph: GraphModule, store: Node) -> None:
         num_heads, target = split.args[1][0], (slot, k_cache, v_cache)
         eps = epsilons or {0.0}
         args = (packed, q_norm, k_norm, cos_sin, pos, *target, num_heads, *eps, *scales)
-        with graph.graph.inserting_before(store):
+        place = _place(graph, store, query)
+        if place is None:
+            continue
+        with graph.graph.inserting_before(place):
             fused = graph.graph.call_function(ops.qk_norm_rope_store, args)
         fused.meta = dict(query.meta)
         query.replace_all_uses_with(fused)
         graph.graph.erase_node(store)
         return
+
+
+def _place(graph: GraphModule, store: Node, query: Node) -> Node | None:
+    """What the fused op goes before: the store, or the query if something reads it earlier. None if
+    the store's other inputs are not known there, or something reads the cache between the two."""
+    order = {node: idx for idx, node in enumerate(graph.graph.nodes)}
+    if all(order[user] > order[store] for user in query.users):
+        return store
+    cache = [arg for arg in store.args[2:] if isinstance(arg, Node)]
+    is_known = all(order[arg] < order[query] for arg in cache)
+    users = [user for arg in cache for user in arg.users]
+    is_read = any(order[query] < order[user] < order[store] for user in users)
+    return query if is_known and not is_read else None
 
 
 def _rotated(node: Any) -> tuple[Any, Any, Any, Any, Any] | None:

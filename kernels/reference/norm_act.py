@@ -35,6 +35,18 @@ def clamped_swiglu(gate_up_TG: Tensor, alpha: float, limit: float) -> Tensor:
     return ((up_TF + 1) * gate_TF * torch.sigmoid(alpha * gate_TF)).to(gate_up_TG.dtype)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x − mean(x)) / sqrt(var(x) + eps) · weight + bias over the last dimension.
+
+    The weight may have more dimensions, such as one for each head. All is in fp32, and is rounded
+    to x's dtype once.
+    """
+    x32 = x.float()
+    centred = x32 - x32.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return (normed if bias is None else normed + bias.float()).to(x.dtype)
+
+
 def silu_mul(gate_up_TG: Tensor) -> Tensor:
     """silu(gate) · up of an input [gate | up] along the last dimension; [T, 2F] -> [T, F]."""
     gate_TF, up_TF = gate_up_TG.chunk(2, dim=-1)

@@ -42,14 +42,21 @@ def store_kv(
         (k_TKH, k_cache_CBKH, k_scale_K),
         (v_TKH, v_cache_CBKH, v_scale_K),
     ):
-        slots = cache_CBKH.view(-1, *cache_CBKH.shape[2:])
         if scale_K is None:
-            slots.index_copy_(0, slot_T.long(), x_TKH.to(cache_CBKH.dtype))
+            _copy_to_slots(cache_CBKH, slot_T.long(), x_TKH.to(cache_CBKH.dtype))
         else:
             # as bytes: torch has no index_copy_ for fp8 on a CPU
-            slots.view(torch.uint8).index_copy_(
-                0, slot_T.long(), to_fp8(x_TKH, scale_K).view(torch.uint8)
-            )
+            stored_TKH = to_fp8(x_TKH, scale_K).view(torch.uint8)
+            _copy_to_slots(cache_CBKH.view(torch.uint8), slot_T.long(), stored_TKH)
+
+
+def _copy_to_slots(cache_CBKH: Tensor, slot_T: Tensor, x_TKH: Tensor) -> None:
+    """The blocks of a cache need not be adjacent in memory."""
+    if cache_CBKH.is_contiguous():
+        cache_CBKH.view(-1, *cache_CBKH.shape[2:]).index_copy_(0, slot_T, x_TKH)
+        return
+    block_size = cache_CBKH.shape[1]
+    cache_CBKH.index_put_((slot_T // block_size, slot_T % block_size), x_TKH)
 
 
 def to_fp8(x_TKH: Tensor, scale_K: Tensor) -> Tensor:

@@ -265,6 +265,8 @@ def prefill_tile(
     Triton multiplies on Turing's ordinary cores as it does for fp32, are chosen to fit and not
     measured.
     """
+    if head_p > 256:
+        return _tile_of_large_heads(element_size, shared_bytes)
     if element_size == 4:  # fp32 has no matrix units: small tiles stay within the registers
         return PrefillTile(16, 16, 4, 2) if head_p > 128 else PrefillTile(32, 32, 4, 2)
     if shared_bytes <= 64 * 1024:
@@ -274,6 +276,15 @@ def prefill_tile(
     tile = 32 if head_p > 128 or max_q_len <= 1024 else 64
     # if a tile spans blocks, the load of its block numbers takes pipeline stages, too
     return PrefillTile(64, tile, 4, 5 if block_size % tile and head_p <= 128 else 3)
+
+
+def _tile_of_large_heads(element_size: int, shared_bytes: int) -> PrefillTile:
+    """The launch for heads of 512: small tiles, whose sums fit in the registers. Not measured."""
+    if element_size == 4 or shared_bytes < 80 * 1024:
+        return PrefillTile(16, 16, 4, 1)
+    if shared_bytes < 160 * 1024:
+        return PrefillTile(16, 16, 4, 2)
+    return PrefillTile(32, 32, 8, 2)
 
 
 def prefill_constants(

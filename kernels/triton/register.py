@@ -24,6 +24,7 @@ from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton.attention_prefill_hopper import paged_attention_prefill_hopper, suits
 from nanovllm.kernels.triton.clamped import clamped_experts
 from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_experts
+from nanovllm.kernels.triton.group_topk import group_topk
 from nanovllm.kernels.triton.latent_decode import latent_attention_decode
 from nanovllm.kernels.triton.latent_inputs import head_linear, latent_inputs
 from nanovllm.kernels.triton.latent_prefill import latent_attention_prefill
@@ -147,6 +148,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "apply_token_bitmask": apply_token_bitmask,
     "topk_grouped": topk_grouped,
     "topk_softmax": topk_softmax,
+    "group_topk": group_topk,
     "norm_router_topk": norm_router_topk,
     "clamped_experts": clamped_experts,
     "experts": experts,

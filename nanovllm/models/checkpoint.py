@@ -34,6 +34,8 @@ PIECE_BYTES = 1 << 24  # that a thread reads at a time
 
 # The prefixes of a text model's tensors in checkpoints with towers, in place of "model.".
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+# The head of some of them.
+TEXT_HEAD = "language_model.lm_head."
 # The prefix of all tensors of the part for text, in checkpoints with several parts.
 PART_PREFIX = "thinker."
 
@@ -332,6 +334,8 @@ class File:
 def plain_name(name: str) -> str:
     """The name that a tensor has in a checkpoint without other parts or towers."""
     name = name.removeprefix(PART_PREFIX)
+    if name.startswith(TEXT_HEAD):
+        return "lm_head." + name.removeprefix(TEXT_HEAD)
     prefix = next((one for one in TEXT_PREFIXES if name.startswith(one)), None)
     return name if prefix is None else "model." + name.removeprefix(prefix)
 

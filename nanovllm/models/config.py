@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from nanovllm.models.group_router import GroupRouter
 
 MAX_POSITION = 1 << 28  # tables have a row for each
 SIZES = (
@@ -43,12 +46,13 @@ class MoeConfig:
 
     A token goes to `top_k` of `num_experts` experts of width `expert_size`. With `normalize` the
     weights of its experts sum to 1. `shared_size` is the width of the shared expert, 0 without one.
+    Without a `router` the softmax of all scores chooses.
     `compression` is None for uncompressed experts. With `is_expert_parallel` each of several ranks
     has whole experts, otherwise a part of every expert. Raises ValueError for sizes that do not fit
     together.
     """
 
-    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("top_k", "normalize")
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("top_k", "normalize", "router")
 
     num_experts: int
     top_k: int
@@ -57,6 +61,7 @@ class MoeConfig:
     shared_size: int = 0
     compression: Compression | None = None
     is_expert_parallel: bool = False
+    router: GroupRouter | None = None
 
     def __post_init__(self) -> None:
         sizes = {
@@ -73,6 +78,9 @@ class MoeConfig:
             raise ValueError(
                 f"num_experts_per_tok is {self.top_k}, but there are {self.num_experts} experts"
             )
+
+        if self.router is not None:
+            self.router.check(self.num_experts, self.top_k)
 
     def distinct_experts(self, num_tokens: float) -> float:
         """The mean number of distinct experts of a layer that `num_tokens` tokens choose.
@@ -114,6 +122,8 @@ class ModelConfig:
         "vocab_size", "num_heads", "num_kv_heads", "head_dim", "norm_eps", "moe", "num_ranks",
         "dtype",
     )  # fmt: skip
+
+    MAX_HEAD: ClassVar[int] = 256  # numbers of a head
 
     architecture: str
     vocab_size: int
@@ -160,9 +170,10 @@ class ModelConfig:
                 f"mrope_section has {len(self.rope_axes)} frequencies, but a head has "
                 f"{len(self.inv_freq)}"
             )
-        if self.head_dim > 256 or self.head_dim % 8:
+        if self.head_dim > self.MAX_HEAD or self.head_dim % 8:
             raise ValueError(
-                f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, up to 256"
+                f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, up to "
+                f"{self.MAX_HEAD}"
             )
 
     @property
@@ -200,24 +211,29 @@ def dense_config(
     dtype: torch.dtype,
     max_model_len: int | None,
     partial_rotary: bool = False,
+    hidden_act: str = "silu",
     **differences: Any,
 ) -> ModelConfig:
     """The config of a dense architecture, from transformers' config.
 
     `differences` are the fields in which the architecture departs from a plain Llama. With
     `partial_rotary` it may rotate a part of each head; `inv_freq` has the frequencies of this part.
+    `hidden_act` is the only activation that its regions compute.
     A `max_model_len` above what the checkpoint allows is lowered (`rope.sequence_length`). Raises
     ValueError for settings that this engine does not support.
     """
     from nanovllm.models.rope import rotary_frequencies, sequence_length
 
-    _refuse(hf, architecture)
-    if differences.get("moe") is not None:
-        _refuse_routers(hf, architecture)
+    _refuse(hf, architecture, hidden_act)
+    moe: MoeConfig | None = differences.get("moe")
+    if moe is not None:
+        _refuse_routers(hf, architecture, moe.router)
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     max_position = sequence_length(hf, max_model_len)
     inv_freq, rope_scale = rotary_frequencies(hf, head_dim, max_position, partial=partial_rotary)
+    eps = {} if "norm_eps" in differences else {"norm_eps": hf.rms_norm_eps}
     fields: dict[str, Any] = {
+        **eps,
         "num_kv_heads": getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
         **differences,
     }
@@ -229,7 +245,6 @@ def dense_config(
         num_layers=hf.num_hidden_layers,
         num_heads=hf.num_attention_heads,
         head_dim=head_dim,
-        norm_eps=hf.rms_norm_eps,
         max_position=max_position,
         inv_freq=inv_freq,
         rope_scale=rope_scale,
@@ -239,26 +254,31 @@ def dense_config(
     )
 
 
-def _refuse(hf: Any, architecture: str) -> None:
+def _refuse(hf: Any, architecture: str, hidden_act: str) -> None:
     """Raise ValueError for fields whose value changes results in a way that no region computes."""
     if getattr(hf, "is_heterogeneous", False) or vars(hf).get("per_layer_config"):
         raise ValueError("per_layer_config is not supported: all layers must have the same sizes")
-    if getattr(hf, "hidden_act", "silu") != "silu":
+    if getattr(hf, "hidden_act", hidden_act) != hidden_act:
         raise ValueError(
-            f"hidden_act {hf.hidden_act!r} is not supported by {architecture}: only 'silu' is"
+            f"hidden_act {hf.hidden_act!r} is not supported by {architecture}: only "
+            f"{hidden_act!r} is"
         )
     if not getattr(hf, "is_causal", True):
         raise ValueError(f"is_causal {hf.is_causal} is not supported: only causal attention is")
 
 
-def _refuse_routers(hf: Any, architecture: str) -> None:
-    """Raise ValueError for a router that is not the softmax of all scores."""
-    for name, allowed in ROUTER_FIELDS.items():
+def _refuse_routers(hf: Any, architecture: str, router: GroupRouter | None) -> None:
+    """Raise ValueError for a router that is neither the model's own nor, without one, the softmax
+    of all scores."""
+    for name, allowed in (
+        ROUTER_FIELDS if router is None else router.fields(ROUTER_FIELDS)
+    ).items():
         value = getattr(hf, name, None)
         if value is not None and value not in allowed:
+            scores = "the softmax of all their" if router is None else f"{router.scoring}"
             raise ValueError(
                 f"{name} {value!r} is not supported by {architecture}: only {allowed[0]!r} is, "
-                "since experts are chosen by the softmax of all their scores"
+                f"since experts are chosen by {scores} scores"
             )
 
 

@@ -164,25 +164,45 @@ def attend(
     sinks_N: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys, store keys and values, and attend: [T, Q]. `qkv` is of `heads`."""
-    q_TNH, k_TKH, v_TKH = qkv
+    rotated = (*rotate(cos_sin_MH, batch, *qkv[:2]), qkv[2])
+    return attend_rotated(cfg, call, kv, batch, rotated, sinks_N=sinks_N)
+
+
+def rotate(cos_sin_MH: Tensor, batch: Batch, q_TNH: Tensor, k_TKH: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, rotated by their tokens' positions."""
     q_TNH = ops.rope(q_TNH, cos_sin_MH, batch.rope_pos_T)
-    k_TKH = ops.rope(k_TKH, cos_sin_MH, batch.rope_pos_T)
+    return q_TNH, ops.rope(k_TKH, cos_sin_MH, batch.rope_pos_T)
+
+
+def attend_rotated(
+    cfg: ModelConfig,
+    call: LayerCall,
+    kv: LayerCache,
+    batch: Batch,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    scale: float | None = None,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    """`attend` for queries and keys that are already rotated. Their products are multiplied by
+    `scale`, by default 1 / √H."""
+    q_TNH, k_TKH, v_TKH = qkv
     ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T, kv.k_scale_K, kv.v_scale_K)
     o_TNH = ops.ATTENTION[call.attention](
         q_TNH, kv.k_CBKH, kv.v_CBKH, batch.block_table_RP, batch.seq_len_R, batch.q_start_S,
-        call.max_q_len, cfg.head_dim**-0.5, call.kind.window, kv.k_scale_K, kv.v_scale_K, sinks_N,
+        call.max_q_len, scale or cfg.head_dim**-0.5, call.kind.window, kv.k_scale_K, kv.v_scale_K,
+        sinks_N,
     )  # fmt: skip
     return o_TNH.flatten(1)
 
 
-def kept(batch: Batch, o_TQ: Tensor, h_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens for which a layer continues after attention.
+def kept(batch: Batch, *all_tokens: Tensor) -> tuple[Tensor, ...]:
+    """The tokens for which a layer continues after attention, of each tensor.
 
     Tokens no longer interact, so unused ones are dropped: T is R from here on.
     """
     if batch.keep_R is None:
-        return o_TQ, h_TD
-    return o_TQ.index_select(0, batch.keep_R), h_TD.index_select(0, batch.keep_R)
+        return all_tokens
+    return tuple(x_TD.index_select(0, batch.keep_R) for x_TD in all_tokens)
 
 
 def mlp(cfg: ModelConfig, w: MlpWeights, h_TD: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ embedding table. The letters of shapes are those of `dense`.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,20 +16,14 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models import dense
-from nanovllm.models.config import (
-    ModelConfig,
-    Rope,
-    dense_config,
-    require_type,
-    windows_by_layer_type,
-)
+from nanovllm.models.config import ModelConfig, require_type, windows_by_layer_type
 from nanovllm.models.formats import Weight, linear
+from nanovllm.models.layer_ropes import config_with_ropes, layer_ropes
 from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 from nanovllm.models.param import Times
 from nanovllm.models.scaled import check_factor
 
 NAME = "Gemma3ForCausalLM"
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -67,31 +60,26 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
     """
     require_type(hf, NAME, "gemma3_text")
     _refuse(hf)
-    windows, positions = windows_by_layer_type(hf), hf.max_position_embeddings
-    settings: dict[str, Any] = {
-        "architecture": NAME,
-        "dtype": dtype,
-        # positions are already those that a rope type "linear" extends the context to
-        "max_model_len": min(max_model_len or positions, positions),
-        "qkv_bias": hf.attention_bias,
-        "out_bias": hf.attention_bias,
-        "qk_norm": True,
-    }
-    config = dense_config(_with_ropes_of(hf, FULL), **settings)
-    local = dense_config(_with_ropes_of(hf, SLIDING), **settings)
-    config = replace(config, other_ropes=(Rope(local.inv_freq, local.rope_scale),))
+    config = config_with_ropes(
+        hf,
+        architecture=NAME,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        qkv_bias=hf.attention_bias,
+        out_bias=hf.attention_bias,
+        qk_norm=True,
+    )
     config = config.with_attention_scale(1 / math.sqrt(hf.query_pre_attn_scalar))
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    layer_ropes = tuple(int(kind == SLIDING) for kind in hf.layer_types)
     return replace(
-        dense.dense_model(config, windows, layer_ropes),
+        dense.dense_model(config, windows_by_layer_type(hf), layer_ropes(hf)),
         config=GemmaConfig(**values, logit_cap=hf.final_logit_softcapping),
         layer=layer,
         head=head,
         outer_params=outer_params,
         layer_params=layer_params,
         layer_type=layer_type,
-        embed_factor=_embed_factor(config),
+        embed_factor=embed_factor(config),
     )
 
 
@@ -111,21 +99,9 @@ def _refuse(hf: Any) -> None:
     check_factor("query_pre_attn_scalar", hf.query_pre_attn_scalar)
     if hf.final_logit_softcapping is not None:
         check_factor("final_logit_softcapping", hf.final_logit_softcapping)
-    if unknown := set(hf.rope_parameters) - {FULL, SLIDING}:
-        raise ValueError(
-            f"rope_parameters has {sorted(unknown)[0]!r} beside {FULL!r} and {SLIDING!r}, which is "
-            "not supported: each layer type has its own"
-        )
 
 
-def _with_ropes_of(hf: Any, layer_type: str) -> Any:
-    """The config of a model whose layers all rotate as those of one type."""
-    flat = copy.copy(hf)
-    flat.rope_parameters = dict(hf.rope_parameters[layer_type])
-    return flat
-
-
-def _embed_factor(cfg: ModelConfig) -> float:
+def embed_factor(cfg: ModelConfig) -> float:
     """√D, rounded to the model's dtype as in transformers."""
     return float(torch.tensor(math.sqrt(cfg.hidden_size), dtype=cfg.dtype))
 
@@ -186,7 +162,7 @@ class PlusOne:
 def outer_params(cfg: ModelConfig) -> dict[str, Param]:
     """`dense.outer_params`. A tied head is the table with its factor, which the final norm
     undoes."""
-    declared, factor = dense.outer_params(cfg), _embed_factor(cfg)
+    declared, factor = dense.outer_params(cfg), embed_factor(cfg)
     of_norm = PlusOne(1 / factor if cfg.tied_embeddings else 1.0)
     declared["embed_VD"] = declared["embed_VD"]._replace(adapt=Times(factor))
     declared["final_norm_D"] = declared["final_norm_D"]._replace(adapt=of_norm)

@@ -131,19 +131,24 @@ def page_bytes(kept: Paged, block_size: int, cache_dtype: torch.dtype) -> int:
 
 
 class PageGroup(NamedTuple):
-    """Layers with one block table, since they keep the same of every token."""
+    """Layers with one block table, since they keep the same of every token.
+
+    Their pages are so small that a tensor has those of `per_tensor` layers.
+    """
 
     kept: Paged
     layers: tuple[int, ...]
+    per_tensor: int = 1
 
 
 @dataclass(frozen=True)
 class PageGroups:
     """The layers of a model that keep pages, in groups that share the cache's tensors.
 
-    There are `num_tensors` tensors. Layer number i of every group uses tensor i, so a block's
-    number is valid for every group: the block belongs to the group that was given it. Groups of
-    fewer layers leave a part of their blocks unused.
+    There are `num_tensors` tensors, of pages as large as those of any group. Layer number i of
+    every group uses tensor i, or a part of tensor i / `per_tensor`, so a block's number is valid
+    for every group: the block belongs to the group that was given it. Groups of fewer layers leave
+    a part of their blocks unused.
 
     Source: the hybrid cache of vLLM, https://docs.vllm.ai/en/latest/design/hybrid_kv_cache_manager.
     """
@@ -165,9 +170,22 @@ class PageGroups:
         """Each layer's group and tensor; None for layers without pages."""
         found: list[tuple[int, int] | None] = [None] * num_layers
         for group_idx, group in enumerate(self.groups):
-            for tensor_idx, layer_idx in enumerate(group.layers):
-                found[layer_idx] = group_idx, tensor_idx
+            for number, layer_idx in enumerate(group.layers):
+                found[layer_idx] = group_idx, number // group.per_tensor
         return found
+
+    def parts(self, num_layers: int) -> list[tuple[int, int]]:
+        """Which of how many equal parts of its tensor each layer has."""
+        found = [(0, 1)] * num_layers
+        for group in self.groups:
+            for number, layer_idx in enumerate(group.layers):
+                found[layer_idx] = number % group.per_tensor, group.per_tensor
+        return found
+
+    @property
+    def largest(self) -> Paged:
+        """What a layer keeps whose page fills a tensor's."""
+        return next(group.kept for group in self.groups if group.per_tensor == 1)
 
     def of_layers(self, chosen: Sequence[int]) -> PageGroups:
         """The same groups in a model with the `chosen` layers alone. Some may be empty."""
@@ -179,12 +197,12 @@ class PageGroups:
 
     def block_bytes(self, block_size: int, cache_dtype: torch.dtype) -> int:
         """Bytes of one block in all tensors."""
-        return self.num_tensors * page_bytes(self.groups[0].kept, block_size, cache_dtype)
+        return self.num_tensors * page_bytes(self.largest, block_size, cache_dtype)
 
     def window_bytes(self, cache_dtype: torch.dtype) -> dict[int, int]:
         """Bytes that one token takes in all layers with a window, by the window."""
         found: dict[int, int] = {}
-        for kept, layers in self.groups:
+        for kept, layers, _ in self.groups:
             num_bytes = len(layers) * page_bytes(kept, 1, cache_dtype)
             found[kept.window] = found.get(kept.window, 0) + num_bytes
         return found
@@ -197,7 +215,7 @@ class PageGroups:
 def page_groups(kept: Sequence[LayerState], max_len: int) -> PageGroups:
     """The groups of a model whose layers keep this, for sequences of up to `max_len` tokens.
 
-    Raises ValueError for pages of different sizes, and if no layer has pages.
+    Raises ValueError for pages whose sizes do not divide the largest, and if no layer has pages.
     """
     alike: dict[Paged, list[int]] = {}
     for layer_idx, one in enumerate(kept):
@@ -206,31 +224,47 @@ def page_groups(kept: Sequence[LayerState], max_len: int) -> PageGroups:
             alike.setdefault(replace(one, window=0) if sees_all else one, []).append(layer_idx)
     if not alike:
         raise ValueError("no layer has a paged cache: at least one must")
-    geometries = {replace(one, window=0) for one in alike}
-    if len(geometries) > 1:
-        raise ValueError(
-            f"layers keep pages of different sizes, which is not supported: "
-            f"{', '.join(sorted(map(str, geometries)))}"
-        )
-    size = _group_size(alike, max_len)
+    per_tensor = _per_tensor(alike)
+    size = _group_size(alike, per_tensor, max_len)
     groups = [
-        PageGroup(one, tuple(layers[first : first + size]))
+        PageGroup(one, tuple(layers[first : first + size * per_tensor[one]]), per_tensor[one])
         for one, layers in sorted(alike.items(), key=lambda item: item[0].window)
-        for first in range(0, len(layers), size)
+        for first in range(0, len(layers), size * per_tensor[one])
     ]
     return PageGroups(tuple(groups), size)
 
 
-def _group_size(alike: Mapping[Paged, Sequence[int]], max_len: int) -> int:
-    """Layers in a group: as many as take little more memory for one long sequence than the best
+def _per_tensor(alike: Iterable[Paged]) -> dict[Paged, int]:
+    """How many layers that keep this have one tensor together."""
+    sizes = {one: list(map(math.prod, one.shapes(1, 1))) for one in alike}
+    largest = max(sizes.values())
+    found: dict[Paged, int] = {}
+    for one, own in sizes.items():
+        ratios = {whole // size for whole, size in zip(largest, own) if whole % size == 0}
+        if len(own) != len(largest) or len(ratios) != 1 or own[0] * min(ratios) != largest[0]:
+            geometries = {replace(one, window=0) for one in sizes}
+            raise ValueError(
+                f"layers keep pages of different sizes, which is not supported unless one is a "
+                f"multiple of the other: {', '.join(sorted(map(str, geometries)))}"
+            )
+        found[one] = ratios.pop()
+    return found
+
+
+def _group_size(
+    alike: Mapping[Paged, Sequence[int]], per_tensor: Mapping[Paged, int], max_len: int
+) -> int:
+    """Tensors of a group: as many as take little more memory for one long sequence than the best
     number does. Larger groups are fewer tables; groups that are not full waste memory."""
+
+    num_tensors = {one: -(-len(layers) // per_tensor[one]) for one, layers in alike.items()}
 
     def cost(size: int) -> int:
         return size * sum(
-            -(-len(layers) // size) * (one.window or max_len) for one, layers in alike.items()
+            -(-num // size) * (one.window or max_len) for one, num in num_tensors.items()
         )
 
-    most = max(map(len, alike.values()))
+    most = max(num_tensors.values())
     best = min(map(cost, range(1, most + 1)))
     return max(size for size in range(1, most + 1) if cost(size) <= best * MAX_WASTE)
 

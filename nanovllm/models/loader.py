@@ -276,7 +276,8 @@ def random(model: Model, target: Target, seed: int, progress: Progress) -> Param
     def draw(param: Param) -> Weight:
         if param.kind == "places":
             return shard.places(*param.shape).to(device)
-        weight = torch.empty(param.shape, dtype=param.dtype or model.config.dtype, device=device)
+        dtype = param.dtype or model.config.dtype
+        weight = torch.empty(param.shape, dtype=dtype, device=device)
         if param.kind in ("norm", "bias"):
             return taken(shard, param, weight.fill_(float(param.kind == "norm")))
         weight.normal_(0.0, RANDOM_STD, generator=generator)

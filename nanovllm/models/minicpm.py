@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nanovllm.models.config import dense_config, require_type
+from nanovllm.models.dense import dense_model
 from nanovllm.models.model import Model
 from nanovllm.models.scaled import Factors, check_factor, scaled_model
 
@@ -44,7 +45,7 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         residual=("scale_depth", hf.scale_depth / math.sqrt(hf.num_hidden_layers)),
         head=("dim_model_base", hf.dim_model_base / hf.hidden_size),
     )
-    return scaled_model(config, factors)
+    return scaled_model(dense_model(config), factors)
 
 
 def _dense_length(hf: Any, max_model_len: int | None) -> int | None:

@@ -1,7 +1,8 @@
 """The decoder with experts: Mixtral, Qwen2-MoE and Qwen3-MoE are this mathematics.
 
 Attention is that of `dense`. A sparse layer has experts in place of the MLP: each token goes to K
-of E experts, and in some models to a shared expert too. Dense and sparse layers may mix.
+of E experts, and in some models to a shared expert too, which may have a gate. Dense and sparse
+layers may mix.
 
 T tokens | K experts per token | E experts | D hidden | F expert width | G = 2F. Other letters are
 those of `dense`.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models import dense, experts, svd_experts
+from nanovllm.models import dense, experts, group_router, svd_experts
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import attention, attention_params, embed, head, kv_scales, mlp_params
 from nanovllm.models.experts import Experts
@@ -36,6 +37,7 @@ class SparseLayer(NamedTuple):
     out_bias_D: Tensor | None
     mlp_norm_D: Tensor
     router_ED: Tensor
+    router_bias_E: Tensor | None
     experts: Experts
     shared_gate_1D: Tensor | None
     gate_up_GD: Weight | None
@@ -47,7 +49,8 @@ class ExpertNames(NamedTuple):
 
     `one` names a matrix of one expert: {matrix} stands for `gate`, `up` or `down`, {expert} for the
     expert's number. `stacked` are the two tensors of all experts in transformers 5: gate and up
-    together, and down. See `Param` for `may_be_transposed`.
+    together, and down. `router_bias` is that of a `GroupRouter`. `shared` is the module of a shared
+    expert, `shared_gate` its gate; None without one. See `Param` for `may_be_transposed`.
     """
 
     router: str
@@ -58,6 +61,9 @@ class ExpertNames(NamedTuple):
     other_router: str | None = None
     stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     may_be_transposed: bool = False
+    router_bias: str | None = None
+    shared: str = "mlp.shared_expert"
+    shared_gate: str | None = "mlp.shared_expert_gate.weight"
 
     def layer_params(self, cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
         """Parameters of one decoder layer, by the fields of `layer_type(kind)`."""
@@ -130,17 +136,39 @@ def layer(
     h_TD: Tensor,
 ) -> Tensor:
     """One decoder layer, dense or sparse: see `dense.layer`."""
-    num_pad_slots = kv.k_CBKH.shape[1]  # padding writes to block 0
+    predict(cfg, call, w, kv, batch, h_TD)
+    h_TD = attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
+    return mlp(cfg, w, kv, batch, h_TD)
+
+
+def predict(
+    cfg: ModelConfig,
+    call: LayerCall,
+    w: dense.Layer | SparseLayer,
+    kv: LayerCache,
+    batch: Batch,
+    h_TD: Tensor,
+) -> None:
+    """Fetch the experts that a layer's input would choose, if the layer predicts."""
     if call.predicts and batch.keep_R is None and isinstance(w, SparseLayer):
         _, _, expert_TK = routed(cfg, w, h_TD)
-        experts.prepare(expert_TK, w.experts, batch.slot_T, num_pad_slots, ahead=True)
-    h_TD = attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
+        experts.prepare(expert_TK, w.experts, batch.slot_T, _num_pad_slots(kv), ahead=True)
+
+
+def _num_pad_slots(kv: LayerCache) -> int:
+    return kv.k_CBKH.shape[1]  # padding writes to block 0
+
+
+def mlp(
+    cfg: ModelConfig, w: dense.Layer | SparseLayer, kv: LayerCache, batch: Batch, h_TD: Tensor
+) -> Tensor:
+    """The second half of a layer, dense or sparse."""
     if isinstance(w, dense.Layer):
         return dense.mlp(cfg, w, h_TD)
     kv_slot_T = batch.slot_T
     if batch.keep_R is not None:
         kv_slot_T = kv_slot_T.index_select(0, batch.keep_R)
-    return sparse_mlp(cfg, w, h_TD, kv_slot_T, num_pad_slots)
+    return sparse_mlp(cfg, w, h_TD, kv_slot_T, _num_pad_slots(kv))
 
 
 def sparse_mlp(
@@ -154,21 +182,33 @@ def sparse_mlp(
     expert_TK = experts.prepare(expert_TK, w.experts, kv_slot_T, num_pad_slots)
     # on several ranks, parts of all products are summed before h is added
     sum_TD = h_TD if cfg.num_ranks == 1 else None
-    if w.shared_gate_1D is not None and w.gate_up_GD is not None and w.down_DF is not None:
-        gate_T1 = torch.sigmoid(ops.linear(x_TD, w.shared_gate_1D, None))
-        inner_TF = ops.silu_mul(linear(x_TD, w.gate_up_GD, None))
-        shared_TD = gate_T1 * linear(inner_TF, w.down_DF, None)
-        sum_TD = shared_TD if sum_TD is None else sum_TD + shared_TD
+    if w.gate_up_GD is not None and w.down_DF is not None:
+        sum_TD = _with_shared(w, x_TD, w.gate_up_GD, w.down_DF, sum_TD)
     sum_TD = experts.apply(x_TD, weight_TK, expert_TK, w.experts, sum_TD)
     return sum_TD if cfg.num_ranks == 1 else ops.all_reduce(sum_TD, h_TD)
+
+
+def _with_shared(
+    w: SparseLayer, x_TD: Tensor, gate_up_GD: Weight, down_DF: Weight, sum_TD: Tensor | None
+) -> Tensor:
+    """A sum and the result of the shared expert."""
+    if w.shared_gate_1D is None:
+        return linear(ops.silu_mul(linear(x_TD, gate_up_GD, None)), down_DF, None, sum_TD)
+    gate_T1 = torch.sigmoid(ops.linear(x_TD, w.shared_gate_1D, None))
+    inner_TF = ops.silu_mul(linear(x_TD, gate_up_GD, None))
+    shared_TD = gate_T1 * linear(inner_TF, down_DF, None)
+    return shared_TD if sum_TD is None else sum_TD + shared_TD
 
 
 def routed(cfg: ModelConfig, w: SparseLayer, h_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised h, and its experts: their weights and numbers."""
     assert cfg.moe is not None
-    x_TD = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps)
+    x_TD, moe = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps), cfg.moe
+    if moe.router is not None:
+        weights = (w.router_ED, w.router_bias_E)
+        return x_TD, *group_router.choose(moe.router, moe.top_k, moe.normalize, x_TD, weights)
     logits_TE = ops.linear(x_TD, w.router_ED, None)
-    return x_TD, *ops.topk_softmax(logits_TE, cfg.moe.top_k, cfg.moe.normalize)
+    return x_TD, *ops.topk_softmax(logits_TE, moe.top_k, moe.normalize)
 
 
 # parameters --------------------------------------------------------------------------------------
@@ -182,17 +222,22 @@ def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[
     """Parameters of a sparse layer, by the fields of `SparseLayer` and of a form of experts."""
     assert cfg.moe is not None
     moe, hidden, prefix = cfg.moe, cfg.hidden_size, f"model.layers.{layer_idx}."
-    router = Param.one("router", prefix + names.router, moe.num_experts, hidden)
     other_router = names.other_router and prefix + names.other_router
+    router = {"router_ED": Param.one("router", prefix + names.router, moe.num_experts, hidden)}
+    if moe.router is not None:
+        bias = names.router_bias and prefix + names.router_bias
+        router = group_router.router_params(prefix + names.router, bias, moe.num_experts, hidden)
+    router["router_ED"] = router["router_ED"]._replace(other_name=other_router)
     declared = {
         **attention_params(cfg, layer_idx),
-        "router_ED": router._replace(other_name=other_router),
+        **router,
         **expert_params(cfg, names, layer_idx),
     }
     if moe.shared_size:
-        gate = prefix + "mlp.shared_expert_gate.weight"
-        declared["shared_gate_1D"] = Param.one("router", gate, 1, hidden)
-        declared |= mlp_params(cfg, layer_idx, "mlp.shared_expert", moe.shared_size)
+        if names.shared_gate is not None:
+            gate = prefix + names.shared_gate
+            declared["shared_gate_1D"] = Param.one("router", gate, 1, hidden)
+        declared |= mlp_params(cfg, layer_idx, names.shared, moe.shared_size)
     return declared
 
 

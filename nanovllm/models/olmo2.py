@@ -36,11 +36,7 @@ class Olmo2Layer(NamedTuple):
 
 
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
-    """The model of transformers' `Olmo2Config`.
-
-    The input of a layer's first product is not normalised, so values have no bound for an fp8
-    cache.
-    """
+    """The model of transformers' `Olmo2Config`."""
     require_type(hf, NAME, "olmo2")
     config = dense_config(
         hf,
@@ -50,12 +46,17 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         qkv_bias=hf.attention_bias,
         out_bias=hf.attention_bias,
     )
+    return olmo_model(dense.dense_model(config))
+
+
+def olmo_model(plain: Model) -> Model:
+    """A dense model with the norms of this family.
+
+    The input of a layer's first product is not normalised, so values have no bound for an fp8
+    cache.
+    """
     return replace(
-        dense.dense_model(config),
-        layer=layer,
-        layer_params=layer_params,
-        layer_type=layer_type,
-        kv_scales=None,
+        plain, layer=layer, layer_params=layer_params, layer_type=layer_type, kv_scales=None
     )
 
 

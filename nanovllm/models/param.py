@@ -85,6 +85,8 @@ class Param(NamedTuple):
     result, or to its rows' order, into the weight. It gets this rank's part, with the row count of
     each source in it. Weights that are not plain take only a `RowOrder` and `Times`.
 
+    A parameter with a `dtype` has it in place of the model's.
+
     If `source_shape` is given, each source has this shape and fills the first rows and columns of
     its part; the rest is zero. Only towers have such parameters (`vision.weights`).
 
@@ -207,4 +209,5 @@ class Param(NamedTuple):
         if isinstance(self.adapt, RowOrder):
             bounds.append(1)
         columns = small.shape[-1] if axis == 1 else 0
-        return Extent(small.shape, self.dtype or dtype, math.gcd(*bounds), columns, self.shape[-1])
+        dtype = self.dtype or dtype
+        return Extent(small.shape, dtype, math.gcd(*bounds), columns, self.shape[-1])

@@ -5,17 +5,15 @@ Phi-4-mini rotates a part of each head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nanovllm.models import dense
 from nanovllm.models.config import ModelConfig, dense_config, require_type
+from nanovllm.models.head_order import rotated_as_ops_do
 from nanovllm.models.model import LayerKind, Model, Param
-from nanovllm.models.param import RowOrder
-from nanovllm.models.rope import grouped_rows
 
 NAME = "Phi3ForCausalLM"
 
@@ -33,24 +31,8 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
 def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
     """`dense.layer_params`, where one tensor may have all sources of a parameter."""
     declared = dense.layer_params(cfg, kind, layer_idx)
-    prefix, rotated = f"model.layers.{layer_idx}.", 2 * len(cfg.inv_freq)
-    adapt = GroupedRows(cfg.head_dim, rotated) if rotated < cfg.head_dim else None
+    prefix = f"model.layers.{layer_idx}."
     joined = {"qkv_ED": "self_attn.qkv_proj.weight", "gate_up_GD": "mlp.gate_up_proj.weight"}
     for name, source in joined.items():
         declared[name] = declared[name]._replace(other_name=prefix + source)
-    declared["qkv_ED"] = declared["qkv_ED"]._replace(adapt=adapt)
-    return declared
-
-
-@dataclass(frozen=True)
-class GroupedRows(RowOrder):
-    """Puts the rows of queries and keys in the order of `rope.grouped_rows`."""
-
-    head_dim: int
-    rotated: int
-
-    def order(self, parts: tuple[int, ...]) -> Tensor:
-        order_E = torch.arange(sum(parts))
-        heads_NH = order_E[: parts[0] + parts[1]].view(-1, self.head_dim)
-        heads_NH.copy_(heads_NH[:, grouped_rows(self.head_dim, self.rotated)])
-        return order_E
+    return rotated_as_ops_do(cfg, declared)

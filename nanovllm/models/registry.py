@@ -7,17 +7,33 @@ from functools import partial
 from typing import Any
 
 from nanovllm.models import (
+    cohere,
+    cohere2,
     deepseek_v2,
     deepseek_v3,
+    ernie4_5,
+    ernie4_5_moe,
+    exaone4,
     gemma3,
+    gemma4,
+    glm4,
+    glm4_moe,
     glm4_moe_lite,
     gpt_oss,
     granite,
+    granitemoe,
+    granitemoeshared,
+    hunyuan_v1_dense,
+    hunyuan_v1_moe,
     llama,
     minicpm,
+    ministral,
+    ministral3,
     mistral,
+    mistral3,
     mixtral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen2_5_omni,
@@ -27,7 +43,9 @@ from nanovllm.models import (
     qwen3_moe,
     qwen3_vl,
     qwen3_vl_moe,
+    seed_oss,
     smollm3,
+    starcoder2,
 )
 from nanovllm.models.model import Model
 from nanovllm.models.quant_methods import of_checkpoint
@@ -39,6 +57,9 @@ Architecture = Callable[..., Model]
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": llama.model,
     "MistralForCausalLM": mistral.model,
+    "MinistralForCausalLM": ministral.model,
+    "Ministral3ForCausalLM": ministral3.model,
+    "Mistral3ForConditionalGeneration": mistral3.model,
     "MixtralForCausalLM": mixtral.model,
     "Qwen2ForCausalLM": qwen2.model,
     "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl.model,
@@ -50,20 +71,38 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3MoeForCausalLM": qwen3_moe.model,
     "Qwen3VLForConditionalGeneration": qwen3_vl.model,
     "Qwen3VLMoeForConditionalGeneration": qwen3_vl_moe.model,
+    "CohereForCausalLM": cohere.model,
+    "Cohere2ForCausalLM": cohere2.model,
     "DeepseekV2ForCausalLM": deepseek_v2.model,
     "DeepseekV3ForCausalLM": deepseek_v3.model,
-    "Glm4MoeLiteForCausalLM": glm4_moe_lite.model,
+    "Ernie4_5ForCausalLM": ernie4_5.model,
+    "Ernie4_5_MoeForCausalLM": ernie4_5_moe.model,
+    "Exaone4ForCausalLM": exaone4.model,
     "Gemma3ForCausalLM": gemma3.model,
+    "Gemma4ForCausalLM": gemma4.model,
+    "Gemma4ForConditionalGeneration": gemma4.model,
+    "Glm4ForCausalLM": glm4.model,
+    "Glm4MoeForCausalLM": glm4_moe.model,
+    "Glm4MoeLiteForCausalLM": glm4_moe_lite.model,
     "GptOssForCausalLM": gpt_oss.model,
     "GraniteForCausalLM": granite.model,
+    "GraniteMoeForCausalLM": granitemoe.model,
+    "GraniteMoeSharedForCausalLM": granitemoeshared.model,
+    "HunYuanDenseV1ForCausalLM": hunyuan_v1_dense.model,
+    "HunYuanMoEV1ForCausalLM": hunyuan_v1_moe.model,
     "MiniCPMForCausalLM": minicpm.model,
     "Olmo2ForCausalLM": olmo2.model,
+    "Olmo3ForCausalLM": olmo3.model,
     "Phi3ForCausalLM": phi3.model,
+    "SeedOssForCausalLM": seed_oss.model,
     "SmolLM3ForCausalLM": smollm3.model,
+    "Starcoder2ForCausalLM": starcoder2.model,
 }
 
 # Architectures with rope parameters for each layer type.
-ROPES_PER_LAYER_TYPE = frozenset({"Gemma3ForCausalLM"})
+ROPES_PER_LAYER_TYPE = frozenset(
+    {"Gemma3ForCausalLM", "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Olmo3ForCausalLM"}
+)
 # Model types that transformers has no config class for: the type whose class reads them, and fields
 # with another default value.
 READ_AS: dict[str, tuple[str, dict[str, object]]] = {

@@ -197,12 +197,15 @@ def rotary_table(
     return torch.cat((cos, sin), dim=-1).to(device)
 
 
-def grouped_rows(head_dim: int, rotated: int) -> list[int]:
+def grouped_rows(head_dim: int, rotated: int, *, interleaved: bool = False) -> tuple[int, ...]:
     """The order of a head's rows in which the ops rotate the first `rotated` elements.
 
-    A checkpoint rotates element i with i + rotated/2, and the ops with i + H/2. Products of queries
-    and keys do not depend on the order.
+    The ops rotate element i with i + H/2. A checkpoint rotates element i with i + rotated/2, or, if
+    its pairs are `interleaved`, element 2i with 2i + 1. Products of queries and keys do not depend
+    on the order.
     """
-    half, rest = rotated // 2, list(range(rotated, head_dim))
+    half, rest = rotated // 2, range(rotated, head_dim)
+    first: Sequence[int] = range(0, rotated, 2) if interleaved else range(half)
+    second: Sequence[int] = range(1, rotated, 2) if interleaved else range(half, rotated)
     middle = len(rest) // 2
-    return [*range(half), *rest[:middle], *range(half, rotated), *rest[middle:]]
+    return (*first, *rest[:middle], *second, *rest[middle:])

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.dense import dense_model, outer_params
+from nanovllm.models.dense import outer_params
 from nanovllm.models.model import Model, Param
 from nanovllm.models.param import Times
 
@@ -45,11 +45,15 @@ class Factors:
         return declared
 
 
-def scaled_model(cfg: ModelConfig, factors: Factors) -> Model:
-    """`dense_model` with factors; `cfg` is the config without them."""
-    residual = factors.residual[1]
-    model = dense_model(replace(cfg, norm_eps=cfg.norm_eps / residual**2))
-    return replace(model, outer_params=factors.outer_params, embed_factor=factors.of_table)
+def scaled_model(plain: Model, factors: Factors) -> Model:
+    """The model of one without factors, dense or with experts."""
+    cfg, residual = plain.config, factors.residual[1]
+    return replace(
+        plain,
+        config=replace(cfg, norm_eps=cfg.norm_eps / residual**2),
+        outer_params=factors.outer_params,
+        embed_factor=factors.of_table,
+    )
 
 
 def check_factor(name: str, value: object) -> None:

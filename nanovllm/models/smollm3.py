@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from nanovllm.models.config import Rope, dense_config, require_type, windows_by_layer_type
+from nanovllm.models.config import dense_config, require_type, windows_by_layer_type
 from nanovllm.models.dense import dense_model
+from nanovllm.models.layer_ropes import with_still_layers
 from nanovllm.models.model import Model
 
 NAME = "SmolLM3ForCausalLM"
@@ -17,8 +17,7 @@ NAME = "SmolLM3ForCausalLM"
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
     """The model of transformers' `SmolLM3Config`.
 
-    `no_rope_layers` has a 1 for each layer that rotates. The others have a table of cosines 1 and
-    sines 0, so all layers share their programs.
+    `no_rope_layers` has a 1 for each layer that rotates.
     """
     require_type(hf, NAME, "smollm3")
     rotates = hf.no_rope_layers[: hf.num_hidden_layers]
@@ -40,6 +39,5 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         out_bias=hf.attention_bias,
         mlp_bias=hf.mlp_bias,
     )
-    still = Rope((0.0,) * len(config.inv_freq))
-    config = replace(config, other_ropes=(still,))
-    return dense_model(config, windows, tuple(int(not turns) for turns in rotates))
+    config, ropes = with_still_layers(config, rotates)
+    return dense_model(config, windows, ropes)

@@ -39,7 +39,9 @@ logger = logging.getLogger(__name__)
 CACHE_SHARE, CACHE_CEILING_BYTES = 0.25, 8 << 30
 
 # Ops with our C++ kernels: as fast as Inductor's code, which is compiled for every bucket.
-KERNEL_OPS = STEP_OPS | {"linear_int8"} | set(cpu_packed.KERNELS) | set(cpu_ggml.KERNELS)
+KERNEL_OPS = (
+    STEP_OPS | {"linear_int8", "layer_norm"} | set(cpu_packed.KERNELS) | set(cpu_ggml.KERNELS)
+)
 
 
 TRAITS = Traits(

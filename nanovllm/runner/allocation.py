@@ -24,17 +24,19 @@ def allocate(
     """What all layers keep, zeroed, and the snapshots of rows' states; `scales` are those of each
     layer's fp8 cache.
 
-    Layers of different groups share tensors (`PageGroups`). Within a program, each tensor has
-    memory of its own: programs take them as inputs, and inputs must not alias.
+    Layers of different groups share tensors, and small pages lie beside each other in one
+    (`PageGroups`). Within a program, each tensor has memory of its own: programs take them as
+    inputs, and inputs must not alias.
     """
     groups, layout = model.page_groups, spec.layout
-    shapes = groups.groups[0].kept.shapes(num_blocks, layout.block_size)
+    shapes = groups.largest.shapes(num_blocks, layout.block_size)
     num_states = (layout.max_num_seqs + 1) * layout.num_places
     pages: dict[int, list[Tensor]] = {}
     states: list[RowStates] = []
     made: list[Kept] = []
-    places = groups.places(len(model.layer_kinds))
-    for kept, place, layer_scales in zip(model.kept, places, scales, strict=True):
+    num_layers = len(model.layer_kinds)
+    places, parts = groups.places(num_layers), groups.parts(num_layers)
+    for kept, place, part, layer_scales in zip(model.kept, places, parts, scales, strict=True):
         if isinstance(kept, Recurrent):
             of_rows, of_slots = (
                 _states(kept, num, model.config.dtype, region)
@@ -47,7 +49,9 @@ def allocate(
         _, tensor_idx = place
         if tensor_idx not in pages:
             pages[tensor_idx] = [region.zeros(shape, spec.cache_dtype) for shape in shapes]
-        made.append(paged_cache(kept, pages[tensor_idx], layer_scales))
+        own = kept.shapes(num_blocks, layout.block_size)
+        cache = [_part(*one, *part) for one in zip(pages[tensor_idx], own)]
+        made.append(paged_cache(kept, cache, layer_scales))
     return tuple(made), Snapshots(tuple(states), layout.num_places)
 
 
@@ -58,6 +62,13 @@ def paged_cache(
     if isinstance(kept, PagedLatent):
         return LatentCache(*tensors)
     return LayerCache(*tensors, *scales)
+
+
+def _part(tensor: Tensor, shape: tuple[int, ...], number: int, num_parts: int) -> Tensor:
+    """One of equal parts of each block, as a cache of this shape."""
+    if tensor.shape == shape:
+        return tensor
+    return tensor.flatten(1).chunk(num_parts, dim=1)[number].unflatten(1, shape[1:])
 
 
 def _states(

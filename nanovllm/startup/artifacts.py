@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import sys
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 READY = "ready"  # the kind of the marker that a store has every bucket of a model and layout
-SHARED_MODULES = ("config", "dense", "grouped_moe", "latent", "layer_state", "model")
+SHARED_MODULES = (
+    "config",
+    "dense",
+    "group_router",
+    "grouped_moe",
+    "latent",
+    "layer_state",
+    "model",
+)
 # The folders of models whose modules regions of several architectures may use.
 SHARED_FOLDERS = ("audio", "formats", "experts", "vision")
 
@@ -37,15 +46,15 @@ def common_ingredients(
     """Everything that can change a model's programs on this platform: sources, versions, device,
     passes. `draft` is a second model whose programs have the same ingredients.
 
-    The sources of a model are the modules of its regions, shared modules, formats, forms of
-    experts, and towers.
+    The sources of a model are the modules of its regions (`region_modules`), shared modules,
+    formats, forms of experts, and towers.
     """
     models, engine = Path(model_module.__file__).parent, Path(steps.__file__).parent
     chosen_by = Path(sys.modules[type(platform).__module__].__file__ or "")
     stored = [path for folder in SHARED_FOLDERS for path in (models / folder).glob("*.py")]
     shared = [*(models / f"{name}.py" for name in SHARED_MODULES), *stored]
     both = (model,) if draft is None else (model, draft)
-    regions = sorted({r.__module__ for one in both for r in (one.embed, one.layer, one.head)})
+    regions = sorted({name for one in both for name in region_modules(one)})
     files = {name: Path(sys.modules[name].__file__ or "") for name in regions}
     return {
         **keys.own_sources(),
@@ -64,6 +73,29 @@ def common_ingredients(
         "python": ".".join(map(str, sys.version_info[:2])),
         **{f"platform {name}": value for name, value in platform.fingerprint().items()},
     }
+
+
+def region_modules(model: Model) -> set[str]:
+    """The modules of a model's regions, and those of other architectures that they use: modules
+    that they name and that have a `layer`, too."""
+    found: set[str] = set()
+    waiting = [region.__module__ for region in (model.embed, model.layer, model.head)]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            used = {_module_of(value) for value in vars(sys.modules[name]).values()}
+            waiting += (
+                one for one in used if one is not None and "layer" in vars(sys.modules[one])
+            )
+    return found
+
+
+def _module_of(value: object) -> str | None:
+    """The module of models that a value is, or that a function is from."""
+    name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
+    is_own = isinstance(name, str) and name.startswith("nanovllm.models.") and name in sys.modules
+    return name if is_own else None
 
 
 def _ready_key(resolved: ResolvedConfig) -> Key:

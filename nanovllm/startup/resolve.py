@@ -16,7 +16,7 @@ from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.models import registry, svd_experts
 from nanovllm.models.gguf.header import is_gguf
-from nanovllm.models.layer_state import recurrent_bytes
+from nanovllm.models.layer_state import PagedKV, recurrent_bytes
 from nanovllm.models.loader import has_own_head
 from nanovllm.models.model import Model
 from nanovllm.models.schemes import OPTIONS, UNQUANTIZED
@@ -255,6 +255,11 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
             f"{cfg.architecture} keeps latents, and attention over them is not supported on this "
             f"{platform.traits.name} device"
         )
+    if platform.traits.whole_steps and any(one.per_tensor > 1 for one in model.page_groups.groups):
+        raise ValueError(
+            f"layers of {cfg.architecture} keep pages of different sizes, which is not supported "
+            f"on the device {platform.traits.name}"
+        )
     windows = [kind.window for kind in model.layer_kinds]
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, model, platform)
     has_sinks = any(kind.has_sinks for kind in model.layer_kinds)
@@ -263,9 +268,10 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
             f"the attention of {cfg.architecture} has sinks, which graphs on the device "
             f"{platform.traits.name} do not support: set enforce_eager=True"
         )
+    head_dim = largest_head(model)
     facts = attention.AttentionNeeds(
         cfg.dtype,
-        cfg.head_dim,
+        head_dim,
         config.kvcache_block_size,
         windows,
         cache_dtype,
@@ -279,7 +285,7 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
             f"{config.attention_backend!r} cannot read: use attention_backend='auto'"
         )
     block_size = config.kvcache_block_size or attention.default_block_size(
-        backend, platform, cfg.head_dim, cache_dtype
+        backend, platform, head_dim, cache_dtype
     )
     layout = make_layout(config, cfg.max_position, platform, block_size)
     layout = replace(
@@ -292,6 +298,12 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
     slots = _snapshot_slots(config, model, layout)
     spec = EngineSpec(layout, backend, cache_dtype, offload, embedding_bytes)
     return replace(spec, snapshot_slots=slots)
+
+
+def largest_head(model: Model) -> int:
+    """The largest head size of a model's layers, which may differ."""
+    sizes = (one.key_size for one in model.kept if isinstance(one, PagedKV))
+    return max(sizes, default=model.config.head_dim)
 
 
 def _snapshot_slots(config: EngineConfig, model: Model, layout: Layout) -> int:

@@ -290,3 +290,14 @@ def test_sources_of_regions_count_and_no_others_of_models(
     another = replace(dense.dense_model(CFG), head=other_region)  # of this file
     sources = artifacts.common_ingredients(platform, [], another)
     assert set(sources) - set(after) == {f"source {__name__}"}
+
+
+def test_architectures_whose_regions_a_region_calls_count() -> None:
+    """Hunyuan's sparse layers have the attention of its dense ones, and the experts of all."""
+    from nanovllm.models import hunyuan_v1_moe
+
+    plain = dense.dense_model(CFG)
+    found = artifacts.region_modules(replace(plain, layer=hunyuan_v1_moe.layer))
+    used = ("hunyuan_v1_moe", "hunyuan_v1_dense", "moe", "dense")
+    assert found == {f"nanovllm.models.{name}" for name in used}
+    assert artifacts.region_modules(plain) == {"nanovllm.models.dense"}

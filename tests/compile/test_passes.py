@@ -222,9 +222,20 @@ def key_read_again(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_
     return ops.rope(q, table, pos), k + v
 
 
+def query_read_before_the_store(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
+    q, k, v = split(qkv)
+    q = ops.rope(q, table, pos) * 2.0
+    ops.store_kv(ops.rope(k, table, pos), v, k_cache, v_cache, slot)
+    return q
+
+
 @pytest.mark.parametrize(
-    "function", [only_q_normed, only_k_normed, query_before_the_key, key_read_again]
-)
+    "function",
+    [
+        only_q_normed, only_k_normed, query_before_the_key, key_read_again,
+        query_read_before_the_store,
+    ],
+)  # fmt: skip
 def test_variations_are_fused_too(function: Callable[..., Any]) -> None:
     inputs = store_inputs()
     before, _ = traced(function, inputs)
@@ -233,6 +244,14 @@ def test_variations_are_fused_too(function: Callable[..., Any]) -> None:
     assert op_counts(after)["qk_norm_rope_store"] == 1
     assert op_counts(after)["store_kv"] == 0
     assert_same_results(before, after, inputs)
+
+
+def cache_read_before_the_store(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
+    """The query is read before the store, and so is the cache."""
+    q, k, v = split(qkv)
+    q = ops.rope(q, table, pos) + k_cache[0, 0, 0]
+    ops.store_kv(ops.rope(k, table, pos), v, k_cache, v_cache, slot)
+    return q
 
 
 def other_epsilons(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
@@ -287,6 +306,7 @@ def no_query(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache)
 @pytest.mark.parametrize(
     "function",
     [
+        cache_read_before_the_store,
         other_epsilons,
         other_positions,
         other_order,

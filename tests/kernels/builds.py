@@ -55,6 +55,7 @@ MODELS = {
     "head-96 group-16": Model(32, 2, 96, 64, "bf16"),
     "head-256": Model(16, 8, 256, 64, "bf16"),
     "head-256-fp32": Model(16, 8, 256, 48, "fp32"),
+    "head-512": Model(16, 2, 512, 64, "bf16"),
 }
 GPT_OSS = Model(64, 8, 64, 64, "bf16")
 TARGETS = {
@@ -91,6 +92,7 @@ WHOLE_CASES: dict[str, tuple[Sizes, ...]] = {
     "head-96 group-16": (ROWS, FEW_TOKENS),
     "head-256": (ONE_ROW, TOKENS),
     "head-256-fp32": (SMALL,),
+    "head-512": (LARGE,),
 }
 # Models with an fp8 cache, for GPUs that convert fp8 in hardware; all of them for WHOLE alone.
 FP8_TARGETS = ("rtx4090", WHOLE)
@@ -136,7 +138,7 @@ POINTERS = {
         "num_ptr", "num_tokens_ptr", "given_ptr", "out_row_ptr", "out_num_ptr", "out_last_ptr",
     },
 }  # fmt: skip
-FLOATS = {"eps", "scale_log2", "log_vocab_size", "factor"}
+FLOATS = {"eps", "scale_log2", "log_vocab_size", "smallest_sum", "factor"}
 
 
 class Build(NamedTuple):

@@ -33,6 +33,7 @@ NOT_CLAMPED: dict[str, Any] = {"HAS_BIAS": False, "ALPHA": 0.0, "LIMIT": 0.0, "b
 CLAMPED: dict[str, Any] = {"HAS_BIAS": True, "ALPHA": 1.702, "LIMIT": 7.0}
 # In these kernels weight_ptr and out_ptr are results of the choice of experts.
 CHOICE = {"weight_ptr": "*fp32"}
+GROUPS = TYPES | CHOICE | {"bias_ptr": "*fp32"}
 
 # name, kernel, constants, warps, stages, types of pointers
 Launch = tuple[str, Any, dict[str, Any], int, int, dict[str, str]]
@@ -71,7 +72,7 @@ def clamped_launches(name: str, shared_bytes: int) -> Iterator[Launch]:
 
 
 def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
-    from nanovllm.kernels.triton import moe_sort, topk_softmax
+    from nanovllm.kernels.triton import group_topk, moe_sort, topk_softmax
 
     hidden, _, num_experts, top_k = mixture
     shape = {
@@ -91,6 +92,14 @@ def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
         3,
         TYPES | CHOICE | logits,
     )
+    yield (
+        "route within groups",
+        group_topk.group_topk_kernel,
+        _groups(num_experts, top_k),
+        1,
+        3,
+        GROUPS,
+    )
     yield "norm_router_topk", topk_softmax.norm_router_topk_kernel, score, 4, 3, TYPES | CHOICE
     for where in forms:
         parallel = {"EXPERT_PARALLEL": bool(where)}
@@ -98,6 +107,16 @@ def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
         yield f"sort{where}", moe_sort.sort_pairs_kernel, sort, 4, 3, TYPES
         combine = {"TOP_K": top_k, "DIM": hidden, "BLOCK": 1024, "HAS_RESIDUAL": True} | parallel
         yield f"combine{where}", moe_sort.combine_kernel, combine, 4, 3, TYPES
+
+
+def _groups(num_experts: int, top_k: int) -> dict[str, Any]:
+    """Four groups, of which two are chosen."""
+    size = num_experts // 4
+    return {
+        "GROUPS": 4, "GROUPS_P": 4, "TOP_GROUPS": 2, "SIZE": size,
+        "SIZE_P": triton.next_power_of_2(size), "TOP_K": top_k, "ROWS": 1, "SIGMOID": True,
+        "HAS_BIAS": True, "NORMALIZE": True,
+    }  # fmt: skip
 
 
 def _few(mixture: Mixture, where: str) -> Iterator[Launch]:

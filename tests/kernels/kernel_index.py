@@ -153,6 +153,7 @@ CHOSEN: dict[str, dict[str, str]] = {
     },
     "topk_grouped": {"topk_grouped_kernel": "always"},
     "topk_softmax": {"topk_softmax_kernel": "always"},
+    "group_topk": {"group_topk_kernel": "always"},
     "norm_router_topk": {
         "norm_router_topk_kernel": (
             f"one token of at most {topk_softmax.MAX_DEPTH} numbers (the pass fuses no others)"

@@ -18,13 +18,21 @@ LONG_LENGTHS = ((66, 70), (99, 103))  # longer than it from the first step on
 
 @dataclass(frozen=True)
 class Family:
-    """A checkpoint: transformers' model type and the fields of its config."""
+    """A checkpoint: transformers' model type and the fields of its config.
+
+    Of a `plain` one, whose layers are close to those of another family, only the logits are
+    compared, in `modes`. `ranks` are the numbers of ranks whose logits are compared with those of
+    one.
+    """
 
     name: str
     model_type: str
     changes: dict[str, Any] = field(default_factory=dict)
     lengths: tuple[tuple[int, int], ...] = LENGTHS
     max_model_len: int = 128
+    plain: bool = False
+    ranks: tuple[int, ...] = (2, 4)
+    modes: tuple[str, ...] = ("eager", "graph")
 
     def __str__(self) -> str:
         return self.name
@@ -84,6 +92,44 @@ GPT_OSS = {
 }
 # every token goes to all experts, so that rounding changes none's; scores of attention are small
 ALL_EXPERTS = {"num_experts_per_tok": GPT_OSS["num_local_experts"], "initializer_range": 0.12}
+WINDOWS = {
+    "num_hidden_layers": 3,
+    "sliding_window": 17,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+# Ministral 3: queries grow at positions 32, 64 and 96
+GROWING = {
+    "sliding_window": None,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32.0,
+        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        "original_max_position_embeddings": 32, "max_position_embeddings": 256,
+    },
+}  # fmt: skip
+# OLMo-3: full layers alone are extended
+ROPES = {
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "yarn", "rope_theta": 50000.0, "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    }
+}  # fmt: skip
+ALPHA = {
+    "rope_parameters": {
+        "rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0,
+    }
+}  # fmt: skip
+# full layers have heads twice as large: two of them share a tensor of the cache
+GEMMA4 = {
+    "num_hidden_layers": 5,
+    "sliding_window": 17,
+    "layer_types": [*["sliding_attention"] * 2, *["full_attention"] * 3],
+    "num_key_value_heads": 4, "head_dim": 16, "global_head_dim": 32,
+    "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0,
+}  # fmt: skip
+COHERE = {"hidden_size": 96}  # transformers takes the head's size from it
 FAMILIES = (
     # the second and the third layer rotate nothing
     Family("smollm3", "smollm3", {"no_rope_layers": [1, 0, 0, 1], "num_hidden_layers": 4}),
@@ -119,4 +165,39 @@ FAMILIES = (
     Family("gpt-oss", "gpt_oss", GPT_OSS),
     # Mistral-Small: no window, and a head that does not divide the hidden size
     Family("mistral-small", "mistral", {"sliding_window": None, "tie_word_embeddings": False}),
+    Family("ministral", "ministral", WINDOWS, plain=True, ranks=(2,)),
+    Family("ministral3", "ministral3", GROWING, plain=True, ranks=(2,)),
+    Family("glm4", "glm4", {"attention_bias": True, "tie_word_embeddings": False}, ranks=(2,)),
+    Family("olmo3", "olmo3", {**WINDOWS, **ROPES}, plain=True, ranks=(2,)),
+    Family(
+        "seed_oss", "seed_oss",
+        {**BIASED, "attention_out_bias": True, "tie_word_embeddings": False},
+        plain=True, ranks=(2,),
+    ),
+    Family("exaone4", "exaone4", WINDOWS, plain=True, ranks=(2,)),
+    Family(
+        "hunyuan", "hunyuan_v1_dense", {"attention_bias": True, **ALPHA}, plain=True, ranks=(2,)
+    ),
+    Family("cohere", "cohere", {"attention_bias": True, "logit_scale": 0.3}, plain=True, ranks=()),
+    Family(
+        "cohere-qk-norm", "cohere",
+        {"use_qk_norm": True, "tie_word_embeddings": False, "logit_scale": 0.3},
+        ranks=(4,), modes=("eager",),
+    ),
+    Family("cohere2", "cohere2", {**WINDOWS, **COHERE, "logit_scale": 0.3}, plain=True, ranks=(2,)),
+    Family(
+        "starcoder2", "starcoder2",
+        {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 17, "use_bias": True}, ranks=(2,),
+    ),
+    Family(
+        "gemma4", "gemma4_text", {**GEMMA4, "attention_k_eq_v": True, "attention_bias": True},
+        ranks=(4,),
+    ),
+    Family(
+        "gemma4-capped", "gemma4_text",
+        {**GEMMA4, "final_logit_softcapping": 3.0, "tie_word_embeddings": False,
+         "num_global_key_value_heads": None},
+        plain=True, ranks=(), modes=("eager",),
+    ),
+    Family("ernie4_5", "ernie4_5", {"use_bias": True}, plain=True, ranks=(2,)),
 )  # fmt: skip

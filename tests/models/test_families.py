@@ -30,6 +30,8 @@ from tests.models.harness import (
 )
 
 TOLERANCE = 1e-4
+OWN = tuple(family for family in FAMILIES if not family.plain)
+NO_BOUND = ("olmo2", "gemma4_text")
 NAMES = of_types(*(family.model_type for family in FAMILIES))
 GRAPH_SIZES: dict[str, Any] = {
     "max_num_seqs": 2,
@@ -52,8 +54,9 @@ def difference(family: Family, folder: Path, device: str, **options: Any) -> flo
 
 
 @pytest.mark.shows("eager", "graph", "GPU", architectures=NAMES)
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize(
+    ("family", "mode"), [(family, mode) for family in FAMILIES for mode in family.modes], ids=str
+)
 def test_logits_are_those_of_transformers(
     family: Family, mode: str, device: str, tmp_path: Path
 ) -> None:
@@ -61,7 +64,7 @@ def test_logits_are_those_of_transformers(
     assert difference(family, family.save(tmp_path), device, **options) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", OWN, ids=str)
 def test_greedy_tokens_are_those_of_transformers(
     family: Family, device: str, tmp_path: Path
 ) -> None:
@@ -87,19 +90,32 @@ def test_greedy_tokens_are_those_of_transformers(
         assert output["token_ids"] == ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", OWN, ids=str)
 def test_bf16_agrees_up_to_rounding(family: Family, device: str, tmp_path: Path) -> None:
     known = sequences(VOCAB_SIZE, *family.lengths)
     options = {"enforce_eager": True, "max_model_len": family.max_model_len}
     folder = family.save(tmp_path, **{**BF16, **all_experts(family)})
     if family.model_type == "gemma3_text":
         make_sums_exact(folder)
+    if family.model_type == "gemma4_text":
+        soften(folder)
     check_bf16(folder, device, known, **options)
 
 
 def all_experts(family: Family) -> dict[str, Any]:
     """Changes of a family with experts that keep its routes when numbers are rounded."""
     return ALL_EXPERTS if family.model_type == "gpt_oss" else {}
+
+
+def soften(folder: Path) -> None:
+    """Shorten queries, whose products with keys have no factor 1 / √H: the weights of trained norms
+    have it. Otherwise attention is so sharp that rounding changes it."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if "q_norm" in name:
+            weights[name] = weight * 0.25
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def make_sums_exact(folder: Path) -> None:
@@ -116,7 +132,7 @@ def make_sums_exact(folder: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", OWN, ids=str)
 def test_int8_logits_are_those_of_the_stored_integers(family: Family, tmp_path: Path) -> None:
     """Factors and orders of rows are folded in before weights are quantized."""
     folder, known = family.save(tmp_path), sequences(VOCAB_SIZE, family.lengths[1])
@@ -143,7 +159,7 @@ def real_values(stored: Any) -> Any:
     return type(stored)(*values) if hasattr(stored, "_fields") else tuple(values)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", OWN, ids=str)
 def test_an_fp8_cache_holds_every_key_and_value_within_its_scale(
     family: Family, tmp_path: Path
 ) -> None:
@@ -151,8 +167,8 @@ def test_an_fp8_cache_holds_every_key_and_value_within_its_scale(
     folder = family.save(tmp_path, **all_experts(family))
     known = sequences(VOCAB_SIZE, family.lengths[-1])
     options = {"enforce_eager": True, "max_model_len": family.max_model_len}
-    if family.model_type == "olmo2":
-        with pytest.raises(ValueError, match="Olmo2ForCausalLM has no bound for its keys"):
+    if family.model_type in NO_BOUND:
+        with pytest.raises(ValueError, match="ForCausalLM has no bound for its keys"):
             load(folder, "cpu", kv_cache_dtype="fp8", **options)
         return
     runner = load(folder, "cpu", kv_cache_dtype="fp8", **options)
@@ -165,8 +181,9 @@ def test_an_fp8_cache_holds_every_key_and_value_within_its_scale(
 
 
 @pytest.mark.shows("ranks", architectures=NAMES)
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize(
+    ("family", "size"), [(family, size) for family in FAMILIES for size in family.ranks], ids=str
+)
 def test_ranks_give_the_logits_of_one(family: Family, size: int, tmp_path: Path) -> None:
     """Two key-value heads, so that four ranks have them twice."""
     folder = family.save(tmp_path / "m")

@@ -52,7 +52,7 @@ def test_what_no_op_reads_is_refused() -> None:
         page_groups([replace(FULL, key_size=24)], 99).check()
     page_groups([FULL, LOCAL], 99).check()
     with pytest.raises(ValueError, match="pages of different sizes"):
-        page_groups([FULL, PagedKV(4, 32, 32)], 99)
+        page_groups([FULL, PagedKV(4, 24, 24)], 99)
     with pytest.raises(ValueError, match="no layer has a paged cache"):
         page_groups([STATE], 99)
 

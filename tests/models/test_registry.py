@@ -13,21 +13,38 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanovllm.compile.trace import tensors
 from nanovllm.models import (
+    cohere,
+    cohere2,
     dense,
+    ernie4_5,
+    ernie4_5_moe,
+    exaone4,
     gemma3,
+    gemma4,
+    glm4,
+    glm4_moe,
     gpt_oss,
     granite,
+    granitemoe,
+    granitemoeshared,
+    hunyuan_v1_dense,
+    hunyuan_v1_moe,
     llama,
+    ministral,
+    ministral3,
     mistral,
     mixtral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen2_moe,
     qwen3,
     qwen3_moe,
     registry,
+    seed_oss,
     smollm3,
+    starcoder2,
 )
 from nanovllm.models import loader as weights
 from nanovllm.models.model import Model
@@ -47,6 +64,23 @@ BY_TYPE = {
     "olmo2": olmo2.model,
     "gemma3_text": gemma3.model,
     "gpt_oss": gpt_oss.model,
+    "gemma4_text": gemma4.model,
+    "ministral": ministral.model,
+    "ministral3": ministral3.model,
+    "glm4": glm4.model,
+    "olmo3": olmo3.model,
+    "seed_oss": seed_oss.model,
+    "exaone4": exaone4.model,
+    "hunyuan_v1_dense": hunyuan_v1_dense.model,
+    "ernie4_5": ernie4_5.model,
+    "cohere": cohere.model,
+    "cohere2": cohere2.model,
+    "starcoder2": starcoder2.model,
+    "glm4_moe": glm4_moe.model,
+    "ernie4_5_moe": ernie4_5_moe.model,
+    "hunyuan_v1_moe": hunyuan_v1_moe.model,
+    "granitemoe": granitemoe.model,
+    "granitemoeshared": granitemoeshared.model,
 }
 # Those without a class for text alone in transformers, and those with latents, have tests of their
 # own.
@@ -55,6 +89,8 @@ TESTED_ELSEWHERE = {
     "DeepseekV3ForCausalLM": "test_latent_models.py",
     "Glm4MoeLiteForCausalLM": "test_latent_models.py",
     "MiniCPMForCausalLM": "test_minicpm.py",
+    "Mistral3ForConditionalGeneration": "test_mistral3.py",
+    "Gemma4ForConditionalGeneration": "test_gemma4.py",
     "Qwen2_5_VLForConditionalGeneration": "test_vision_text.py",
     "Qwen2_5OmniModel": "test_omni.py",
     "Qwen2_5OmniForConditionalGeneration": "test_omni.py",
@@ -84,6 +120,39 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "smollm3": {"pad_token_id": None},
     "phi3": {"pad_token_id": None},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    **{
+        name: {"pad_token_id": None}
+        for name in (
+            "ministral3", "glm4", "olmo3", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "cohere",
+        )
+    },
+    "cohere2": {"pad_token_id": None, "hidden_size": 14 * 8},
+    "starcoder2": {"pad_token_id": None, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "global_head_dim": 48, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+    },
+    "glm4_moe": {
+        "pad_token_id": None, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 3,
+        "topk_group": 2, "moe_intermediate_size": 40,
+    },
+    "ernie4_5_moe": {
+        "pad_token_id": None, "moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 40,
+    },
+    "hunyuan_v1_moe": {"pad_token_id": None, "num_experts": 5, "moe_topk": 2},
+    "granitemoe": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "granitemoeshared": {
+        "num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 40,
+    },
+}  # fmt: skip
+# The name of the norms' eps, where it is another.
+EPS = {"cohere": "layer_norm_eps", "cohere2": "layer_norm_eps", "starcoder2": "norm_epsilon"}
+# Names of tensors in checkpoints that transformers renames when it reads them.
+RENAMED = {
+    "block_sparse_moe.input_linear.weight": "block_sparse_moe.experts.gate_up_proj",
+    "block_sparse_moe.output_linear.weight": "block_sparse_moe.experts.down_proj",
+    "mlp.moe_statics.": "mlp.gate.moe_statics.",
 }
 # The fields that give a model biases; those of Mistral, Qwen2, Mixtral and Phi-3 do not depend on
 # any.
@@ -97,6 +166,19 @@ BIASES = {
     "olmo2": ("attention_bias",),
     "gemma3_text": ("attention_bias",),
     "gpt_oss": ("attention_bias",),
+    "gemma4_text": ("attention_bias",),
+    "glm4": ("attention_bias",),
+    "olmo3": ("attention_bias",),
+    "seed_oss": ("attention_bias", "attention_out_bias", "mlp_bias"),
+    "hunyuan_v1_dense": ("attention_bias",),
+    "ernie4_5": ("use_bias",),
+    "cohere": ("attention_bias", "use_qk_norm"),
+    "cohere2": ("attention_bias",),
+    "starcoder2": ("use_bias",),
+    "glm4_moe": ("attention_bias",),
+    "hunyuan_v1_moe": ("attention_bias",),
+    "granitemoe": ("attention_bias",),
+    "granitemoeshared": ("attention_bias",),
 }
 
 
@@ -167,6 +249,8 @@ def test_declared_parameters_are_those_of_transformers(
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(config_of(model_type, **changes))
     expected = {name: tuple(parameter.shape) for name, parameter in reference.named_parameters()}
+    stored = reference.state_dict()
+    expected |= {name: tuple(x.shape) for name, x in reference.named_buffers() if name in stored}
     declared: dict[str, tuple[int, ...]] = {}
     for params in model.declared:
         for param in params.values():
@@ -178,6 +262,10 @@ def test_declared_parameters_are_those_of_transformers(
             assert sum(param.parts) == param.shape[0]
             for source, part in zip(param.sources, param.parts, strict=True):
                 declared[source] = (part, *param.shape[1:])
+    for name in list(declared):
+        for part, theirs in RENAMED.items():
+            if part in name:
+                declared[name.replace(part, theirs)] = declared.pop(name)
     assert declared == expected
     if tied:
         assert "lm_head.weight" not in expected
@@ -211,7 +299,7 @@ def test_bytes_are_those_of_the_loaded_weights(
     assert model.param_bytes == sum(unique.values())
     is_head = params.head_VD is params.embed_VD
     assert is_head == (tied and not converts_head)
-    looked_up = 0 if is_head else 99 * 56 * 2
+    looked_up = 0 if is_head else 99 * model.config.hidden_size * 2
     assert model.weight_bytes == sum(unique.values()) - looked_up
 
 
@@ -285,12 +373,12 @@ def test_llama_has_no_windows() -> None:
     [
         (
             {"hidden_act": "gelu"},
-            "hidden_act 'gelu' is not supported by .*ForCausalLM: only 'silu' is",
+            "hidden_act 'gelu' is not supported by .*ForCausalLM: only '(silu|gelu_.*)' is",
         ),
         ({"head_dim": 264}, "head_dim 264 is not supported: it must be a multiple of 8, up to 256"),
         ({"head_dim": 20}, "head_dim 20 is not supported"),
         ({"vocab_size": -5}, "vocab_size is -5: it must be at least 1"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan: it must be a finite number"),
+        ({"rms_norm_eps": float("nan")}, "(eps|epsilon) is nan: it must be a (finite )?number"),
         (
             {"num_key_value_heads": 3},
             "num_attention_heads 14 is not a multiple of num_key_value_heads 3",
@@ -300,6 +388,8 @@ def test_llama_has_no_windows() -> None:
 def test_what_is_not_supported_is_refused_with_its_value(
     model_type: str, changes: dict[str, Any], message: str
 ) -> None:
+    if model_type in EPS and "rms_norm_eps" in changes:
+        changes = {EPS[model_type]: changes["rms_norm_eps"]}
     with pytest.raises(ValueError, match=message):
         described(model_type, **changes)
 
