@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import collectives, flash_attention, reference
+from nanovllm.kernels import gated_delta as chunked
 from nanovllm.kernels import sdpa as sdpa_attention
 
 _library = torch.library.Library("nanovllm", "DEF")
@@ -294,6 +295,30 @@ PRODUCTS: dict[Any, Product] = {
 }
 
 
+causal_conv = _define(
+    "causal_conv(Tensor x, Tensor weight, Tensor(a!) state, Tensor seq_len, Tensor q_start, "
+    "Tensor from_row, Tensor? to_row=None, Tensor? to_token=None) -> Tensor",
+    reference.gated_delta.causal_conv,
+    lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+gated_delta = _define(
+    "gated_delta(Tensor qkv, Tensor ba, Tensor a_log, Tensor dt_bias, Tensor(a!) state, "
+    "Tensor q_start, Tensor from_row, Tensor is_new, Tensor? to_row=None, Tensor? to_token=None) "
+    "-> Tensor",
+    chunked.gated_delta,
+    lambda qkv, ba, a_log, dt_bias, state, *rest: qkv.new_empty(
+        (qkv.shape[0], state.shape[1], state.shape[3])
+    ),
+)
+gated_delta_step = _define(
+    "gated_delta_step(Tensor qkv, Tensor z, Tensor ba, Tensor conv, Tensor a_log, Tensor dt_bias, "
+    "Tensor norm, float eps, Tensor(a!) conv_state, Tensor(b!) state, Tensor seq_len, "
+    "Tensor from_row, Tensor is_new, Tensor to_row) -> Tensor",
+    reference.gated_delta.gated_delta_step,
+    lambda qkv, z, *rest: torch.empty_like(z, memory_format=torch.contiguous_format),
+)
+
+
 def _topk_softmax_fake(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
@@ -537,6 +562,7 @@ __all__ = [
     "all_reduce_norm",
     "apply_token_bitmask",
     "apply_top_k_top_p",
+    "causal_conv",
     "clamped_experts",
     "decode_inputs",
     "expert_linear",
@@ -548,6 +574,8 @@ __all__ = [
     "fused_fp8_linear",
     "fused_linear",
     "fused_packed_linear",
+    "gated_delta",
+    "gated_delta_step",
     "gather_columns",
     "ggml_expert_linear",
     "ggml_linear",

@@ -70,6 +70,7 @@ ALLOWED: dict[str, Rule] = {
         lambda value: 16 <= value <= MAX_BLOCK_TOKENS and value % 16 == 0,
     ),
     "kv_cache_dtype": one_of("auto", "fp8"),
+    "state_dtype": one_of("auto", "float32", "bfloat16"),
     "seed": ("a whole number of 64 bits", lambda value: -(2**63) <= value < 2**63),
     "tensor_parallel_size": whole(1, MAX_DEVICES),
     "expert_parallel": (
@@ -137,6 +138,8 @@ class EngineConfig:
         tokens (a multiple of 16).
     kv_cache_dtype: "auto" is the model's dtype. "fp8" is float8_e4m3fn with scales per head that
         are computed from the weights: half the bytes of bf16. It changes results.
+    state_dtype: the dtype of recurrent states, of models that have some. "auto" is float32.
+        "bfloat16" takes half the bytes and rounds the state after each token.
     enable_prefix_caching: requests that begin with the same tokens share cache blocks.
     seed: the seed from which requests without a seed draw theirs.
     tensor_parallel_size: the number of devices that share the model, each with a part of every
@@ -203,6 +206,7 @@ class EngineConfig:
     num_kvcache_blocks: int | None = None
     kvcache_block_size: int | None = None
     kv_cache_dtype: str = "auto"
+    state_dtype: str = "auto"
     enable_prefix_caching: bool = True
     seed: int = 0
     tensor_parallel_size: int = 1

@@ -17,6 +17,7 @@ SAME_MEANING = {
     "num_gpu_blocks_override": "num_kvcache_blocks",
     "cudagraph_capture_sizes": "graph_batch_sizes",
     "enable_expert_parallel": "expert_parallel",
+    "mamba_ssm_cache_dtype": "state_dtype",
 }
 # vLLM's short flags
 SHORT = {
@@ -75,6 +76,7 @@ ONE_VALUE: dict[str, tuple[Any, ...]] = {
     "pooler_config": (None,),
     "model_impl": ("auto",),
     "calculate_kv_scales": (False, None),
+    "mamba_cache_dtype": ("auto",),
     "kv_transfer_config": (None,),
     "enable_return_routed_experts": (False,),
     "use_tqdm_on_load": (True,),

@@ -34,6 +34,7 @@ CLAIMS = {
 }
 TEXT, EXPERTS, VISION = "Text", "Text, with experts", "Images and text"
 AUDIO = "Sound, images and text"
+DELTA = "most layers are a gated delta rule; `mtp` layers are not read"
 
 
 class Entry(NamedTuple):
@@ -89,6 +90,7 @@ ARCHITECTURES: dict[str, Entry] = {
     "Qwen2ForCausalLM": Entry(TEXT, "Qwen2, Qwen2.5"),
     "Qwen3ForCausalLM": Entry(TEXT, "Qwen3"),
     "SeedOssForCausalLM": Entry(TEXT, "Seed-OSS 36B"),
+    "Qwen3_5ForCausalLM": Entry(TEXT, "Qwen3.5, Qwen3.6 without a vision tower", DELTA),
     "SmolLM3ForCausalLM": Entry(TEXT, "SmolLM3"),
     "DeepseekV2ForCausalLM": Entry(
         EXPERTS, "DeepSeek-V2, V2-Lite",
@@ -118,6 +120,10 @@ ARCHITECTURES: dict[str, Entry] = {
     "MixtralForCausalLM": Entry(EXPERTS, "Mixtral"),
     "Qwen2MoeForCausalLM": Entry(EXPERTS, "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "a shared expert"),
     "Qwen3MoeForCausalLM": Entry(EXPERTS, "Qwen3-30B-A3B, Qwen3-235B-A22B"),
+    "Qwen3NextForCausalLM": Entry(EXPERTS, "Qwen3-Next-80B-A3B", DELTA),
+    "Qwen3_5MoeForCausalLM": Entry(
+        EXPERTS, "Qwen3.5-35B-A3B, Qwen3.6-35B-A3B without a vision tower", DELTA
+    ),
     **dict.fromkeys(
         (
             "Qwen2_5OmniForConditionalGeneration",
@@ -127,6 +133,10 @@ ARCHITECTURES: dict[str, Entry] = {
         Entry(AUDIO, "Qwen2.5-Omni", "the thinker, which generates text"),
     ),
     "Qwen2_5_VLForConditionalGeneration": Entry(VISION, "Qwen2.5-VL"),
+    "Qwen3_5ForConditionalGeneration": Entry(VISION, "Qwen3.5, Qwen3.6 (27B)", DELTA),
+    "Qwen3_5MoeForConditionalGeneration": Entry(
+        VISION, "Qwen3.5-35B-A3B, Qwen3.6-35B-A3B", f"with experts; {DELTA}"
+    ),
     "Qwen3VLForConditionalGeneration": Entry(VISION, "Qwen3-VL (2B to 32B)"),
     "Qwen3VLMoeForConditionalGeneration": Entry(
         VISION, "Qwen3-VL-30B-A3B, Qwen3-VL-235B-A22B", "with experts"

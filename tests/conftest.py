@@ -111,14 +111,20 @@ def save_tiny(
             # transformers initializes biases to zero, which would hide mistakes in them
             torch.nn.init.normal_(parameter, std=0.1)
         elif "norm" in name:
-            # Gemma 3's norms multiply by 1 + weight
-            mean = 0.0 if architecture.startswith("gemma3") else 1.0
+            mean = 0.0 if _adds_one(architecture, name) else 1.0
             torch.nn.init.normal_(parameter, mean=mean, std=0.1)
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             torch.nn.init.normal_(buffer, mean=1.0, std=0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def _adds_one(architecture: str, norm: str) -> bool:
+    """True if a norm multiplies by 1 + weight."""
+    if architecture.startswith(("qwen3_next", "qwen3_5")):
+        return "linear_attn" not in norm
+    return architecture.startswith("gemma3")  # Gemma 4's do not
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:

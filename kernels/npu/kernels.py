@@ -24,6 +24,7 @@ from nanovllm.kernels.npu.attention import (
 )
 from nanovllm.kernels.npu.experts import clamped_experts, expert_linear, experts, topk_softmax
 from nanovllm.kernels.npu.latent_attention import latent_inputs, no_graph
+from nanovllm.kernels.npu.state import causal_conv, gated_delta, gated_delta_step, store_state
 from nanovllm.kernels.npu.varlen_attention import varlen_attention_eager, varlen_attention_in_graph
 
 
@@ -63,11 +64,6 @@ def store_kv(
     index_T2 = torch.stack((slot_T // block_size, slot_T % block_size), dim=-1)
     torch.ops.npu.npu_scatter_nd_update_(k_cache_CBKH, index_T2, k_TKH)
     torch.ops.npu.npu_scatter_nd_update_(v_cache_CBKH, index_T2, v_TKH)
-
-
-def store_state(x: Tensor, state: Tensor, index_N: Tensor) -> None:
-    """Writes into the whole tensor, as `store_kv` does."""
-    torch.ops.npu.npu_scatter_nd_update_(state, index_N.unsqueeze(-1), x.to(state.dtype))
 
 
 def linear(
@@ -123,6 +119,9 @@ EAGER: dict[str, Callable[..., Any]] = {
     "store_kv": store_kv,
     "latent_inputs": latent_inputs,
     "store_state": store_state,
+    "causal_conv": causal_conv,
+    "gated_delta": gated_delta,
+    "gated_delta_step": gated_delta_step,
     "linear": linear,
     "topk_softmax": topk_softmax,
     "experts": experts,
@@ -157,5 +156,6 @@ IN_CAPTURE: dict[str, Callable[..., Any]] = {
 NEVER_PLAIN = frozenset({
     "latent_attention", "latent_inputs", "latent_span_attention", "paged_attention",
     "varlen_attention", "store_kv", "store_state", "linear", "topk_softmax", "experts",
-    "clamped_experts", "expert_linear", *COMMUNICATE,
+    "clamped_experts", "expert_linear", "causal_conv", "gated_delta", "gated_delta_step",
+    *COMMUNICATE,
 })  # fmt: skip

@@ -22,6 +22,7 @@ from nanovllm.kernels.reference import (
     attention,
     clamped,
     experts,
+    gated_delta,
     ggml,
     latent_attention,
     linear,
@@ -37,6 +38,7 @@ __all__ = [
     "attention",
     "clamped",
     "experts",
+    "gated_delta",
     "ggml",
     "latent_attention",
     "linear",
@@ -50,14 +52,17 @@ __all__ = [
 ]
 
 
+# those with ops that a compiler can trace
+TOPICS = (
+    attention, clamped, experts, gated_delta, ggml, latent_attention, linear, norm_act, packed,
+    rope_store, sample, step,
+)  # fmt: skip
+
+
 def meaning(name: str) -> Callable[..., Any]:
     """The meaning of an op, if a compiler can trace it: not of ops of `offload`, which read the
     routing on the host. Raises KeyError for other names."""
-    topics = (
-        *(attention, clamped, experts, ggml, latent_attention, linear, norm_act),
-        *(packed, rope_store, sample, step),
-    )
-    for topic in topics:
+    for topic in TOPICS:
         if name in vars(topic):
             found: Callable[..., Any] = vars(topic)[name]
             return found

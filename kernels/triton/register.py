@@ -22,8 +22,11 @@ from nanovllm.kernels.triton.all_reduce import (
 from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton.attention_prefill_hopper import paged_attention_prefill_hopper, suits
+from nanovllm.kernels.triton.causal_conv import causal_conv
 from nanovllm.kernels.triton.clamped import clamped_experts
 from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_experts
+from nanovllm.kernels.triton.gated_delta import gated_delta
+from nanovllm.kernels.triton.gated_delta_step import gated_delta_step
 from nanovllm.kernels.triton.group_topk import group_topk
 from nanovllm.kernels.triton.latent_decode import latent_attention_decode
 from nanovllm.kernels.triton.latent_inputs import head_linear, latent_inputs
@@ -147,6 +150,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "apply_top_k_top_p": apply_top_k_top_p,
     "apply_token_bitmask": apply_token_bitmask,
     "topk_grouped": topk_grouped,
+    "causal_conv": causal_conv,
+    "gated_delta": gated_delta,
+    "gated_delta_step": gated_delta_step,
     "topk_softmax": topk_softmax,
     "group_topk": group_topk,
     "norm_router_topk": norm_router_topk,

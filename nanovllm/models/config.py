@@ -237,11 +237,12 @@ def dense_config(
         "num_kv_heads": getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
         **differences,
     }
+    if "ffn_size" not in fields:
+        fields["ffn_size"] = hf.intermediate_size
     return ModelConfig(
         architecture=architecture,
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
-        ffn_size=hf.intermediate_size,
         num_layers=hf.num_hidden_layers,
         num_heads=hf.num_attention_heads,
         head_dim=head_dim,

@@ -7,7 +7,6 @@ embedding table. The letters of shapes are those of `dense`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,7 +19,7 @@ from nanovllm.models.config import ModelConfig, require_type, windows_by_layer_t
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.layer_ropes import config_with_ropes, layer_ropes
 from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Model, Param
-from nanovllm.models.param import Times
+from nanovllm.models.param import PlusOne, Times
 from nanovllm.models.scaled import check_factor
 
 NAME = "Gemma3ForCausalLM"
@@ -147,16 +146,6 @@ def head(cfg: GemmaConfig, final_norm_D: Tensor, head_VD: Weight, h_RD: Tensor) 
 
 def layer_type(kind: LayerKind) -> type[Gemma3Layer]:
     return Gemma3Layer
-
-
-@dataclass(frozen=True)
-class PlusOne:
-    """Folds the 1 of 1 + w into a norm's weight w, and a factor. It is rounded once."""
-
-    factor: float = 1.0
-
-    def __call__(self, weight_D: Tensor, parts: Sequence[int]) -> None:
-        weight_D.copy_((weight_D.float() + 1.0) * self.factor)
 
 
 def outer_params(cfg: ModelConfig) -> dict[str, Param]:

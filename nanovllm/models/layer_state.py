@@ -82,25 +82,29 @@ class PagedLatent:
 class StateTensor(NamedTuple):
     """A tensor that a layer keeps for each row. Without `dtype` it has the model's.
 
-    Several ranks share it evenly along `shard_axis`; with None each keeps all of it.
+    Several ranks share it evenly along `shard_axis`; with None each keeps all of it. It has
+    `num_parts` there, or as many as the axis is long.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
     shard_axis: int | None = None
+    num_parts: int | None = None
 
     def on_ranks(self, num_ranks: int) -> StateTensor:
         if self.shard_axis is None:
             return self
         shape = list(self.shape)
-        if shape[self.shard_axis] % num_ranks:
+        num_parts = self.num_parts or shape[self.shard_axis]
+        if num_parts % num_ranks:
             raise ValueError(
-                f"tensor_parallel_size is {num_ranks}: it must divide the "
-                f"{shape[self.shard_axis]} parts of the state {self.name!r}"
+                f"tensor_parallel_size is {num_ranks}: it must divide the {num_parts} parts of "
+                f"the state {self.name!r}"
             )
         shape[self.shard_axis] //= num_ranks
-        return self._replace(shape=tuple(shape))
+        small = self._replace(shape=tuple(shape))
+        return small if self.num_parts is None else small._replace(num_parts=num_parts // num_ranks)
 
     def num_bytes(self, model_dtype: torch.dtype) -> int:
         return math.prod(self.shape) * (self.dtype or model_dtype).itemsize
@@ -115,6 +119,12 @@ class Recurrent:
     def on_ranks(self, num_ranks: int) -> Recurrent:
         """What each of `num_ranks` ranks keeps. Raises ValueError for parts that are not even."""
         return Recurrent(tuple(one.on_ranks(num_ranks) for one in self.tensors))
+
+    def with_dtype(self, dtype: torch.dtype) -> Recurrent:
+        """The same with another dtype of the tensors that have one of their own."""
+        return Recurrent(
+            tuple(one if one.dtype is None else one._replace(dtype=dtype) for one in self.tensors)
+        )
 
     def num_bytes(self, model_dtype: torch.dtype) -> int:
         """Bytes of one row's state."""

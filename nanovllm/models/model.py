@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from nanovllm.models.config import ModelConfig
@@ -299,6 +300,16 @@ class Model:
                     f"{self.config.num_ranks} rank(s): {refusal}"
                 )
         return parts
+
+    def with_state_dtype(self, dtype: torch.dtype) -> Model:
+        """The model with another dtype of the recurrent states that have a dtype of their own."""
+        kinds = tuple(
+            replace(kind, keeps=kind.keeps.with_dtype(dtype))
+            if isinstance(kind.keeps, Recurrent)
+            else kind
+            for kind in self.layer_kinds
+        )
+        return replace(self, layer_kinds=kinds)
 
     def on_ranks(self, num_ranks: int) -> Model:
         """The model as each of `num_ranks` ranks has it. Raises ValueError if its heads, or the

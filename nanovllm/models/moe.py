@@ -11,7 +11,7 @@ those of `dense`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,25 @@ from nanovllm.models.dense import attention, attention_params, embed, head, kv_s
 from nanovllm.models.experts import Experts
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Model, Param
+
+
+class SparseWeights(Protocol):
+    """The weights that `sparse_mlp` reads; the MLP's fields are those of a shared expert."""
+
+    @property
+    def mlp_norm_D(self) -> Tensor: ...
+    @property
+    def router_ED(self) -> Tensor: ...
+    @property
+    def router_bias_E(self) -> Tensor | None: ...
+    @property
+    def experts(self) -> Experts: ...
+    @property
+    def shared_gate_1D(self) -> Tensor | None: ...
+    @property
+    def gate_up_GD(self) -> Weight | None: ...
+    @property
+    def down_DF(self) -> Weight | None: ...
 
 
 class SparseLayer(NamedTuple):
@@ -172,7 +191,7 @@ def mlp(
 
 
 def sparse_mlp(
-    cfg: ModelConfig, w: SparseLayer, h_TD: Tensor, kv_slot_T: Tensor, num_pad_slots: int
+    cfg: ModelConfig, w: SparseWeights, h_TD: Tensor, kv_slot_T: Tensor, num_pad_slots: int
 ) -> Tensor:
     """The second half of a sparse layer: h + experts of the normalised h.
 
@@ -189,7 +208,7 @@ def sparse_mlp(
 
 
 def _with_shared(
-    w: SparseLayer, x_TD: Tensor, gate_up_GD: Weight, down_DF: Weight, sum_TD: Tensor | None
+    w: SparseWeights, x_TD: Tensor, gate_up_GD: Weight, down_DF: Weight, sum_TD: Tensor | None
 ) -> Tensor:
     """A sum and the result of the shared expert."""
     if w.shared_gate_1D is None:
@@ -200,7 +219,7 @@ def _with_shared(
     return shared_TD if sum_TD is None else sum_TD + shared_TD
 
 
-def routed(cfg: ModelConfig, w: SparseLayer, h_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def routed(cfg: ModelConfig, w: SparseWeights, h_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised h, and its experts: their weights and numbers."""
     assert cfg.moe is not None
     x_TD, moe = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps), cfg.moe
@@ -220,6 +239,11 @@ def layer_type(kind: LayerKind) -> type[SparseLayer] | type[dense.Layer]:
 
 def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:
     """Parameters of a sparse layer, by the fields of `SparseLayer` and of a form of experts."""
+    return {**attention_params(cfg, layer_idx), **experts_params(cfg, names, layer_idx)}
+
+
+def experts_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:
+    """Parameters of a sparse layer's second half, without its norm."""
     assert cfg.moe is not None
     moe, hidden, prefix = cfg.moe, cfg.hidden_size, f"model.layers.{layer_idx}."
     other_router = names.other_router and prefix + names.other_router
@@ -228,11 +252,7 @@ def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[
         bias = names.router_bias and prefix + names.router_bias
         router = group_router.router_params(prefix + names.router, bias, moe.num_experts, hidden)
     router["router_ED"] = router["router_ED"]._replace(other_name=other_router)
-    declared = {
-        **attention_params(cfg, layer_idx),
-        **router,
-        **expert_params(cfg, names, layer_idx),
-    }
+    declared = {**router, **expert_params(cfg, names, layer_idx)}
     if moe.shared_size:
         if names.shared_gate is not None:
             gate = prefix + names.shared_gate

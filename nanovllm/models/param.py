@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -30,6 +30,16 @@ class Times:
 
     def __call__(self, weight: Tensor, parts: tuple[int, ...]) -> None:
         weight.mul_(self.factor)
+
+
+@dataclass(frozen=True)
+class PlusOne:
+    """Folds the 1 of 1 + w into a norm's weight w, and a factor. It is rounded once."""
+
+    factor: float = 1.0
+
+    def __call__(self, weight_D: Tensor, parts: Sequence[int]) -> None:
+        weight_D.copy_((weight_D.float() + 1.0) * self.factor)
 
 
 class RowOrder(ABC):
@@ -85,7 +95,7 @@ class Param(NamedTuple):
     result, or to its rows' order, into the weight. It gets this rank's part, with the row count of
     each source in it. Weights that are not plain take only a `RowOrder` and `Times`.
 
-    A parameter with a `dtype` has it in place of the model's.
+    It is stored in `dtype`, or in the model's if that is None; only plain tensors have one.
 
     If `source_shape` is given, each source has this shape and fills the first rows and columns of
     its part; the rest is zero. Only towers have such parameters (`vision.weights`).

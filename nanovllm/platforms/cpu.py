@@ -23,6 +23,7 @@ from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels.cpu import build as cpp_build
 from nanovllm.kernels.cpu import clamped as cpu_clamped
 from nanovllm.kernels.cpu import experts as cpu_experts
+from nanovllm.kernels.cpu import gated_delta as cpu_gated_delta
 from nanovllm.kernels.cpu import ggml as cpu_ggml
 from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.kernels.cpu import linear as cpu_linear
@@ -89,6 +90,7 @@ class CpuPlatform(Platform):
             cpu_register.register()
             cpu_step.register()
             cpu_experts.register()
+            cpu_gated_delta.register()
             cpu_packed.register()
             cpu_clamped.register()
             cpu_ggml.register()

@@ -78,7 +78,10 @@ class MMEmbedInputs:
         self._memory = torch.zeros(num, dtype=cfg.dtype, device=platform.device)
         self._axis_H: Tensor | None = None
         if cfg.rope_axes:
-            self._axis_H = torch.tensor(cfg.rope_axes * 2, device=platform.device)
+            # elements that are not rotated are the same in all rows of the table
+            num_others = cfg.head_dim // 2 - len(cfg.rope_axes)
+            axes = (*cfg.rope_axes, *(0,) * num_others)
+            self._axis_H = torch.tensor(axes * 2, device=platform.device)
             self._row_T = torch.arange(max_tokens, device=platform.device)
 
     def of(self, num_tokens: int) -> MMEmbeds:

@@ -143,6 +143,8 @@ def resolve_model(
         check_quantized(model, folder, platform)
     if not config.random_weights and not env.read().disable_svd:
         model = svd_experts.applied(model, folder)
+    if config.state_dtype != "auto":
+        model = with_state_dtype(config.state_dtype, model)
     config = within_limit(config, model, hf)
     if config.tensor_parallel_size > 1:
         model = on_ranks(config, model)
@@ -183,6 +185,16 @@ def make_model(config: EngineConfig, hf: Any, dtype: torch.dtype) -> Model:
             f"({model.config.architecture})"
         )
     return model.with_scheme(scheme)
+
+
+def with_state_dtype(name: str, model: Model) -> Model:
+    """The model with its recurrent states in this dtype. Raises ValueError if it has none."""
+    if not model.is_recurrent:
+        raise ValueError(
+            f"state_dtype is {name!r}, but {model.config.architecture} has no recurrent states: "
+            "leave it out"
+        )
+    return model.with_state_dtype(getattr(torch, name))
 
 
 def on_ranks(config: EngineConfig, model: Model) -> Model:

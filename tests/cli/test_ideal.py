@@ -105,6 +105,23 @@ def test_experts_in_mxfp4_are_read_as_they_are_stored(
     assert seconds(model, num_rows, READING) == pytest.approx(read, rel=1e-6)
 
 
+def test_recurrent_states_are_read_and_written_once_a_step(tmp_path: Path) -> None:
+    model, rows = shape(tmp_path, "Qwen3.5-35B-A3B"), 19
+    hidden, channels, values = 2048, 2 * 16 * 128 + 32 * 128, 32 * 128
+    delta = hidden * (channels + 2 * values + 2 * 32) + 4 * channels + 2 * 32 + 128
+    attention = hidden * (2 * 16 + 2 * 2 + 16) * 256 + 2 * 256
+    second = 256 * hidden + hidden + 3 * hidden * 512 + 2 * hidden
+    head = 248320 * hidden + hidden
+    others = 30 * delta + 10 * attention + 40 * second + head
+    distinct = 256 * (1 - (248 / 256) ** rows)
+    state = 30 * (32 * 128 * 128 * 4 + 4 * channels * 2)
+    read = 2 * (others + 40 * distinct * 3 * hidden * 512) + 2 * rows * 2 * 2 * 10 * 2 * 256
+    assert seconds(model, rows, READING) == pytest.approx(read + 2 * rows * state, rel=1e-6)
+    smaller = model.with_state_dtype(torch.bfloat16)
+    saved = 2 * rows * 30 * 32 * 128 * 128 * 2
+    assert seconds(smaller, rows, READING) == pytest.approx(read + 2 * rows * state - saved)
+
+
 def test_a_model_whose_tokens_choose_all_experts_reads_all_weights(tmp_path: Path) -> None:
     model = shape(tmp_path, "Mixtral-8x7B", num_experts_per_tok=8, num_hidden_layers=2)
     kv_bytes = model.page_groups.token_bytes(torch.bfloat16)

@@ -263,6 +263,7 @@ def test_an_engine_from_arguments(tmp_path: Path) -> None:
             {"expert_parallel": True, "tensor_parallel_size": 2},
         ),
         ({"enable_expert_parallel": False}, {"expert_parallel": False}),
+        ({"mamba_ssm_cache_dtype": "bfloat16"}, {"state_dtype": "bfloat16"}),
         ({"load_format": "dummy"}, {"random_weights": True}),
         ({"load_format": "safetensors"}, {}),
         ({"dtype": "half"}, {"dtype": "float16"}),

@@ -451,6 +451,21 @@ def sums(whole: bool) -> Iterator[Build]:
             yield Build(name, kernel, constants, num_warps, dtype=dtype, types=types)
 
 
+def delta_rules(target: Target, whole: bool) -> Iterator[Build]:
+    """The kernels of layers with the gated delta rule."""
+    from tests.kernels.delta_builds import launches
+
+    precision = "tf32x3" if target.backend == "cuda" else "ieee"
+    for dtype in ("bf16", "fp32") if whole else ("bf16",):
+        takes_chunks = dtype != "fp32" and target.arch in (90, 100, "gfx942")
+        for name, kernel, constants, num_warps, num_stages, types in launches(
+            dtype, precision, takes_chunks, whole
+        ):
+            yield Build(
+                f"{name} {dtype}", kernel, constants, num_warps, num_stages, dtype, types=types
+            )
+
+
 def all_builds(name: str) -> Iterator[Build]:
     target, whole = TARGETS[name], name == WHOLE
     yield from attention_of_models(name)
@@ -466,6 +481,7 @@ def all_builds(name: str) -> Iterator[Build]:
     yield from mixtures(name)
     if name in WITH_RANKS:
         yield from sums(whole)
+    yield from delta_rules(target, whole)
     yield from steps(name)
 
 

@@ -22,6 +22,7 @@ from triton.runtime.jit import KernelInterface
 
 from nanovllm.kernels import collectives, dequantized, ops, reference
 from nanovllm.kernels.cpu import experts as cpu_experts
+from nanovllm.kernels.cpu import gated_delta as cpu_delta
 from nanovllm.kernels.cpu import ggml as cpu_ggml
 from nanovllm.kernels.cpu import packed as cpu_packed
 from nanovllm.kernels.cpu import register as cpu_register
@@ -55,6 +56,7 @@ CPU: Kernels = {
     **cpu_register.KERNELS,
     **cpu_step.KERNELS,
     **cpu_experts.KERNELS,
+    **cpu_delta.KERNELS,
     **cpu_packed.KERNELS,
     **cpu_ggml.KERNELS,
 }
@@ -152,6 +154,14 @@ CHOSEN: dict[str, dict[str, str]] = {
         "best_of_ranks_kernel": "on GPUs that read each other's memory; else NCCL gathers",
     },
     "topk_grouped": {"topk_grouped_kernel": "always"},
+    "causal_conv": {"causal_conv_kernel": "always", "conv_state_kernel": "always"},
+    "gated_delta": {
+        "prepare_chunks_kernel": "prompts in 16 bits, on matrix units (else plain torch)",
+        "scan_chunks_kernel": "the same",
+        "delta_tokens_kernel": "if the states after all tokens are kept: verified proposals",
+        "zero_padding_kernel": "after each of them",
+    },
+    "gated_delta_step": {"gated_delta_step_kernel": "always: decode steps"},
     "topk_softmax": {"topk_softmax_kernel": "always"},
     "group_topk": {"group_topk_kernel": "always"},
     "norm_router_topk": {

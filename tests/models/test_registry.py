@@ -40,7 +40,10 @@ from nanovllm.models import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     registry,
     seed_oss,
     smollm3,
@@ -81,6 +84,9 @@ BY_TYPE = {
     "hunyuan_v1_moe": hunyuan_v1_moe.model,
     "granitemoe": granitemoe.model,
     "granitemoeshared": granitemoeshared.model,
+    "qwen3_next": qwen3_next.model,
+    "qwen3_5_text": qwen3_5.model,
+    "qwen3_5_moe_text": qwen3_5_moe.model,
 }
 # Those without a class for text alone in transformers, and those with latents, have tests of their
 # own.
@@ -97,6 +103,8 @@ TESTED_ELSEWHERE = {
     "Qwen2_5OmniThinkerForConditionalGeneration": "test_omni.py",
     "Qwen3VLForConditionalGeneration": "test_vision_text.py",
     "Qwen3VLMoeForConditionalGeneration": "test_vision_text.py",
+    "Qwen3_5ForConditionalGeneration": "test_hybrid_images.py",
+    "Qwen3_5MoeForConditionalGeneration": "test_hybrid_images.py",
 }
 SIZES = {
     "vocab_size": 99,
@@ -112,6 +120,10 @@ SIZES = {
 EXPERTS = {
     "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [1],
 }  # fmt: skip
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "partial_rotary_factor": 0.5,
+}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2},
@@ -145,6 +157,9 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "granitemoeshared": {
         "num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 40,
     },
+    "qwen3_next": {**EXPERTS, **HYBRID},
+    "qwen3_5_text": HYBRID,
+    "qwen3_5_moe_text": {**EXPERTS, **HYBRID, "mlp_only_layers": None},
 }  # fmt: skip
 # The name of the norms' eps, where it is another.
 EPS = {"cohere": "layer_norm_eps", "cohere2": "layer_norm_eps", "starcoder2": "norm_epsilon"}
@@ -179,6 +194,9 @@ BIASES = {
     "hunyuan_v1_moe": ("attention_bias",),
     "granitemoe": ("attention_bias",),
     "granitemoeshared": ("attention_bias",),
+    "qwen3_next": ("attention_bias",),
+    "qwen3_5_text": ("attention_bias",),
+    "qwen3_5_moe_text": ("attention_bias",),
 }
 
 

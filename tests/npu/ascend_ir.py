@@ -77,6 +77,18 @@ def _matmul_v2(
     return _matmul(a, x1, x2, bias)
 
 
+def _batch_matmul(a: Attributes, x1: Tensor, x2: Tensor) -> Tensor:
+    _same(x1, x2)
+    left = x1.mT if a["adj_x1"] else x1
+    right = x2.mT if a["adj_x2"] else x2
+    return (left.float() @ right.float()).to(x1.dtype)
+
+
+def _swish(a: Attributes, x: Tensor) -> Tensor:
+    assert a["scale"] == 1.0, "only x · sigmoid(x)"
+    return torch.nn.functional.silu(x.float()).to(x.dtype)
+
+
 def _gather(a: Attributes, x: Tensor, indices: Tensor, axis: Tensor) -> Tensor:
     dim = int(axis)
     assert a["batch_dims"] == 0 and (
@@ -208,9 +220,12 @@ ATTENTION_INPUTS = (
 # op type → function (attributes, *inputs in the op's declared order, None for an absent input),
 # which returns the result or a tuple of results
 OPS: dict[str, Callable[..., Any]] = {
+    "Abs": lambda a, x: x.abs(),
     "Add": _binary(torch.add),
     "AddRmsNorm": lambda a, x1, x2, gamma: semantics.add_rms_norm(x1, x2, gamma, a["epsilon"]),
     "ArgMaxV2": lambda a, x, dimension: x.argmax(int(dimension)).to(GE_DTYPES[a["dtype"]]),
+    "BatchMatMul": _batch_matmul,
+    "BroadcastTo": lambda a, x, shape: x.expand(shape.tolist()).clone(),
     "BitwiseAnd": _binary(torch.bitwise_and),
     "Cast": lambda a, x: x.to(GE_DTYPES[a["dst_type"]]),
     "ClipByValueV2": lambda a, x, low, high: (
@@ -244,6 +259,7 @@ OPS: dict[str, Callable[..., Any]] = {
     ),
     "Less": _binary(torch.lt),
     "Log": _log,
+    "Log1p": lambda a, x: torch.log1p(x),
     "LogicalAnd": _binary(torch.logical_and),
     "LogicalNot": lambda a, x: torch.logical_not(x),
     "LogicalOr": _binary(torch.logical_or),
@@ -273,10 +289,12 @@ OPS: dict[str, Callable[..., Any]] = {
     "RealDiv": _binary(torch.true_divide),
     "Reciprocal": lambda a, x: torch.reciprocal(x),
     "ReduceAny": lambda a, x, axes: x.any(int(axes), keepdim=a["keep_dims"]),
+    "ReduceMean": lambda a, x, axes: x.mean(axes.reshape(-1).tolist(), keepdim=a["keep_dims"]),
     "ReduceSum": lambda a, x, axes: x.sum(
         axes.reshape(-1).tolist(), keepdim=a["keep_dims"], dtype=x.dtype
     ),
     "Reshape": lambda a, x, shape: x.reshape(shape.tolist()),
+    "Rsqrt": lambda a, x: torch.rsqrt(x),
     "RmsNorm": lambda a, x, gamma: semantics.rms_norm(x, gamma, a["epsilon"]),
     "RotaryMul": lambda a, x, r1, r2: semantics.rotary_mul(x, r1, r2),
     "ScatterElements": _scatter_elements,
@@ -295,6 +313,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "StridedSliceV2": _strided_slice,
     "Sub": _binary(torch.sub),
     "SwiGlu": lambda a, x: semantics.swiglu(x, a["dim"]),
+    "Swish": _swish,
     "TensorMove": lambda a, x: x.clone(),
     "Transpose": lambda a, x, perm: x.permute(perm.tolist()),
     "Unpack": lambda a, x: (

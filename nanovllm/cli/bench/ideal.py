@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from nanovllm.models.layer_state import recurrent_bytes
 from nanovllm.models.model import Model
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.tools.device_limits import DeviceLimits
@@ -49,11 +50,12 @@ def ideal_seconds(
     """The seconds for prompts and answers, with up to `rows` requests at a time.
 
     Prompts go through the layers once, at the full matrix rate. A decode step takes the longer of
-    reading the weights and multiplying by them, plus reading the KV cache of every row. It reads
-    the experts that its rows choose with evenly spread routing; a token is multiplied only by its
-    own experts.
+    reading the weights and multiplying by them, plus reading the KV cache of every row, and plus
+    reading and writing its recurrent states once. It reads the experts that its rows choose with
+    evenly spread routing; a token is multiplied only by its own experts.
     """
     weights = _Weights(model)
+    state_bytes = 2 * recurrent_bytes(model.kept, model.config.dtype)
     window_bytes = model.page_groups.window_bytes(spec.cache_dtype)
     seconds = 2 * weights.of_layers_per_token * sum(map(len, prompts)) / limits.flops
     waiting = list(zip((len(prompt) for prompt in prompts), (n - 1 for n in output_lens)))[::-1]
@@ -69,7 +71,8 @@ def ideal_seconds(
             _tokens_read(context, steps, window) * num_bytes
             for window, num_bytes in window_bytes.items()
         )
-        seconds += steps * each + cached / limits.bandwidth
+        moved = cached + steps * left.size * state_bytes
+        seconds += steps * each + moved / limits.bandwidth
         context, left = context + steps, left - steps
         context, left = context[left > 0], left[left > 0]
     return seconds

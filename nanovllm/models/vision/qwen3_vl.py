@@ -1,6 +1,6 @@
-"""The vision tower of Qwen3-VL, dense and MoE: layer norms, plain MLPs, a learned table of
-positions that is interpolated to each frame's size, and features of several blocks (deepstack, Meng
-et al. 2024, https://arxiv.org/abs/2406.04334). Letters are in `interface`; I = table_side².
+"""The vision tower of Qwen3-VL and Qwen3.5: layer norms, plain MLPs, a learned table of positions
+that is interpolated to each frame's size, and, of Qwen3-VL, features of several blocks (deepstack,
+Meng et al. 2024, https://arxiv.org/abs/2406.04334). Letters are in `interface`; I = table_side².
 """
 
 from __future__ import annotations
@@ -39,14 +39,23 @@ class Qwen3VLBlock(NamedTuple):
 
 def tower(vision: Any, dtype: torch.dtype) -> Tower:
     """The tower of transformers' `Qwen3VLVisionConfig` or `Qwen3VLMoeVisionConfig`."""
-    fields = parts.common_fields(vision, NAME, "gelu_pytorch_tanh")
+    return made(vision, dtype, NAME, tuple(vision.deepstack_visual_indexes))
+
+
+def qwen3_5_tower(vision: Any, dtype: torch.dtype) -> Tower:
+    """The tower of transformers' `Qwen3_5VisionConfig` or `Qwen3_5MoeVisionConfig`."""
+    return made(vision, dtype, "Qwen3_5ForConditionalGeneration", ())
+
+
+def made(vision: Any, dtype: torch.dtype, architecture: str, taken: tuple[int, ...]) -> Tower:
+    """A tower whose features after the `taken` blocks are added to the text model's."""
+    fields = parts.common_fields(vision, architecture, "gelu_pytorch_tanh")
     side = math.isqrt(vision.num_position_embeddings)
     if side < 1 or side**2 != vision.num_position_embeddings:
         raise ValueError(
             f"num_position_embeddings {vision.num_position_embeddings} of the vision tower must be "
             "a square"
         )
-    taken = tuple(vision.deepstack_visual_indexes)
     if list(taken) != sorted(set(taken)):
         raise ValueError(f"deepstack_visual_indexes {list(taken)} must ascend")
     config = TowerConfig(

@@ -16,6 +16,8 @@ TOWERS: dict[str, Callable[[Any, torch.dtype], Tower]] = {
     "qwen2_5_omni_vision_encoder": qwen2_5_omni.tower,
     "qwen3_vl_vision": qwen3_vl.tower,
     "qwen3_vl_moe_vision": qwen3_vl.tower,
+    "qwen3_5_vision": qwen3_vl.qwen3_5_tower,
+    "qwen3_5_moe_vision": qwen3_vl.qwen3_5_tower,
 }
 
 
