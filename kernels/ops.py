@@ -329,15 +329,10 @@ topk_softmax = _define(
     reference.experts.topk_softmax,
     _topk_softmax_fake,
 )
-topk_grouped = _define(
-    "topk_grouped(Tensor logits, Tensor? bias, int top_k, bool is_sigmoid, bool normalize, "
-    "int num_groups, int top_groups, int group_scores, float factor) -> (Tensor, Tensor)",
-    reference.experts.topk_grouped,
-    lambda logits, bias, top_k, *rest: _topk_softmax_fake(logits, top_k, normalize=False),
-)
 group_topk = _define(
     "group_topk(Tensor logits, Tensor? bias, int top_k, int num_groups, int top_groups, "
-    "bool sigmoid, bool normalize, float smallest_sum, float scale) -> (Tensor, Tensor)",
+    "int group_scores, bool sigmoid, bool normalize, float smallest_sum, float scale) -> "
+    "(Tensor, Tensor)",
     reference.experts.group_topk,
     lambda logits, bias, top_k, *rest: _topk_softmax_fake(logits, top_k, True),
 )
@@ -611,7 +606,6 @@ __all__ = [
     "span_inputs",
     "store_kv",
     "stream_experts",
-    "topk_grouped",
     "topk_softmax",
     "varlen_attention",
     "zero_padding_",

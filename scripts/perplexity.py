@@ -3,8 +3,8 @@
     python scripts/perplexity.py --model DIR --quantization none fp8 int8 int4
     python scripts/perplexity.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --quantization none fp8 int8
 
-The text is the documentation that Python carries (pydoc_data.topics), or --text FILE. It is cut into
-windows of --window tokens, and every token of a window but the first counts. With --gguf
+The text is the documentation that Python carries (pydoc_data.topics), or --text FILE. It is cut
+into windows of --window tokens, and every token of a window but the first counts. With --gguf
 transformers writes the file's real numbers to a temporary folder first. Prints a line of JSON for
 each quantization.
 """

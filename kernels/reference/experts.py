@@ -27,52 +27,13 @@ def topk_softmax(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor
     return weight_TK.contiguous(), expert_TK.int()
 
 
-def topk_grouped(
-    logits_TE: Tensor,
-    bias_E: Tensor | None,
-    top_k: int,
-    is_sigmoid: bool,
-    normalize: bool,
-    num_groups: int,
-    top_groups: int,
-    group_scores: int,
-    factor: float,
-) -> tuple[Tensor, Tensor]:
-    """Choose the `top_k` best experts of each token from its `top_groups` best groups.
-
-    Scores are the sigmoid of logits, or their softmax. Experts are compared by score + bias, and
-    groups, E / `num_groups` neighbours each, by the sum of the `group_scores` largest of these.
-    Returns (weight_TK fp32, expert_TK int32): `factor` · score, without the bias, and experts, the
-    best first. Among equals the smaller id comes first. With `normalize` the scores of a token's
-    experts are first divided by their sum + 1e-20. A row that holds NaN gets NaN weights and valid
-    ids.
-
-    Source: DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437, section 2.1.2.
-    """
-    logits_TE = logits_TE.float()
-    score_TE = logits_TE.sigmoid() if is_sigmoid else logits_TE.softmax(-1)
-    choice_TE = score_TE if bias_E is None else score_TE + bias_E.float()
-    if top_groups < num_groups:
-        grouped_TGe = choice_TE.unflatten(-1, (num_groups, -1))
-        group_TG = grouped_TGe.topk(group_scores, dim=-1).values.sum(-1)
-        order_TG = group_TG.sort(dim=-1, descending=True, stable=True).indices
-        is_out_TG = torch.ones_like(group_TG, dtype=torch.bool)
-        is_out_TG = is_out_TG.scatter(-1, order_TG[:, :top_groups], value=False)
-        choice_TE = grouped_TGe.masked_fill(is_out_TG.unsqueeze(-1), float("-inf")).flatten(1)
-    expert_TK = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    weight_TK = score_TE.gather(-1, expert_TK)
-    if normalize:
-        weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
-    weight_TK = weight_TK.masked_fill(logits_TE.isnan().any(-1, keepdim=True), float("nan"))
-    return weight_TK * factor, expert_TK.int()
-
-
 def group_topk(
     logits_TE: Tensor,
     bias_E: Tensor | None,
     top_k: int,
     num_groups: int,
     top_groups: int,
+    group_scores: int,
     sigmoid: bool,
     normalize: bool,
     smallest_sum: float,
@@ -81,19 +42,20 @@ def group_topk(
     """Choose the `top_k` experts with the largest score + bias, from the best groups of experts.
 
     Scores are sigmoid(logits), or softmax(logits) without `sigmoid`. Experts are in `num_groups`
-    groups of neighbours. A group is worth the sum of its two largest numbers (score + bias), and
-    experts are chosen from the `top_groups` best ones. Returns (weight_TK fp32, expert_TK int32):
-    scores without the bias, times `scale`; with `normalize` they are first divided by their sum,
-    or by `smallest_sum` if this is larger. The best expert comes first, and the smaller id among
-    equals. A row that holds NaN gets valid ids. Source: DeepSeek-AI 2024,
-    https://arxiv.org/abs/2412.19437.
+    groups of neighbours. A group is worth the sum of its `group_scores` largest numbers
+    (score + bias), and experts are chosen from the `top_groups` best ones. Returns (weight_TK fp32,
+    expert_TK int32): scores without the bias, times `scale`; with `normalize` they are first
+    divided by their sum, or by `smallest_sum` if this is larger. The best expert comes first, and
+    the smaller id among equals. A row that holds NaN gets NaN weights and valid ids.
+
+    Source: DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437, section 2.1.2.
     """
-    score_TE = logits_TE.float().sigmoid() if sigmoid else logits_TE.float().softmax(-1)
+    logits_TE = logits_TE.float()
+    score_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
     choice_TE = score_TE if bias_E is None else score_TE + bias_E.float()
     if top_groups < num_groups:
         choice_TGe = choice_TE.unflatten(-1, (num_groups, -1))
-        num_best = min(2, choice_TGe.shape[-1])
-        worth_TG = choice_TGe.sort(dim=-1, descending=True).values[..., :num_best].sum(-1)
+        worth_TG = choice_TGe.topk(group_scores, dim=-1).values.sum(-1)
         order_TG = worth_TG.sort(dim=-1, descending=True, stable=True).indices
         is_out_TG = torch.ones_like(worth_TG).scatter(1, order_TG[:, :top_groups], 0.0) > 0
         choice_TE = choice_TGe.masked_fill(is_out_TG.unsqueeze(-1), -torch.inf).flatten(1)
@@ -101,6 +63,7 @@ def group_topk(
     weight_TK = score_TE.gather(1, expert_TK)
     if normalize:
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=smallest_sum)
+    weight_TK = weight_TK.masked_fill(logits_TE.isnan().any(-1, keepdim=True), torch.nan)
     return (weight_TK * scale).contiguous(), expert_TK.int()
 
 

@@ -42,6 +42,7 @@ def group_topk_kernel(
     GROUPS: tl.constexpr,
     GROUPS_P: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
+    GROUP_SCORES: tl.constexpr,
     SIZE: tl.constexpr,  # e
     SIZE_P: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -62,6 +63,7 @@ def group_topk_kernel(
     mask_AEp = is_row_A[:, None] & real_Ep[None, :]
     at_AEp = logits_ptr + row_A.to(tl.int64)[:, None] * logits_stride + id_Ep[None, :]
     logits_AEp = tl.load(at_AEp, mask=mask_AEp, other=0.0).to(tl.float32)
+    has_nan_A = tl.max((logits_AEp != logits_AEp).to(tl.int32), 1) > 0
     if SIGMOID:
         score_AEp = 1.0 / (1.0 + tl.exp(-logits_AEp))
     else:
@@ -75,15 +77,14 @@ def group_topk_kernel(
     key_AEp = ordered(choice_AEp, place_Ep[None, :], last)
     key_AEp = tl.where(real_Ep[None, :], key_AEp, LEAST)
     if TOP_GROUPS < GROUPS:
-        # the two largest numbers of each group
         key_AGe = tl.reshape(key_AEp, (ROWS, GROUPS_P, SIZE_P))
         choice_AGe = tl.reshape(choice_AEp, (ROWS, GROUPS_P, SIZE_P))
-        best_AG1 = tl.max(key_AGe, 2)[:, :, None]
-        worth_AG = tl.sum(tl.where(key_AGe == best_AG1, choice_AGe, 0.0), 2)
-        if SIZE > 1:
-            rest_AGe = tl.where(key_AGe == best_AG1, LEAST, key_AGe)
-            second_AG1 = tl.max(rest_AGe, 2)[:, :, None]
-            worth_AG += tl.sum(tl.where(rest_AGe == second_AG1, choice_AGe, 0.0), 2)
+        rest_AGe = key_AGe
+        worth_AG = tl.zeros((ROWS, GROUPS_P), tl.float32)
+        for _ in tl.static_range(GROUP_SCORES):
+            is_best_AGe = rest_AGe == tl.max(rest_AGe, 2)[:, :, None]
+            worth_AG += tl.sum(tl.where(is_best_AGe, choice_AGe, 0.0), 2)
+            rest_AGe = tl.where(is_best_AGe, LEAST, rest_AGe)
         number_Gp = tl.arange(0, GROUPS_P)
         rank_AG = ordered(worth_AG, number_Gp[None, :], GROUPS_P - 1)
         rank_AG = tl.where(number_Gp[None, :] < GROUPS, rank_AG, LEAST)
@@ -107,7 +108,8 @@ def group_topk_kernel(
     total_A = tl.where(total_A < smallest_sum, smallest_sum, total_A)
     for k in tl.static_range(TOP_K):
         weight_A = weights[k] / total_A if NORMALIZE else weights[k]
-        tl.store(weight_ptr + row_A * TOP_K + k, weight_A * factor, mask=is_row_A)
+        weight_A = tl.where(has_nan_A, float("nan"), weight_A * factor)
+        tl.store(weight_ptr + row_A * TOP_K + k, weight_A, mask=is_row_A)
 
 
 def group_topk(
@@ -116,6 +118,7 @@ def group_topk(
     top_k: int,
     num_groups: int,
     top_groups: int,
+    group_scores: int,
     sigmoid: bool,
     normalize: bool,
     smallest_sum: float,
@@ -126,11 +129,10 @@ def group_topk(
     (num_rows, num_experts), device = logits_TE.shape, logits_TE.device
     weight_TK = torch.empty((num_rows, top_k), dtype=torch.float32, device=device)
     expert_TK = torch.empty((num_rows, top_k), dtype=torch.int32, device=device)
-    groups = num_groups if top_groups < num_groups else 1
-    size = num_experts // groups
-    groups_p, size_p = triton.next_power_of_2(groups), triton.next_power_of_2(size)
-    rows = max(1, min(8, 128 // (groups_p * size_p)))
-    group_topk_kernel[(triton.cdiv(num_rows, rows),)](
+    if num_rows == 0:
+        return weight_TK, expert_TK
+    sizes = group_constants(num_experts, num_groups, top_groups)
+    group_topk_kernel[(triton.cdiv(num_rows, sizes["ROWS"]),)](
         logits_TE,
         logits_TE if bias_E is None else bias_E,
         weight_TK,
@@ -139,13 +141,9 @@ def group_topk(
         num_rows,
         smallest_sum,
         scale,
-        GROUPS=groups,
-        GROUPS_P=groups_p,
-        TOP_GROUPS=top_groups if groups > 1 else 1,
-        SIZE=size,
-        SIZE_P=size_p,
+        **sizes,
+        GROUP_SCORES=group_scores,
         TOP_K=top_k,
-        ROWS=rows,
         SIGMOID=sigmoid,
         HAS_BIAS=bias_E is not None,
         NORMALIZE=normalize,
@@ -153,3 +151,18 @@ def group_topk(
         **launch_options(device),
     )
     return weight_TK, expert_TK
+
+
+def group_constants(num_experts: int, num_groups: int, top_groups: int) -> dict[str, int]:
+    """The kernel's constants for sizes of groups."""
+    groups = num_groups if top_groups < num_groups else 1
+    size = num_experts // groups
+    groups_p, size_p = triton.next_power_of_2(groups), triton.next_power_of_2(size)
+    return {
+        "GROUPS": groups,
+        "GROUPS_P": groups_p,
+        "TOP_GROUPS": top_groups if groups > 1 else 1,
+        "SIZE": size,
+        "SIZE_P": size_p,
+        "ROWS": max(1, min(8, 128 // (groups_p * size_p))),
+    }

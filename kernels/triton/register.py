@@ -38,7 +38,6 @@ from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_k
 from nanovllm.kernels.triton.sample import sample
 from nanovllm.kernels.triton.sample_columns import sample_columns
 from nanovllm.kernels.triton.token_bitmask import apply_token_bitmask
-from nanovllm.kernels.triton.topk_grouped import topk_grouped
 from nanovllm.kernels.triton.topk_softmax import norm_router_topk, topk_softmax
 from nanovllm.kernels.triton.topk_topp import apply_top_k_top_p
 from nanovllm.kernels.triton.varlen_attention import varlen_attention
@@ -149,7 +148,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "sample_columns": sample_columns,
     "apply_top_k_top_p": apply_top_k_top_p,
     "apply_token_bitmask": apply_token_bitmask,
-    "topk_grouped": topk_grouped,
     "causal_conv": causal_conv,
     "gated_delta": gated_delta,
     "gated_delta_step": gated_delta_step,

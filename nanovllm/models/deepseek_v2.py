@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
-from nanovllm.models.config import require_type
-from nanovllm.models.grouped_moe import GroupedMoeConfig
-from nanovllm.models.latent_moe import latent_config, latent_model, num_predicting, sparse_from
+from nanovllm.models.config import MoeConfig, require_type
+from nanovllm.models.group_router import GroupRouter
+from nanovllm.models.latent_moe import latent_config, latent_model
+from nanovllm.models.layer_plan import proposing_layers, sparse_after_dense
 from nanovllm.models.model import Model
+from nanovllm.models.moe import DEEPSEEK_NAMES
+from nanovllm.models.scaled import check_factor
 
 NAME = "DeepseekV2ForCausalLM"
 GREEDY, GROUPED = "greedy", "group_limited_greedy"
@@ -20,18 +23,23 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
     require_type(hf, NAME, "deepseek_v2")
     _refuse(hf)
     is_grouped = hf.topk_method == GROUPED
-    moe = GroupedMoeConfig(
+    moe = MoeConfig(
         num_experts=hf.n_routed_experts,
         top_k=hf.num_experts_per_tok or 0,
         expert_size=hf.moe_intermediate_size,
         normalize=False,
         shared_size=hf.moe_intermediate_size * (hf.n_shared_experts or 0),
-        num_groups=hf.n_group or 1 if is_grouped else 1,
-        top_groups=hf.topk_group or 1 if is_grouped else 1,
-        factor=hf.routed_scaling_factor,
+        router=GroupRouter(
+            "softmax",
+            num_groups=hf.n_group or 1 if is_grouped else 1,
+            top_groups=hf.topk_group or 1 if is_grouped else 1,
+            group_scores=1,
+            scale=float(hf.routed_scaling_factor),
+        ),
     )
     config = latent_config(hf, architecture=NAME, dtype=dtype, max_model_len=max_model_len, moe=moe)
-    return latent_model(config, sparse_from(hf, hf.first_k_dense_replace or 0), num_predicting(hf))
+    is_sparse = sparse_after_dense(hf, hf.first_k_dense_replace or 0)
+    return latent_model(config, DEEPSEEK_NAMES, is_sparse, proposing_layers(hf))
 
 
 def _refuse(hf: Any) -> None:
@@ -41,8 +49,7 @@ def _refuse(hf: Any) -> None:
             f"topk_method {hf.topk_method!r} is not supported by {NAME}: only {GREEDY!r} and "
             f"{GROUPED!r} are"
         )
-    if (scoring := getattr(hf, "scoring_func", "softmax")) != "softmax":
-        raise ValueError(f"scoring_func {scoring!r} is not supported by {NAME}: only 'softmax' is")
+    check_factor("routed_scaling_factor", hf.routed_scaling_factor)
     if hf.norm_topk_prob:
         # the release divides weights by their sum and leaves out the factor; transformers does not
         raise ValueError(f"norm_topk_prob True is not supported by {NAME}: only False is")

@@ -14,15 +14,11 @@ from nanovllm.models.config import ModelConfig, MoeConfig, dense_config, require
 from nanovllm.models.group_router import GroupRouter
 from nanovllm.models.head_order import rotated_as_ops_do
 from nanovllm.models.model import LayerKind, Model, Param
-from nanovllm.models.moe import QWEN_NAMES, moe_model
+from nanovllm.models.moe import DEEPSEEK_NAMES, moe_model
 from nanovllm.models.scaled import check_factor
 
 NAME = "Ernie4_5_MoeForCausalLM"
-NAMES = QWEN_NAMES._replace(
-    router_bias="mlp.moe_statics.e_score_correction_bias",
-    shared="mlp.shared_experts",
-    shared_gate=None,
-)
+NAMES = DEEPSEEK_NAMES._replace(router_bias="mlp.moe_statics.e_score_correction_bias")
 
 
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:

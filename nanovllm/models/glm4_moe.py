@@ -6,7 +6,6 @@ A part of each head is rotated. The layers that propose tokens (MTP) are not rea
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +13,12 @@ import torch
 from nanovllm.models.config import ModelConfig, MoeConfig, dense_config, require_type
 from nanovllm.models.group_router import GroupRouter
 from nanovllm.models.head_order import rotated_as_ops_do
+from nanovllm.models.layer_plan import proposing_layers, sparse_after_dense
 from nanovllm.models.model import LayerKind, Model, Param
-from nanovllm.models.moe import QWEN_NAMES, ExpertNames, moe_model
+from nanovllm.models.moe import BIASED_NAMES, moe_model
 from nanovllm.models.scaled import check_factor
 
 NAME = "Glm4MoeForCausalLM"
-NAMES = QWEN_NAMES._replace(
-    router_bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts", shared_gate=None
-)
 
 
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
@@ -48,22 +45,10 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         qk_norm=hf.use_qk_norm,
         moe=moe,
     )
-    num_layers, num_dense = hf.num_hidden_layers, hf.first_k_dense_replace
-    plain = moe_model(config, NAMES, tuple(idx >= num_dense for idx in range(num_layers)))
-    return replace(
-        plain, layer_params=partial(layer_params, NAMES), read_elsewhere=proposing_layers(hf)
-    )
+    plain = moe_model(config, BIASED_NAMES, sparse_after_dense(hf, hf.first_k_dense_replace))
+    return replace(plain, layer_params=layer_params, read_elsewhere=proposing_layers(hf))
 
 
-def layer_params(
-    names: ExpertNames, cfg: ModelConfig, kind: LayerKind, layer_idx: int
-) -> dict[str, Param]:
+def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
     """Parameters of one decoder layer, with the heads' rows in the order of the ops."""
-    return rotated_as_ops_do(cfg, names.layer_params(cfg, kind, layer_idx))
-
-
-def proposing_layers(hf: Any) -> tuple[str, ...]:
-    """The prefixes of the layers after the last, which propose tokens."""
-    num_layers = hf.num_hidden_layers
-    num_more = getattr(hf, "num_nextn_predict_layers", None) or 0
-    return tuple(f"model.layers.{num_layers + idx}." for idx in range(num_more))
+    return rotated_as_ops_do(cfg, BIASED_NAMES.layer_params(cfg, kind, layer_idx))

@@ -8,8 +8,10 @@ import torch
 
 from nanovllm.models.config import require_type
 from nanovllm.models.deepseek_v3 import sigmoid_moe
-from nanovllm.models.latent_moe import latent_config, latent_model, num_predicting
+from nanovllm.models.latent_moe import latent_config, latent_model
+from nanovllm.models.layer_plan import proposing_layers
 from nanovllm.models.model import Model
+from nanovllm.models.moe import BIASED_NAMES
 
 NAME = "Glm4MoeLiteForCausalLM"
 SPARSE, DENSE = "sparse", "dense"
@@ -19,9 +21,9 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
     """The model of transformers' `Glm4MoeLiteConfig`."""
     require_type(hf, NAME, "glm4_moe_lite")
     config = latent_config(
-        hf, architecture=NAME, dtype=dtype, max_model_len=max_model_len, moe=sigmoid_moe(hf, NAME)
+        hf, architecture=NAME, dtype=dtype, max_model_len=max_model_len, moe=sigmoid_moe(hf)
     )
-    return latent_model(config, _sparse_layers(hf), num_predicting(hf))
+    return latent_model(config, BIASED_NAMES, _sparse_layers(hf), proposing_layers(hf))
 
 
 def _sparse_layers(hf: Any) -> tuple[bool, ...]:

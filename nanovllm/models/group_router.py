@@ -1,8 +1,8 @@
 """A router that chooses experts by a score plus a bias, within the best groups of experts.
 
-DeepSeek-V3, GLM-4.5 and ERNIE 4.5 choose so: the bias, which balances the load, counts for the
-choice alone, and the weights are the scores themselves. Products and scores are in fp32, whatever
-the model's dtype is, since small differences choose other experts.
+DeepSeek-V3, GLM-4.5 and ERNIE 4.5 choose so, and DeepSeek-V2 without a bias. The bias, which
+balances the load, counts for the choice alone, and the weights are the scores themselves. Products
+and scores are in fp32, whatever the model's dtype is, since small differences choose other experts.
 
 T tokens | K experts per token | E experts | D hidden.
 """
@@ -30,7 +30,8 @@ READ = frozenset(
 
 @dataclass(frozen=True)
 class GroupRouter:
-    """How experts are chosen: see `reference.experts.group_topk`.
+    """How experts are chosen: see `reference.experts.group_topk`. With one of `group_scores` a
+    group is worth its best expert, as in DeepSeek-V2.
 
     Raises ValueError for groups that do not fit.
     """
@@ -38,6 +39,7 @@ class GroupRouter:
     scoring: Scoring = "sigmoid"
     num_groups: int = 1
     top_groups: int = 1
+    group_scores: int = 2
     scale: float = 1.0
     smallest_sum: float = SMALLEST_SUM
 
@@ -49,7 +51,13 @@ class GroupRouter:
             raise ValueError(
                 f"topk_group is {self.top_groups}: it must be from 1 to n_group {self.num_groups}"
             )
-        in_groups = self.top_groups * (num_experts // self.num_groups)
+        each = num_experts // self.num_groups
+        if self.top_groups < self.num_groups and each < self.group_scores:
+            raise ValueError(
+                f"n_group is {self.num_groups}, so that a group has {each} of {num_experts} "
+                f"experts: it must have at least {self.group_scores}"
+            )
+        in_groups = self.top_groups * each
         if top_k > in_groups:
             raise ValueError(
                 f"num_experts_per_tok is {top_k}, but {self.top_groups} of {self.num_groups} "
@@ -62,7 +70,8 @@ class GroupRouter:
         scoring: tuple[object, ...] = (self.scoring,)
         own = dict.fromkeys(("scoring_func", "score_func", "score_function"), scoring)
         unread = {name: allowed for name, allowed in others.items() if name not in READ}
-        return {**unread, **own, "topk_method": ("noaux_tc",)}
+        by_one, by_sum = ("greedy", "group_limited_greedy"), ("noaux_tc",)
+        return {**unread, **own, "topk_method": by_one if self.group_scores == 1 else by_sum}
 
 
 def choose(
@@ -77,13 +86,13 @@ def choose(
     router_ED, bias_E = weights
     logits_TE = torch.nn.functional.linear(x_TD.float(), router_ED)
     return ops.group_topk(  # type: ignore[no-any-return]
-        logits_TE, bias_E, top_k, router.num_groups, router.top_groups,
+        logits_TE, bias_E, top_k, router.num_groups, router.top_groups, router.group_scores,
         router.scoring == "sigmoid", normalize, router.smallest_sum, router.scale,
     )  # fmt: skip
 
 
 def router_params(weight: str, bias: str | None, num_experts: int, hidden: int) -> dict[str, Param]:
-    """The parameters of a layer's router, by the fields of `moe.SparseLayer`."""
+    """The parameters of a layer's router, by the fields of `moe.SparseWeights`."""
     declared = {"router_ED": Param.one("router", weight, num_experts, hidden)}
     if bias is not None:
         declared["router_bias_E"] = Param.one("bias", bias, num_experts)

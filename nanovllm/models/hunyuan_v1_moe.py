@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.models import dense, hunyuan_v1_dense, moe
+from nanovllm.models import hunyuan_v1_dense, moe
 from nanovllm.models.config import ModelConfig, MoeConfig, dense_config, require_type
 from nanovllm.models.group_router import GroupRouter
 from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Model, Param
@@ -58,7 +58,7 @@ def _of_all_layers(hf: Any, name: str) -> int:
 def layer(
     cfg: ModelConfig,
     call: LayerCall,
-    w: dense.Layer | moe.SparseLayer,
+    w: moe.SparseLayer,
     kv: LayerCache,
     cos_sin_MH: Tensor,
     batch: Batch,
@@ -67,7 +67,7 @@ def layer(
     """One decoder layer: see `dense.layer`."""
     moe.predict(cfg, call, w, kv, batch, h_TD)
     h_TD = hunyuan_v1_dense.attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
-    return moe.mlp(cfg, w, kv, batch, h_TD)
+    return moe.sparse_mlp(cfg, w, kv, batch, h_TD)
 
 
 def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:

@@ -155,7 +155,7 @@ class HybridNames:
         else:
             first = attention_params(cfg, layer_idx)
         if kind.sparse:
-            return {**first, **moe.experts_params(cfg, self.experts, layer_idx)}
+            return {**first, **moe.sparse_mlp_params(cfg, self.experts, layer_idx)}
         return {**first, **dense.mlp_params(cfg, layer_idx)}
 
 
@@ -204,20 +204,15 @@ def layer(
     h_TD: Tensor,
 ) -> Tensor:
     """One decoder layer: see `dense.layer`."""
-    num_pad_slots = 0  # a layer without a cache does not know which slots are padding
     if isinstance(w, AttentionLayer):
         assert isinstance(kv, LayerCache)
-        num_pad_slots = kv.k_CBKH.shape[1]
         h_TD = attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
     else:
         assert not isinstance(kv, LayerCache)
         h_TD = delta_rule(cfg, call, w, kv, batch, h_TD)
     if w.router_ED is None:
         return dense.mlp(cfg, w, h_TD)
-    slot_T = batch.slot_T
-    if batch.keep_R is not None:
-        slot_T = slot_T.index_select(0, batch.keep_R)
-    return moe.sparse_mlp(cfg, w, h_TD, slot_T, num_pad_slots)
+    return moe.sparse_mlp(cfg, w, kv, batch, h_TD)
 
 
 def attention(

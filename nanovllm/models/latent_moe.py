@@ -1,24 +1,25 @@
-"""The decoder with latent attention and grouped experts: DeepSeek-V2, DeepSeek-V3, GLM-4.7-Flash.
+"""The decoder with latent attention and experts: DeepSeek-V2, DeepSeek-V3, GLM-4.7-Flash.
 
-The letters of shapes are those of `latent` and `grouped_moe`.
+The letters of shapes are those of `latent` and `moe`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanovllm.models import dense, experts, grouped_moe, latent
-from nanovllm.models.config import ModelConfig, dense_config
+from nanovllm.models import dense, latent, moe
+from nanovllm.models.config import ModelConfig, MoeConfig, dense_config
 from nanovllm.models.experts import Experts
 from nanovllm.models.formats import Weight
-from nanovllm.models.grouped_moe import GroupedMoeConfig
 from nanovllm.models.latent import LatentConfig, LatentSizes
 from nanovllm.models.model import Batch, LatentCache, LayerCall, LayerKind, Model, Param
+from nanovllm.models.moe import ExpertNames
 
 
 class DenseLayer(NamedTuple):
@@ -41,7 +42,7 @@ class DenseLayer(NamedTuple):
 
 
 class SparseLayer(NamedTuple):
-    """Weights of one decoder layer with experts. The MLP's fields are those of shared experts."""
+    """Weights of one decoder layer with experts: see `moe.SparseWeights`."""
 
     attn_norm_D: Tensor
     first_ED: Weight
@@ -56,17 +57,13 @@ class SparseLayer(NamedTuple):
     router_ED: Tensor
     router_bias_E: Tensor | None
     experts: Experts
+    shared_gate_1D: Tensor | None
     gate_up_GD: Weight
     down_DF: Weight
 
 
 def latent_config(
-    hf: Any,
-    *,
-    architecture: str,
-    dtype: torch.dtype,
-    max_model_len: int | None,
-    moe: GroupedMoeConfig,
+    hf: Any, *, architecture: str, dtype: torch.dtype, max_model_len: int | None, moe: MoeConfig
 ) -> LatentConfig:
     """The config of an architecture of this decoder, from transformers' config. Raises ValueError
     for settings that this engine does not support."""
@@ -84,6 +81,8 @@ def latent_config(
         raise ValueError("attention_bias True is not supported with q_lora_rank null")
     if rank is not None and rank < 1:
         raise ValueError(f"q_lora_rank is {rank}: it must be null or at least 1")
+    if moe.shared_size < 1:
+        raise ValueError(f"n_shared_experts is {hf.n_shared_experts}: it must be at least 1")
     config = dense_config(
         hf,
         architecture=architecture,
@@ -91,6 +90,7 @@ def latent_config(
         max_model_len=max_model_len,
         qkv_bias=has_bias,
         out_bias=has_bias,
+        moe=moe,
     )
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     sizes = LatentSizes(
@@ -102,16 +102,15 @@ def latent_config(
         scale=latent.attention_scale(hf, hf.qk_nope_head_dim + hf.qk_rope_head_dim),
         is_interleaved=getattr(hf, "rope_interleave", True),
     )
-    return LatentConfig(**{**values, "head_dim": sizes.rotated, "moe": moe}, latent=sizes)
+    return LatentConfig(**{**values, "head_dim": sizes.rotated}, latent=sizes)
 
 
-def latent_model(cfg: LatentConfig, is_sparse: Sequence[bool], num_predicting: int) -> Model:
-    """The model of a config; `is_sparse` has an entry for each layer.
-
-    The `num_predicting` layers after the last predict further tokens (DeepSeek-V3's MTP). They are
-    not read.
-    """
-    keeps, first = latent.paged_latent(cfg), cfg.num_layers
+def latent_model(
+    cfg: LatentConfig, names: ExpertNames, is_sparse: Sequence[bool], not_read: tuple[str, ...]
+) -> Model:
+    """The model of a config; `is_sparse` has an entry for each layer, and `not_read` are prefixes
+    of tensors (`proposing_layers`)."""
+    keeps = latent.paged_latent(cfg)
     kinds = [LayerKind("sparse" if sparse else "dense", keeps, sparse) for sparse in is_sparse]
     return Model(
         config=cfg,
@@ -120,35 +119,10 @@ def latent_model(cfg: LatentConfig, is_sparse: Sequence[bool], num_predicting: i
         layer=layer,
         head=dense.head,
         outer_params=dense.outer_params,
-        layer_params=layer_params,
+        layer_params=partial(layer_params, names),
         layer_type=layer_type,
-        read_elsewhere=tuple(f"model.layers.{first + i}." for i in range(num_predicting)),
+        read_elsewhere=not_read,
     )
-
-
-def sparse_from(hf: Any, num_dense: int) -> tuple[bool, ...]:
-    """For each layer, whether it has experts: all but the first `num_dense`. Raises ValueError for
-    another number of layers, or another `moe_layer_freq`, than is supported."""
-    if not 0 <= num_dense <= hf.num_hidden_layers:
-        raise ValueError(
-            f"first_k_dense_replace is {num_dense}: it must be from 0 to num_hidden_layers, "
-            f"{hf.num_hidden_layers}"
-        )
-    if (step := getattr(hf, "moe_layer_freq", 1)) != 1:
-        raise ValueError(f"moe_layer_freq {step!r} is not supported: only 1 is")
-    return tuple(layer_idx >= num_dense for layer_idx in range(hf.num_hidden_layers))
-
-
-def num_predicting(hf: Any) -> int:
-    """The number of layers that predict further tokens. Raises ValueError for another value than a
-    small number."""
-    num = getattr(hf, "num_nextn_predict_layers", None) or 0
-    if not 0 <= num <= hf.num_hidden_layers:
-        raise ValueError(
-            f"num_nextn_predict_layers is {num}: it must be from 0 to num_hidden_layers, "
-            f"{hf.num_hidden_layers}"
-        )
-    return num
 
 
 # regions -----------------------------------------------------------------------------------------
@@ -164,17 +138,12 @@ def layer(
     h_TD: Tensor,
 ) -> Tensor:
     """One decoder layer, dense or sparse: see `dense.layer`."""
-    num_pad_slots = kv.shape_CB[1]  # padding writes to block 0
-    if call.predicts and batch.keep_R is None and isinstance(w, SparseLayer):
-        _, _, expert_TK = grouped_moe.routed(cfg, w, h_TD)
-        experts.prepare(expert_TK, w.experts, batch.slot_T, num_pad_slots, ahead=True)
+    if isinstance(w, SparseLayer):
+        moe.predict(cfg, call, w, kv, batch, h_TD)
     h_TD = latent.attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
     if isinstance(w, DenseLayer):
         return dense.mlp(cfg, w, h_TD)
-    kv_slot_T = batch.slot_T
-    if batch.keep_R is not None:
-        kv_slot_T = kv_slot_T.index_select(0, batch.keep_R)
-    return grouped_moe.sparse_mlp(cfg, w, h_TD, kv_slot_T, num_pad_slots)
+    return moe.sparse_mlp(cfg, w, kv, batch, h_TD)
 
 
 # parameters --------------------------------------------------------------------------------------
@@ -184,8 +153,12 @@ def layer_type(kind: LayerKind) -> type[DenseLayer] | type[SparseLayer]:
     return SparseLayer if kind.sparse else DenseLayer
 
 
-def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
+def layer_params(
+    names: ExpertNames, cfg: ModelConfig, kind: LayerKind, layer_idx: int
+) -> dict[str, Param]:
     """Parameters of one decoder layer, by the fields of `layer_type(kind)`."""
     assert isinstance(cfg, LatentConfig)
-    second = grouped_moe.sparse_params if kind.sparse else dense.mlp_params
-    return {**latent.attention_params(cfg, layer_idx), **second(cfg, layer_idx)}
+    first = latent.attention_params(cfg, layer_idx)
+    if kind.sparse:
+        return {**first, **moe.sparse_mlp_params(cfg, names, layer_idx)}
+    return {**first, **dense.mlp_params(cfg, layer_idx)}

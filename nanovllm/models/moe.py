@@ -11,7 +11,7 @@ those of `dense`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +22,20 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import attention, attention_params, embed, head, kv_scales, mlp_params
 from nanovllm.models.experts import Experts
 from nanovllm.models.formats import Weight, linear
-from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Model, Param
+from nanovllm.models.model import (
+    Batch,
+    Kept,
+    LatentCache,
+    LayerCache,
+    LayerCall,
+    LayerKind,
+    Model,
+    Param,
+)
 
 
 class SparseWeights(Protocol):
-    """The weights that `sparse_mlp` reads; the MLP's fields are those of a shared expert."""
+    """The weights that `sparse_mlp` reads. The MLP's fields are those of a shared expert."""
 
     @property
     def mlp_norm_D(self) -> Tensor: ...
@@ -45,7 +54,7 @@ class SparseWeights(Protocol):
 
 
 class SparseLayer(NamedTuple):
-    """Weights of one decoder layer with experts. The MLP's fields are those of a shared expert."""
+    """Weights of one decoder layer with experts."""
 
     attn_norm_D: Tensor
     qkv_ED: Weight
@@ -99,6 +108,9 @@ QWEN_NAMES = ExpertNames(
     up="up_proj",
     down="down_proj",
 )
+# DeepSeek and GLM, whose routers have a bias or none
+DEEPSEEK_NAMES = QWEN_NAMES._replace(shared="mlp.shared_experts", shared_gate=None)
+BIASED_NAMES = DEEPSEEK_NAMES._replace(router_bias="mlp.gate.e_score_correction_bias")
 
 
 def moe_model(
@@ -127,21 +139,6 @@ def moe_model(
     )
 
 
-def sparse_layers(hf: Any) -> tuple[bool, ...]:
-    """For each layer, whether it has experts, by `mlp_only_layers` and `decoder_sparse_step`."""
-    step, without = hf.decoder_sparse_step, set(hf.mlp_only_layers or ())
-    if step < 1:
-        raise ValueError(f"decoder_sparse_step is {step}: it must be at least 1")
-    if unknown := sorted(idx for idx in without if not 0 <= idx < hf.num_hidden_layers):
-        raise ValueError(
-            f"mlp_only_layers names layer {unknown[0]}, but there are {hf.num_hidden_layers} layers"
-        )
-    return tuple(
-        layer_idx not in without and (layer_idx + 1) % step == 0
-        for layer_idx in range(hf.num_hidden_layers)
-    )
-
-
 # regions -----------------------------------------------------------------------------------------
 
 
@@ -155,50 +152,34 @@ def layer(
     h_TD: Tensor,
 ) -> Tensor:
     """One decoder layer, dense or sparse: see `dense.layer`."""
+    if isinstance(w, dense.Layer):
+        return dense.layer(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
     predict(cfg, call, w, kv, batch, h_TD)
     h_TD = attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
-    return mlp(cfg, w, kv, batch, h_TD)
+    return sparse_mlp(cfg, w, kv, batch, h_TD)
 
 
 def predict(
-    cfg: ModelConfig,
-    call: LayerCall,
-    w: dense.Layer | SparseLayer,
-    kv: LayerCache,
-    batch: Batch,
-    h_TD: Tensor,
+    cfg: ModelConfig, call: LayerCall, w: SparseWeights, kv: Kept, batch: Batch, h_TD: Tensor
 ) -> None:
-    """Fetch the experts that a layer's input would choose, if the layer predicts."""
-    if call.predicts and batch.keep_R is None and isinstance(w, SparseLayer):
+    """Fetch the experts that a sparse layer's input would choose, if the layer predicts."""
+    if call.predicts and batch.keep_R is None:
         _, _, expert_TK = routed(cfg, w, h_TD)
         experts.prepare(expert_TK, w.experts, batch.slot_T, _num_pad_slots(kv), ahead=True)
 
 
-def _num_pad_slots(kv: LayerCache) -> int:
-    return kv.k_CBKH.shape[1]  # padding writes to block 0
+def _num_pad_slots(kv: Kept) -> int:
+    """Padding writes to block 0. A layer without a cache does not know which slots are padding."""
+    return kv.shape_CB[1] if isinstance(kv, LayerCache | LatentCache) else 0
 
 
-def mlp(
-    cfg: ModelConfig, w: dense.Layer | SparseLayer, kv: LayerCache, batch: Batch, h_TD: Tensor
-) -> Tensor:
-    """The second half of a layer, dense or sparse."""
-    if isinstance(w, dense.Layer):
-        return dense.mlp(cfg, w, h_TD)
+def sparse_mlp(cfg: ModelConfig, w: SparseWeights, kv: Kept, batch: Batch, h_TD: Tensor) -> Tensor:
+    """The second half of a sparse layer: h + experts of the normalised h."""
     kv_slot_T = batch.slot_T
     if batch.keep_R is not None:
         kv_slot_T = kv_slot_T.index_select(0, batch.keep_R)
-    return sparse_mlp(cfg, w, h_TD, kv_slot_T, _num_pad_slots(kv))
-
-
-def sparse_mlp(
-    cfg: ModelConfig, w: SparseWeights, h_TD: Tensor, kv_slot_T: Tensor, num_pad_slots: int
-) -> Tensor:
-    """The second half of a sparse layer: h + experts of the normalised h.
-
-    Tokens whose cache slot is below `num_pad_slots` are padding.
-    """
     x_TD, weight_TK, expert_TK = routed(cfg, w, h_TD)
-    expert_TK = experts.prepare(expert_TK, w.experts, kv_slot_T, num_pad_slots)
+    expert_TK = experts.prepare(expert_TK, w.experts, kv_slot_T, _num_pad_slots(kv))
     # on several ranks, parts of all products are summed before h is added
     sum_TD = h_TD if cfg.num_ranks == 1 else None
     if w.gate_up_GD is not None and w.down_DF is not None:
@@ -239,11 +220,12 @@ def layer_type(kind: LayerKind) -> type[SparseLayer] | type[dense.Layer]:
 
 def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:
     """Parameters of a sparse layer, by the fields of `SparseLayer` and of a form of experts."""
-    return {**attention_params(cfg, layer_idx), **experts_params(cfg, names, layer_idx)}
+    return {**attention_params(cfg, layer_idx), **sparse_mlp_params(cfg, names, layer_idx)}
 
 
-def experts_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:
-    """Parameters of a sparse layer's second half, without its norm."""
+def sparse_mlp_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:
+    """Parameters of a sparse layer's second half without its norm, by the fields of
+    `SparseWeights` and of a form of experts."""
     assert cfg.moe is not None
     moe, hidden, prefix = cfg.moe, cfg.hidden_size, f"model.layers.{layer_idx}."
     other_router = names.other_router and prefix + names.other_router

@@ -100,8 +100,6 @@ class Param(NamedTuple):
     If `source_shape` is given, each source has this shape and fills the first rows and columns of
     its part; the rest is zero. Only towers have such parameters (`vision.weights`).
 
-    It is stored in `dtype`, or in the model's if that is None.
-
     A `compressed` parameter is read from `svd_experts`, which resolves its sources. The
     checkpoint's tensors that `replaces` names are not read.
     """

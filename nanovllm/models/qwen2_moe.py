@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from nanovllm.models.config import MoeConfig, dense_config, require_type, windows_by_layer_type
+from nanovllm.models.layer_plan import sparse_by_step
 from nanovllm.models.model import Model
-from nanovllm.models.moe import QWEN_NAMES, moe_model, sparse_layers
+from nanovllm.models.moe import QWEN_NAMES, moe_model
 
 NAME = "Qwen2MoeForCausalLM"
 
@@ -31,4 +32,4 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         qkv_bias=hf.qkv_bias,
         moe=moe,
     )
-    return moe_model(config, QWEN_NAMES, sparse_layers(hf), windows_by_layer_type(hf))
+    return moe_model(config, QWEN_NAMES, sparse_by_step(hf), windows_by_layer_type(hf))

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from nanovllm.models.config import MoeConfig, dense_config, require_type
+from nanovllm.models.layer_plan import sparse_by_step
 from nanovllm.models.model import Model
-from nanovllm.models.moe import QWEN_NAMES, moe_model, sparse_layers
+from nanovllm.models.moe import QWEN_NAMES, moe_model
 
 NAME = "Qwen3MoeForCausalLM"
 
@@ -33,4 +34,4 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         moe=moe,
     )
     windows = (hf.sliding_window or 0,) * hf.num_hidden_layers
-    return moe_model(config, QWEN_NAMES, sparse_layers(hf), windows)
+    return moe_model(config, QWEN_NAMES, sparse_by_step(hf), windows)

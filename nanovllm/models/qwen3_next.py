@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nanovllm.models.config import ModelConfig, MoeConfig, dense_config, require_type
 from nanovllm.models.hybrid import DeltaRule, HybridNames, hybrid_model
+from nanovllm.models.layer_plan import sparse_by_step
 from nanovllm.models.model import Model, Param
-from nanovllm.models.moe import sparse_layers
 from nanovllm.models.param import RowOrder
 
 NAME = "Qwen3NextForCausalLM"
@@ -21,7 +21,7 @@ NAME = "Qwen3NextForCausalLM"
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
     """The model of transformers' `Qwen3NextConfig`."""
     require_type(hf, NAME, "qwen3_next")
-    is_sparse = sparse_layers(hf) if hf.num_experts else (False,) * hf.num_hidden_layers
+    is_sparse = sparse_by_step(hf) if hf.num_experts else (False,) * hf.num_hidden_layers
     moe = moe_config(hf, normalize=hf.norm_topk_prob) if hf.num_experts else None
     config = text_config(hf, architecture=NAME, dtype=dtype, max_model_len=max_model_len, moe=moe)
     return hybrid_model(config, delta_rule(hf), NAMES, hf.layer_types, is_sparse)

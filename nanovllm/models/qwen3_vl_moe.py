@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from nanovllm.models.config import MoeConfig, require_type
+from nanovllm.models.layer_plan import sparse_by_step
 from nanovllm.models.model import Model
-from nanovllm.models.moe import QWEN_NAMES, moe_model, sparse_layers
+from nanovllm.models.moe import QWEN_NAMES, moe_model
 from nanovllm.models.qwen3_vl import text_config, with_tower
 
 NAME = "Qwen3VLMoeForConditionalGeneration"
@@ -26,4 +27,4 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         normalize=True,
     )
     config = text_config(hf, architecture=NAME, dtype=dtype, max_model_len=max_model_len, moe=moe)
-    return with_tower(moe_model(config, NAMES, sparse_layers(hf)), hf)
+    return with_tower(moe_model(config, NAMES, sparse_by_step(hf)), hf)

@@ -111,11 +111,10 @@ def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
 
 def _groups(num_experts: int, top_k: int) -> dict[str, Any]:
     """Four groups, of which two are chosen."""
-    size = num_experts // 4
-    return {
-        "GROUPS": 4, "GROUPS_P": 4, "TOP_GROUPS": 2, "SIZE": size,
-        "SIZE_P": triton.next_power_of_2(size), "TOP_K": top_k, "ROWS": 1, "SIGMOID": True,
-        "HAS_BIAS": True, "NORMALIZE": True,
+    from nanovllm.kernels.triton.group_topk import group_constants
+
+    return group_constants(num_experts, 4, 2) | {
+        "GROUP_SCORES": 2, "TOP_K": top_k, "SIGMOID": True, "HAS_BIAS": True, "NORMALIZE": True,
     }  # fmt: skip
 
 

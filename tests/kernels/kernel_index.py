@@ -153,7 +153,6 @@ CHOSEN: dict[str, dict[str, str]] = {
         "best_of_span_kernel": "always",
         "best_of_ranks_kernel": "on GPUs that read each other's memory; else NCCL gathers",
     },
-    "topk_grouped": {"topk_grouped_kernel": "always"},
     "causal_conv": {"causal_conv_kernel": "always", "conv_state_kernel": "always"},
     "gated_delta": {
         "prepare_chunks_kernel": "prompts in 16 bits, on matrix units (else plain torch)",

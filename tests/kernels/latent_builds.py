@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from nanovllm.kernels.triton import group_topk
 from nanovllm.kernels.triton import latent_decode as decode
 from nanovllm.kernels.triton import latent_inputs as inputs
 from nanovllm.kernels.triton import latent_prefill as prefill
-from nanovllm.kernels.triton import topk_grouped as topk
 
 LATENT, ROTATED, BLOCK, ROWS = 512, 64, 64, 64
-ROUTER = {"logits_ptr": "*bf16", "expert_ptr": "*i32", "bias_ptr": "*fp32", "weight_ptr": "*fp32"}
+ROUTER = {"logits_ptr": "*fp32", "expert_ptr": "*i32", "bias_ptr": "*fp32", "weight_ptr": "*fp32"}
 
 
 class Launch(NamedTuple):
@@ -33,12 +33,13 @@ def launches(shared_bytes: int, has_matrix_units: bool, whole: bool) -> Iterator
     constants = inputs.inputs_constants(128, LATENT, ROTATED)
     yield Launch("latent_inputs", inputs.latent_inputs_kernel, constants, 4)
     for num_experts, num_groups, top_k in ((256, 8, 8), (64, 1, 6))[: 2 if whole else 1]:
-        constants = topk.grouped_constants(num_experts, num_groups) | {
-            "TOP_K": top_k, "TOP_GROUPS": max(1, num_groups // 2), "GROUP_SCORES": 2,
-            "SIGMOID": num_groups > 1, "HAS_BIAS": num_groups > 1, "NORMALIZE": True,
+        sizes = group_topk.group_constants(num_experts, num_groups, max(1, num_groups // 2))
+        constants = sizes | {
+            "TOP_K": top_k, "GROUP_SCORES": 2, "SIGMOID": num_groups > 1,
+            "HAS_BIAS": num_groups > 1, "NORMALIZE": True,
         }  # fmt: skip
-        name = f"topk_grouped {top_k} of {num_experts}"
-        yield Launch(name, topk.topk_grouped_kernel, constants, 1, types=ROUTER)
+        name = f"group_topk {top_k} of {num_experts}"
+        yield Launch(name, group_topk.group_topk_kernel, constants, 1, types=ROUTER)
 
 
 def _attention(num_heads: int, dtype: str, shared_bytes: int) -> Iterator[Launch]:

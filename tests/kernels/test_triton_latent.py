@@ -1,5 +1,4 @@
-"""Triton attention over latents, their write into the cache, and the choice from groups of
-experts, against the references in fp32."""
+"""Triton attention over latents, and their write into the cache, against the references in fp32."""
 
 from __future__ import annotations
 
@@ -17,7 +16,6 @@ from nanovllm.kernels.triton.latent_decode import (
 from nanovllm.kernels.triton.latent_inputs import head_linear, latent_inputs
 from nanovllm.kernels.triton.latent_prefill import latent_attention_prefill
 from nanovllm.kernels.triton.register import latent_span_attention
-from nanovllm.kernels.triton.topk_grouped import topk_grouped
 from tests.kernels.paged import assert_close, device, exact_attention, paged_cache
 
 LATENT, ROTATED = 40, 8
@@ -172,41 +170,6 @@ def test_results_are_multiplied_by_the_matrices_of_their_heads() -> None:
         found = made(x_TNI, weight_NOI)
         assert found.is_contiguous()
         assert_close(found, expected)
-
-
-# the choice of experts -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("num_experts", "num_groups", "top_groups", "group_scores", "top_k"),
-    [(12, 4, 2, 2, 3), (64, 1, 1, 2, 6), (256, 8, 4, 2, 8), (160, 8, 3, 1, 6), (7, 7, 3, 1, 3)],
-)
-@pytest.mark.parametrize("is_sigmoid", [True, False])
-def test_experts_are_chosen_from_the_best_groups(
-    num_experts: int,
-    num_groups: int,
-    top_groups: int,
-    group_scores: int,
-    top_k: int,
-    is_sigmoid: bool,
-) -> None:
-    logits_TE = torch.randn(19, num_experts, device=device)
-    logits_TE[0] = logits_TE[1].round()  # equals
-    logits_TE[2, 3] = torch.nan
-    bias_E = torch.randn(num_experts, device=device) if is_sigmoid else None
-    for normalize in (False, True):
-        arguments = (
-            logits_TE, bias_E, top_k, is_sigmoid, normalize, num_groups, top_groups, group_scores,
-            2.5,
-        )  # fmt: skip
-        found = topk_grouped(*arguments)
-        expected = reference.experts.topk_grouped(*arguments)
-        is_good_T = torch.arange(19, device=device) != 2
-        assert torch.equal(found[1][is_good_T], expected[1][is_good_T])
-        torch.testing.assert_close(found[0][is_good_T], expected[0][is_good_T])
-        assert found[0][2].isnan().all() and expected[0][2].isnan().all()
-        assert all(len(row.unique()) == top_k and row.min() >= 0 for row in found[1])
-        assert found[1].max() < num_experts
 
 
 # prompts ---------------------------------------------------------------------------------------

@@ -170,10 +170,11 @@ def test_the_option_fp8_rounds_all_but_the_heads_matrices(tmp_path: Path) -> Non
     assert isinstance(runner.params.layers[0].kv_up_XL, Tensor)
 
 
-def test_biases_of_routers_keep_fp32(tmp_path: Path) -> None:
+def test_routers_are_in_fp32(tmp_path: Path) -> None:
     runner = load(BY_NAME["v3"].save(tmp_path), "cpu", dtype="bfloat16", enforce_eager=True)
-    assert runner.params.layers[1].router_bias_E.dtype is torch.float32
-    assert runner.params.layers[1].router_ED.dtype is torch.bfloat16
+    layer = runner.params.layers[1]
+    assert layer.router_ED.dtype is layer.router_bias_E.dtype is torch.float32
+    assert layer.mlp_norm_D.dtype is torch.bfloat16
 
 
 def test_the_orders_of_rows_are_those_of_the_ops() -> None:
