@@ -1,7 +1,7 @@
 """Every field of the configs of models with latents is honoured, refused or unread.
 
 As in `test_family_fields.py`: fields that are sizes change together, and so do those that no logits
-depend on.
+depend on. Fields that all families honour change together, too.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ UNREAD_HERE: dict[str, Any] = {
     "aux_loss_alpha": 0.5,
 }  # fmt: skip
 GROUPS = {"n_group": 3, "topk_group": 1}
+TOGETHER = {"rms_norm_eps": 0.5, "routed_scaling_factor": 3.0, **rope(**YARN), **GROUPS}
 CASES = (
-    Case({"rms_norm_eps": 0.5}, HONOURED),
+    Case(TOGETHER, HONOURED),
+    Case({"norm_topk_prob": False, "rope_interleave": False}, HONOURED, SIGMOID),
     Case({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
     Case({"num_key_value_heads": 2}, "num_key_value_heads is 2, but all heads have"),
     Case({"head_dim": 16}, "head_dim is 16: it must be qk_rope_head_dim, 8", (V3,)),
@@ -74,7 +76,6 @@ CASES = (
     Case({"attention_bias": True}, HONOURED, (V3, GLM), draws=True),
     Case({"attention_bias": True}, "True is not supported with q_lora_rank null", (V3,),
          {"q_lora_rank": None}),
-    Case(rope(**YARN), HONOURED),
     Case(rope(**{**YARN, "mscale_all_dim": 0.3}), HONOURED, (V3,), rope(**YARN)),
     Case(rope(**{**YARN, "mscale": 0.2}), HONOURED, (V3,), rope(**YARN)),
     Case(rope("linear", factor=2.0, mscale_all_dim=0.5), HONOURED, (V3,)),
@@ -83,19 +84,16 @@ CASES = (
     Case({"architectures": ["BertModel"]}, r"architecture \['BertModel'\] is not supported"),
     Case({"quantization_config": {"quant_method": "hqq"}}, "quantization_config"),
     Case({"is_causal": False}, "is_causal False is not supported"),
-    Case({"rope_interleave": False}, HONOURED, SIGMOID),
     Case({"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported: only 1 is", (V2, V3)),
     Case({"first_k_dense_replace": 9}, "first_k_dense_replace is 9: it must be from", (V2, V3)),
     Case({"num_nextn_predict_layers": 99}, "num_nextn_predict_layers is 99: it must", (V3,)),
     # the router
-    Case({"routed_scaling_factor": 3.0}, HONOURED),
-    Case({"norm_topk_prob": False}, HONOURED, SIGMOID),
     Case({"norm_topk_prob": True}, "norm_topk_prob True is not supported by DeepseekV2", (V2,)),
-    Case(GROUPS, HONOURED),
     Case(GROUPS, UNREAD, (V2,), {"topk_method": "greedy"}),
     Case({"topk_method": "greedy"}, HONOURED, (V2,)),
     Case({"topk_method": "noaux_tc"}, "'noaux_tc' is not supported by DeepseekV2", (V2,)),
     Case({"topk_method": "greedy"}, "topk_method 'greedy' is not supported by", SIGMOID),
+    Case({"routed_scaling_factor": 0.0}, "routed_scaling_factor is 0.0: it must be", (V2, V3)),
     Case({"scoring_func": "sigmoid"}, "scoring_func 'sigmoid' is not supported", (V2,)),
     Case({"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported", SIGMOID),
     Case({"num_experts_per_tok": None}, "num_experts_per_tok is 0: it must be", (V2,)),

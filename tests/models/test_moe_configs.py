@@ -114,7 +114,7 @@ def test_bad_values_are_refused_with_their_limit(
 
 @pytest.mark.parametrize(
     ("architecture", "model_type"),
-    [("DeepseekV3ForCausalLM", "deepseek_v3"), ("MiniMaxM2ForCausalLM", "minimax_m2")],
+    [("Dots1ForCausalLM", "dots1"), ("MiniMaxM2ForCausalLM", "minimax_m2")],
 )
 def test_families_with_another_router_are_refused_by_name(
     architecture: str, model_type: str, tmp_path: Path
