@@ -5,8 +5,8 @@
 
 The text is the documentation that Python carries (pydoc_data.topics), or --text FILE. It is cut
 into windows of --window tokens, and every token of a window but the first counts. With --gguf
-transformers writes the file's real numbers to a temporary folder first. Prints a line of JSON for
-each quantization.
+transformers, which needs accelerate for this, writes the file's real numbers to a temporary folder
+first. Prints a line of JSON for each quantization.
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ def real_numbers(gguf: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    model.save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+    if hasattr(read.config, "quantization_config"):
+        del read.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(read.config)
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
     return folder
 
@@ -62,7 +66,7 @@ def perplexity(folder: Path, quantization: str, args: argparse.Namespace) -> dic
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         outputs = llm.generate([{"prompt_token_ids": one} for one in windows], params)
     finally:
-        llm.exit()
+        llm.close()
     total, num = 0.0, 0
     for window, output in zip(windows, outputs):
         assert output.prompt_logprobs is not None
