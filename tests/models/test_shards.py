@@ -142,9 +142,7 @@ def test_what_ranks_cannot_share_is_refused(
         resolve_without_weights(EngineConfig.from_options(str(folder), options(size)))
 
 
-@pytest.mark.parametrize(
-    "change", [{"quantization": "int8"}, {"enable_sleep_mode": True}, {"device": "cpu:0"}], ids=str
-)
+@pytest.mark.parametrize("change", [{"enable_sleep_mode": True}, {"device": "cpu:0"}], ids=str)
 def test_options_for_one_rank_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m")
     with pytest.raises(
