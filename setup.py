@@ -141,7 +141,7 @@ setup(
             "anthropic>=2.0",
             "gguf>=0.19",
             # compiles CUDA C++ for GPUs that are not there; torch for CUDA has it
-            "nvidia-cuda-nvrtc>=13; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "nvidia-cuda-nvrtc>=13; platform_system == 'Linux'",
             "triton>=3.6; platform_system == 'Linux'",
             "av>=17.1",
             "pillow>=12.3",

@@ -114,9 +114,12 @@ class CodeFolder:
         if (found := read_whole(path, recorded)) is not None:
             return found
         content = build()
-        # The digest is written last: a file without one is not used.
-        write_whole(path, content)
-        write_whole(recorded, digest(content).encode())
+        try:
+            # The digest is written last: a file without one is not used.
+            write_whole(path, content)
+            write_whole(recorded, digest(content).encode())
+        except OSError as error:  # a full disk, or a folder that is read only
+            logger.warning("compiled code is kept for this process only: %s", error)
         return content
 
 

@@ -93,16 +93,13 @@ def ggml_expert_linear(x: Tensor, expert_TK: Tensor, block_EOB: Tensor, ggml_typ
     return ops.expert_linear(x, expert_TK, real_EOD)
 
 
+# The kernels of the other ops call their functions here for weights that they do not take.
 KERNELS: dict[str, Callable[..., Any]] = {
-    "packed_linear": packed_linear,
-    "packed_expert_linear": packed_expert_linear,
-    "fp8_linear": fp8_linear,
-    "fp8_expert_linear": fp8_expert_linear,
     "ggml_linear": ggml_linear,
     "ggml_expert_linear": ggml_expert_linear,
 }
 
 
 def register() -> None:
-    """Register these for CUDA, but for ops that have a kernel; a second call changes nothing."""
+    """Register these for CUDA; a second call changes nothing."""
     ops.register_kernels("CUDA", KERNELS)

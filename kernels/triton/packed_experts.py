@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels import reference
+from nanovllm.kernels import dequantized, ops, reference
 from nanovllm.kernels.cuda import packed_linear as cuda_packed
 from nanovllm.kernels.triton import packed_codes
 from nanovllm.kernels.triton.common import (
@@ -228,7 +228,7 @@ def packed_expert_linear(
     found = _expert_linear(x, expert_TK, codes)
     if found is not None:
         return found
-    return reference.packed.packed_expert_linear(x, expert_TK, *codes[:4], bits, group)
+    return dequantized.packed_expert_linear(x, expert_TK, *codes[:4], bits, group)
 
 
 def fp8_expert_linear(
@@ -244,7 +244,7 @@ def fp8_expert_linear(
     found = _expert_linear(x, expert_TK, codes)
     if found is not None:
         return found
-    return reference.packed.fp8_expert_linear(
+    return dequantized.fp8_expert_linear(
         x, expert_TK, weight_EOD, scale_ERG, block_rows, block_columns
     )
 
@@ -318,6 +318,19 @@ def run_experts(
     return combine(y_PD, expert_TK, residual_TD, local_X)
 
 
+def _by_real_values(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    matrices: tuple[Tensor, Tensor],
+    residual_TD: Tensor | None,
+    local_X: Tensor | None,
+) -> Tensor:
+    """The device's own experts, of gate and up and of down in x's dtype: a graph can hold them."""
+    gate_up_EGD, down_EDF = (one.to(x_TD.dtype) for one in matrices)
+    return ops.experts(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X)
+
+
 def packed_experts(
     x_TD: Tensor,
     weight_TK: Tensor,
@@ -346,9 +359,11 @@ def packed_experts(
     found = run_experts(x_TD, weight_TK, expert_TK, *codes, residual_TD, local_X)
     if found is not None:
         return found
-    return reference.packed.packed_experts(
-        x_TD, weight_TK, expert_TK, *gate_up, *down, residual_TD, local_X
+    matrices = (
+        reference.packed.unpacked(*gate_up, x_TD.shape[-1]),
+        reference.packed.unpacked(*down, code_EGC.shape[1] // 2),
     )
+    return _by_real_values(x_TD, weight_TK, expert_TK, matrices, residual_TD, local_X)
 
 
 def fp8_experts(
@@ -373,6 +388,5 @@ def fp8_experts(
     found = run_experts(x_TD, weight_TK, expert_TK, *codes, residual_TD, local_X)
     if found is not None:
         return found
-    return reference.packed.fp8_experts(
-        x_TD, weight_TK, expert_TK, *gate_up, *down, residual_TD, local_X
-    )
+    matrices = reference.packed.of_fp8(*gate_up), reference.packed.of_fp8(*down)
+    return _by_real_values(x_TD, weight_TK, expert_TK, matrices, residual_TD, local_X)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import reference
+from nanovllm.kernels import dequantized, reference
 from nanovllm.kernels.cuda import packed_linear as cuda_packed
 from nanovllm.kernels.triton import fp8_products, packed_codes, packed_tiles
 from nanovllm.kernels.triton.norm_act import rms_norm, silu_mul
@@ -164,7 +164,7 @@ def packed_linear(
     found = _product(x_TD, None, codes, bias_O, residual_TO, 0.0, False)
     if found is not None:
         return found
-    return reference.packed.packed_linear(x_TD, *codes[:4], bits, group, bias_O, residual_TO)
+    return dequantized.packed_linear(x_TD, *codes[:4], bits, group, bias_O, residual_TO)
 
 
 def fp8_linear(
@@ -181,7 +181,7 @@ def fp8_linear(
     found = _product(x_TD, None, codes, bias_O, residual_TO, 0.0, False)
     if found is not None:
         return found
-    return reference.packed.fp8_linear(
+    return dequantized.fp8_linear(
         x_TD, weight_OD, scale_RG, block_rows, block_columns, bias_O, residual_TO
     )
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from nanovllm.kernels import ops, reference
+from nanovllm.kernels import dequantized, ops, reference
 from nanovllm.kernels.reference.packed import pack
 from nanovllm.kernels.triton import packed_codes, packed_experts, packed_gemm, packed_gemv
 from nanovllm.kernels.triton import packed_linear as packed
@@ -208,10 +209,37 @@ def test_what_no_kernel_takes_goes_to_the_reference() -> None:
     ):
         x_TD = torch.randn(3, depth, device=device).to(dtype)
         y_TO = packed.packed_linear(x_TD, *weight, None)
-        assert torch.equal(y_TO, reference.packed.packed_linear(x_TD, *weight, None))
+        assert torch.equal(y_TO, dequantized.packed_linear(x_TD, *weight, None))
+        assert error(y_TO, x_TD.double() @ real(weight, depth).T) < LIMIT[torch.float16]
     weight = packed_weight(7, 64, 4, 32, "plain")
     empty = torch.empty(0, 64, device=device).half()
     assert packed.packed_linear(empty, *weight, None).shape == (0, 7)
+
+
+def test_experts_whose_weights_no_kernel_takes_read_no_routing_on_the_host() -> None:
+    """A captured graph cannot: fake tensors refuse it as well."""
+    packed_parts = (
+        packed_weight(14, 40, 8, 8, "offset", (3,)),
+        packed_weight(40, 7, 8, 7, "offset", (3,)),
+    )
+    fp8_parts = fp8_weight(14, 40, 8, 8, (3,)), fp8_weight(40, 7, 8, 7, (3,))
+    x_TD, weight_TK = torch.randn(6, 40, device=device).half(), torch.rand(6, 2, device=device)
+    expert_TK = torch.randint(3, (6, 2), device=device, dtype=torch.int32)
+    calls: list[tuple[Any, Any, tuple[Any, ...]]] = [
+        (packed_experts.packed_expert_linear, reference.packed.packed_expert_linear,
+         (x_TD, expert_TK, *packed_parts[0])),
+        (packed_experts.fp8_expert_linear, reference.packed.fp8_expert_linear,
+         (x_TD, expert_TK, *fp8_parts[0])),
+        (packed_experts.packed_experts, reference.packed.packed_experts,
+         (x_TD, weight_TK, expert_TK, *packed_parts[0], *packed_parts[1])),
+        (packed_experts.fp8_experts, reference.packed.fp8_experts,
+         (x_TD, weight_TK, expert_TK, *fp8_parts[0], *fp8_parts[1])),
+    ]  # fmt: skip
+    for function, meaning, arguments in calls:
+        assert error(function(*arguments), meaning(*arguments).double()) < LIMIT[torch.float16]
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(one) if isinstance(one, Tensor) else one for one in arguments]
+            function(*fakes)
 
 
 def test_a_row_of_nan_stays_in_its_row() -> None:
