@@ -514,7 +514,9 @@ def compile_build(build: Build, target: Target) -> Any:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, param) in enumerate(zip(arguments, kernel.params, strict=True))
-        if not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+        # an attribute of a constant would become that of the next argument
+        if name not in constants
+        and not (param.do_not_specialize or param.do_not_specialize_on_alignment)
         and (name.endswith("_ptr") or "_stride" in name or name in ("vocab_size", "num_elements"))
     }
     source_class = GluonASTSource if kernel.is_gluon() else ASTSource
