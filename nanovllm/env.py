@@ -245,38 +245,51 @@ def keep_temporary_files(folder: Path) -> None:
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
-_folders: list[str] = []
-_temporary: dict[str, str] = {}  # TMPDIR before the first of `_folders`
+_folders: dict[Path, "tempfile.TemporaryDirectory[str]"] = {}  # by parent
+_uses: list[str] = []
+_temporary: dict[str, str] = {}  # TMPDIR before the first of `_uses`
 _changing = threading.Lock()
 
 
 @contextmanager
 def folder_of_compilers(parent: Path, prefix: str) -> Iterator[None]:
-    """Inside the context, programs that this process starts keep their temporary files in a new
-    folder, which is removed afterwards: a killed compiler leaves files behind. If the folder cannot
-    be made in `parent`, nothing changes. Several threads may use it at the same time."""
+    """Inside the context, programs that this process starts keep their temporary files in a folder
+    in `parent`: a killed compiler leaves files behind. If the folder cannot be made, nothing
+    changes. Several threads may use it at the same time.
+
+    The folder is removed when this process ends, since programs that were started inside the
+    context, such as Inductor's workers, use it afterwards too.
+    """
     tempfile.gettempdir()  # fixes the folder of this process's own temporary files
     try:
-        folder = tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True)
+        path = _folder_in(parent, prefix)
     except OSError:
         yield
         return
-    with folder as path:
-        _change_folders(_folders.append, path)
-        try:
-            yield
-        finally:
-            _change_folders(_folders.remove, path)
+    _change_uses(_uses.append, path)
+    try:
+        yield
+    finally:
+        _change_uses(_uses.remove, path)
 
 
-def _change_folders(change: Callable[[str], None], path: str) -> None:
+def _folder_in(parent: Path, prefix: str) -> str:
     with _changing:
-        if not _folders:
+        if parent not in _folders or not os.path.isdir(_folders[parent].name):
+            _folders[parent] = tempfile.TemporaryDirectory(
+                dir=parent, prefix=prefix, ignore_cleanup_errors=True
+            )
+        return _folders[parent].name
+
+
+def _change_uses(change: Callable[[str], None], path: str) -> None:
+    with _changing:
+        if not _uses:
             _temporary.clear()
             _temporary.update({"TMPDIR": os.environ["TMPDIR"]} if "TMPDIR" in os.environ else {})
         change(path)
         os.environ.pop("TMPDIR", None)
-        os.environ.update({"TMPDIR": _folders[-1]} if _folders else _temporary)
+        os.environ.update({"TMPDIR": _uses[-1]} if _uses else _temporary)
 
 
 # The only variables that processes with untrusted input get; others may be secret.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pwd
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -127,13 +129,25 @@ def test_compilers_have_a_folder_of_their_own_for_a_while(
     first.__enter__()
     second.__enter__()
     folder = Path(os.environ["TMPDIR"])
-    assert folder.parent == store and len(list(store.iterdir())) == 2
-    (folder / "cc.s").touch()
+    assert list(store.iterdir()) == [folder]
     first.__exit__(None, None, None)  # as another thread may do
     assert Path(os.environ["TMPDIR"]) == folder
     second.__exit__(None, None, None)
-    assert os.environ.get("TMPDIR") == before and list(store.iterdir()) == []
+    assert os.environ.get("TMPDIR") == before
+    assert folder.is_dir(), "programs that were started inside may go on"
     assert tempfile.gettempdir() == own
+
+
+def test_the_folder_of_compilers_goes_with_its_process(tmp_path: Path) -> None:
+    code = f"""if True:
+        import os
+        from pathlib import Path
+        from nanovllm import env
+        with env.folder_of_compilers(Path({str(tmp_path)!r}), ".x-"):
+            (Path(os.environ["TMPDIR"]) / "cc.s").touch()
+        print(len(os.listdir({str(tmp_path)!r})))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ class Engine:
 
         A decode step verifies the proposals and keeps those that the model chooses as well, so
         proposals do not change answers. None: each decode step yields one token a row, unless the
-        device proposes tokens itself.
+        device proposes tokens itself. With a function no step runs ahead: it needs all tokens.
         """
         return self.scheduler.propose
 
@@ -420,19 +420,23 @@ class Engine:
                 plan = self._with_masks(plan)
                 self._held.encode(plan)
                 self._in_flight.append(self._runner.launch(plan))
-            if self._in_flight and (plan is None or len(self._in_flight) > self.run_ahead):
+            if plan is None and not self._in_flight and self.scheduler.has_work:
+                self._wait_for_threads()
+            while len(self._in_flight) > self._num_to_leave(plan):
                 launched = self._in_flight.popleft()
                 result = launched.wait()
                 if is_timed:
                     self._step_watch.note(time.perf_counter() - started, plan, launched.plan)
                 self._answers.collect(launched.plan, result)
-            elif plan is None and self.scheduler.has_work:
-                self._wait_for_threads()
             self._after_step(plan)
             return plan
         except BaseException:
             self._restart()
             raise
+
+    def _num_to_leave(self, plan: StepPlan | None) -> int:
+        """The steps whose results are not read yet after the launch of `plan`."""
+        return 0 if plan is None or self.propose is not None else self.run_ahead
 
     def _after_step(self, plan: StepPlan | None) -> None:
         self.metrics.num_steps += plan is not None

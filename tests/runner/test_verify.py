@@ -25,7 +25,7 @@ def drafting(request: pytest.FixtureRequest, make_llm: Callable[..., LLM]) -> It
         "unpadded": {"pad_batches": False},
         "graph": {"enforce_eager": False, "graph_batch_sizes": (1, 5)},
     }
-    llm = make_llm(draft_lengths=DRAFTS, max_num_seqs=5, run_ahead=0, **modes[request.param])
+    llm = make_llm(draft_lengths=DRAFTS, max_num_seqs=5, run_ahead=1, **modes[request.param])
     yield llm
     llm.close()
 
