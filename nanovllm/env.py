@@ -245,7 +245,7 @@ def keep_temporary_files(folder: Path) -> None:
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
-_folders: dict[Path, "tempfile.TemporaryDirectory[str]"] = {}  # by parent
+_folders: dict[Path, tempfile.TemporaryDirectory[str]] = {}  # by parent
 _uses: list[str] = []
 _temporary: dict[str, str] = {}  # TMPDIR before the first of `_uses`
 _changing = threading.Lock()
