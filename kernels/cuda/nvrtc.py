@@ -26,11 +26,13 @@ _SHARED_BYTES = 48 << 10  # that a launch may use without asking
 class Function(NamedTuple):
     """A kernel: the file of its source, without .cu, and the constants it is compiled with.
 
-    The kernel has the name of the file.
+    The kernel has the name of the file. is_specific: it has instructions of one architecture that
+    later ones lack, such as sm_90a.
     """
 
     source: str
     constants: tuple[tuple[str, int], ...]
+    is_specific: bool = False
 
 
 class Launch(NamedTuple):
@@ -74,7 +76,8 @@ def compile_function(function: Function, capability: tuple[int, int]) -> bytes:
     Raises RuntimeError if NVRTC is not found or refuses the source.
     """
     text = source_of(function)
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", *FLAGS]
+    suffix = "a" if function.is_specific else ""
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}{suffix}", *FLAGS]
     options += [f"-D{name}={value}" for name, value in function.constants]
     folder = CodeFolder(_State.folder or Path.home() / ".cache" / "nanovllm" / "cuda")
     key = repr((text, options, nvrtc_version()))
@@ -104,7 +107,7 @@ def launch(
     packed = arguments()
     struct = ctypes.create_string_buffer(packed, len(packed))
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
-    _check(_driver().cuLaunchKernelEx(ctypes.byref(config), handle, parameters, None))
+    check(driver().cuLaunchKernelEx(ctypes.byref(config), handle, parameters, None))
 
 
 class _Attribute(ctypes.Structure):
@@ -130,27 +133,33 @@ class _Config(ctypes.Structure):
 def _loaded(function: Function, device_index: int) -> ctypes.c_void_p:
     program = compile_function(function, torch.cuda.get_device_capability(device_index))
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(_driver().cuModuleLoadData(ctypes.byref(module), program))
+    check(driver().cuModuleLoadData(ctypes.byref(module), program))
     name = function.source.encode()
-    _check(_driver().cuModuleGetFunction(ctypes.byref(handle), module, name))
+    check(driver().cuModuleGetFunction(ctypes.byref(handle), module, name))
     return handle
 
 
-@functools.cache
+_allowed: dict[tuple[Function, int], int] = {}
+
+
 def _allow_shared(function: Function, device_index: int, num_bytes: int) -> None:
-    handle = _loaded(function, device_index)
-    _check(_driver().cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED_BYTES, num_bytes))
+    if num_bytes > _allowed.get((function, device_index), 0):
+        handle = _loaded(function, device_index)
+        check(driver().cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED_BYTES, num_bytes))
+        _allowed[function, device_index] = num_bytes
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """The library of the CUDA driver."""
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
+    """Raises RuntimeError with the driver's words for a status other than success."""
     if status:
         text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
+        driver().cuGetErrorString(status, ctypes.byref(text))
         raise RuntimeError(f"CUDA error {status}: {(text.value or b'').decode()}")
 
 

@@ -287,6 +287,12 @@ def precision_of(device: torch.device) -> str:
     return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
+def warps_of_prepare(key_size: int, value_size: int) -> int:
+    """Warps of a program that prepares a chunk. Four multiply by warpgroups (wgmma), in half the
+    time; with heads smaller than 128 Triton 3.6 then reads shared memory that is not there."""
+    return NUM_WARPS if min(key_size, value_size) >= 128 else 2 * NUM_WARPS
+
+
 def values_of_program(value_size: int) -> int:
     """Values of a head that one program takes while it goes over the tokens of a row."""
     return max(16, min(triton.next_power_of_2(value_size), 32))
@@ -337,7 +343,8 @@ def gated_delta(
     prepared.append(qkv_TC.new_empty(per_token, dtype=torch.float32))
     prepare_chunks_kernel[(num_heads, num_chunks)](
         qkv_TC, *gates, q_start_S, *prepared, qkv_TC.stride(0), ba_TJ.stride(0), num_rows,
-        **of_chunks, VALUE_P=max(16, triton.next_power_of_2(value)), num_warps=NUM_WARPS, **options,
+        **of_chunks, VALUE_P=max(16, triton.next_power_of_2(value)),
+        num_warps=warps_of_prepare(key, value), **options,
     )  # fmt: skip
     scan_chunks_kernel[grid](
         qkv_TC, *prepared, state_XVHI, *places, to_R, out_TVI, qkv_TC.stride(0), num_rows,

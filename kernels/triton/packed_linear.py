@@ -1,7 +1,8 @@
 """Selects the kernel of each product with packed weights on a GPU.
 
-bf16 goes to kernels/cuda on NVIDIA GPUs of sm_80 on, other dtypes, GPUs and forms of codes to
-Triton, and many rows to cuBLAS: in fp8, or with the real values.
+bf16 goes to kernels/cuda on NVIDIA GPUs of sm_80 on, there up to 64 rows and on sm_90 up to 256;
+other dtypes, GPUs and forms of codes to Triton, and more rows to cuBLAS: in fp8, or with the real
+values.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nanovllm.kernels import dequantized, reference
 from nanovllm.kernels.cuda import packed_linear as cuda_packed
+from nanovllm.kernels.cuda import packed_wgmma
 from nanovllm.kernels.triton import fp8_products, packed_codes, packed_tiles
 from nanovllm.kernels.triton.norm_act import rms_norm, silu_mul
 from nanovllm.kernels.triton.packed_codes import Codes
@@ -47,7 +49,11 @@ def takes_packed(
 ) -> bool:
     """For the pass `fuse_linear`: whether `fused_packed_linear` is one launch."""
     codes = packed_codes.of_packed(code_OC, scale_OG, offset_OG, table, bits, group)
-    return _can(x_TD, codes) and takes(x_TD.shape[0], has_units(x_TD.device), has_norm)
+    if not _can(x_TD, codes):
+        return False
+    if _wgmma_tile(x_TD, codes) is not None:
+        return not has_norm
+    return takes(x_TD.shape[0], has_units(x_TD.device), has_norm)
 
 
 def takes_fp8(
@@ -96,6 +102,10 @@ def _product(
     num_rows, matrix_units = x_TD.shape[0], has_units(x_TD.device)
     if norm_D is not None and num_rows > 1:
         x_TD, norm_D = rms_norm(x_TD, norm_D, eps), None
+    if (tile := _wgmma_tile(x_TD, codes)) is not None:
+        return packed_wgmma.packed_wgmma(
+            x_TD, codes, tile, bias_O, residual_TO, silu
+        )
     if num_rows <= packed_tiles.MAX_ROWS and not _is_by_fp8(x_TD, codes):
         if cuda_packed.takes(x_TD, codes):
             return cuda_packed.packed_linear(
@@ -116,6 +126,13 @@ def _product(
         y_TO = _by_cublas(x_TD, codes, bias_O)
     y_TO = silu_mul(y_TO) if silu else y_TO
     return y_TO if residual_TO is None else y_TO.add_(residual_TO)
+
+
+def _wgmma_tile(x_TD: Tensor, codes: Codes) -> packed_wgmma.Tile | None:
+    """The sizes of a program of packed_wgmma.cu, if it takes the product and is the fastest."""
+    if not packed_wgmma.takes(x_TD, codes):
+        return None
+    return packed_wgmma.tile_of(x_TD.shape[0], codes, x_TD.shape[1])
 
 
 def _is_by_fp8(x_TD: Tensor, codes: Codes) -> bool:

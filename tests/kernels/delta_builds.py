@@ -44,5 +44,7 @@ def launches(dtype: str, precision: str, takes_chunks: bool, whole: bool) -> Ite
     if takes_chunks:
         of_rule |= {"ROWS_P": ROWS, "CHUNK": CHUNK, "PRECISION": precision, "UPCAST": False}
         warps, stages = delta.NUM_WARPS, delta.NUM_STAGES
-        yield "prepare chunks", delta.prepare_chunks_kernel, of_rule, warps, 3, types
+        for num in (warps, 2 * warps):
+            name = f"prepare chunks, {num} warps"
+            yield name, delta.prepare_chunks_kernel, of_rule, num, 3, types
         yield "scan chunks", delta.scan_chunks_kernel, of_rule, warps, stages, types

@@ -27,6 +27,7 @@ from nanovllm.kernels.cpu import ggml as cpu_ggml
 from nanovllm.kernels.cpu import packed as cpu_packed
 from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.kernels.cpu import step as cpu_step
+from nanovllm.kernels.cuda import packed_wgmma
 from nanovllm.kernels.npu import kernels as npu_kernels
 from nanovllm.kernels.triton import (
     all_reduce,
@@ -198,7 +199,11 @@ _CUDA_PACKED = (
     "bf16 on NVIDIA GPUs from sm_80 on, with codes that are integers or fp8 (`packed_linear.takes`)"
 )
 _PACKED_ROWS = {
-    "packed_linear.cu": f"up to {packed_tiles.MAX_ROWS} rows: {_CUDA_PACKED}",
+    "packed_wgmma.cu": (
+        f"bf16 on sm_90 with codes that are integers, {packed_wgmma.MIN_ROWS} to "
+        f"{packed_wgmma.MAX_ROWS} rows: where it is the fastest (`packed_wgmma.TILES`)"
+    ),
+    "packed_linear.cu": f"else up to {packed_tiles.MAX_ROWS} rows: {_CUDA_PACKED}",
     "packed_gemv_kernel": (
         "else one row; without matrix units up to "
         f"{packed_linear.MAX_ROWS_ONE_BY_ONE} rows one by one"

@@ -112,8 +112,9 @@ def check_bf16(folder: Path, device: str, known: list[Known], **options: Any) ->
 def assert_bf16(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
     """Logits [T, V] in bf16: close to transformers', and as close as these to the fp32 logits."""
     greedy = ours.argmax(-1, keepdim=True)
-    # among their two largest; several logits may be equal in bf16
-    assert (theirs.gather(-1, greedy) >= theirs.topk(2).values[:, 1:]).all()
+    # among their two largest, up to their own rounding: several logits may be nearly equal
+    rounding = (theirs - exact).abs().mean()
+    assert (theirs.gather(-1, greedy) >= theirs.topk(2).values[:, 1:] - 4 * rounding).all()
     difference = ours.log_softmax(-1).gather(-1, greedy) - theirs.log_softmax(-1).gather(-1, greedy)
     assert difference.abs().max() <= 0.1
     assert (ours - exact).abs().mean() <= 1.2 * (theirs - exact).abs().mean()

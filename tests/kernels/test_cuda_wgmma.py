@@ -1,0 +1,72 @@
+"""Products with packed weights by warpgroups: the formula on a GPU of sm_90, and compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.cuda import nvrtc, packed_wgmma
+from nanovllm.kernels.cuda.packed_wgmma import MAX_ROWS, ROWS, TILES, Tile
+from tests.kernels.test_cuda_packed import DTYPE, KINDS, LIMIT, error, folder, random_codes, real
+
+__all__ = ["folder"]  # a fixture
+INTEGERS = [kind for kind in KINDS if kind[0] != "fp8"]
+DIFFERENT = sorted({tile for tiles in TILES for tile in tiles if tile is not None})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [9, 27, 50, 100, 200])
+@pytest.mark.parametrize("kind, group, dtype", INTEGERS)
+def test_each_form_of_codes_matches_the_formula(
+    kind: str, group: int, dtype: torch.dtype, num_rows: int
+) -> None:
+    """Odd sizes, all parts of the depth, and equal bits when it is repeated."""
+    if not packed_wgmma.is_supported(torch.device("cuda")):
+        pytest.skip("warpgroups multiply on sm_90")
+    rows = packed_wgmma.rows_of_program(num_rows)
+    for num_lines, depth in ((328, 2048), (72, 448)):
+        codes = random_codes(kind, group, dtype, (num_lines, depth), "cuda")
+        x_TD = torch.randn(num_rows, depth + 8, device="cuda").to(DTYPE)[:, :depth]
+        assert packed_wgmma.takes(x_TD, codes)
+        bias_O = torch.randn(num_lines, device="cuda").to(DTYPE)
+        sum_TO = x_TD.double() @ real(codes, depth).T + bias_O.double()
+        for i, tile in enumerate(DIFFERENT):
+            most = packed_wgmma._most_stages(rows, tile.groups, codes.bits)
+            tile = tile._replace(num_stages=min(tile.num_stages, most))
+            silu = i % 2 == 0
+            exact_TO = reference.norm_act.silu_mul(sum_TO) if silu else sum_TO
+            residual_TO = torch.randn(exact_TO.shape, device="cuda").to(DTYPE)
+            given = (x_TD, codes, tile, bias_O, residual_TO, silu)
+            y_TO = packed_wgmma.packed_wgmma(*given)
+            assert error(y_TO, exact_TO + residual_TO.double()) < LIMIT
+            assert torch.equal(packed_wgmma.packed_wgmma(*given), y_TO)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_kernel_compiles(rows: int, folder: Path) -> None:
+    kind, group, dtype = INTEGERS[ROWS.index(rows)]
+    codes = random_codes(kind, group, dtype, (256, 256), "cpu")
+    x_TD = torch.empty(rows, 256, dtype=DTYPE)
+    function = packed_wgmma._function(x_TD, codes, Tile(3, 1 + rows % 3, 2), rows, rows > 32)
+    program = nvrtc.compile_function(function, (9, 0))
+    assert program.startswith(b"\x7fELF") and b"packed_wgmma" in program
+
+
+def test_sizes_fit_the_product() -> None:
+    """Parts of the depth are no shorter than a chunk, and the ring fits the shared memory."""
+    for kind, num_lines, depth in (("4", 24576, 4096), ("8", 4096, 12288), ("4", 512, 256)):
+        codes = random_codes(kind, 128, DTYPE, (num_lines, depth), "meta")
+        for num_rows in (9, 16, 17, 64, 65, 256):
+            tile = packed_wgmma.tile_of(num_rows, codes, depth)
+            if tile is None:
+                continue
+            rows = packed_wgmma.rows_of_program(num_rows)
+            assert tile.split * packed_wgmma.CHUNK <= depth and tile.num_stages >= 2
+            shared_bytes = packed_wgmma._shared_bytes(tile, rows, codes.bits)
+            assert shared_bytes <= packed_wgmma.MAX_SHARED_BYTES
+        assert packed_wgmma.tile_of(MAX_ROWS, codes, depth) is not None
+        assert packed_wgmma.tile_of(MAX_ROWS + 1, codes, depth) is None
+        assert packed_wgmma.tile_of(1, codes, depth) is None
