@@ -1,15 +1,17 @@
 """Paged attention by the optional flash-attn packages, which are imported late.
 
-Three interfaces (https://github.com/Dao-AILab/flash-attention). An engine takes the first of
-`PREFERRED` that is installed, that the GPU runs, and that supports the model:
+Interfaces (https://github.com/Dao-AILab/flash-attention). An engine takes the first of its GPU's
+`_generations` that is installed and supports the model:
 
 - 3: module `flash_attn_interface` (built from the folder hopper/) or `fa3_fwd_interface` (package
   fa3-fwd, a wheel), for Hopper. Pages may have any size, unless the build leaves that out.
 - 2: package `flash_attn` 2.5 and later with `block_table`, for Ampere and newer and for ROCm. Page
   sizes are multiples of 256 tokens.
+- 4: module `flash_attn.cute` (package flash-attn-4), for Hopper, where it comes last because its
+  decode is slow, and for Blackwell: see `flash_attention_v4`.
 - 1: package `flash_attn` 1.x, for Turing: see `flash_attention_v1`.
 
-Interfaces 2 and 3 align the causal mask to the last query and the last key, as
+Interfaces 2, 3 and 4 align the causal mask to the last query and the last key, as
 `reference.attention.paged_attention` does. They give a window as (keys to the left, keys to the
 right) of the query's own key. docs/gpus.md lists the versions that have run.
 
@@ -30,17 +32,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import flash_attention_v1
+from nanovllm.kernels import flash_attention_v1, flash_attention_v4
 
 INSTALL = {
     1: "pip install 'flash-attn<2' --no-build-isolation",
     2: "pip install flash-attn --no-build-isolation",
     3: "pip install fa3-fwd",
+    4: "pip install --pre flash-attn-4",
 }
-MAX_HEAD_DIM = {1: 128, 2: 256, 3: 256}
+MAX_HEAD_DIM = {1: 128, 2: 256, 3: 256}  # and multiples of 8
 DTYPES = (torch.float16, torch.bfloat16)
-PAGE_TOKENS = {1: 1, 2: 256, 3: 1}  # a cache block must be a multiple
-PREFERRED = (3, 2, 1)
+PAGE_TOKENS = {1: 1, 2: 256, 3: 1, 4: 1}  # a cache block must be a multiple
 # Interface 3 built without pages still reads pages that hold whole key tiles. Tokens of such a tile
 # by head size, and the most rows (queries · G) of a query tile (hopper/tile_size.h).
 KEY_TILE = {64: 128, 96: 144, 128: 128, 192: 112, 256: 80}
@@ -50,7 +52,7 @@ QUERY_TILE = 192
 class Flash(NamedTuple):
     """An installed interface that the device runs.
 
-    generation: the interface, 1 to 3. lacks: the parts that its build leaves out, by the names of
+    generation: the interface, 1 to 4. lacks: the parts that its build leaves out, by the names of
     the build's flags: FP16, LOCAL (windows), PAGEDKV (pages of any size).
     """
 
@@ -108,6 +110,7 @@ SOURCES = {
             "fa3_fwd_config",
         ),
     ),
+    4: (_PackageSource("flash_attn.cute", "flash-attn-4", "flash_attn_varlen_func", "page_table"),),
 }
 
 
@@ -133,7 +136,8 @@ def _generations(capability: tuple[int, int], is_nvidia: bool) -> tuple[int, ...
         return (2,)
     if capability < (8, 0):
         return (1,) if capability >= (7, 5) else ()
-    return (3, 2) if capability[0] == 9 else (2,)
+    by_major = {9: (3, 2, 4), 10: (4, 2), 11: (4, 2)}
+    return by_major.get(capability[0], (2,))
 
 
 def installed(generation: int) -> Flash | Missing:
@@ -197,6 +201,13 @@ def page_tokens(flash: Flash, head_dim: int) -> int:
     return PAGE_TOKENS[flash.generation]
 
 
+def fast_page_tokens(flash: Flash, head_dim: int) -> int:
+    """The number of tokens of which the default cache block is a multiple."""
+    if flash.generation == 4:
+        return flash_attention_v4.fast_page(head_dim)
+    return page_tokens(flash, head_dim)
+
+
 def unsupported(
     flash: Flash,
     *,
@@ -211,15 +222,14 @@ def unsupported(
     block_size: tokens of a cache block, 0 if it is chosen by `page_tokens`.
     """
     name, dtype_name = f"flash-attn {flash.generation}", str(dtype).removeprefix("torch.")
-    if has_sinks:
+    if has_sinks and flash.generation != 4:
         return f"the model's attention has sinks, and {name} has none"
     if dtype not in DTYPES:
         return f"dtype is {dtype_name}, and {name} computes in float16 and bfloat16 only"
     if dtype is torch.float16 and "FP16" in flash.lacks:
         return f"dtype is float16, and {flash.name} was built without it"
-    limit = MAX_HEAD_DIM[flash.generation]
-    if head_dim > limit or head_dim % 8:
-        return f"head size is {head_dim}, and {name} takes multiples of 8 up to {limit}"
+    if sizes := _head_sizes_unless(flash.generation, head_dim):
+        return f"head size is {head_dim}, and {name} takes {sizes}"
     page = page_tokens(flash, head_dim)
     if block_size % page:
         return f"kvcache_block_size is {block_size}, and {name} takes multiples of {page}" + (
@@ -231,6 +241,16 @@ def unsupported(
     if window > 0 and "LOCAL" in flash.lacks:
         return f"a layer has a window of {window} tokens, and {flash.name} was built without them"
     return ""
+
+
+def _head_sizes_unless(generation: int, head_dim: int) -> str:
+    """The head sizes of an interface; "" if it takes this one."""
+    if generation == 4:
+        most, wide = flash_attention_v4.MOST_HEAD, flash_attention_v4.WIDE_HEAD
+        takes = flash_attention_v4.takes_head(head_dim)
+        return "" if takes else f"multiples of 8 up to {most}, and {wide}"
+    limit = MAX_HEAD_DIM[generation]
+    return f"multiples of 8 up to {limit}" if head_dim > limit or head_dim % 8 else ""
 
 
 def is_static(generation: int) -> bool:
@@ -259,11 +279,12 @@ def paged_attention(
     window: int,
     k_scale_K: None = None,
     v_scale_K: None = None,
-    sinks_N: None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """`reference.attention.paged_attention` for fp16 and bf16. Check `unsupported` first.
 
-    Unlike the reference, slots of a row's own blocks past its end must be finite.
+    Unlike the reference, slots of a row's own blocks past its end must be finite, and with
+    interface 4 rows of several queries must have keys.
     """
     flash = _loaded(generation)
     q_TNH = q_TNH if q_TNH.stride(2) == 1 else q_TNH.contiguous()
@@ -279,8 +300,12 @@ def paged_attention(
         "window_size": (window - 1, 0) if window > 0 else (-1, -1),
     }
     rows = (block_table_RP, seq_len_R, q_start_S, max_q_len)
-    attend = _attend_3 if generation == 3 else _attend_2
-    out_TNH = attend(flash, q_TNH, caches, rows, options)
+    if generation == 4:
+        options["learnable_sink"] = sinks_N
+        out_TNH = flash_attention_v4.paged_attention(flash.module, q_TNH, caches, *rows, options)
+    else:
+        attend = _attend_3 if generation == 3 else _attend_2
+        out_TNH = attend(flash, q_TNH, caches, rows, options)
     if max_q_len > 1:
         # flash-attn does not write tokens that belong to no row
         torch.ops.nanovllm.zero_padding_(out_TNH, q_start_S)

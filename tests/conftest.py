@@ -71,9 +71,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     missing = [name for name, needed in (("gpu", 1), ("gpus", 2)) if num_gpus < needed]
     if not shutil.which("chromium"):
         missing.append("browser")
-    from nanovllm.kernels.flash_attention import PREFERRED, Flash, installed
+    from nanovllm.kernels.flash_attention import SOURCES, Flash, installed
 
-    if not (num_gpus and any(isinstance(installed(one), Flash) for one in PREFERRED)):
+    if not (num_gpus and any(isinstance(installed(one), Flash) for one in SOURCES)):
         missing.append("flash_attn")
     left_out = [item for item in items if any(map(item.get_closest_marker, missing))]
     if left_out:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
     from nanovllm.startup.resolve import ResolvedConfig
 
-FLASH_ATTN = ("flash-attn", "flash-attn-3", "fa3-fwd")
+FLASH_ATTN = ("flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4")
 USAGE = "[MODEL] [--json] [options]"
 OPTIONAL = (
     "triton", *FLASH_ATTN, "ray", "pillow", "av", *SERVER, "opentelemetry-sdk",

@@ -153,7 +153,7 @@ def default_block_size(
     own = platform.traits.block_size
     flash = flash_attention.installed(attention.generation()) if attention.generation() else None
     if isinstance(flash, Flash):
-        page = flash_attention.page_tokens(flash, head_dim)
+        page = flash_attention.fast_page_tokens(flash, head_dim)
         return page * -(-own // page)
     return own * (2 if cache_dtype is torch.float8_e4m3fn else 1)
 
@@ -177,7 +177,7 @@ def attention_facts(platform: Platform) -> dict[str, str]:
     name, offered = platform.traits.name, platform.traits.attention_backends
     versions = [
         f"torch {torch.__version__}",
-        *_versions("triton", "flash-attn", "flash-attn-3", "fa3-fwd"),
+        *_versions("triton", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4"),
     ]
     rows = {
         "device": f"{platform.device} ({platform.describe()})",

@@ -3,8 +3,8 @@
 They have its signatures, layouts, dtypes, limits and alignment of masks. Where the documentation
 leaves something open, they do the worst it allows: outputs that belong to no row are NaN, and
 arguments of another dtype or size than documented are refused. Source: docstrings of
-flash_attn/flash_attn_interface.py (1.0, 2.5 and later) and hopper/flash_attn_interface.py of
-https://github.com/Dao-AILab/flash-attention.
+flash_attn/flash_attn_interface.py (1.0, 2.5 and later), hopper/flash_attn_interface.py and
+flash_attn/cute/interface.py (4.0.0b36) of https://github.com/Dao-AILab/flash-attention.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def _attend(
     window: tuple[int, int],
     *,
     bottom_right: bool = True,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One sequence: q [queries, heads, size], k and v [keys, heads, size].
 
-    A query without keys gives zeros.
+    A query without keys gives zeros. A sink is the score of one more key of value 0.
     """
     num_queries, num_keys = q.shape[0], k.shape[0]
     offset = num_keys - num_queries if bottom_right else 0
@@ -45,7 +46,10 @@ def _attend(
     if left >= 0:
         mask = mask.triu(offset - left)
     score = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
-    weight = score.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)
+    score = score.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        score = torch.cat([score, sinks.double().view(-1, 1, 1).expand(-1, num_queries, 1)], -1)
+    weight = score.softmax(-1).nan_to_num(0.0)[..., :num_keys]
     return torch.einsum("hqk,khd->qhd", weight, v).to(q.dtype)
 
 
@@ -70,24 +74,33 @@ def _varlen_paged(
     table: Tensor,
     max_q: int,
     *options: Any,
+    **more: Any,
 ) -> Tensor:
     out = torch.full_like(q, float("nan"))
     for row, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
         length = int(lengths[row])
         assert end - start <= max_q
         out[start:end] = _attend(
-            q[start:end], _pages(k, table[row], length), _pages(v, table[row], length), *options
+            q[start:end],
+            _pages(k, table[row], length),
+            _pages(v, table[row], length),
+            *options,
+            **more,
         )
     return out
 
 
 def _decode_paged(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor, *options: Any
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor, *options: Any, **more: Any
 ) -> Tensor:
     assert q.dim() == 4 and q.shape[0] == lengths.shape[0] == table.shape[0]
     rows = [
         _attend(
-            q[row], _pages(k, table[row], int(length)), _pages(v, table[row], int(length)), *options
+            q[row],
+            _pages(k, table[row], int(length)),
+            _pages(v, table[row], int(length)),
+            *options,
+            **more,
         )
         for row, length in enumerate(lengths)
     ]
@@ -162,6 +175,38 @@ class Three:
         )
 
 
+class Four:
+    """FlashAttention 4, flash_attn.cute, on Hopper.
+
+    A row of queries without keys would read the entry before its block table.
+    """
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+        max_seqlen_k=None, min_seqlen_k=None, seqused_q=None, seqused_k=None,
+        gather_kv_indices=None, page_table=None, softmax_scale=None, causal=False,
+        window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None,
+        deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None,
+        block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, return_lse=False,
+        scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False,
+        gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
+    ):  # fmt: skip
+        _check(q, k, v, seqused_k, page_table)
+        assert num_splits == 1, "SplitKV not supported on SM 9.0"
+        assert learnable_sink is None or learnable_sink.shape == (q.shape[-2],)
+        options = (softmax_scale, causal, window_size)
+        if cu_seqlens_q is None:
+            assert all(seqused_k.tolist())
+            out = _decode_paged(q, k, v, seqused_k, page_table, *options, sinks=learnable_sink)
+            return out, None
+        _check(q, k, v, cu_seqlens_q)
+        has_queries = cu_seqlens_q[1:] > cu_seqlens_q[:-1]
+        assert all(seqused_k[has_queries].tolist())
+        rows = (cu_seqlens_q, seqused_k, page_table, max_seqlen_q)
+        return _varlen_paged(q, k, v, *rows, *options, sinks=learnable_sink), None
+
+
 class One:
     """flash-attn 1.x: as many key-value heads as query heads.
 
@@ -224,6 +269,7 @@ FAKES: dict[int, tuple[str, type, str, tuple[int, int]]] = {
     1: ("flash_attn.flash_attn_interface", One, "1.0.9", (7, 5)),
     2: ("flash_attn", Two, "2.8.3", (8, 0)),
     3: ("flash_attn_interface", Three, "3.0.0", (9, 0)),
+    4: ("flash_attn.cute", Four, "4.0.0b36", (9, 0)),
 }
 
 
@@ -253,12 +299,18 @@ def add(monkeypatch: pytest.MonkeyPatch, generation: int) -> None:
 def _add(monkeypatch: pytest.MonkeyPatch, name: str, functions: type, version: str) -> None:
     from nanovllm.kernels import flash_attention
 
-    package = ModuleType(name.partition(".")[0])
-    module = package if package.__name__ == name else ModuleType(name)
+    parent = name.partition(".")[0]
+    package = sys.modules.get(parent)
+    if package is None:
+        package = ModuleType(parent)
+        package.__path__ = [parent]  # a folder without __init__.py
+    module = package if parent == name else ModuleType(name)
+    if module is package:
+        module.__path__ = []
     for key, function in vars(functions).items():
         if isinstance(function, staticmethod):
             setattr(module, key, function.__func__)
-    package.__version__ = module.__version__ = version  # type: ignore[attr-defined]
+    module.__version__ = version  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, package.__name__, package)
     monkeypatch.setitem(sys.modules, name, module)
     flash_attention._loaded.cache_clear()

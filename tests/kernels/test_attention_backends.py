@@ -17,7 +17,7 @@ from nanovllm.kernels import sdpa as sdpa_attention
 from tests.kernels import fake_flash_attn
 from tests.kernels.paged import assert_close, device, exact_attention, paged_cache
 
-BACKENDS = ["reference", "triton", "sdpa", "flash1", "flash2", "flash3"]
+BACKENDS = ["reference", "triton", "sdpa", "flash1", "flash2", "flash3", "flash4"]
 if not importlib.util.find_spec("triton"):
     BACKENDS.remove("triton")
 SDPA = ops.ATTENTION["sdpa"]
@@ -115,7 +115,8 @@ def test_tokens_of_no_row_and_empty_rows_give_zeros(run: Callable[..., Tensor]) 
 @pytest.mark.parametrize("run", BACKENDS, indirect=True)
 def test_a_row_without_keys_gives_zeros(run: Callable[..., Tensor]) -> None:
     k_cache, v_cache, table, seq_len = paged_cache([99, 0, 5], 2, 64, 256, torch.float16)
-    for q_lens in ([1, 1, 1], [3, 2, 4]):
+    # interface 4 wants keys for rows of several queries
+    for q_lens in ([1, 1, 1], [3, 2, 4])[: 1 if run is ops.ATTENTION["flash_attn_4"] else 2]:
         q_start = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
         q_TNH = torch.randn(sum(q_lens), 4, 64, device=device).half()
         cache = (k_cache, v_cache, table, seq_len, q_start)
@@ -134,7 +135,7 @@ def test_queries_may_be_a_strided_view(run: Callable[..., Tensor]) -> None:
         assert_close(actual, exact_attention(qkv[:, 2:6], *cache, 0.125, 0))
 
 
-@pytest.mark.parametrize("run", ["sdpa", "flash1", "flash3"], indirect=True)
+@pytest.mark.parametrize("run", ["sdpa", "flash1", "flash3", "flash4"], indirect=True)
 def test_pages_may_be_small(run: Callable[..., Tensor]) -> None:
     check(run, DECODE, (4, 2, 64, 0), block_size=16)
     check(run, PREFILL, (4, 2, 64, 0), block_size=16)
@@ -156,6 +157,19 @@ def test_a_build_without_small_pages_reads_whole_tiles(
             padding=(0, 0 if rows == DECODE else 19),
         )
     flash_attention._loaded.cache_clear()
+
+
+@pytest.mark.parametrize("run", ["flash4"], indirect=True)
+@pytest.mark.parametrize("window", [0, 100])
+def test_interface_4_has_sinks(run: Callable[..., Tensor], window: int) -> None:
+    for rows in (DECODE, PREFILL):
+        q_lens = [new for new, _ in rows]
+        cache = paged_cache([sum(row) for row in rows], 2, 64, 16, torch.float16)
+        q_start = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
+        q_TNH = torch.randn(sum(q_lens), 8, 64, device=device).half()
+        sinks_N = torch.randn(8, device=device).half()
+        actual = run(q_TNH, *cache, q_start, max(q_lens), 0.125, window, None, None, sinks_N)
+        assert_close(actual, exact_attention(q_TNH, *cache, q_start, 0.125, window, sinks_N))
 
 
 @pytest.mark.parametrize("window", [0, 100])
@@ -188,7 +202,14 @@ def test_the_gpu_decides_which_flash_attn_is_found(monkeypatch: pytest.MonkeyPat
         (flash,), _ = flash_attention.find(capability)
         assert (flash.generation, flash.version) == (generation, version)
     fake_flash_attn.install(monkeypatch, 2)
-    for capability, generations in (((9, 0), [2]), ((12, 0), [2]), ((7, 5), []), ((7, 0), [])):
+    fake_flash_attn.add(monkeypatch, 4)
+    for capability, generations in (
+        ((9, 0), [2, 4]),
+        ((10, 0), [4, 2]),
+        ((12, 0), [2]),
+        ((7, 5), []),
+        ((7, 0), []),
+    ):
         assert found(capability) == generations
     # the capability of an AMD GPU is not an NVIDIA generation
     assert found((9, 4), is_nvidia=False) == [2]

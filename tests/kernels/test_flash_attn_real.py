@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -44,7 +45,23 @@ HEADS = [
 ]
 # (new tokens, tokens in the cache before them)
 PREFILL = [(1, 0), (19, 99), (99, 0), (89, 900), (2, 17), (989, 64), (128, 128), (1, 989)]
-Case = tuple[int, torch.dtype, tuple[int, int, int, int]]
+Heads = tuple[int, int, int, int]
+
+
+class Case(NamedTuple):
+    """block_size: tokens of a cache block."""
+
+    generation: int
+    dtype: torch.dtype
+    heads: Heads
+    block_size: int
+
+
+def block_sizes(generation: int, head_dim: int) -> list[int]:
+    """At least 16 tokens; and the default, where it is read in another way."""
+    page = flash_attention.page_tokens(FOUND[generation], head_dim)
+    fast = flash_attention.fast_page_tokens(FOUND[generation], head_dim)
+    return sorted({page * -(-16 // page), fast} if generation == 4 else {page * -(-16 // page)})
 
 
 def is_built(generation: int, head_dim: int) -> bool:
@@ -58,7 +75,7 @@ HEADS_OF_2 = (64, 128)
 def cases() -> list[Case]:
     """What the installed interfaces do not refuse."""
     return [
-        (generation, dtype, heads)
+        Case(generation, dtype, heads, block_size)
         for generation, flash in FOUND.items()
         for dtype in HALF
         for heads in HEADS
@@ -66,17 +83,21 @@ def cases() -> list[Case]:
         and not flash_attention.unsupported(
             flash, dtype=dtype, head_dim=heads[2], block_size=0, windows=[heads[3]]
         )
+        for block_size in block_sizes(generation, heads[2])
     ]
 
 
-def cache_for(
-    generation: int, lens: list[int], heads: tuple[int, int, int, int], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`paged_cache` in blocks of the interface. Slots past a row's end in its own last block, which
+def plain(generation: int, heads: Heads) -> Case:
+    """In bf16, in the default blocks."""
+    page = flash_attention.fast_page_tokens(FOUND[generation], heads[2])
+    return Case(generation, torch.bfloat16, heads, page * -(-16 // page))
+
+
+def cache_for(lens: list[int], case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`paged_cache` in the case's blocks. Slots past a row's end in its own last block, which
     flash-attn may read, hold large numbers; blocks of no row hold NaN."""
-    block_size = flash_attention.page_tokens(FOUND[generation], heads[2])
-    block_size *= -(-16 // block_size)
-    k_cache, v_cache, table, seq_len = paged_cache(lens, heads[1], heads[2], block_size, dtype)
+    _, dtype, (_, num_kv_heads, head_dim, _), block_size = case
+    k_cache, v_cache, table, seq_len = paged_cache(lens, num_kv_heads, head_dim, block_size, dtype)
     owned = torch.cat(
         [table[row, : -(-length // block_size)] for row, length in enumerate(lens)]
     ).long()
@@ -87,9 +108,9 @@ def cache_for(
 
 def check(case: Case, rows: list[tuple[int, int]], *, tail: int = 0) -> None:
     """`tail`: tokens of no row, NaN, after the last row."""
-    generation, dtype, heads = case
+    generation, dtype, heads, _ = case
     q_lens = [new for new, _ in rows]
-    cache = cache_for(generation, [sum(row) for row in rows], heads, dtype)
+    cache = cache_for([sum(row) for row in rows], case)
     q_start = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
     q_TNH = torch.randn(sum(q_lens) + tail, heads[0], heads[2], device=device).to(dtype)
     q_TNH[sum(q_lens) :] = float("nan")
@@ -117,10 +138,11 @@ def expected(
     max_q_len: int,
     scale: float,
     window: int,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
-    caches = (cache[0].float(), cache[1].float())
+    rest = (cache[2], cache[3], q_start, max_q_len, scale, window, None, None, sinks_N)
     return reference.attention.paged_attention(
-        q_TNH.float(), *caches, cache[2], cache[3], q_start, max_q_len, scale, window
+        q_TNH.float(), cache[0].float(), cache[1].float(), *rest
     )
 
 
@@ -142,7 +164,7 @@ def test_decode_matches_the_formula(case: Case) -> None:
 @pytest.mark.parametrize("generation", FOUND)
 def test_decode_matches_the_formula_at_each_batch_size(generation: int, num_rows: int) -> None:
     lens = [(1, 37 * row % 1900) for row in range(num_rows)]
-    check((generation, torch.bfloat16, (16, 8, 128, 0)), lens)
+    check(plain(generation, (16, 8, 128, 0)), lens)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -154,10 +176,11 @@ def test_prefill_matches_the_formula(case: Case) -> None:
 
 @pytest.mark.parametrize("generation", FOUND)
 def test_empty_rows_and_tokens_of_no_row_give_zeros(generation: int) -> None:
-    case = (generation, torch.bfloat16, (4, 2, 64, 0))
+    case = plain(generation, (4, 2, 64, 0))
     check(case, [(19, 0), (0, 0), (5, 60), (0, 0)], tail=200)
-    cache = cache_for(generation, [99, 0, 5], case[2], torch.bfloat16)
-    for q_lens in ([1, 1, 1], [3, 2, 4]):
+    cache = cache_for([99, 0, 5], case)
+    # interface 4 wants keys for rows of several queries
+    for q_lens in ([1, 1, 1], [3, 2, 4])[: 1 if generation == 4 else 2]:
         q_start = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
         q_TNH = torch.randn(sum(q_lens), 4, 64, device=device).bfloat16()
         compare(generation, q_TNH, cache, q_start, max(q_lens), 0)
@@ -165,7 +188,7 @@ def test_empty_rows_and_tokens_of_no_row_give_zeros(generation: int) -> None:
 
 @pytest.mark.parametrize("generation", FOUND)
 def test_queries_may_be_a_strided_view(generation: int) -> None:
-    cache = cache_for(generation, [40, 19, 5], (4, 2, 64, 0), torch.bfloat16)
+    cache = cache_for([40, 19, 5], plain(generation, (4, 2, 64, 0)))
     qkv = torch.randn(3, 8, 64, device=device).bfloat16()
     q_start = torch.arange(4, dtype=torch.int32, device=device)
     for max_q_len in (1, 3):
@@ -175,8 +198,7 @@ def test_queries_may_be_a_strided_view(generation: int) -> None:
 @pytest.mark.parametrize("generation", FOUND)
 @pytest.mark.parametrize("q_lens", [[1, 1, 1, 1], [700, 1, 40, 0]])
 def test_a_captured_step_follows_lengths_and_starts(generation: int, q_lens: list[int]) -> None:
-    heads = (16, 8, 128, 0)
-    cache = cache_for(generation, [2000, 700, 1500, 64], heads, torch.bfloat16)
+    cache = cache_for([2000, 700, 1500, 64], plain(generation, (16, 8, 128, 0)))
     seq_len = cache[3]
     q_start = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
     is_decode, most = max(q_lens) == 1, max(q_lens)
@@ -201,13 +223,31 @@ def test_a_captured_step_follows_lengths_and_starts(generation: int, q_lens: lis
         assert_near(actual, expected(q_TNH, cache, q_start, most, 0.1, 0))
 
 
-@pytest.mark.parametrize("generation", FOUND)
+@pytest.mark.parametrize("heads", [(64, 8, 64, 128), (8, 2, 128, 0)], ids=str)
+@pytest.mark.parametrize("generation", [one for one in FOUND if one == 4])
+def test_interface_4_has_sinks(generation: int, heads: Heads) -> None:
+    case = plain(generation, heads)
+    for rows in (PREFILL, [(1, 988), (1, 0), (1, 98)]):
+        q_lens = [new for new, _ in rows]
+        cache = cache_for([sum(row) for row in rows], case)
+        q_start = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
+        q_TNH = torch.randn(sum(q_lens), heads[0], heads[2], device=device).bfloat16()
+        sinks_N = torch.randn(heads[0], device=device).bfloat16()
+        rest = (q_start, max(q_lens), 0.1, heads[3], None, None)
+        actual = ops.ATTENTION["flash_attn_4"](q_TNH, *cache, *rest, sinks_N)
+        assert_near(actual, expected(q_TNH, cache, *rest[:4], sinks_N.float()))
+
+
+@pytest.mark.parametrize("generation", [2, 3, 4])
 def test_the_fake_of_other_tests_has_the_real_signatures(generation: int) -> None:
-    module = FOUND[generation].module
+    found = flash_attention.installed(generation)
+    if not isinstance(found, Flash):
+        pytest.skip(found.why)
     _, fake, _, _ = fake_flash_attn.FAKES[generation]
     for name, function in vars(fake).items():
         if isinstance(function, staticmethod):
-            assert parameters(function.__func__) == parameters(getattr(module, name)), name
+            real = parameters(getattr(found.module, name))
+            assert parameters(function.__func__) == real, f"{found.name}: {name}"
 
 
 def parameters(function: object) -> list[tuple[str, object, object]]:

@@ -40,7 +40,7 @@ def cases() -> list[tuple[str, str]]:
     """(model, package). Builds without windows do not run models that have them."""
     if not torch.cuda.is_available():
         return []
-    found = [flash_attention.installed(generation) for generation in (3, 2)]
+    found = [flash_attention.installed(generation) for generation in (3, 2, 4)]
     return [
         (name, flash.package)
         for name in MODELS

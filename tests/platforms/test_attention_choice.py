@@ -6,6 +6,7 @@ second half check that engines run the attention that they chose, in eager mode 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 import nanovllm
 from nanovllm import LLM, SamplingParams, platforms
+from nanovllm.cli import main as cli
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import Platform
 from nanovllm.platforms.cpu import CpuPlatform
@@ -115,6 +117,17 @@ def test_flash_attn_is_refused_for_sinks(generation: int, monkeypatch: pytest.Mo
     assert choose("auto", has_sinks=True) == OWN
 
 
+def test_interface_4_runs_sinks_and_windows_that_fa3_fwd_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_flash_attn.install_wheel(monkeypatch)
+    fake_flash_attn.add(monkeypatch, 4)
+    facts: dict[str, Any] = {"dtype": torch.bfloat16}
+    assert choose("flash_attn", **facts) == flash(3)
+    assert choose("flash_attn", has_sinks=True, **facts) == flash(4)
+    assert choose("flash_attn", windows=(0, 128), **facts) == flash(4)
+
+
 def test_an_npu_refuses_other_backends() -> None:
     with pytest.raises(
         ValueError, match=r"attention_backend 'sdpa' is not for the device npu: use 'auto'$"
@@ -138,8 +151,14 @@ def test_a_cpu_refuses_a_gpu_s_backend(make_llm: Callable[..., LLM], name: str) 
         ((8, 6), "flash-attn is not installed", "pip install flash-attn --no-build-isolation"),
         (
             (9, 0),
-            "flash-attn-3 is not installed; fa3-fwd is not installed; flash-attn is not installed",
+            "flash-attn-3 is not installed; fa3-fwd is not installed; flash-attn is not installed; "
+            "flash-attn-4 is not installed",
             "pip install fa3-fwd",
+        ),
+        (
+            (10, 0),
+            "flash-attn-4 is not installed; flash-attn is not installed",
+            "pip install --pre flash-attn-4",
         ),
     ],
 )
@@ -200,6 +219,11 @@ def test_no_flash_attn_is_for_gpus_before_turing(monkeypatch: pytest.MonkeyPatch
         ),
         (3, {"head_dim": 264}, "head size is 264, and flash-attn 3 takes multiples of 8 up to 256"),
         (3, {"dtype": torch.float32}, "dtype is float32, and flash-attn 3"),
+        (
+            4,
+            {"head_dim": 192},
+            "head size is 192, and flash-attn 4 takes multiples of 8 up to 128, and 256",
+        ),
     ],
 )
 def test_what_flash_attn_cannot_do_is_named_with_its_limit(
@@ -244,7 +268,8 @@ def test_an_older_interface_runs_what_the_newest_one_cannot(
 
 
 @pytest.mark.parametrize(
-    ("generation", "tokens", "static"), [(1, 64, False), (2, 256, True), (3, 64, True)]
+    ("generation", "tokens", "static"),
+    [(1, 64, False), (2, 256, True), (3, 64, True), (4, 128, True)],
 )
 def test_blocks_and_capture_follow_the_backend(
     generation: int, tokens: int, static: bool, monkeypatch: pytest.MonkeyPatch
@@ -279,7 +304,7 @@ def test_the_info_on_a_cpu_says_what_runs(capsys: pytest.CaptureFixture[str]) ->
         assert lines[name] == "not available: needs a GPU, and the device is cpu"
 
 
-@pytest.mark.parametrize("generation", [0, 1, 2, 3])
+@pytest.mark.parametrize("generation", [0, 1, 2, 3, 4])
 def test_the_info_on_a_gpu_says_what_runs_and_how_to_get_the_rest(
     generation: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,7 +321,7 @@ def test_the_info_on_a_gpu_says_what_runs_and_how_to_get_the_rest(
     if generation:
         version = fake_flash_attn.FAKES[generation][2]
         assert lines["flash_attn"].startswith(
-            f"can run: {'flash-attn-3' if generation == 3 else 'flash-attn'} {version}, "
+            f"can run: {'flash-attn' + {3: '-3', 4: '-4'}.get(generation, '')} {version}, "
             f"interface {generation}"
         )
         assert ("multiple of 256 tokens" in lines["flash_attn"]) == (generation == 2)
@@ -315,6 +340,26 @@ GRAPHS: dict[str, Any] = {"enforce_eager": False, "graph_batch_sizes": (1, 4), "
 @pytest.fixture(scope="module")
 def expected(hf_generate: Generate) -> list[list[int]]:
     return [hf_generate(prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+
+
+def test_the_log_and_the_info_name_the_package_of_decode_and_of_prefill(
+    make_llm: Callable[..., LLM],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake_flash_attn.install_wheel(monkeypatch)
+    chosen = attention.Attention(prefill="flash_attn_3", prefill_from=4096)
+    monkeypatch.setattr(attention, "choose", lambda *facts: chosen)
+    text = (
+        "decode: the device's own kernels; prefill steps of 4096 tokens and more: "
+        "flash-attn 3 (fa3-fwd 0.0.3)"
+    )
+    caplog.set_level(logging.INFO)
+    make_llm(device="cpu")
+    assert f"attention: {text}" in caplog.text
+    cli.main(["info", "tiny-qwen3", "--device", "cpu"])
+    assert f"attention_backend       {text}  (auto)" in capsys.readouterr().out
 
 
 def test_two_engines_each_with_its_own_attention(
