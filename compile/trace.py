@@ -66,12 +66,22 @@ def classes(name: str, tree: object) -> list[tuple[str, str]]:
 
 def tensors(tree: object) -> list[Tensor]:
     """The tensors alone, in the order that a program takes."""
-    if isinstance(tree, Tensor):
-        return [tree]
+    found: list[Tensor] = []
+    _gather(tree, found)
+    return found
+
+
+def _gather(tree: object, found: list[Tensor]) -> None:
     if isinstance(tree, tuple):
-        return [leaf for value in tree for leaf in tensors(value)]
-    assert tree is None or isinstance(tree, int), type(tree)
-    return []
+        for value in tree:  # most are tensors: steps on a CPU wait for this
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif value is not None:
+                _gather(value, found)
+    elif isinstance(tree, Tensor):
+        found.append(tree)
+    else:
+        assert tree is None or isinstance(tree, int), type(tree)
 
 
 def rebuild(tree: object, leaves: list[Tensor]) -> object:

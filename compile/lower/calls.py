@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from nanovllm.kernels import ops
+
 KIND = "calls"
 NAMESPACES = ("aten", "nanovllm")
 GETITEM = "getitem"
@@ -46,9 +48,21 @@ class CallList:
     def __init__(self, num_inputs: int, calls: Calls, outputs: list[int]) -> None:
         self.num_inputs, self.calls, self.outputs = num_inputs, calls, outputs
         self.run = _build(num_inputs, calls, outputs)
+        self._direct: Callable[..., Sequence[Tensor]] | None = None
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        return self.run(*inputs)
+        if _must_dispatch():
+            return self.run(*inputs)
+        if self._direct is None:
+            self._direct = self._without_dispatch(inputs)
+        return self._direct(*inputs)
+
+    def _without_dispatch(self, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        """The calls with our kernels themselves in the place of our ops, where all is on a CPU:
+        torch's dispatch takes as long as a small kernel there, and steps are not captured."""
+        if any(type(one) is not Tensor or one.device.type != "cpu" for one in inputs):
+            return self.run
+        return _build(self.num_inputs, self.calls, self.outputs, "CPU")
 
     def step_through(
         self, inputs: Sequence[Tensor], visit: Callable[[Any, list[Any], dict[str, Any]], Any]
@@ -139,8 +153,18 @@ def _written(value: Any, numbers: dict[Node, int]) -> Any:
     raise NotListable(f"argument {value!r} is not a plain value")
 
 
-def _build(num_inputs: int, calls: Calls, outputs: list[int]) -> Callable[..., Sequence[Tensor]]:
-    """Straight-line Python for the calls; it drops each value after its last use."""
+def _must_dispatch() -> bool:
+    """Whether someone watches the ops that torch dispatches: the profiler, or a mode."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled()
+
+
+def _build(
+    num_inputs: int, calls: Calls, outputs: list[int], dispatch_key: str = ""
+) -> Callable[..., Sequence[Tensor]]:
+    """Straight-line Python for the calls; it drops each value after its last use.
+
+    With a `dispatch_key` the kernels that are registered for it are called without torch.
+    """
     last_use: dict[int, int] = {}
     for call_idx, (_, args, kwargs) in enumerate(calls):
         for number in _values(args) + _values(kwargs):
@@ -154,7 +178,8 @@ def _build(num_inputs: int, calls: Calls, outputs: list[int]) -> Callable[..., S
         if name == GETITEM:
             lines.append(f"    v{out} = {written[0]}[{written[1]}]")
         else:
-            names[f"f{call_idx}"] = _op(name)._op
+            op = _op(name)
+            names[f"f{call_idx}"] = ops.kernel_of(op, dispatch_key) or op._op
             written += [f"{_identifier(key)}={_source(arg, names)}" for key, arg in kwargs.items()]
             lines.append(f"    v{out} = f{call_idx}({', '.join(written)})")
         done = {n for n in _values(args) + _values(kwargs) if last_use[n] == call_idx}

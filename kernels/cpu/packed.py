@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
+import weakref
 from pathlib import Path
 from typing import ClassVar, NamedTuple, NoReturn
 
@@ -119,6 +121,60 @@ def _are_scales(scale: Tensor, shape: tuple[int, ...]) -> bool:
     )
 
 
+class _Layout(NamedTuple):
+    """The numbers that a product needs to know of a weight, beside its addresses: `sizes` from
+    code_stride_E to is_fp8, and the codes of the dtypes of scales and offsets."""
+
+    num_outputs: int
+    sizes: tuple[int, ...]
+    dtypes: tuple[int, int]
+
+
+def _layout(weight: Weight) -> _Layout:
+    code, scale, offset, _, bits, group, block_rows, is_fp8 = weight
+    strides, dtypes, num_groups = [*_strides(code)], [], 0
+    for one in (scale, offset):
+        strides += (0, 0) if one is None else _strides(one)
+        dtypes.append(0 if one is None else cpu_library.DTYPE_CODES[one.dtype])
+    if scale is not None:
+        num_groups = scale.shape[-1]
+    sizes = (*strides, num_groups, group, block_rows, bits, is_fp8)
+    return _Layout(code.shape[-2], sizes, (dtypes[0], dtypes[1]))
+
+
+def _strides(tensor: Tensor) -> tuple[int, int]:
+    """From expert to expert, and from row to row."""
+    return (tensor.stride(0) if tensor.dim() == 3 else 0), tensor.stride(-2)
+
+
+class _Known(NamedTuple):
+    code: weakref.ref[Tensor]
+    others: tuple[Tensor | None, ...]  # scale, offset and table
+    sizes: tuple[int, ...]
+    layout: _Layout | None
+
+
+_known: dict[int, _Known] = {}  # by the id of the codes, as long as they live
+
+
+def _layout_if_fits(weight: Weight, depth: int) -> _Layout | None:
+    """The layout of a weight that the kernel reads as it is, else None. It is computed once, since
+    that takes as long as a small product."""
+    key, others, sizes = id(weight.code), weight[1:4], (depth, *weight[4:])
+    known = _known.get(key)
+    if (
+        known is not None
+        and known.code() is weight.code
+        and known.sizes == sizes
+        and all(map(operator.is_, known.others, others))
+    ):
+        return known.layout
+    found = _layout(weight) if weight.fits(depth) else None
+    code = weakref.ref(weight.code, lambda _: _known.pop(key, None))
+    _known[key] = _Known(code, others, sizes, found)
+    return found
+
+
 def arguments_of(
     out: Tensor,
     x: Tensor,
@@ -127,21 +183,14 @@ def arguments_of(
     depth: int,
     bias_O: Tensor | None = None,
     residual_TO: Tensor | None = None,
+    layout: _Layout | None = None,
 ) -> bytes:
-    code, scale, offset, table, bits, group, block_rows, is_fp8 = weight
+    code, scale, offset, table = weight[:4]
+    num_outputs, sizes, dtypes = _layout(weight) if layout is None else layout
     repeats, num_pairs, num_experts = 1, x.shape[0], 1
-    code_E = scale_E = scale_O = scale_dtype = num_groups = offset_E = offset_O = offset_dtype = 0
     if expert_TK is not None:
         repeats = expert_TK.shape[1] if x.dim() == 2 else 1
         num_pairs, num_experts = expert_TK.numel(), code.shape[0]
-        code_E = code.stride(0)
-        scale_E = 0 if scale is None else scale.stride(0)
-        offset_E = 0 if offset is None else offset.stride(0)
-    if scale is not None:
-        scale_O, num_groups = scale.stride(-2), scale.shape[-1]
-        scale_dtype = cpu_library.DTYPE_CODES[scale.dtype]
-    if offset is not None:
-        offset_O, offset_dtype = offset.stride(-2), cpu_library.DTYPE_CODES[offset.dtype]
     return PACKED.pack(
         out.data_ptr(),
         x.data_ptr(),
@@ -155,23 +204,12 @@ def arguments_of(
         num_pairs,
         repeats,
         num_experts,
-        code.shape[-2],
+        num_outputs,
         depth,
         x.stride(-2),
-        code_E,
-        code.stride(-2),
-        scale_E,
-        scale_O,
-        offset_E,
-        offset_O,
-        num_groups,
-        group,
-        block_rows,
-        bits,
-        is_fp8,
+        *sizes,
         _State.exact,
-        scale_dtype,
-        offset_dtype,
+        *dtypes,
         INPUT_CODES[x.dtype],
         torch.get_num_threads(),
     )
@@ -186,24 +224,22 @@ def _product(
 ) -> Tensor | None:
     """None if the kernel does not cover these tensors."""
     num_tokens, depth = x_TD.shape if x_TD.dim() == 2 else (0, 0)
-    if (
-        not x_TD.numel()
-        or x_TD.dtype not in INPUT_CODES
-        or not is_dense(bias_O, x_TD.dtype)
-        or not weight.fits(depth)
-    ):
+    if not num_tokens or x_TD.dtype not in INPUT_CODES or not is_dense(bias_O, x_TD.dtype):
         return None
-    num_outputs = weight.code.shape[0]
-    if residual_TO is not None and (
-        residual_TO.dtype is not x_TD.dtype or residual_TO.shape != (num_tokens, num_outputs)
-    ):
+    weight = weight.with_table()
+    layout = _layout_if_fits(weight, depth)
+    if layout is None or not depth:
         return None
+    if residual_TO is not None:
+        if residual_TO.dtype is not x_TD.dtype or residual_TO.shape != (
+            num_tokens, layout.num_outputs,
+        ):  # fmt: skip
+            return None
+        residual_TO = residual_TO.contiguous()
     if x_TD.stride(1) != 1:
         x_TD = x_TD.contiguous()
-    weight = weight.with_table()
-    residual_TO = None if residual_TO is None else residual_TO.contiguous()
-    out_TO = x_TD.new_empty((num_tokens, num_outputs))
-    arguments = arguments_of(out_TO, x_TD, None, weight, depth, bias_O, residual_TO)
+    out_TO = x_TD.new_empty((num_tokens, layout.num_outputs))
+    arguments = arguments_of(out_TO, x_TD, None, weight, depth, bias_O, residual_TO, layout)
     if (
         x_TD.dtype is torch.bfloat16
         and num_tokens >= _WIDEN_TOKENS

@@ -55,6 +55,8 @@ TRAITS = Traits(
     # Close together up to 32 rows, where padding costs a large share of a short step. Above 160
     # rows, sizes at which cuBLAS is fast on an H200 (docs/log.md).
     decode_rows=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 176, 208, 224, 256),
+    quantizations=("fp8", "int4"),
+    takes_quantized=True,
 )
 
 
@@ -79,8 +81,6 @@ class CudaPlatform(Accelerator):
         traits = replace(
             TRAITS,
             supported_dtypes=TRAITS.supported_dtypes + bfloat16,
-            quantizations=("fp8", "int4"),
-            takes_quantized=True,
             supports_fp8_cache=capability >= (8, 9),  # Triton converts float8_e4m3fn from 8.9 on
             # without matrix units, a tile of latents does not fit the shared memory
             supports_latents=capability >= (8, 0),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanovllm.models.checkpoint import Checkpoint, plain_name
 from nanovllm.models.param import Param
+from nanovllm.models.transposed import Orientations
 from nanovllm.startup.config_file import read_object
 from nanovllm.tools.quantize_source import Progress, Source, check_target
 from nanovllm.tools.quantized_matrices import KINDS, Kind
@@ -38,13 +39,13 @@ def write(source: Source, name: str, target: Path, progress: Progress) -> None:
     """
     kind, work = KINDS[name], target.with_name(target.name + ".partial")
     check_target(target)
-    plain = _check(source, kind)
+    plain, transposed = _check(source, kind)
     _begin(work, {"format": name, **_identity(source)})
     for path in source.files():
         done = work / path.name
         if not done.is_file():
             unfinished = work / f"{path.name}.unfinished"
-            tensors = dict(_converted(source, kind, path))
+            tensors = dict(_converted(source, kind, path, transposed))
             save_file(tensors, unfinished, {"format": "pt"})
             os.replace(unfinished, done)
         progress(path.stat().st_size)
@@ -61,22 +62,32 @@ def write(source: Source, name: str, target: Path, progress: Progress) -> None:
     work.rename(target)
 
 
-def _check(source: Source, kind: Kind) -> list[str]:
-    """The modules that stay as they are. Raises ValueError before anything is written."""
-    plain = {"lm_head"}
+def _check(source: Source, kind: Kind) -> tuple[list[str], set[str]]:
+    """The modules that stay as they are, and the experts' tensors whose matrices are transposed.
+    Raises ValueError before anything is written."""
+    plain, transposed, orientations = {"lm_head"}, set(), Orientations()
     with Checkpoint(source.folder) as checkpoint:
         for path in source.files():
             for stored in _names(path):
                 name = plain_name(stored)
                 param, shape = source.matrices.get(name), checkpoint.shape(name)
                 if param is not None:
+                    is_stacked = len(shape) == 3 and param.may_be_transposed
+                    if is_stacked and orientations.is_transposed(checkpoint, name, param):
+                        transposed.add(name)
+                        shape = (shape[0], shape[2], shape[1])
                     _check_matrix(stored, shape, param, kind)
                 elif len(shape) == 2 and stored.endswith(".weight"):
                     plain.add(stored.removesuffix(".weight"))
-    return sorted(plain)
+    return sorted(plain), transposed
 
 
 def _check_matrix(stored: str, shape: tuple[int, ...], param: Param, kind: Kind) -> None:
+    if param.is_interleaved:
+        raise ValueError(
+            f"{stored} {list(shape)} has all experts in one tensor, and no format here has names "
+            "for single ones of this model: it is not supported"
+        )
     if len(shape) == 3 and shape != param.shape:
         raise ValueError(f"{stored} has shape {list(shape)}: only {list(param.shape)} is supported")
     if reason := kind.refusal((shape[-2], shape[-1])):
@@ -88,7 +99,9 @@ def _names(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def _converted(source: Source, kind: Kind, path: Path) -> Iterator[tuple[str, Tensor]]:
+def _converted(
+    source: Source, kind: Kind, path: Path, transposed: set[str]
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file, with matrices quantized. Experts in one tensor get one for each."""
     for stored in _names(path):
         with safe_open(path, framework="pt") as file:
@@ -98,6 +111,8 @@ def _converted(source: Source, kind: Kind, path: Path) -> Iterator[tuple[str, Te
             continue
         if weight.dtype not in DTYPES:
             raise ValueError(f"{stored} is stored as {weight.dtype}: it is quantized already")
+        if plain_name(stored) in transposed:
+            weight = weight.mT
         prefix = stored.removesuffix(plain_name(stored).removeprefix("model."))
         for name, matrix in _matrices(stored, weight, param, prefix):
             for end, tensor in kind.matrix(name, matrix).items():

@@ -30,6 +30,7 @@ from nanovllm.compat.modules import ROOT as PACKAGE
 from nanovllm.flags import Parser
 from nanovllm.option_names import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, WARNINGS
 from nanovllm.sampling import RequestOutputKind
+from tests.compat import formats
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -282,6 +283,13 @@ def output_rows() -> list[str]:
     return [*rows, row("`RequestOutput.num_cached_tokens`", "works", cached)]
 
 
+FORMATS_TEXT = """Tests on a CPU show eager steps, graphs, several ranks and experts: logits are those of the same
+numbers, dequantized by other code. "kernel": linear layers of the format have a kernel that reads
+its codes. "dequantizes": each product dequantizes its weight first. The kernels of CUDA have tests
+of their own. [quantization.md](quantization.md) says what a format covers.
+"""  # noqa: E501
+
+
 def page() -> str:
     head = "| name | here | shown by, or error |\n|---|---|---|"
     nano = [row(f"`{name}`", "works", shown(name, NANO)) for name in NANO_NAMES]
@@ -310,7 +318,7 @@ is 2,000 and `2K` is 2,048.
 """
     for title, rows in sections.items():
         text += f"\n## {title}\n\n{head}\n" + "\n".join(rows) + "\n"
-    return text
+    return text + f"\n## Formats of quantized weights\n\n{FORMATS_TEXT}\n{formats.table()}\n"
 
 
 if __name__ == "__main__":

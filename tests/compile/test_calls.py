@@ -6,10 +6,12 @@ import gc
 import json
 import weakref
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm.compile.lower import calls, inductor
 from nanovllm.compile.trace import trace
@@ -69,7 +71,7 @@ def test_a_value_is_dropped_after_its_last_use() -> None:
             return out
 
         names[name] = spy
-    assert made(torch.zeros(5))[0] == 25
+    assert made.run(torch.zeros(5))[0] == 25
     assert alive == [
         1,
         2,
@@ -156,3 +158,32 @@ def test_inputs_of_another_size_are_an_error() -> None:
     )
     with pytest.raises(RuntimeError):
         run(torch.ones(5, 4), torch.ones(6, 4))
+
+
+def test_kernels_are_called_without_dispatch_unless_a_mode_watches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a CPU: a registered kernel instead of the op; a mode sees every op."""
+    example, called = inputs(3), []
+    made = calls.lower(*trace(region, dict(example))[:2])
+
+    def kernel(*args: object) -> tuple[Tensor, Tensor]:
+        called.append(args)
+        return torch.zeros(3, 8), torch.ones(3, 8)
+
+    monkeypatch.setitem(ops._registered, ("CPU", "add_rms_norm"), kernel)
+
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        made(*example.values())
+    assert not called and "nanovllm.add_rms_norm.default" in seen
+    assert torch.equal(made(*example.values())[1], torch.ones(3, 8, dtype=torch.float64))
+    assert len(called) == 1

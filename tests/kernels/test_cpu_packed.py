@@ -395,3 +395,25 @@ def test_graphs_keep_the_ops() -> None:
     kept = replace_ops(graph, fakes, keep=cpu_platform._keeps_op)
     names = [name for node in kept.graph.nodes if (name := ops.op_name(node.target))]
     assert names == ["packed_linear"]
+
+
+def test_what_is_known_of_a_weight_is_of_its_own_tensors() -> None:
+    """Other scales, sizes or codes are checked again; nothing is kept longer than the codes."""
+    x = torch.randn(1, 64).sign()  # quantizing does not change it
+    code = torch.randint(0, 256, (3, 32), dtype=torch.uint8)
+    number = len(packed._known)
+
+    def check(code: Tensor, scale: Tensor, group: int) -> None:
+        ours = packed.packed_linear(x, code, scale, None, None, 4, group, None)
+        expected = reference.packed.packed_linear(x, code, scale, None, None, 4, group, None)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-3)
+
+    wide = torch.rand(3, 4)
+    for _ in range(2):
+        check(code, torch.rand(3, 2), 32)
+        check(code, torch.rand(3, 1), 64)
+        check(code, wide[:, ::2].contiguous().half(), 32)
+        check(code, wide[:, :2], 32)  # rows that are farther apart
+    assert len(packed._known) == number + 1
+    del code
+    assert len(packed._known) == number

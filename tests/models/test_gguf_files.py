@@ -201,7 +201,16 @@ def damaged(path: Path, name: str, change: Callable[[bytearray], None]) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("type_name, at", [("Q4_0", 0), ("Q6_K", 208), ("MXFP4", 0)])
+# Where numbers in fp16 are in the blocks of each type; in MXFP4 a byte.
+SCALES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "IQ4_NL": (0,), "MXFP4": (0,),
+    "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "type_name, at", [(name, at) for name, places in SCALES.items() for at in places]
+)
 def test_scales_that_are_no_numbers_are_refused(type_name: str, at: int, tmp_path: Path) -> None:
     sizes = {**SIZES, "num_hidden_layers": 1}
     path = write(save_tiny(tmp_path, "llama", **sizes), in_turns(type_name)).path

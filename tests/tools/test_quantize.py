@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.quantizers import quantizer_finegrained_fp8
 
 from nanovllm.cli.main import run
 from nanovllm.models.formats.fp8 import Fp8Weight
 from nanovllm.models.formats.packed_weight import PackedWeight
 from nanovllm.tools import quantize, quantize_source
 from tests.conftest import save_tiny
-from tests.models import harness
+from tests.models import gpt_oss_cases, harness
 from tests.models.harness import engine_logits, max_difference, sequences, transformers_logits
 from tests.models.moe_cases import Case
+from tests.models.routes import edit
 from tests.models.test_formats import LENGTHS, TOLERANCE
+from tests.models.test_vision_experts import DOWN, GATE_UP, turned
+from tests.models.test_vision_text import saved
 
 SIZES: Any = {"vocab_size": 99, "hidden_size": 128, "intermediate_size": 256}
 COMPRESSED = ("w4a16", "w8a16", "int8")
@@ -81,9 +86,13 @@ def test_the_engine_has_the_logits_of_the_stored_numbers(name: str, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [name]
 
 
-@pytest.mark.parametrize("name", ["w4a16", "w8a16"])
-def test_transformers_has_the_same_logits(name: str, tmp_path: Path) -> None:
-    """It quantizes inputs with int8, and needs accelerate for fp8."""
+@pytest.mark.parametrize("name", ["w4a16", "w8a16", "fp8"])
+def test_transformers_has_the_same_logits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With int8 it quantizes inputs. For fp8 it wants accelerate, which it does not use on a CPU:
+    there it dequantizes."""
+    monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)
     folder, known = quantized(save_tiny(tmp_path, **SIZES), name), sequences(99, *LENGTHS)
     ours = engine_logits(harness.load(folder, "cpu", enforce_eager=True), known)
     assert max_difference(ours, transformers_logits(folder, known, "cpu")) < TOLERANCE
@@ -113,6 +122,26 @@ def test_experts_in_one_tensor_are_written_one_by_one(tmp_path: Path) -> None:
     assert isinstance(runner.params.layers[0].experts.down_EDF, PackedWeight)
     expected = engine_logits(harness.load(saved_real(folder), "cpu", enforce_eager=True), known)
     assert max_difference(engine_logits(runner, known), expected) < TOLERANCE
+
+
+def test_transposed_experts_are_written_as_others_are(tmp_path: Path) -> None:
+    """The release of Qwen3-VL with experts has transposed matrices: the numbers are the same."""
+    saved("qwen3_moe", tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "turned")
+    edit(tmp_path / "turned", turned(GATE_UP, DOWN))
+    plain, other = (load_file(quantized(tmp_path / name, "w8a16") / "model.safetensors")
+                    for name in ("plain", "turned"))  # fmt: skip
+    assert plain.keys() == other.keys()
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+    assert any(name.endswith("experts.4.down_proj.weight_packed") for name in plain)
+    harness.load(tmp_path / "turned" / "w8a16", "cpu", enforce_eager=True, skip_tokenizer_init=True)
+
+
+def test_experts_without_names_of_their_own_are_refused(tmp_path: Path) -> None:
+    source = quantize_source.read_source(gpt_oss_cases.save(tmp_path))
+    with pytest.raises(ValueError, match=r"mlp\.experts\.\w+_proj .* is not supported"):
+        quantize.write(source, "fp8", tmp_path / "out", int)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def in_files(folder: Path) -> Path:

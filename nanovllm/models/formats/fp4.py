@@ -48,8 +48,11 @@ class NvFp4(PackedFormat):
         }
 
     def read(self, raw: Mapping[str, Tensor], piece: Piece, extent: Extent) -> PackedWeight:
+        whole = raw["weight_global_scale"].abs()
+        if not whole.isfinite().all():  # the scales of all groups would be 0
+            raise ValueError("weight_global_scale is NaN or infinite")
         # 0 gives an infinite scale, which is refused
-        scale_OG = raw["weight_scale"].float() / raw["weight_global_scale"].abs()
+        scale_OG = raw["weight_scale"].float() / whole
         code_OD = some_columns(nibbles(raw["weight_packed"]), piece, BYTES)
         return self.packed(code_OD, self.of_groups(scale_OG, piece, extent), None, None, extent)
 

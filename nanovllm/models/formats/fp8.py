@@ -112,6 +112,8 @@ class Fp8(Format):
         scale = raw[self.scale]
         if not scale.isfinite().all():
             raise ValueError("a scale is NaN or infinite")
+        if has_nan(raw["weight"]):
+            raise ValueError("a number is NaN")
         (num_rows, depth), (rows, columns) = piece.size, self._block(extent)
         num_row_blocks, num_column_blocks = -(-num_rows // rows), -(-depth // columns)
         if not self.block[1]:  # of the tensor, or of each row
@@ -134,6 +136,15 @@ class Fp8(Format):
         if not columns:
             return 1, extent.shape[-1]
         return extent.row_block(rows), extent.column_block(columns)
+
+
+def has_nan(values: Tensor) -> bool:
+    """Whether one of the codes is 0x7f or 0xff, the NaNs of e4m3: the largest byte with a sign, and
+    without one. Two passes without a copy; `isnan` takes 50 times as long on a CPU."""
+    if not values.numel():
+        return False
+    largest = values.view(torch.int8).amax(), values.view(torch.uint8).amax()
+    return largest[0].item() == 0x7F or largest[1].item() == 0xFF
 
 
 @dataclass(frozen=True)
