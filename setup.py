@@ -86,6 +86,7 @@ setup(
         "nanovllm.models.experts",
         "nanovllm.models.formats",
         "nanovllm.models.gguf",
+        "nanovllm.models.lora",
         "nanovllm.models.vision",
         "nanovllm.parallel",
         "nanovllm.parsers",

@@ -295,6 +295,17 @@ PRODUCTS: dict[Any, Product] = {
 }
 
 
+# The same for products in every format: the result of one, plus what the rows' adapters add.
+_ADD_LORA = "Tensor x, Tensor adapter, Tensor order, Tensor a, Tensor b, int[] rows"
+add_lora = _define(
+    f"add_lora(Tensor y, {_ADD_LORA}, Tensor? residual=None) -> Tensor",
+    reference.lora.add_lora,
+    lambda y, *rest: torch.empty_like(y, memory_format=torch.contiguous_format),
+)
+add_lora_ = _define(
+    f"add_lora_(Tensor(a!) y, {_ADD_LORA}) -> ()", reference.lora.add_lora_, lambda y, *rest: None
+)
+
 causal_conv = _define(
     "causal_conv(Tensor x, Tensor weight, Tensor(a!) state, Tensor seq_len, Tensor q_start, "
     "Tensor from_row, Tensor? to_row=None, Tensor? to_token=None) -> Tensor",
@@ -549,6 +560,8 @@ __all__ = [
     "PRODUCTS",
     "Product",
     "accept",
+    "add_lora",
+    "add_lora_",
     "add_rms_norm",
     "advance",
     "all_gather",

@@ -22,6 +22,7 @@ from nanovllm.compat import modules
 from nanovllm.compat.engine_args import AsyncEngineArgs, EngineArgs
 from nanovllm.config import EngineConfig
 from nanovllm.llm import LLM
+from nanovllm.lora_request import LoRARequest
 from nanovllm.prompts import TextPrompt, TokensPrompt
 from nanovllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 
@@ -75,6 +76,7 @@ __all__ = [
     "EngineArgs",
     "EngineConfig",
     "LLMEngine",
+    "LoRARequest",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",

@@ -49,7 +49,7 @@ class ChatOptions:
     special_tokens_as_text: encode special tokens in user and tool messages as plain text, so that
         they cannot end a turn or stand for an image. Those in system and assistant messages stay
         special.
-    lora_request, mm_processor_kwargs: only None is supported.
+    mm_processor_kwargs: only None is supported.
     """
 
     chat_template: str | None = None
@@ -59,7 +59,6 @@ class ChatOptions:
     tools: Sequence[Mapping[str, Any]] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     special_tokens_as_text: bool = True
-    lora_request: None = None
     mm_processor_kwargs: None = None
 
     @classmethod
@@ -89,9 +88,8 @@ class ChatOptions:
             )
         if self.add_generation_prompt and self.continue_final_message:
             raise ValueError("continue_final_message=True needs add_generation_prompt=False")
-        for name in ("lora_request", "mm_processor_kwargs"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} is not supported: only None is")
+        if self.mm_processor_kwargs is not None:
+            raise ValueError("mm_processor_kwargs is not supported: only None is")
 
 
 def render(

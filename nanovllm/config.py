@@ -22,6 +22,7 @@ from nanovllm.tuning import MAX_TOKENS, Tuning, moved
 MAX_ROWS, MAX_LENGTH = 1 << 17, 1 << 24
 MAX_BLOCKS, MAX_BLOCK_TOKENS = 1 << 31, 1 << 16
 MAX_DEVICES, MAX_DRAFT_TOKENS = 1024, 1024
+MAX_LORAS, MAX_LORA_RANK, MAX_CPU_LORAS = 1024, 512, 1 << 16
 
 
 def _are_counts(values: Iterable[object]) -> bool:
@@ -70,6 +71,9 @@ ALLOWED: dict[str, Rule] = {
         lambda value: 16 <= value <= MAX_BLOCK_TOKENS and value % 16 == 0,
     ),
     "kv_cache_dtype": one_of("auto", "fp8"),
+    "max_loras": whole(1, MAX_LORAS),
+    "max_lora_rank": whole(1, MAX_LORA_RANK),
+    "max_cpu_loras": whole(1, MAX_CPU_LORAS),
     "state_dtype": one_of("auto", "float32", "bfloat16"),
     "seed": ("a whole number of 64 bits", lambda value: -(2**63) <= value < 2**63),
     "tensor_parallel_size": whole(1, MAX_DEVICES),
@@ -140,6 +144,10 @@ class EngineConfig:
         are computed from the weights: half the bytes of bf16. It changes results.
     state_dtype: the dtype of recurrent states, of models that have some. "auto" is float32.
         "bfloat16" takes half the bytes and rounds the state after each token.
+    enable_lora: requests may have adapters (`LoRARequest`): see docs/lora.md.
+    max_loras: the most adapters in one step. Each linear layer has memory for so many.
+    max_lora_rank: the largest rank of an adapter.
+    max_cpu_loras: the most adapters in host memory. None: max_loras.
     enable_prefix_caching: requests that begin with the same tokens share cache blocks.
     seed: the seed from which requests without a seed draw theirs.
     tensor_parallel_size: the number of devices that share the model, each with a part of every
@@ -207,6 +215,10 @@ class EngineConfig:
     kvcache_block_size: int | None = None
     kv_cache_dtype: str = "auto"
     state_dtype: str = "auto"
+    enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 16
+    max_cpu_loras: int | None = None
     enable_prefix_caching: bool = True
     seed: int = 0
     tensor_parallel_size: int = 1
@@ -291,6 +303,11 @@ class EngineConfig:
         return text
 
     @property
+    def num_cpu_loras(self) -> int:
+        """The most adapters in host memory."""
+        return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
+
+    @property
     def replicas_option(self) -> str:
         """The option that puts engines in other processes, as users write it; "" if none is set."""
         if self.data_parallel_size > 1:
@@ -311,6 +328,7 @@ class EngineConfig:
                 "compile_cache_mode='require' needs enforce_eager=False: eager mode has no programs"
             )
         self._check_replicas()
+        self._check_adapters()
         if self.expert_parallel is True and self.tensor_parallel_size == 1:
             raise ValueError(
                 "expert_parallel=True needs tensor_parallel_size above 1: there is one device"
@@ -335,6 +353,23 @@ class EngineConfig:
                 f"npu_graph_mode={self.npu_graph_mode!r} does not go with run_ahead="
                 f"{tuned.run_ahead}, capture={tuned.capture}: captured steps wait "
                 "for the tokens of the previous step"
+            )
+
+    def _check_adapters(self) -> None:
+        defaults = {"max_loras": 1, "max_lora_rank": 16, "max_cpu_loras": None}
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if not self.enable_lora and value != default:
+                raise ValueError(f"{name}={value} needs enable_lora=True: there are no adapters")
+        if self.num_cpu_loras < self.max_loras:
+            raise ValueError(
+                f"max_cpu_loras is {self.max_cpu_loras}: it must be at least max_loras "
+                f"({self.max_loras})"
+            )
+        if self.enable_lora and self.kv_cache_dtype == "fp8":
+            raise ValueError(
+                "kv_cache_dtype='fp8' does not go with enable_lora=True: the cache's scales are "
+                "computed from the weights, without those of adapters"
             )
 
     def _check_replicas(self) -> None:

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanovllm import log, progress
 from nanovllm.compat.nano_vllm import NanoMethods
 from nanovllm.config import EngineConfig
 from nanovllm.engine.engine_client import NO_PROFILE
+from nanovllm.lora_request import LoRARequest
 from nanovllm.progress import UseTqdm
 from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
 from nanovllm.replicas.engine_factory import open_engine
@@ -29,6 +30,15 @@ logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
+LoraRequests = LoRARequest | Sequence[LoRARequest | None] | None
+
+
+class PerPrompt(NamedTuple):
+    """What prompts have: one for all, or one for each."""
+
+    sampling_params: Params
+    priority: Sequence[int] | None
+    lora_request: LoraRequests
 
 
 class LLM(NanoMethods):
@@ -93,12 +103,13 @@ class LLM(NanoMethods):
         *,
         prompt_token_ids: Any = None,
         priority: Sequence[int] | None = None,
-        lora_request: None = None,
+        lora_request: LoraRequests = None,
     ) -> list[RequestOutput]:
         """Complete prompts (see `nanovllm/prompts.py`) and wait for all of them.
 
         Returns one `RequestOutput` per prompt, in order: a dict with text, token_ids and more whose
-        keys are also attributes. Without sampling_params, those of the checkpoint's
+        keys are also attributes. `lora_request` is an adapter (docs/lora.md), or one for each
+        prompt. Without sampling_params, those of the checkpoint's
         generation_config.json are used. Prompts with a lower `priority` number run first.
 
         Raises ValueError, and queues nothing, if a prompt is invalid. Ctrl-C aborts all prompts and
@@ -106,9 +117,9 @@ class LLM(NanoMethods):
         """
         from nanovllm.outputs import completion_output, request_output
 
-        _refuse("lora_request", lora_request)
         asked = prompt_list(prompts, prompt_token_ids)
-        owners = self._add_all(asked, sampling_params, priority, incremental=False)
+        given = PerPrompt(sampling_params, priority, lora_request)
+        owners = self._add_all(asked, given, incremental=False)
         done = self._wait(owners, use_tqdm)
         grouped: dict[int, list[FinishedOutput]] = {}
         for request_id, (prompt_idx, _) in owners.items():
@@ -131,13 +142,15 @@ class LLM(NanoMethods):
         *,
         prompt_token_ids: Any = None,
         priority: Sequence[int] | None = None,
+        lora_request: LoraRequests = None,
     ) -> Iterator[StreamOutput]:
         """Yield the answers in pieces (`StreamOutput`) as they grow. Leaving the loop early aborts
         unfinished requests."""
         from nanovllm.outputs import stream_output
 
         asked = prompt_list(prompts, prompt_token_ids)
-        owners = self._add_all(asked, sampling_params, priority, incremental=True)
+        given = PerPrompt(sampling_params, priority, lora_request)
+        owners = self._add_all(asked, given, incremental=True)
         num_left = len(owners)
         try:
             while num_left:
@@ -152,14 +165,18 @@ class LLM(NanoMethods):
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
         use_tqdm: UseTqdm = True,
+        *,
+        lora_request: LoraRequests = None,
         **options: Any,
     ) -> list[RequestOutput]:
         """`generate` for one or more conversations, in the checkpoint's chat template.
 
         Options are the fields of `chat.ChatOptions` and variables of the template, such as
-        enable_thinking. Raises ValueError for a variable that the template does not read.
+        enable_thinking. `lora_request` is that of `generate`. Raises ValueError for a variable that
+        the template does not read.
         """
-        return self.generate(self._chat_prompts(messages, options), sampling_params, use_tqdm)
+        prompts = self._chat_prompts(messages, options)
+        return self.generate(prompts, sampling_params, use_tqdm, lora_request=lora_request)
 
     def chat_prompts(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any
@@ -269,28 +286,28 @@ class LLM(NanoMethods):
         return done
 
     def _add_all(
-        self,
-        asked: Sequence[Prompt],
-        sampling_params: Params,
-        priority: Sequence[int] | None,
-        *,
-        incremental: bool,
+        self, asked: Sequence[Prompt], given: PerPrompt, *, incremental: bool
     ) -> dict[int, tuple[int, int]]:
         """Queue all prompts, or none if one is invalid.
 
         Returns {request id: (index of the prompt, index of the answer to it)}.
         """
-        all_params = self._params(sampling_params, len(asked))
-        priorities = _one_each("priorities", priority, len(asked), 0)
+        all_params = self._params(given.sampling_params, len(asked))
+        priorities = _one_each("priorities", given.priority, len(asked), 0)
+        adapters = _lora_requests(given.lora_request, len(asked))
         encoded = [self.engine.encoded(prompt) for prompt in asked]
         owners: dict[int, tuple[int, int]] = {}
         try:
             with self.shared.exclusive() as engine:
-                rows = zip(encoded, all_params, priorities)
-                for prompt_idx, (prompt, params, prio) in enumerate(rows):
+                rows = zip(encoded, all_params, priorities, adapters)
+                for prompt_idx, (prompt, params, prio, adapter) in enumerate(rows):
                     for sample_idx, one in enumerate(params.of_answers()):
                         request_id = engine.add_request(
-                            prompt, one, incremental=incremental, priority=prio
+                            prompt,
+                            one,
+                            incremental=incremental,
+                            priority=prio,
+                            lora_request=adapter,
                         )
                         owners[request_id] = prompt_idx, sample_idx
         except BaseException:
@@ -331,6 +348,8 @@ def _one_each(name: str, given: Sequence[Any] | None, num: int, default: Any) ->
     return given
 
 
-def _refuse(name: str, value: object) -> None:
-    if value is not None:
-        raise ValueError(f"{name} is {value!r}: only None is supported")
+def _lora_requests(given: LoraRequests, num: int) -> list[LoRARequest | None]:
+    """The adapter of each of `num` prompts."""
+    if given is None or isinstance(given, LoRARequest):
+        return [given] * num
+    return _one_each("lora requests", given, num, None)

@@ -95,7 +95,7 @@ def test_parts_are_lines_of_a_text() -> None:
         (CONVERSATION, {"add_generation_prompt": "no"}, "add_generation_prompt is 'no'"),
         (CONVERSATION, {"continue_final_message": True}, "needs add_generation_prompt=False"),
         (CONVERSATION, {"chat_template_content_format": "x"}, "must be one of auto, string"),
-        (CONVERSATION, {"lora_request": 1}, "lora_request is not supported"),
+        (CONVERSATION, {"mm_processor_kwargs": 1}, "mm_processor_kwargs is not supported"),
         (CONVERSATION, {"chat_template": 5}, "chat_template is 5: it must be text"),
         (CONVERSATION, {"chat_template": "{% for %}"}, "the chat template cannot be read"),
         (CONVERSATION, {"chat_template": "{{ 1 / 0 }}"}, "refuses these messages: division"),

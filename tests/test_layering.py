@@ -23,6 +23,7 @@ SETTINGS = tuple(
         "extras",
         "hub",
         "log",
+        "lora_request",
         "programs",
         "progress",
         "sampling",

@@ -44,7 +44,7 @@ def texts(outputs: list[dict[str, Any]]) -> list[str]:
 def test_public_names() -> None:
     assert set(nanovllm.__all__) == {
         "LLM", "AsyncLLM", "AsyncLLMEngine", "LLMEngine", "AsyncEngineArgs", "EngineArgs",
-        "EngineConfig", "SamplingParams",
+        "EngineConfig", "SamplingParams", "LoRARequest",
         "BeamSearchParams", "RequestOutputKind", "RequestOutput", "CompletionOutput", "TextPrompt",
         "TokensPrompt", "print_attention_backend_info",
     }  # fmt: skip

@@ -26,6 +26,7 @@ from nanovllm.kernels.reference import (
     ggml,
     latent_attention,
     linear,
+    lora,
     norm_act,
     offload,
     packed,
@@ -42,6 +43,7 @@ __all__ = [
     "ggml",
     "latent_attention",
     "linear",
+    "lora",
     "meaning",
     "norm_act",
     "offload",
@@ -54,8 +56,8 @@ __all__ = [
 
 # those with ops that a compiler can trace
 TOPICS = (
-    attention, clamped, experts, gated_delta, ggml, latent_attention, linear, norm_act, packed,
-    rope_store, sample, step,
+    attention, clamped, experts, gated_delta, ggml, latent_attention, linear, lora, norm_act,
+    packed, rope_store, sample, step,
 )  # fmt: skip
 
 

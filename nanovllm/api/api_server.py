@@ -9,6 +9,7 @@ import sys
 import uvloop
 
 from nanovllm import tokenizer
+from nanovllm.api import adapters
 from nanovllm.api.address import url_of
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.latencies import Latencies
@@ -39,6 +40,7 @@ async def _serve_clients(process: ApiProcess) -> None:
         starts = range(0, process.num * size, size)
         latencies = [Latencies(process.memory[start : start + size]) for start in starts]
         service = Service(engine, server, latencies, process.index, salts)
+        await adapters.load_configured(service)
 
         def ready() -> None:
             if process.index == 0:

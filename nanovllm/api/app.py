@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from nanovllm.api import others, page, paths
+from nanovllm.api import adapters, others, page, paths
 from nanovllm.api.anthropic_errors import AnthropicError
 from nanovllm.api.anthropic_messages import count_tokens, messages
 from nanovllm.api.chat import chat
@@ -52,6 +52,8 @@ ROUTES = {
     "/v1/messages": Route("POST", messages),
     "/v1/messages/count_tokens": Route("POST", count_tokens),
     "/v1/embeddings": Route("POST", others.embeddings),
+    "/v1/load_lora_adapter": Route("POST", adapters.load),
+    "/v1/unload_lora_adapter": Route("POST", adapters.unload),
     "/tokenize": Route("POST", others.tokenize),
     "/detokenize": Route("POST", others.detokenize),
     "/health": Route("GET", others.health),

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nanovllm.checks import Rule, check_fields, one_of, refuse_unknown, whole
+from nanovllm.config import EngineConfig
 from nanovllm.parsers import reasoning, tools
 
 # load balancers have no API key
@@ -27,6 +28,11 @@ HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+")
 
 def _are_texts(values: Sequence[str]) -> bool:
     return all(values)
+
+
+def _is_module(text: str) -> bool:
+    name, _, path = text.partition("=")
+    return bool(name and path)
 
 
 def _is_host(name: str) -> bool:
@@ -62,6 +68,8 @@ ALLOWED: dict[str, Rule] = {
         lambda paths: all(path.startswith("/") for path in paths),
     ),
     "served_model_name": ("a list of names", _are_texts),
+    "lora_modules": ("a list of NAME=FOLDER", lambda values: all(map(_is_module, values))),
+    "allowed_lora_path": ("a folder", lambda path: Path(path).expanduser().is_dir()),
     "tool_call_parser": one_of("auto", "none", *tools.PARSERS),
     "reasoning_parser": one_of("auto", "none", *reasoning.PARSERS),
     "allowed_hosts": (
@@ -112,6 +120,10 @@ class ServerConfig:
         accepts only TLS.
     served_model_name: the model's names in requests. Responses use the first one. The default is
         the Hub id, or the last part of the folder's path.
+    lora_modules: adapters that requests name as their model, each NAME=FOLDER. They need the
+        engine's option enable_lora: see docs/lora.md.
+    allowed_lora_path: the folder from which POST /v1/load_lora_adapter loads adapters. None: that
+        and POST /v1/unload_lora_adapter are refused. It needs one API process.
     allowed_hosts: names and addresses, without ports, that the Host header of requests may have,
         besides localhost, loopback addresses and `host`. Requests with others get 421, except for
         /health and /ready. "*" allows any. Empty: no others if bound to loopback, else any.
@@ -168,6 +180,8 @@ class ServerConfig:
     ssl_certfile: str | PathLike[str] | None = None
     ssl_keyfile: str | PathLike[str] | None = None
     served_model_name: Sequence[str] = ()
+    lora_modules: Sequence[str] = ()
+    allowed_lora_path: str | PathLike[str] | None = None
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
     root_path: str = ""
@@ -209,6 +223,24 @@ class ServerConfig:
         check_fields(self, ALLOWED, secrets=("api_key",))
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("ssl_certfile and ssl_keyfile must be given together")
+        if self.allowed_lora_path is not None and self.api_processes > 1:
+            raise ValueError(
+                f"allowed_lora_path does not go with api_processes={self.api_processes}: the other "
+                "processes would not know what one has loaded"
+            )
+        if len(self.adapter_paths) < len(self.lora_modules):
+            raise ValueError("lora_modules has two adapters of one name")
+
+    @property
+    def adapter_paths(self) -> dict[str, str]:
+        """The folders of `lora_modules` by their names."""
+        return {name: path for name, _, path in (one.partition("=") for one in self.lora_modules)}
+
+    def check_engine(self, engine: EngineConfig) -> None:
+        """Raises ValueError for options that the engine's do not go with."""
+        for name in ("lora_modules", "allowed_lora_path"):
+            if getattr(self, name) and not engine.enable_lora:
+                raise ValueError(f"{name} needs enable_lora=True: the engine takes no adapters")
 
     def model_names(self, model: str) -> tuple[str, ...]:
         """The model's names, without the path of its folder."""

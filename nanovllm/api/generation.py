@@ -112,7 +112,9 @@ class Generation:
             for one in prompts:
                 salt = service.salts.of(exchange.api_key, one.cache_salt)
                 prompt = replace(one, cache_salt=salt)
-                opening = engine.open(prompt, params, priority=priority or 0)
+                opening = engine.open(
+                    prompt, params, priority=priority or 0, lora_request=exchange.adapter
+                )
                 streams.append(await (_with_media(exchange, opening) if prompt.media else opening))
         except BaseException as error:
             for stream in streams:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from nanovllm.api.errors import ApiError
+from nanovllm.lora_request import LoRARequest
 
 Result = TypeVar("Result")
 Scope = MutableMapping[str, Any]
@@ -59,6 +60,7 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, record: AccessRecord) -> None:
         self.scope, self.record = scope, record
         self.api_key = ""  # set once it is checked
+        self.adapter: LoRARequest | None = None  # the body's model, if it is one
         self._receive, self._send = receive, send
         self.has_started = False
         self.id_headers = [b"x-request-id"]  # response headers with the request id

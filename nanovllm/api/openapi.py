@@ -17,6 +17,8 @@ POSTS: dict[str, type[msgspec.Struct]] = {
     "/v1/messages": anthropic_schemas.MessagesBody,
     "/v1/messages/count_tokens": anthropic_schemas.CountTokensBody,
     "/v1/embeddings": schemas.EmbeddingBody,
+    "/v1/load_lora_adapter": schemas.LoadAdapterBody,
+    "/v1/unload_lora_adapter": schemas.UnloadAdapterBody,
     "/tokenize": schemas.TokenizeBody,
     "/detokenize": schemas.DetokenizeBody,
 }

@@ -21,7 +21,7 @@ MODELS = "/v1/models/"
 
 async def models(service: Service, exchange: Exchange) -> None:
     """GET /v1/models."""
-    cards = [_card(service, name) for name in service.model_names]
+    cards = [_card(service, name) for name in (*service.model_names, *service.adapters)]
     await exchange.json({"object": "list", "data": cards})
 
 
@@ -33,9 +33,12 @@ async def model(service: Service, exchange: Exchange) -> None:
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:
+    adapter = service.adapters.get(name)
     return {
         "id": name, "object": "model", "created": service.created, "owned_by": "nanovllm",
-        "root": service.model, "parent": None, "max_model_len": service.engine.max_model_len,
+        "root": service.model if adapter is None else name,
+        "parent": None if adapter is None else service.model,
+        "max_model_len": service.engine.max_model_len,
         "input_modalities": service.modalities,
     }  # fmt: skip
 

@@ -166,6 +166,20 @@ class EmbeddingBody(msgspec.Struct, kw_only=True):
     user: str | None = None
 
 
+class LoadAdapterBody(msgspec.Struct, kw_only=True):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterBody(msgspec.Struct, kw_only=True):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
 class TokenizeBody(msgspec.Struct, kw_only=True):
     """POST /tokenize: a text or a conversation."""
 

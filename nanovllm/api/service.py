@@ -20,6 +20,7 @@ from nanovllm.api.salts import CacheSalts
 from nanovllm.api.schemas import StreamOptions
 from nanovllm.api.tools import Readings
 from nanovllm.api.traces import Traces
+from nanovllm.lora_request import LoRARequest
 from nanovllm.media.mm_inputs import KINDS, MMInput
 from nanovllm.serving.async_engine import AsyncEngine
 
@@ -46,6 +47,7 @@ class Service:
         self.salts = salts or CacheSalts(config, secrets.token_bytes())
         self.model_names = config.model_names(engine.config.model)
         self.model = self.model_names[0]
+        self.adapters: dict[str, LoRARequest] = {}  # by their names
         self.created = int(time.time())
         endpoint = config.otlp_traces_endpoint
         self.traces = None if endpoint is None else Traces(endpoint, self.model)
@@ -62,17 +64,19 @@ class Service:
         return True
 
     async def body(self, exchange: Exchange, kind: type[Body]) -> Body:
-        """A request's body; its model must be this server's. Raises ApiError."""
+        """A request's body; its model must be this server's, or an adapter. Raises ApiError."""
         data = await exchange.body(self.config.max_body_bytes, self.config.body_timeout)
         body = decoded(data, kind)
-        self.check_model(getattr(body, "model", None))
+        name = getattr(body, "model", None)
+        self.check_model(name)
+        exchange.adapter = self.adapters.get(name or "")
         exchange.record.user = getattr(body, "user", None) or getattr(
             body, "safety_identifier", None
         )
         return body
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.model_names:
+        if name is not None and name not in self.model_names and name not in self.adapters:
             shown = f"{name[:MAX_ID_CHARS]!r}"
             raise ApiError(404, f"there is no model {shown}: this server has {self.model!r}",
                            param="model", code="model_not_found")  # fmt: skip

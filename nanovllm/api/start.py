@@ -26,6 +26,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     log.configure()
     server = with_keys(server)
     tls.check(server)
+    server.check_engine(engine)
     if server.otlp_traces_endpoint is not None:
         traces.check_installed()
     with bind(server) as listener:

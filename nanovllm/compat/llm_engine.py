@@ -8,6 +8,7 @@ from typing import Any
 from nanovllm.config import EngineConfig
 from nanovllm.engine.locked_engine import LockedEngine
 from nanovllm.engine.metrics import Metric
+from nanovllm.lora_request import LoRARequest
 from nanovllm.output_stream import Kind, StreamedAnswer, StreamedOutput
 from nanovllm.outputs import RequestOutput
 from nanovllm.prompts import AnyPrompt, as_prompt
@@ -54,7 +55,7 @@ class LLMEngine:
         prompt: AnyPrompt,
         params: SamplingParams,
         *,
-        lora_request: None = None,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
     ) -> None:
         """Queue a request under a name. Raises ValueError, and queues nothing, for a name in use
@@ -63,8 +64,6 @@ class LLMEngine:
             raise ValueError(f"request_id is {request_id!r}: it must be text")
         if request_id in self._pending:
             raise ValueError(f"request_id {request_id!r} is in use")
-        if lora_request is not None:
-            raise ValueError("lora_request is not supported")
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params is {params!r}: it must be SamplingParams")
         given = as_prompt(prompt)
@@ -75,7 +74,13 @@ class LLMEngine:
             try:
                 for one in params.of_answers():
                     engine_ids.append(
-                        engine.add_request(encoded, one, incremental=incremental, priority=priority)
+                        engine.add_request(
+                            encoded,
+                            one,
+                            incremental=incremental,
+                            priority=priority,
+                            lora_request=lora_request,
+                        )
                     )
             except BaseException:
                 engine.abort_all(engine_ids)
@@ -86,6 +91,16 @@ class LLMEngine:
                 pending.answers[engine_id] = StreamedAnswer(index, len(prompt_ids))
                 self._owner[engine_id] = pending
             self._pending[request_id] = pending
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Check an adapter and begin to read it. Raises ValueError."""
+        with self.shared.exclusive() as engine:
+            return engine.add_lora(lora_request)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forget an adapter; False if it is not known. Raises ValueError while requests use it."""
+        with self.shared.exclusive() as engine:
+            return engine.remove_lora(lora_id)
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
         """Abort requests without further outputs. Unknown names are ignored."""

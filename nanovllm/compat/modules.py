@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = "nanovllm"
-LORA = "nanovllm.compat.lora"
+LORA = "nanovllm.lora_request"
 ARGUMENTS = "nanovllm.compat.engine_args"
 ASYNC_LLM = {"AsyncLLM": ROOT, "AsyncLLMEngine": ROOT}
 SAMPLING = "nanovllm.sampling"

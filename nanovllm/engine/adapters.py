@@ -1,61 +1,124 @@
-"""The adapters of one engine: small changes of a model's weights, one or none for each request."""
+"""The adapters of one engine in host memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanovllm.checks import InvalidValue
+from nanovllm.lora_request import FIELD, LoRARequest, checked
+from nanovllm.runner.runner import Runner
+from nanovllm.schedule.adapter_slots import AdapterSlots
 
-FIELD = "adapter"
 
-
-@dataclass(frozen=True)
+@dataclass
 class Adapter:
-    """A loaded adapter.
+    """A known adapter. Its files have been checked, and a thread has perhaps begun to read them.
 
-    number: its place among the adapters' weights on the device, from 1 on; 0 is the model without
-        an adapter.
-    digest: of its weights. Equal tokens have other keys and values with others, also under the same
-        name.
+    digest: of its files. Equal tokens have other keys and values with others.
     """
 
-    name: str
-    number: int
+    request: LoRARequest
     digest: bytes
+    is_in_memory: bool = False
 
 
 class Adapters:
-    """The loaded adapters by name: at most as many as the layers have weights for."""
+    """Adapters by their numbers, the one that was used last at the end.
 
-    def __init__(self, max_adapters: int) -> None:
-        self.max_adapters = max_adapters
-        self._by_name: dict[str, Adapter] = {}
+    At most `max_in_memory` are in host memory. The one that no unfinished request uses, and that
+    was unused for longest, makes room for another; it is read again when a request names it.
+    """
 
-    def __iter__(self) -> Iterator[Adapter]:
-        return iter(self._by_name.values())
-
-    def add(self, name: str, digest: bytes) -> Adapter:
-        """Note that an adapter's weights are on the device, in the next free place. Raises
-        ValueError for a name that is taken, and if there is no place."""
-        if name in self._by_name:
-            raise InvalidValue(FIELD, f"adapter {name!r} is loaded already")
-        if len(self._by_name) == self.max_adapters:
-            words = f"there is room for {self.max_adapters} adapter(s): {self._loaded}"
-            raise InvalidValue(FIELD, f"adapter {name!r} cannot be loaded: {words}")
-        found = Adapter(name, len(self._by_name) + 1, digest)
-        self._by_name[name] = found
-        return found
-
-    def find(self, name: str | None) -> Adapter | None:
-        """The adapter of a request; None for none. Raises ValueError for one that is not loaded."""
-        if name is None:
-            return None
-        found = self._by_name.get(name)
-        if found is None:
-            raise InvalidValue(FIELD, f"adapter {name!r} is not loaded: {self._loaded}")
-        return found
+    def __init__(
+        self,
+        runner: Runner,
+        slots: AdapterSlots | None,
+        max_in_memory: int,
+        in_use: Callable[[], set[int]],
+    ) -> None:
+        """`in_use` gives the numbers of the adapters that unfinished requests use."""
+        self._runner, self._slots, self._in_use = runner, slots, in_use
+        self._max_in_memory = max_in_memory
+        self._known: dict[int, Adapter] = {}
 
     @property
-    def _loaded(self) -> str:
-        return f"loaded are {', '.join(map(repr, self._by_name))}" if self._by_name else "none is"
+    def requests(self) -> list[LoRARequest]:
+        """The adapters that are known."""
+        return [one.request for one in self._known.values()]
+
+    def find(self, asked: LoRARequest | None) -> Adapter | None:
+        """The adapter of a request; None for none. A new one's files are checked.
+
+        Raises ValueError if adapters are not enabled, if the files are damaged, not supported or do
+        not fit the model, and for the number of another adapter.
+        """
+        asked = checked(asked, is_enabled=self._slots is not None)
+        if asked is None:
+            return None
+        found = self._known.pop(asked.lora_int_id, None)
+        if found is not None and found.request != asked:
+            self._known[asked.lora_int_id] = found
+            raise InvalidValue(
+                FIELD,
+                f"lora_int_id {asked.lora_int_id} is that of {found.request.lora_name!r} from "
+                f"{found.request.path}, not of {asked.lora_name!r} from {asked.path}",
+            )
+        if found is None:
+            try:
+                digest = self._runner.check_adapter(asked.lora_int_id, Path(asked.path))
+            except ValueError as error:
+                raise InvalidValue(FIELD, f"adapter {asked.lora_name!r}: {error}") from error
+            found = Adapter(asked, digest)
+        self._known[asked.lora_int_id] = found
+        return found
+
+    def wait(self, seconds: float) -> None:
+        """Wait up to so long until an adapter that is being read is in host memory."""
+        self._runner.wait_for_adapters(seconds)
+
+    def is_ready(self, adapter_id: int) -> bool:
+        """Whether an adapter is in host memory; begins to read it as soon as there is room.
+
+        Raises ValueError if it cannot be read.
+        """
+        if adapter_id not in self._known:
+            raise InvalidValue(FIELD, f"adapter {adapter_id} could not be read")
+        adapter = self._known[adapter_id]
+        if not adapter.is_in_memory:
+            if not self._make_room(adapter_id):
+                return False
+            self._runner.read_adapter(adapter_id)
+            adapter.is_in_memory = True
+        try:
+            return self._runner.adapter_is_read(adapter_id)
+        except ValueError as error:
+            self._drop(adapter_id)
+            words = f"adapter {adapter.request.lora_name!r}: {error}"
+            raise InvalidValue(FIELD, words) from error
+
+    def remove(self, adapter_id: int) -> bool:
+        """Drop an adapter; False if it is not known. Raises ValueError while requests use it."""
+        if adapter_id not in self._known:
+            return False
+        if adapter_id in self._in_use():
+            name = self._known[adapter_id].request.lora_name
+            raise InvalidValue(FIELD, f"adapter {name!r} is in use: unfinished requests have it")
+        self._drop(adapter_id)
+        return True
+
+    def _make_room(self, adapter_id: int) -> bool:
+        """Drop adapters until there is host memory for another; False if all are in use."""
+        in_memory = [one for one, adapter in self._known.items() if adapter.is_in_memory]
+        unused = [one for one in in_memory if one not in self._in_use()]
+        while len(in_memory) >= self._max_in_memory and unused:
+            self._drop(unused.pop(0))
+            in_memory.pop()
+        return len(in_memory) < self._max_in_memory
+
+    def _drop(self, adapter_id: int) -> None:
+        assert self._slots is not None
+        del self._known[adapter_id]
+        self._slots.forget(adapter_id)
+        self._runner.drop_adapter(adapter_id)

@@ -24,11 +24,13 @@ from nanovllm.engine.owner import OwnerProcess
 from nanovllm.engine.preparation import Preparation
 from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt, root_of
 from nanovllm.engine.step_watch import EVERY_STEPS, StepWatch
+from nanovllm.lora_request import LoRARequest
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.runner.async_output import AsyncOutput
 from nanovllm.runner.runner import Runner
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.adapter_slots import AdapterSlots
 from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.outputs import OutputDelta, TextStream
@@ -80,6 +82,7 @@ class Engine:
             stall=loaded.stall,
             max_proposals=max(layout.verify_tokens, default=1) - 1,
         )
+        self.scheduler.adapters = AdapterSlots(config.max_loras) if config.enable_lora else None
         draft = self._runner.spec.draft
         self.scheduler.num_drafts = 0 if draft is None else draft.proposer.num
         run_ahead = config.tuned.run_ahead
@@ -88,7 +91,6 @@ class Engine:
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         tower = self._runner.model.tower
         self.media_scale = None if tower is None else Scale.of(tower.config)
-        self.adapters = Adapters(self._runner.model.num_adapters)
         self._intake = InputProcessor.of(config, self.tokenizer, self.info)
         prompts = MediaPrompts(
             config.model, self.tokenizer, self.media_scale, loaded.vision, config.media
@@ -96,8 +98,11 @@ class Engine:
         self._media = MMProcessor(prompts, config.media)
         self._grammars = self._new_grammars()
         self._held = MMStore(self._runner)
+        self.adapters = Adapters(
+            self._runner, self.scheduler.adapters, config.num_cpu_loras, self._adapters_in_use
+        )
         self._preparation = Preparation(
-            self._intake, self._media, self._grammars, self._held, self.metrics
+            self._intake, self._media, self._grammars, self._held, self.metrics, self.adapters
         )
         self._answers = OutputProcessor(
             self.tokenizer, self.scheduler, self._preparation, self._held, self.metrics
@@ -109,6 +114,10 @@ class Engine:
         self._num_added = 0
         self._is_closed = False
         self._owner = OwnerProcess()
+
+    def _adapters_in_use(self) -> set[int]:
+        """The numbers of the adapters of unfinished requests."""
+        return {request.adapter_id for request, _ in self._answers.requests.values()}
 
     def _new_grammars(self) -> Grammars:
         limits = GrammarLimits(self.config.grammar_timeout_s, self.config.max_cached_grammars)
@@ -149,6 +158,8 @@ class Engine:
             )
         self._runner.platform.synchronize()
         self._sleeper.sleep(level)
+        if self.scheduler.adapters is not None:
+            self.scheduler.adapters.reset()  # level 2 drops them with the weights
         self.scheduler.cache.evict()
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
@@ -247,6 +258,7 @@ class Engine:
         embeddings: Embeddings = (),
         positions: np.ndarray | None = None,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> int:
         """Queue a prompt (see `nanovllm/prompts.py`, or a prepared one); returns the request's id.
 
@@ -256,6 +268,7 @@ class Engine:
         columns after the first D are added to the hidden states after the first layers, D after
         each. `positions` are those of the prompt's tokens in time, height and width, int64 [3, T],
         for models that have three. Requests with a lower `priority` number run first.
+        `lora_request` is the adapter, which needs enable_lora.
 
         Raises ValueError, and queues nothing, if the prompt is empty, too long or has ids outside
         the vocabulary, or if embeddings do not fit the prompt or the model. Media are prepared
@@ -263,8 +276,15 @@ class Engine:
         """
         params = (params or SamplingParams()).clone()
         if isinstance(prompt, MediaPrompt):
-            return self.add(self._intake.request(prompt, params, incremental=incremental,
-                                                 priority=priority))  # fmt: skip
+            return self.add(
+                self._intake.request(
+                    prompt,
+                    params,
+                    incremental=incremental,
+                    priority=priority,
+                    lora_request=lora_request,
+                )
+            )
         given = as_prompt(prompt)
         if given.media:
             self._intake.check(params)
@@ -276,6 +296,7 @@ class Engine:
             embeddings=embeddings,
             positions=positions,
             priority=priority,
+            lora_request=lora_request,
         )
         return self.add(asked, given if given.media else None)
 
@@ -283,11 +304,12 @@ class Engine:
         """Queue a request that `InputProcessor` has checked; returns its id.
 
         with_media: the prompt, if its media are not prepared yet. Raises ValueError for invalid
-            grammars and edits of logits, and for an adapter that is not loaded.
+            grammars and edits of logits, and for an adapter whose files do not fit the model.
         """
         self._check_open()
         self._sleeper.check_awake()
         adapter = self.adapters.find(asked.adapter)
+        waits = adapter is not None and not self.adapters.is_ready(adapter.request.lora_int_id)
         params, prompt_ids = asked.params, asked.prompt_ids
         edits, source = self._intake.edits(params), self._intake.source(params)
         has_masks = source is not None
@@ -312,7 +334,7 @@ class Engine:
             priority=asked.priority,
             edits=edits,
             cache_root=root_of(asked.cache_root, adapter.digest) if adapter else asked.cache_root,
-            adapter=adapter.number if adapter else 0,
+            adapter_id=adapter.request.lora_int_id if adapter else 0,
             status=Status.PREPARING,
         )
         if params.prompt_logprobs is not None:
@@ -322,7 +344,7 @@ class Engine:
         self._held.hold(asked.media)
         try:
             self._answers.requests[request_id] = request, stream
-            if with_media is not None or has_masks:
+            if with_media is not None or has_masks or waits:
                 self._preparation.add(request, with_media, source)
             else:
                 self._queue(request)
@@ -350,6 +372,20 @@ class Engine:
                 self._queue(request)
             else:
                 self._answers.end(request.request_id, "error", error)
+
+    def add_lora(self, request: LoRARequest) -> bool:
+        """Check an adapter and begin to read it, before a request names it. Returns True. Raises
+        ValueError as `add` does."""
+        self._check_open()
+        found = self.adapters.find(request)
+        assert found is not None
+        self.adapters.is_ready(found.request.lora_int_id)
+        return True
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """Forget an adapter; False if it is not known. Raises ValueError while requests use it."""
+        self._check_open()
+        return self.adapters.remove(lora_int_id)
 
     def prepare_grammars(self) -> None:
         """Begin to prepare structured output in a thread. Call it when no request waits: no other

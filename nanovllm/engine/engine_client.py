@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.input_processor import Embeddings
     from nanovllm.engine.metrics import Metric
     from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
+    from nanovllm.lora_request import LoRARequest
     from nanovllm.media.mm_inputs import MMInput
     from nanovllm.prompts import AnyPrompt, Prompt
     from nanovllm.sampling import SamplingParams
@@ -83,9 +84,14 @@ class AnyEngine(Protocol):
         embeddings: Embeddings = (),
         positions: np.ndarray | None = None,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> int: ...
 
     def add(self, asked: EngineRequest) -> int: ...
+
+    def add_lora(self, request: LoRARequest) -> bool: ...
+
+    def remove_lora(self, lora_int_id: int) -> bool: ...
 
     def abort(self, request_id: int, reason: str = "abort") -> None: ...
 

@@ -16,6 +16,8 @@ import numpy as np
 from nanovllm.checks import InvalidValue, as_python
 from nanovllm.config import EngineConfig
 from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
+from nanovllm.lora_request import LoRARequest
+from nanovllm.lora_request import checked as lora_request_checked
 from nanovllm.prompts import (
     AnyPrompt,
     Prompt,
@@ -54,6 +56,7 @@ class InputProcessor:
     uses_mrope: bool = False
     max_grammar_bytes: int = 0
     has_towers: bool = True
+    has_adapters: bool = False
 
     @classmethod
     def of(
@@ -69,6 +72,7 @@ class InputProcessor:
             uses_mrope=info.uses_mrope,
             max_grammar_bytes=config.max_grammar_bytes,
             has_towers=info.has_towers,
+            has_adapters=config.enable_lora,
         )
 
     def request(
@@ -80,12 +84,14 @@ class InputProcessor:
         embeddings: Embeddings = (),
         positions: np.ndarray | None = None,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> EngineRequest:
         """A request for an engine. The arguments are those of `Engine.add_request`.
 
         Media of a `Prompt` are not checked. `check_forms` checks the rest of `params`.
         """
         self.check(params)
+        adapter = lora_request_checked(lora_request, is_enabled=self.has_adapters)
         media: dict[str, MMItem] = {}
         media_contents: tuple[MMSpan, ...] = ()
         if isinstance(prompt, MediaPrompt):
@@ -110,6 +116,7 @@ class InputProcessor:
             embeddings={one.key: embeds for one, (_, embeds) in zip(contents, embeddings)},
             media=media,
             positions=positions,
+            adapter=adapter,
         )
 
     def check_forms(self, params: SamplingParams) -> None:

@@ -1,10 +1,11 @@
-"""Prepares media and grammars in threads, before their requests are queued."""
+"""Prepares media, grammars and adapters in threads, before their requests are queued."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 
+from nanovllm.engine.adapters import Adapters
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.metrics import EngineMetrics
 from nanovllm.engine.mm_processor import MMProcessor
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class Preparation:
-    """Requests with media or grammars, until they are queued. One thread at a time may use it.
+    """Requests with media, grammars or adapters that are being read, until they are queued. One
+    thread at a time may use it.
 
     Ctrl-C can come between any two lines. So a result is stored in its request before it is removed
     here, and a request is queued before it is removed. Interrupted work is repeated.
@@ -33,8 +35,10 @@ class Preparation:
         grammars: Grammars,
         held: MMStore,
         metrics: EngineMetrics,
+        adapters: Adapters,
     ) -> None:
         """Takes over `media` and `grammars`."""
+        self._adapters = adapters
         self._intake, self._media, self._grammars = intake, media, grammars
         self._held, self._metrics = held, metrics
         self._requests: dict[int, Request] = {}
@@ -52,20 +56,31 @@ class Preparation:
             self._grammars.add(request.request_id, source, request.params)
 
     def ready(self, wait_s: float) -> Iterator[tuple[Request, ValueError | None]]:
-        """Requests that are ready, with None or with the error of their media or grammars.
+        """Requests that are ready, with None or with the error of what they waited for.
 
         If none is ready, wait up to `wait_s` for one. The caller queues or ends a request before it
         advances to the next one.
         """
+        if wait_s and any(one.adapter_id for one in self._requests.values()):
+            self._adapters.wait(wait_s)
+            wait_s = 0.0
         with self._metrics.waiting_for_media(wait_s > 0 and bool(self._media)):
             for request_id, prompt in self._media.take(wait_s if self._media else 0.0):
                 yield from self._failed(request_id, prompt)
         for request_id, matcher in self._grammars.take(0.0 if self._media else wait_s):
             yield from self._failed(request_id, matcher)
         for request_id, request in list(self._requests.items()):
-            if request_id not in self._media and request_id not in self._grammars:
-                yield request, None
-                self._requests.pop(request_id, None)
+            if request_id in self._media or request_id in self._grammars:
+                continue
+            try:
+                if request.adapter_id and not self._adapters.is_ready(request.adapter_id):
+                    continue
+            except ValueError as error:
+                logger.error("request %d: %s", request_id, error)
+                yield request, error
+                continue
+            yield request, None
+            self._requests.pop(request_id, None)
 
     def _expand(self, request: Request, found: MediaPrompt) -> None:
         """Set a request's whole prompt. Raises ValueError if it is too long."""

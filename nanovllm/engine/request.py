@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from nanovllm.lora_request import LoRARequest
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import chained_digests
 from nanovllm.schedule.request import MMSpan, block_content
@@ -73,8 +74,8 @@ class EngineRequest:
     seed: None draws one from the engine's. detokenizes: whether the engine makes the text and finds
         stop strings. contents: the positions of embeddings and media in the prompt, with digests.
     embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and clips to
-        encode. positions: int64 [3, T], or one for each token. adapter: the name of a loaded one;
-        None: the model as it is.
+        encode. positions: int64 [3, T], or one for each token. adapter: None is the model as it
+        is.
     """
 
     prompt_ids: list[int]
@@ -88,13 +89,13 @@ class EngineRequest:
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     media: Mapping[str, MMItem] = field(default_factory=dict)
     positions: np.ndarray | None = None
-    adapter: str | None = None
+    adapter: LoRARequest | None = None
 
     @property
     def cache_root(self) -> bytes:
         """The start of the chain of its blocks' digests. An engine adds that of the adapter."""
         root = sha256(self.cache_salt.encode()).digest() if self.cache_salt else b""
-        return root if self.adapter is None else root_of(root, self.adapter.encode())
+        return root if self.adapter is None else root_of(root, self.adapter.lora_name.encode())
 
     def block_digests(self, block_size: int) -> list[bytes]:
         """The digests of its prompt's full blocks, as an engine's cache has them."""

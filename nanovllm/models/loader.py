@@ -17,9 +17,10 @@ from nanovllm.models.checkpoint import Buffer, Checkpoint, CheckpointError, Cut,
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.formats import Weight
-from nanovllm.models.formats.format import Extent, Format, mapped, quantized
+from nanovllm.models.formats.format import Extent, Format, mapped, quantized, tensors_of
 from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.gguf.checkpoint import opened
+from nanovllm.models.lora.slots import with_slots
 from nanovllm.models.model import LayerKind, Model, Param, Params
 from nanovllm.models.schemes import Part
 from nanovllm.models.shards import ALL, Shard, taken
@@ -349,6 +350,8 @@ def build(
                 assert isinstance(gate_up_EGD, Tensor) and isinstance(down_EDF, Tensor)
                 gathered = place.stored(gate_up_EGD, down_EDF)
             values["experts"] = gathered
+        if model.lora is not None:
+            values |= _with_slots(model, declared, values, place)
         return layer_type(**values)
 
     outer_params, *layer_params = model.declared
@@ -363,3 +366,17 @@ def build(
         layers.append(made_layer(declared, kind))
         progress(1)
     return Params(layers=tuple(layers), **outer)
+
+
+def _with_slots(
+    model: Model, declared: dict[str, Param], values: dict[str, Any], place: Place
+) -> dict[str, Any]:
+    """A layer's weights, of linear layers with empty slots for adapters."""
+    assert model.lora is not None
+    found = {}
+    for name, param in declared.items():
+        if name in values:  # not a part of experts
+            device = tensors_of(values[name])[0].device
+            facts = model.config.num_ranks, model.config.dtype, device
+            found[name] = with_slots(model.lora, param, values[name], facts, place)
+    return found

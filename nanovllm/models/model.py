@@ -37,6 +37,13 @@ class Params(NamedTuple):
     draft: Any = None  # `Params` of a second model, which proposes tokens
 
 
+class LoraSlots(NamedTuple):
+    """The slots of each linear layer: for `num` adapters, of ranks up to `max_rank`."""
+
+    num: int
+    max_rank: int
+
+
 class LayerCache(NamedTuple):
     """One layer's keys and values; with scales they are float8_e4m3fn and mean value · scale."""
 
@@ -92,6 +99,24 @@ class States(NamedTuple):
     to_T: Tensor | None = None  # in place of that, where those after all tokens go
 
 
+class AdapterRows(NamedTuple):
+    """The adapter of each token: the number of its slot, from 1 on; 0 for none.
+
+    `order_T` has the tokens of one adapter after each other (`reference.lora.add_lora`).
+    """
+
+    adapter_T: Tensor
+    order_T: Tensor
+
+    @classmethod
+    def of(cls, adapter_T: Tensor) -> AdapterRows:
+        return cls(adapter_T, adapter_T.argsort(stable=True))
+
+    def at(self, index_R: Tensor) -> AdapterRows:
+        """Those of the tokens at these indices."""
+        return self.of(self.adapter_T.index_select(0, index_R))
+
+
 class Batch(NamedTuple):
     """The inputs that change between two steps of one bucket.
 
@@ -104,7 +129,7 @@ class Batch(NamedTuple):
     seq_len_R: Tensor  # tokens of each row, this step's included
     q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
     keep_R: Tensor | None = None  # the only tokens for which a layer continues after attention
-    adapter_T: Tensor | None = None  # each token's adapter, 0 for none; of models with adapters
+    adapters: AdapterRows | None = None  # of models with adapters
     others: tuple[Pages, ...] = ()  # those of groups 1, 2, … of layers
     states: States | None = None  # in models with recurrent layers
 
@@ -168,8 +193,8 @@ class Model:
     Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is its
     vision encoder, a `vision.vision_encoder.Tower`, `audio_tower` its audio encoder, an
     `audio.audio_encoder.AudioTower`; None without one. `scheme` chooses the formats of weights
-    (`schemes.with_scheme`). `num_adapters` is the number of adapters that the layers have weights
-    for. Only with some do batches have `adapter_T`. `layer_ropes` are the numbers of the layers'
+    (`schemes.with_scheme`). With `lora` the layers have slots for adapters (`lora.with_lora`), and
+    batches have `adapters`. `layer_ropes` are the numbers of the layers'
     rotary tables in `ModelConfig.ropes`; without them all layers have the first. Embeddings that a
     request gives are multiplied by `embed_factor`, as the checkpoint's table is when it is read.
     `whole_groups` are the `page_groups` of the whole model, if this one is reduced.
@@ -200,7 +225,7 @@ class Model:
     layer_ropes: tuple[int, ...] = ()
     embed_factor: float = 1.0
     scheme: Scheme = UNQUANTIZED
-    num_adapters: int = 0
+    lora: LoraSlots | None = None
     whole_groups: PageGroups | None = None
 
     def __post_init__(self) -> None:

@@ -35,18 +35,19 @@ PACKED_EXPERT_OPS = (  # the same
 LATENT_OPS = ("head_linear", "latent_attention", "latent_inputs", "latent_span_attention")
 # Ops that go through the tokens of rows one by one, or in chunks.
 DELTA_OPS = ("causal_conv", "gated_delta", "gated_delta_step")
+LORA_OPS = ("add_lora", "add_lora_")
 # Ops of a step with our kernels on CPU and CUDA, or whose reference a lowering makes no faster.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
     "group_topk", "paged_attention", "qk_norm_rope_store", "rms_norm", "sample", "sampling_inputs",
     "silu_mul", "span_inputs", "topk_softmax", "varlen_attention", *LATENT_OPS, *DELTA_OPS,
-    *OFFLOAD_OPS, *CLAMPED_EXPERT_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
+    *LORA_OPS, *OFFLOAD_OPS, *CLAMPED_EXPERT_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
 })  # fmt: skip
 # The passes of fuse=False: our kernels are used only for ops that no lowering can generate.
 UNFUSED_OPS = frozenset({
     "paged_attention", "varlen_attention", "store_kv", "sample", "group_topk",
     "topk_softmax", "experts", "expert_linear", *LATENT_OPS, *DELTA_OPS, *OFFLOAD_OPS,
-    *CLAMPED_EXPERT_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
+    *CLAMPED_EXPERT_OPS, *LORA_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
 })  # fmt: skip
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
     ("replace_ops", partial(replace_ops, keep=lambda name, node: name in UNFUSED_OPS)),

@@ -20,6 +20,7 @@ from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_reduce_norm import fuse_reduce_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.fuse_router import fuse_router
+from nanovllm.compile.passes.lora_in_place import lora_in_place
 from nanovllm.compile.passes.reduce_in_place import reduce_in_place
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
@@ -156,6 +157,7 @@ class CudaPlatform(Accelerator):
             ("fuse_linear", partial(fuse_linear, takes=all_takes)),
             ("fuse_add_norm", fuse_add_norm),
             ("fuse_reduce_norm", partial(fuse_reduce_norm, takes=triton_all_reduce.has_few_rows)),
+            ("lora_in_place", lora_in_place),
             ("add_in_place", add_in_place),
             ("reduce_in_place", reduce_in_place),
             ("replace_ops", partial(replace_ops, keep=lambda name, node: name in KERNEL_OPS)),

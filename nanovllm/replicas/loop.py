@@ -19,6 +19,7 @@ from nanovllm.parallel.channel import Channel, ChannelClosed
 from nanovllm.parallel.serve import ANSWER, ASKS
 from nanovllm.replicas import messages
 from nanovllm.replicas.client_conn import ClientConn, ParentConn
+from nanovllm.replicas.messages import LoraReply
 from nanovllm.schedule.outputs import OutputDelta
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ class Loop:
             messages.END: self._end,
             messages.FORGET: lambda client, payload: engine.forget_prefixes(),
             messages.PREPARE_GRAMMARS: lambda client, payload: engine.prepare_grammars(),
+            messages.ADD_LORA: lambda client, payload: _lora_reply(
+                lambda: engine.add_lora(messages.load_lora(payload))
+            ),
+            messages.REMOVE_LORA: lambda client, payload: _lora_reply(
+                lambda: engine.remove_lora(messages.load_lora_id(payload))
+            ),
             messages.METRICS: lambda client, payload: messages.dump_metrics(engine.metrics.read()),
         }
         self._selector = selectors.DefaultSelector()
@@ -182,3 +189,10 @@ class Loop:
         self._engine.abort_all(of_engine)
         for one in of_engine:
             del self._owners[one]
+
+
+def _lora_reply(work: Callable[[], bool]) -> bytes:
+    try:
+        return messages.dump(LoraReply(work()))
+    except ValueError as error:
+        return messages.dump(LoraReply(False, str(error)))

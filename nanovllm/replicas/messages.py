@@ -2,8 +2,9 @@
 `parallel/channel.py`. A client is a task of an event loop, or the router of `LLM`.
 
 The engine process sends READY once with its `EngineInfo`, OUTPUTS after each step, and the replies
-to METRICS. Clients send ADD, END and METRICS, and MEDIA before the ADD of a prompt with media,
-embeddings or positions. Only the parent process sends GO, FORGET and PREPARE_GRAMMARS.
+to METRICS, ADD_LORA and REMOVE_LORA. Clients send these, ADD and END, and MEDIA before the ADD of a
+prompt with media, embeddings or positions. Only the parent process sends GO, FORGET and
+PREPARE_GRAMMARS.
 
 Importing this module does not import torch.
 """
@@ -19,6 +20,7 @@ import msgspec
 from nanovllm.checks import InvalidValue
 from nanovllm.engine.metrics import Counter, Gauge, Metric
 from nanovllm.engine.request import EngineInfo, EngineRequest
+from nanovllm.lora_request import LoRARequest
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
@@ -29,6 +31,7 @@ from nanovllm.wire import dump as dump
 
 READY, OUTPUTS, METRICS = "ready", "outputs", "metrics"
 MEDIA, ADD, END = "media", "add", "end"
+ADD_LORA, REMOVE_LORA = "add_lora", "remove_lora"
 GO, FORGET, PREPARE_GRAMMARS = "go", "forget", "prepare_grammars"
 ABORT, STOP = "abort", "stop"
 
@@ -75,7 +78,7 @@ class Add(msgspec.Struct, array_like=True):
     cache_salt: str | None
     detokenizes: bool = False
     has_media: bool = False
-    adapter: str | None = None
+    adapter: LoRARequest | None = None
 
 
 class End(msgspec.Struct, array_like=True):
@@ -133,6 +136,16 @@ class Outputs(msgspec.Struct, array_like=True):
     rows: list[RowTokens]
 
 
+class LoraReply(msgspec.Struct, array_like=True):
+    """The reply to ADD_LORA and REMOVE_LORA: their result, or why they were refused."""
+
+    found: bool
+    error: str | None = None
+
+
+load_lora = decoder(LoRARequest)
+load_lora_id = decoder(int)
+load_lora_reply = decoder(LoraReply)
 load_info = decoder(EngineInfo)
 load_add = decoder(Add)
 load_end = decoder(End)

@@ -16,6 +16,7 @@ from nanovllm.engine.input_processor import Embeddings, InputProcessor, drawn_se
 from nanovllm.engine.metrics import Metric
 from nanovllm.engine.owner import OwnerProcess
 from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
+from nanovllm.lora_request import LoRARequest, checked
 from nanovllm.media import mm_inputs as media_given
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES
@@ -163,6 +164,7 @@ class Router:
         embeddings: Embeddings = (),
         positions: np.ndarray | None = None,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> int:
         """Queue a prompt on a replica. Returns the request's id. Arguments are those of `Engine`.
 
@@ -176,7 +178,11 @@ class Router:
         if media is not None:
             params = params.clone()  # it is used once they are prepared
         ask = partial(
-            self._intake.request, params=params, incremental=incremental, priority=priority
+            self._intake.request,
+            params=params,
+            incremental=incremental,
+            priority=priority,
+            lora_request=lora_request,
         )
         asked = ask(given, embeddings=embeddings, positions=positions)
         self._intake.check_forms(params)
@@ -243,6 +249,15 @@ class Router:
         if self.config.enable_prefix_caching:
             digests = asked.block_digests(self.info.block_size)
         self._dispatcher.send(request_id, Parcel(messages.dump(message), media, digests, cost))
+
+    def add_lora(self, request: LoRARequest) -> bool:
+        """Returns True: a replica checks and reads an adapter when a request names it. Raises
+        ValueError if adapters are not enabled."""
+        return checked(request, is_enabled=self.config.enable_lora) is not None
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """Returns False: a replica forgets an adapter when another one needs its memory."""
+        return False
 
     def _check_size(self, asked: EngineRequest) -> None:
         if asked.num_bytes > MAX_MEDIA_BYTES:

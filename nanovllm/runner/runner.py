@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import wraps
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -18,14 +19,17 @@ from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
 from nanovllm.kernels import collectives
 from nanovllm.kernels.collectives import Communicator
+from nanovllm.models import shards
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.layer_state import LayerState, Recurrent, recurrent_bytes
 from nanovllm.models.model import Model, Params
 from nanovllm.models.rope import rotary_table
+from nanovllm.models.shards import Shard
 from nanovllm.platforms.base import MemoryBudget, Platform
 from nanovllm.platforms.regions import Region
 from nanovllm.runner import vocab_parallel
+from nanovllm.runner.adapter_store import AdapterStore
 from nanovllm.runner.allocation import allocate
 from nanovllm.runner.async_output import AsyncOutput
 from nanovllm.runner.device_graphs import PrefillStep, VerifyStep
@@ -86,9 +90,11 @@ class Runner:
             layout.blocks_per_row,
             platform.device,
             num_groups=len(model.page_groups.groups),
-            has_adapters=model.num_adapters > 0,
+            has_adapters=model.lora is not None,
             num_drafts=0 if spec.draft is None else spec.draft.proposer.num,
         )
+        shard = shards.ALL if group is None else Shard(group.rank, group.size)
+        self.adapters = AdapterStore(model, params, platform, shard)
         self._draft = None if spec.draft is None else DraftParts(spec, params, self.state, cfg)
         self.cos_sin_MH, *others = (
             rotary_table(*rope, layout.max_model_len, platform.device, cfg.head_dim)
@@ -241,6 +247,7 @@ class Runner:
         tables = ("cos_sin_MH", "other_tables")
         self._given = None
         self.towers.by_name.clear()
+        self.adapters.close()
         parts = ("steps", "snapshots", "params", "state", "sampler", "compiler", "_draft")
         for name in (*parts, *tables):
             self.__dict__.pop(name, None)
@@ -290,6 +297,8 @@ class Runner:
         if not self.residents_are_known:
             self._reset_residents()
         write(plan, self.state, self.sampler, self.platform)
+        for one in plan.adapters:
+            self.adapters.load(*one)
         if plan.restores:
             self.snapshots.restore(plan.restores, self.platform)
         if plan.is_prefill:
@@ -320,6 +329,26 @@ class Runner:
         edits that do not fit, and torch.OutOfMemoryError. Nothing has changed then.
         """
         self.sampler.prepare(edits, has_penalties, has_masks)
+
+    def check_adapter(self, adapter_id: int, folder: Path) -> bytes:
+        """Check an adapter's files; returns their digest. Raises ValueError."""
+        return self.adapters.check(adapter_id, folder)
+
+    def read_adapter(self, adapter_id: int) -> None:
+        """Begin to read a checked adapter to host memory, for plans that load it."""
+        self.adapters.read(adapter_id)
+
+    def adapter_is_read(self, adapter_id: int) -> bool:
+        """Raises ValueError if it cannot be read."""
+        return self.adapters.is_read(adapter_id)
+
+    def wait_for_adapters(self, seconds: float) -> None:
+        """Wait up to so long until an adapter that is being read is in host memory."""
+        self.adapters.wait(seconds)
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        """Free an adapter's host memory. No plan that loads it follows."""
+        self.adapters.drop(adapter_id)
 
     def add_embeddings(self, key: str, embeds: Tensor) -> None:
         """Keep embeddings [n, D] on the device for plans that name them, until they are dropped."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models.model import Batch, Pages, States
+from nanovllm.models.model import AdapterRows, Batch, Pages, States
 from nanovllm.schedule.plan import DRAFT, PAD_BLOCK, SAMPLING_FIELDS
 
 # Logits, temperatures, seeds and positions to tokens: `ops.sample`, or that of several ranks
@@ -132,7 +132,8 @@ def _with_drafts(
 def _with_adapters(batch: Batch, state: DeviceState, row_T: Tensor) -> Batch:
     if state.adapter_S is None:
         return batch
-    return batch._replace(adapter_T=state.adapter_S.index_select(0, row_T))
+    adapter_T = state.adapter_S.index_select(0, row_T)
+    return batch._replace(adapters=AdapterRows.of(adapter_T))
 
 
 def decode_states(num_places: int, state: DeviceState, row_idx_R: Tensor) -> States:

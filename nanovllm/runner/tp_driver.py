@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -28,6 +29,8 @@ GROUP_BYTES = 1 << 27  # of patches or mel features in one message
 
 
 _load_needs = wire.decoder(tuple[LogitEdits | None, bool, bool])
+_load_adapter = wire.decoder(tuple[int, str])
+_load_id = wire.decoder(int)
 _load_embeddings = wire.decoder(tuple[str, wire.Array])
 _load_media = wire.decoder(list[tuple[str, wire.Array, tuple[int, ...], str]])
 _load_keys = wire.decoder(list[str])
@@ -74,6 +77,19 @@ class TPDriver(Runner):
         super().prepare(edits, has_penalties=has_penalties, has_masks=has_masks)
         if edits is not None or has_penalties or has_masks:
             self.ranks.call("prepare", wire.dump((edits, has_penalties, has_masks)))
+
+    def check_adapter(self, adapter_id: int, folder: Path) -> bytes:
+        digest = super().check_adapter(adapter_id, folder)
+        self.ranks.call("check_adapter", wire.dump((adapter_id, str(folder))))
+        return digest
+
+    def read_adapter(self, adapter_id: int) -> None:
+        super().read_adapter(adapter_id)
+        self.ranks.send("read_adapter", wire.dump(adapter_id))
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        super().drop_adapter(adapter_id)
+        self.ranks.send("drop_adapter", wire.dump(adapter_id))
 
     def add_embeddings(self, key: str, embeds: Tensor) -> None:
         super().add_embeddings(key, embeds)
@@ -139,6 +155,16 @@ def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
         edits, has_penalties, has_masks = _load_needs(payload)
         runner.prepare(edits, has_penalties=has_penalties, has_masks=has_masks)
 
+    def check_adapter(payload: bytes) -> None:
+        adapter_id, folder = _load_adapter(payload)
+        runner.check_adapter(adapter_id, Path(folder))
+
+    def read_adapter(payload: bytes) -> None:
+        runner.read_adapter(_load_id(payload))
+
+    def drop_adapter(payload: bytes) -> None:
+        runner.drop_adapter(_load_id(payload))
+
     def add_embeddings(payload: bytes) -> None:
         key, embeds = _load_embeddings(payload)
         runner.add_embeddings(key, wire.tensor(embeds))
@@ -161,6 +187,9 @@ def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
     return {
         "launch": launch,
         "prepare": prepare,
+        "check_adapter": check_adapter,
+        "read_adapter": read_adapter,
+        "drop_adapter": drop_adapter,
         "add_embeddings": add_embeddings,
         "encode": encode,
         "drop_embeddings": drop_embeddings,

@@ -41,8 +41,8 @@ class RowSettings(NamedTuple):
     """The device state of a row at the start of a request.
 
     `pos` is the position of the first token that the row feeds. `blocks` has a block table for each
-    group of layers. `rope_offset` is added to positions before the rotation. `adapter` 0 is the
-    model without an adapter.
+    group of layers. `rope_offset` is added to positions before the rotation. `adapter` is the
+    number of a slot, 0 for the model without an adapter.
     """
 
     row: int
@@ -52,6 +52,13 @@ class RowSettings(NamedTuple):
     blocks: list[list[int]]
     rope_offset: int = 0
     adapter: int = 0
+
+
+class AdapterLoad(NamedTuple):
+    """An adapter that is copied to the slot `number`, from 1 on, before the step."""
+
+    adapter_id: int
+    number: int
 
 
 class TokenHistory(NamedTuple):
@@ -176,6 +183,7 @@ class StepPlan:
         that follow it in the state. Empty in a decode step in which every row feeds only its newest
         token.
     is_sampled: [R] whether the step samples the row's next token.
+    adapters: copies to slots before the step.
     restores: copies from slots to rows before the step. snapshots: from rows to slots after it.
     position_3T: int64 [3, T] the positions of the tokens in time, height and width. None: each has
         one position, which the device derives from the state.
@@ -192,6 +200,7 @@ class StepPlan:
     is_sampled: list[bool]
     settings: list[RowSettings] = field(default_factory=list)
     new_blocks: list[NewBlock] = field(default_factory=list)
+    adapters: list[AdapterLoad] = field(default_factory=list)
     restores: list[RowCopy] = field(default_factory=list)
     snapshots: list[RowCopy] = field(default_factory=list)
     histories: list[TokenHistory] = field(default_factory=list)

@@ -96,7 +96,9 @@ class Request:
     edits: LogitEdits | None = None
     constraint: Constraint | None = None  # has consumed exactly output_ids
     cache_root: bytes = b""  # start of the digest chain: data that all keys and values depend on
-    adapter: int = 0  # its number on the device; 0: none
+    adapter_id: int = 0  # 0: none
+    adapter: int = 0  # the number of its slot, while running
+    num_passed: int = 0  # how often later requests were admitted while it waited for a slot
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: str | None = None
@@ -127,6 +129,7 @@ class Request:
         """Return to waiting without cached tokens: the next prefill feeds all known tokens."""
         self.status = Status.WAITING
         self.row, self.blocks, self.block_digests = -1, [], []
+        self.adapter = 0
         self.is_decoding = self.is_verifying = self.is_failing = False
         self.num_computed = self.num_in_flight = 0
         self.snapshot = None

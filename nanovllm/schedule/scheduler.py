@@ -13,13 +13,18 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 
+from nanovllm.schedule.adapter_slots import AdapterSlots
 from nanovllm.schedule.batch_builder import Chunk, decode_plan, prefill_plan, sampling_metadata
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.plan import DRAFT, NewBlock, StepPlan
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.schedule.request import Request, Status
+
+# How many requests may pass one that waits for a slot, and how far one may be behind it.
+MAX_PASSED = 256
 
 Proposer = Callable[[Request], Sequence[int]]
 
@@ -40,7 +45,7 @@ class Scheduler:
         `max_proposals` of its tokens are used. Steps whose choice needs the host have none.
 
         Without it, `num_drafts` tokens that the device has left in its state are proposed: then the
-        next step need not wait for the tokens of this one.
+        next step need not wait for the tokens of this one. Requests with adapters need `adapters`.
         """
         self.cache = cache
         self.max_num_seqs = max_num_seqs
@@ -49,6 +54,7 @@ class Scheduler:
         self.max_prefill_rows = max_prefill_rows
         self.stall = stall
         self.max_proposals = max_proposals
+        self.adapters: AdapterSlots | None = None
         self.propose: Proposer | None = None
         self.num_drafts = 0
         self.waiting: deque[Request] = deque()
@@ -85,6 +91,8 @@ class Scheduler:
         Used after an error in a step, when the cache's content and its records may differ.
         """
         self.cache.reset()
+        if self.adapters is not None:
+            self.adapters.reset()
         self.running = []
         self.waiting = deque(sorted(requests, key=lambda request: request.priority))
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
@@ -119,6 +127,8 @@ class Scheduler:
                 self._preempt_last()  # every prompt waits for blocks that the others have
                 plan = self._plan_prefill(math.inf)
         self._prefill_was_last = plan is not None and plan.is_prefill
+        if plan is not None and self.adapters is not None and self.adapters.loads:
+            plan = replace(plan, adapters=self.adapters.take_loads())
         return plan
 
     def tokens_known(self, request: Request, num_fed: int, token_ids: Sequence[int]) -> None:
@@ -154,10 +164,14 @@ class Scheduler:
             if budget and len(chunks) < self.max_prefill_rows:
                 num_left -= request.num_known - request.num_computed
                 budget -= self._add_chunk(chunks, request, budget, max_ms, num_left)
-        while self.waiting and budget and self._free_rows and len(chunks) < self.max_prefill_rows:
-            if not self._admit(self.waiting[0]):
+        while budget and self._free_rows and len(chunks) < self.max_prefill_rows:
+            place = self._next_place()
+            if place is None or not self._admit(self.waiting[place]):
                 break
-            request = self.waiting.popleft()
+            request = self.waiting[place]
+            del self.waiting[place]
+            for passed in islice(self.waiting, place):
+                passed.num_passed += 1
             num_left -= request.num_known
             budget -= self._add_chunk(chunks, request, budget, max_ms, num_left)
         return prefill_plan(chunks) if chunks else None
@@ -206,13 +220,32 @@ class Scheduler:
         chunks.append(Chunk(request, start, num_tokens, is_first, is_last, new_blocks, *slots))
         return num_tokens
 
+    def _next_place(self) -> int | None:
+        """The place in the queue of the next request to admit: the first, unless it needs a slot
+        for its adapter and running requests use all of them.
+
+        Then later requests pass it, but only so often that it does not wait forever.
+        """
+        if not self.waiting or self.adapters is None:
+            return 0 if self.waiting else None
+        for place, request in enumerate(islice(self.waiting, MAX_PASSED)):
+            if not request.adapter_id or self.adapters.has_room(request.adapter_id):
+                return place
+            if request.num_passed >= MAX_PASSED:
+                break
+        return None
+
     def _admit(self, request: Request) -> bool:
-        """Give a waiting request a row and blocks for all its known tokens, cached blocks first.
+        """Give a waiting request a row and blocks for all its known tokens, cached blocks first,
+        and its adapter a slot, which is free.
 
         Returns False if there are too few free blocks.
         """
         if not self.cache.admit(request, self._num_reached(request), len(self.running)):
             return False
+        if request.adapter_id:
+            assert self.adapters is not None
+            request.adapter, request.num_passed = self.adapters.take(request.adapter_id), 0
         if request.num_cached is None:
             request.num_cached = request.num_computed
         request.row = self._free_rows.pop()
@@ -315,5 +348,8 @@ class Scheduler:
     def _vacate(self, request: Request) -> None:
         self.running.remove(request)
         self.cache.release(request)
+        if self.adapters is not None:
+            self.adapters.release(request.adapter)
+            request.adapter = 0
         self._free_rows.append(request.row)
         request.row = -1

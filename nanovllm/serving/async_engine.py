@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
     from nanovllm.engine.metrics import Metric
+    from nanovllm.lora_request import LoRARequest
     from nanovllm.media.mm_inputs import MMInput
     from nanovllm.outputs import TopLogprobs
     from nanovllm.prompts import AnyPrompt, Prompt
@@ -92,8 +93,18 @@ class AsyncEngine(Protocol):
         *,
         request_id: str | None = None,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> Stream:
         """Queue a prompt. Raises ValueError for an invalid one, QueueFull, Draining, Unavailable,
+        EngineDead."""
+        ...
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Check an adapter and begin to read it. Raises ValueError and EngineDead."""
+        ...
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """Forget an adapter; False if it is not known. Raises ValueError while requests use it, and
         EngineDead."""
         ...
 

@@ -16,6 +16,7 @@ from nanovllm.engine.input_processor import InputProcessor, drawn_seed
 from nanovllm.engine.metrics import Metric
 from nanovllm.engine.owner import OwnerProcess
 from nanovllm.engine.request import EngineInfo, EngineRequest
+from nanovllm.lora_request import FIELD, LoRARequest, checked
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.output_stream import StreamedAnswer, StreamedOutput
 from nanovllm.outputs import RequestOutput
@@ -268,6 +269,7 @@ class Client:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> OpenStream:
         """Queue a prompt; its answers come through the stream.
 
@@ -283,7 +285,7 @@ class Client:
         self._quota.take(params.n)  # prompts whose media are being prepared count as waiting
         key: object | None = None
         try:
-            asked, media, key = await self._encoder.encode(given, params, priority)
+            asked, media, key = await self._encoder.encode(given, params, priority, lora_request)
             self._check_open()
             feed = self._new_feed(self._checked_name(request_id), asked)
             feed.media_key = key
@@ -301,6 +303,7 @@ class Client:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yield outputs as they grow, according to sampling_params.output_kind; see `open`.
 
@@ -309,7 +312,9 @@ class Client:
         await self.ready()
         params = self.default_params if sampling_params is None else sampling_params
         given = as_prompt(prompt)
-        stream = await self.open(given, params, request_id=request_id, priority=priority)
+        stream = await self.open(
+            given, params, request_id=request_id, priority=priority, lora_request=lora_request
+        )
         prompt_ids = stream.prompt_token_ids
         growing = StreamedOutput(stream.request_id, given.text, prompt_ids, params.output_kind)
         for index in range(params.n):
@@ -345,6 +350,31 @@ class Client:
         await self.ready()
         self._check_alive()
         return aggregate(await asyncio.gather(*(one.metrics() for one in self._engines)))
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Check an adapter and begin to read it, before a request names it. Returns True.
+
+        Raises ValueError if the files are damaged, not supported or do not fit the model, and
+        EngineDead.
+        """
+        await self.ready()
+        checked(lora_request, is_enabled=self.config.enable_lora)
+        await self._ask_lora(messages.ADD_LORA, messages.dump(lora_request))
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """Forget an adapter; False if it is not known. Raises ValueError while requests use it, and
+        EngineDead."""
+        await self.ready()
+        return await self._ask_lora(messages.REMOVE_LORA, messages.dump(lora_id))
+
+    async def _ask_lora(self, name: str, payload: bytes) -> bool:
+        self._check_alive()
+        living = [one for one in self._engines if not one.is_lost]
+        replies = await asyncio.gather(*(one.ask_lora(name, payload) for one in living))
+        if error := next((one.error for one in replies if one.error is not None), None):
+            raise InvalidValue(FIELD, error)
+        return any(one.found for one in replies)
 
     # inside -----------------------------------------------------------------------------------
 

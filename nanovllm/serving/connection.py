@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from nanovllm.engine.metrics import Metric
 from nanovllm.engine.request import EngineInfo
 from nanovllm.parallel.channel import pack, unpack
 from nanovllm.replicas import messages
+from nanovllm.replicas.messages import LoraReply
 from nanovllm.replicas.metric_aggregation import LastMetrics
 
 
@@ -28,6 +30,7 @@ class Connection(asyncio.Protocol):
         self.is_lost = False
         self._asked: list[asyncio.Future[None]] = []
         self._metrics = LastMetrics()
+        self._lora_replies: deque[asyncio.Future[LoraReply]] = deque()  # in the order of messages
 
     @classmethod
     async def open(
@@ -48,6 +51,13 @@ class Connection(asyncio.Protocol):
             await asyncio.shield(self._asked[-1])
         return self._metrics.all
 
+    async def ask_lora(self, name: str, payload: bytes) -> LoraReply:
+        """The reply to ADD_LORA or REMOVE_LORA. Raises the error that `fail` was called with."""
+        reply: asyncio.Future[LoraReply] = asyncio.get_running_loop().create_future()
+        self._lora_replies.append(reply)
+        self.send(name, payload)
+        return await asyncio.shield(reply)
+
     def follow(self, lost: Connection) -> None:
         """Be the connection to an engine that was started in the place of a lost one. It is lost,
         too, until that is ready."""
@@ -58,13 +68,16 @@ class Connection(asyncio.Protocol):
         """Note that the engine does nothing any more, but other engines go on."""
         self.is_lost = True
         self._metrics.rest()
+        self._drop_lora_replies()
         self._answer()
 
     def fail(self, error: Exception) -> None:
         """Raise the error in everything that waits for the engine."""
         if not self.info.done():
             self.info.set_exception(error)
-        asked, self._asked = self._asked, []
+        asked: list[asyncio.Future[Any]] = [*self._asked, *self._lora_replies]
+        self._asked = []
+        self._lora_replies.clear()
         for future in asked:
             if not future.done():
                 future.set_exception(type(error)(*error.args))
@@ -75,12 +88,19 @@ class Connection(asyncio.Protocol):
             if not future.done():
                 future.set_result(None)
 
+    def _drop_lora_replies(self) -> None:
+        """The engine has ended: one that follows reads adapters when requests name them."""
+        while self._lora_replies:
+            self._lora_replies.popleft().set_result(LoraReply(False))
+
     def _take(self, name: str, payload: bytes) -> None:
         if name == messages.OUTPUTS:
             self._on_outputs(payload)
         elif name == messages.METRICS:
             self._metrics.note(messages.load_metrics(payload))
             self._answer()
+        elif name in (messages.ADD_LORA, messages.REMOVE_LORA):
+            self._lora_replies.popleft().set_result(messages.load_lora_reply(payload))
         else:
             assert name == messages.READY, name
             self.info.set_result(messages.load_info(payload))

@@ -10,6 +10,7 @@ from functools import partial
 from nanovllm.config import EngineConfig
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.request import EngineInfo, EngineRequest
+from nanovllm.lora_request import LoRARequest
 from nanovllm.media import mm_inputs as media_given
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.prompts import Prompt
@@ -45,14 +46,22 @@ class Encoder:
             self._seeing.check_media(media)
 
     async def encode(
-        self, prompt: Prompt, params: SamplingParams, priority: int
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int,
+        lora_request: LoRARequest | None = None,
     ) -> tuple[EngineRequest, bytes, object | None]:
         """The request, the message with its media, and the media's key: call `release` with it when
         the answers have ended. Raises the errors of `MMPreprocessor.prepare`, and ValueError for an
         invalid prompt."""
         incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
         asked = partial(
-            self._intake.request, params=params, incremental=incremental, priority=priority
+            self._intake.request,
+            params=params,
+            incremental=incremental,
+            priority=priority,
+            lora_request=lora_request,
         )
         if prompt.media:
             self.check_media(prompt.media)

@@ -6,9 +6,10 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,7 +72,8 @@ def region_modules(model: Model) -> set[str]:
     """The modules of a model's regions, and those of other architectures that they use: modules
     that they name and that have a `layer`, too."""
     found: set[str] = set()
-    waiting = [region.__module__ for region in (model.embed, model.layer, model.head)]
+    regions = (model.embed, model.layer, model.head)
+    waiting = [name for region in regions for name in _modules_of(region)]
     while waiting:
         name = waiting.pop()
         if name not in found:
@@ -81,6 +83,13 @@ def region_modules(model: Model) -> set[str]:
                 one for one in used if one is not None and "layer" in vars(sys.modules[one])
             )
     return found
+
+
+def _modules_of(region: Callable[..., Any]) -> list[str]:
+    """The modules of a region, which may be a function that is bound to another region."""
+    if not isinstance(region, partial):
+        return [region.__module__]
+    return [name for one in (region.func, *region.args) for name in _modules_of(one)]
 
 
 def _module_of(value: object) -> str | None:
@@ -98,6 +107,8 @@ def _ready_key(resolved: ResolvedConfig) -> Key:
     shapes = [{name: param.shape for name, param in group.items()} for group in reduced.declared]
     num_groups = len(model.page_groups.groups)
     facts = [keys.describe(reduced), shapes, str(model.config.dtype), num_groups]
+    if model.lora is not None:
+        facts.append(list(model.lora))
     described = json.dumps(facts)
     common = common_ingredients(platform, passes, model)
     towers = {

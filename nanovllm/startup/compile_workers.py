@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nanovllm.models.config import ModelConfig
+from nanovllm.models.lora.slots import slots_bytes
 from nanovllm.startup.artifacts import is_ready
 from nanovllm.startup.offload import device_bytes
 from nanovllm.startup.resolve import ResolvedConfig, workers_may_help
@@ -17,7 +18,7 @@ def num_workers(resolved: ResolvedConfig) -> int:
     cfg, spec, model = resolved.model.config, resolved.spec, resolved.model
     token_size = _mlp_size(cfg) + 8 * cfg.hidden_size + 3 * cfg.qkv_size
     scratch_bytes = spec.layout.prefill_tokens[-1] * token_size * cfg.dtype.itemsize
-    params_bytes = model.reduced().param_bytes
+    params_bytes = model.reduced().param_bytes + slots_bytes(model.reduced())
     worker_bytes = params_bytes + scratch_bytes + (1 << 30)  # for the device's context
     own_bytes = device_bytes(model, spec.offload)
     count = resolved.platform.compile_workers(worker_bytes, own_bytes)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from nanovllm.config import EngineConfig, num_bytes
 from nanovllm.models.experts.offloaded import OffloadPlan
+from nanovllm.models.lora.slots import slots_bytes
 from nanovllm.models.model import Model
 from nanovllm.platforms.base import Platform
 
@@ -60,8 +61,9 @@ def choose_offload(config: EngineConfig, model: Model, platform: Platform) -> Of
 
 
 def device_bytes(model: Model, plan: OffloadPlan | None) -> int:
-    """Bytes that weights take on the device, with all experts or those of a plan."""
-    total = model.param_bytes
+    """Bytes that weights and slots for adapters take on the device, with all experts or those of a
+    plan."""
+    total = model.param_bytes + slots_bytes(model)
     if plan is None or model.config.moe is None:
         return total
     num_experts = model.config.moe.num_experts

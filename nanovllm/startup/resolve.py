@@ -18,7 +18,8 @@ from nanovllm.models import registry, svd_experts
 from nanovllm.models.gguf.header import is_gguf
 from nanovllm.models.layer_state import PagedKV, recurrent_bytes
 from nanovllm.models.loader import has_own_head
-from nanovllm.models.model import Model
+from nanovllm.models.lora.regions import with_lora
+from nanovllm.models.model import LoraSlots, Model
 from nanovllm.models.schemes import OPTIONS, UNQUANTIZED
 from nanovllm.models.shards import ALL, Shard
 from nanovllm.models.vision.budgets import budgets
@@ -63,7 +64,7 @@ class ResolvedConfig:
         config, cfg = replace(self.config, max_model_len=max_model_len), self.model.config
         model = make_model(config, self.hf, cfg.dtype)
         model = replace(model, config=replace(model.config, moe=cfg.moe))
-        model = model.on_ranks(config.tensor_parallel_size)
+        model = with_adapters(config, model.on_ranks(config.tensor_parallel_size))
         spec = replace(make_spec(config, model, self.platform), draft=self.spec.draft)
         return replace(self, config=config, model=model, spec=spec)
 
@@ -148,6 +149,7 @@ def resolve_model(
     config = within_limit(config, model, hf)
     if config.tensor_parallel_size > 1:
         model = on_ranks(config, model)
+    model = with_adapters(config, model)
     spec = make_spec(config, model, platform)
     shard = Shard(0, config.tensor_parallel_size)
     eos_ids = eos_token_ids(folder, hf)
@@ -211,6 +213,13 @@ def on_ranks(config: EngineConfig, model: Model) -> Model:
     if unsupported := next((what for what, is_used in alone.items() if is_used), None):
         raise ValueError(f"{asked}, which does not go with {unsupported}")
     return with_experts_on_ranks(config.expert_parallel, model, size).on_ranks(size)
+
+
+def with_adapters(config: EngineConfig, model: Model) -> Model:
+    """The model with slots for adapters, if the options ask for them."""
+    if not config.enable_lora:
+        return model
+    return with_lora(model, LoraSlots(config.max_loras, config.max_lora_rank))
 
 
 def within_limit(config: EngineConfig, model: Model, hf: Any) -> EngineConfig:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.metrics import PREFIX, Counter, Gauge, Metric
+from nanovllm.lora_request import LoRARequest
 from nanovllm.media import mm_inputs as media_given
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.outputs import TopLogprobs
@@ -73,6 +74,12 @@ class MockEngine:
     def check_media(self, media: Sequence[MMInput]) -> None:
         media_given.refuse(self.config.model, media)
 
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        return True
+
     async def open(
         self,
         prompt: AnyPrompt | Prompt,
@@ -80,6 +87,7 @@ class MockEngine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> MockStream:
         if self.failure is not None:
             raise self.failure

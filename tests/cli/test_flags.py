@@ -303,17 +303,18 @@ def test_flags_of_vllm_serve() -> None:
     words += ' --default-chat-template-kwargs {"enable_thinking":false} --enable-auto-tool-choice'
     words += " --limit-mm-per-prompt image=2 --max-model-len 2k --host 0.0.0.0 --api-key k"
     words += " --served-model-name a --ssl-certfile c --ssl-keyfile d --allowed-origins *"
-    words += " --chat-template {{messages}}"
+    words += " --chat-template {{messages}} --enable-lora --max-loras 2 --lora-modules a=b c=d"
     args = serve_args(*words.split())
     assert engine_config(args, skip=serve.OF_SERVER) == EngineConfig(
         "m/n", tensor_parallel_size=2, data_parallel_size=3, quantization="int8",
         limit_mm_per_prompt={"image": 2}, max_model_len=2000, chat_template="{{messages}}",
+        enable_lora=True, max_loras=2,
     )  # fmt: skip
     assert ServerConfig(**given(args, ServerConfig)) == ServerConfig(
         api_processes=4, access_log=False, root_path="/a/b", uvicorn_log_level="info", port=1,
         reasoning_parser="qwen3", tool_call_parser="hermes", host="0.0.0.0", api_key=["k"],
         default_chat_template_kwargs={"enable_thinking": False}, served_model_name=["a"],
-        ssl_certfile="c", ssl_keyfile="d", allowed_origins=["*"],
+        ssl_certfile="c", ssl_keyfile="d", allowed_origins=["*"], lora_modules=["a=b", "c=d"],
     )  # fmt: skip
     assert serve_args("--api-server-count", "5", "--enable-log-requests").access_log is True
     assert serve_args("--disable-uvicorn-access-log").access_log is False
@@ -322,7 +323,7 @@ def test_flags_of_vllm_serve() -> None:
 @pytest.mark.parametrize(
     "flag",
     [
-        "--lora-modules", "--max-lora-rank", "--data-parallel-rank", "--data-parallel-address",
+        "--data-parallel-rank", "--data-parallel-address",
         "--data-parallel-size-local", "--decode-context-parallel-size", "--middleware",
         "--allowed-methods", "--allowed-headers", "--allow-credentials", "--ssl-ca-certs",
         "--ssl-cert-reqs", "--response-role", "--max-log-len", "--tool-parser-plugin",

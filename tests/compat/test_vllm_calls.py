@@ -292,7 +292,8 @@ def test_options_under_vllms_names(theirs: dict[str, Any], ours: dict[str, Any])
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill is False: only True"),
         ({"load_format": "pt"}, "load_format is 'pt': use one of auto, safetensors, dummy"),
         ({"block_size": 32, "kvcache_block_size": 16}, "are the same option: use one of them"),
-        ({"enable_lora": 1}, "enable_lora is 1: only False is supported"),
+        ({"lora_dtype": "float32"}, "lora_dtype is 'float32': only 'auto' is supported"),
+        ({"max_loras": 4}, "max_loras=4 needs enable_lora=True: there are no adapters"),
     ],
 )
 def test_other_values_are_refused_by_name(options: dict[str, Any], match: str) -> None:

@@ -1,26 +1,26 @@
-"""Rows know their adapter: each gets the answer that it would get alone."""
+"""Requests with adapters get the answers of the merged model, in any company."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, LoRARequest
 from nanovllm.checks import InvalidValue
 from nanovllm.compile import keys
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import input_leaves
 from nanovllm.engine.request import EngineRequest
-from nanovllm.models import registry
 from nanovllm.schedule.outputs import FinishedOutput
 from nanovllm.schedule.plan import StepPlan
 from tests.engines import assert_all_free, drain, greedy
-from tests.models import adapted
+from tests.models import lora_cases
+from tests.models.harness import transformers_model
 
 LENGTHS = (19, 1, 40, 33, 7, 20)
 PROMPTS = [[(7 * i + 3 * j * j) % 120 + 5 for j in range(num)] for i, num in enumerate(LENGTHS)]
@@ -28,92 +28,171 @@ NAMES = (None, "french", "german", "french", None, "german")
 SIZES: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "max_model_len": 128, "kvcache_block_size": 16,
     "max_num_seqs": 6, "max_num_batched_tokens": 64, "num_kvcache_blocks": 60,
+    "skip_tokenizer_init": True,
 }  # fmt: skip
+LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "max_cpu_loras": 3}
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "graph": {"graph_batch_sizes": (1, 6)},
 }
+BATCH = [
+    f"batch_{one}" for one in ("rope_pos_T", "slot_T", "block_table_RP", "seq_len_R", "q_start_S")
+]
+NUMBERS = {"french": 7, "german": 2, "dutch": 30, "danish": 4}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with adapted.checkpoint(tmp_path_factory.mktemp("adapted")) as found:
-        yield found
+def adapters(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoRARequest]:
+    """Adapters of several kinds; "danish" has those of "german" on some layers alone."""
+    root, found = tmp_path_factory.mktemp("adapters"), {}
+    fields: dict[str, dict[str, Any]] = {
+        "french": {"use_rslora": True},
+        "german": {
+            "ranks": {"q_proj": 2, "down_proj": 8}, "target_modules": r".*\.(q|v|o|down)_proj",
+            "rank_pattern": {"q_proj": 2, "down_proj": 8}, "alpha_pattern": {"v_proj": 3},
+            "named": lambda module: module.endswith(("q_proj", "v_proj", "o_proj", "down_proj")),
+        },
+        "dutch": {},
+        "danish": {
+            "target_modules": ["up_proj"], "layers_to_transform": [1],
+            "named": lambda module: ".layers.1." in module and module.endswith("up_proj"),
+        },
+    }  # fmt: skip
+    for seed, (name, changes) in enumerate(fields.items()):
+        folder = lora_cases.save_adapter(root / name, checkpoint, seed=seed, **changes)
+        found[name] = LoRARequest(name, NUMBERS[name], str(folder))
+    return found
 
 
-def make(folder: Path, **options: Any) -> LLM:
-    llm = LLM(str(folder), **{**SIZES, **MODES["eager"], **options})
-    for name in ("french", "german"):
-        llm.engine.adapters.add(name, name.encode())
-    return llm
+def scale(name: str, module: str, rank: int) -> float:
+    """PEFT's factor of an adapter's product, by its configs above."""
+    if name == "french":
+        return lora_cases.ALPHA / rank**0.5
+    alpha = 3 if name == "german" and module.endswith("v_proj") else lora_cases.ALPHA
+    return alpha / rank
 
 
 @pytest.fixture(scope="module")
-def eager(folder: Path) -> Iterator[LLM]:
-    llm = make(folder, draft_lengths=(2,))
+def merged(
+    checkpoint: Path, adapters: dict[str, LoRARequest], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str | None, Any]:
+    """transformers' models with the adapters merged."""
+    root = tmp_path_factory.mktemp("merged")
+    found = {None: transformers_model(checkpoint, "cpu")}
+    for name, one in adapters.items():
+        folder = lora_cases.save_merged(
+            root / name, checkpoint, Path(one.path), lambda *at, name=name: scale(name, *at)
+        )
+        found[name] = transformers_model(folder, "cpu")
+    return found
+
+
+def make(checkpoint: Path, **options: Any) -> LLM:
+    return LLM(str(checkpoint), **{**SIZES, **LORA, **MODES["eager"], **options})
+
+
+@pytest.fixture(scope="module")
+def eager(checkpoint: Path) -> Iterator[LLM]:
+    llm = make(checkpoint, draft_lengths=(2,))
     yield llm
     llm.close()
 
 
-def run(
-    llm: LLM, prompts: Sequence[list[int]], names: Sequence[str | None], num_tokens: int = 12
-) -> list[FinishedOutput]:
-    """Answers to prompts in one batch, each with an adapter or none."""
-    engine, params = llm.engine, greedy(num_tokens)
-    ids = [
-        engine.add(EngineRequest(prompt, params, incremental=False, adapter=name))
-        for prompt, name in zip(prompts, names)
-    ]
-    done = drain(llm)
-    assert_all_free(llm)
-    return [done[one] for one in ids]
+class Asked:
+    """Runs prompts with adapters, by their names."""
 
+    def __init__(self, adapters: dict[str, LoRARequest]) -> None:
+        self.adapters = adapters
 
-def tokens(*args: Any) -> list[list[int]]:
-    return [one.token_ids for one in run(*args)]
+    def __call__(
+        self, llm: LLM, prompts: Sequence[list[int]], names: Sequence[str | None], num: int = 12
+    ) -> list[FinishedOutput]:
+        """Answers to prompts in one batch."""
+        engine, params = llm.engine, greedy(num, logprobs=2)
+        ids = [
+            engine.add_request(prompt, params, incremental=False, lora_request=self.of(name))
+            for prompt, name in zip(prompts, names)
+        ]
+        done = drain(llm)
+        assert_all_free(llm)
+        return [done[one] for one in ids]
+
+    def of(self, name: str | None) -> LoRARequest | None:
+        return None if name is None else self.adapters[name]
+
+    def tokens(self, *args: Any) -> list[list[int]]:
+        return [one.token_ids for one in self(*args)]
 
 
 @pytest.fixture(scope="module")
-def alone(eager: LLM) -> list[list[int]]:
+def asked(adapters: dict[str, LoRARequest]) -> Asked:
+    return Asked(adapters)
+
+
+@pytest.fixture(scope="module")
+def alone(eager: LLM, asked: Asked) -> list[list[int]]:
     """The answer to each prompt with its adapter, without company."""
     found = []
     for prompt, name in zip(PROMPTS, NAMES):
         eager.engine.forget_prefixes()
-        found += tokens(eager, [prompt], [name])
+        found += asked.tokens(eager, [prompt], [name])
     return found
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
-def test_a_batch_of_several_adapters_gives_each_its_own_answer(
-    mode: str, folder: Path, alone: list[list[int]]
+def test_answers_and_their_logprobs_are_those_of_merged_models(
+    mode: str, checkpoint: Path, asked: Asked, merged: dict[str | None, Any]
 ) -> None:
-    llm = make(folder, **MODES[mode])
-    assert tokens(llm, PROMPTS, NAMES) == alone
-    plain = tokens(llm, PROMPTS, [None] * 6)
-    differs = [one != other for one, other in zip(plain, alone)]
-    assert differs == [name is not None for name in NAMES], "an adapter changes its answers alone"
+    """Also with more adapters than slots and than places in host memory, in one batch."""
+    llm = make(checkpoint, **MODES[mode])
+    num_programs = llm.engine.runner.compiler.num_compiled
+    for names in (NAMES, ("dutch", "danish", "french", "german", None, "danish")):
+        for prompt, name, found in zip(PROMPTS, names, asked(llm, PROMPTS, names)):
+            given = torch.tensor([prompt + found.token_ids])
+            logits_TV = merged[name](given).logits[0, len(prompt) - 1 : -1]
+            assert found.token_ids == logits_TV.argmax(-1).tolist()
+            expected_TV = logits_TV.log_softmax(-1)
+            for expected_V, top in zip(expected_TV, found.logprobs or ()):
+                for token_id, one in top.items():
+                    assert abs(one.logprob - expected_V[token_id]) < 1e-4
+    assert llm.engine.runner.compiler.num_compiled == num_programs
     llm.close()
 
 
-def test_equal_prompts_share_blocks_with_one_adapter_only(eager: LLM) -> None:
+def test_a_batch_of_several_adapters_gives_each_its_own_answer(
+    eager: LLM, asked: Asked, alone: list[list[int]]
+) -> None:
+    eager.engine.forget_prefixes()
+    assert asked.tokens(eager, PROMPTS, NAMES) == alone
+    plain = asked.tokens(eager, PROMPTS, [None] * 6)
+    differs = [one != other for one, other in zip(plain, alone)]
+    assert differs == [name is not None for name in NAMES], "an adapter changes its answers alone"
+
+
+def test_equal_prompts_share_blocks_with_one_adapter_only(eager: LLM, asked: Asked) -> None:
     eager.engine.forget_prefixes()
     names = (None, "french", "german", "german", None)
-    found = [run(eager, [PROMPTS[2]], [name])[0] for name in names]
+    found = [asked(eager, [PROMPTS[2]], [name])[0] for name in names]
     assert [one.num_cached_tokens for one in found] == [0, 0, 0, 32, 32]
     assert found[3].token_ids == found[2].token_ids != found[1].token_ids
     assert found[4].token_ids == found[0].token_ids
 
 
-def test_preempted_requests_keep_their_adapters(folder: Path, alone: list[list[int]]) -> None:
-    llm = make(folder, num_kvcache_blocks=1 + 11)
-    assert tokens(llm, PROMPTS, NAMES) == alone
-    expected = tokens(llm, PROMPTS, NAMES, 40)
+def test_preempted_requests_keep_their_adapters(
+    checkpoint: Path, asked: Asked, alone: list[list[int]]
+) -> None:
+    llm = make(checkpoint, num_kvcache_blocks=1 + 11)
+    assert asked.tokens(llm, PROMPTS, NAMES) == alone
+    longer = asked.tokens(llm, PROMPTS, NAMES, 40)
     assert llm.engine.scheduler.num_preemptions > 0
-    assert [one[:12] for one in expected] == alone
+    assert [one[:12] for one in longer] == alone
     llm.close()
 
 
-def test_verified_tokens_are_those_of_the_adapter(eager: LLM, alone: list[list[int]]) -> None:
+def test_verified_tokens_are_those_of_the_adapter(
+    eager: LLM, asked: Asked, alone: list[list[int]]
+) -> None:
     of = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, alone)}
 
     def propose(request: Any) -> list[int]:
@@ -121,67 +200,126 @@ def test_verified_tokens_are_those_of_the_adapter(eager: LLM, alone: list[list[i
         return of[tuple(request.prompt_ids)][start : start + 2]
 
     eager.engine.propose = propose
+    params = greedy(12)
     try:
         num_steps = eager.engine.metrics.num_steps
-        assert tokens(eager, PROMPTS, NAMES) == alone
+        ids = [
+            eager.engine.add_request(prompt, params, lora_request=asked.of(name))
+            for prompt, name in zip(PROMPTS, NAMES)
+        ]
+        done = drain(eager)
+        assert [done[one].token_ids for one in ids] == alone
         assert eager.engine.metrics.num_steps - num_steps < 10
     finally:
         eager.engine.propose = None
 
 
-def test_an_adapter_that_is_not_loaded_is_refused_and_others_go_on(
-    eager: LLM, alone: list[list[int]]
+def test_the_slot_and_the_memory_unused_for_longest_are_replaced(
+    checkpoint: Path, asked: Asked
 ) -> None:
-    engine = eager.engine
-    first = engine.add(EngineRequest(PROMPTS[1], greedy(12), incremental=False, adapter="french"))
-    engine.step()
-    with pytest.raises(
-        InvalidValue, match="adapter 'dutch' is not loaded: loaded are 'french', 'german'"
-    ) as raised:
-        engine.add(EngineRequest(PROMPTS[0], greedy(12), adapter="dutch"))
-    assert raised.value.field == "adapter"
-    assert drain(eager)[first].token_ids == alone[1]
-    with pytest.raises(ValueError, match="adapter 'french' is loaded already"):
-        engine.adapters.add("french", b"")
-    with pytest.raises(ValueError, match=r"adapter 'dutch' cannot be loaded: there is room for 2"):
-        engine.adapters.add("dutch", b"")
+    """Two slots; three adapters in host memory."""
+    llm = make(checkpoint)
+    slots, adapters = llm.engine.scheduler.adapters, llm.engine.adapters
+    assert slots is not None
+    loaded, known = [], []
+    for name in ("french", "german", "french", "dutch", "german", "danish", "french"):
+        asked(llm, [PROMPTS[1]], [name], 2)
+        loaded.append({one for one, number in NUMBERS.items() if number in slots.loaded})
+        known.append({one.lora_name for one in adapters.requests})
+    assert loaded == [
+        {"french"}, {"french", "german"}, {"french", "german"}, {"french", "dutch"},
+        {"dutch", "german"}, {"german", "danish"}, {"danish", "french"},
+    ]  # fmt: skip
+    assert known[4] == {"french", "german", "dutch"}
+    assert known[5] == {"german", "dutch", "danish"}
+    assert known[6] == {"german", "danish", "french"}
+    llm.close()
 
 
-def test_a_model_without_adapters_refuses_them(eager_llm: LLM) -> None:
-    with pytest.raises(InvalidValue, match="adapter 'french' is not loaded: none is"):
-        eager_llm.engine.add(EngineRequest([5], SamplingParams(), adapter="french"))
-    assert not eager_llm.engine.has_unfinished
+def test_requests_wait_for_a_slot_and_others_pass_them(checkpoint: Path, asked: Asked) -> None:
+    llm = make(checkpoint, max_loras=1, max_cpu_loras=1)
+    engine, params = llm.engine, greedy(4)
+    names = ("french", "german", None, "french")
+    ids = [engine.add_request(PROMPTS[1], params, lora_request=asked.of(one)) for one in names]
+    order = []
+    while engine.has_unfinished:
+        order += [ids.index(one.request_id) for one in engine.step() if one.completion]
+        running = [request.adapter_id for request in engine.scheduler.running]
+        assert len(set(running) - {0}) <= 1
+    assert order[-1] == 1 and set(order[:3]) == {0, 2, 3}
+    assert_all_free(llm)
+    llm.close()
+
+
+def test_an_adapter_of_an_aborted_request_is_free_again(checkpoint: Path, asked: Asked) -> None:
+    llm = make(checkpoint, max_loras=1, max_cpu_loras=1)
+    engine = llm.engine
+    first = engine.add_request(PROMPTS[0], greedy(50), lora_request=asked.of("french"))
+    while not engine.scheduler.running:
+        engine.step()
+    with pytest.raises(InvalidValue, match="adapter 'french' is in use: unfinished requests"):
+        engine.adapters.remove(NUMBERS["french"])
+    engine.abort(first)
+    assert asked.tokens(llm, PROMPTS[:2], ["german", None])
+    assert engine.adapters.remove(NUMBERS["german"]) and not engine.adapters.remove(99)
+    assert not engine.adapters.requests
+    llm.close()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_adapters_are_there_after_sleep(level: int, eager: LLM, asked: Asked) -> None:
+    before = asked.tokens(eager, PROMPTS[:2], ["french", "german"])
+    eager.sleep(level)
+    eager.wake_up()
+    assert asked.tokens(eager, PROMPTS[:2], ["french", "german"]) == before
 
 
 def test_the_plans_bytes_are_all_that_another_rank_needs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second runner that gets plans as the other ranks do chooses the same tokens."""
-    llm, other = make(folder), make(folder)
-    launch, results = llm.engine.runner.launch, []
+    llm, other = make(checkpoint), make(checkpoint)
+    ours, theirs = llm.engine.runner, other.engine.runner
+    launch, results = ours.launch, []
+    for name in ("french", "german"):
+        theirs.check_adapter(NUMBERS[name], Path(asked.adapters[name].path))
+        theirs.read_adapter(NUMBERS[name])
 
     def told(plan: StepPlan) -> Any:
         read = StepPlan.from_bytes(plan.to_bytes())
         assert [row.adapter for row in read.settings] == [row.adapter for row in plan.settings]
         launched = launch(plan)
-        results.append((launched.wait().tokens, other.engine.runner.launch(read).wait().tokens))
+        results.append((launched.wait().tokens, theirs.launch(read).wait().tokens))
         return launched
 
-    monkeypatch.setattr(llm.engine.runner, "launch", told)
-    run(llm, PROMPTS, NAMES)
-    assert results and all(ours == theirs for ours, theirs in results)
+    monkeypatch.setattr(ours, "launch", told)
+    asked(llm, PROMPTS, NAMES)
+    assert results and all(one == other for one, other in results)
     llm.close()
     other.close()
 
 
-def test_programs_without_adapters_have_the_inputs_and_keys_of_a_model_without_any(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("option", ["tensor_parallel_size", "data_parallel_size"])
+def test_ranks_and_replicas_read_the_adapters_of_requests(
+    option: str, checkpoint: Path, asked: Asked, eager: LLM
 ) -> None:
-    known: dict[int, dict[str, tuple[list[str], dict[str, str]]]] = {0: {}, 2: {}}
-    make_program = Compiler._make
+    """Each is a process. There are more adapters than places in host memory."""
+    names = ("dutch", "danish", "french", "german", None, "danish")
+    eager.engine.forget_prefixes()
+    expected = asked.tokens(eager, PROMPTS, names)
+    llm = make(checkpoint, **{option: 2})
+    requests = [asked.of(name) for name in names]
+    found = llm.generate(PROMPTS, greedy(12), use_tqdm=False, lora_request=requests)
+    assert [one["token_ids"] for one in found] == expected
+    llm.close()
 
-    for num, found in known.items():
-        monkeypatch.setitem(registry.ARCHITECTURES, adapted.NAME, partial(adapted.adapted, num=num))
+
+def test_programs_without_adapters_have_the_inputs_and_keys_of_a_model_without_any(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: dict[bool, dict[str, tuple[list[str], dict[str, str]]]] = {False: {}, True: {}}
+    make_program = Compiler._make
+    for is_enabled, found in known.items():
 
         def noting(
             self: Compiler, name: str, function: Any, inputs: Any, found: Any = found
@@ -191,40 +329,104 @@ def test_programs_without_adapters_have_the_inputs_and_keys_of_a_model_without_a
             return make_program(self, name, function, inputs)
 
         monkeypatch.setattr(Compiler, "_make", noting)
-        LLM(str(folder), **SIZES, **MODES["eager"]).close()
-    plain, with_adapters = known[0], known[2]
-    state = ["token_S", "pos_S", "rope_offset_S", "block_tables_0", "sampling_SF", "seed_S"]
-    of_state = [f"state_{name}" for name in state]
-    batch = ["rope_pos_T", "slot_T", "block_table_RP", "seq_len_R", "q_start_S"]
-    of_batch = [f"batch_{name}" for name in batch]
-    begins = [name for name in plain if name.startswith("begin")]
-    layers = [name for name in plain if name.startswith("layer_decode")]
-    assert begins and layers
-    for name in plain:
-        names, ingredients = plain[name]
-        more, more_ingredients = with_adapters[name]
-        if name in begins:
-            assert names[:7] == [*of_state, "embed_VD"]
-            assert more == [*of_state, "state_adapter_S", *names[6:]]
-        if name in layers:
-            assert names[-6:] == [*of_batch, "h_TD"]
-            assert more == [*names[:-1], "batch_adapter_T", "h_TD"]
-        assert ingredients == {
-            one: value for one, value in more_ingredients.items() if "adapter_S" not in one
-            and "adapter_T" not in one
-        }  # fmt: skip
-        assert not any(leaf.endswith(("adapter_S", "adapter_T")) for leaf in names)
+        lora = LORA if is_enabled else {}
+        LLM(str(checkpoint), **SIZES, **MODES["eager"], **lora).close()
+    assert known[False].keys() == known[True].keys()
+    for name, (names, ingredients) in known[False].items():
+        more, more_ingredients = known[True][name]
+        if name.startswith("begin"):
+            assert "state_adapter_S" in more and "state_adapter_S" not in names
+        elif "layer" in name:
+            of_batch = [one for one in names if one.startswith("batch_")]
+            assert of_batch[:5] == BATCH and names[-1] == "h_TD"
+            rows = ["batch_adapters_adapter_T", "batch_adapters_order_T"]
+            assert [one for one in more if one.startswith("batch_")] == [*of_batch, *rows]
+            assert "w_qkv_ED" in names and "w_qkv_ED_a_NLD" in more
+            assert json.loads(ingredients["region"])[0] == "nanovllm.models.dense:layer"
+        else:
+            assert names == [one for one in more if one != "state_adapter_S"]
+            added = {one for one in more_ingredients if one not in ingredients}
+            assert added <= {"input state_adapter_S"}
 
 
-def test_a_request_with_other_weights_under_one_name_has_other_blocks(
-    eager: LLM, monkeypatch: pytest.MonkeyPatch
+def test_other_files_under_one_name_have_other_blocks(
+    checkpoint: Path, tmp_path: Path, asked: Asked
 ) -> None:
-    asked = EngineRequest(PROMPTS[2], greedy(1), incremental=False, adapter="french")
-    roots, adapters = [], eager.engine.adapters
-    french = next(iter(adapters))
-    for digest in (b"old", b"new"):
-        monkeypatch.setitem(adapters._by_name, french.name, replace(french, digest=digest))
-        eager.engine.add(asked)
-        roots.append(eager.engine.scheduler.waiting[0].cache_root)
-        drain(eager)
-    assert roots[0] != roots[1]
+    llm, roots, answers = make(checkpoint), [], []
+    for seed in (11, 12):
+        folder = lora_cases.save_adapter(tmp_path / "one", checkpoint, seed=seed)
+        request = LoRARequest("one", 1, str(folder))
+        llm.engine.add(EngineRequest(PROMPTS[2], greedy(3), incremental=False, adapter=request))
+        roots += [one.cache_root for one, _ in llm.engine._answers.requests.values()]
+        answers += [one.token_ids for one in drain(llm).values()]
+        llm.engine.adapters.remove(1)
+    assert roots[0] != roots[1] and answers[0] != answers[1]
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("a", 0, "/a"), "lora_int_id is 0: it must be a whole number, 1 …"),
+        (("a", -1, "/a"), "lora_int_id is -1"),
+        (("a", True, "/a"), "lora_int_id is True"),
+        (("", 1, "/a"), "lora_name is '': it must be a text, and not empty"),
+        (("a", 1, None), "lora_path is None"),
+    ],
+)
+def test_requests_that_name_no_adapter_are_refused(arguments: Any, error: str) -> None:
+    with pytest.raises(InvalidValue, match=error):
+        LoRARequest(*arguments)
+
+
+def test_adapters_that_do_not_work_are_refused_and_leave_nothing(
+    eager: LLM, asked: Asked, tmp_path: Path, checkpoint: Path
+) -> None:
+    before = eager.engine.adapters.requests
+    refused = {
+        LoRARequest("x", 90, str(tmp_path)): "adapter 'x': .*adapter_config.json cannot be read",
+        LoRARequest("french", 2, "/elsewhere"): "lora_int_id 2 is that of 'german' from .*, not of",
+    }
+    asked(eager, [PROMPTS[1]], ["german"], 1)
+    for request, error in refused.items():
+        with pytest.raises(InvalidValue, match=error) as raised:
+            eager.generate([PROMPTS[1]] * 2, greedy(2), lora_request=[None, request])
+        assert raised.value.field == "lora_request"
+    with pytest.raises(ValueError, match="lora_request is 5: it must be a LoRARequest, or None"):
+        eager.generate([PROMPTS[1]], greedy(2), lora_request=[5])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="1 lora requests for 2 prompts"):
+        eager.generate([PROMPTS[1]] * 2, greedy(2), lora_request=[None])
+    assert not eager.engine.has_unfinished
+    assert {one.lora_name for one in before} <= {one.lora_name for one in asked.adapters.values()}
+
+
+def test_an_engine_without_adapters_refuses_them(eager_llm: LLM, asked: Asked) -> None:
+    with pytest.raises(InvalidValue, match="'french': adapters need the option enable_lora=True"):
+        eager_llm.generate([[5]], greedy(1), lora_request=asked.of("french"))
+    assert not eager_llm.engine.has_unfinished
+
+
+def test_numbers_that_are_not_finite_end_their_requests_alone(
+    eager: LLM, asked: Asked, tmp_path: Path, checkpoint: Path, alone: list[list[int]]
+) -> None:
+    """They are found as a thread reads the file."""
+    folder = lora_cases.save_adapter(tmp_path, checkpoint, std=float("inf"))
+    requests = [LoRARequest("bad", 50, str(folder)), None]
+    outputs = eager.generate(
+        [PROMPTS[1], PROMPTS[0]], greedy(12), use_tqdm=False, lora_request=requests
+    )
+    assert outputs[0]["finish_reason"] == "error"
+    assert "adapter 'bad': " in outputs[0]["error"] and "not finite" in outputs[0]["error"]
+    assert outputs[1]["token_ids"] == alone[0]
+    assert 50 not in {one.lora_int_id for one in eager.engine.adapters.requests}
+
+
+def test_options_of_adapters_that_do_not_go_together_are_refused(checkpoint: Path) -> None:
+    for options, error in (
+        ({"max_cpu_loras": 1}, "max_cpu_loras is 1: it must be at least max_loras"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' does not go with enable_lora=True"),
+        ({"max_lora_rank": 513}, "max_lora_rank is 513"),
+        ({"enable_lora": False}, "max_loras=2 needs enable_lora=True"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            make(checkpoint, **options)

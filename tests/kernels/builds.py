@@ -442,6 +442,14 @@ def is_of_latents(name: str) -> bool:
     return name.startswith("latents ")
 
 
+def adapters(whole: bool) -> Iterator[Build]:
+    """The kernels of LoRA."""
+    from tests.kernels.lora_builds import TYPES, launches
+
+    for name, kernel, constants, num_warps, dtype in launches(whole):
+        yield Build(name, kernel, constants, num_warps, dtype=dtype, types=TYPES)
+
+
 def sums(whole: bool) -> Iterator[Build]:
     """The kernels of small sums over ranks."""
     from tests.kernels.reduce_builds import launches
@@ -478,6 +486,7 @@ def all_builds(name: str) -> Iterator[Build]:
     yield from segments(target, whole)
     yield from latents(target, whole)
     yield from hopper_prefills(whole)
+    yield from adapters(whole)
     yield from mixtures(name)
     if name in WITH_RANKS:
         yield from sums(whole)

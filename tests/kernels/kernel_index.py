@@ -34,6 +34,7 @@ from nanovllm.kernels.triton import (
     attention_prefill_hopper,
     experts,
     gated_gemm,
+    lora,
     packed_linear,
     packed_register,
     packed_tiles,
@@ -72,6 +73,7 @@ PASSES = {
     "fused_packed_linear": "fuse_linear",
     "fused_fp8_linear": "fuse_linear",
     "linear_": "add_in_place",
+    "add_lora_": "lora_in_place",
     "all_reduce_": "reduce_in_place",
     "all_reduce_norm": "fuse_reduce_norm",
     "norm_router_topk": "fuse_router",
@@ -87,6 +89,7 @@ def _sizes(by_ranks: Mapping[int, int]) -> str:
 _FEW = f"one token, or at most {experts.PAIRS_PER_EXPERT:g} (token, expert) pairs per expert"
 _ONE_SHOT = f"up to {_sizes(all_reduce.ONE_SHOT_BYTES)} whose GPUs read each other's memory"
 _TWO_SHOT = f"above that up to {_sizes(all_reduce.TWO_SHOT_BYTES)}; else NCCL"
+_LORA = f"parts of a multiple of {lora.MIN_OUTPUTS} outputs; tokens without adapters cost nothing"
 _HOPPER = attention_prefill_hopper
 # op → its Triton kernels, each with the condition under which it is launched
 CHOSEN: dict[str, dict[str, str]] = {
@@ -114,6 +117,10 @@ CHOSEN: dict[str, dict[str, str]] = {
         "varlen_attention_kernel": f"always; heads of up to {varlen_attention.MAX_HEAD}"
     },
     "zero_padding_": {"zero_padding_kernel": "always: after each prefill by flash-attn"},
+    **{
+        name: {"lora_shrink_kernel": _LORA, "lora_expand_kernel": "after it"}
+        for name in ("add_lora", "add_lora_")
+    },
     "fused_linear": {
         "gemv_kernel": "one row, if `skinny_tiles.max_rows` allows; the only one on sm_75",
         "skinny_gemm_kernel": (

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from nanovllm.engine.request import EngineRequest
+from nanovllm.lora_request import LoRARequest
 from nanovllm.replicas import messages
 from nanovllm.replicas.messages import Add, Outputs, RowTokens
 from nanovllm.sampling import RequestOutputKind, SamplingParams
@@ -35,12 +36,14 @@ def test_sampling_parameters_come_back() -> None:
 
 
 def test_an_adapter_comes_back_and_makes_other_digests() -> None:
-    def crossed_with(adapter: str | None, salt: str | None = None) -> EngineRequest:
+    a, b = LoRARequest("a", 1, "/a"), LoRARequest("b", 2, "/b")
+
+    def crossed_with(adapter: LoRARequest | None, salt: str | None = None) -> EngineRequest:
         add = Add([1], [2], [3] * 16, {}, False, 0, salt, adapter=adapter)
         return messages.load_request(messages.load_add(messages.dump(add)), b"")
 
-    found = [crossed_with(*one) for one in ((None,), ("a",), ("b",), ("a", "s"), (None, "s"))]
-    assert [one.adapter for one in found] == [None, "a", "b", "a", None]
+    found = [crossed_with(*one) for one in ((None,), (a,), (b,), (a, "s"), (None, "s"))]
+    assert [one.adapter for one in found] == [None, a, b, a, None]
     assert len({one.block_digests(16)[0] for one in found}) == 5
 
 

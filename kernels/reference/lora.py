@@ -1,0 +1,54 @@
+"""Low-rank changes of linear layers: LoRA (arXiv 2106.09685), another one for each row.
+
+T tokens | D depth | O outputs | N slots for adapters | P parts of the outputs | R rank | L = P · R
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_lora(
+    y_TO: Tensor,
+    x_TD: Tensor,
+    adapter_T: Tensor,
+    order_T: Tensor,
+    a_NLD: Tensor,
+    b_NOR: Tensor,
+    rows: list[int],
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    """y[t] + b[n] · (a[n] · x[t]) with n = adapter[t] − 1, or y[t] if adapter[t] is 0; then
+    + residual.
+
+    The outputs are parts of `rows[p]` rows, whose inner values are numbers p · R … p · R + R − 1 of
+    the L: q, k and v of a packed projection have an `a` each. Sums are in fp32; the inner values
+    are rounded to the dtype of x, and the result to that of y. `order_T` has the tokens in an order
+    in which those of an adapter follow each other: kernels may read it, the result does not depend
+    on it. The numbers in slots that no token uses must be finite.
+    """
+    num_slots, rank = a_NLD.shape[0], b_NOR.shape[2]
+    # the product with the matrices of all slots: its shape does not depend on the tokens' adapters
+    z_TNL = (x_TD.float() @ a_NLD.flatten(0, 1).float().t()).view(-1, *a_NLD.shape[:2])
+    own_TN = adapter_T.unsqueeze(1) == torch.arange(1, num_slots + 1, device=adapter_T.device)
+    z_TNL = torch.where(own_TN.unsqueeze(2), z_TNL.to(x_TD.dtype).float(), 0.0)
+    parts = zip(z_TNL.split(rank, dim=2), b_NOR.split(rows, dim=1))
+    added = [
+        z_TNR.flatten(1) @ b_NPR.transpose(1, 2).flatten(0, 1).float() for z_TNR, b_NPR in parts
+    ]
+    y_TO = (y_TO.float() + torch.cat(added, dim=1)).to(y_TO.dtype)
+    return y_TO if residual_TO is None else y_TO + residual_TO
+
+
+def add_lora_(
+    y_TO: Tensor,
+    x_TD: Tensor,
+    adapter_T: Tensor,
+    order_T: Tensor,
+    a_NLD: Tensor,
+    b_NOR: Tensor,
+    rows: list[int],
+) -> None:
+    """`add_lora` in the memory of y."""
+    y_TO.copy_(add_lora(y_TO, x_TD, adapter_T, order_T, a_NLD, b_NOR, rows))

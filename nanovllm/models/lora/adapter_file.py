@@ -1,0 +1,281 @@
+"""Reads an adapter that PEFT has saved into the layout of a model's slots.
+
+O outputs | D depth | P parts of the outputs | X rank of the slots | L = P · X
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanovllm.models.checkpoint import PART_PREFIX, TEXT_PREFIXES
+from nanovllm.models.lora.peft_config import CONFIG, WEIGHTS, AdapterError, PeftConfig
+from nanovllm.models.lora.slots import Target, targets
+from nanovllm.models.model import Model
+from nanovllm.models.param import Param
+from nanovllm.models.shards import Shard, taken
+
+PREFIX = "base_model.model."
+MATRICES = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
+# Other tensors of PEFT's, by what their names contain.
+OTHERS = {
+    "lora_embedding_": "LoRA of embedding tables",
+    "lora_magnitude_vector": "DoRA",
+    "modules_to_save": "whole copies of modules",
+    ".bias": "a bias",
+}
+DTYPES = ("F64", "F32", "F16", "BF16")
+ALL_SOURCES = -1  # in place of a source's number
+ALIGNMENT = 64  # bytes between the beginnings of two matrices are a multiple of this
+
+Buffer = Callable[[int], Tensor]
+
+
+class HostAdapter(NamedTuple):
+    """An adapter in host memory: all its matrices in one tensor, one after another, and where each
+    begins, with its shape. Two for each of `targets(model)`: a [L, D] and b [O, X]."""
+
+    numbers: Tensor
+    places: list[tuple[int, tuple[int, ...]]]
+
+    def matrices(self, numbers: Tensor) -> list[Tensor]:
+        """The matrices in a copy of the numbers."""
+        return [
+            numbers[start : start + math.prod(shape)].view(shape) for start, shape in self.places
+        ]
+
+
+class _Pair(NamedTuple):
+    """The matrices of a module in a file, and their rank."""
+
+    module: str
+    rank: int
+    prefix: str
+
+    def key(self, which: str) -> str:
+        return f"{self.prefix}{self.module}.lora_{which}.weight"
+
+
+class AdapterFile:
+    """An adapter's folder, checked against a model: a config, and tensors for its linear layers.
+
+    `digest` changes with the files. Raises AdapterError, without reading tensors.
+    """
+
+    def __init__(self, model: Model, folder: Path, known: Sequence[Target] | None = None) -> None:
+        """known: the `targets` of the model, if they have been found before."""
+        assert model.lora is not None
+        self._model, self._folder, self._slots = model, folder, model.lora
+        self.config = PeftConfig.read(folder)
+        if self.config.max_rank > self._slots.max_rank:
+            raise AdapterError(
+                f"{folder / CONFIG} has rank {self.config.max_rank}, but max_lora_rank is "
+                f"{self._slots.max_rank}"
+            )
+        self.digest = _digest(folder)
+        self._targets = list(targets(model)) if known is None else known
+        with self._opened() as file:
+            self._pairs = self._checked(file)
+
+    def read(self, shard: Shard, buffer: Buffer) -> HostAdapter:
+        """The matrices of a rank. `buffer` makes host memory of so many bytes. Raises
+        AdapterError for numbers that are not finite."""
+        dtype, rank = self._model.config.dtype, self._slots.max_rank
+        places: list[tuple[int, tuple[int, ...]]] = []
+        size = 0
+        for target in self._targets:
+            small = target.param.local(shard.size)
+            for shape in ((len(target.parts) * rank, small.shape[1]), (small.shape[0], rank)):
+                places.append((size, shape))
+                unit = ALIGNMENT // dtype.itemsize
+                size += -(-math.prod(shape) // unit) * unit
+        found = HostAdapter(buffer(size * dtype.itemsize).view(dtype).zero_(), places)
+        matrices = found.matrices(found.numbers)
+        with self._opened() as file:
+            for i, target in enumerate(self._targets):
+                self._fill(file, target, shard, (matrices[2 * i], matrices[2 * i + 1]))
+        return found
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        path = self._folder / WEIGHTS
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(f"{path} cannot be read: {error}") from error
+
+    def _checked(self, file: Any) -> dict[str, _Pair]:
+        """The pairs in a file, by the names of modules as the model has them."""
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        keys = file.keys()
+        self._prefix = PREFIX if all(key.startswith(PREFIX) for key in keys) else ""
+        for key in keys:
+            name, found = key.removeprefix(self._prefix), file.get_slice(key)
+            match = MATRICES.fullmatch(name)
+            if match is None:
+                raise AdapterError(f"{self._folder / WEIGHTS}: {_why_not(name)}")
+            if found.get_dtype() not in DTYPES or len(found.get_shape()) != 2:
+                raise AdapterError(
+                    f"{self._folder / WEIGHTS}: {key} is {found.get_dtype()} "
+                    f"{found.get_shape()}: it must be a matrix of floating point numbers"
+                )
+            shapes.setdefault(match["module"], {})[match["which"]] = tuple(found.get_shape())
+        if not shapes:
+            raise AdapterError(f"{self._folder / WEIGHTS} has no tensors")
+        known, pairs = self._modules(), {}
+        for module, pair in shapes.items():
+            own = _own_name(module)
+            if own not in known:
+                raise AdapterError(
+                    f"{self._folder}: {module} is not a linear layer of "
+                    f"{self._model.config.architecture} that adapters can change"
+                )
+            pairs[own] = self._pair(module, pair, known[own])
+        return pairs
+
+    def _modules(self) -> dict[str, tuple[int, int]]:
+        """The outputs and the depth of each linear layer, by its name."""
+        found = {}
+        for target in self._targets:
+            param = target.param
+            for source, rows in zip(param.sources, param.parts):
+                found[_module(source)] = rows, param.shape[1]
+            if param.other_name is not None:
+                found[_module(param.other_name)] = param.shape[0], param.shape[1]
+        return found
+
+    def _pair(
+        self, module: str, shapes: dict[str, tuple[int, ...]], size: tuple[int, int]
+    ) -> _Pair:
+        """Raises AdapterError unless a module has both matrices, of the right shapes, and the
+        config names it."""
+        (num_outputs, depth), rank = size, self.config.rank_of(module)
+        wanted = {"A": (rank, depth), "B": (num_outputs, rank)}
+        if shapes != wanted:
+            shown = ", ".join(f"lora_{one} {list(shape)}" for one, shape in sorted(shapes.items()))
+            needed = ", ".join(f"lora_{one} {list(shape)}" for one, shape in wanted.items())
+            raise AdapterError(f"{self._folder}: {module} has {shown}: it must have {needed}")
+        if not self.config.targets(module):
+            raise AdapterError(
+                f"{self._folder}: {WEIGHTS} has {module}, which target_modules "
+                f"{self.config.target_modules!r} and the other fields of {CONFIG} leave out"
+            )
+        return _Pair(module, rank, self._prefix)
+
+    def _fill(self, file: Any, target: Target, shard: Shard, into: tuple[Tensor, Tensor]) -> None:
+        """Read the matrices of one linear layer: this rank's columns of A, or its rows of B."""
+        (a_LD, b_OX), param, slot_rank = into, target.param, self._slots.max_rank
+        found = self._sources(param)
+        if not found:
+            return
+        # rows go straight to their place, unless they are shared or change it
+        is_plain = shard.size == 1 and param.adapt is None
+        whole_OX = b_OX if is_plain else b_OX.new_zeros(param.shape[0], slot_rank)
+        if not is_plain and whole_OX.dtype is not torch.float32:
+            whole_OX = whole_OX.float()  # what is folded into a weight is rounded once
+        parts = whole_OX.split(param.parts)
+        of_source: dict[int, Tensor] = {}
+        for source_idx, pair in found.items():
+            rows_OX = whole_OX if source_idx == ALL_SOURCES else parts[source_idx]
+            rows_OX[:, : pair.rank] = self._b(file, pair)
+            of_source[source_idx] = self._finite(file, pair.key("A"))
+        if not is_plain:
+            own_OX = taken(shard, _rows(param, slot_rank), whole_OX)
+            if param.adapt is not None:
+                param.adapt(own_OX, param.local(shard.size).parts)
+            b_OX.copy_(own_OX)
+        for a_XD, part in zip(a_LD.split(slot_rank), target.parts):
+            own_XD = of_source.get(part.source_idx, of_source.get(ALL_SOURCES))
+            if own_XD is not None:
+                a_XD[: own_XD.shape[0]] = taken(shard, _columns(param, own_XD), own_XD)
+
+    def _sources(self, param: Param) -> dict[int, _Pair]:
+        """The pairs for a parameter, by the numbers of its sources; ALL_SOURCES if they are one
+        module."""
+        joined = None if param.other_name is None else self._pairs.get(_module(param.other_name))
+        pairs = ((i, self._pairs.get(_module(one))) for i, one in enumerate(param.sources))
+        found = {i: pair for i, pair in pairs if pair is not None}
+        if joined is None:
+            return found
+        if found:
+            (first, *_) = found.values()
+            raise AdapterError(f"{self._folder} has both {joined.module} and {first.module}")
+        return {ALL_SOURCES: joined}
+
+    def _b(self, file: Any, pair: _Pair) -> Tensor:
+        """B times its factor, which is rounded once."""
+        scale = self.config.scale_of(pair.module)
+        b_OX = self._finite(file, pair.key("B"), scale)
+        return b_OX.to(torch.promote_types(b_OX.dtype, self._model.config.dtype)) * scale
+
+    def _finite(self, file: Any, key: str, scale: float = 1.0) -> Tensor:
+        """A tensor whose numbers, times a factor, are finite in the model's dtype.
+
+        All ranks look at the whole tensor, so all refuse it.
+        """
+        found: Tensor = file.get_tensor(key)
+        largest = max(abs(one.item() * scale) for one in found.aminmax())
+        if not largest <= torch.finfo(self._model.config.dtype).max:
+            raise AdapterError(
+                f"{self._folder / WEIGHTS}: {key} has numbers that are not finite in "
+                f"{str(self._model.config.dtype).removeprefix('torch.')}"
+            )
+        return found
+
+
+def _rows(param: Param, rank: int) -> Param:
+    """A parameter whose rows are those of a linear layer: its B."""
+    axis = 0 if param.shard_axis == 0 else None
+    return param._replace(shape=(param.shape[0], rank), shard_axis=axis)
+
+
+def _columns(param: Param, a_XD: Tensor) -> Param:
+    """A parameter whose columns are those of a linear layer: its A."""
+    axis = 1 if param.shard_axis == 1 else None
+    whole = Param.one("linear", param.sources[0], *a_XD.shape, shard_axis=axis)
+    return whole._replace(units=param.units if axis else ())
+
+
+def _module(source: str) -> str:
+    return source.removesuffix(".weight")
+
+
+def _own_name(module: str) -> str:
+    """A module's name in transformers as the model's parameters have it."""
+    name = module.removeprefix(PART_PREFIX)
+    for prefix in (*TEXT_PREFIXES, "model."):
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    return f"model.{name}" if name.startswith("layers.") else name
+
+
+def _why_not(name: str) -> str:
+    for part, what in OTHERS.items():
+        if part in name:
+            return f"{name} is {what}, which is not supported"
+    return (
+        f"{name} is not a matrix of LoRA: its name must end with .lora_A.weight or .lora_B.weight"
+    )
+
+
+def _digest(folder: Path) -> bytes:
+    """A digest that changes when the files do."""
+    total = sha256(str(folder.resolve()).encode())
+    for name in (CONFIG, WEIGHTS):
+        path = folder / name
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise AdapterError(f"{path} cannot be read: {error}") from error
+        total.update(f"\0{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return total.digest()

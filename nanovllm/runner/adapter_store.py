@@ -1,0 +1,81 @@
+"""The adapters of one rank: their numbers in host memory, and in slots on the device."""
+
+from __future__ import annotations
+
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanovllm.models.lora.adapter_file import AdapterFile, HostAdapter
+from nanovllm.models.lora.regions import Adapted
+from nanovllm.models.lora.slots import targets
+from nanovllm.models.model import Model, Params
+from nanovllm.models.shards import Shard
+from nanovllm.platforms.base import Platform
+
+
+class AdapterStore:
+    """Reads adapters to host memory in a thread, and copies them to slots of the layers.
+
+    A copy is a launch like that of a step: steps before it read what was in the slot, steps after
+    it the adapter. Programs and captured steps have the addresses of the slots, and stay.
+    """
+
+    def __init__(self, model: Model, params: Params, platform: Platform, shard: Shard) -> None:
+        self._model, self._platform, self._shard = model, platform, shard
+        self._files: dict[int, AdapterFile] = {}
+        self._host: dict[int, Future[HostAdapter]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self._targets = [] if model.lora is None else list(targets(model))
+        weights: list[Adapted] = [
+            getattr(params.layers[one.layer_idx], one.field) for one in self._targets
+        ]
+        # of each slot, in the order of `HostAdapter.places`
+        self._slots: list[list[Tensor]] = [
+            [matrices[slot] for one in weights for matrices in (one.a_NLD, one.b_NOX)]
+            for slot in range(0 if model.lora is None else model.lora.num)
+        ]
+
+    def check(self, adapter_id: int, folder: Path) -> bytes:
+        """Check an adapter's files, without its numbers; returns their digest. Raises AdapterError,
+        a ValueError."""
+        file = self._files[adapter_id] = AdapterFile(self._model, folder, self._targets)
+        return file.digest
+
+    def read(self, adapter_id: int) -> None:
+        """Begin to read the numbers of a checked adapter."""
+        read = self._files[adapter_id].read
+        self._host[adapter_id] = self._reader.submit(read, self._shard, self._platform.host_buffer)
+
+    def is_read(self, adapter_id: int) -> bool:
+        """Whether the numbers are in host memory. Raises AdapterError if they cannot be read."""
+        found = self._host[adapter_id]
+        return found.done() and bool(found.result())
+
+    def wait(self, seconds: float) -> None:
+        """Wait up to so long until an adapter that is being read is in host memory."""
+        pending = [found for found in self._host.values() if not found.done()]
+        futures.wait(pending, seconds, futures.FIRST_COMPLETED)
+
+    def drop(self, adapter_id: int) -> None:
+        """Forget an adapter, and free its host memory. Slots keep what they have."""
+        self._files.pop(adapter_id, None)
+        found = self._host.pop(adapter_id, None)
+        if found is not None:
+            found.cancel()
+
+    def load(self, adapter_id: int, number: int) -> None:
+        """Copy an adapter to the slot `number`, from 1 on; waits until it is read, but not for the
+        device."""
+        host = self._host[adapter_id].result()
+        numbers = host.numbers.to(self._platform.device, non_blocking=True)
+        torch._foreach_copy_(self._slots[number - 1], host.matrices(numbers))
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._files.clear()
+        self._host.clear()
+        self._slots.clear()

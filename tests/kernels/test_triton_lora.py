@@ -1,0 +1,115 @@
+"""What adapters add to a product is the formula in fp64, and rounds as the reference."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import reference
+from nanovllm.models.model import AdapterRows
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+SLOTS = 5
+
+
+class Inputs(NamedTuple):
+    y_TO: Tensor
+    x_TD: Tensor
+    adapter_T: Tensor
+    order_T: Tensor
+    a_NLD: Tensor
+    b_NOR: Tensor
+    rows: list[int]
+
+
+def inputs(
+    numbers: Sequence[int], rows: Sequence[int], depth: int, rank: int, dtype: torch.dtype
+) -> Inputs:
+    """Random inputs for tokens with these adapters. Matrices of unused slots are huge."""
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    num = len(numbers)
+    a_NLD = drawn(SLOTS, len(rows) * rank, depth) / depth**0.5
+    b_NOR = drawn(SLOTS, sum(rows), rank)
+    for slot in set(range(SLOTS)) - {number - 1 for number in numbers}:
+        a_NLD[slot] = b_NOR[slot] = 1e4
+    at = AdapterRows.of(torch.tensor(numbers, device=device))
+    return Inputs(drawn(num, sum(rows)), drawn(num, depth), *at, a_NLD, b_NOR, list(rows))
+
+
+def exact(given: Inputs) -> Tensor:
+    """The formula, token by token, in fp64."""
+    found, rank = given.y_TO.double(), given.b_NOR.shape[2]
+    for token, number in enumerate(given.adapter_T.tolist()):
+        if number:
+            z_L = given.a_NLD[number - 1].double() @ given.x_TD[token].double()
+            parts = zip(given.b_NOR[number - 1].double().split(given.rows), z_L.split(rank))
+            found[token] += torch.cat([b_OR @ z_R for b_OR, z_R in parts])
+    return found
+
+
+def check(given: Inputs) -> None:
+    from nanovllm.kernels.triton import lora
+
+    wanted, before = exact(given), given.y_TO.clone()
+    expected = reference.lora.add_lora(*given)
+    found = lora.add_lora(*given)
+    assert torch.equal(given.y_TO, before) and found.dtype == before.dtype
+    # the interpreter truncates bf16: twice the error of a rounding, at the inner values and the sum
+    half_unit = torch.finfo(found.dtype).eps / 2
+    allowed = (4 if device == "cpu" and found.dtype is torch.bfloat16 else 2) * half_unit
+
+    def error(one: Tensor) -> float:
+        return float((one.double() - wanted).norm() / wanted.norm())
+
+    assert error(found) < max(allowed, 1.3 * error(expected))
+    without = given.adapter_T == 0
+    assert torch.equal(found[without], before[without])
+
+
+SEVERAL = [0, 3, 1, 1, 0, 5, 3, 2, 0, 4, 4, 1, 0, 0, 3, 2, 5, 1, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 8, 16, 19])
+def test_tokens_get_what_their_adapters_add(rank: int, dtype: torch.dtype) -> None:
+    check(inputs(SEVERAL, (32, 16, 16), 99, rank, dtype))
+
+
+@pytest.mark.parametrize(
+    "numbers", [[0], [2], [1] * 16, [0] * 33, [1] * 40 + [0] * 9 + [4] * 50, SEVERAL * 5]
+)
+def test_each_number_of_tokens_matches_the_formula(numbers: list[int]) -> None:
+    check(inputs(numbers, (48,), 64, 8, torch.float32))
+
+
+@pytest.mark.parametrize("depth", [1, 19, 989, 1288, 2048])
+def test_long_and_odd_rows_are_split(depth: int) -> None:
+    check(inputs([3, 0, 1], (16, 112), depth, 16, torch.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [(7,), (20, 12, 12), (16,) * 9])
+def test_parts_that_no_program_fits_have_the_reference(rows: tuple[int, ...]) -> None:
+    check(inputs(SEVERAL, rows, 40, 4, torch.float32))
+
+
+def test_eight_parts_have_their_own_inner_values() -> None:
+    check(inputs(SEVERAL, (16, 32, 48, 16, 64, 16, 16, 32), 64, 16, torch.float32))
+
+
+def test_the_result_does_not_depend_on_the_other_tokens() -> None:
+    from nanovllm.kernels.triton import lora
+
+    given = inputs(SEVERAL, (32, 16), 640, 8, torch.bfloat16)
+    whole = lora.add_lora(*given)
+    for token in (1, 5, 18):
+        at = slice(token, token + 1)
+        alone = given._replace(
+            y_TO=given.y_TO[at], x_TD=given.x_TD[at], adapter_T=given.adapter_T[at],
+            order_T=torch.zeros(1, dtype=torch.int64, device=device),
+        )  # fmt: skip
+        assert torch.equal(lora.add_lora(*alone), whole[at])
