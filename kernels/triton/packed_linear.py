@@ -103,9 +103,7 @@ def _product(
     if norm_D is not None and num_rows > 1:
         x_TD, norm_D = rms_norm(x_TD, norm_D, eps), None
     if (tile := _wgmma_tile(x_TD, codes)) is not None:
-        return packed_wgmma.packed_wgmma(
-            x_TD, codes, tile, bias_O, residual_TO, silu
-        )
+        return packed_wgmma.packed_wgmma(x_TD, codes, tile, bias_O, residual_TO, silu)
     if num_rows <= packed_tiles.MAX_ROWS and not _is_by_fp8(x_TD, codes):
         if cuda_packed.takes(x_TD, codes):
             return cuda_packed.packed_linear(
