@@ -11,7 +11,8 @@ from nanovllm.kernels.cuda import nvrtc
 
 NUM_BYTES = 128
 _ALIGNMENT = 64
-# cuda.h: CUtensorMapDataType, CUtensorMapSwizzle by the bytes of a row of a box, CUtensorMapL2promotion
+# cuda.h: CUtensorMapDataType, CUtensorMapSwizzle by the bytes of a row of a box, and
+# CUtensorMapL2promotion
 _TYPES = {torch.uint8: 0, torch.bfloat16: 9}
 _SWIZZLES = {64: 2, 128: 3}
 _PROMOTION_256 = 3

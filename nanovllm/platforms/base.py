@@ -65,6 +65,7 @@ class Traits:
     takes_quantized: True if quantized checkpoints run.
     supports_fp8_cache: True if kernels read and write a float8_e4m3fn cache.
     supports_latents: True if attention over latents runs.
+    supports_adapters: True if requests may have adapters.
     supports_offload: True if kernels can read experts in host memory.
     attention_backends: supported values of the option `attention_backend` besides "auto".
     block_size: default tokens per cache block.
@@ -89,6 +90,7 @@ class Traits:
     takes_quantized: bool = False
     supports_fp8_cache: bool = False
     supports_latents: bool = True
+    supports_adapters: bool = True
     supports_offload: bool = False
     attention_backends: tuple[str, ...] = ()
     block_size: int

@@ -276,6 +276,11 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
             f"{cfg.architecture} keeps latents, and attention over them is not supported on this "
             f"{platform.traits.name} device"
         )
+    if config.enable_lora and not platform.traits.supports_adapters:
+        raise ValueError(
+            f"enable_lora=True is not supported on the device {platform.traits.name}: serve a "
+            "checkpoint into which the adapter was merged"
+        )
     if platform.traits.whole_steps and any(one.per_tensor > 1 for one in model.page_groups.groups):
         raise ValueError(
             f"layers of {cfg.architecture} keep pages of different sizes, which is not supported "

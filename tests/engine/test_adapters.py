@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nanovllm import LLM, LoRARequest
+from nanovllm import LLM, LoRARequest, platforms
 from nanovllm.checks import InvalidValue
 from nanovllm.compile import keys
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import input_leaves
+from nanovllm.config import EngineConfig
 from nanovllm.engine.request import EngineRequest
 from nanovllm.schedule.outputs import FinishedOutput
 from nanovllm.schedule.plan import StepPlan
+from nanovllm.startup.resolve import resolve_without_weights
 from tests.engines import assert_all_free, drain, greedy
 from tests.models import lora_cases
 from tests.models.harness import transformers_model
@@ -430,3 +433,11 @@ def test_options_of_adapters_that_do_not_go_together_are_refused(checkpoint: Pat
     ):
         with pytest.raises(ValueError, match=error):
             make(checkpoint, **options)
+
+
+def test_a_device_whose_kernels_are_not_ready_refuses_the_option() -> None:
+    config = EngineConfig.from_options("tiny-qwen3", {**SIZES, "enable_lora": True})
+    platform = platforms.select("cpu")
+    platform.traits = replace(platform.traits, supports_adapters=False)
+    with pytest.raises(ValueError, match="enable_lora=True is not supported on the device cpu"):
+        resolve_without_weights(config, platform)
