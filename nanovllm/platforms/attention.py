@@ -24,9 +24,10 @@ FLASH = "flash_attn_"  # and a generation
 # Where "auto" uses flash-attn instead of our kernels, by measurement: GPU name → generation of
 # flash-attn → head size → least tokens of a prefill step. For decode our kernels were faster.
 # scripts/bench/attention_packages.py measures it, and docs/benchmarks.md has the times.
-FASTER_PREFILL: dict[str, dict[int, dict[int, int]]] = dict.fromkeys(
-    ("NVIDIA H200", "NVIDIA H100 80GB HBM3"), {3: {128: 4096}}
-)
+FASTER_PREFILL: dict[str, dict[int, dict[int, int]]] = {
+    "NVIDIA H200": {3: {128: 4096}},
+    "NVIDIA H100 80GB HBM3": {3: {128: 4096}},
+}
 
 
 class AttentionNeeds(NamedTuple):
