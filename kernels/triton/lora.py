@@ -41,7 +41,7 @@ def _largest(number_T, below):
     return tl.max(tl.where(number_T < below, number_T, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def lora_shrink_kernel(
     x_ptr,  # [tokens, DEPTH]
     adapter_ptr,  # [tokens], 0: none
@@ -85,7 +85,7 @@ def lora_shrink_kernel(
         number = _largest(number_T, number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def lora_expand_kernel(
     y_ptr,  # [tokens, NUM_OUTPUTS], changed for tokens with adapters
     z_ptr,  # [SPLITS, tokens, NUM_INNER] fp32
