@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,11 @@ class Adapters:
         runner: Runner,
         slots: AdapterSlots | None,
         max_in_memory: int,
-        in_use: Callable[[], set[int]],
+        in_use: weakref.WeakMethod[Callable[[], set[int]]],
     ) -> None:
-        """`in_use` gives the numbers of the adapters that unfinished requests use."""
-        self._runner, self._slots, self._in_use = runner, slots, in_use
+        """`in_use` gives the numbers of the adapters that unfinished requests use, without keeping
+        the engine that has both."""
+        self._runner, self._slots, self._in_use_of = runner, slots, in_use
         self._max_in_memory = max_in_memory
         self._known: dict[int, Adapter] = {}
 
@@ -47,6 +49,11 @@ class Adapters:
     def requests(self) -> list[LoRARequest]:
         """The adapters that are known."""
         return [one.request for one in self._known.values()]
+
+    @property
+    def _in_use(self) -> set[int]:
+        asks = self._in_use_of()
+        return set() if asks is None else asks()
 
     def find(self, asked: LoRARequest | None) -> Adapter | None:
         """The adapter of a request; None for none. A new one's files are checked.
@@ -102,7 +109,7 @@ class Adapters:
         """Drop an adapter; False if it is not known. Raises ValueError while requests use it."""
         if adapter_id not in self._known:
             return False
-        if adapter_id in self._in_use():
+        if adapter_id in self._in_use:
             name = self._known[adapter_id].request.lora_name
             raise InvalidValue(FIELD, f"adapter {name!r} is in use: unfinished requests have it")
         self._drop(adapter_id)
@@ -110,8 +117,9 @@ class Adapters:
 
     def _make_room(self, adapter_id: int) -> bool:
         """Drop adapters until there is host memory for another; False if all are in use."""
+        in_use = self._in_use
         in_memory = [one for one, adapter in self._known.items() if adapter.is_in_memory]
-        unused = [one for one in in_memory if one not in self._in_use()]
+        unused = [one for one in in_memory if one not in in_use]
         while len(in_memory) >= self._max_in_memory and unused:
             self._drop(unused.pop(0))
             in_memory.pop()

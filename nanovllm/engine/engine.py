@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
@@ -99,8 +100,9 @@ class Engine:
         self._grammars = self._new_grammars()
         self._held = MMStore(self._runner)
         self.adapters = Adapters(
-            self._runner, self.scheduler.adapters, config.num_cpu_loras, self._adapters_in_use
-        )
+            self._runner, self.scheduler.adapters, config.num_cpu_loras,
+            weakref.WeakMethod(self._adapters_in_use),
+        )  # fmt: skip
         self._preparation = Preparation(
             self._intake, self._media, self._grammars, self._held, self.metrics, self.adapters
         )

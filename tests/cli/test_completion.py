@@ -34,7 +34,7 @@ CASES = [
     (["nanovllm", "cache", "v"], {"verify"}),
     (["nanovllm", "completion", ""], {"bash", "zsh", "fish"}),
     (["nanovllm", "run", "tiny"], set(hub.EMBEDDED)),
-    (["nanovllm", "serve", "--no-fu"], {"--no-fuse"}),
+    (["nanovllm", "serve", "--no-fus"], {"--no-fuse"}),
 ]
 
 
