@@ -302,8 +302,7 @@ class Model:
         for kind, params in zip(self.layer_kinds, layers):
             parts = model.check_formats(*params.values())
             stored = [
-                (PLAIN if part.format.is_plain else part.format, part.param.shape)
-                for part in parts
+                (PLAIN if part.format.is_plain else part.format, part.param.shape) for part in parts
             ]
             of_kind = known.setdefault(kind, [])
             if stored not in of_kind:

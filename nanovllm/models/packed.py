@@ -56,9 +56,7 @@ def read(
         if len(extent.shape) < 3:
             (raws,) = _raws(checkpoint, stored_as, [pieces], reads_on)
             weight = _matrix(stored_as, pieces, raws, extent)
-            return mapped(
-                lambda one: one.to(device), _adapted(stored_as, param, weight, part_rows)
-            )
+            return mapped(lambda one: one.to(device), _adapted(stored_as, param, weight, part_rows))
         if param.adapt is not None:
             raise ValueError(f"{param.sources[0]}: the numbers of experts cannot be changed")
         stored, num = stored_as.empty(extent, device), extent.shape[0]
