@@ -10,7 +10,7 @@ from nanovllm.platforms import attention
 from nanovllm.runner.proposer import DeviceProposer
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.checkpoint_cache import read_config
-from nanovllm.startup.resolve import ResolvedConfig, make_model
+from nanovllm.startup.resolve import ResolvedConfig, make_model, on_ranks
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
     num = draft.proposer.num
     if 1 + num not in layout.verify_tokens:
         raise ValueError(
-            f"the proposer drafts {num} tokens, but draft_lengths is "
-            f"{list(config.draft_lengths)}: it must hold {num}"
+            f"the proposer drafts {num} tokens, but steps verify "
+            f"{list(config.verified_lengths)}: these must hold {num}"
         )
     layers, num_layers = draft.proposer.layers, resolved.model.config.num_layers
     if not all(0 <= layer_idx < num_layers for layer_idx in layers):
@@ -37,14 +37,18 @@ def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
             f"0 … {num_layers - 1}"
         )
     is_whole = traits.whole_steps and not config.enforce_eager
-    if resolved.shard.size > 1 or is_whole or traits.wants_lengths:
-        where = f"with tensor_parallel_size={resolved.shard.size} on a {traits.name} device"
-        raise ValueError(f"a proposer on the device is not supported {where}")
+    if is_whole or traits.wants_lengths:
+        raise ValueError(
+            f"a proposer on the device is not supported on a {traits.name} device"
+            f"{' with graphs: set enforce_eager=True' if is_whole else ''}"
+        )
     spec, folder = DraftSpec(draft.proposer), None
     if draft.model is not None:
         folder = hub.resolve(draft.model, weights=not config.random_weights)
         hf = read_config(folder, resolved.store, None)
         model = make_model(replace(config, quantization=None), hf, resolved.model.config.dtype)
+        if resolved.shard.size > 1:
+            model = on_ranks(config, model)
         _check(resolved, model)
         spec = replace(spec, model=model)
     return replace(resolved, spec=replace(resolved.spec, draft=spec), draft_folder=folder)
