@@ -11,6 +11,7 @@ from nanovllm.checks import InvalidValue, Rule, check_fields, whole
 
 OPTION = "speculative_config"
 MAX_TOKENS, MAX_NGRAM = 64, 64
+DEFAULT_NGRAM = 5
 
 
 class Method(NamedTuple):
@@ -21,11 +22,16 @@ class Method(NamedTuple):
 
 
 # `startup/speculation.py` has the function that makes each method's proposer.
-METHODS: dict[str, Method] = {"draft_model": Method(needs=("model", "num_speculative_tokens"))}
+METHODS: dict[str, Method] = {
+    "draft_model": Method(needs=("model", "num_speculative_tokens")),
+    "ngram": Method(("num_speculative_tokens",), ("prompt_lookup_min", "prompt_lookup_max")),
+}
 
 ALLOWED: dict[str, Rule] = {
     "model": ("a folder or a Hub id", lambda value: str(value) != ""),
     "num_speculative_tokens": whole(1, MAX_TOKENS),
+    "prompt_lookup_min": whole(1, MAX_NGRAM),
+    "prompt_lookup_max": whole(1, MAX_NGRAM),
 }
 
 
@@ -33,14 +39,20 @@ ALLOWED: dict[str, Rule] = {
 class SpeculativeConfig:
     """What proposes draft tokens on the device. Steps verify them, so they never change answers.
 
-    method: one of METHODS. None: "draft_model".
+    method: "draft_model" (a smaller model) or "ngram" (what followed the same tokens before). None:
+        "draft_model".
     model: the checkpoint that drafts: a folder or a Hub id. It needs the model's vocabulary.
     num_speculative_tokens: the draft tokens of each row in a step.
+    prompt_lookup_min, prompt_lookup_max: how many of a row's last tokens "ngram" looks for in the
+        tokens before them: the longest that occur. Without one of them it is the other, without
+        both they are 5, as in vLLM.
     """
 
     method: str | None = None
     model: str | PathLike[str] | None = None
     num_speculative_tokens: int | None = None
+    prompt_lookup_min: int | None = None
+    prompt_lookup_max: int | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> SpeculativeConfig:
@@ -72,12 +84,24 @@ class SpeculativeConfig:
                 raise InvalidValue(
                     name, f"{name} is {value!r}, which method {self.method!r} does not take"
                 )
+        shortest, longest = self.ngram_lengths
+        if shortest > longest:
+            raise InvalidValue(
+                "prompt_lookup_min",
+                f"prompt_lookup_min is {shortest}: it must be at most prompt_lookup_max ({longest})",
+            )
 
     @property
     def given(self) -> dict[str, Any]:
         """The values that are set, as JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def ngram_lengths(self) -> tuple[int, int]:
+        """The least and the most tokens that "ngram" looks for."""
+        low, high = self.prompt_lookup_min, self.prompt_lookup_max
+        return low or high or DEFAULT_NGRAM, high or low or DEFAULT_NGRAM
 
     @property
     def draft_lengths(self) -> tuple[int, ...]:

@@ -85,7 +85,9 @@ class Engine:
         )
         self.scheduler.adapters = AdapterSlots(config.max_loras) if config.enable_lora else None
         draft = self._runner.spec.draft
-        self.scheduler.num_drafts = 0 if draft is None else draft.proposer.num
+        if draft is not None:
+            self.scheduler.num_drafts = draft.proposer.num
+            self.scheduler.has_known = draft.reads_history
         run_ahead = config.tuned.run_ahead
         self.run_ahead = self._runner.platform.traits.run_ahead if run_ahead is None else run_ahead
         self._in_flight: deque[AsyncOutput] = deque()

@@ -81,6 +81,7 @@ class Runner:
         group: Communicator | None = None,
     ) -> None:
         self.model, self.params, self.spec, self.group = model, params, spec, group
+        draft = spec.draft
         self.cfg, self.layout = cfg, layout = model.config, spec.layout
         self.platform, self.compiler = platform, compiler
         is_graph = capture and compiler.lowering is not None
@@ -91,11 +92,12 @@ class Runner:
             platform.device,
             num_groups=len(model.page_groups.groups),
             has_adapters=model.lora is not None,
-            num_drafts=0 if spec.draft is None else spec.draft.proposer.num,
+            num_drafts=0 if draft is None else draft.proposer.num,
+            history_len=layout.max_model_len if draft is not None and draft.reads_history else 0,
         )
         shard = shards.ALL if group is None else Shard(group.rank, group.size)
         self.adapters = AdapterStore(model, params, platform, shard)
-        self._draft = None if spec.draft is None else DraftParts(spec, params, self.state, cfg)
+        self._draft = None if draft is None else DraftParts(spec, params, self.state, cfg)
         self.cos_sin_MH, *others = (
             rotary_table(*rope, layout.max_model_len, platform.device, cfg.head_dim)
             for rope in cfg.ropes

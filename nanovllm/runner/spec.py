@@ -76,10 +76,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class DraftSpec:
-    """What proposes tokens on the device, and its model. The model's weights are `Params.draft`."""
+    """What proposes tokens on the device, and its model. The model's weights are `Params.draft`.
+
+    reads_fed: see `Drafting`. reads_history: whether the state has the tokens of each row.
+    """
 
     proposer: DeviceProposer
     model: Model | None = field(default=None, repr=False)
+    reads_fed: bool = True
+    reads_history: bool = False
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -24,7 +24,7 @@ from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.model import Batch, Kept, LayerCall, Model, PagedCache, Params
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.mm_embeds import MMEmbeds, add_features, with_given
-from nanovllm.runner.proposer import Drafting, Fed, write
+from nanovllm.runner.proposer import Drafting, Fed, rows_alone, write
 from nanovllm.runner.state import (
     DeviceState,
     Span,
@@ -186,12 +186,15 @@ class Steps:
         self, drafting: Drafting, given: Tensor | Span, max_q_len: int | None
     ) -> Iterator[None]:
         # before the step, which moves the rows on
-        if isinstance(given, Span):
+        if not drafting.reads_fed:
+            fed = rows_alone(given.row_idx_R if isinstance(given, Span) else given)
+        elif isinstance(given, Span):
             fed = self._fed_by_span(given, max_q_len)
         else:
             fed = self._fed_by_rows(given)
         yield
-        fed = fed._replace(hidden=drafting.hidden(fed.token_T.shape[0]))
+        if drafting.reads_fed:
+            fed = fed._replace(hidden=drafting.hidden(fed.token_T.shape[0]))
         write(self.state, fed.row_idx_R, drafting.proposer.propose(self.state, fed, drafting.steps))
 
     def _fed_by_rows(self, row_idx_R: Tensor) -> Fed:

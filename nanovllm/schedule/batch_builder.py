@@ -18,6 +18,7 @@ from nanovllm.schedule.plan import (
     RowCopy,
     RowEdits,
     RowSettings,
+    RowTokens,
     SamplingMetadata,
     StepPlan,
     TokenHistory,
@@ -103,8 +104,9 @@ def decode_plan(
     )
 
 
-def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
-    """The plan of a step that feeds these chunks, one after another."""
+def prefill_plan(chunks: Sequence[Chunk], *, has_known: bool = False) -> StepPlan:
+    """The plan of a step that feeds these chunks, one after another. With `has_known` it has
+    all known tokens of rows whose last chunk it feeds."""
     token_ids: list[int] = []
     prompt_logprobs: list[PromptLogprobs] = []
     embeddings: list[EmbeddingSpan] = []
@@ -147,6 +149,10 @@ def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
             TokenHistory(request.row, request.prompt_ids, request.output_ids[:])
             for request in ending
             if request.params.has_penalties
+        ],
+        known=[
+            RowTokens(request.row, np.array(request.all_token_ids, np.int32))
+            for request in (ending if has_known else ())
         ],
         edits=[
             RowEdits(request.row, request.edits, _newest(request, request.edits.context_tokens))

@@ -69,6 +69,13 @@ class TokenHistory(NamedTuple):
     output_ids: list[int]
 
 
+class RowTokens(NamedTuple):
+    """All known tokens of a row whose last chunk is in the step, int32. A proposer reads them."""
+
+    row: int
+    token_ids: np.ndarray
+
+
 class LogitEdits(NamedTuple):
     """Changes of one request's logits before penalties, temperature and filters.
 
@@ -204,6 +211,7 @@ class StepPlan:
     restores: list[RowCopy] = field(default_factory=list)
     snapshots: list[RowCopy] = field(default_factory=list)
     histories: list[TokenHistory] = field(default_factory=list)
+    known: list[RowTokens] = field(default_factory=list)
     edits: list[RowEdits] = field(default_factory=list)
     sampling: SamplingMetadata = PLAIN
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)

@@ -57,6 +57,7 @@ class Scheduler:
         self.adapters: AdapterSlots | None = None
         self.propose: Proposer | None = None
         self.num_drafts = 0
+        self.has_known = False  # see `prefill_plan`
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
         self.num_preemptions = 0
@@ -174,7 +175,7 @@ class Scheduler:
                 passed.num_passed += 1
             num_left -= request.num_known
             budget -= self._add_chunk(chunks, request, budget, max_ms, num_left)
-        return prefill_plan(chunks) if chunks else None
+        return prefill_plan(chunks, has_known=self.has_known) if chunks else None
 
     def _num_prompt_tokens(self, begun: list[Request]) -> int:
         """About how many tokens wait for the next prefill step: what is left of the prompts in

@@ -15,10 +15,15 @@ from nanovllm.startup.resolve import ResolvedConfig, make_model, on_ranks
 
 @dataclass(frozen=True)
 class Draft:
-    """A proposer, and the checkpoint of its model: a folder, or a name on the Hugging Face Hub."""
+    """A proposer, and the checkpoint of its model: a folder, or a name on the Hugging Face Hub.
+
+    reads_fed, reads_history: see `DraftSpec`.
+    """
 
     proposer: DeviceProposer
     model: str | None = None
+    reads_fed: bool = True
+    reads_history: bool = False
 
 
 def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
@@ -42,7 +47,7 @@ def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
             f"a proposer on the device is not supported on a {traits.name} device"
             f"{' with graphs: set enforce_eager=True' if is_whole else ''}"
         )
-    spec, folder = DraftSpec(draft.proposer), None
+    spec, folder = DraftSpec(draft.proposer, None, draft.reads_fed, draft.reads_history), None
     if draft.model is not None:
         folder = hub.resolve(draft.model, weights=not config.random_weights)
         hf = read_config(folder, resolved.store, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nanovllm.runner.draft import DraftModel
+from nanovllm.runner.ngram import Ngram
 from nanovllm.speculative import SpeculativeConfig
 from nanovllm.startup.draft import Draft, with_draft
 from nanovllm.startup.resolve import ResolvedConfig
@@ -17,8 +18,14 @@ def draft_model(config: SpeculativeConfig, resolved: ResolvedConfig) -> Draft:
     return Draft(DraftModel(config.num_speculative_tokens), str(config.model))
 
 
+def ngram(config: SpeculativeConfig, resolved: ResolvedConfig) -> Draft:
+    assert config.num_speculative_tokens is not None
+    proposer = Ngram(config.num_speculative_tokens, *config.ngram_lengths)
+    return Draft(proposer, reads_fed=False, reads_history=True)
+
+
 # Those of `speculative.METHODS`. A function raises ValueError for what the model does not support.
-BUILDERS: dict[str, Builder] = {"draft_model": draft_model}
+BUILDERS: dict[str, Builder] = {"draft_model": draft_model, "ngram": ngram}
 
 
 def with_speculation(resolved: ResolvedConfig) -> ResolvedConfig:
