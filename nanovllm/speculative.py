@@ -88,7 +88,8 @@ class SpeculativeConfig:
         if shortest > longest:
             raise InvalidValue(
                 "prompt_lookup_min",
-                f"prompt_lookup_min is {shortest}: it must be at most prompt_lookup_max ({longest})",
+                f"prompt_lookup_min is {shortest}: it must be at most prompt_lookup_max "
+                f"({longest})",
             )
 
     @property

@@ -31,9 +31,7 @@ class DeviceState(NamedTuple):
     seed_S: Tensor
     adapter_S: Tensor | None = None  # 0: none. Only of models with adapters
     draft_SK: Tensor | None = None  # draft tokens after token_S; with a proposer on the device
-    history_SM: Tensor | None = (
-        None  # int32, the tokens up to token_S; for a proposer that reads it
-    )
+    history_SM: Tensor | None = None  # int32, tokens up to token_S; if the proposer reads it
 
     @property
     def pad_row(self) -> int:

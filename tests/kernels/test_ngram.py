@@ -1,4 +1,4 @@
-"""The op `ngram_propose`: its reference against a search in plain Python, its kernels against it."""
+"""`ngram_propose`: its reference against a search in plain Python, its kernels against it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def made(case: int) -> tuple[list[list[int]], Tensor, Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_drafts_are_those_after_the_first_longest_occurrence(case: int) -> None:
-    num_positions, _, lengths, num, min_n, max_n, num_padding = CASES[case]
+    num_positions, *_, num, min_n, max_n, num_padding = CASES[case]
     rows, history_SM, token_S, pos_S, row_idx_R = made(case)
     before, draft_SK = history_SM.clone(), torch.full((len(history_SM), num), 7)
     reference.step.ngram_propose(history_SM, draft_SK, token_S, pos_S, row_idx_R, min_n, max_n)
