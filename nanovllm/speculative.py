@@ -12,6 +12,7 @@ from nanovllm.checks import InvalidValue, Rule, check_fields, whole
 OPTION = "speculative_config"
 MAX_TOKENS, MAX_NGRAM = 64, 64
 DEFAULT_NGRAM = 5
+LENGTHS = (1, 3, 7, 15, 31)  # numbers of draft tokens below the largest
 
 
 class Method(NamedTuple):
@@ -104,8 +105,9 @@ class SpeculativeConfig:
         low, high = self.prompt_lookup_min, self.prompt_lookup_max
         return low or high or DEFAULT_NGRAM, high or low or DEFAULT_NGRAM
 
-    @property
-    def draft_lengths(self) -> tuple[int, ...]:
-        """The numbers of draft tokens that a step can verify per row."""
-        assert self.num_speculative_tokens is not None
-        return (self.num_speculative_tokens,)
+    def draft_lengths(self, *, adapts: bool) -> tuple[int, ...]:
+        """The numbers of draft tokens that a step can verify per row, ascending: the largest alone,
+        or those of LENGTHS below it too if the number `adapts`."""
+        most = self.num_speculative_tokens
+        assert most is not None
+        return (*(length for length in LENGTHS if adapts and length < most), most)

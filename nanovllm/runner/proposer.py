@@ -8,7 +8,8 @@ R rows | T tokens | K draft tokens a row | D hidden | S rows of the state
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
 
@@ -52,7 +53,8 @@ class DeviceProposer(Protocol):
 
     def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor | None:
         """token_RK, after a step that has written the newest tokens and positions to the state.
-        NO_TOKEN stands for none. None: it has written them to the state itself.
+        NO_TOKEN stands for none. None: it has written them to the state itself,
+        or has drafted none.
 
         It launches ops, or programs of `steps`: the `Steps` of its model, None without one. It may
         be captured, so it reads device tensors alone.
@@ -65,7 +67,8 @@ class Drafting(NamedTuple):
     tokens: [num layers, T, D].
 
     reads_last: whether it reads those after the last layer, of all tokens. reads_fed: whether it
-    reads more than the rows of steps.
+    reads more than the rows of steps. rests: whether it drafts as many tokens as a verifying step
+    has room for, and none after other steps.
     """
 
     proposer: DeviceProposer
@@ -73,6 +76,15 @@ class Drafting(NamedTuple):
     hidden_LTD: Tensor | None
     reads_last: bool
     reads_fed: bool = True
+    rests: bool = False
+
+    def after(self, max_q_len: int | None) -> DeviceProposer:
+        """The proposer after a step with so many tokens a row; None for a prompt's."""
+        if not self.rests:
+            return self.proposer
+        num = 0 if max_q_len is None else max_q_len - 1
+        made: Any = replace(cast(Any, self.proposer), num=num)
+        return cast(DeviceProposer, made)
 
     def hidden(self, num_tokens: int) -> tuple[Tensor, ...]:
         if self.hidden_LTD is None:
@@ -92,4 +104,5 @@ def write(state: DeviceState, row_idx_R: Tensor, token_RK: Tensor | None) -> Non
         return
     assert state.draft_SK is not None
     # any token is right to feed, but it must be one
-    state.draft_SK.index_copy_(0, row_idx_R, token_RK.clamp(min=0))
+    draft_SK = state.draft_SK.narrow(1, 0, token_RK.shape[1])
+    draft_SK.index_copy_(0, row_idx_R, token_RK.clamp(min=0))

@@ -10,6 +10,7 @@ import numpy as np
 from nanovllm.schedule.plan import (
     ALL_TOKENS,
     NEWEST,
+    NO_DRAFTS,
     PLAIN,
     SAMPLING_FIELDS,
     EmbeddingSpan,
@@ -20,6 +21,7 @@ from nanovllm.schedule.plan import (
     RowSettings,
     RowTokens,
     SamplingMetadata,
+    StepDrafts,
     StepPlan,
     TokenHistory,
 )
@@ -80,6 +82,7 @@ def decode_plan(
     proposals: Sequence[Sequence[int]],
     new_blocks: list[NewBlock],
     sampling: SamplingMetadata,
+    drafts: StepDrafts = NO_DRAFTS,
 ) -> StepPlan:
     """Each request feeds its newest token and its proposals.
 
@@ -87,7 +90,9 @@ def decode_plan(
     """
     nums = [1] * len(requests)
     token_T: np.ndarray = NO_TOKENS
-    if any(proposals):
+    if drafts.room and not any(proposals):
+        proposals = [()] * len(requests)  # a verifying step, after which there are drafts
+    if any(proposals) or drafts.room:
         nums = [1 + len(proposed) for proposed in proposals]
         fed = [token_id for proposed in proposals for token_id in (NEWEST, *proposed)]
         token_T = np.array(fed, np.int64)
@@ -100,6 +105,7 @@ def decode_plan(
         token_T=token_T,
         is_sampled=[True] * len(requests),
         new_blocks=new_blocks,
+        drafts=drafts,
         sampling=sampling,
     )
 

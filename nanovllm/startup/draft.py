@@ -48,6 +48,7 @@ def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
             f"{' with graphs: set enforce_eager=True' if is_whole else ''}"
         )
     spec, folder = DraftSpec(draft.proposer, None, draft.reads_fed, draft.reads_history), None
+    spec = replace(spec, adapts=config.speculative is not None and config.adapts_drafts)
     if draft.model is not None:
         folder = hub.resolve(draft.model, weights=not config.random_weights)
         hf = read_config(folder, resolved.store, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ MODES: dict[str, dict[str, Any]] = {
     "graph": {"enforce_eager": False, "graph_batch_sizes": (2, 6), "max_num_batched_tokens": 64},
 }
 
+ALWAYS: dict[str, Any] = {"tuning": {"adapt_draft_length": False}}
+
 
 def options(checkpoint: Path, method: str, **values: Any) -> dict[str, Any]:
     """The options of an engine with this method."""
@@ -60,7 +63,7 @@ def looking_up(
     request: pytest.FixtureRequest, checkpoint: Path, make_llm: Callable[..., LLM]
 ) -> Iterator[LLM]:
     mode = MODES[request.param]
-    tuning = {"run_ahead": 1, **mode.get("tuning", {})}
+    tuning = {"run_ahead": 1, "adapt_draft_length": False, **mode.get("tuning", {})}
     spec = options(checkpoint, "ngram")
     llm = make_llm(max_num_seqs=6, device="cpu", **{**mode, **spec, "tuning": tuning})
     yield llm
@@ -178,7 +181,7 @@ def test_the_history_is_whole_after_preemption_prefix_hits_and_long_prompts(
     spec = options(checkpoint, "ngram")
     llm = make_llm(
         max_num_seqs=6, device="cpu", num_kvcache_blocks=1 + 16, max_num_batched_tokens=32,
-        tuning={"run_ahead": 0}, **spec,
+        tuning={"run_ahead": 0, "adapt_draft_length": False}, **spec,
     )  # fmt: skip
     assert_looks_up(llm, PROMPTS, 60)
     assert llm.engine.scheduler.num_preemptions > 0
@@ -193,10 +196,77 @@ def test_only_lookup_has_a_history(checkpoint: Path, looking_up: LLM, plain: LLM
     assert history_SM is not None and history_SM.shape == (7, 256)
 
 
+# the number of draft tokens adapts -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[("ngram", "eager"), ("draft_model", "eager"),
+                                        ("draft_model", "graph")], ids="-".join)  # fmt: skip
+def adapting(
+    request: pytest.FixtureRequest, checkpoint: Path, make_llm: Callable[..., LLM]
+) -> Iterator[LLM]:
+    method, mode = request.param
+    given = {**MODES[mode], **options(checkpoint, method), "tuning": {"run_ahead": 1}}
+    llm = make_llm(max_num_seqs=6, device="cpu", **given)
+    yield llm
+    assert_all_free(llm)
+    llm.close()
+
+
+def choose(llm: LLM, monkeypatch: pytest.MonkeyPatch, lengths: Callable[[], int]) -> None:
+    """Let steps have these numbers of draft tokens, whatever they take."""
+    planner = llm.engine.scheduler.planner
+    assert planner is not None
+    monkeypatch.setattr(planner.lengths, "choose", lambda num_rows: lengths())
+
+
+@pytest.mark.parametrize("params", [greedy(25), DRAWN, MIXED], ids=["greedy", "drawn", "mixed"])
+def test_answers_do_not_depend_on_the_numbers_of_drafts(
+    adapting: LLM, params: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, plans = random.Random(0), watch(adapting, monkeypatch)
+    choose(adapting, monkeypatch, lambda: rng.choice([0, 0, 1, 3, 3]))
+    assert tokens(adapting, PROMPTS, params) == tokens(plain, PROMPTS, params)
+    assert {plan.tokens_per_row for plan, _ in plans if not plan.is_prefill} >= {1, 2, 4}
+    assert any(num_unknown for plan, num_unknown in plans if DRAFT in plan.token_T)
+
+
+def test_steps_that_are_timed_decide(adapting: LLM, plain: LLM) -> None:
+    """What the times of a busy machine lead to is not known, but the answers are."""
+    planner = adapting.engine.scheduler.planner
+    assert planner is not None
+    times = planner.lengths._times
+    assert times.lengths == (0, 1, 3) and len(times.ms_RK) == len(times.rows)
+    assert all(ms > 0 for of_rows in times.ms_RK for ms in of_rows)
+    assert tokens(adapting, PROMPTS, greedy(60)) == tokens(plain, PROMPTS, greedy(60))
+
+
+@pytest.mark.parametrize("adapting", [("draft_model", "eager"), ("draft_model", "graph")],
+                         indirect=True, ids="-".join)  # fmt: skip
+def test_plain_steps_run_without_the_second_model_which_reads_their_tokens_later(
+    adapting: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal models agree on every token only if the second one has read the same tokens."""
+    engine, plans = adapting.engine, watch(adapting, monkeypatch)
+    waiting = [0] * 12 + [3] * 4 + [0] * 3
+    choose(adapting, monkeypatch, lambda: waiting.pop(0) if waiting else 3)
+    steps = engine.runner.steps.drafting.steps
+    counts = engine.scheduler.counts
+    before = counts.num_draft_tokens - counts.num_accepted_tokens
+    tokens(adapting, PROMPTS[:1], greedy(50))
+    decoding = [plan for plan, _ in plans if not plan.is_prefill]
+    assert [plan.drafts.rests for plan in decoding[:19]] == [True] * 12 + [False] * 4 + [True] * 3
+    read = [[len(one.token_ids) for one in plan.drafts.readings] for plan in decoding]
+    assert read[12] == [12] and any(read[19:]) and steps is not None
+    assert not any(read[:12] + read[13:19])
+    # the answer's end cuts the drafts of the last steps off
+    assert counts.num_draft_tokens - counts.num_accepted_tokens == before
+    assert len(decoding) < 19 + 8 + 3
+
+
 def test_two_ranks_draft_the_same(checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM,
                                   bare_store: Path) -> None:  # fmt: skip
     for method, num in (("draft_model", 20), ("ngram", 60)):
-        spec = options(checkpoint, method)
+        spec = {**options(checkpoint, method), **ALWAYS}
         llm = make_llm(device="cpu", tensor_parallel_size=2, compile_cache=str(bare_store), **spec)
         for params in (greedy(25), DRAWN):
             before = llm.engine.metrics.num_steps
@@ -208,7 +278,7 @@ def test_two_ranks_draft_the_same(checkpoint: Path, make_llm: Callable[..., LLM]
 
 def test_replicas_draft(checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM,
                         bare_store: Path) -> None:  # fmt: skip
-    spec = options(checkpoint, "draft_model")
+    spec = {**options(checkpoint, "draft_model"), **ALWAYS}
     llm = make_llm(device="cpu", data_parallel_size=2, compile_cache=str(bare_store), **spec)
     assert tokens(llm, PROMPTS, greedy(25)) == tokens(plain, PROMPTS, greedy(25))
     steps = [one.value for one in llm.get_metrics() if one.name.endswith("num_steps")]
