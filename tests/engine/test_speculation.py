@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.schedule.plan import DRAFT, StepPlan
+from nanovllm.schedule.plan import DRAFT, StepPlan, StepResult
 from nanovllm.structured_params import StructuredOutputsParams
 from tests.engines import assert_all_free, greedy, random_prompts, tokens
 from tests.kernels.test_ngram import drafted
@@ -261,6 +261,49 @@ def test_plain_steps_run_without_the_second_model_which_reads_their_tokens_later
     # the answer's end cuts the drafts of the last steps off
     assert counts.num_draft_tokens - counts.num_accepted_tokens == before
     assert len(decoding) < 19 + 8 + 3
+
+
+def test_metrics_count_what_was_drafted_and_accepted(
+    looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read() -> dict[str, float]:
+        return {
+            one.name.removeprefix("nanovllm:spec_decode_num_") + "".join(one.labels.values()):
+            one.value for one in looking_up.get_metrics() if "spec_decode" in one.name
+        }  # fmt: skip
+
+    before, results = read(), []
+    collect = looking_up.engine._answers.collect
+
+    def noting(plan: StepPlan, result: StepResult) -> None:
+        if not plan.is_prefill:
+            results.append((plan.num_tokens, [len(one) for one in result.tokens]))
+        collect(plan, result)
+
+    monkeypatch.setattr(looking_up.engine._answers, "collect", noting)
+    tokens(looking_up, PROMPTS[4:5], greedy(40))
+    found = {name: value - before.get(name, 0) for name, value in read().items()}
+    rows = [
+        (fed - 1, made - 1)
+        for num_fed, num_made in results for fed, made in zip(num_fed, num_made) if fed > 1
+    ]  # fmt: skip
+    assert rows and found["drafts"] == len(rows)
+    assert found["draft_tokens"] == sum(fed for fed, _ in rows)
+    assert found["accepted_tokens"] == sum(made for _, made in rows)
+    for place in range(3):
+        expected = sum(made > place for _, made in rows)
+        assert found[f"accepted_tokens_per_pos{place}"] == expected
+    assert found["steps3"] > 0
+    assert not any("spec_decode" in one.name for one in plain.get_metrics())
+
+
+@pytest.mark.parametrize("looking_up", ["graph"], indirect=True)
+def test_steps_with_filters_are_captured_once(looking_up: LLM, captured: list[object]) -> None:
+    for _ in range(2):
+        tokens(looking_up, PROMPTS, FILTERED)
+    num = len(captured)
+    tokens(looking_up, PROMPTS, FILTERED)
+    assert len(captured) == num
 
 
 def test_two_ranks_draft_the_same(checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM,
