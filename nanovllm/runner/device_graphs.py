@@ -217,8 +217,8 @@ class VerifyStep(SpanStep):
 
     def _accept(self, choose: Choose, logits_TV: Tensor, tokens: SpanTokens) -> None:
         chosen_T = choose(tokens.row_T, logits_TV, tokens.num_T)
-        state = self._steps.state
-        self._set(*accept_and_advance(self.num, state, self.span, tokens, chosen_T))
+        state, rate = self._steps.state, self._steps.synthetic_rate
+        self._set(*accept_and_advance(self.num, state, self.span, tokens, chosen_T, rate))
 
     def _launch(self, steps: Steps) -> None:
         with steps.proposing(self.span, self.num):

@@ -288,6 +288,7 @@ class Runner:
             state=self.state,
             compiler=compiler,
             whole=whole,
+            synthetic_rate=None if self.spec.draft is None else self.spec.draft.synthetic_rate,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
             drafting=(
                 None

@@ -79,7 +79,7 @@ class DraftSpec:
     """What proposes tokens on the device, and its model. The model's weights are `Params.draft`.
 
     reads_fed: see `Drafting`. reads_history: whether the state has the tokens of each row. adapts:
-    whether steps have as many draft tokens as pay.
+    whether steps have as many draft tokens as pay. synthetic_rate: see `state.random_choices`.
     """
 
     proposer: DeviceProposer
@@ -87,6 +87,7 @@ class DraftSpec:
     reads_fed: bool = True
     reads_history: bool = False
     adapts: bool = False
+    synthetic_rate: float | None = None
 
     @property
     def rests(self) -> bool:

@@ -306,6 +306,22 @@ def test_steps_with_filters_are_captured_once(looking_up: LLM, captured: list[ob
     assert len(captured) == num
 
 
+@pytest.mark.parametrize("top_k", [-1, 9])
+def test_synthetic_acceptance_has_its_mean_length(
+    checkpoint: Path, make_llm: Callable[..., LLM], top_k: int
+) -> None:
+    params = SamplingParams(temperature=0.9, top_k=top_k, max_tokens=99, ignore_eos=True)
+    synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.2}
+    llm = make_llm(device="cpu", **options(checkpoint, "ngram", **synthetic), **ALWAYS)
+    tokens(llm, random_prompts([9] * 40, seed=7), params)
+    counts = llm.engine.scheduler.counts
+    assert counts.num_drafts > 1500
+    assert 1 + counts.num_accepted_tokens / counts.num_drafts == pytest.approx(2.2, abs=0.08)
+    rates = [counts.accepted_at[place] / counts.num_drafts for place in range(3)]
+    assert rates[1] / rates[0] == pytest.approx(rates[0], abs=0.05), "each has the same chance"
+    llm.close()
+
+
 def test_two_ranks_draft_the_same(checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM,
                                   bare_store: Path) -> None:  # fmt: skip
     for method, num in (("draft_model", 20), ("ngram", 60)):
