@@ -3,7 +3,7 @@
 S rows: one per running request, and a last row for padding, which stays at position 0 of block 0;
 no request owns block 0. Each group of layers has a block table (`models.layer_state.PageGroups`).
 R rows of a step | T tokens | K tokens a row | P blocks per row of a table
-V vocabulary | F sampling fields.
+V vocabulary | F sampling fields | M positions.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class DeviceState(NamedTuple):
     seed_S: Tensor
     adapter_S: Tensor | None = None  # 0: none. Only of models with adapters
     draft_SK: Tensor | None = None  # draft tokens after token_S; with a proposer on the device
+    history_SM: Tensor | None = None  # int32, tokens up to token_S; if the proposer reads it
 
     @property
     def pad_row(self) -> int:
@@ -73,7 +74,9 @@ def new_state(
     num_groups: int = 1,
     has_adapters: bool = False,
     num_drafts: int = 0,
+    history_len: int = 0,
 ) -> DeviceState:
+    """`history_len` is M, 0 for no history."""
     rows = num_rows + 1
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -92,6 +95,7 @@ def new_state(
         seed_S=zeros(),
         adapter_S=zeros() if has_adapters else None,
         draft_SK=zeros(num_drafts) if num_drafts else None,
+        history_SM=zeros(history_len, dtype=torch.int32) if history_len else None,
     )
 
 
@@ -191,11 +195,32 @@ def choose_and_advance(
     return token_R
 
 
+def random_choices(rate: float, state: DeviceState, tokens: SpanTokens, chosen_T: Tensor) -> Tensor:
+    """Choices after which a share `rate` of the drafts is accepted: each is the token that its row
+    feeds next, or that token + 1. Only for benchmarks: the model has no part in it."""
+    x_T = (state.pos_S[tokens.row_T] + tokens.num_T) * 40503 + state.seed_S[tokens.row_T] % 65521
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):  # a hash of 31 bits
+        x_T = (x_T & 0x7FFFFFFF) ^ ((x_T & 0x7FFFFFFF) >> shift)
+        x_T = (x_T * factor) & 0x7FFFFFFF
+    next_T = tokens.token_T.roll(-1)
+    is_last_T = tokens.num_T.roll(-1) != tokens.num_T + 1
+    wrong_T = torch.where(next_T == 0, 1, next_T - 1)
+    drafted_T = torch.where(x_T < rate * 2.0**31, next_T, wrong_T)
+    return torch.where(is_last_T, chosen_T, drafted_T)
+
+
 def accept_and_advance(
-    num: int, state: DeviceState, span: Span, tokens: SpanTokens, chosen_T: Tensor
+    num: int,
+    state: DeviceState,
+    span: Span,
+    tokens: SpanTokens,
+    chosen_T: Tensor,
+    rate: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns `ops.accept`'s (token_RK, count_R), K = `num`; advances the state by the accepted
-    tokens."""
+    tokens. With `rate` these are as many as `random_choices` says."""
+    if rate is not None:
+        chosen_T = random_choices(rate, state, tokens, chosen_T)
     token_RK, count_R = ops.accept(tokens.token_T, chosen_T, span.num_tokens_R, num)
     newest_R = token_RK.gather(1, (count_R - 1).unsqueeze(1)).squeeze(1)
     advance(state, span.row_idx_R, newest_R, count_R)
@@ -204,6 +229,7 @@ def accept_and_advance(
 
 def choose_and_accept(
     num: int,
+    rate: float | None,
     state: DeviceState,
     span: Span,
     tokens: SpanTokens,
@@ -212,4 +238,4 @@ def choose_and_accept(
 ) -> tuple[Tensor, Tensor]:
     """`accept_and_advance` with tokens that are chosen by temperature alone."""
     chosen_T = choose(state, tokens.row_T, logits_TV, tokens.num_T, draw)
-    return accept_and_advance(num, state, span, tokens, chosen_T)
+    return accept_and_advance(num, state, span, tokens, chosen_T, rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 from nanovllm import hub
@@ -10,15 +11,22 @@ from nanovllm.platforms import attention
 from nanovllm.runner.proposer import DeviceProposer
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.checkpoint_cache import read_config
-from nanovllm.startup.resolve import ResolvedConfig, make_model
+from nanovllm.startup.resolve import ResolvedConfig, make_model, on_ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A proposer, and the checkpoint of its model: a folder, or a name on the Hugging Face Hub."""
+    """A proposer, and the checkpoint of its model: a folder, or a name on the Hugging Face Hub.
+
+    reads_fed, reads_history: see `DraftSpec`.
+    """
 
     proposer: DeviceProposer
     model: str | None = None
+    reads_fed: bool = True
+    reads_history: bool = False
 
 
 def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
@@ -27,8 +35,8 @@ def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
     num = draft.proposer.num
     if 1 + num not in layout.verify_tokens:
         raise ValueError(
-            f"the proposer drafts {num} tokens, but draft_lengths is "
-            f"{list(config.draft_lengths)}: it must hold {num}"
+            f"the proposer drafts {num} tokens, but steps verify "
+            f"{list(config.verified_lengths)}: these must hold {num}"
         )
     layers, num_layers = draft.proposer.layers, resolved.model.config.num_layers
     if not all(0 <= layer_idx < num_layers for layer_idx in layers):
@@ -37,14 +45,23 @@ def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
             f"0 … {num_layers - 1}"
         )
     is_whole = traits.whole_steps and not config.enforce_eager
-    if resolved.shard.size > 1 or is_whole or traits.wants_lengths:
-        where = f"with tensor_parallel_size={resolved.shard.size} on a {traits.name} device"
-        raise ValueError(f"a proposer on the device is not supported {where}")
-    spec, folder = DraftSpec(draft.proposer), None
+    if is_whole or traits.wants_lengths:
+        raise ValueError(
+            f"a proposer on the device is not supported on a {traits.name} device"
+            f"{' with graphs: set enforce_eager=True' if is_whole else ''}"
+        )
+    spec, folder = DraftSpec(draft.proposer, None, draft.reads_fed, draft.reads_history), None
+    if (speculative := config.speculative) is not None:
+        rate = speculative.synthetic_rate
+        spec = replace(spec, adapts=config.adapts_drafts, synthetic_rate=rate)
+        if rate is not None:
+            logger.warning("answers are meaningless: rejection_sample_method is 'synthetic'")
     if draft.model is not None:
         folder = hub.resolve(draft.model, weights=not config.random_weights)
         hf = read_config(folder, resolved.store, None)
         model = make_model(replace(config, quantization=None), hf, resolved.model.config.dtype)
+        if resolved.shard.size > 1:
+            model = on_ranks(config, model)
         _check(resolved, model)
         spec = replace(spec, model=model)
     return replace(resolved, spec=replace(resolved.spec, draft=spec), draft_folder=folder)

@@ -28,6 +28,7 @@ from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.cache_groups import CacheGroups
+from nanovllm.schedule.draft_length import StepTimes
 from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.startup import ranks
@@ -39,6 +40,7 @@ from nanovllm.startup.draft import Draft, with_draft
 from nanovllm.startup.generation_config import default_params, generation_config
 from nanovllm.startup.memory import MemoryReport
 from nanovllm.startup.resolve import ResolvedConfig, resolve
+from nanovllm.startup.speculation import with_speculation
 from nanovllm.startup.startup_timer import StartupTimer
 from nanovllm.tokenizer import Tokenizer
 
@@ -71,6 +73,7 @@ class Loaded:
     memory: MemoryReport
     stall: PrefillLatencyBound | None
     pace: DecodePace
+    step_times: StepTimes | None
     expert_stats: ExpertStats | None
     seconds: dict[str, float]
 
@@ -85,8 +88,8 @@ def load(
     """Turn options into the parts of a warm engine; shows a progress bar over layers, then buckets.
 
     `farm` was started for the same options, and the caller closes it. `draft` proposes tokens on
-    the device. Raises ValueError for options that the device or checkpoint does not support,
-    CheckpointError, and CompileRequired.
+    the device, on one rank, in place of what the options name. Raises ValueError for options that
+    the device or checkpoint does not support, CheckpointError, and CompileRequired.
     """
     if option := config.replicas_option:
         raise ValueError(f"{option} is for LLM and LLMEngine, which run engines elsewhere")
@@ -94,8 +97,12 @@ def load(
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))
         resolved = resolve(config, farm, laps)
-        if draft is not None:
-            resolved = with_draft(resolved, draft)
+        if draft is not None and resolved.shard.size > 1:
+            raise ValueError(
+                f"tensor_parallel_size is {resolved.shard.size}: other ranks know the proposer of "
+                "speculative_config alone"
+            )
+        resolved = with_speculation(resolved) if draft is None else with_draft(resolved, draft)
         resolved = replace(resolved, num_workers=num_workers(resolved))
         if resolved.shard.size == 1:
             return load_chosen(resolved, farm, laps, show_progress=show_progress)
@@ -162,7 +169,7 @@ def load_chosen(
         resolved.config, runner.model, runner.spec, runner, sleeper, tokenizer, vision, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
         built.num_blocks, built.cache_groups, built.memory, built.stall, built.pace,
-        built.expert_stats, laps.seconds,
+        built.step_times, built.expert_stats, laps.seconds,
     )  # fmt: skip
 
 
