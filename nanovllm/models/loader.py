@@ -355,7 +355,10 @@ def build(
         return layer_type(**values)
 
     outer_params, *layer_params = model.declared
-    outer = made(outer_params)
+    outer: dict[str, Any] = dict.fromkeys(model.lent) | made(outer_params)
+    if model.extra_type is not None:
+        own = {name: outer.pop(name, None) for name in model.extra_type._fields}
+        outer["extra"] = model.extra_type(**own)
     if model.tied_head is not None:
         table = outer["embed_VD"]
         if not model.head_is_table:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
 
 from nanovllm import hub
 from nanovllm.models.model import Model
@@ -12,6 +14,15 @@ from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.resolve import ResolvedConfig, make_model
 
+# a proposer, and its model with the folder of the checkpoint
+Parts = tuple[DeviceProposer, Model | None, Path | None]
+
+
+class Drafts(Protocol):
+    """Makes the proposer for the model of a start. Raises ValueError."""
+
+    def parts(self, resolved: ResolvedConfig) -> Parts: ...
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -20,17 +31,28 @@ class Draft:
     proposer: DeviceProposer
     model: str | None = None
 
+    def parts(self, resolved: ResolvedConfig) -> Parts:
+        """See `Drafts`."""
+        if self.model is None:
+            return self.proposer, None, None
+        config = resolved.config
+        folder = hub.resolve(self.model, weights=not config.random_weights)
+        hf = read_config(folder, resolved.store, None)
+        model = make_model(replace(config, quantization=None), hf, resolved.model.config.dtype)
+        return self.proposer, model, folder
 
-def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
+
+def with_draft(resolved: ResolvedConfig, draft: Drafts) -> ResolvedConfig:
     """The resolved with a proposer. Raises ValueError for what does not go with it."""
     config, layout, traits = resolved.config, resolved.spec.layout, resolved.platform.traits
-    num = draft.proposer.num
+    proposer, model, folder = draft.parts(resolved)
+    num = proposer.num
     if 1 + num not in layout.verify_tokens:
         raise ValueError(
             f"the proposer drafts {num} tokens, but draft_lengths is "
             f"{list(config.draft_lengths)}: it must hold {num}"
         )
-    layers, num_layers = draft.proposer.layers, resolved.model.config.num_layers
+    layers, num_layers = proposer.layers, resolved.model.config.num_layers
     if not all(0 <= layer_idx < num_layers for layer_idx in layers):
         raise ValueError(
             f"the proposer reads hidden states after layers {list(layers)}: they must be "
@@ -40,14 +62,10 @@ def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
     if resolved.shard.size > 1 or is_whole or traits.wants_lengths:
         where = f"with tensor_parallel_size={resolved.shard.size} on a {traits.name} device"
         raise ValueError(f"a proposer on the device is not supported {where}")
-    spec, folder = DraftSpec(draft.proposer), None
-    if draft.model is not None:
-        folder = hub.resolve(draft.model, weights=not config.random_weights)
-        hf = read_config(folder, resolved.store, None)
-        model = make_model(replace(config, quantization=None), hf, resolved.model.config.dtype)
+    if model is not None:
         _check(resolved, model)
-        spec = replace(spec, model=model)
-    return replace(resolved, spec=replace(resolved.spec, draft=spec), draft_folder=folder)
+    spec = replace(resolved.spec, draft=DraftSpec(proposer, model))
+    return replace(resolved, spec=spec, draft_folder=folder)
 
 
 def _check(resolved: ResolvedConfig, model: Model) -> None:

@@ -1,0 +1,41 @@
+"""Heads that draft tokens from the model's hidden states, made for the model of a start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanovllm import hub
+from nanovllm.models import eagle3
+from nanovllm.models.draft_head import HeadModel
+from nanovllm.runner.draft_head import DraftHead
+from nanovllm.startup.head_config import eagle3_config, tensor_names
+from nanovllm.startup.resolve import ResolvedConfig
+
+
+@dataclass(frozen=True)
+class Eagle3:
+    """An EAGLE-3 head that drafts `num` tokens. `model` is its checkpoint: a folder, or a name on
+    the Hugging Face Hub."""
+
+    num: int
+    model: str
+
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftHead, HeadModel, Path]:
+        """The proposer, its model and the folder. Raises ValueError."""
+        config, cfg = resolved.config, resolved.model.config
+        folder = hub.resolve(self.model, weights=not config.random_weights)
+        hf = eagle3_config(folder)
+        found = eagle3.model(
+            hf,
+            frozenset() if config.random_weights else tensor_names(folder),
+            num_layers=cfg.num_layers,
+            dtype=cfg.dtype,
+            max_model_len=config.max_model_len,
+        )
+        if hf.state_size != cfg.hidden_size:
+            raise ValueError(
+                f"the head reads hidden states of {hf.state_size} numbers, the model has "
+                f"{cfg.hidden_size}"
+            )
+        return DraftHead(self.num, found.reads), found, folder
