@@ -15,6 +15,7 @@ from typing import Any
 from nanovllm.checks import Rule, check_fields, is_json_object, one_of, refuse_unknown, sizes, whole
 from nanovllm.media.options import LIMITS, MediaOptions
 from nanovllm.option_names import translated
+from nanovllm.speculative import SpeculativeConfig
 from nanovllm.tuning import MAX_TOKENS, Tuning, moved
 
 # Far above what any machine can use: larger numbers are mistakes, and the allocator's error would
@@ -127,6 +128,8 @@ class EngineConfig:
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
     draft_lengths: the numbers of draft tokens (see `Engine.propose`) that a decode step can verify
         per row. A graph is built for each length and batch size.
+    speculative_config: what proposes draft tokens on the device, such as {"method": "draft_model",
+        "model": "Qwen/Qwen3-0.6B", "num_speculative_tokens": 4}. See docs/speculation.md.
     max_num_seqs: the most requests that run at the same time.
     max_num_batched_tokens: prompt tokens per prefill step. Longer prompts are split.
     max_stall_ms: the longest prefill step in milliseconds, by an estimate, while another request
@@ -206,6 +209,7 @@ class EngineConfig:
     enforce_eager: bool = False
     graph_batch_sizes: Sequence[int] | None = None
     draft_lengths: Sequence[int] = ()
+    speculative_config: Mapping[str, object] | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_stall_ms: float | None = None
@@ -265,6 +269,8 @@ class EngineConfig:
         if self.tuning is not None:
             checked = {name: getattr(self.tuned, name) for name in self.tuning}
             object.__setattr__(self, "tuning", checked)
+        if self.speculative is not None:
+            object.__setattr__(self, "speculative_config", self.speculative.given)
         self._check_tuning(self.tuned)
         self._check_combinations()
         assert self.media
@@ -276,6 +282,20 @@ class EngineConfig:
         given: dict[str, Any] = dict(self.tuning or {})
         refuse_unknown(Tuning, given)
         return Tuning(**given)
+
+    @property
+    def speculative(self) -> SpeculativeConfig | None:
+        """The values of `speculative_config`, None without it. Raises ValueError for invalid
+        ones."""
+        given = self.speculative_config
+        return None if given is None else SpeculativeConfig.of(given)
+
+    @property
+    def verified_lengths(self) -> tuple[int, ...]:
+        """The numbers of draft tokens that a decode step can verify per row, ascending."""
+        speculative = self.speculative
+        lengths = self.draft_lengths if speculative is None else speculative.draft_lengths
+        return tuple(sorted(set(lengths)))
 
     @property
     def media(self) -> MediaOptions:
@@ -326,6 +346,11 @@ class EngineConfig:
         if self.compile_cache_mode == "require" and self.enforce_eager:
             raise ValueError(
                 "compile_cache_mode='require' needs enforce_eager=False: eager mode has no programs"
+            )
+        if self.speculative_config is not None and self.draft_lengths:
+            raise ValueError(
+                f"draft_lengths={list(self.draft_lengths)} does not go with speculative_config, "
+                "which sets the numbers of draft tokens itself"
             )
         self._check_replicas()
         self._check_adapters()

@@ -71,7 +71,6 @@ ONE_VALUE: dict[str, tuple[Any, ...]] = {
     "lora_dtype": ("auto",),
     "fully_sharded_loras": (False,),
     "default_mm_loras": (None,),
-    "speculative_config": (None,),
     "logits_processors": (None,),
     "override_generation_config": (None, {}),
     "override_pooler_config": (None,),

@@ -205,6 +205,7 @@ EVERYTHING: dict[str, Any] = {
     "hf_overrides": {"rope_scaling": {"factor": 4.0, "short_factor": (1, 2.5)}, "x": None},
     "tuning": {"npu_graph_options": {"a": (1, 2)}, "vision_patch_budgets": [np.int64(64)]},
     "compile_cache": Path("/tmp/store"),
+    "speculative_config": {"model": Path("x"), "num_speculative_tokens": np.int64(2)},
     "tokenizer": Path("folder \udcff"), "allowed_local_media_path": Path(__file__).parent,
     "limit_mm_per_prompt": {"image": 4}, "media_limits": {"max_image_pixels": 10**6},
 }  # fmt: skip

@@ -90,6 +90,7 @@ ALLOWED = {
         *BELOW_STARTUP,
         "nanovllm.media.settings",
         *SETTINGS,
+        "nanovllm.speculative",
         "nanovllm.tokenizer",
     ),
     "engine": (
@@ -183,7 +184,7 @@ OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
     "checks", "config", "option_names", "env", "flag_file", "flags", "kernels/private_files",
-    "log",
+    "log", "speculative",
     "media/options", "programs", "progress", "ray_note", "sampling", "structured_params", "tuning",
     "typos",
 )  # fmt: skip

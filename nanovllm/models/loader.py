@@ -371,6 +371,12 @@ def build(
     return Params(layers=tuple(layers), **outer)
 
 
+def with_second(params: Params, model: Model, second: Params) -> Params:
+    """Params with those of a second `model`, which proposes tokens and may use some of them."""
+    lent = {name: getattr(params, name) for name in model.lent}
+    return params._replace(draft=second._replace(**lent))
+
+
 def _with_slots(
     model: Model, declared: dict[str, Param], values: dict[str, Any], place: Place
 ) -> dict[str, Any]:

@@ -112,7 +112,10 @@ class DraftParts:
             ),
             cos_sin_MH=first,
             other_tables=tuple(map(Table, others)),
-            # the second model proposes nothing itself, and all its layers have the first table
-            state=self._state._replace(draft_SK=None, block_tables=self._state.block_tables[:1]),
+            # the second model proposes nothing itself and has no adapters, and all its layers have
+            # the first table
+            state=self._state._replace(
+                draft_SK=None, adapter_S=None, block_tables=self._state.block_tables[:1]
+            ),
             compiler=NamedPrograms(compiler),
         )

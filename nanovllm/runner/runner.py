@@ -218,7 +218,9 @@ class Runner:
         elif kind in self.towers:
             self.towers.run_bucket(kind, size)
         else:
-            self.steps.decode(torch.full((size,), self.state.pad_row, device=self.platform.device))
+            row_idx_R = torch.full((size,), self.state.pad_row, device=self.platform.device)
+            with self.steps.proposing(row_idx_R):
+                self.steps.decode(row_idx_R)
             for num in self.layout.verify_tokens:
                 VerifyStep(self.steps, self.platform, size, num).launch()
             if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all

@@ -217,7 +217,7 @@ class Steps:
             embed_VD=self.params.embed_VD,
             token_T=fed.token_T,
         )
-        return self._layers(fed.phase, h_TD, fed.batch, fed.max_q_len)
+        return self._layers(fed.phase, h_TD, fed.batch._replace(adapters=None), fed.max_q_len)
 
     # one token for each row -------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from nanovllm.platforms import attention
 from nanovllm.runner.proposer import DeviceProposer
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.checkpoint_cache import read_config
-from nanovllm.startup.resolve import ResolvedConfig, make_model
+from nanovllm.startup.resolve import ResolvedConfig, make_model, on_ranks
 
 # a proposer, and its model with the folder of the checkpoint
 Parts = tuple[DeviceProposer, Model | None, Path | None]
@@ -39,6 +39,8 @@ class Draft:
         folder = hub.resolve(self.model, weights=not config.random_weights)
         hf = read_config(folder, resolved.store, None)
         model = make_model(replace(config, quantization=None), hf, resolved.model.config.dtype)
+        if resolved.shard.size > 1:
+            model = on_ranks(config, model)
         return self.proposer, model, folder
 
 
@@ -49,8 +51,8 @@ def with_draft(resolved: ResolvedConfig, draft: Drafts) -> ResolvedConfig:
     num = proposer.num
     if 1 + num not in layout.verify_tokens:
         raise ValueError(
-            f"the proposer drafts {num} tokens, but draft_lengths is "
-            f"{list(config.draft_lengths)}: it must hold {num}"
+            f"the proposer drafts {num} tokens, but steps verify "
+            f"{list(config.verified_lengths)}: these must hold {num}"
         )
     layers, num_layers = proposer.layers, resolved.model.config.num_layers
     if not all(0 <= layer_idx < num_layers for layer_idx in layers):
@@ -59,9 +61,11 @@ def with_draft(resolved: ResolvedConfig, draft: Drafts) -> ResolvedConfig:
             f"0 … {num_layers - 1}"
         )
     is_whole = traits.whole_steps and not config.enforce_eager
-    if resolved.shard.size > 1 or is_whole or traits.wants_lengths:
-        where = f"with tensor_parallel_size={resolved.shard.size} on a {traits.name} device"
-        raise ValueError(f"a proposer on the device is not supported {where}")
+    if is_whole or traits.wants_lengths:
+        raise ValueError(
+            f"a proposer on the device is not supported on a {traits.name} device"
+            f"{' with graphs: set enforce_eager=True' if is_whole else ''}"
+        )
     if model is not None:
         _check(resolved, model)
     spec = replace(resolved.spec, draft=DraftSpec(proposer, model))

@@ -24,6 +24,7 @@ class Eagle3:
     def parts(self, resolved: ResolvedConfig) -> tuple[DraftHead, HeadModel, Path]:
         """The proposer, its model and the folder. Raises ValueError."""
         config, cfg = resolved.config, resolved.model.config
+        refuse_ranks(resolved)
         folder = hub.resolve(self.model, weights=not config.random_weights)
         hf = eagle3_config(folder)
         found = eagle3.model(
@@ -39,3 +40,10 @@ class Eagle3:
                 f"{cfg.hidden_size}"
             )
         return DraftHead(self.num, found.reads), found, folder
+
+
+def refuse_ranks(resolved: ResolvedConfig) -> None:
+    if resolved.shard.size > 1:
+        raise ValueError(
+            f"tensor_parallel_size is {resolved.shard.size}: heads that draft tokens need 1"
+        )

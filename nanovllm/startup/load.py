@@ -39,6 +39,7 @@ from nanovllm.startup.draft import Drafts, with_draft
 from nanovllm.startup.generation_config import default_params, generation_config
 from nanovllm.startup.memory import MemoryReport
 from nanovllm.startup.resolve import ResolvedConfig, resolve
+from nanovllm.startup.speculation import with_speculation
 from nanovllm.startup.startup_timer import StartupTimer
 from nanovllm.tokenizer import Tokenizer
 
@@ -85,8 +86,8 @@ def load(
     """Turn options into the parts of a warm engine; shows a progress bar over layers, then buckets.
 
     `farm` was started for the same options, and the caller closes it. `draft` proposes tokens on
-    the device. Raises ValueError for options that the device or checkpoint does not support,
-    CheckpointError, and CompileRequired.
+    the device, on one rank, in place of what the options name. Raises ValueError for options that
+    the device or checkpoint does not support, CheckpointError, and CompileRequired.
     """
     if option := config.replicas_option:
         raise ValueError(f"{option} is for LLM and LLMEngine, which run engines elsewhere")
@@ -94,8 +95,12 @@ def load(
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))
         resolved = resolve(config, farm, laps)
-        if draft is not None:
-            resolved = with_draft(resolved, draft)
+        if draft is not None and resolved.shard.size > 1:
+            raise ValueError(
+                f"tensor_parallel_size is {resolved.shard.size}: other ranks know the proposer of "
+                "speculative_config alone"
+            )
+        resolved = with_speculation(resolved) if draft is None else with_draft(resolved, draft)
         resolved = replace(resolved, num_workers=num_workers(resolved))
         if resolved.shard.size == 1:
             return load_chosen(resolved, farm, laps, show_progress=show_progress)
@@ -213,8 +218,7 @@ def _read_weights(resolved: ResolvedConfig, progress: loader.Progress, place: Pl
     params, draft = read(model, resolved.folder, progress), resolved.spec.draft
     if draft is not None and draft.model is not None and resolved.draft_folder is not None:
         second = read(draft.model, resolved.draft_folder, lambda num_layers: None)
-        lent = {name: getattr(params, name) for name in draft.model.lent}
-        params = params._replace(draft=second._replace(**lent))
+        params = loader.with_second(params, draft.model, second)
     if resolved.config.random_weights:
         make = partial(weights.random, target=target, seed=seed)
     else:

@@ -11,6 +11,7 @@ from nanovllm.startup.artifacts import mark_ready
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.compile_farm.tasks import BuildOutcome
 from nanovllm.startup.resolve import ResolvedConfig, resolve_without_weights
+from nanovllm.startup.speculation import with_speculation
 
 
 def fill(
@@ -29,7 +30,7 @@ def fill(
     a store that cannot be made or written.
     """
     # compiles C++ libraries, which workers then find
-    resolved = resolve_without_weights(config, must_keep=True)
+    resolved = with_speculation(resolve_without_weights(config, must_keep=True))
     buckets = resolved.spec.layout.buckets
     begin(resolved)
     if count is None:

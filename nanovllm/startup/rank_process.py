@@ -45,6 +45,7 @@ def load_rank(connection: RankConnection, setup: dict[str, Any]) -> Runner:
     from nanovllm.startup.compile_farm.farm import CompileFarm
     from nanovllm.startup.load import load_chosen
     from nanovllm.startup.resolve import resolve_model, select_platform
+    from nanovllm.startup.speculation import with_speculation
     from nanovllm.startup.startup_timer import StartupTimer
     from nanovllm.startup.store_folder import open_store
 
@@ -56,7 +57,7 @@ def load_rank(connection: RankConnection, setup: dict[str, Any]) -> Runner:
         raise ValueError(f"rank {rank} has another checkpoint than rank 0 in {folder}")
     platform, store = select_platform(config), open_store(config)
     resolved = resolve_model(config, platform, store, folder, weights=has_weights)
-    resolved = replace(resolved, shard=Shard(rank, size))
+    resolved = with_speculation(replace(resolved, shard=Shard(rank, size)))
     resolved.prepare_kernels()
     platform.share_cores(size)
     connect = partial(

@@ -418,7 +418,7 @@ def make_layout(
         decode_rows=buckets.decode_ladder(requested, max_num_seqs, traits.decode_rows),
         prefill_tokens=buckets.prefill_ladder(max_tokens, traits.prefill_growth),
         max_prefill_rows=min(max_num_seqs, buckets.PREFILL_ROWS),
-        verify_tokens=tuple(sorted({1 + length for length in config.draft_lengths})),
+        verify_tokens=tuple(1 + length for length in config.verified_lengths),
         pad=config.tuned.pad_batches,
     )
 

@@ -173,12 +173,14 @@ def test_the_model_is_the_first_word_or_an_option(capsys: pytest.CaptureFixture[
 def test_flags_give_the_config_that_options_give() -> None:
     words = """--max_model_len 64 --enforce-eager --graph-batch-sizes 1 19 --max-stall-ms inf
         --hf-overrides {"a":{"b":1}} --expert-parallel off --allowed-media-domains a.b c.d
-        --no-enable-prefix-caching --compile-cache /x --limit-mm-per-prompt {"image":3}"""
+        --no-enable-prefix-caching --compile-cache /x --limit-mm-per-prompt {"image":3}
+        --speculative-config {"model":"a/b","num_speculative_tokens":4}"""
     assert engine_config(engine_args("m/n", *words.split())) == EngineConfig(
         "m/n", max_model_len=64, enforce_eager=True, graph_batch_sizes=[1, 19],
         max_stall_ms=float("inf"), hf_overrides={"a": {"b": 1}}, expert_parallel=False,
         allowed_media_domains=["a.b", "c.d"], enable_prefix_caching=False, compile_cache="/x",
         limit_mm_per_prompt={"image": 3},
+        speculative_config={"model": "a/b", "num_speculative_tokens": 4},
     )  # fmt: skip
 
 

@@ -234,7 +234,7 @@ def test_engines_without_a_proposer_have_nothing_of_it(plain: LLM) -> None:
 
 def test_what_does_not_go_together_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     eager = MODES["eager"]
-    with pytest.raises(ValueError, match=r"drafts 3 tokens, but draft_lengths is \[2\]"):
+    with pytest.raises(ValueError, match=r"drafts 3 tokens, but steps verify \[2\]"):
         make(checkpoint, Repeat(3), draft_lengths=(2,), **eager)
     with pytest.raises(ValueError, match=r"after layers \[0, 2\]: they must be 0 … 1"):
         make(checkpoint, Reading(2, (0, 2)), **eager)

@@ -12,13 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.engine import Engine
 from nanovllm.models.checkpoint import CheckpointError
+from nanovllm.runner.draft_head import DraftHead
 from nanovllm.startup.draft_heads import Eagle3
+from nanovllm.startup.load import load
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts
 from tests.engines import tokens as llm_tokens
 from tests.runner.heads import EagleCase, Watched, make
-from tests.runner.proposers import MODES, run, tokens
+from tests.runner.proposers import MODES, config_of, run, tokens
 
 NUM = 3
 PROMPTS = random_prompts([19, 1, 40, 7], seed=3)
@@ -221,3 +224,25 @@ def test_random_weights_need_the_config_alone(target: Path, tmp_path: Path) -> N
     engine = make(target, drafts, NUM, random_weights=True, **MODES["eager"])
     assert len(run(engine, PROMPTS[:1], greedy(5))[0].token_ids) == 5
     engine.close()
+
+
+def test_the_option_names_a_head(target: Path, tmp_path: Path, expected: list[list[int]]) -> None:
+    speculative = {
+        "method": "eagle3", "model": str(PLAIN.save(tmp_path / "head")),
+        "num_speculative_tokens": 2,
+    }  # fmt: skip
+    engine = Engine(load(config_of(target, {"speculative_config": speculative, **MODES["eager"]})))
+    drafting = engine.runner.steps.drafting
+    assert drafting is not None and drafting.proposer == DraftHead(2, (1, 1, 0))
+    assert tokens(engine, PROMPTS, greedy(15)) == expected
+    engine.close()
+
+
+def test_several_ranks_are_refused(target: Path, tmp_path: Path) -> None:
+    speculative = {
+        "method": "eagle3", "model": str(PLAIN.save(tmp_path / "head")),
+        "num_speculative_tokens": 2,
+    }  # fmt: skip
+    options = {"speculative_config": speculative, "tensor_parallel_size": 2, **MODES["eager"]}
+    with pytest.raises(ValueError, match="tensor_parallel_size is 2: heads that draft tokens need"):
+        load(config_of(target, options))

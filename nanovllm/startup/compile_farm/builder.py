@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.models import loader
 from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.loader import Target
+from nanovllm.models.model import Model, Params
 from nanovllm.models.shards import Shard
 from nanovllm.models.vision import weights
 from nanovllm.platforms.base import Platform
@@ -30,6 +32,7 @@ from nanovllm.runner.runner import Runner
 from nanovllm.runner.warmup import dry_run_bucket
 from nanovllm.startup.build import make_compiler, with_cache
 from nanovllm.startup.resolve import ResolvedConfig, resolve_without_weights
+from nanovllm.startup.speculation import with_speculation
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ def small_runner(
     this device.
     """
     platform, spec = resolved.platform, resolved.spec
+    if spec.draft is not None and spec.draft.model is not None:
+        spec = replace(spec, draft=replace(spec.draft, model=spec.draft.model.reduced()))
     model = resolved.model if platform.traits.whole_steps else resolved.model.reduced()
     compiler = make_compiler(resolved)
     if compiler.lowering is None:
@@ -60,10 +65,15 @@ def small_runner(
         ):  # the host's experts are on the device as well, since they are small
             host = SplitRegion(platform.device)
             target = target._replace(place=Offloader(spec.offload, host, platform.device))
-        if mode is None:
-            params = loader.random(model, target, 0, lambda _: None)
-        else:
-            params = loader.undefined(model, target)
+
+        def make(one: Model) -> Params:
+            if mode is None:
+                return loader.random(one, target, 0, lambda _: None)
+            return loader.undefined(one, target)
+
+        params = make(model)
+        if spec.draft is not None and spec.draft.model is not None:
+            params = loader.with_second(params, spec.draft.model, make(spec.draft.model))
         params = weights.with_towers(params, model, partial(weights.random, target=target, seed=0))
         runner = Runner(model, params, spec, platform, compiler)
     return with_cache(resolved, lambda _: runner)[0] if platform.traits.whole_steps else runner
@@ -99,7 +109,9 @@ class Builder:
         """Without a dry run, or if it fails, the bucket is run. So are calls of towers:
         Inductor makes their programs, and only running them finds the kernels."""
         dry_run = self._dry_run
-        if dry_run is None or kind in ("vision", "audio"):
+        # a proposer launches kernels itself, which fake tensors do not reach
+        is_fake = self._choice.spec.draft is None and kind not in ("vision", "audio")
+        if dry_run is None or not is_fake:
             return self._run(kind, size)
         dry_run.kernels.clear()
         try:
@@ -132,7 +144,7 @@ class Builder:
 
     @cached_property
     def _choice(self) -> ResolvedConfig:
-        return resolve_without_weights(self._config, self._platform)
+        return with_speculation(resolve_without_weights(self._config, self._platform))
 
     @cached_property
     def _runner(self) -> Runner:

@@ -1,0 +1,89 @@
+"""The option `speculative_config`: what proposes tokens, and how many. The names are vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any, NamedTuple
+
+from nanovllm.checks import InvalidValue, Rule, check_fields, whole
+
+OPTION = "speculative_config"
+MAX_TOKENS, MAX_NGRAM = 64, 64
+
+
+class Method(NamedTuple):
+    """A method of drafting: the keys that it `needs`, and others that it `takes`."""
+
+    needs: tuple[str, ...]
+    takes: tuple[str, ...] = ()
+
+
+# `startup/speculation.py` has the function that makes each method's proposer.
+METHODS: dict[str, Method] = {
+    "draft_model": Method(needs=("model", "num_speculative_tokens")),
+    "eagle3": Method(needs=("model", "num_speculative_tokens")),
+}
+
+ALLOWED: dict[str, Rule] = {
+    "model": ("a folder or a Hub id", lambda value: str(value) != ""),
+    "num_speculative_tokens": whole(1, MAX_TOKENS),
+}
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """What proposes draft tokens on the device. Steps verify them, so they never change answers.
+
+    method: one of METHODS. None: "draft_model".
+    model: the checkpoint that drafts: a folder or a Hub id. It needs the model's vocabulary.
+    num_speculative_tokens: the draft tokens of each row in a step.
+    """
+
+    method: str | None = None
+    model: str | PathLike[str] | None = None
+    num_speculative_tokens: int | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> SpeculativeConfig:
+        """The checked values. Raises InvalidValue, also for unknown keys."""
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise InvalidValue(
+                OPTION, f"{OPTION} has {', '.join(unknown)}: the keys are {', '.join(known)}"
+            )
+        try:
+            return cls(**given)
+        except InvalidValue as error:
+            raise InvalidValue(OPTION, f"{OPTION}: {error}") from None
+
+    def __post_init__(self) -> None:
+        if self.method is None and self.model is not None:
+            object.__setattr__(self, "method", "draft_model")
+        if self.method not in METHODS:
+            raise InvalidValue(
+                "method", f"method is {self.method!r}: it must be one of {', '.join(METHODS)}"
+            )
+        check_fields(self, ALLOWED)
+        method = METHODS[self.method]
+        for name in (field.name for field in fields(self) if field.name != "method"):
+            value = getattr(self, name)
+            if value is None and name in method.needs:
+                raise InvalidValue(name, f"method {self.method!r} needs {name}")
+            if value is not None and name not in method.needs + method.takes:
+                raise InvalidValue(
+                    name, f"{name} is {value!r}, which method {self.method!r} does not take"
+                )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The values that are set, as JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def draft_lengths(self) -> tuple[int, ...]:
+        """The numbers of draft tokens that a step can verify per row."""
+        assert self.num_speculative_tokens is not None
+        return (self.num_speculative_tokens,)

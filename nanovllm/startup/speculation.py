@@ -1,0 +1,37 @@
+"""From the option `speculative_config` to a proposer: a function for each method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nanovllm.runner.draft import DraftModel
+from nanovllm.speculative import SpeculativeConfig
+from nanovllm.startup.draft import Draft, Drafts, with_draft
+from nanovllm.startup.draft_heads import Eagle3
+from nanovllm.startup.resolve import ResolvedConfig
+
+Builder = Callable[[SpeculativeConfig, ResolvedConfig], Drafts]
+
+
+def draft_model(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
+    assert config.num_speculative_tokens is not None and config.model is not None
+    return Draft(DraftModel(config.num_speculative_tokens), str(config.model))
+
+
+def eagle3(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
+    assert config.num_speculative_tokens is not None and config.model is not None
+    return Eagle3(config.num_speculative_tokens, str(config.model))
+
+
+# Those of `speculative.METHODS`. A function raises ValueError for what the model does not support.
+BUILDERS: dict[str, Builder] = {"draft_model": draft_model, "eagle3": eagle3}
+
+
+def with_speculation(resolved: ResolvedConfig) -> ResolvedConfig:
+    """The resolved with the proposer of the options, if they name one. Raises ValueError for what
+    does not go with it."""
+    config = resolved.config.speculative
+    if config is None:
+        return resolved
+    assert config.method is not None
+    return with_draft(resolved, BUILDERS[config.method](config, resolved))

@@ -1,0 +1,60 @@
+"""The option speculative_config: what it means, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm import EngineConfig, speculative
+from nanovllm.checks import InvalidValue, to_options
+from nanovllm.startup.speculation import BUILDERS
+
+DRAFT = {"method": "draft_model", "model": "a/b", "num_speculative_tokens": 3}
+
+
+def make(given: Any, **options: Any) -> EngineConfig:
+    return EngineConfig("m", speculative_config=given, **options)
+
+
+def test_a_model_alone_means_a_draft_model() -> None:
+    config = make({"model": Path("/a/b"), "num_speculative_tokens": 3})
+    assert config.speculative_config == {**DRAFT, "model": "/a/b"}
+
+
+def test_it_reaches_other_processes_as_it_is() -> None:
+    config = make(DRAFT, data_parallel_size=2)
+    assert EngineConfig(**json.loads(json.dumps(to_options(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "eagle"}, "method is 'eagle': it must be one of draft_model"),
+        ({"method": None, "model": None}, "method is None: it must be one of"),
+        ({"model": ""}, "model is '': it must be a folder or a Hub id"),
+        ({"model": None}, "method 'draft_model' needs model"),
+        ({"num_speculative_tokens": None}, "'draft_model' needs num_speculative_tokens"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0: .* at least 1, at most 64"),
+        ({"num_speculative_tokens": 65}, "num_speculative_tokens is 65"),
+        ({"num_speculative_tokens": True}, "num_speculative_tokens is True"),
+        ({"draft_confidence": 0.5}, "has draft_confidence: the keys are method, model, num_spec"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidValue, match=f"^speculative_config.*{words}") as caught:
+        make({**DRAFT, **changes})
+    assert caught.value.field == "speculative_config"
+
+
+def test_it_sets_the_draft_lengths_itself() -> None:
+    assert make(DRAFT).verified_lengths[-1] == 3
+    assert EngineConfig("m", draft_lengths=(4, 2)).verified_lengths == (2, 4)
+    with pytest.raises(ValueError, match=r"draft_lengths=\[3\] does not go with speculative_conf"):
+        make(DRAFT, draft_lengths=(3,))
+
+
+def test_every_method_has_a_builder() -> None:
+    assert BUILDERS.keys() == speculative.METHODS.keys()
