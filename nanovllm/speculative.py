@@ -24,6 +24,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "draft_model": Method(needs=("model", "num_speculative_tokens")),
     "eagle3": Method(needs=("model", "num_speculative_tokens")),
+    "mtp": Method(needs=("num_speculative_tokens",)),
 }
 
 ALLOWED: dict[str, Rule] = {

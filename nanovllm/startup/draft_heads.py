@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanovllm import hub
-from nanovllm.models import eagle3
+from nanovllm.models import eagle3, mtp
 from nanovllm.models.draft_head import HeadModel
+from nanovllm.models.gguf.header import is_gguf
 from nanovllm.runner.draft_head import DraftHead
 from nanovllm.startup.head_config import eagle3_config, tensor_names
-from nanovllm.startup.resolve import ResolvedConfig
+from nanovllm.startup.resolve import ResolvedConfig, make_model
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,25 @@ class Eagle3:
                 f"{cfg.hidden_size}"
             )
         return DraftHead(self.num, found.reads), found, folder
+
+
+@dataclass(frozen=True)
+class Mtp:
+    """The first layer of the model's own checkpoint that proposes tokens; it drafts `num`."""
+
+    num: int
+
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftHead, HeadModel, Path]:
+        """The proposer, its model and the folder. Raises ValueError."""
+        config = resolved.config
+        refuse_ranks(resolved)
+        if resolved.spec.offload is not None or is_gguf(resolved.folder):
+            what = "expert_offload" if resolved.spec.offload is not None else "a GGUF file"
+            raise ValueError(f"method 'mtp' does not go with {what}")
+        target = make_model(config, resolved.hf, resolved.model.config.dtype)
+        stored = None if config.random_weights else tensor_names(resolved.folder)
+        found = mtp.model(target, stored)
+        return DraftHead(self.num, found.reads), found, resolved.folder
 
 
 def refuse_ranks(resolved: ResolvedConfig) -> None:

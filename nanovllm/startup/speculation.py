@@ -7,7 +7,7 @@ from collections.abc import Callable
 from nanovllm.runner.draft import DraftModel
 from nanovllm.speculative import SpeculativeConfig
 from nanovllm.startup.draft import Draft, Drafts, with_draft
-from nanovllm.startup.draft_heads import Eagle3
+from nanovllm.startup.draft_heads import Eagle3, Mtp
 from nanovllm.startup.resolve import ResolvedConfig
 
 Builder = Callable[[SpeculativeConfig, ResolvedConfig], Drafts]
@@ -23,8 +23,13 @@ def eagle3(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
     return Eagle3(config.num_speculative_tokens, str(config.model))
 
 
+def mtp(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
+    assert config.num_speculative_tokens is not None
+    return Mtp(config.num_speculative_tokens)
+
+
 # Those of `speculative.METHODS`. A function raises ValueError for what the model does not support.
-BUILDERS: dict[str, Builder] = {"draft_model": draft_model, "eagle3": eagle3}
+BUILDERS: dict[str, Builder] = {"draft_model": draft_model, "eagle3": eagle3, "mtp": mtp}
 
 
 def with_speculation(resolved: ResolvedConfig) -> ResolvedConfig:
