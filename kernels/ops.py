@@ -522,6 +522,12 @@ advance = _define(
     reference.step.advance,
     lambda token, pos, row_idx, new_token, num=None: None,
 )
+ngram_propose = _define(
+    "ngram_propose(Tensor(a!) history, Tensor(b!) draft, Tensor token, Tensor pos, "
+    "Tensor row_idx, int min_n, int max_n) -> ()",
+    reference.step.ngram_propose,
+    lambda history, draft, token, pos, row_idx, min_n, max_n: None,
+)
 
 
 def register_kernels(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) -> None:
@@ -598,6 +604,7 @@ __all__ = [
     "linear",
     "linear_",
     "linear_int8",
+    "ngram_propose",
     "norm_router_topk",
     "offloaded_experts",
     "op_name",

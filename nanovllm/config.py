@@ -293,9 +293,14 @@ class EngineConfig:
     @property
     def verified_lengths(self) -> tuple[int, ...]:
         """The numbers of draft tokens that a decode step can verify per row, ascending."""
-        speculative = self.speculative
-        lengths = self.draft_lengths if speculative is None else speculative.draft_lengths
-        return tuple(sorted(set(lengths)))
+        if self.speculative is None:
+            return tuple(sorted(set(self.draft_lengths)))
+        return self.speculative.draft_lengths(adapts=self.adapts_drafts)
+
+    @property
+    def adapts_drafts(self) -> bool:
+        """Whether steps have as many draft tokens as pay. Batches without padding are not timed."""
+        return self.tuned.adapt_draft_length and self.tuned.pad_batches
 
     @property
     def media(self) -> MediaOptions:

@@ -11,6 +11,8 @@ from nanovllm.checks import InvalidValue, Rule, check_fields, whole
 
 OPTION = "speculative_config"
 MAX_TOKENS, MAX_NGRAM = 64, 64
+DEFAULT_NGRAM = 5
+LENGTHS = (1, 3, 7, 15, 31)  # numbers of draft tokens below the largest
 
 
 class Method(NamedTuple):
@@ -25,11 +27,14 @@ METHODS: dict[str, Method] = {
     "draft_model": Method(needs=("model", "num_speculative_tokens")),
     "eagle3": Method(needs=("model", "num_speculative_tokens")),
     "mtp": Method(needs=("num_speculative_tokens",)),
+    "ngram": Method(("num_speculative_tokens",), ("prompt_lookup_min", "prompt_lookup_max")),
 }
 
 ALLOWED: dict[str, Rule] = {
     "model": ("a folder or a Hub id", lambda value: str(value) != ""),
     "num_speculative_tokens": whole(1, MAX_TOKENS),
+    "prompt_lookup_min": whole(1, MAX_NGRAM),
+    "prompt_lookup_max": whole(1, MAX_NGRAM),
 }
 
 
@@ -37,14 +42,20 @@ ALLOWED: dict[str, Rule] = {
 class SpeculativeConfig:
     """What proposes draft tokens on the device. Steps verify them, so they never change answers.
 
-    method: one of METHODS. None: "draft_model".
+    method: "draft_model" (a smaller model) or "ngram" (what followed the same tokens before). None:
+        "draft_model".
     model: the checkpoint that drafts: a folder or a Hub id. It needs the model's vocabulary.
     num_speculative_tokens: the draft tokens of each row in a step.
+    prompt_lookup_min, prompt_lookup_max: how many of a row's last tokens "ngram" looks for in the
+        tokens before them: the longest that occur. Without one of them it is the other, without
+        both they are 5, as in vLLM.
     """
 
     method: str | None = None
     model: str | PathLike[str] | None = None
     num_speculative_tokens: int | None = None
+    prompt_lookup_min: int | None = None
+    prompt_lookup_max: int | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> SpeculativeConfig:
@@ -76,6 +87,13 @@ class SpeculativeConfig:
                 raise InvalidValue(
                     name, f"{name} is {value!r}, which method {self.method!r} does not take"
                 )
+        shortest, longest = self.ngram_lengths
+        if shortest > longest:
+            raise InvalidValue(
+                "prompt_lookup_min",
+                f"prompt_lookup_min is {shortest}: it must be at most prompt_lookup_max "
+                f"({longest})",
+            )
 
     @property
     def given(self) -> dict[str, Any]:
@@ -84,7 +102,14 @@ class SpeculativeConfig:
         return {name: value for name, value in values.items() if value is not None}
 
     @property
-    def draft_lengths(self) -> tuple[int, ...]:
-        """The numbers of draft tokens that a step can verify per row."""
-        assert self.num_speculative_tokens is not None
-        return (self.num_speculative_tokens,)
+    def ngram_lengths(self) -> tuple[int, int]:
+        """The least and the most tokens that "ngram" looks for."""
+        low, high = self.prompt_lookup_min, self.prompt_lookup_max
+        return low or high or DEFAULT_NGRAM, high or low or DEFAULT_NGRAM
+
+    def draft_lengths(self, *, adapts: bool) -> tuple[int, ...]:
+        """The numbers of draft tokens that a step can verify per row, ascending: the largest alone,
+        or those of LENGTHS below it too if the number `adapts`."""
+        most = self.num_speculative_tokens
+        assert most is not None
+        return (*(length for length in LENGTHS if adapts and length < most), most)

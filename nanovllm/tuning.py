@@ -31,6 +31,9 @@ class Tuning:
     fuse: fuse ops into our own kernels. False leaves all ops but attention, the cache write and the
         sampler to the lowering, as plain torch.
     run_ahead: steps launched before the tokens of the first are read, 0 or 1.
+    adapt_draft_length: with speculative_config, choose the number of draft tokens of each step by
+        the times of steps and by what was accepted; 0 of them if drafts would not pay. False: all
+        steps verify num_speculative_tokens.
     pad_batches: False, in eager mode only, runs batches without padding.
     vision_patch_budgets: the numbers of patches for which programs of the vision encoder are
         compiled, multiples of the patches of one token. Images are packed into calls of these
@@ -47,6 +50,7 @@ class Tuning:
     capture: bool = True
     fuse: bool = True
     run_ahead: int | None = None
+    adapt_draft_length: bool = True
     pad_batches: bool = True
     vision_patch_budgets: Sequence[int] | None = None
     npu_graph_options: Mapping[str, object] | None = None

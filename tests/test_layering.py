@@ -74,6 +74,7 @@ ALLOWED = {
         "nanovllm.runner",
         "nanovllm.schedule.edit_limits",
         "nanovllm.schedule.plan",
+        "nanovllm.schedule.draft_length",
         "nanovllm.schedule.pace",
         "nanovllm.schedule.prefill_latency_bound",
         "nanovllm.models",

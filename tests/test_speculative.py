@@ -10,9 +10,12 @@ import pytest
 
 from nanovllm import EngineConfig, speculative
 from nanovllm.checks import InvalidValue, to_options
+from nanovllm.speculative import SpeculativeConfig
 from nanovllm.startup.speculation import BUILDERS
 
 DRAFT = {"method": "draft_model", "model": "a/b", "num_speculative_tokens": 3}
+
+NGRAM = {"method": "ngram", "model": None, "num_speculative_tokens": 3}
 
 
 def make(given: Any, **options: Any) -> EngineConfig:
@@ -32,7 +35,7 @@ def test_it_reaches_other_processes_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "eagle"}, "method is 'eagle': it must be one of draft_model"),
+        ({"method": "eagle"}, "method is 'eagle': it must be one of draft_model, eagle3"),
         ({"method": None, "model": None}, "method is None: it must be one of"),
         ({"model": ""}, "model is '': it must be a folder or a Hub id"),
         ({"model": None}, "method 'draft_model' needs model"),
@@ -40,6 +43,14 @@ def test_it_reaches_other_processes_as_it_is() -> None:
         ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0: .* at least 1, at most 64"),
         ({"num_speculative_tokens": 65}, "num_speculative_tokens is 65"),
         ({"num_speculative_tokens": True}, "num_speculative_tokens is True"),
+        ({"prompt_lookup_min": 2}, "prompt_lookup_min is 2, which method 'draft_model' does not"),
+        ({**NGRAM, "model": "a"}, "model is 'a', which method 'ngram' does not take"),
+        ({**NGRAM, "num_speculative_tokens": None}, "'ngram' needs num_speculative_tokens"),
+        ({**NGRAM, "prompt_lookup_max": 65}, "prompt_lookup_max is 65: .* at most 64"),
+        (
+            {**NGRAM, "prompt_lookup_min": 4, "prompt_lookup_max": 3},
+            r"prompt_lookup_min is 4: it must be at most prompt_lookup_max \(3\)",
+        ),
         ({"draft_confidence": 0.5}, "has draft_confidence: the keys are method, model, num_spec"),
     ],
 )
@@ -54,6 +65,15 @@ def test_it_sets_the_draft_lengths_itself() -> None:
     assert EngineConfig("m", draft_lengths=(4, 2)).verified_lengths == (2, 4)
     with pytest.raises(ValueError, match=r"draft_lengths=\[3\] does not go with speculative_conf"):
         make(DRAFT, draft_lengths=(3,))
+
+
+def test_one_length_of_lookups_stands_for_both() -> None:
+    lengths = [
+        SpeculativeConfig.of({**NGRAM, **given}).ngram_lengths
+        for given in ({}, {"prompt_lookup_max": 3}, {"prompt_lookup_min": 7},
+                      {"prompt_lookup_min": 2, "prompt_lookup_max": 4})
+    ]  # fmt: skip
+    assert lengths == [(5, 5), (3, 3), (7, 7), (2, 4)]
 
 
 def test_every_method_has_a_builder() -> None:

@@ -108,4 +108,37 @@ void nanovllm_advance(const void* bytes) {
     a.pos[state_row] = is_real ? a.pos[state_row] + (a.num ? a.num[row] : 1) : 0;
   }
 }
+
+struct NgramPropose {
+  int32_t* history;
+  int64_t* draft;
+  const int64_t *token, *pos, *row_idx;
+  int64_t num_rows, num_positions, num, min_n, max_n;
+};
+
+void nanovllm_ngram_propose(const void* bytes) {
+  NgramPropose a;
+  std::memcpy(&a, bytes, sizeof a);
+  for (int64_t row = 0; row < a.num_rows; ++row) {
+    const int64_t state_row = a.row_idx[row], pos = a.pos[state_row];
+    int32_t* history = a.history + state_row * a.num_positions;
+    int64_t* draft = a.draft + state_row * a.num;
+    std::fill(draft, draft + a.num, 0);
+    if (pos >= a.num_positions) continue;
+    const int32_t newest = (int32_t)a.token[state_row];
+    history[pos] = newest;
+    int64_t longest = 0, start = 0;
+    for (int64_t end = 0; end < pos && longest < a.max_n; ++end) {
+      if (history[end] != newest) continue;
+      int64_t length = 1;
+      while (length < a.max_n && length <= end && history[end - length] == history[pos - length])
+        ++length;
+      if (length > longest) longest = length, start = end + 1;
+    }
+    if (longest >= a.min_n)
+      for (int64_t k = 0; k < a.num; ++k) draft[k] = history[start + k % (pos + 1 - start)];
+    for (int64_t k = 0; k < a.num && pos + 1 + k < a.num_positions; ++k)
+      history[pos + 1 + k] = (int32_t)draft[k];
+  }
+}
 }

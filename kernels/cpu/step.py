@@ -32,13 +32,18 @@ _SAMPLING_INPUTS = build.ArgumentStruct(
 _ADVANCE = build.ArgumentStruct(
     "Advance", pointers="token pos row_idx new_token num", integers="num_rows pad_row"
 )
-_STRUCTS = (_DECODE_INPUTS, _SPAN_INPUTS, _SAMPLING_INPUTS, _ADVANCE)
+_NGRAM_PROPOSE = build.ArgumentStruct(
+    "NgramPropose",
+    pointers="history draft token pos row_idx",
+    integers="num_rows num_positions num min_n max_n",
+)
+_STRUCTS = (_DECODE_INPUTS, _SPAN_INPUTS, _SAMPLING_INPUTS, _ADVANCE, _NGRAM_PROPOSE)
 
 
 @functools.cache
 def _load() -> ctypes.CDLL:
     library = build.load(Path(__file__).with_suffix(".cpp"), _STRUCTS)
-    for name in ("decode_inputs", "span_inputs", "sampling_inputs", "advance"):
+    for name in ("decode_inputs", "span_inputs", "sampling_inputs", "advance", "ngram_propose"):
         function = getattr(library, f"nanovllm_{name}")
         function.argtypes, function.restype = (ctypes.c_char_p,), None
     return library
@@ -122,9 +127,24 @@ def advance(
     _load().nanovllm_advance(_ADVANCE.pack(*pointers, row_idx_R.shape[0], token_S.shape[0] - 1))
 
 
-KERNELS = {
-    kernel.__name__: kernel for kernel in (decode_inputs, span_inputs, sampling_inputs, advance)
-}
+def ngram_propose(
+    history_SM: Tensor,
+    draft_SK: Tensor,
+    token_S: Tensor,
+    pos_S: Tensor,
+    row_idx_R: Tensor,
+    min_n: int,
+    max_n: int,
+) -> None:
+    """See `reference.step.ngram_propose`."""
+    tensors = (history_SM, draft_SK, token_S, pos_S, row_idx_R)
+    sizes = (row_idx_R.shape[0], history_SM.shape[1], draft_SK.shape[1], min_n, max_n)
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    _load().nanovllm_ngram_propose(_NGRAM_PROPOSE.pack(*pointers, *sizes))
+
+
+_ALL = (decode_inputs, span_inputs, sampling_inputs, advance, ngram_propose)
+KERNELS = {kernel.__name__: kernel for kernel in _ALL}
 
 
 def register() -> None:

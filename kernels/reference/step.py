@@ -139,3 +139,54 @@ def advance(
     num = 1 if num_R is None else num_R
     token_S.index_copy_(0, row_idx_R, torch.where(is_real_R, token_R, 0).clamp(min=0))
     pos_S.index_copy_(0, row_idx_R, torch.where(is_real_R, pos_S[row_idx_R] + num, 0))
+
+
+def ngram_propose(
+    history_SM: Tensor,
+    draft_SK: Tensor,
+    token_S: Tensor,
+    pos_S: Tensor,
+    row_idx_R: Tensor,
+    min_n: int,
+    max_n: int,
+) -> None:
+    """Draft the tokens that followed an earlier occurrence of a row's last tokens, in place.
+
+    history_SM int32 has the row's tokens before position pos_S; token_S, at pos_S, is written to
+    it. Of all n from max_n down to min_n, the largest is taken for which the last n tokens occur
+    earlier, perhaps overlapping, and of its occurrences the first. draft_SK gets the K tokens after
+    it; the tokens after the last one are those from there again. Without an occurrence, or with
+    pos_S ≥ M, they are 0. The K tokens are also written to history_SM after position pos_S, as far
+    as it reaches: if the next step accepts some, they are in their places.
+
+    Only padding uses a row several times in one step, with token 0 at position 0.
+
+    Source: prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding; vLLM's choice of
+    the occurrence.
+    """
+    num_positions, num = history_SM.shape[1], draft_SK.shape[1]
+    pos_R, token_R = pos_S[row_idx_R], token_S[row_idx_R]
+    place_M = torch.arange(num_positions, device=pos_R.device)
+    history_RM = torch.where(
+        place_M == pos_R.unsqueeze(1), token_R.unsqueeze(1), history_SM[row_idx_R].long()
+    )
+    is_end_RM = place_M < torch.where(pos_R < num_positions, pos_R, 0).unsqueeze(1)
+    length_RM = torch.zeros_like(history_RM)
+    for back in range(max_n):
+        last_R1 = history_RM.gather(1, (pos_R - back).clamp(0, num_positions - 1).unsqueeze(1))
+        is_end_RM = is_end_RM & (history_RM.roll(back, 1) == last_R1) & (place_M >= back)
+        length_RM += is_end_RM
+    key_RM = torch.where(length_RM >= min_n, (length_RM + 1) * num_positions - place_M, 0)
+    key_R, end_R = key_RM.max(1)
+    period_R1 = (pos_R - end_R).clamp(min=1).unsqueeze(1)
+    step_K = torch.arange(num, device=pos_R.device)
+    from_RK = end_R.unsqueeze(1) + 1 + step_K % period_R1
+    draft_RK = history_RM.gather(1, from_RK.clamp(max=num_positions - 1))
+    draft_RK = torch.where((key_R > 0).unsqueeze(1), draft_RK, 0)
+    draft_SK.index_copy_(0, row_idx_R, draft_RK)
+    for offset, written_R in enumerate((token_R, *draft_RK.unbind(1))):
+        to_R = pos_R + offset
+        is_in_R = to_R < num_positions
+        to_R = to_R.clamp(max=num_positions - 1)
+        kept_R = torch.where(is_in_R, written_R, history_SM[row_idx_R, to_R].long())
+        history_SM.index_put_((row_idx_R, to_R), kept_R.int())

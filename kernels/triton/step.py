@@ -11,6 +11,7 @@ from torch import Tensor
 from nanovllm.kernels.triton.common import launch_options, wait_for_earlier_kernels
 
 ROWS = 128  # of one program, where a row is one number
+NGRAM_TILE = 4096  # positions that a program of `ngram_propose` compares at a time
 SPAN_TOKENS = 64  # of one program of `span_inputs`, which compares each with the ends of all rows
 
 
@@ -328,9 +329,89 @@ def advance(
     )
 
 
-KERNELS = {
-    kernel.__name__: kernel for kernel in (decode_inputs, span_inputs, sampling_inputs, advance)
-}
+@triton.jit
+def ngram_propose_kernel(
+    history_ptr,  # [S, M], read and written
+    draft_ptr,  # [S, K], written
+    token_ptr,  # [S]
+    pos_ptr,  # [S]
+    row_idx_ptr,  # [R]
+    POSITIONS: tl.constexpr,
+    NUM: tl.constexpr,
+    NUM_POW2: tl.constexpr,
+    MIN_N: tl.constexpr,
+    MAX_N: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program for each row. An end of an occurrence has the key n · 2³¹ + (2³⁰ − place): the
+    largest key is the longest occurrence, and of these the first."""
+    wait_for_earlier_kernels(PDL)
+    state_row = tl.load(row_idx_ptr + tl.program_id(0))
+    pos = tl.load(pos_ptr + state_row)
+    token = tl.load(token_ptr + state_row)
+    row_ptr = history_ptr + state_row * POSITIONS
+    num_ends = tl.where(pos < POSITIONS, pos, 0)
+    key_M = tl.zeros([TILE], dtype=tl.int64)
+    for first in range(0, num_ends, TILE):
+        place_M = first + tl.arange(0, TILE)
+        is_end_M = place_M < num_ends
+        is_end_M &= tl.load(row_ptr + place_M, mask=is_end_M, other=-1) == token
+        if tl.max(is_end_M.to(tl.int32), 0) > 0:  # few tiles have one
+            length_M = is_end_M.to(tl.int64)
+            for back in range(1, MAX_N):
+                last = tl.load(row_ptr + pos - back, mask=back <= pos, other=-1)
+                is_end_M &= place_M >= back
+                is_end_M &= tl.load(row_ptr + place_M - back, mask=is_end_M, other=-2) == last
+                length_M += is_end_M.to(tl.int64)
+            found_M = (length_M << 31) + (1073741824 - place_M)
+            key_M = tl.maximum(key_M, tl.where(length_M >= MIN_N, found_M, 0))
+    key = tl.max(key_M, 0)
+    is_found = key > 0
+    start = 1073741824 - (key & 2147483647) + 1
+    period = tl.where(is_found, pos + 1 - start, 1)
+    k_K = tl.arange(0, NUM_POW2)
+    from_K = start + k_K % period
+    # the newest token is not in memory yet
+    draft_K = tl.load(row_ptr + from_K, mask=is_found & (from_K < pos), other=0).to(tl.int64)
+    draft_K = tl.where(is_found & (from_K == pos), token, draft_K)
+    tl.store(draft_ptr + state_row * NUM + k_K, draft_K, mask=k_K < NUM)
+    tl.store(row_ptr + pos, token.to(tl.int32), mask=pos < POSITIONS)
+    to_K = pos + 1 + k_K
+    is_kept_K = (k_K < NUM) & (to_K < POSITIONS)
+    tl.store(row_ptr + to_K, draft_K.to(tl.int32), mask=is_kept_K)
+
+
+def ngram_propose(
+    history_SM: Tensor,
+    draft_SK: Tensor,
+    token_S: Tensor,
+    pos_S: Tensor,
+    row_idx_R: Tensor,
+    min_n: int,
+    max_n: int,
+) -> None:
+    """See `reference.step.ngram_propose`."""
+    num_positions, num = history_SM.shape[1], draft_SK.shape[1]
+    ngram_propose_kernel[(row_idx_R.shape[0],)](
+        history_SM,
+        draft_SK,
+        token_S,
+        pos_S,
+        row_idx_R,
+        POSITIONS=num_positions,
+        NUM=num,
+        NUM_POW2=triton.next_power_of_2(num),
+        MIN_N=min_n,
+        MAX_N=max_n,
+        TILE=min(NGRAM_TILE, triton.next_power_of_2(num_positions)),
+        num_warps=8,
+        **launch_options(row_idx_R.device),
+    )
+
+
+_ALL = (decode_inputs, span_inputs, sampling_inputs, advance, ngram_propose)
+KERNELS = {kernel.__name__: kernel for kernel in _ALL}
 
 
 def register() -> None:

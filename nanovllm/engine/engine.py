@@ -16,6 +16,7 @@ import numpy as np
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.adapters import Adapters
+from nanovllm.engine.draft_times import DraftTimes
 from nanovllm.engine.input_processor import Embeddings, InputProcessor, drawn_seed
 from nanovllm.engine.metrics import EngineMetrics, StatsLog
 from nanovllm.engine.mm_processor import MediaPrompts, MMProcessor, Scale
@@ -33,6 +34,8 @@ from nanovllm.runner.runner import Runner
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.adapter_slots import AdapterSlots
 from nanovllm.schedule.blocks import BlockPool
+from nanovllm.schedule.draft_length import DraftLengths, StepTimes
+from nanovllm.schedule.draft_planner import DraftPlanner
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.outputs import OutputDelta, TextStream
 from nanovllm.schedule.plan import StepPlan
@@ -85,7 +88,10 @@ class Engine:
         )
         self.scheduler.adapters = AdapterSlots(config.max_loras) if config.enable_lora else None
         draft = self._runner.spec.draft
-        self.scheduler.num_drafts = 0 if draft is None else draft.proposer.num
+        if draft is not None:
+            self.scheduler.num_drafts = draft.proposer.num
+            self.scheduler.has_known = draft.reads_history
+        self._draft_times = self._adapt_drafts(loaded.step_times)
         run_ahead = config.tuned.run_ahead
         self.run_ahead = self._runner.platform.traits.run_ahead if run_ahead is None else run_ahead
         self._in_flight: deque[AsyncOutput] = deque()
@@ -116,6 +122,20 @@ class Engine:
         self._num_added = 0
         self._is_closed = False
         self._owner = OwnerProcess()
+
+    def _adapt_drafts(self, times: StepTimes | None) -> DraftTimes | None:
+        """Let the scheduler choose the number of draft tokens of each step, if steps were timed."""
+        layout, draft = self._runner.layout, self._runner.spec.draft
+        if times is None or draft is None:
+            return None
+        lengths = DraftLengths(times, trial_steps=2 if draft.rests else 1)
+        self.scheduler.planner = DraftPlanner(
+            lengths,
+            rests=draft.rests,
+            max_rows=layout.max_prefill_rows,
+            max_tokens=layout.prefill_tokens[-1],
+        )
+        return DraftTimes(lengths)
 
     def _adapters_in_use(self) -> set[int]:
         """The numbers of the adapters of unfinished requests."""
@@ -457,12 +477,16 @@ class Engine:
             if plan is not None:
                 plan = self._with_masks(plan)
                 self._held.encode(plan)
+                if self._draft_times is not None:
+                    self._draft_times.launching()
                 self._in_flight.append(self._runner.launch(plan))
             if plan is None and not self._in_flight and self.scheduler.has_work:
                 self._wait_for_threads()
             while len(self._in_flight) > self._num_to_leave(plan):
                 launched = self._in_flight.popleft()
                 result = launched.wait()
+                if self._draft_times is not None:
+                    self._draft_times.collected(launched.plan)
                 if is_timed:
                     self._step_watch.note(time.perf_counter() - started, plan, launched.plan)
                 self._answers.collect(launched.plan, result)
@@ -488,6 +512,8 @@ class Engine:
     def _restart(self) -> None:
         """After an error or Ctrl-C: unfinished requests start again from their known tokens."""
         self._in_flight.clear()
+        if self._draft_times is not None:
+            self._draft_times.clear()
         self._runner.residents_are_known = False
         self._answers.complete_ends()
         requests = (request for request, _ in self._answers.requests.values())

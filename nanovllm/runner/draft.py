@@ -34,7 +34,7 @@ class DraftModel:
     num: int
     layers: tuple[int, ...] = field(default=(), init=False)
 
-    def propose(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor:
+    def propose(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor | None:
         """See `DeviceProposer`. K + 1 passes: over the step's own tokens, then token by token.
 
         A draft token at a position without a block is a poor one: its pass uses the padding block.
@@ -46,7 +46,7 @@ class DraftModel:
         for _ in range(self.num):
             own.pos_S.clamp_(max=last_pos)
             found.append(ahead.decode(fed.row_idx_R)[0])
-        return torch.stack(found, 1)
+        return torch.stack(found, 1) if found else None
 
 
 class NamedPrograms(Compiler):
@@ -91,7 +91,8 @@ class DraftParts:
         """The proposer over caches of so many blocks; `zeros(shape, dtype)` allocates them."""
         model = self._draft.model
         steps = None if model is None else self._steps(model, num_blocks, zeros, compiler)
-        return Drafting(self._draft.proposer, steps, self._hidden_LTD, self._reads_last)
+        facts = self._reads_last, self._draft.reads_fed, self._draft.rests
+        return Drafting(self._draft.proposer, steps, self._hidden_LTD, *facts)
 
     def _steps(
         self, model: Model, num_blocks: int, zeros: Callable[..., Tensor], compiler: Compiler
@@ -115,7 +116,10 @@ class DraftParts:
             # the second model proposes nothing itself and has no adapters, and all its layers have
             # the first table
             state=self._state._replace(
-                draft_SK=None, adapter_S=None, block_tables=self._state.block_tables[:1]
+                draft_SK=None,
+                history_SM=None,
+                adapter_S=None,
+                block_tables=self._state.block_tables[:1],
             ),
             compiler=NamedPrograms(compiler),
         )

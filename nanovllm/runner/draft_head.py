@@ -74,8 +74,9 @@ class DraftHead:
     num: int
     layers: tuple[int, ...]
 
-    def propose(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor:
-        """See `DeviceProposer`. K passes: over the step's own tokens, then token by token.
+    def propose(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor | None:
+        """See `DeviceProposer`. K passes: over the step's own tokens, then token by token. None
+        for K = 0, after the first of them.
 
         A draft token at a position without a block is a poor one: its pass uses the padding block.
         """
@@ -88,7 +89,7 @@ class DraftHead:
                 own.pos_S.clamp_(max=last_pos)
                 h_RD = self._again(ahead, fed.row_idx_R, h_RD)
             found.append(ahead.sample(fed.row_idx_R, self._logits(steps, h_RD)))
-        return torch.stack(found, 1)
+        return torch.stack(found, 1) if found else None
 
     def _over_fed(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor:
         """The hidden states [R, D] after each row's last accepted token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +61,7 @@ class GraphCache:
         self._steps, self._platform, self._layout = steps, platform, layout
         self._captures, self._given = captures, given
         self.decode_steps: dict[int, DecodeStep] = {}
+        self.resting_steps: dict[int, DecodeStep] = {}  # without the proposer
         # by tokens, and whether embeddings are among the inputs
         self.prefill_steps: dict[tuple[int, bool], PrefillStep] = {}
         self.verify_steps: dict[tuple[int, int], VerifyStep] = {}
@@ -69,13 +71,15 @@ class GraphCache:
         """The kinds of prefill steps that have programs: with embeddings or not."""
         return (False, True) if self._steps.model.takes_embeddings else (False,)
 
-    def decode(self, num_rows: int) -> DecodeStep:
-        """The step of a bucket."""
-        step = self.decode_steps.get(num_rows)
+    def decode(self, num_rows: int, *, rests: bool = False) -> DecodeStep:
+        """The step of a bucket; with `rests` the one without the proposer."""
+        made = self.resting_steps if rests else self.decode_steps
+        step = made.get(num_rows)
         if step is None:
+            steps = replace(self._steps, drafting=None) if rests else self._steps
             with torch.no_grad():
-                step = DecodeStep(self._steps, self._platform, self._captures.decode, num_rows)
-            self.decode_steps[num_rows] = step
+                step = DecodeStep(steps, self._platform, self._captures.decode, num_rows)
+            made[num_rows] = step
         return step
 
     def verify(self, num_rows: int, num: int) -> VerifyStep:
@@ -133,7 +137,8 @@ class GraphCache:
     def close(self) -> None:
         """Drop all steps and what they use. Captured ones are in reference cycles, so reference
         counting alone would not free them."""
-        for steps in (self.decode_steps, self.prefill_steps, self.verify_steps):
+        made = (self.decode_steps, self.resting_steps, self.prefill_steps, self.verify_steps)
+        for steps in made:
             for step in steps.values():
                 step.__dict__.clear()
             steps.clear()

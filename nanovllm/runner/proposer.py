@@ -8,7 +8,8 @@ R rows | T tokens | K draft tokens a row | D hidden | S rows of the state
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
 
@@ -20,7 +21,8 @@ class Fed(NamedTuple):
     """What a step has fed to the model, and what the model made of it.
 
     phase, max_q_len: those of the step's layers. batch: the places of the tokens in the cache.
-    hidden: [T, D] after each of `DeviceProposer.layers`.
+    hidden: [T, D] after each of `DeviceProposer.layers`. A proposer that reads nothing of this but
+    the rows (`Drafting.reads_fed`) gets only these.
     """
 
     phase: str
@@ -29,6 +31,12 @@ class Fed(NamedTuple):
     token_T: Tensor
     batch: Batch
     hidden: tuple[Tensor, ...] = ()
+
+
+def rows_alone(row_idx_R: Tensor) -> Fed:
+    """What a step has fed, for a proposer that reads only its rows."""
+    nothing: Any = None
+    return Fed("", 0, row_idx_R, nothing, nothing)
 
 
 class DeviceProposer(Protocol):
@@ -43,9 +51,10 @@ class DeviceProposer(Protocol):
     @property
     def layers(self) -> tuple[int, ...]: ...
 
-    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor:
+    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor | None:
         """token_RK, after a step that has written the newest tokens and positions to the state.
-        NO_TOKEN stands for none.
+        NO_TOKEN stands for none. None: it has written them to the state itself,
+        or has drafted none.
 
         It launches ops, or programs of `steps`: the `Steps` of its model, None without one. It may
         be captured, so it reads device tensors alone.
@@ -57,13 +66,25 @@ class Drafting(NamedTuple):
     """A proposer, the `Steps` of its model if it has one, and memory for hidden states of up to T
     tokens: [num layers, T, D].
 
-    reads_last: whether it reads those after the last layer, of all tokens.
+    reads_last: whether it reads those after the last layer, of all tokens. reads_fed: whether it
+    reads more than the rows of steps. rests: whether it drafts as many tokens as a verifying step
+    has room for, and none after other steps.
     """
 
     proposer: DeviceProposer
     steps: Any
     hidden_LTD: Tensor | None
     reads_last: bool
+    reads_fed: bool = True
+    rests: bool = False
+
+    def after(self, max_q_len: int | None) -> DeviceProposer:
+        """The proposer after a step with so many tokens a row; None for a prompt's."""
+        if not self.rests:
+            return self.proposer
+        num = 0 if max_q_len is None else max_q_len - 1
+        made: Any = replace(cast(Any, self.proposer), num=num)
+        return cast(DeviceProposer, made)
 
     def hidden(self, num_tokens: int) -> tuple[Tensor, ...]:
         if self.hidden_LTD is None:
@@ -79,8 +100,11 @@ class Drafting(NamedTuple):
                 self.hidden_LTD.select(0, place).narrow(0, 0, len(h_TD)).copy_(h_TD)
 
 
-def write(state: DeviceState, row_idx_R: Tensor, token_RK: Tensor) -> None:
-    """Write draft tokens to the state."""
+def write(state: DeviceState, row_idx_R: Tensor, token_RK: Tensor | None) -> None:
+    """Write draft tokens to the state, unless the proposer has."""
+    if token_RK is None:
+        return
     assert state.draft_SK is not None
     # any token is right to feed, but it must be one
-    state.draft_SK.index_copy_(0, row_idx_R, token_RK.clamp(min=0))
+    draft_SK = state.draft_SK.narrow(1, 0, token_RK.shape[1])
+    draft_SK.index_copy_(0, row_idx_R, token_RK.clamp(min=0))

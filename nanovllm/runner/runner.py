@@ -12,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,10 +42,10 @@ from nanovllm.runner.mm_embeds import MMEmbedInputs, fill
 from nanovllm.runner.no_grad import without_grad
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
 from nanovllm.runner.spec import EngineSpec
-from nanovllm.runner.state import accept_and_advance, new_state
+from nanovllm.runner.state import Span, accept_and_advance, new_state
 from nanovllm.runner.state_update import write
-from nanovllm.runner.steps import Steps, Table
-from nanovllm.schedule.plan import LogitEdits, PromptLogprobs, StepPlan
+from nanovllm.runner.steps import ALONE, Steps, Table
+from nanovllm.schedule.plan import DraftReading, LogitEdits, PromptLogprobs, StepPlan
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -81,6 +82,7 @@ class Runner:
         group: Communicator | None = None,
     ) -> None:
         self.model, self.params, self.spec, self.group = model, params, spec, group
+        draft = spec.draft
         self.cfg, self.layout = cfg, layout = model.config, spec.layout
         self.platform, self.compiler = platform, compiler
         is_graph = capture and compiler.lowering is not None
@@ -91,11 +93,12 @@ class Runner:
             platform.device,
             num_groups=len(model.page_groups.groups),
             has_adapters=model.lora is not None,
-            num_drafts=0 if spec.draft is None else spec.draft.proposer.num,
+            num_drafts=0 if draft is None else draft.proposer.num,
+            history_len=layout.max_model_len if draft is not None and draft.reads_history else 0,
         )
         shard = shards.ALL if group is None else Shard(group.rank, group.size)
         self.adapters = AdapterStore(model, params, platform, shard)
-        self._draft = None if spec.draft is None else DraftParts(spec, params, self.state, cfg)
+        self._draft = None if draft is None else DraftParts(spec, params, self.state, cfg)
         self.cos_sin_MH, *others = (
             rotary_table(*rope, layout.max_model_len, platform.device, cfg.head_dim)
             for rope in cfg.ropes
@@ -126,6 +129,11 @@ class Runner:
         if self.spec.draft is not None:
             num_bytes += self.spec.draft.kv_bytes_per_token * layout.block_size
         return num_bytes
+
+    @property
+    def rests(self) -> bool:
+        """Whether plain decode steps run without the proposer."""
+        return self.spec.draft is not None and self.spec.draft.rests
 
     @property
     def snapshot_bytes(self) -> int:
@@ -193,7 +201,7 @@ class Runner:
                 self.buckets.prefill(*self.layout.prefill_bucket(num_tokens, 1), has_given)
         for num_rows in reversed(self.layout.decode_rows):
             progress(f"decode {num_rows}")
-            self.buckets.decode(num_rows)
+            self.buckets.decode(num_rows, rests=self.rests)
             for num in self.layout.verify_tokens:
                 self.buckets.verify(num_rows, num)
         self.towers.warm_up(self._captures.tower, progress)
@@ -219,8 +227,11 @@ class Runner:
             self.towers.run_bucket(kind, size)
         else:
             row_idx_R = torch.full((size,), self.state.pad_row, device=self.platform.device)
-            with self.steps.proposing(row_idx_R):
+            if self.rests:
                 self.steps.decode(row_idx_R)
+            else:
+                with self.steps.proposing(row_idx_R):
+                    self.steps.decode(row_idx_R)
             for num in self.layout.verify_tokens:
                 VerifyStep(self.steps, self.platform, size, num).launch()
             if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
@@ -236,7 +247,7 @@ class Runner:
         Requests are not affected: it writes the keys and values that their next step writes too,
         and the state is restored.
         """
-        step = self.buckets.decode(num_rows)
+        step = self.buckets.decode(num_rows, rests=self.rests)
         step.fill(list(rows))
         with self.steps.restoring_state(), self.snapshots.restoring(step.row_idx_R), watch:
             step.launch()
@@ -309,7 +320,22 @@ class Runner:
             if plan.snapshots:
                 self.snapshots.save(plan.snapshots, self.platform)
             return launched
+        if plan.drafts.readings:
+            self._read(plan.drafts.readings)
         return self._verify(plan) if len(plan.token_T) else self._decode(plan)
+
+    def _read(self, readings: Sequence[DraftReading]) -> None:
+        """Let the second model read tokens, op by op."""
+        token_T = np.concatenate([one.token_ids for one in readings])
+        rows, nums = [one.row for one in readings], [len(one.token_ids) for one in readings]
+        bucket = self.layout.prefill_bucket(len(token_T), len(rows))
+        arrays = self.buckets.span_arrays(rows, nums, token_T, *bucket)
+        starts = np.zeros(bucket[1], np.int64)
+        starts[: len(rows)] = [one.start for one in readings]
+        row_idx_R, num_tokens_R, token_T_, start_R = (
+            self.platform.upload(one, torch.int64) for one in (*arrays, starts)
+        )
+        self.steps.read(Span(row_idx_R, num_tokens_R, token_T_), start_R)
 
     def _reset_residents(self) -> None:
         self.platform.synchronize()
@@ -388,7 +414,9 @@ class Runner:
         return AsyncOutput(plan, read_back(tokens), counts_copy, logprobs, prompt_logprobs or [])
 
     def _decode(self, plan: StepPlan) -> AsyncOutput:
-        step = self.buckets.decode(self.layout.decode_bucket(len(plan.rows)))
+        step = self.buckets.decode(
+            self.layout.decode_bucket(len(plan.rows)), rests=plan.drafts.rests
+        )
         step.fill(plan.rows)
         self.announce(plan.seq_lens, step.row_idx_R.shape[0])
         if plan.sampling.is_plain:
@@ -396,7 +424,7 @@ class Runner:
         elif not plan.sampling.needs_host and not self.steps.whole:
             step.replay_with(self.sampler.variant(plan.sampling))
         else:
-            with self.steps.proposing(step.row_idx_R):
+            with ALONE if plan.drafts.rests else self.steps.proposing(step.row_idx_R):
                 logits_RV = step.logits()
                 token_R = self.sampler.sample(plan.sampling, step.row_idx_R, logits_RV)
             return self._launched(plan, token_R, logits_RV)
@@ -409,7 +437,8 @@ class Runner:
             self.platform.announce(seq_lens + [1] * (num_rows - len(seq_lens)))
 
     def _verify(self, plan: StepPlan) -> AsyncOutput:
-        num_rows, num = self.layout.verify_bucket(len(plan.rows), plan.tokens_per_row)
+        num = max(plan.tokens_per_row, 1 + plan.drafts.room)
+        num_rows, num = self.layout.verify_bucket(len(plan.rows), num)
         step = self.buckets.verify(num_rows, num)
         arrays = self.buckets.span_arrays(
             plan.rows, plan.num_tokens, plan.token_T, num_rows * num, num_rows

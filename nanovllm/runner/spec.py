@@ -76,10 +76,23 @@ class Layout:
 
 @dataclass(frozen=True)
 class DraftSpec:
-    """What proposes tokens on the device, and its model. The model's weights are `Params.draft`."""
+    """What proposes tokens on the device, and its model. The model's weights are `Params.draft`.
+
+    reads_fed: see `Drafting`. reads_history: whether the state has the tokens of each row. adapts:
+    whether steps have as many draft tokens as pay.
+    """
 
     proposer: DeviceProposer
     model: Model | None = field(default=None, repr=False)
+    reads_fed: bool = True
+    reads_history: bool = False
+    adapts: bool = False
+
+    @property
+    def rests(self) -> bool:
+        """Whether plain steps run without the proposer. Its model can read their tokens later, if
+        it reads nothing else of them."""
+        return self.adapts and self.model is not None and not self.proposer.layers
 
     @property
     def kv_bytes_per_token(self) -> int:

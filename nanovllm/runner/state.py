@@ -3,7 +3,7 @@
 S rows: one per running request, and a last row for padding, which stays at position 0 of block 0;
 no request owns block 0. Each group of layers has a block table (`models.layer_state.PageGroups`).
 R rows of a step | T tokens | K tokens a row | P blocks per row of a table
-V vocabulary | F sampling fields.
+V vocabulary | F sampling fields | M positions.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class DeviceState(NamedTuple):
     seed_S: Tensor
     adapter_S: Tensor | None = None  # 0: none. Only of models with adapters
     draft_SK: Tensor | None = None  # draft tokens after token_S; with a proposer on the device
+    history_SM: Tensor | None = None  # int32, tokens up to token_S; if the proposer reads it
 
     @property
     def pad_row(self) -> int:
@@ -73,7 +74,9 @@ def new_state(
     num_groups: int = 1,
     has_adapters: bool = False,
     num_drafts: int = 0,
+    history_len: int = 0,
 ) -> DeviceState:
+    """`history_len` is M, 0 for no history."""
     rows = num_rows + 1
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -92,6 +95,7 @@ def new_state(
         seed_S=zeros(),
         adapter_S=zeros() if has_adapters else None,
         draft_SK=zeros(num_drafts) if num_drafts else None,
+        history_SM=zeros(history_len, dtype=torch.int32) if history_len else None,
     )
 
 

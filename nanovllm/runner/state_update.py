@@ -1,7 +1,7 @@
 """Writes the host's updates of the state: rows of new requests, new blocks, and the sampler's
 tables.
 
-R rows | N new blocks | P blocks per row | F sampling fields | S rows of the state
+L tokens | R rows | N new blocks | P blocks per row | F sampling fields | S rows of the state
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def write(plan: StepPlan, state: DeviceState, sampler: Sampler, platform: Platfo
         if new := [one for one in plan.new_blocks if one[1] == group]:
             row_N, _, index_N, block_N = platform.upload(new, torch.int64).unbind(1)
             table_SP.index_put_((row_N, index_N), block_N.int())
+    if plan.known:
+        _write_history(plan, state, platform)
     sampler.remember(plan.histories)
     sampler.edits.write(plan.edits)
     if plan.allowed_MW is not None:
@@ -49,3 +51,16 @@ def _write_rows(plan: StepPlan, state: DeviceState, platform: Platform) -> None:
         for table_P, row in zip(tables, rows):
             table_P[: len(row.blocks[group])] = row.blocks[group]
         table_SP.index_copy_(0, row_R, upload(tables, torch.int32))
+
+
+def _write_history(plan: StepPlan, state: DeviceState, platform: Platform) -> None:
+    """The tokens that the rows of a proposer's history begin with. What follows them is not read
+    before a step has written it."""
+    assert state.history_SM is not None
+    longest = max(len(one.token_ids) for one in plan.known)
+    token_RL = np.zeros((len(plan.known), longest), np.int32)
+    for token_L, one in zip(token_RL, plan.known):
+        token_L[: len(one.token_ids)] = one.token_ids
+    row_R = platform.upload([one.row for one in plan.known], torch.int64)
+    target_SL = state.history_SM.narrow(1, 0, longest)
+    target_SL.index_copy_(0, row_R, platform.upload(token_RL, torch.int32))

@@ -24,7 +24,7 @@ from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.model import Batch, Kept, LayerCall, Model, PagedCache, Params
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.mm_embeds import MMEmbeds, add_features, with_given
-from nanovllm.runner.proposer import Drafting, Fed, write
+from nanovllm.runner.proposer import Drafting, Fed, rows_alone, write
 from nanovllm.runner.state import (
     DeviceState,
     Span,
@@ -186,13 +186,17 @@ class Steps:
         self, drafting: Drafting, given: Tensor | Span, max_q_len: int | None
     ) -> Iterator[None]:
         # before the step, which moves the rows on
-        if isinstance(given, Span):
+        if not drafting.reads_fed:
+            fed = rows_alone(given.row_idx_R if isinstance(given, Span) else given)
+        elif isinstance(given, Span):
             fed = self._fed_by_span(given, max_q_len)
         else:
             fed = self._fed_by_rows(given)
         yield
-        fed = fed._replace(hidden=drafting.hidden(fed.token_T.shape[0]))
-        write(self.state, fed.row_idx_R, drafting.proposer.propose(self.state, fed, drafting.steps))
+        if drafting.reads_fed:
+            fed = fed._replace(hidden=drafting.hidden(fed.token_T.shape[0]))
+        proposer = drafting.after(max_q_len)
+        write(self.state, fed.row_idx_R, proposer.propose(self.state, fed, drafting.steps))
 
     def _fed_by_rows(self, row_idx_R: Tensor) -> Fed:
         place = partial(decode_batch, self.block_size)
@@ -206,6 +210,14 @@ class Steps:
         tokens, batch = self._run("fed", key, place, state=self.state, span=span)
         phase = "prefill" if max_q_len is None else "verify"
         return Fed(phase, max_q_len or num_tokens, span.row_idx_R, tokens.token_T, batch)
+
+    def read(self, span: Span, start_R: Tensor) -> None:
+        """Let the second model read tokens of rows from positions `start_R` on: steps that fed them
+        ran without it."""
+        assert self.drafting is not None
+        pos_S = self.state.pos_S.index_copy(0, span.row_idx_R, start_R)
+        behind = replace(self, state=self.state._replace(pos_S=pos_S))
+        self.drafting.steps.feed(behind._fed_by_span(span, None))
 
     def feed(self, fed: Fed) -> Tensor:
         """Write keys and values of the tokens that another model's step has fed; returns the hidden

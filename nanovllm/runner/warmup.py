@@ -15,6 +15,7 @@ from nanovllm.models.experts.offloaded import prepare
 from nanovllm.platforms.base import DryRun
 from nanovllm.runner.device_graphs import VerifyStep
 from nanovllm.runner.runner import Runner
+from nanovllm.schedule.draft_length import StepTimes
 from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 
@@ -83,7 +84,7 @@ def measure_pace(runner: Runner) -> DecodePace:
         return DecodePace()
     step_ms = []
     for num_rows in sorted({runner.layout.decode_rows[0], runner.layout.decode_rows[-1]}):
-        step = runner.buckets.decode(num_rows)
+        step = runner.buckets.decode(num_rows, rests=runner.rests)
         step.fill([])
 
         def announce(num_rows: int = num_rows) -> None:
@@ -94,6 +95,24 @@ def measure_pace(runner: Runner) -> DecodePace:
     token_bytes = runner.model.page_groups.token_bytes(runner.spec.cache_dtype)
     spread = 1.0 if moe is None else moe.num_experts / moe.top_k
     return DecodePace(tuple(step_ms), token_bytes / max(1, runner.weights_bytes), spread)
+
+
+def measure_step_times(runner: Runner) -> StepTimes | None:
+    """Time the decode steps of all buckets and draft lengths; None unless the number of draft
+    tokens adapts. `Runner.warm_up` must have run."""
+    draft, layout = runner.spec.draft, runner.layout
+    if draft is None or not draft.adapts:
+        return None
+    ms_RK = []
+    for num_rows in layout.decode_rows:
+        plain = runner.buckets.decode(num_rows, rests=runner.rests)
+        plain.fill([])
+        verifying = [runner.buckets.verify(num_rows, num) for num in layout.verify_tokens]
+        replays = [plain.replay, *(step.replay for step in verifying)]
+        ms_RK.append([_best_ms(runner, replay) for replay in replays])
+    lengths = (0, *(num - 1 for num in layout.verify_tokens))
+    logger.debug("decode steps with %s drafts: %s", lengths, ms_RK)
+    return StepTimes(layout.decode_rows, lengths, ms_RK)
 
 
 def measure_bus(runner: Runner) -> float | None:

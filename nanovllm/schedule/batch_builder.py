@@ -10,6 +10,7 @@ import numpy as np
 from nanovllm.schedule.plan import (
     ALL_TOKENS,
     NEWEST,
+    NO_DRAFTS,
     PLAIN,
     SAMPLING_FIELDS,
     EmbeddingSpan,
@@ -18,7 +19,9 @@ from nanovllm.schedule.plan import (
     RowCopy,
     RowEdits,
     RowSettings,
+    RowTokens,
     SamplingMetadata,
+    StepDrafts,
     StepPlan,
     TokenHistory,
 )
@@ -79,6 +82,7 @@ def decode_plan(
     proposals: Sequence[Sequence[int]],
     new_blocks: list[NewBlock],
     sampling: SamplingMetadata,
+    drafts: StepDrafts = NO_DRAFTS,
 ) -> StepPlan:
     """Each request feeds its newest token and its proposals.
 
@@ -86,7 +90,9 @@ def decode_plan(
     """
     nums = [1] * len(requests)
     token_T: np.ndarray = NO_TOKENS
-    if any(proposals):
+    if drafts.room and not any(proposals):
+        proposals = [()] * len(requests)  # a verifying step, after which there are drafts
+    if any(proposals) or drafts.room:
         nums = [1 + len(proposed) for proposed in proposals]
         fed = [token_id for proposed in proposals for token_id in (NEWEST, *proposed)]
         token_T = np.array(fed, np.int64)
@@ -99,12 +105,14 @@ def decode_plan(
         token_T=token_T,
         is_sampled=[True] * len(requests),
         new_blocks=new_blocks,
+        drafts=drafts,
         sampling=sampling,
     )
 
 
-def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
-    """The plan of a step that feeds these chunks, one after another."""
+def prefill_plan(chunks: Sequence[Chunk], *, has_known: bool = False) -> StepPlan:
+    """The plan of a step that feeds these chunks, one after another. With `has_known` it has
+    all known tokens of rows whose last chunk it feeds."""
     token_ids: list[int] = []
     prompt_logprobs: list[PromptLogprobs] = []
     embeddings: list[EmbeddingSpan] = []
@@ -147,6 +155,10 @@ def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
             TokenHistory(request.row, request.prompt_ids, request.output_ids[:])
             for request in ending
             if request.params.has_penalties
+        ],
+        known=[
+            RowTokens(request.row, np.array(request.all_token_ids, np.int32))
+            for request in (ending if has_known else ())
         ],
         edits=[
             RowEdits(request.row, request.edits, _newest(request, request.edits.context_tokens))

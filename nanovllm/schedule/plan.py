@@ -69,6 +69,38 @@ class TokenHistory(NamedTuple):
     output_ids: list[int]
 
 
+class RowTokens(NamedTuple):
+    """All known tokens of a row whose last chunk is in the step, int32. A proposer reads them."""
+
+    row: int
+    token_ids: np.ndarray
+
+
+class DraftReading(NamedTuple):
+    """Known tokens of a row from position `start` on, int64, that the second model reads before the
+    step: earlier steps ran without it."""
+
+    row: int
+    start: int
+    token_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepDrafts:
+    """What a step does for a proposer that rests at times.
+
+    room: the draft tokens of a row that it has room for, at least; the proposer drafts so many
+        after it. readings: what the second model reads before it. rests: the proposer does not run.
+    """
+
+    room: int = 0
+    readings: list[DraftReading] = field(default_factory=list)
+    rests: bool = False
+
+
+NO_DRAFTS = StepDrafts()
+
+
 class LogitEdits(NamedTuple):
     """Changes of one request's logits before penalties, temperature and filters.
 
@@ -204,6 +236,8 @@ class StepPlan:
     restores: list[RowCopy] = field(default_factory=list)
     snapshots: list[RowCopy] = field(default_factory=list)
     histories: list[TokenHistory] = field(default_factory=list)
+    known: list[RowTokens] = field(default_factory=list)
+    drafts: StepDrafts = NO_DRAFTS
     edits: list[RowEdits] = field(default_factory=list)
     sampling: SamplingMetadata = PLAIN
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)

@@ -18,8 +18,9 @@ from itertools import islice
 
 from nanovllm.schedule.adapter_slots import AdapterSlots
 from nanovllm.schedule.batch_builder import Chunk, decode_plan, prefill_plan, sampling_metadata
+from nanovllm.schedule.draft_planner import DraftCounts, DraftPlanner
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
-from nanovllm.schedule.plan import DRAFT, NewBlock, StepPlan
+from nanovllm.schedule.plan import DRAFT, NO_DRAFTS, NewBlock, StepPlan
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.schedule.request import Request, Status
 
@@ -45,7 +46,8 @@ class Scheduler:
         `max_proposals` of its tokens are used. Steps whose choice needs the host have none.
 
         Without it, `num_drafts` tokens that the device has left in its state are proposed: then the
-        next step need not wait for the tokens of this one. Requests with adapters need `adapters`.
+        next step need not wait for the tokens of this one. With a `planner` it is up to so many, as
+        many as pay. Requests with adapters need `adapters`.
         """
         self.cache = cache
         self.max_num_seqs = max_num_seqs
@@ -57,6 +59,9 @@ class Scheduler:
         self.adapters: AdapterSlots | None = None
         self.propose: Proposer | None = None
         self.num_drafts = 0
+        self.has_known = False  # see `prefill_plan`
+        self.planner: DraftPlanner | None = None
+        self.counts = DraftCounts()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
         self.num_preemptions = 0
@@ -174,7 +179,7 @@ class Scheduler:
                 passed.num_passed += 1
             num_left -= request.num_known
             budget -= self._add_chunk(chunks, request, budget, max_ms, num_left)
-        return prefill_plan(chunks) if chunks else None
+        return prefill_plan(chunks, has_known=self.has_known) if chunks else None
 
     def _num_prompt_tokens(self, begun: list[Request]) -> int:
         """About how many tokens wait for the next prefill step: what is left of the prompts in
@@ -290,18 +295,42 @@ class Scheduler:
         for request in chosen:
             request.num_computed += 1
             request.num_in_flight += 1
-        sampling = sampling_metadata(chosen)
-        proposals: list[Sequence[int]] = []
-        if (self.propose is not None or self.num_drafts) and sampling.state_suffices:
-            proposals = [self._proposals(request, new_blocks) for request in chosen]
-        return decode_plan(chosen, proposals, new_blocks, sampling)
+        return self._verifying_plan(chosen, new_blocks)
 
-    def _proposals(self, request: Request, new_blocks: list[NewBlock]) -> Sequence[int]:
-        """The proposed tokens after a request's newest, as many as blocks and its length allow.
+    def _verifying_plan(self, chosen: list[Request], new_blocks: list[NewBlock]) -> StepPlan:
+        """The plan of a decode step, with proposals if its choice does not need the host or earlier
+        tokens, and if those of the device pay."""
+        sampling, planner, num = sampling_metadata(chosen), self.planner, self.num_drafts
+        if not sampling.state_suffices or self.propose is not None:
+            num = 0
+        elif num and planner is not None:
+            num = planner.lengths.choose(len(chosen))
+        drafts = NO_DRAFTS if planner is None else planner.plan(chosen, num)
+        proposals: list[Sequence[int]] = []
+        if sampling.state_suffices and (num or self.propose is not None):
+            proposals = [self._proposals(request, new_blocks, num) for request in chosen]
+        if planner is not None and num:
+            planner.planned(chosen)
+        if self.num_drafts:
+            self.counts.steps[max(map(len, proposals), default=0)] += 1
+        return decode_plan(chosen, proposals, new_blocks, sampling, drafts)
+
+    def note_accepted(self, num_drafts: int, num_accepted: int) -> None:
+        """Record how many of a row's proposed tokens a step has accepted."""
+        self.counts.note(num_drafts, num_accepted)
+        if self.planner is not None:
+            self.planner.lengths.note_accepted(num_drafts, num_accepted)
+
+    def _proposals(
+        self, request: Request, new_blocks: list[NewBlock], num_drafts: int
+    ) -> Sequence[int]:
+        """The proposed tokens after a request's newest, as many as blocks and its length allow:
+        those of the host, or `num_drafts` of the device.
 
         They count as computed and in flight until `tokens_known` gets the accepted ones.
         """
-        proposed: Sequence[int] = (DRAFT,) * self.num_drafts
+        may_draft = self.planner is None or self.planner.may_draft(request)
+        proposed: Sequence[int] = (DRAFT,) * num_drafts if may_draft else ()
         if request.no_sharing or (self.propose is not None and request.num_in_flight > 1):
             return ()
         if self.propose is not None:
@@ -317,7 +346,7 @@ class Scheduler:
             request.num_computed += 1
             request.num_in_flight += 1
             request.is_verifying = self.propose is not None
-        if self.propose is None:
+        if self.propose is None and num_drafts:
             new_blocks += self.cache.add_ahead(request, self._num_reached(request))
         return proposed
 

@@ -18,8 +18,14 @@ from nanovllm.runner import steps
 from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.runner.no_grad import without_grad
 from nanovllm.runner.runner import Runner
-from nanovllm.runner.warmup import measure_bus, measure_pace, measure_prefill_latency_bound
+from nanovllm.runner.warmup import (
+    measure_bus,
+    measure_pace,
+    measure_prefill_latency_bound,
+    measure_step_times,
+)
 from nanovllm.schedule.cache_groups import CacheGroups
+from nanovllm.schedule.draft_length import StepTimes
 from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.startup.artifacts import common_ingredients, finish
@@ -41,6 +47,7 @@ class Built:
     memory: MemoryReport
     stall: PrefillLatencyBound | None
     pace: DecodePace
+    step_times: StepTimes | None
     expert_stats: ExpertStats | None
 
 
@@ -79,7 +86,7 @@ def build(
     runner.warm_up(building)
     laps.end(stage)
     stall = _stall_bound(resolved, runner)
-    pace = measure_pace(runner)
+    pace, step_times = measure_pace(runner), measure_step_times(runner)
     laps.end("stall")
     expert_stats = _expert_stats(runner)
     if not config.enforce_eager and resolved.shard.rank == 0:
@@ -96,7 +103,7 @@ def build(
         limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
     )
     logger.info("%s", memory)
-    return Built(runner, num_blocks, groups, memory, stall, pace, expert_stats)
+    return Built(runner, num_blocks, groups, memory, stall, pace, step_times, expert_stats)
 
 
 def _stall_bound(resolved: ResolvedConfig, runner: Runner) -> PrefillLatencyBound | None:

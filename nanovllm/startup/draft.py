@@ -14,47 +14,52 @@ from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.resolve import ResolvedConfig, make_model, on_ranks
 
-# a proposer, and its model with the folder of the checkpoint
-Parts = tuple[DeviceProposer, Model | None, Path | None]
-
 
 class Drafts(Protocol):
-    """Makes the proposer for the model of a start. Raises ValueError."""
+    """What makes the proposer for the model of a start."""
 
-    def parts(self, resolved: ResolvedConfig) -> Parts: ...
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
+        """The proposer, and the folder of the checkpoint if it has a model. Raises ValueError."""
+        ...
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A proposer, and the checkpoint of its model: a folder, or a name on the Hugging Face Hub."""
+    """A proposer, and the checkpoint of its model: a folder, or a name on the Hugging Face Hub.
+
+    reads_fed, reads_history: see `DraftSpec`.
+    """
 
     proposer: DeviceProposer
     model: str | None = None
+    reads_fed: bool = True
+    reads_history: bool = False
 
-    def parts(self, resolved: ResolvedConfig) -> Parts:
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
         """See `Drafts`."""
+        spec = DraftSpec(self.proposer, None, self.reads_fed, self.reads_history)
         if self.model is None:
-            return self.proposer, None, None
+            return spec, None
         config = resolved.config
         folder = hub.resolve(self.model, weights=not config.random_weights)
         hf = read_config(folder, resolved.store, None)
         model = make_model(replace(config, quantization=None), hf, resolved.model.config.dtype)
         if resolved.shard.size > 1:
             model = on_ranks(config, model)
-        return self.proposer, model, folder
+        return replace(spec, model=model), folder
 
 
 def with_draft(resolved: ResolvedConfig, draft: Drafts) -> ResolvedConfig:
     """The resolved with a proposer. Raises ValueError for what does not go with it."""
     config, layout, traits = resolved.config, resolved.spec.layout, resolved.platform.traits
-    proposer, model, folder = draft.parts(resolved)
-    num = proposer.num
+    spec, folder = draft.parts(resolved)
+    num = spec.proposer.num
     if 1 + num not in layout.verify_tokens:
         raise ValueError(
             f"the proposer drafts {num} tokens, but steps verify "
             f"{list(config.verified_lengths)}: these must hold {num}"
         )
-    layers, num_layers = proposer.layers, resolved.model.config.num_layers
+    layers, num_layers = spec.proposer.layers, resolved.model.config.num_layers
     if not all(0 <= layer_idx < num_layers for layer_idx in layers):
         raise ValueError(
             f"the proposer reads hidden states after layers {list(layers)}: they must be "
@@ -66,10 +71,10 @@ def with_draft(resolved: ResolvedConfig, draft: Drafts) -> ResolvedConfig:
             f"a proposer on the device is not supported on a {traits.name} device"
             f"{' with graphs: set enforce_eager=True' if is_whole else ''}"
         )
-    if model is not None:
-        _check(resolved, model)
-    spec = replace(resolved.spec, draft=DraftSpec(proposer, model))
-    return replace(resolved, spec=spec, draft_folder=folder)
+    spec = replace(spec, adapts=config.speculative is not None and config.adapts_drafts)
+    if spec.model is not None:
+        _check(resolved, spec.model)
+    return replace(resolved, spec=replace(resolved.spec, draft=spec), draft_folder=folder)
 
 
 def _check(resolved: ResolvedConfig, model: Model) -> None:

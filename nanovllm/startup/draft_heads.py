@@ -7,9 +7,9 @@ from pathlib import Path
 
 from nanovllm import hub
 from nanovllm.models import eagle3, mtp
-from nanovllm.models.draft_head import HeadModel
 from nanovllm.models.gguf.header import is_gguf
 from nanovllm.runner.draft_head import DraftHead
+from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.head_config import eagle3_config, tensor_names
 from nanovllm.startup.resolve import ResolvedConfig, make_model
 
@@ -22,8 +22,8 @@ class Eagle3:
     num: int
     model: str
 
-    def parts(self, resolved: ResolvedConfig) -> tuple[DraftHead, HeadModel, Path]:
-        """The proposer, its model and the folder. Raises ValueError."""
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path]:
+        """See `Drafts`."""
         config, cfg = resolved.config, resolved.model.config
         refuse_ranks(resolved)
         folder = hub.resolve(self.model, weights=not config.random_weights)
@@ -40,7 +40,7 @@ class Eagle3:
                 f"the head reads hidden states of {hf.state_size} numbers, the model has "
                 f"{cfg.hidden_size}"
             )
-        return DraftHead(self.num, found.reads), found, folder
+        return DraftSpec(DraftHead(self.num, found.reads), found), folder
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Mtp:
 
     num: int
 
-    def parts(self, resolved: ResolvedConfig) -> tuple[DraftHead, HeadModel, Path]:
-        """The proposer, its model and the folder. Raises ValueError."""
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path]:
+        """See `Drafts`."""
         config = resolved.config
         refuse_ranks(resolved)
         if resolved.spec.offload is not None or is_gguf(resolved.folder):
@@ -59,7 +59,7 @@ class Mtp:
         target = make_model(config, resolved.hf, resolved.model.config.dtype)
         stored = None if config.random_weights else tensor_names(resolved.folder)
         found = mtp.model(target, stored)
-        return DraftHead(self.num, found.reads), found, resolved.folder
+        return DraftSpec(DraftHead(self.num, found.reads), found), resolved.folder
 
 
 def refuse_ranks(resolved: ResolvedConfig) -> None:

@@ -28,6 +28,7 @@ from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.cache_groups import CacheGroups
+from nanovllm.schedule.draft_length import StepTimes
 from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.startup import ranks
@@ -72,6 +73,7 @@ class Loaded:
     memory: MemoryReport
     stall: PrefillLatencyBound | None
     pace: DecodePace
+    step_times: StepTimes | None
     expert_stats: ExpertStats | None
     seconds: dict[str, float]
 
@@ -167,7 +169,7 @@ def load_chosen(
         resolved.config, runner.model, runner.spec, runner, sleeper, tokenizer, vision, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
         built.num_blocks, built.cache_groups, built.memory, built.stall, built.pace,
-        built.expert_stats, laps.seconds,
+        built.step_times, built.expert_stats, laps.seconds,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nanovllm.runner.draft import DraftModel
+from nanovllm.runner.ngram import Ngram
 from nanovllm.speculative import SpeculativeConfig
 from nanovllm.startup.draft import Draft, Drafts, with_draft
 from nanovllm.startup.draft_heads import Eagle3, Mtp
@@ -28,8 +29,19 @@ def mtp(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
     return Mtp(config.num_speculative_tokens)
 
 
+def ngram(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
+    assert config.num_speculative_tokens is not None
+    proposer = Ngram(config.num_speculative_tokens, *config.ngram_lengths)
+    return Draft(proposer, reads_fed=False, reads_history=True)
+
+
 # Those of `speculative.METHODS`. A function raises ValueError for what the model does not support.
-BUILDERS: dict[str, Builder] = {"draft_model": draft_model, "eagle3": eagle3, "mtp": mtp}
+BUILDERS: dict[str, Builder] = {
+    "draft_model": draft_model,
+    "eagle3": eagle3,
+    "mtp": mtp,
+    "ngram": ngram,
+}
 
 
 def with_speculation(resolved: ResolvedConfig) -> ResolvedConfig:

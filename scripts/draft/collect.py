@@ -6,7 +6,8 @@ T tokens of one text | D hidden | V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,9 @@ from nanovllm.models import formats
 from nanovllm.models.config import ModelConfig
 from nanovllm.runner.draft_head import DraftHead
 from nanovllm.runner.proposer import Fed
+from nanovllm.runner.spec import DraftSpec
 from nanovllm.runner.state import DeviceState
-from nanovllm.startup.draft import Draft, Drafts, Parts
+from nanovllm.startup.draft import Draft, Drafts
 from nanovllm.startup.draft_heads import Eagle3
 from nanovllm.startup.load import load
 from nanovllm.startup.resolve import ResolvedConfig
@@ -144,7 +146,7 @@ class Counting(DraftHead):
 
     accepted: list[int] = field(default_factory=list, repr=False, compare=False)
 
-    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor:
+    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor | None:
         if fed.phase == "verify":
             fed_R = fed.batch.q_start_S.diff()
             moved_R = state.pos_S[fed.row_idx_R] - (fed.batch.seq_len_R - fed_R)
@@ -160,9 +162,10 @@ class Counted:
     head: Eagle3
     accepted: list[int]
 
-    def parts(self, resolved: ResolvedConfig) -> Parts:
-        proposer, model, folder = self.head.parts(resolved)
-        return Counting(proposer.num, proposer.layers, self.accepted), model, folder
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
+        spec, folder = self.head.parts(resolved)
+        proposer = Counting(spec.proposer.num, spec.proposer.layers, self.accepted)
+        return replace(spec, proposer=proposer), folder
 
 
 def accepted(

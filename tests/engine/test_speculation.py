@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.speculative import SpeculativeConfig
+from nanovllm.schedule.plan import DRAFT, StepPlan
+from nanovllm.structured_params import StructuredOutputsParams
 from tests.engines import assert_all_free, greedy, random_prompts, tokens
+from tests.kernels.test_ngram import drafted
 
-PROMPTS = random_prompts([19, 1, 40, 99, 7], seed=3)
+PROMPTS = [
+    *random_prompts([19, 1, 40, 99], seed=3),
+    random_prompts([7], seed=4)[0] * 5,  # repeats
+    random_prompts([3], seed=5)[0] * 30,
+]
 DRAWN = SamplingParams(temperature=0.9, seed=4, max_tokens=25, ignore_eos=True)
+FILTERED = SamplingParams(
+    temperature=0.9, top_k=9, top_p=0.9, seed=4, max_tokens=25, ignore_eos=True
+)
+MIXED = [
+    greedy(25), greedy(9, presence_penalty=1.5), greedy(14, logprobs=2), DRAWN,
+    greedy(20, min_tokens=5),
+    SamplingParams(temperature=0, max_tokens=30, structured_outputs=StructuredOutputsParams(
+        regex="(ab|cd){3,9}"
+    )),
+]  # fmt: skip
+NGRAM: dict[str, Any] = {
+    "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3
+}  # fmt: skip
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "unpadded": {"tuning": {"pad_batches": False}},
+    "graph": {"enforce_eager": False, "graph_batch_sizes": (2, 6), "max_num_batched_tokens": 64},
+}
+
+ALWAYS: dict[str, Any] = {"tuning": {"adapt_draft_length": False}}
 
 
 def options(checkpoint: Path, method: str, **values: Any) -> dict[str, Any]:
     """The options of an engine with this method."""
-    given: dict[str, Any] = {"method": method, "num_speculative_tokens": 3, **values}
-    if "model" in SpeculativeConfig.of({**given, "model": str(checkpoint)}).given:
-        given["model"] = str(checkpoint)
+    if method == "ngram":
+        return {"speculative_config": {**NGRAM, **values}}
+    given = {"method": method, "model": str(checkpoint), "num_speculative_tokens": 3, **values}
     return {"speculative_config": given}
 
 
@@ -31,21 +58,227 @@ def plain(make_llm: Callable[..., LLM]) -> Iterator[LLM]:
     llm.close()
 
 
-def test_two_ranks_draft_the_same(checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM,
-                                  bare_store: Path) -> None:  # fmt: skip
-    spec = options(checkpoint, "draft_model")
-    llm = make_llm(device="cpu", tensor_parallel_size=2, compile_cache=str(bare_store), **spec)
-    for params in (greedy(25), DRAWN):
-        before = llm.engine.metrics.num_steps
-        assert tokens(llm, PROMPTS, params) == tokens(plain, PROMPTS, params)
-        assert llm.engine.metrics.num_steps - before < 20, "equal models agree on every token"
+@pytest.fixture(scope="module", params=MODES)
+def looking_up(
+    request: pytest.FixtureRequest, checkpoint: Path, make_llm: Callable[..., LLM]
+) -> Iterator[LLM]:
+    mode = MODES[request.param]
+    tuning = {"run_ahead": 1, "adapt_draft_length": False, **mode.get("tuning", {})}
+    spec = options(checkpoint, "ngram")
+    llm = make_llm(max_num_seqs=6, device="cpu", **{**mode, **spec, "tuning": tuning})
+    yield llm
     assert_all_free(llm)
     llm.close()
 
 
+def watch(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepPlan, int]]:
+    """The plans that the runner gets, each with the number of steps whose results are unknown."""
+    engine, seen = llm.engine, []
+    launch = engine.runner.launch
+
+    def noting(plan: StepPlan) -> Any:
+        seen.append((plan, len(engine._in_flight)))
+        return launch(plan)
+
+    monkeypatch.setattr(engine.runner, "launch", noting)
+    return seen
+
+
+@pytest.mark.parametrize("params", [greedy(25), DRAWN, FILTERED], ids=["greedy", "drawn", "top-p"])
+def test_answers_are_those_of_plain_decoding(
+    looking_up: LLM, params: SamplingParams, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tokens(plain, PROMPTS, params)
+    plans = watch(looking_up, monkeypatch)
+    assert tokens(looking_up, PROMPTS, params) == expected
+    verifying = [num_unknown for plan, num_unknown in plans if DRAFT in plan.token_T]
+    assert verifying.count(1) > len(verifying) / 2, "steps began before earlier results were known"
+
+
+def test_repeated_text_takes_few_steps(
+    looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (prompt,) = random_prompts([19], seed=6)
+    (answer,) = tokens(plain, [prompt], greedy(40))
+    repeats = (prompt + answer) * 2
+    (expected,) = tokens(plain, [repeats], greedy(24))
+    plans = watch(looking_up, monkeypatch)
+    assert tokens(looking_up, [repeats], greedy(24)) == [expected]
+    text = repeats + expected
+    num_right = sum(
+        drafted(text[: place + 1], 3, 1, 3)[0] == text[place + 1]
+        for place in range(len(repeats), len(text) - 1)
+    )
+    num_steps = sum(not plan.is_prefill for plan, _ in plans)
+    assert num_right > 4
+    # a step may accept the drafts of every second place; one is launched beyond the end
+    assert num_steps <= 23 - num_right // 2 + 1
+
+
+def test_requests_of_all_kinds_share_a_batch(
+    looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one needs the host or earlier tokens, steps have no proposals; later they do."""
+    expected = plain.generate(PROMPTS, MIXED, use_tqdm=False)
+    plans = watch(looking_up, monkeypatch)
+    found = looking_up.generate(PROMPTS, MIXED, use_tqdm=False)
+    assert [one["token_ids"] for one in found] == [one["token_ids"] for one in expected]
+    verifying = [plan.sampling for plan, _ in plans if DRAFT in plan.token_T]
+    assert verifying and all(sampling.state_suffices for sampling in verifying)
+
+
+def test_answers_end_at_their_limits_and_stops(looking_up: LLM, plain: LLM) -> None:
+    long = tokens(plain, PROMPTS, greedy(20))
+    params = [greedy(20, stop_token_ids=[answer[9]]) for answer in long]
+    expected = [answer[: answer.index(answer[9]) + 1] for answer in long]
+    assert tokens(looking_up, PROMPTS, params) == expected
+    for num in (1, 2, 4, 7):
+        assert tokens(looking_up, PROMPTS, greedy(num)) == [answer[:num] for answer in long]
+    texts = [out["text"] for out in plain.generate(PROMPTS, greedy(20), use_tqdm=False)]
+    stops = [greedy(20, stop=[text[len(text) // 2 :][:2]]) for text in texts]
+    both = [
+        [one["text"] for one in llm.generate(PROMPTS, stops, use_tqdm=False)]
+        for llm in (looking_up, plain)
+    ]
+    assert both[0] == both[1] != texts
+
+
+def test_the_last_tokens_of_the_longest_sequence_are_right(looking_up: LLM, plain: LLM) -> None:
+    prompt = random_prompts([5], seed=8)[0] * 49
+    expected = tokens(plain, [prompt], greedy(100))
+    assert len(expected[0]) == 11
+    assert tokens(looking_up, [prompt], greedy(100)) == expected
+
+
+def assert_looks_up(llm: LLM, prompts: Sequence[list[int]], num: int) -> set[int]:
+    """Answer prompts while comparing the history of rows and the drafts with the known tokens.
+    Returns the numbers of tokens that were found in the prefix cache."""
+    engine = llm.engine
+    state = engine.runner.state
+    assert state.history_SM is not None and state.draft_SK is not None
+    for prompt in prompts:
+        engine.add_request(prompt, greedy(num), incremental=False)
+    num_compared, cached = 0, set()
+    while engine.has_unfinished:
+        for output in engine.step():
+            if output.completion is not None:
+                cached.add(output.completion.num_cached_tokens)
+        for request in engine.scheduler.running:
+            if request.is_decoding and request.num_in_flight == 0 and request.output_ids:
+                known = request.all_token_ids
+                if len(known) < engine.max_model_len:
+                    history = state.history_SM[request.row, : len(known)].tolist()
+                    assert history == known
+                    assert state.draft_SK[request.row].tolist() == drafted(known, 3, 1, 3)
+                    num_compared += 1
+    assert num_compared > len(prompts) * num / 5
+    return cached
+
+
+def test_the_history_is_whole_after_preemption_prefix_hits_and_long_prompts(
+    checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM
+) -> None:
+    spec = options(checkpoint, "ngram")
+    llm = make_llm(
+        max_num_seqs=6, device="cpu", num_kvcache_blocks=1 + 16, max_num_batched_tokens=32,
+        tuning={"run_ahead": 0, "adapt_draft_length": False}, **spec,
+    )  # fmt: skip
+    assert_looks_up(llm, PROMPTS, 60)
+    assert llm.engine.scheduler.num_preemptions > 0
+    assert max(assert_looks_up(llm, [PROMPTS[3], PROMPTS[3] + [9, 8, 7]], 9)) >= 96
+    assert tokens(llm, PROMPTS, greedy(60)) == tokens(plain, PROMPTS, greedy(60))
+    llm.close()
+
+
+def test_only_lookup_has_a_history(checkpoint: Path, looking_up: LLM, plain: LLM) -> None:
+    assert plain.engine.runner.state.history_SM is None
+    history_SM = looking_up.engine.runner.state.history_SM
+    assert history_SM is not None and history_SM.shape == (7, 256)
+
+
+# the number of draft tokens adapts -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[("ngram", "eager"), ("draft_model", "eager"),
+                                        ("draft_model", "graph")], ids="-".join)  # fmt: skip
+def adapting(
+    request: pytest.FixtureRequest, checkpoint: Path, make_llm: Callable[..., LLM]
+) -> Iterator[LLM]:
+    method, mode = request.param
+    given = {**MODES[mode], **options(checkpoint, method), "tuning": {"run_ahead": 1}}
+    llm = make_llm(max_num_seqs=6, device="cpu", **given)
+    yield llm
+    assert_all_free(llm)
+    llm.close()
+
+
+def choose(llm: LLM, monkeypatch: pytest.MonkeyPatch, lengths: Callable[[], int]) -> None:
+    """Let steps have these numbers of draft tokens, whatever they take."""
+    planner = llm.engine.scheduler.planner
+    assert planner is not None
+    monkeypatch.setattr(planner.lengths, "choose", lambda num_rows: lengths())
+
+
+@pytest.mark.parametrize("params", [greedy(25), DRAWN, MIXED], ids=["greedy", "drawn", "mixed"])
+def test_answers_do_not_depend_on_the_numbers_of_drafts(
+    adapting: LLM, params: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, plans = random.Random(0), watch(adapting, monkeypatch)
+    choose(adapting, monkeypatch, lambda: rng.choice([0, 0, 1, 3, 3]))
+    assert tokens(adapting, PROMPTS, params) == tokens(plain, PROMPTS, params)
+    assert {plan.tokens_per_row for plan, _ in plans if not plan.is_prefill} >= {1, 2, 4}
+    assert any(num_unknown for plan, num_unknown in plans if DRAFT in plan.token_T)
+
+
+def test_steps_that_are_timed_decide(adapting: LLM, plain: LLM) -> None:
+    """What the times of a busy machine lead to is not known, but the answers are."""
+    planner = adapting.engine.scheduler.planner
+    assert planner is not None
+    times = planner.lengths._times
+    assert times.lengths == (0, 1, 3) and len(times.ms_RK) == len(times.rows)
+    assert all(ms > 0 for of_rows in times.ms_RK for ms in of_rows)
+    assert tokens(adapting, PROMPTS, greedy(60)) == tokens(plain, PROMPTS, greedy(60))
+
+
+@pytest.mark.parametrize("adapting", [("draft_model", "eager"), ("draft_model", "graph")],
+                         indirect=True, ids="-".join)  # fmt: skip
+def test_plain_steps_run_without_the_second_model_which_reads_their_tokens_later(
+    adapting: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal models agree on every token only if the second one has read the same tokens."""
+    engine, plans = adapting.engine, watch(adapting, monkeypatch)
+    waiting = [0] * 12 + [3] * 4 + [0] * 3
+    choose(adapting, monkeypatch, lambda: waiting.pop(0) if waiting else 3)
+    steps = engine.runner.steps.drafting.steps
+    counts = engine.scheduler.counts
+    before = counts.num_draft_tokens - counts.num_accepted_tokens
+    tokens(adapting, PROMPTS[:1], greedy(50))
+    decoding = [plan for plan, _ in plans if not plan.is_prefill]
+    assert [plan.drafts.rests for plan in decoding[:19]] == [True] * 12 + [False] * 4 + [True] * 3
+    read = [[len(one.token_ids) for one in plan.drafts.readings] for plan in decoding]
+    assert read[12] == [12] and any(read[19:]) and steps is not None
+    assert not any(read[:12] + read[13:19])
+    # the answer's end cuts the drafts of the last steps off
+    assert counts.num_draft_tokens - counts.num_accepted_tokens == before
+    assert len(decoding) < 19 + 8 + 3
+
+
+def test_two_ranks_draft_the_same(checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM,
+                                  bare_store: Path) -> None:  # fmt: skip
+    for method, num in (("draft_model", 20), ("ngram", 60)):
+        spec = {**options(checkpoint, method), **ALWAYS}
+        llm = make_llm(device="cpu", tensor_parallel_size=2, compile_cache=str(bare_store), **spec)
+        for params in (greedy(25), DRAWN):
+            before = llm.engine.metrics.num_steps
+            assert tokens(llm, PROMPTS, params) == tokens(plain, PROMPTS, params)
+            assert llm.engine.metrics.num_steps - before < num
+        assert_all_free(llm)
+        llm.close()
+
+
 def test_replicas_draft(checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM,
                         bare_store: Path) -> None:  # fmt: skip
-    spec = options(checkpoint, "draft_model")
+    spec = {**options(checkpoint, "draft_model"), **ALWAYS}
     llm = make_llm(device="cpu", data_parallel_size=2, compile_cache=str(bare_store), **spec)
     assert tokens(llm, PROMPTS, greedy(25)) == tokens(plain, PROMPTS, greedy(25))
     steps = [one.value for one in llm.get_metrics() if one.name.endswith("num_steps")]

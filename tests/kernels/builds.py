@@ -130,12 +130,13 @@ POINTERS = {
         "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr",
         "segment_start_ptr",
         "out_table_ptr", "out_seq_len_ptr", "out_q_start_ptr", "few_token_ptr",
-        "allowed_ptr",
+        "allowed_ptr", "history_ptr",
     },
     "*i64": {
         "pos_ptr", "slot_ptr", "seed_ptr", "token_ptr", "row_idx_ptr", "new_token_ptr",
         "out_token_ptr", "out_pos_ptr", "out_slot_ptr", "out_seed_ptr", "rope_offset_ptr",
         "num_ptr", "num_tokens_ptr", "given_ptr", "out_row_ptr", "out_num_ptr", "out_last_ptr",
+        "draft_ptr",
     },
 }  # fmt: skip
 FLOATS = {"eps", "scale_log2", "log_vocab_size", "smallest_sum", "factor"}
@@ -368,6 +369,9 @@ def steps(name: str) -> Iterator[Build]:
         sampling = rows | {"FIELDS": 4}
         yield Build(f"sampling_inputs {label}", triton_step.sampling_inputs_kernel, sampling, 4)
         yield Build(f"advance {label}", triton_step.advance_kernel, rows, 4)
+    ngrams = {"POSITIONS": 40_960, "NUM": 5, "NUM_POW2": 8, "MIN_N": 2, "MAX_N": 5}
+    tile = {"TILE": triton_step.NGRAM_TILE}
+    yield Build("ngram_propose", triton_step.ngram_propose_kernel, ngrams | tile, 8)
 
 
 def mixtures(name: str) -> Iterator[Build]:

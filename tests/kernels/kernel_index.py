@@ -200,6 +200,7 @@ CHOSEN: dict[str, dict[str, str]] = {
     "span_inputs": {"span_inputs_kernel": "always"},
     "sampling_inputs": {"sampling_inputs_kernel": "always"},
     "advance": {"advance_kernel": "always"},
+    "ngram_propose": {"ngram_propose_kernel": "always: a program for each row"},
 }
 CHOSEN["offloaded_experts"] = CHOSEN["experts"]
 _CUDA_PACKED = (

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanovllm.engine.engine import Engine
-from nanovllm.models.draft_head import HeadModel
 from nanovllm.runner.draft_head import DraftHead
 from nanovllm.runner.proposer import Fed
+from nanovllm.runner.spec import DraftSpec
 from nanovllm.runner.state import DeviceState
 from nanovllm.startup.draft import Drafts
 from nanovllm.startup.load import load
@@ -32,8 +32,10 @@ class Noting(DraftHead):
 
     seen: list[Draft] = field(default_factory=list, repr=False, compare=False)
 
-    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor:
+    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor | None:
         token_RK = super().propose(state, fed, steps)
+        if token_RK is None:
+            return None
         pos_R = state.pos_S.index_select(0, fed.row_idx_R)
         for row_idx, pos, drafted in zip(
             fed.row_idx_R.tolist(), pos_R.tolist(), token_RK.tolist(), strict=True
@@ -50,10 +52,10 @@ class Watched:
     drafts: Drafts
     seen: list[Draft] = field(default_factory=list)
 
-    def parts(self, resolved: ResolvedConfig) -> tuple[Noting, HeadModel, Path]:
-        proposer, model, folder = self.drafts.parts(resolved)
-        assert isinstance(model, HeadModel) and folder is not None
-        return Noting(proposer.num, proposer.layers, self.seen), model, folder
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
+        spec, folder = self.drafts.parts(resolved)
+        proposer = Noting(spec.proposer.num, spec.proposer.layers, self.seen)
+        return replace(spec, proposer=proposer), folder
 
 
 def make(folder: Path, drafts: Drafts, num: int, **options: Any) -> Engine:

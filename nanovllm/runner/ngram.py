@@ -1,0 +1,27 @@
+"""Prompt lookup: drafts are the tokens that followed the newest ones when they occurred before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.kernels import ops
+from nanovllm.runner.proposer import Fed
+from nanovllm.runner.state import DeviceState
+
+
+@dataclass(frozen=True)
+class Ngram:
+    """The proposer that looks for the last tokens of a row in those before them (see
+    `ops.ngram_propose`). It launches one kernel a step."""
+
+    num: int
+    shortest: int
+    longest: int
+    layers: tuple[int, ...] = field(default=(), init=False)
+
+    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> None:
+        """See `DeviceProposer`. It writes the drafts itself."""
+        assert state.history_SM is not None and state.draft_SK is not None
+        rows = state.token_S, state.pos_S, fed.row_idx_R
+        ops.ngram_propose(state.history_SM, state.draft_SK, *rows, self.shortest, self.longest)

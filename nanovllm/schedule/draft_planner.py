@@ -1,0 +1,85 @@
+"""The drafts of each decode step: how many, of which rows, and what a second model reads first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from nanovllm.schedule.draft_length import DraftLengths
+from nanovllm.schedule.plan import NO_DRAFTS, DraftReading, StepDrafts
+from nanovllm.schedule.request import Request
+
+
+class DraftPlanner:
+    """Chooses the number of draft tokens of steps whose proposer adapts.
+
+    With `rests` the proposer has a cache, and plain steps run without it: their rows are behind
+    (`Request.num_drafted`). Before they have drafts again it reads the missing tokens, of up to
+    `max_rows` rows and `max_tokens` tokens in a step.
+    """
+
+    def __init__(
+        self, lengths: DraftLengths, *, rests: bool, max_rows: int, max_tokens: int
+    ) -> None:
+        self.lengths, self.rests = lengths, rests
+        self._max_rows, self._max_tokens = max_rows, max_tokens
+
+    def may_draft(self, request: Request) -> bool:
+        """Whether the state has draft tokens that follow a row's newest token."""
+        return not self.rests or request.has_drafts
+
+    def plan(self, requests: Sequence[Request], num_drafts: int) -> StepDrafts:
+        """Note a step of `requests` that verifies up to `num_drafts` tokens a row, after their
+        newest tokens were counted as computed."""
+        if not self.rests:
+            return NO_DRAFTS
+        readings: list[DraftReading] = []
+        num_left = self._max_tokens
+        for request in requests:
+            end = request.num_computed - 1
+            if not num_drafts:
+                request.has_drafts = False
+                if request.num_drafted is None:
+                    # of verified tokens in flight fewer may be accepted
+                    request.num_drafted = min(end, request.num_known)
+                continue
+            start = request.num_drafted
+            if start is None:
+                continue
+            # while verified tokens are in flight, the positions of later ones are not known
+            if end <= request.num_known and end - start <= num_left:
+                if end > start and len(readings) == self._max_rows:
+                    continue
+                request.num_drafted = None
+                if end > start:
+                    num_left -= end - start
+                    token_ids = request.all_token_ids[start:end]
+                    readings.append(DraftReading(request.row, start, np.array(token_ids, np.int64)))
+        return StepDrafts(num_drafts, readings, rests=not num_drafts)
+
+    def planned(self, requests: Sequence[Request]) -> None:
+        """Note that a step drafts tokens for rows that are not behind."""
+        for request in requests:
+            request.has_drafts = request.num_drafted is None
+
+
+class DraftCounts:
+    """What was drafted and accepted, by the names of vLLM's metrics.
+
+    accepted_at: how often the draft token at a position was accepted. steps: decode steps, by
+    the largest number of draft tokens of a row.
+    """
+
+    def __init__(self) -> None:
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.accepted_at: Counter[int] = Counter()
+        self.steps: Counter[int] = Counter()
+
+    def note(self, num_drafts: int, num_accepted: int) -> None:
+        """Count a row's drafts in one step."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafts
+        self.num_accepted_tokens += num_accepted
+        self.accepted_at.update(range(num_accepted))

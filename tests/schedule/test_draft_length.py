@@ -1,0 +1,118 @@
+"""The number of draft tokens that made-up times and shares of accepted tokens lead to."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from nanovllm.schedule.draft_length import DraftLengths, StepTimes
+
+ROWS, LENGTHS = (1, 8, 64, 256), (0, 1, 3, 7)
+Share = Callable[[int], float]  # of the position
+
+
+def times(cost: Callable[[int, int], float]) -> StepTimes:
+    return StepTimes(ROWS, LENGTHS, [[cost(rows, num) for num in LENGTHS] for rows in ROWS])
+
+
+def bandwidth_bound(rows: int, num: int) -> float:
+    """Weights take 10 ms; above about 100 tokens arithmetic takes longer."""
+    return max(10.0, 0.1 * rows * (1 + num)) + 0.2 * (num > 0)
+
+
+def run(
+    made: DraftLengths, num_rows: int, share: Share, ms: Callable[[int, int], float], num: int
+) -> tuple[float, list[int]]:
+    """Tokens per millisecond and row over `num` steps, and the numbers of draft tokens."""
+    rng, total, tokens, chosen = random.Random(0), 0.0, 0, []
+    for _ in range(num):
+        drafts = made.choose(num_rows)
+        for _ in range(num_rows):
+            accepted = 0
+            while accepted < drafts and rng.random() < share(accepted + 1):
+                accepted += 1
+            if drafts:
+                made.note_accepted(drafts, accepted)
+            tokens += 1 + accepted
+        made.note_ms(num_rows, drafts, ms(num_rows, drafts))
+        total += ms(num_rows, drafts)
+        chosen.append(drafts)
+    return tokens / num_rows / total, chosen
+
+
+def most_common(values: list[int]) -> int:
+    return max(set(values), key=values.count)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "share", "expected"),
+    [
+        (1, 0.9, 7),  # drafts are nearly free, and most are right
+        (1, 0.3, 7),
+        (64, 0.9, 1),  # three would take 25.6 ms, and two tokens a row take 12.8
+        (64, 0.1, 0),
+        (256, 0.9, 0),  # every draft token takes as long as one of a plain step
+    ],
+)
+def test_the_length_follows_times_and_shares(num_rows: int, share: float, expected: int) -> None:
+    made = DraftLengths(times(bandwidth_bound))
+    _, chosen = run(made, num_rows, lambda place: share, bandwidth_bound, 300)
+    assert most_common(chosen[50:]) == expected
+
+
+def test_a_length_ends_where_drafts_become_wrong() -> None:
+    def ms(rows: int, num: int) -> float:
+        return 10.0 + num
+
+    made = DraftLengths(times(ms))
+    _, chosen = run(made, 8, lambda place: 0.95 if place <= 3 else 0.05, ms, 300)
+    assert most_common(chosen[50:]) == 3
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 64, 65, 256])
+@pytest.mark.parametrize("factor", [1.05, 1.5, 4.0])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5])
+def test_it_is_never_slower_than_plain_steps_by_two_percent(
+    num_rows: int, factor: float, share: float
+) -> None:
+    def ms(rows: int, num: int) -> float:
+        return (5.0 + rows / 50) * (factor if num else 1.0)
+
+    made = DraftLengths(times(ms))
+    # the first steps find out what is accepted
+    run(made, num_rows, lambda place: share, ms, 100)
+    rate, _ = run(made, num_rows, lambda place: share, ms, 600)
+    assert rate >= 0.98 / ms(num_rows, 0)
+
+
+def test_drafts_come_back_when_they_are_right_again() -> None:
+    def ms(rows: int, num: int) -> float:
+        return 10.0 * (1.2 if num else 1.0)
+
+    made = DraftLengths(times(ms))
+    _, chosen = run(made, 1, lambda place: 0.0, ms, 1000)
+    assert chosen[100:].count(0) > 850 and any(chosen[100:])
+    _, chosen = run(made, 1, lambda place: 0.9, ms, 2000)
+    assert most_common(chosen[1000:]) == 7
+
+
+def test_measured_times_replace_those_of_warm_up() -> None:
+    """With long contexts drafts take longer than at warm-up, or plain steps do."""
+    made = DraftLengths(times(lambda rows, num: 10.0))
+    _, chosen = run(made, 1, lambda place: 0.5, lambda rows, num: 30.0 if num else 10.0, 2000)
+    assert most_common(chosen[1000:]) == 0
+    made = DraftLengths(times(lambda rows, num: 10.0 + 20.0 * (num > 0)))
+    _, chosen = run(made, 1, lambda place: 0.5, lambda rows, num: 12.0 if num else 10.0, 6000)
+    assert most_common(chosen[4000:]) == 7
+
+
+def test_one_slow_step_changes_little() -> None:
+    made = DraftLengths(times(lambda rows, num: 10.0))
+    for _ in range(100):
+        made.note_accepted(7, 3)
+    before = made.choose(1)
+    assert before
+    made.note_ms(1, before, 5000.0)
+    assert made.choose(1) == before
