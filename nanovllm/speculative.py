@@ -25,6 +25,8 @@ class Method(NamedTuple):
 # `startup/speculation.py` has the function that makes each method's proposer.
 METHODS: dict[str, Method] = {
     "draft_model": Method(needs=("model", "num_speculative_tokens")),
+    "eagle3": Method(needs=("model", "num_speculative_tokens")),
+    "mtp": Method(needs=("num_speculative_tokens",)),
     "ngram": Method(("num_speculative_tokens",), ("prompt_lookup_min", "prompt_lookup_max")),
 }
 

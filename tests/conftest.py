@@ -43,6 +43,7 @@ LONGEST = (
     "tests/engine/test_tensor_parallel.py",
     "tests/scripts/test_train_tiny.py",
     "tests/scripts/test_train_seeing.py",
+    "tests/scripts/test_train_draft.py",
     "tests/models/test_quantized_checkpoints.py",
     "tests/models/test_families.py",
     "tests/kernels/test_parallel_experts.py",

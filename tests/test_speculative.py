@@ -37,7 +37,7 @@ def test_it_reaches_other_processes_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "eagle"}, "method is 'eagle': it must be one of draft_model, ngram"),
+        ({"method": "eagle"}, "method is 'eagle': it must be one of draft_model, eagle3"),
         ({"method": None, "model": None}, "method is None: it must be one of"),
         ({"model": ""}, "model is '': it must be a folder or a Hub id"),
         ({"model": None}, "method 'draft_model' needs model"),

@@ -358,7 +358,10 @@ def build(
         return layer_type(**values)
 
     outer_params, *layer_params = model.declared
-    outer = made(outer_params)
+    outer: dict[str, Any] = dict.fromkeys(model.lent) | made(outer_params)
+    if model.extra_type is not None:
+        own = {name: outer.pop(name, None) for name in model.extra_type._fields}
+        outer["extra"] = model.extra_type(**own)
     if model.tied_head is not None:
         table = outer["embed_VD"]
         if not model.head_is_table:
@@ -369,6 +372,12 @@ def build(
         layers.append(made_layer(declared, kind))
         progress(1)
     return Params(layers=tuple(layers), **outer)
+
+
+def with_second(params: Params, model: Model, second: Params) -> Params:
+    """Params with those of a second `model`, which proposes tokens and may use some of them."""
+    lent = {name: getattr(params, name) for name in model.lent}
+    return params._replace(draft=second._replace(**lent))
 
 
 def _with_slots(

@@ -36,6 +36,7 @@ class Params(NamedTuple):
     tower: Any = None  # `vision.vision_encoder.TowerWeights` of a model with a vision encoder
     audio_tower: Any = None  # `audio.audio_encoder.AudioWeights` of a model with an audio encoder
     draft: Any = None  # `Params` of a second model, which proposes tokens
+    extra: Any = None  # of a head (`draft_head`), what it has beside its layers
 
 
 class LoraSlots(NamedTuple):
@@ -199,6 +200,8 @@ class Model:
     rotary tables in `ModelConfig.ropes`; without them all layers have the first. Embeddings that a
     request gives are multiplied by `embed_factor`, as the checkpoint's table is when it is read.
     `whole_groups` are the `page_groups` of the whole model, if this one is reduced.
+    Parameters outside the layers may also be those of `extra_type`, a named tuple; another model
+    has the `lent` fields of `Params` (`draft_head`).
 
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.
@@ -228,6 +231,8 @@ class Model:
     scheme: Scheme = UNQUANTIZED
     lora: LoraSlots | None = None
     whole_groups: PageGroups | None = None
+    extra_type: type[Any] | None = None
+    lent: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers

@@ -93,9 +93,11 @@ class Drafting(NamedTuple):
 
     def keep(self, layer_idx: int, h_TD: Tensor) -> None:
         """Keep the hidden states after a layer, if the proposer reads them."""
-        if self.hidden_LTD is not None and layer_idx in self.proposer.layers:
-            place = self.proposer.layers.index(layer_idx)
-            self.hidden_LTD.select(0, place).narrow(0, 0, len(h_TD)).copy_(h_TD)
+        if self.hidden_LTD is None:
+            return
+        for place, wanted in enumerate(self.proposer.layers):
+            if wanted == layer_idx:
+                self.hidden_LTD.select(0, place).narrow(0, 0, len(h_TD)).copy_(h_TD)
 
 
 def write(state: DeviceState, row_idx_R: Tensor, token_RK: Tensor | None) -> None:

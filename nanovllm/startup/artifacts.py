@@ -17,10 +17,11 @@ from nanovllm.compile import keys
 from nanovllm.compile.key import Key
 from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.store import Artifact, num_kernels, seal_kernels
+from nanovllm.models import draft_head as head_model
 from nanovllm.models import model as model_module
 from nanovllm.models.model import Model
 from nanovllm.platforms.base import Platform
-from nanovllm.runner import mm_embeds, state, steps, tower, vocab_parallel
+from nanovllm.runner import draft_head, mm_embeds, state, steps, tower, vocab_parallel
 
 if TYPE_CHECKING:
     from nanovllm.startup.resolve import ResolvedConfig
@@ -56,7 +57,7 @@ def common_ingredients(
         "source steps": keys.source_digest(
             [
                 Path(module.__file__ or "")
-                for module in (vocab_parallel, mm_embeds, state, steps, tower)
+                for module in (vocab_parallel, mm_embeds, state, steps, tower, draft_head)
             ],
             engine,
         ),
@@ -72,7 +73,9 @@ def region_modules(model: Model) -> set[str]:
     """The modules of a model's regions, and those of other architectures that they use: modules
     that they name and that have a `layer`, too."""
     found: set[str] = set()
-    regions = (model.embed, model.layer, model.head)
+    regions = [model.embed, model.layer, model.head]
+    if isinstance(model, head_model.HeadModel):
+        regions += [model.enter, model.again, head_model.logits]
     waiting = [name for region in regions for name in _modules_of(region)]
     while waiting:
         name = waiting.pop()

@@ -78,7 +78,7 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
     if not isinstance(names, list):
         raise ValueError(f"{path}: architectures is {names!r}: it must be a list of names")
     try:
-        _check_sizes(fields)
+        check_sizes(fields)
         registry.architecture(names)
         if not registry.ROPES_PER_LAYER_TYPE.intersection(names):
             _refuse_nested_ropes(fields)
@@ -111,11 +111,24 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
     return _of_text(hf, part) if hasattr(part, "text_config") else hf
 
 
-def _check_sizes(fields: Mapping[str, Any]) -> None:
+def llama_config(fields: Mapping[str, Any]) -> Any:
+    """transformers' config of a Llama with these fields. Raises ValueError for what it refuses."""
+    from transformers import LlamaConfig
+
+    _refuse_nested_ropes(fields)
+    try:
+        with _without_docstrings():
+            return LlamaConfig.from_dict(dict(fields))
+    except Exception as error:  # of several libraries, some with more than one line
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"transformers refuses the config: {reason}") from error
+
+
+def check_sizes(fields: Mapping[str, Any]) -> None:
     """Raise ValueError for a number, also in nested objects, that no model can have."""
     for name, value in fields.items():
         if isinstance(value, dict):
-            _check_sizes(value)
+            check_sizes(value)
         largest = LARGEST.get(name, LARGEST_OTHER if isinstance(value, int) else math.inf)
         if isinstance(value, (int, float)) and value > largest:
             raise ValueError(f"{name} is {value}: it must be at most {largest}")

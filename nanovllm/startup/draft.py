@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
 
 from nanovllm import hub
 from nanovllm.models.model import Model
@@ -14,6 +16,14 @@ from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.resolve import ResolvedConfig, make_model, on_ranks
 
 logger = logging.getLogger(__name__)
+
+
+class Drafts(Protocol):
+    """What makes the proposer for the model of a start."""
+
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
+        """The proposer, and the folder of the checkpoint if it has a model. Raises ValueError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,17 +38,31 @@ class Draft:
     reads_fed: bool = True
     reads_history: bool = False
 
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
+        """See `Drafts`."""
+        spec = DraftSpec(self.proposer, None, self.reads_fed, self.reads_history)
+        if self.model is None:
+            return spec, None
+        config = resolved.config
+        folder = hub.resolve(self.model, weights=not config.random_weights)
+        hf = read_config(folder, resolved.store, None)
+        model = make_model(replace(config, quantization=None), hf, resolved.model.config.dtype)
+        if resolved.shard.size > 1:
+            model = on_ranks(config, model)
+        return replace(spec, model=model), folder
 
-def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
+
+def with_draft(resolved: ResolvedConfig, draft: Drafts) -> ResolvedConfig:
     """The resolved with a proposer. Raises ValueError for what does not go with it."""
     config, layout, traits = resolved.config, resolved.spec.layout, resolved.platform.traits
-    num = draft.proposer.num
+    spec, folder = draft.parts(resolved)
+    num = spec.proposer.num
     if 1 + num not in layout.verify_tokens:
         raise ValueError(
             f"the proposer drafts {num} tokens, but steps verify "
             f"{list(config.verified_lengths)}: these must hold {num}"
         )
-    layers, num_layers = draft.proposer.layers, resolved.model.config.num_layers
+    layers, num_layers = spec.proposer.layers, resolved.model.config.num_layers
     if not all(0 <= layer_idx < num_layers for layer_idx in layers):
         raise ValueError(
             f"the proposer reads hidden states after layers {list(layers)}: they must be "
@@ -50,20 +74,13 @@ def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
             f"a proposer on the device is not supported on a {traits.name} device"
             f"{' with graphs: set enforce_eager=True' if is_whole else ''}"
         )
-    spec, folder = DraftSpec(draft.proposer, None, draft.reads_fed, draft.reads_history), None
     if (speculative := config.speculative) is not None:
         rate = speculative.synthetic_rate
         spec = replace(spec, adapts=config.adapts_drafts, synthetic_rate=rate)
         if rate is not None:
             logger.warning("answers are meaningless: rejection_sample_method is 'synthetic'")
-    if draft.model is not None:
-        folder = hub.resolve(draft.model, weights=not config.random_weights)
-        hf = read_config(folder, resolved.store, None)
-        model = make_model(replace(config, quantization=None), hf, resolved.model.config.dtype)
-        if resolved.shard.size > 1:
-            model = on_ranks(config, model)
-        _check(resolved, model)
-        spec = replace(spec, model=model)
+    if spec.model is not None:
+        _check(resolved, spec.model)
     return replace(resolved, spec=replace(resolved.spec, draft=spec), draft_folder=folder)
 
 

@@ -36,7 +36,7 @@ from nanovllm.startup.build import build
 from nanovllm.startup.checkpoint_cache import read_tokenizer_of
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
 from nanovllm.startup.compile_workers import num_workers
-from nanovllm.startup.draft import Draft, with_draft
+from nanovllm.startup.draft import Drafts, with_draft
 from nanovllm.startup.generation_config import default_params, generation_config
 from nanovllm.startup.memory import MemoryReport
 from nanovllm.startup.resolve import ResolvedConfig, resolve
@@ -83,7 +83,7 @@ def load(
     farm: CompileFarm | None = None,
     *,
     show_progress: bool = True,
-    draft: Draft | None = None,
+    draft: Drafts | None = None,
 ) -> Loaded:
     """Turn options into the parts of a warm engine; shows a progress bar over layers, then buckets.
 
@@ -220,7 +220,7 @@ def _read_weights(resolved: ResolvedConfig, progress: loader.Progress, place: Pl
     params, draft = read(model, resolved.folder, progress), resolved.spec.draft
     if draft is not None and draft.model is not None and resolved.draft_folder is not None:
         second = read(draft.model, resolved.draft_folder, lambda num_layers: None)
-        params = params._replace(draft=second)
+        params = loader.with_second(params, draft.model, second)
     if resolved.config.random_weights:
         make = partial(weights.random, target=target, seed=seed)
     else:

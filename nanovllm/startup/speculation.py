@@ -7,25 +7,41 @@ from collections.abc import Callable
 from nanovllm.runner.draft import DraftModel
 from nanovllm.runner.ngram import Ngram
 from nanovllm.speculative import SpeculativeConfig
-from nanovllm.startup.draft import Draft, with_draft
+from nanovllm.startup.draft import Draft, Drafts, with_draft
+from nanovllm.startup.draft_heads import Eagle3, Mtp
 from nanovllm.startup.resolve import ResolvedConfig
 
-Builder = Callable[[SpeculativeConfig, ResolvedConfig], Draft]
+Builder = Callable[[SpeculativeConfig, ResolvedConfig], Drafts]
 
 
-def draft_model(config: SpeculativeConfig, resolved: ResolvedConfig) -> Draft:
+def draft_model(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
     assert config.num_speculative_tokens is not None and config.model is not None
     return Draft(DraftModel(config.num_speculative_tokens), str(config.model))
 
 
-def ngram(config: SpeculativeConfig, resolved: ResolvedConfig) -> Draft:
+def eagle3(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
+    assert config.num_speculative_tokens is not None and config.model is not None
+    return Eagle3(config.num_speculative_tokens, str(config.model))
+
+
+def mtp(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
+    assert config.num_speculative_tokens is not None
+    return Mtp(config.num_speculative_tokens)
+
+
+def ngram(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
     assert config.num_speculative_tokens is not None
     proposer = Ngram(config.num_speculative_tokens, *config.ngram_lengths)
     return Draft(proposer, reads_fed=False, reads_history=True)
 
 
 # Those of `speculative.METHODS`. A function raises ValueError for what the model does not support.
-BUILDERS: dict[str, Builder] = {"draft_model": draft_model, "ngram": ngram}
+BUILDERS: dict[str, Builder] = {
+    "draft_model": draft_model,
+    "eagle3": eagle3,
+    "mtp": mtp,
+    "ngram": ngram,
+}
 
 
 def with_speculation(resolved: ResolvedConfig) -> ResolvedConfig:

@@ -76,12 +76,15 @@ def make(
     folder: Path, proposer: DeviceProposer, model: Path | None = None, **options: Any
 ) -> Engine:
     """An engine with a proposer on its device, and with run-ahead."""
-    tuning = {"run_ahead": 1, **options.pop("tuning", {})}
-    lengths = options.pop("draft_lengths", (proposer.num,))
-    given = {**SIZES, "draft_lengths": lengths, "tuning": tuning, **options}
-    config = EngineConfig.from_options(str(folder), given)
+    config = config_of(folder, {"draft_lengths": (proposer.num,), **options})
     draft = Draft(proposer, None if model is None else str(model))
     return Engine(load(config, show_progress=False, draft=draft))
+
+
+def config_of(folder: Path, options: dict[str, Any]) -> EngineConfig:
+    """Small sizes, with run-ahead."""
+    tuning = {"run_ahead": 1, **options.pop("tuning", {})}
+    return EngineConfig.from_options(str(folder), {**SIZES, "tuning": tuning, **options})
 
 
 @dataclass

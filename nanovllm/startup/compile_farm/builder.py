@@ -73,7 +73,7 @@ def small_runner(
 
         params = make(model)
         if spec.draft is not None and spec.draft.model is not None:
-            params = params._replace(draft=make(spec.draft.model))
+            params = loader.with_second(params, spec.draft.model, make(spec.draft.model))
         params = weights.with_towers(params, model, partial(weights.random, target=target, seed=0))
         runner = Runner(model, params, spec, platform, compiler)
     return with_cache(resolved, lambda _: runner)[0] if platform.traits.whole_steps else runner

@@ -1,0 +1,145 @@
+"""The proposer that runs a head: a small model over the hidden states of the model's own steps.
+
+R rows | T tokens | K draft tokens a row | D hidden of the head | J inputs of its first layer
+V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nanovllm.models.draft_head import HeadModel, Outer, logits
+from nanovllm.models.model import Batch, Params
+from nanovllm.runner.proposer import Fed
+from nanovllm.runner.state import DeviceState, decode_batch
+
+if TYPE_CHECKING:
+    from nanovllm.runner.steps import Steps
+
+
+def following(
+    state: DeviceState, token_T: Tensor, batch: Batch, row_idx_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """For each token that a step has fed, the one after it, and the index of each row's last
+    accepted token, whose successor is the row's newest. The successors of rejected ones are any.
+
+    At the end of a prompt's part that is not the last, the newest token is the one that the model
+    would choose, not the prompt's next.
+    """
+    num_tokens = token_T.shape[0]
+    first_R = batch.q_start_S[:-1].long()
+    fed_R = batch.q_start_S[1:] - first_R
+    # the row has moved from its position before the step by the number of accepted tokens
+    kept_R = state.pos_S.index_select(0, row_idx_R) - (batch.seq_len_R - fed_R)
+    last_R = (first_R + kept_R - 1).clamp(0, num_tokens - 1)
+    next_T = torch.cat((token_T[1:], token_T[:1], token_T[:1]))
+    # padding rows write beyond the end
+    place_R = torch.where(row_idx_R == state.pad_row, num_tokens, last_R)
+    next_T = next_T.scatter(0, place_R, state.token_S.index_select(0, row_idx_R))
+    return next_T.narrow(0, 0, num_tokens), last_R
+
+
+def begin_again(
+    again: Callable[..., Tensor],
+    block_size: int,
+    state: DeviceState,
+    w: Outer,
+    row_idx_R: Tensor,
+    h_RD: Tensor,
+) -> tuple[Tensor, Batch]:
+    """The input of the next pass: each row's newest draft token beside the head's hidden state.
+
+    The entry that is made of token t + 1 has the place of token t.
+    """
+    before = state._replace(pos_S=(state.pos_S - 1).clamp(min=0))
+    token_R, batch = decode_batch(block_size, before, row_idx_R)
+    return again(w, token_R, h_RD), batch
+
+
+def _outer(params: Params) -> Outer:
+    return Outer(params.extra, params.embed_VD, params.final_norm_D)
+
+
+@dataclass(frozen=True)
+class DraftHead:
+    """The proposer that runs a head over the hidden states after `layers`. It draws as
+    `runner.draft.DraftModel` does."""
+
+    num: int
+    layers: tuple[int, ...]
+
+    def propose(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor | None:
+        """See `DeviceProposer`. K passes: over the step's own tokens, then token by token. None
+        for K = 0, after the first of them.
+
+        A draft token at a position without a block is a poor one: its pass uses the padding block.
+        """
+        own = steps.state._replace(token_S=state.token_S.clone(), pos_S=state.pos_S.clone())
+        ahead, last_pos = replace(steps, state=own), steps.cos_sin_MH.shape[0] - 1
+        h_RD = self._over_fed(state, fed, steps)
+        found = []
+        for number in range(self.num):
+            if number:
+                own.pos_S.clamp_(max=last_pos)
+                h_RD = self._again(ahead, fed.row_idx_R, h_RD)
+            found.append(ahead.sample(fed.row_idx_R, self._logits(steps, h_RD)))
+        return torch.stack(found, 1) if found else None
+
+    def _over_fed(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor:
+        """The hidden states [R, D] after each row's last accepted token."""
+        model, params = steps.model, steps.params
+        assert isinstance(model, HeadModel)
+        sizes = (fed.token_T.shape[0], fed.row_idx_R.shape[0])
+        token_T, last_R = steps._run(
+            "following",
+            sizes,
+            following,
+            state=state,
+            token_T=fed.token_T,
+            batch=fed.batch,
+            row_idx_R=fed.row_idx_R,
+        )
+        x_TJ = steps._run(
+            "enter",
+            sizes[:1],
+            partial(model.enter, model.config),
+            w=_outer(params),
+            token_T=token_T,
+            hidden=fed.hidden,
+        )
+        is_one = fed.phase == "decode"  # a token of each row
+        keep_R = None if is_one else last_R
+        return steps._layers(fed.phase, x_TJ, fed.batch, fed.max_q_len, keep_R)
+
+    def _again(self, ahead: Steps, row_idx_R: Tensor, h_RD: Tensor) -> Tensor:
+        """The hidden states [R, D] after the newest draft tokens."""
+        model, params = ahead.model, ahead.params
+        assert isinstance(model, HeadModel)
+        x_RJ, batch = ahead._run(
+            "again",
+            (row_idx_R.shape[0],),
+            partial(begin_again, partial(model.again, model.config), ahead.block_size),
+            state=ahead.state,
+            w=_outer(params),
+            row_idx_R=row_idx_R,
+            h_RD=h_RD,
+        )
+        return ahead._layers("decode", x_RJ, batch, 1)
+
+    def _logits(self, steps: Steps, h_RD: Tensor) -> Tensor:
+        params = steps.params
+        return steps._run(
+            "head",
+            (h_RD.shape[0],),
+            partial(logits, steps.model.config),
+            final_norm_D=params.final_norm_D,
+            head_VD=params.head_VD,
+            target_X=getattr(params.extra, "target_X", None),
+            h_RD=h_RD,
+        )

@@ -1,0 +1,69 @@
+"""Heads that draft tokens from the model's hidden states, made for the model of a start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanovllm import hub
+from nanovllm.models import eagle3, mtp
+from nanovllm.models.gguf.header import is_gguf
+from nanovllm.runner.draft_head import DraftHead
+from nanovllm.runner.spec import DraftSpec
+from nanovllm.startup.head_config import eagle3_config, tensor_names
+from nanovllm.startup.resolve import ResolvedConfig, make_model
+
+
+@dataclass(frozen=True)
+class Eagle3:
+    """An EAGLE-3 head that drafts `num` tokens. `model` is its checkpoint: a folder, or a name on
+    the Hugging Face Hub."""
+
+    num: int
+    model: str
+
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path]:
+        """See `Drafts`."""
+        config, cfg = resolved.config, resolved.model.config
+        refuse_ranks(resolved)
+        folder = hub.resolve(self.model, weights=not config.random_weights)
+        hf = eagle3_config(folder)
+        found = eagle3.model(
+            hf,
+            frozenset() if config.random_weights else tensor_names(folder),
+            num_layers=cfg.num_layers,
+            dtype=cfg.dtype,
+            max_model_len=config.max_model_len,
+        )
+        if hf.state_size != cfg.hidden_size:
+            raise ValueError(
+                f"the head reads hidden states of {hf.state_size} numbers, the model has "
+                f"{cfg.hidden_size}"
+            )
+        return DraftSpec(DraftHead(self.num, found.reads), found), folder
+
+
+@dataclass(frozen=True)
+class Mtp:
+    """The first layer of the model's own checkpoint that proposes tokens; it drafts `num`."""
+
+    num: int
+
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path]:
+        """See `Drafts`."""
+        config = resolved.config
+        refuse_ranks(resolved)
+        if resolved.spec.offload is not None or is_gguf(resolved.folder):
+            what = "expert_offload" if resolved.spec.offload is not None else "a GGUF file"
+            raise ValueError(f"method 'mtp' does not go with {what}")
+        target = make_model(config, resolved.hf, resolved.model.config.dtype)
+        stored = None if config.random_weights else tensor_names(resolved.folder)
+        found = mtp.model(target, stored)
+        return DraftSpec(DraftHead(self.num, found.reads), found), resolved.folder
+
+
+def refuse_ranks(resolved: ResolvedConfig) -> None:
+    if resolved.shard.size > 1:
+        raise ValueError(
+            f"tensor_parallel_size is {resolved.shard.size}: heads that draft tokens need 1"
+        )

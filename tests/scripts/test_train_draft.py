@@ -1,0 +1,118 @@
+"""A head that the script trains for some seconds drafts for its model; its loss is that of use."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+# scripts are run as files, and import each other as such
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import train_draft
+from draft import prompts
+from draft.collect import Example, Target, Text
+from draft.head import Batch, Head, batch_of, save
+from tiny import tasks
+
+from nanovllm.models.config import ModelConfig
+from tests.runner.heads import drafted
+
+HIDDEN, VOCAB = 48, 90
+
+
+def made_target() -> Target:
+    config = ModelConfig(
+        architecture="", vocab_size=VOCAB, hidden_size=HIDDEN, ffn_size=80, num_layers=3,
+        num_heads=4, num_kv_heads=2, head_dim=16, norm_eps=1e-5, max_position=64,
+        inv_freq=(1.0,) * 8, rope_scale=1.0, tied_embeddings=True,
+    )  # fmt: skip
+    return Target(
+        config, torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN), torch.ones(HIDDEN)
+    )
+
+
+def test_a_head_that_is_trained_for_seconds_is_accepted(tmp_path: Path) -> None:
+    file, out = tmp_path / "prompts", tmp_path / "head"
+    found = islice(tasks.training_examples(5), 110)
+    texts = [" ".join(task.messages[0]["content"].split()) for task in found]
+    file.write_text("\n".join(texts))
+    args = train_draft.parse_args(
+        ["--model", "tiny-qwen3", "--out", str(out), "--prompts", str(file), "--steps", "90",
+         "--num-tokens", "32", "--max-model-len", "128", "--num-speculative-tokens", "2",
+         "--draft-vocab-size", "300", "--learning-rate", "2e-3", "--device", "cpu"]
+    )  # fmt: skip
+    result = train_draft.run(args)
+    assert result["accept_length"] > 1.6 and result["steps"] > 20
+    first, second = result["accepted_per_position"]
+    assert first > 0.4 and second > 0.1
+    config = json.loads((out / "config.json").read_text())
+    assert config["draft_vocab_size"] == 300
+
+
+def test_the_rounds_of_training_are_the_passes_of_use(tmp_path: Path) -> None:
+    """The tokens that the last entry gives in each round are those that the saved head drafts."""
+    torch.manual_seed(1)
+    target, num = made_target(), 3
+    target_X = torch.arange(0, VOCAB, 2)
+    head = Head(target, target_X)
+    save(head, target, target_X, (0, 1, 2), tmp_path)
+    tokens = torch.randint(0, VOCAB, (14,)).tolist()
+    states_TJ = torch.randn(len(tokens) - 1, 3 * HIDDEN)
+
+    def layer(token_T: torch.Tensor, state_TD: torch.Tensor) -> torch.Tensor:
+        embeds = torch.nn.functional.embedding(token_T, target.embed_VD)
+        return head.midlayer(embeds.unsqueeze(0), state_TD.unsqueeze(0), [])[0]
+
+    def choose(out_D: torch.Tensor) -> int:
+        return int(target_X[head.lm_head(head.norm(out_D)).argmax()])
+
+    with torch.no_grad():
+        plain = drafted(tokens, num, head.fc(states_TJ), layer, choose, lambda out_TD: out_TD)
+        # the same entries and the drafted ones, whose states come from the rounds before
+        token_T = torch.tensor([*tokens[1:], *plain[:-1]])
+        padded_TJ = torch.cat((states_TJ, torch.full((num - 1, 3 * HIDDEN), 9.0)))
+        label_T = torch.full_like(token_T, -100)
+        label_T[-num:] = torch.tensor(plain) // 2
+        batch = Batch(*(one.unsqueeze(0) for one in (token_T, padded_TJ, label_T)))
+        for number in range(num):
+            # of the labels, only that of this round's chain counts
+            own_T = torch.full_like(label_T, -100)
+            own_T[len(tokens) - 2 + number] = label_T[len(tokens) - 2 + number]
+            _, shares = head.loss(batch._replace(label_BT=own_T.unsqueeze(0)), num)
+            assert shares[number] == 1.0
+
+
+def test_labels_are_the_models_choices_in_answers() -> None:
+    choice_T = torch.tensor([4, 6, 8, 10, 12])
+    example = Example(Text([1, 2, 3, 4, 5], 3), torch.zeros(5, 6), choice_T)
+    shorter = Example(Text([1, 2, 3], 1), torch.zeros(3, 6), choice_T[:3])
+    batch = batch_of([example, shorter], torch.tensor([6, 8, 12]), 20)
+    assert batch.token_BT.tolist() == [[2, 3, 4, 5], [2, 3, 0, 0]]
+    assert batch.label_BT.tolist() == [[-100, 1, -100, 2], [0, 1, -100, -100]]
+
+
+def test_the_default_layers_are_those_of_eagle3() -> None:
+    assert train_draft.read_layers(30) == (1, 14, 26)
+    assert train_draft.read_layers(6) == (1, 3, 5)
+
+
+def test_every_tenth_prompt_is_held_out(tmp_path: Path) -> None:
+    training, held_out = prompts.split(prompts.made(), None)
+    assert not set(training) & set(held_out) and len(training) == len(set(training)) > 150
+    assert len(held_out) == len(prompts.made()) // 10
+    file = tmp_path / "few"
+    file.write_text("a\n\nb\n")
+    with pytest.raises(ValueError, match="few has 2 prompts: it must have at least 10"):
+        prompts.read(file)
+
+
+def test_accept_lengths_are_means_over_steps() -> None:
+    found = train_draft.accept_lengths([0, 3, 1, 2], 3)
+    assert found == {
+        "accepted_per_position": [0.75, 0.5, 0.25], "accept_length": 2.5, "steps": 4
+    }  # fmt: skip
