@@ -60,9 +60,8 @@ ARCHITECTURES: dict[str, Entry] = {
     **dict.fromkeys(
         ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
         Entry(
-            TEXT, "Gemma 4, dense (31B), text only",
-            "images are refused, and so are the other models of the family: experts, embeddings "
-            "per layer and shared caches; on an NPU it is refused",
+            TEXT, "Gemma 4 (E2B, E4B, 26B-A4B, 31B), text only",
+            "images are refused, and so is `expert_offload`; on an NPU it is refused",
         ),
     ),
     "Glm4ForCausalLM": Entry(TEXT, "GLM-4-0414 (9B, 32B), GLM-Z1"),

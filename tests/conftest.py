@@ -113,6 +113,8 @@ def save_tiny(
         elif "norm" in name:
             mean = 0.0 if _adds_one(architecture, name) else 1.0
             torch.nn.init.normal_(parameter, mean=mean, std=0.1)
+        elif name.endswith(("router.scale", "per_expert_scale")):  # of Gemma 4
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             torch.nn.init.normal_(buffer, mean=1.0, std=0.1)

@@ -46,7 +46,8 @@ class MoeConfig:
 
     A token goes to `top_k` of `num_experts` experts of width `expert_size`. With `normalize` the
     weights of its experts sum to 1. `shared_size` is the width of the shared expert, 0 without one.
-    Without a `router` the softmax of all scores chooses.
+    Without a `router` the softmax of all scores chooses. `activation` is that of the experts' gate,
+    "silu" or another which the architecture computes itself.
     `compression` is None for uncompressed experts. With `is_expert_parallel` each of several ranks
     has whole experts, otherwise a part of every expert. Raises ValueError for sizes that do not fit
     together.
@@ -62,6 +63,7 @@ class MoeConfig:
     compression: Compression | None = None
     is_expert_parallel: bool = False
     router: GroupRouter | None = None
+    activation: str = "silu"
 
     def __post_init__(self) -> None:
         sizes = {

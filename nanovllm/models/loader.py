@@ -21,7 +21,7 @@ from nanovllm.models.formats.format import Extent, Format, mapped, quantized, te
 from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.gguf.checkpoint import opened
 from nanovllm.models.lora.slots import with_slots
-from nanovllm.models.model import LayerKind, Model, Param, Params
+from nanovllm.models.model import LayerKind, Model, Param, Params, PerLayer
 from nanovllm.models.schemes import Part
 from nanovllm.models.shards import ALL, Shard, taken
 
@@ -356,6 +356,9 @@ def build(
 
     outer_params, *layer_params = model.declared
     outer = made(outer_params)
+    own = {name: outer.pop(name) for name in PerLayer._fields if name in outer}
+    if own:
+        outer["per_layer"] = PerLayer(**own)
     if model.tied_head is not None:
         table = outer["embed_VD"]
         if not model.head_is_table:

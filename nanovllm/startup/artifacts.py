@@ -72,8 +72,8 @@ def region_modules(model: Model) -> set[str]:
     """The modules of a model's regions, and those of other architectures that they use: modules
     that they name and that have a `layer`, too."""
     found: set[str] = set()
-    regions = (model.embed, model.layer, model.head)
-    waiting = [name for region in regions for name in _modules_of(region)]
+    regions = (model.embed, model.layer, model.head, model.layer_inputs)
+    waiting = [name for region in regions if region is not None for name in _modules_of(region)]
     while waiting:
         name = waiting.pop()
         if name not in found:
