@@ -200,10 +200,14 @@ def attend_stored(
     sinks_N: Tensor | None = None,
 ) -> Tensor:
     """`attend_rotated` where keys and values are already in the cache."""
-    o_TNH = ops.ATTENTION[call.attention](
+    attention = ops.ATTENTION[call.attention]
+    ends: tuple[Tensor, ...] = ()
+    if batch.end_T is not None:  # our own kernels alone take it
+        attention, ends = ops.paged_attention, (batch.end_T,)
+    o_TNH = attention(
         q_TNH, kv.k_CBKH, kv.v_CBKH, batch.block_table_RP, batch.seq_len_R, batch.q_start_S,
         call.max_q_len, scale or cfg.head_dim**-0.5, call.kind.window, kv.k_scale_K, kv.v_scale_K,
-        sinks_N,
+        sinks_N, *ends,
     )  # fmt: skip
     return o_TNH.flatten(1)
 

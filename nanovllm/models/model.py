@@ -141,6 +141,7 @@ class Batch(NamedTuple):
     adapters: AdapterRows | None = None  # of models with adapters
     others: tuple[Pages, ...] = ()  # those of groups 1, 2, … of layers
     states: States | None = None  # in models with recurrent layers
+    end_T: Tensor | None = None  # `ops.paged_attention`, in steps whose tokens see later ones
     # in models whose layers have inputs of their own: those of all layers, and that of one
     inputs_LTP: Tensor | None = None
     input_TP: Tensor | None = None

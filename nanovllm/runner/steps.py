@@ -287,7 +287,7 @@ class Steps:
             assert not self.other_tables and given.row_T is not None
             batch = batch._replace(rope_pos_T=given.row_T)
             steps = replace(self, cos_sin_MH=rows_TH)
-        batch = self._with_layer_inputs(batch, h_TD, tokens.token_T)
+        batch = self._with_layer_inputs(batch._replace(end_T=given.end_T), h_TD, tokens.token_T)
         h_TD = steps._layers("prefill", h_TD, batch, len(span.token_T), last_R, given)
         return h_TD, tokens.last_R
 
@@ -388,6 +388,7 @@ class Steps:
         given: MMEmbeds | None = None,
     ) -> Tensor:
         sizes = (batch.slot_T.shape[0], batch.seq_len_R.shape[0])
+        ahead = () if batch.end_T is None else ("ahead",)
         programs = self.model.layer_programs(keeps_last=last_R is not None)
         streamed = self._streamed(len(h_TD), last_R)
         groups = self._layer_groups()
@@ -400,7 +401,7 @@ class Steps:
             call = LayerCall(key, kind, max_q_len, self.predicts)
             h_TD = self._run(
                 name,
-                (phase, *sizes, kind.name),
+                (phase, *sizes, kind.name, *ahead),
                 partial(self.model.layer, self.model.config, call),
                 w=weights,
                 kv=cache,
