@@ -72,23 +72,26 @@ qk_norm_rope_store = _define(
 )
 
 
-def _define_attention(name: str, meaning: Callable[..., Any]) -> Any:
+def _define_attention(name: str, meaning: Callable[..., Any], last: str = "") -> Any:
     return _define(
         f"{name}(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_len, "
         "Tensor q_start, int max_q_len, float scale, int window, "
-        "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? sinks=None) -> Tensor",
+        f"Tensor? k_scale=None, Tensor? v_scale=None, Tensor? sinks=None{last}) -> Tensor",
         meaning,
         lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
     )
 
 
-paged_attention = _define_attention("paged_attention", reference.attention.paged_attention)
+# The next ops have no `end`: it is an input of steps with images, which our own kernels compute.
+paged_attention = _define_attention(
+    "paged_attention", reference.attention.paged_attention, ", Tensor? end=None"
+)
 zero_padding_ = _define(
     "zero_padding_(Tensor(a!) out, Tensor q_start) -> ()",
     reference.attention.zero_padding_,
     lambda out, q_start: None,
 )
-# The next ops compute `reference.attention.paged_attention` as well. They stand for the code of
+# The ops below compute `reference.attention.paged_attention` as well. They stand for the code of
 # other packages. Each one runs that code on every device, and no pass replaces it.
 OTHERS: dict[str, Callable[..., Any]] = {
     "sdpa": sdpa_attention.paged_attention_sdpa,

@@ -53,16 +53,15 @@ ARCHITECTURES: dict[str, Entry] = {
         TEXT, "EXAONE 4.0", '`kv_cache_dtype="fp8"` is refused: values have no bound'
     ),
     "Gemma3ForCausalLM": Entry(
-        TEXT, "Gemma-3, text only (1B, 270M)",
+        TEXT, "Gemma-3 without images (1B, 270M)",
         "a cap on attention scores and attention in both directions are refused; on an NPU, "
         "windows are",
     ),
     **dict.fromkeys(
         ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
         Entry(
-            TEXT, "Gemma 4, dense (31B), text only",
-            "images are refused, and so are the other models of the family: experts, embeddings "
-            "per layer and shared caches; on an NPU it is refused",
+            TEXT, "Gemma 4 (E2B, E4B, 26B-A4B, 31B), text only",
+            "images are refused, and so is `expert_offload`; on an NPU it is refused",
         ),
     ),
     "Glm4ForCausalLM": Entry(TEXT, "GLM-4-0414 (9B, 32B), GLM-Z1"),
@@ -131,6 +130,11 @@ ARCHITECTURES: dict[str, Entry] = {
             "Qwen2_5OmniThinkerForConditionalGeneration",
         ),
         Entry(AUDIO, "Qwen2.5-Omni", "the thinker, which generates text"),
+    ),
+    "Gemma3ForConditionalGeneration": Entry(
+        VISION, "Gemma-3 (4B, 12B, 27B)",
+        "an image's tokens see all of it, and no step has a part of an image; pan and scan is "
+        "refused; on an NPU it is refused",
     ),
     "Qwen2_5_VLForConditionalGeneration": Entry(VISION, "Qwen2.5-VL"),
     "Qwen3_5ForConditionalGeneration": Entry(VISION, "Qwen3.5, Qwen3.6 (27B)", DELTA),

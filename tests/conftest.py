@@ -46,6 +46,7 @@ LONGEST = (
     "tests/scripts/test_train_draft.py",
     "tests/models/test_quantized_checkpoints.py",
     "tests/models/test_families.py",
+    "tests/models/test_gemma3_images.py",
     "tests/kernels/test_parallel_experts.py",
     "tests/kernels/test_triton_experts.py",
     "tests/scripts/test_bench_server.py",
@@ -114,6 +115,8 @@ def save_tiny(
         elif "norm" in name:
             mean = 0.0 if _adds_one(architecture, name) else 1.0
             torch.nn.init.normal_(parameter, mean=mean, std=0.1)
+        elif name.endswith(("router.scale", "per_expert_scale")):  # of Gemma 4
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             torch.nn.init.normal_(buffer, mean=1.0, std=0.1)

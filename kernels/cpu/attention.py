@@ -25,6 +25,7 @@ def paged_attention(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    end_T: Tensor | None = None,
 ) -> Tensor:
     """`reference.attention.paged_attention`, which reads the pages in place, for fp32, bf16 and
     fp16.
@@ -58,10 +59,12 @@ def paged_attention(
             scale,
             window,
             sinks_N=sinks_N,
+            end_T=end_T,
         )
     if q_TNH.stride(2) != 1:
         q_TNH = q_TNH.contiguous()
     sinks_N = None if sinks_N is None else sinks_N.float().contiguous()
+    end_T = None if end_T is None else _int32(end_T)
     q_strides = q_TNH.stride()
     if block_table_RP.dtype is not torch.int32 or block_table_RP.stride(1) != 1:
         block_table_RP = _int32(block_table_RP)
@@ -78,6 +81,7 @@ def paged_attention(
             seq_len_R.data_ptr(),
             q_start_S.data_ptr(),
             0 if sinks_N is None else sinks_N.data_ptr(),
+            0 if end_T is None else end_T.data_ptr(),
             q_strides[0],
             q_strides[1],
             *k_strides[:3],

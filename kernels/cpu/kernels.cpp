@@ -82,6 +82,7 @@ struct Attention {
   const int32_t* seq_len;      // [R]
   const int32_t* q_start;      // [R + 1]
   const float* sinks;          // [N]: scores without a value, or null
+  const int32_t* ends;         // [T]: where the keys that a query sees end, or null: after itself
   int64_t q_stride_T, q_stride_N;
   int64_t k_stride_C, k_stride_B, k_stride_K;
   int64_t v_stride_C, v_stride_B, v_stride_K;
@@ -126,7 +127,7 @@ void attend_tile(const Attention& at, const Tile& tile) {
   const int64_t num_lanes = tile.num_tokens * tile.num_heads;
   const int64_t num_vecs = (num_lanes + kLanes - 1) / kLanes;
   float* q_HM = scratch(
-      (size_t)(2 * H * kTileLanes + kTileKeys * kTileLanes + 2 * kTileKeys * H + 4 * kTileLanes));
+      (size_t)(2 * H * kTileLanes + kTileKeys * kTileLanes + 2 * kTileKeys * H + 5 * kTileLanes));
   float* out_HM = q_HM + H * kTileLanes;
   float* score_LM = out_HM + H * kTileLanes;
   float* k_LH = score_LM + kTileKeys * kTileLanes;
@@ -135,6 +136,7 @@ void attend_tile(const Attention& at, const Tile& tile) {
   float* sum_M = max_M + kTileLanes;
   float* alpha_M = sum_M + kTileLanes;
   int32_t* pos_M = (int32_t*)(alpha_M + kTileLanes);
+  int32_t* last_M = pos_M + kTileLanes;  // the last key that a query sees
 
   // Queries are transposed so that lanes run along vectors: scores, maxima and sums then need no
   // sum across a vector.
@@ -154,13 +156,18 @@ void attend_tile(const Attention& at, const Tile& tile) {
     max_M[m] = kNever;
     sum_M[m] = 0;
     pos_M[m] = m < num_lanes ? (int32_t)(tile.first_pos + m / tile.num_heads) : -1;
+    last_M[m] = pos_M[m];
+    if (at.ends && m < num_lanes) {
+      const int32_t end = at.ends[tile.first_token + m / tile.num_heads];
+      last_M[m] = std::min(std::max(end - 1, pos_M[m]), at.seq_len[tile.row] - 1);
+    }
   }
 
   const int32_t window =
       (int32_t)std::min<int64_t>(at.window > 0 ? at.window : INT32_MAX, INT32_MAX);
   const int64_t last_pos = tile.first_pos + tile.num_tokens - 1;
   const int64_t first_key = std::max<int64_t>(0, tile.first_pos - window + 1),
-                end_key = last_pos + 1;
+                end_key = *std::max_element(last_M, last_M + num_lanes) + 1;
   const int32_t* blocks = at.block_table + tile.row * at.table_stride_R;
   for (int64_t key = first_key; key < end_key; key += kTileKeys) {
     const int64_t num_keys = std::min<int64_t>(kTileKeys, end_key - key);
@@ -182,11 +189,12 @@ void attend_tile(const Attention& at, const Tile& tile) {
     for (int64_t vec = 0; vec < num_vecs; ++vec) {
       float* score_L = score_LM + vec * kLanes;
       IVec pos = *(const IVecAt*)(pos_M + vec * kLanes);
+      IVec last = *(const IVecAt*)(last_M + vec * kLanes);
       Vec old_max = load(max_M + vec * kLanes), new_max = old_max;
       if (!all_seen) {
         for (int64_t l = 0; l < num_keys; ++l) {
           IVec key_pos = IVec{} + (int32_t)(key + l);
-          IVec seen = (key_pos <= pos) & (pos - key_pos < window);
+          IVec seen = (key_pos <= last) & (pos - key_pos < window);
           Vec score = load(score_L + l * kTileLanes);
           store(score_L + l * kTileLanes, seen ? score : splat(kNever));
         }

@@ -18,7 +18,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 ATTENTION = build.ArgumentStruct(
     "Attention",
-    pointers="out q k_cache v_cache block_table seq_len q_start sinks",
+    pointers="out q k_cache v_cache block_table seq_len q_start sinks ends",
     integers="q_stride_T q_stride_N k_stride_C k_stride_B k_stride_K v_stride_C v_stride_B "
     "v_stride_K table_stride_R num_tokens num_rows num_heads num_kv_heads head_dim block_size "
     "max_q_len window q_dtype kv_dtype num_threads",

@@ -19,6 +19,7 @@ def paged_attention(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    end_T: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each row's newest tokens over that row's blocks.
 
@@ -33,6 +34,10 @@ def paged_attention(
     A sink is a score of one more key of a head, whose value is 0: exp(sink) joins the denominator
     of the softmax. It is not multiplied by `scale`, and no window leaves it out. Source: OpenAI
     2025, https://arxiv.org/abs/2508.10925.
+
+    With end_T, int32, the query of token t sees all keys at positions below end_T[t] that are
+    within its window, also later ones than itself, as tokens of an image do. It sees itself and
+    earlier keys whatever end_T is, and nothing past seq_len. With max_q_len 1 it is not read.
     """
     num_rows, block_size = block_table_RP.shape[0], k_cache_CBKH.shape[1]
     out_TNH = torch.zeros_like(q_TNH)
@@ -55,7 +60,11 @@ def paged_attention(
         k_LKH = _scaled(k_cache_CBKH[blocks], k_scale_K).flatten(0, 1)[:seq_len]
         v_LKH = _scaled(v_cache_CBKH[blocks], v_scale_K).flatten(0, 1)[:seq_len]
         query_pos = torch.arange(seq_len - (end - start), seq_len, device=q_TNH.device)
-        seen_TL = _seen(query_pos.unsqueeze(1), torch.arange(seq_len, device=q_TNH.device), window)
+        last_pos = query_pos
+        if end_T is not None:
+            last_pos = torch.maximum(query_pos, end_T[start:end].long() - 1)
+        key_pos = torch.arange(seq_len, device=q_TNH.device)
+        seen_TL = _seen(query_pos.unsqueeze(1), key_pos, window, last_pos.unsqueeze(1))
         out_TNH[start:end] = _attend(
             q_TNH[None, start:end], k_LKH[None], v_LKH[None], seen_TL[None], scale, sinks_N
         )[0]
@@ -94,8 +103,10 @@ def _scaled(x: Tensor, scale_K: Tensor | None) -> Tensor:
     return x if scale_K is None else x.float() * scale_K[:, None]
 
 
-def _seen(query_pos: Tensor, key_pos: Tensor, window: int) -> Tensor:
-    seen = key_pos <= query_pos
+def _seen(
+    query_pos: Tensor, key_pos: Tensor, window: int, last_pos: Tensor | None = None
+) -> Tensor:
+    seen = key_pos <= (query_pos if last_pos is None else last_pos)
     return seen & (key_pos > query_pos - window) if window > 0 else seen
 
 

@@ -44,6 +44,7 @@ def _attend_tiles(
     sum_M,
     acc_MHp,
     query_pos_M,
+    last_key_M,
     first_tile,
     last_tile,
     table_ptr,
@@ -112,7 +113,7 @@ def _attend_tiles(
             )
         score_MS = dot(q_MHp, tl.trans(k_SHp), tl.zeros([q_MHp.shape[0], TILE], tl.float32), UPCAST)
         if MASKED:
-            seen_MS = key_S[None, :] <= query_pos_M[:, None]
+            seen_MS = key_S[None, :] <= last_key_M[:, None]
             if WINDOW > 0:
                 seen_MS = seen_MS & (key_S[None, :] > query_pos_M[:, None] - WINDOW)
             score_MS = tl.where(seen_MS, score_MS, float("-inf"))
@@ -138,6 +139,7 @@ def prefill_kernel(
     k_scale_ptr,  # [K] fp32, read for an fp8 cache
     v_scale_ptr,  # [K] fp32, read for an fp8 cache
     sinks_ptr,  # [N], None unless HAS_SINKS
+    end_ptr,  # [T] int32, None unless HAS_ENDS
     num_tokens,
     num_rows,
     table_blocks,
@@ -162,6 +164,7 @@ def prefill_kernel(
     ROWS_P: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_ENDS: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -210,6 +213,13 @@ def prefill_kernel(
     first_pos = seq_len - end + first_token
     last_pos = tl.minimum(first_pos + TOKENS, seq_len) - 1
     query_pos_M = first_pos + entry_M // GROUP
+    last_key_M = query_pos_M
+    if HAS_ENDS:
+        end_M = tl.load(
+            end_ptr + token_M, mask=(entry_M < TOKENS * GROUP) & (token_M < end), other=0
+        )
+        last_key_M = tl.minimum(tl.maximum(query_pos_M, end_M - 1), seq_len - 1)
+        last_pos = tl.maximum(last_pos, tl.max(tl.where(end_M > 0, last_key_M, 0), 0))
     end_tile = tl.where(seq_len > 0, (tl.maximum(last_pos + 1, 0) + TILE - 1) // TILE, 0)
     begin_tile = 0
     first_key = 0
@@ -225,13 +235,13 @@ def prefill_kernel(
     v_at = v_ptr + head_idx * V_STRIDE_HEAD
     if WINDOW <= 0:
         max_M, sum_M, acc_MHp = _attend_tiles(
-            q_MHp, max_M, sum_M, acc_MHp, query_pos_M, begin_tile, full_tile,
+            q_MHp, max_M, sum_M, acc_MHp, query_pos_M, last_key_M, begin_tile, full_tile,
             table_at, table_blocks, k_at, v_at, first_key, seq_len, scale_log2,
             K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
             False, HEAD, HEAD_P, BLOCK, TILE, WINDOW, UPCAST,
         )  # fmt: skip
     max_M, sum_M, acc_MHp = _attend_tiles(
-        q_MHp, max_M, sum_M, acc_MHp, query_pos_M, full_tile, end_tile,
+        q_MHp, max_M, sum_M, acc_MHp, query_pos_M, last_key_M, full_tile, end_tile,
         table_at, table_blocks, k_at, v_at, first_key, seq_len, scale_log2,
         K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
         True, HEAD, HEAD_P, BLOCK, TILE, WINDOW, UPCAST,
@@ -325,6 +335,7 @@ def paged_attention_prefill(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    end_T: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax(q · kᵀ · scale) · v of the new tokens, as
     `reference.attention.paged_attention`.
@@ -362,6 +373,7 @@ def paged_attention_prefill(
         seq_len_R if k_scale_K is None else k_scale_K,
         seq_len_R if v_scale_K is None else v_scale_K,
         sinks_N,
+        end_T,
         num_tokens,
         num_rows,
         block_table_RP.shape[1],
@@ -372,6 +384,7 @@ def paged_attention_prefill(
         *v_cache_CBKH.stride()[:3],
         **constants,
         HAS_SINKS=sinks_N is not None,
+        HAS_ENDS=end_T is not None,
         UPCAST=q_TNH.device.type != "cuda",
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

@@ -58,6 +58,7 @@ def paged_attention(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    end_T: Tensor | None = None,
 ) -> Tensor:
     """`reference.attention.paged_attention`; decode (max_q_len 1) and prefill are different
     kernels, and long prefills on Hopper have one of their own."""
@@ -75,7 +76,8 @@ def paged_attention(
             v_scale_K,
             sinks_N,
         )
-    if sinks_N is None and suits(q_TNH, k_cache_CBKH, v_cache_CBKH, max_q_len, window):
+    is_plain = sinks_N is None and end_T is None
+    if is_plain and suits(q_TNH, k_cache_CBKH, v_cache_CBKH, max_q_len, window):
         return paged_attention_prefill_hopper(
             q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, scale
         )
@@ -93,6 +95,7 @@ def paged_attention(
         k_scale_K,
         v_scale_K,
         sinks_N,
+        end_T,
     )
 
 

@@ -87,6 +87,7 @@ class Engine:
             max_proposals=max(layout.verify_tokens, default=1) - 1,
         )
         self.scheduler.adapters = AdapterSlots(config.max_loras) if config.enable_lora else None
+        self.scheduler.keeps_images_whole = self.model_config.sees_ahead
         draft = self._runner.spec.draft
         if draft is not None:
             self.scheduler.num_drafts = draft.proposer.num
@@ -97,7 +98,10 @@ class Engine:
         self._in_flight: deque[AsyncOutput] = deque()
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         tower = self._runner.model.tower
-        self.media_scale = None if tower is None else Scale.of(tower.config)
+        uses_mrope = bool(self.model_config.rope_axes)
+        self.media_scale = None
+        if tower is not None:
+            self.media_scale = Scale.of(tower.config, uses_mrope=uses_mrope)
         self._intake = InputProcessor.of(config, self.tokenizer, self.info)
         prompts = MediaPrompts(
             config.model, self.tokenizer, self.media_scale, loaded.vision, config.media
@@ -219,6 +223,7 @@ class Engine:
             uses_mrope=bool(model.rope_axes),
             has_towers=bool(self._runner.towers.by_name),
             media_scale=self.media_scale,
+            max_image_tokens=self.scheduler.max_num_batched_tokens if model.sees_ahead else 0,
         )
 
     @property

@@ -57,6 +57,7 @@ class InputProcessor:
     max_grammar_bytes: int = 0
     has_towers: bool = True
     has_adapters: bool = False
+    max_image_tokens: int = 0
 
     @classmethod
     def of(
@@ -73,6 +74,7 @@ class InputProcessor:
             max_grammar_bytes=config.max_grammar_bytes,
             has_towers=info.has_towers,
             has_adapters=config.enable_lora,
+            max_image_tokens=info.max_image_tokens,
         )
 
     def request(
@@ -103,6 +105,12 @@ class InputProcessor:
         prompt_ids = self.prompt_ids(given, params)
         contents = self.contents(embeddings, len(prompt_ids))
         self.check_positions(positions, len(prompt_ids))
+        longest = max((one.num for one in contents + media_contents), default=0)
+        if 0 < self.max_image_tokens < longest:
+            raise ValueError(
+                f"an image has {longest} tokens, and max_num_batched_tokens is "
+                f"{self.max_image_tokens}: tokens that see the whole image need it in one step"
+            )
         if media and not self.has_towers:
             raise ValueError(f"the prompt has images, but {self.model!r} accepts text only")
         return EngineRequest(

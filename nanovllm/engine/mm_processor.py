@@ -32,15 +32,17 @@ from nanovllm.tokenizer import Tokenizer
 
 
 class Scale(NamedTuple):
-    """The sizes from which the positions of a prompt follow; fields as in `TowerConfig`."""
+    """The sizes from which the positions of a prompt follow; fields as in `TowerConfig`. Without
+    `uses_mrope` they are those in the sequence."""
 
     merge_size: int
     tokens_per_second: float
     videos_span_time: bool
+    uses_mrope: bool = True
 
     @classmethod
-    def of(cls, tower: TowerConfig) -> Scale:
-        return cls(tower.merge_size, tower.tokens_per_second, tower.videos_span_time)
+    def of(cls, tower: TowerConfig, *, uses_mrope: bool = True) -> Scale:
+        return cls(tower.merge_size, tower.tokens_per_second, tower.videos_span_time, uses_mrope)
 
 
 class MediaPrompts:
@@ -90,6 +92,9 @@ class MediaPrompts:
         if self._preparer is not None and not self._preparer.settings.audio:
             sounds = [one for one in media if one.kind == mm_inputs.AUDIO]
             mm_inputs.refuse(self._model, sounds, "has no audio encoder")
+        if self._preparer is not None and not self._preparer.settings.video:
+            videos = [one for one in media if one.kind == mm_inputs.VIDEO]
+            mm_inputs.refuse(self._model, videos, "accepts no videos")
 
     def check(self, prompt: Prompt, params: SamplingParams) -> None:
         """`check_media`. Also raises ValueError for more or fewer media than placeholders, and for
@@ -124,8 +129,10 @@ class MediaPrompts:
             )
         else:
             expanded = self._placeholders.of_ids(prompt.token_ids, items)
-        num_tokens = len(expanded.token_ids)
-        position_3T, _ = positions.mrope_positions(num_tokens, self._items(items, expanded))
+        num_tokens, position_3T = len(expanded.token_ids), None
+        assert self._scale is not None
+        if self._scale.uses_mrope:
+            position_3T, _ = positions.mrope_positions(num_tokens, self._items(items, expanded))
         pairs = zip(items, expanded.spans)
         images = [one for item, spans in pairs for one in self._images(item, spans)]
         return MediaPrompt(expanded.token_ids, position_3T, images, prompt.cache_salt)
@@ -133,7 +140,7 @@ class MediaPrompts:
     def _items(self, items: Sequence[Prepared], expanded: Expanded) -> list[positions.Item]:
         """The images and videos of a prompt in order. A frame with separate tokens is one item."""
         assert self._scale is not None
-        merge, per_second, spans_time = self._scale
+        merge, per_second, spans_time, _ = self._scale
         found: list[positions.Item] = []
         for item, spans in zip(items, expanded.spans):
             if item.kind == mm_inputs.AUDIO:

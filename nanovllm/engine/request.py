@@ -35,6 +35,7 @@ class EngineInfo:
     checkpoint: a digest, set by processes. num_blocks: of the KV cache. num_deepstack: levels of
     features that embeddings may have after the first. uses_mrope: tokens have positions in time,
     height and width. media_scale: the fields of `Scale`, None for a text model.
+    max_image_tokens: the most tokens of an image, all of which are in one step; 0 without a limit.
     """
 
     checkpoint: str
@@ -50,6 +51,7 @@ class EngineInfo:
     uses_mrope: bool = False
     has_towers: bool = False
     media_scale: Sequence[Any] | None = None
+    max_image_tokens: int = 0
 
 
 class MediaPrompt(NamedTuple):

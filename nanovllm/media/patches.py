@@ -25,8 +25,11 @@ MAX_RATIO = 200  # of an image's sides, as in transformers
 def image_size(height: int, width: int, settings: PatchSettings) -> tuple[int, int]:
     """(height, width) after resizing: multiples of `factor` within the range of pixels.
 
-    The same as `smart_resize` in transformers/models/qwen2_vl/image_processing_qwen2_vl.py.
+    The same as `smart_resize` in transformers/models/qwen2_vl/image_processing_qwen2_vl.py, unless
+    all images have one size.
     """
+    if settings.fixed_size is not None:
+        return settings.fixed_size
     return _fitted(
         height, width, settings.factor, (settings.min_pixels, settings.max_pixels), (1, 1)
     )

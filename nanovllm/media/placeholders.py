@@ -38,7 +38,9 @@ class Placeholders:
     """The special tokens of a checkpoint. The names are those of Qwen's vision models.
 
     with_times: the prompt has the time before each patch of a video, and the two border tokens
-    around it (Qwen3-VL). audio_token: empty for a model without an audio encoder.
+    around it (Qwen3-VL). Tokens of kinds that a model does not take are empty. image_text: what
+    replaces an image's placeholder before tokenization, with one run_token, which stands for the
+    image's tokens (Gemma-3); empty where the placeholder itself does.
     """
 
     tokenizer: TextEncoder
@@ -48,6 +50,8 @@ class Placeholders:
     start_token: str = "<|vision_start|>"
     end_token: str = "<|vision_end|>"
     audio_token: str = ""
+    run_token: str = ""
+    image_text: str = ""
 
     def __post_init__(self) -> None:
         assert self._kind_of_id
@@ -60,6 +64,11 @@ class Placeholders:
     @cached_property
     def _kind_of_id(self) -> dict[int, str]:
         return {self._id_of(token): kind for token, kind in self._kind_of.items()}
+
+    @cached_property
+    def _run_ids(self) -> set[int]:
+        """The tokens that stand for a run, after tokenization."""
+        return {self._id_of(self.run_token)} if self.run_token else set(self._kind_of_id)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -109,6 +118,8 @@ class Placeholders:
 
     def _short(self, token: str, item: Prepared) -> str:
         """The text of an item with one placeholder for each run of tokens."""
+        if item.kind == IMAGE and self.image_text:
+            return self.image_text
         if item.kind != VIDEO or not self.with_times:
             return token
         one = self.start_token + token + self.end_token
@@ -118,11 +129,18 @@ class Placeholders:
         self, ids: Sequence[int], order: Sequence[int], items: Sequence[Prepared]
     ) -> Expanded:
         """Replaces each placeholder by the tokens of its run."""
-        runs = iter([(i, num) for i in order for num in self._runs(items[i])])
+        lengths = [(i, num) for i in order for num in self._runs(items[i])]
+        num_given = sum(one in self._run_ids for one in ids)
+        if num_given != len(lengths):
+            raise ValueError(
+                f"the prompt has the token {self.run_token!r}, which is made of images: give "
+                f"{self.image_token!r} for each image"
+            )
+        runs = iter(lengths)
         out: list[int] = []
         spans: list[list[Span]] = [[] for _ in items]
         for one in ids:
-            if one not in self._kind_of_id:
+            if one not in self._run_ids:
                 out.append(one)
                 continue
             i, num = next(runs)

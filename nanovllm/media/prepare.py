@@ -240,6 +240,8 @@ class Preparer:
 
     def _of_clip(self, clip: clips.Clip, budget: _Budget) -> Prepared:
         settings = self.settings.video
+        if settings is None:
+            raise ValueError("this model accepts no videos")
         chosen = clips.sampled(clip, settings)
         if len(chosen) > self.options.max_video_frames:
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -18,11 +19,12 @@ from typing import Any
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
-BICUBIC = 3
+BILINEAR, BICUBIC = 2, 3
 IMAGE_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 VIDEO_TYPES = {"Qwen2VLVideoProcessor": False, "Qwen3VLVideoProcessor": True}
 # transformers' classes of whole processors, and whether frames have times in the prompt
 OMNI = "Qwen2_5OmniProcessor"
+GEMMA3 = "Gemma3Processor"
 PROCESSORS = {
     "Qwen2VLProcessor": False, "Qwen2_5_VLProcessor": False, "Qwen3VLProcessor": True, OMNI: False,
 }  # fmt: skip
@@ -31,8 +33,13 @@ TOKENS: dict[str, dict[str, str]] = {
     OMNI: {
         "image_token": "<|IMAGE|>", "video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>",
         "start_token": "<|vision_bos|>", "end_token": "<|vision_eos|>",
-    }
+    },
+    GEMMA3: {
+        "image_token": "<start_of_image>", "video_token": "", "run_token": "<image_soft_token>",
+        "image_text": "\n\n<start_of_image><image_soft_token><end_of_image>\n\n",
+    },
 }  # fmt: skip
+GEMMA3_TYPES = ("Gemma3ImageProcessor", "Gemma3ImageProcessorFast", "Gemma3ImageProcessorPil")
 AUDIO_TYPE = "WhisperFeatureExtractor"
 # the files with settings among those that transformers reads
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -44,7 +51,8 @@ class PatchSettings:
 
     patch_size: pixels of a patch's side. merge_size: patches of a merged patch's side; a merged
     patch is one token. temporal_patch_size: frames of a patch.
-    min_pixels, max_pixels: the range of pixels after resizing.
+    min_pixels, max_pixels: the range of pixels after resizing. fixed_size: (height, width) of all
+    images after resizing, whatever their shape was; None if these keep their shape.
     """
 
     patch_size: int
@@ -58,6 +66,7 @@ class PatchSettings:
     do_normalize: bool = True
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
+    fixed_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
@@ -130,14 +139,14 @@ class AudioSettings:
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """A checkpoint's settings for images, and for audio if its model takes audio.
+    """A checkpoint's settings for images, and for videos and audio if its model takes them.
 
     with_times: its prompts have the times of frames. tokens: its special tokens, by the fields of
     `Placeholders`, where they are not the defaults.
     """
 
     image: PatchSettings
-    video: VideoSettings
+    video: VideoSettings | None
     with_times: bool
     audio: AudioSettings | None = None
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -152,7 +161,10 @@ def load(folder: Path) -> VisionSettings | None:
         return None
     video = whole.get("video_processor") or video_file or image
     name = whole.get("processor_class") or image.get("processor_class")
-    _check("processor_class", name, tuple(PROCESSORS))
+    _check("processor_class", name, (*PROCESSORS, GEMMA3))
+    if name == GEMMA3:
+        settings = gemma3_settings(whole, image, _json(folder / "config.json"))
+        return VisionSettings(settings, None, False, tokens=TOKENS[GEMMA3])
     _check("image_processor_type", image.get("image_processor_type", IMAGE_TYPES[0]), IMAGE_TYPES)
     with_times = PROCESSORS[str(name)]
     default = "Qwen3VLVideoProcessor" if with_times else "Qwen2VLVideoProcessor"
@@ -176,6 +188,41 @@ def image_settings(given: Mapping[str, Any]) -> PatchSettings:
     low, high = _pixel_range(given, 56 * 56, 28 * 28 * 1280)
     _check_steps(given)
     return PatchSettings(**{"patch_size": 14, **_fields(PatchSettings, given, low, high)})
+
+
+def gemma3_settings(
+    whole: Mapping[str, Any], given: Mapping[str, Any], config: Mapping[str, Any]
+) -> PatchSettings:
+    """The settings in the fields of Gemma-3's processor and image processor, with their defaults.
+    Patches and tokens are those of the model's config. Raises ValueError for other steps."""
+    _check("image_processor_type", given.get("image_processor_type", GEMMA3_TYPES[0]), GEMMA3_TYPES)
+    if given.get("do_pan_and_scan"):
+        raise ValueError("the processor has do_pan_and_scan=True, which is not supported")
+    _check_steps(given)
+    size = {"height": 224, "width": 224, **(given.get("size") or {})}
+    vision, num_tokens = config.get("vision_config") or {}, config.get("mm_tokens_per_image", 256)
+    patch_size, side = vision.get("patch_size", 16), math.isqrt(num_tokens)
+    if whole.get("image_seq_length", given.get("image_seq_length", num_tokens)) != num_tokens:
+        raise ValueError(
+            f"the processor's image_seq_length is {whole.get('image_seq_length')}: it must be the "
+            f"model's mm_tokens_per_image, {num_tokens}"
+        )
+    if set(size) != {"height", "width"} or size["height"] != size["width"]:
+        raise ValueError(f"the processor's size is {size}: it must be a square")
+    if size["height"] % (patch_size * side):
+        raise ValueError(
+            f"the processor's images have {size['height']} pixels on a side: it must be a multiple "
+            f"of {patch_size * side}, for {num_tokens} tokens"
+        )
+    defaults = {"resample": BILINEAR, "image_mean": HALF, "image_std": HALF}
+    found = _fields(PatchSettings, given, 1, size["height"] * size["width"])
+    own = {
+        "patch_size": patch_size,
+        "merge_size": size["height"] // (patch_size * side),
+        "temporal_patch_size": 1,
+        "fixed_size": (size["height"], size["width"]),
+    }
+    return PatchSettings(**{**defaults, **found, **own})
 
 
 def video_settings(given: Mapping[str, Any], *, over_time: bool) -> VideoSettings:

@@ -36,6 +36,8 @@ PIECE_BYTES = 1 << 24  # that a thread reads at a time
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 # The head of some of them.
 TEXT_HEAD = "language_model.lm_head."
+# The module that some checkpoints have around their vision tower, and without it.
+TOWER_MODULE = ("vision_tower.vision_model.", "vision_tower.")
 # The prefix of all tensors of the part for text, in checkpoints with several parts.
 PART_PREFIX = "thinker."
 
@@ -336,6 +338,7 @@ def plain_name(name: str) -> str:
     name = name.removeprefix(PART_PREFIX)
     if name.startswith(TEXT_HEAD):
         return "lm_head." + name.removeprefix(TEXT_HEAD)
+    name = name.replace(*TOWER_MODULE)
     prefix = next((one for one in TEXT_PREFIXES if name.startswith(one)), None)
     return name if prefix is None else "model." + name.removeprefix(prefix)
 

@@ -46,7 +46,8 @@ class MoeConfig:
 
     A token goes to `top_k` of `num_experts` experts of width `expert_size`. With `normalize` the
     weights of its experts sum to 1. `shared_size` is the width of the shared expert, 0 without one.
-    Without a `router` the softmax of all scores chooses.
+    Without a `router` the softmax of all scores chooses. `activation` is that of the experts' gate,
+    "silu" or another which the architecture computes itself.
     `compression` is None for uncompressed experts. With `is_expert_parallel` each of several ranks
     has whole experts, otherwise a part of every expert. Raises ValueError for sizes that do not fit
     together.
@@ -62,6 +63,7 @@ class MoeConfig:
     compression: Compression | None = None
     is_expert_parallel: bool = False
     router: GroupRouter | None = None
+    activation: str = "silu"
 
     def __post_init__(self) -> None:
         sizes = {
@@ -109,7 +111,9 @@ class ModelConfig:
     are the fields of the first `Rope`, `other_ropes` those that some layers have instead
     (`Model.layer_ropes`). With `rope_axes` a token has three positions, in time, height and width,
     and frequency j turns by number rope_axes[j] of them. Embeddings of requests may include
-    features that are added to hidden states after each of the first `num_deepstack` layers.
+    features that are added to hidden states after each of the first `num_deepstack` layers. With
+    `sees_ahead` the tokens of an image, or of other given embeddings, see all of them: those after
+    themselves too.
     `ffn_size` is the width of dense layers, `moe` describes sparse ones. On one of `num_ranks`
     ranks, the numbers of heads are this rank's, and all other sizes are the model's
     (`Model.on_ranks`). Raises ValueError for head sizes that the kernels do not take.
@@ -145,6 +149,7 @@ class ModelConfig:
     moe: MoeConfig | None = None
     rope_axes: tuple[int, ...] = ()
     num_deepstack: int = 0
+    sees_ahead: bool = False
     dtype: torch.dtype = torch.float32
     num_ranks: int = 1
     other_ropes: tuple[Rope, ...] = ()

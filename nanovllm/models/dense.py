@@ -187,10 +187,27 @@ def attend_rotated(
     `scale`, by default 1 / √H."""
     q_TNH, k_TKH, v_TKH = qkv
     ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T, kv.k_scale_K, kv.v_scale_K)
-    o_TNH = ops.ATTENTION[call.attention](
+    return attend_stored(cfg, call, kv, batch, q_TNH, scale, sinks_N)
+
+
+def attend_stored(
+    cfg: ModelConfig,
+    call: LayerCall,
+    kv: LayerCache,
+    batch: Batch,
+    q_TNH: Tensor,
+    scale: float | None = None,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    """`attend_rotated` where keys and values are already in the cache."""
+    attention = ops.ATTENTION[call.attention]
+    ends: tuple[Tensor, ...] = ()
+    if batch.end_T is not None:  # our own kernels alone take it
+        attention, ends = ops.paged_attention, (batch.end_T,)
+    o_TNH = attention(
         q_TNH, kv.k_CBKH, kv.v_CBKH, batch.block_table_RP, batch.seq_len_R, batch.q_start_S,
         call.max_q_len, scale or cfg.head_dim**-0.5, call.kind.window, kv.k_scale_K, kv.v_scale_K,
-        sinks_N,
+        sinks_N, *ends,
     )  # fmt: skip
     return o_TNH.flatten(1)
 

@@ -25,13 +25,15 @@ class PagedKV:
     """Keys and values of each token, in blocks: [C, B, K, size] each, in the cache's dtype.
 
     `window` is the number of newest positions that a query sees, itself included; 0 means all
-    positions. Blocks whose positions no query will see are freed.
+    positions. Blocks whose positions no query will see are freed. A layer with a `source` has no
+    cache of its own: it reads that of the layer with this number, which keeps the same.
     """
 
     num_kv_heads: int
     key_size: int
     value_size: int
     window: int = 0
+    source: int | None = None
 
     def shapes(self, num_blocks: int, block_size: int) -> tuple[tuple[int, ...], ...]:
         """The shapes of the cache's tensors."""
@@ -143,12 +145,20 @@ def page_bytes(kept: Paged, block_size: int, cache_dtype: torch.dtype) -> int:
 class PageGroup(NamedTuple):
     """Layers with one block table, since they keep the same of every token.
 
-    Their pages are so small that a tensor has those of `per_tensor` layers.
+    Their pages are so small that a tensor has those of `per_tensor` layers. `readers` are the
+    layers that read the cache of one of these, as (layer, its number among `layers`).
     """
 
     kept: Paged
     layers: tuple[int, ...]
     per_tensor: int = 1
+    readers: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def numbered(self) -> list[tuple[int, int]]:
+        """All layers that read this group's caches, as (layer, the number of the cache)."""
+        return [*((layer_idx, number) for number, layer_idx in enumerate(self.layers)),
+                *self.readers]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,7 +190,7 @@ class PageGroups:
         """Each layer's group and tensor; None for layers without pages."""
         found: list[tuple[int, int] | None] = [None] * num_layers
         for group_idx, group in enumerate(self.groups):
-            for number, layer_idx in enumerate(group.layers):
+            for layer_idx, number in group.numbered:
                 found[layer_idx] = group_idx, number // group.per_tensor
         return found
 
@@ -188,7 +198,7 @@ class PageGroups:
         """Which of how many equal parts of its tensor each layer has."""
         found = [(0, 1)] * num_layers
         for group in self.groups:
-            for number, layer_idx in enumerate(group.layers):
+            for layer_idx, number in group.numbered:
                 found[layer_idx] = number % group.per_tensor, group.per_tensor
         return found
 
@@ -200,7 +210,12 @@ class PageGroups:
     def of_layers(self, chosen: Sequence[int]) -> PageGroups:
         """The same groups in a model with the `chosen` layers alone. Some may be empty."""
         groups = (
-            group._replace(layers=tuple(map(chosen.index, sorted(set(chosen) & set(group.layers)))))
+            group._replace(
+                layers=tuple(map(chosen.index, sorted(set(chosen) & set(group.layers)))),
+                readers=tuple(
+                    (chosen.index(one), at) for one, at in group.readers if one in chosen
+                ),
+            )
             for group in self.groups
         )
         return replace(self, groups=tuple(groups))
@@ -212,7 +227,7 @@ class PageGroups:
     def window_bytes(self, cache_dtype: torch.dtype) -> dict[int, int]:
         """Bytes that one token takes in all layers with a window, by the window."""
         found: dict[int, int] = {}
-        for kept, layers, _ in self.groups:
+        for kept, layers, *_ in self.groups:
             num_bytes = len(layers) * page_bytes(kept, 1, cache_dtype)
             found[kept.window] = found.get(kept.window, 0) + num_bytes
         return found
@@ -228,8 +243,12 @@ def page_groups(kept: Sequence[LayerState], max_len: int) -> PageGroups:
     Raises ValueError for pages whose sizes do not divide the largest, and if no layer has pages.
     """
     alike: dict[Paged, list[int]] = {}
+    readers: dict[int, list[int]] = {}  # by the layer whose cache they read
     for layer_idx, one in enumerate(kept):
-        if not isinstance(one, Recurrent):
+        if isinstance(one, PagedKV) and one.source is not None:
+            assert replace(one, source=None) == kept[one.source] and one.source < layer_idx
+            readers.setdefault(one.source, []).append(layer_idx)
+        elif not isinstance(one, Recurrent):
             sees_all = one.window >= max_len
             alike.setdefault(replace(one, window=0) if sees_all else one, []).append(layer_idx)
     if not alike:
@@ -241,7 +260,12 @@ def page_groups(kept: Sequence[LayerState], max_len: int) -> PageGroups:
         for one, layers in sorted(alike.items(), key=lambda item: item[0].window)
         for first in range(0, len(layers), size * per_tensor[one])
     ]
-    return PageGroups(tuple(groups), size)
+    return PageGroups(tuple(_with_readers(group, readers) for group in groups), size)
+
+
+def _with_readers(group: PageGroup, readers: Mapping[int, Sequence[int]]) -> PageGroup:
+    found = [(one, at) for at, own in enumerate(group.layers) for one in readers.get(own, ())]
+    return group._replace(readers=tuple(found))
 
 
 def _per_tensor(alike: Iterable[Paged]) -> dict[Paged, int]:

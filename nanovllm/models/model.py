@@ -36,7 +36,7 @@ class Params(NamedTuple):
     tower: Any = None  # `vision.vision_encoder.TowerWeights` of a model with a vision encoder
     audio_tower: Any = None  # `audio.audio_encoder.AudioWeights` of a model with an audio encoder
     draft: Any = None  # `Params` of a second model, which proposes tokens
-    extra: Any = None  # of a head (`draft_head`), what it has beside its layers
+    extra: Any = None  # of `Model.extra_type`, for models that have more outside their layers
 
 
 class LoraSlots(NamedTuple):
@@ -134,11 +134,22 @@ class Batch(NamedTuple):
     adapters: AdapterRows | None = None  # of models with adapters
     others: tuple[Pages, ...] = ()  # those of groups 1, 2, … of layers
     states: States | None = None  # in models with recurrent layers
+    end_T: Tensor | None = None  # `ops.paged_attention`, in steps whose tokens see later ones
+    # in models whose layers have inputs of their own: those of all layers, and that of one
+    inputs_LTP: Tensor | None = None
+    input_TP: Tensor | None = None
 
     def of_group(self, group: int) -> Batch:
         """The inputs of the layers of one group."""
         pages = self.others[group - 1]._asdict() if group else {}
         return self._replace(**pages, others=())
+
+    def of_layer(self, group: int, layer_idx: int) -> Batch:
+        """The inputs of one layer of a group."""
+        own = self.of_group(group)
+        if self.inputs_LTP is None:
+            return own
+        return own._replace(inputs_LTP=None, input_TP=self.inputs_LTP.select(0, layer_idx))
 
 
 @dataclass(frozen=True)
@@ -199,9 +210,11 @@ class Model:
     batches have `adapters`. `layer_ropes` are the numbers of the layers'
     rotary tables in `ModelConfig.ropes`; without them all layers have the first. Embeddings that a
     request gives are multiplied by `embed_factor`, as the checkpoint's table is when it is read.
+    `layer_inputs(config, w, token_T, h_TD)` gives the inputs [L, T, P] that its layers have beside
+    the hidden state, from the weights `Params.extra`; None for models without.
     `whole_groups` are the `page_groups` of the whole model, if this one is reduced.
-    Parameters outside the layers may also be those of `extra_type`, a named tuple; another model
-    has the `lent` fields of `Params` (`draft_head`).
+    Parameters outside the layers may also be those of `extra_type`, a named tuple, in
+    `Params.extra`. Another model has the `lent` fields of `Params` (`draft_head`).
 
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.
@@ -211,6 +224,7 @@ class Model:
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
         "config", "layer_kinds", "embed", "layer", "head", "layer_ropes", "embed_factor",
+        "layer_inputs",
     )  # fmt: skip
 
     config: ModelConfig
@@ -233,6 +247,7 @@ class Model:
     whole_groups: PageGroups | None = None
     extra_type: type[Any] | None = None
     lent: tuple[str, ...] = ()
+    layer_inputs: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers
@@ -393,7 +408,7 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights that a step can read: the table only if it is the head."""
+        """Bytes of all weights that a step can read: a table only if it is the head."""
         return sum(map(self._num_bytes, self._read_params))
 
     @property
@@ -410,7 +425,9 @@ class Model:
     @property
     def param_bytes(self) -> int:
         """Bytes that all weights take on the device, those of a tower included."""
-        table_bytes = 0 if self.head_is_table else self._num_bytes(self._table)
+        tables = [param for param in self.declared[0].values() if param.kind == "table"]
+        tables = tables[self.head_is_table :]  # the first is that of tokens
+        table_bytes = sum(map(self._num_bytes, tables))
         tower_bytes = sum(
             math.prod(shape) * tower.config.dtype.itemsize
             for tower in self.towers.values()
@@ -450,9 +467,10 @@ class Model:
 
     @property
     def _read_params(self) -> list[Param]:
-        """All parameters without the table, or with the table as the head that it is."""
+        """All parameters without tables, or with the table of tokens as the head that it is."""
         outer, *layers = self.declared
-        table = outer.pop("embed_VD")
+        table = outer["embed_VD"]
+        outer = {name: param for name, param in outer.items() if param.kind != "table"}
         if self.config.tied_embeddings:
             outer["head_VD"] = table._replace(kind="linear")
         return [param for group in (outer, *layers) for param in group.values()]

@@ -15,6 +15,7 @@ from nanovllm.models import (
     ernie4_5_moe,
     exaone4,
     gemma3,
+    gemma3_images,
     gemma4,
     glm4,
     glm4_moe,
@@ -87,6 +88,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Ernie4_5_MoeForCausalLM": ernie4_5_moe.model,
     "Exaone4ForCausalLM": exaone4.model,
     "Gemma3ForCausalLM": gemma3.model,
+    "Gemma3ForConditionalGeneration": gemma3_images.model,
     "Gemma4ForCausalLM": gemma4.model,
     "Gemma4ForConditionalGeneration": gemma4.model,
     "Glm4ForCausalLM": glm4.model,
@@ -109,7 +111,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 # Architectures with rope parameters for each layer type.
 ROPES_PER_LAYER_TYPE = frozenset(
-    {"Gemma3ForCausalLM", "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Olmo3ForCausalLM"}
+    {
+        "Gemma3ForCausalLM",
+        "Gemma3ForConditionalGeneration",
+        "Gemma4ForCausalLM",
+        "Gemma4ForConditionalGeneration",
+        "Olmo3ForCausalLM",
+    }
 )
 # Model types that transformers has no config class for: the type whose class reads them, and fields
 # with another default value.

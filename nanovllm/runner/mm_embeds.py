@@ -31,6 +31,7 @@ class MMEmbeds(NamedTuple):
     position_3T: the positions in time, height and width. None for models with one per token.
     axis_H: which of the three positions rotates each element of a head. row_T: the numbers of the
         tokens, which are the rows of their rotations.
+    end_T: int32, that of `Batch`, in models whose tokens see later ones (`ModelConfig.sees_ahead`).
     """
 
     embeds_LTD: Tensor
@@ -38,6 +39,7 @@ class MMEmbeds(NamedTuple):
     position_3T: Tensor | None = None
     axis_H: Tensor | None = None
     row_T: Tensor | None = None
+    end_T: Tensor | None = None
 
 
 # regions -----------------------------------------------------------------------------------------
@@ -76,6 +78,7 @@ class MMEmbedInputs:
         self._num_levels, self._size = 1 + cfg.num_deepstack, cfg.hidden_size
         num = self._num_levels * max_tokens * self._size
         self._memory = torch.zeros(num, dtype=cfg.dtype, device=platform.device)
+        self._sees_ahead = cfg.sees_ahead
         self._axis_H: Tensor | None = None
         if cfg.rope_axes:
             # elements that are not rotated are the same in all rows of the table
@@ -90,7 +93,8 @@ class MMEmbedInputs:
         embeds_LTD = self._memory.narrow(0, 0, math.prod(shape)).view(shape)
         is_given_T = embeds_LTD.new_zeros(num_tokens, dtype=torch.bool)
         if self._axis_H is None:
-            return MMEmbeds(embeds_LTD, is_given_T)
+            ends = embeds_LTD.new_zeros(num_tokens, dtype=torch.int32) if self._sees_ahead else None
+            return MMEmbeds(embeds_LTD, is_given_T, end_T=ends)
         position_3T = embeds_LTD.new_zeros((3, num_tokens), dtype=torch.int64)
         row_T = self._row_T.narrow(0, 0, num_tokens)
         return MMEmbeds(embeds_LTD, is_given_T, position_3T, self._axis_H, row_T)
@@ -111,10 +115,23 @@ def fill(given: MMEmbeds, plan: StepPlan, embeddings: Embeddings, platform: Plat
         given.embeds_LTD[: len(levels_LnD), tokens] = levels_LnD
         given.embeds_LTD[len(levels_LnD) :, tokens] = 0
     platform.write(given.is_given_T, is_given_T)
+    if given.end_T is not None:
+        platform.write(given.end_T, _ends(plan, num_tokens))
     if given.position_3T is not None:
         position_3T = np.zeros((3, num_tokens), np.int64)
         position_3T[:, : len(plan.token_T)] = _positions(plan)
         platform.write(given.position_3T, position_3T)
+
+
+def _ends(plan: StepPlan, num_tokens: int) -> np.ndarray:
+    """For tokens of images, where their image ends in the sequence; 0 for others. No step has a
+    part of an image without its end."""
+    spans = zip(plan.seq_lens, plan.num_tokens)
+    pos_T = np.concatenate([np.arange(seq_len - num, seq_len) for seq_len, num in spans])
+    end_T = np.zeros(num_tokens, np.int32)
+    for one in plan.embeddings:
+        end_T[one.start : one.start + one.num] = pos_T[one.start + one.num - 1] + 1
+    return end_T
 
 
 def _positions(plan: StepPlan) -> np.ndarray:

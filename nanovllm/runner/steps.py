@@ -230,7 +230,8 @@ class Steps:
             embed_VD=self.params.embed_VD,
             token_T=fed.token_T,
         )
-        return self._layers(fed.phase, h_TD, fed.batch._replace(adapters=None), fed.max_q_len)
+        batch = self._with_layer_inputs(fed.batch, h_TD, fed.token_T)
+        return self._layers(fed.phase, h_TD, batch._replace(adapters=None), fed.max_q_len)
 
     # one token for each row -------------------------------------------------------------------
 
@@ -244,6 +245,9 @@ class Steps:
             embed_VD=self.params.embed_VD,
             row_idx_R=row_idx_R,
         )
+        if self.model.layer_inputs is not None:
+            token_R = self.state.token_S.index_select(0, row_idx_R)
+            batch = self._with_layer_inputs(batch, h_RD, token_R)
         return self._head(self._layers("decode", h_RD, batch, max_q_len=1))
 
     def decode(self, row_idx_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,6 +286,7 @@ class Steps:
         h_TD, tokens, batch = self._begin_span(span, verifies=False)
         last_R = tokens.last_R if keeps_last else None
         if given is None:
+            batch = self._with_layer_inputs(batch, h_TD, tokens.token_T)
             return self._layers("prefill", h_TD, batch, len(h_TD), last_R), tokens.last_R
         h_TD, rows_TH = self._of_given(
             "with_given",
@@ -295,6 +300,7 @@ class Steps:
             assert not self.other_tables and given.row_T is not None
             batch = batch._replace(rope_pos_T=given.row_T)
             steps = replace(self, cos_sin_MH=rows_TH)
+        batch = self._with_layer_inputs(batch._replace(end_T=given.end_T), h_TD, tokens.token_T)
         h_TD = steps._layers("prefill", h_TD, batch, len(span.token_T), last_R, given)
         return h_TD, tokens.last_R
 
@@ -316,6 +322,7 @@ class Steps:
         """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, W] after each token,
         and the tokens."""
         h_TD, tokens, batch = self._begin_span(span, verifies=True)
+        batch = self._with_layer_inputs(batch, h_TD, tokens.token_T)
         return self._head(self._layers("verify", h_TD, batch, num)), tokens
 
     def verify(self, span: Span, num: int) -> tuple[Tensor, Tensor, Tensor, SpanTokens]:
@@ -369,6 +376,21 @@ class Steps:
             span=span,
         )
 
+    def _with_layer_inputs(self, batch: Batch, h_TD: Tensor, token_T: Tensor) -> Batch:
+        """The batch with the inputs of each layer, which are made of tokens and of the hidden state
+        before the first one, if the model has any."""
+        if self.model.layer_inputs is None:
+            return batch
+        inputs_LTP = self._run(
+            "layer_inputs",
+            (len(h_TD),),
+            partial(self.model.layer_inputs, self.model.config),
+            w=self.params.extra,
+            token_T=token_T,
+            h_TD=h_TD,
+        )
+        return batch._replace(inputs_LTP=inputs_LTP)
+
     def _layers(
         self,
         phase: str,
@@ -379,19 +401,20 @@ class Steps:
         given: MMEmbeds | None = None,
     ) -> Tensor:
         sizes = (batch.slot_T.shape[0], batch.seq_len_R.shape[0])
+        ahead = () if batch.end_T is None else ("ahead",)
         programs = self.model.layer_programs(keeps_last=last_R is not None)
         streamed = self._streamed(len(h_TD), last_R)
         groups = self._layer_groups()
         per_layer = zip(programs, self.params.layers, self.caches, streamed, self._layer_tables())
         for layer_idx, ((name, kind), weights, cache, upcoming, table_MH) in enumerate(per_layer):
-            own = batch.of_group(groups[layer_idx])
+            own = batch.of_layer(groups[layer_idx], layer_idx)
             for stored in upcoming:
                 self._run("stream", (), offloaded.stream, stored=stored)
             key = self.attention.key(max_q_len, sizes[0])
             call = LayerCall(key, kind, max_q_len, self.predicts)
             h_TD = self._run(
                 name,
-                (phase, *sizes, kind.name),
+                (phase, *sizes, kind.name, *ahead),
                 partial(self.model.layer, self.model.config, call),
                 w=weights,
                 kv=cache,

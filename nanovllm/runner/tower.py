@@ -49,6 +49,11 @@ class TowerSteps(EncoderSteps):
         cfg = self.tower.config
         frames_F2 = layouts.frames_of(grids, cfg.merge_size)
         num_patches = int(frames_F2.prod(axis=1).sum())
+        if cfg.frame_side and (frames_F2 != cfg.frame_side).any():
+            raise ValueError(
+                f"an image has {frames_F2.max()} patches on a side: images of {cfg.architecture} "
+                f"have {cfg.frame_side}"
+            )
         if tuple(values.shape) != (num_patches, cfg.patch_size):
             raise ValueError(
                 f"the patches of {len(grids)} images or videos have shape {list(values.shape)}, "

@@ -127,6 +127,17 @@ class Request:
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(prompt_ids)
 
+    def whole(self, num_tokens: int, most: int) -> int:
+        """About `num_tokens` of the next tokens, so that they end in no image: fewer, or if the
+        first of them are of an image up to `most`, its rest; 0 if `most` is less than that."""
+        start, end = self.num_computed, self.num_computed + num_tokens
+        for one in self.contents:
+            stop = one.start + one.num
+            if one.start < end < stop:
+                num = max(one.start, start) - start or stop - start
+                return num if num <= most else 0
+        return num_tokens
+
     def restart(self) -> None:
         """Return to waiting without cached tokens: the next prefill feeds all known tokens."""
         self.status = Status.WAITING

@@ -57,6 +57,7 @@ class Scheduler:
         self.stall = stall
         self.max_proposals = max_proposals
         self.adapters: AdapterSlots | None = None
+        self.keeps_images_whole = False  # tokens of an image need all of it in their step
         self.propose: Proposer | None = None
         self.num_drafts = 0
         self.has_known = False  # see `prefill_plan`
@@ -209,8 +210,14 @@ class Scheduler:
             num_tokens = self.stall.next_chunk(before, wanted, max_ms, max(0, num_left))
             if not num_tokens:
                 return budget
+        if self.keeps_images_whole:  # even if the step takes longer
+            num_tokens = request.whole(num_tokens, budget)
+            if not num_tokens:
+                return budget
         num_tokens, new_blocks = self.cache.extend(request, num_tokens, len(self.running))
         num_tokens = self.cache.cut(request, num_tokens)
+        if self.keeps_images_whole:
+            num_tokens = request.whole(num_tokens, num_tokens)
         if not num_tokens:
             return 0
         start, is_first = request.num_computed, request.num_computed == request.num_shared

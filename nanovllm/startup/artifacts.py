@@ -73,10 +73,10 @@ def region_modules(model: Model) -> set[str]:
     """The modules of a model's regions, and those of other architectures that they use: modules
     that they name and that have a `layer`, too."""
     found: set[str] = set()
-    regions = [model.embed, model.layer, model.head]
+    regions = [model.embed, model.layer, model.head, model.layer_inputs]
     if isinstance(model, head_model.HeadModel):
         regions += [model.enter, model.again, head_model.logits]
-    waiting = [name for region in regions for name in _modules_of(region)]
+    waiting = [name for region in regions if region is not None for name in _modules_of(region)]
     while waiting:
         name = waiting.pop()
         if name not in found:

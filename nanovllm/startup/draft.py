@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nanovllm import hub
+from nanovllm.models.layer_state import Recurrent
 from nanovllm.models.model import Model
 from nanovllm.platforms import attention
 from nanovllm.runner.proposer import DeviceProposer
@@ -90,6 +91,12 @@ def _check(resolved: ResolvedConfig, model: Model) -> None:
         raise ValueError(
             f"the draft model has {theirs.vocab_size} tokens in its vocabulary, the model has "
             f"{ours.vocab_size}: they must have the same"
+        )
+    pages = {replace(one, window=0) for one in model.kept if not isinstance(one, Recurrent)}
+    if len(pages) > 1:
+        raise ValueError(
+            "the draft model keeps pages of several sizes, or reads the caches of other layers, "
+            f"which is not supported: {', '.join(sorted(map(str, pages)))}"
         )
     windows = [kind.window for kind in model.layer_kinds]
     block_size = resolved.config.kvcache_block_size

@@ -46,6 +46,11 @@ def choose_offload(config: EngineConfig, model: Model, platform: Platform) -> Of
             f"expert_offload is {asked!r}, but the experts of {model.config.architecture} have "
             "biases, and those are not offloaded: leave it out"
         )
+    if model.config.moe.activation != "silu":
+        raise ValueError(
+            f"expert_offload is {asked!r}, but the experts of {model.config.architecture} have the "
+            f"activation {model.config.moe.activation!r}, and those are not offloaded: leave it out"
+        )
     if not all(stored_as.is_plain for stored_as in model.expert_formats):
         raise ValueError(
             f"expert_offload is {asked!r}, but the model's experts are quantized "

@@ -284,11 +284,8 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
             f"enable_lora=True is not supported on the device {platform.traits.name}: serve a "
             "checkpoint into which the adapter was merged"
         )
-    if platform.traits.whole_steps and any(one.per_tensor > 1 for one in model.page_groups.groups):
-        raise ValueError(
-            f"layers of {cfg.architecture} keep pages of different sizes, which is not supported "
-            f"on the device {platform.traits.name}"
-        )
+    if platform.traits.whole_steps:
+        _refuse_in_whole_steps(model, platform.traits.name)
     windows = [kind.window for kind in model.layer_kinds]
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, model, platform)
     has_sinks = any(kind.has_sinks for kind in model.layer_kinds)
@@ -327,6 +324,23 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
     slots = _snapshot_slots(config, model, layout)
     spec = EngineSpec(layout, backend, cache_dtype, offload, embedding_bytes)
     return replace(spec, snapshot_slots=slots)
+
+
+def _refuse_in_whole_steps(model: Model, device: str) -> None:
+    """Raise ValueError for what no platform supports whose steps are one graph."""
+    groups = model.page_groups.groups
+    refused = {
+        "layers that keep pages of different sizes": any(one.per_tensor > 1 for one in groups),
+        "layers that read the caches of others": any(one.readers for one in groups),
+        "layers with inputs of their own": model.layer_inputs is not None,
+        "tokens of images that see later ones": model.config.sees_ahead,
+    }
+    for what, is_so in refused.items():
+        if is_so:
+            raise ValueError(
+                f"{model.config.architecture} has {what}, which is not supported on the device "
+                f"{device}"
+            )
 
 
 def largest_head(model: Model) -> int:

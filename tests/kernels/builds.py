@@ -58,6 +58,7 @@ MODELS = {
     "head-512": Model(16, 2, 512, 64, "bf16"),
 }
 GPT_OSS = Model(64, 8, 64, 64, "bf16")
+GEMMA3 = Model(8, 4, 256, 64, "bf16")
 TARGETS = {
     "t4": Target("cuda", 75, 32, 64 * KB),
     "a100": Target("cuda", 80, 32, 163 * KB),
@@ -130,7 +131,7 @@ POINTERS = {
         "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr",
         "segment_start_ptr",
         "out_table_ptr", "out_seq_len_ptr", "out_q_start_ptr", "few_token_ptr",
-        "allowed_ptr", "history_ptr",
+        "allowed_ptr", "end_ptr", "history_ptr",
     },
     "*i64": {
         "pos_ptr", "slot_ptr", "seed_ptr", "token_ptr", "row_idx_ptr", "new_token_ptr",
@@ -163,6 +164,7 @@ def attention_of_models(name: str) -> Iterator[Build]:
             yield from attention(model_name, MODELS[model_name], target, sizes)
     if name == WHOLE:
         yield from attention("gpt-oss-20b", GPT_OSS, target, WITH_SINKS, has_sinks=True)
+        yield from attention("gemma3-4b", GEMMA3, target, {"prefill": (8192, 1024)}, has_ends=True)
     if name not in FP8_TARGETS:
         return
     for model_name, several in fp8_cases(name).items():
@@ -179,6 +181,7 @@ def attention(
     sizes: Sizes,
     has_fp8_cache: bool = False,
     has_sinks: bool = False,
+    has_ends: bool = False,
 ) -> Iterator[Build]:
     import triton
 
@@ -223,6 +226,7 @@ def attention(
         )
         queries = max(launch_p.queries, triton.next_power_of_2(num_heads // num_kv_heads))
         constants = prefill.prefill_constants(*heads, 16, window, queries, launch_p.tile) | strides
+        constants |= {"HAS_ENDS": has_ends, **({} if has_ends else {"end_ptr": None})}
         yield Build(
             f"{name}: prefill {max_q_len} window {window}",
             prefill.prefill_kernel,

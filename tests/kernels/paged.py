@@ -65,6 +65,7 @@ def exact_attention(
     scale: float,
     window: int,
     sinks_N: Tensor | None = None,
+    end_T: Tensor | None = None,
 ) -> Tensor:
     """Attention in fp64, one query at a time, so that no mask is needed.
 
@@ -80,6 +81,8 @@ def exact_attention(
         for token in range(starts[row], starts[row + 1]):
             end = length - (starts[row + 1] - 1 - token)  # of the keys that it sees
             first = max(0, end - window) if window > 0 else 0
+            if end_T is not None:
+                end = max(end, min(int(end_T[token]), length))
             if end > 0:
                 k, v = (x[first:end].repeat_interleave(group, dim=1) for x in (k_LKH, v_LKH))
                 weight_LN = ((q_TNH[token].double() * k).sum(-1) * scale).exp()

@@ -34,7 +34,7 @@ def assert_equal(ours: Any, theirs: Any) -> None:
             edge = "shortest_edge" if one.name == "min_pixels" else "longest_edge"
             expected = theirs.size[edge]
         else:
-            expected = getattr(theirs, one.name)
+            expected = getattr(theirs, one.name, None)
         value = getattr(ours, one.name)
         assert (list(value) if isinstance(value, tuple) else value) == (
             list(expected) if isinstance(expected, (list, tuple)) else expected

@@ -129,6 +129,20 @@ GEMMA4 = {
     "num_key_value_heads": 4, "head_dim": 16, "global_head_dim": 32,
     "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0,
 }  # fmt: skip
+# the last three layers read the caches of the second and the third
+GEMMA4_SMALL = {
+    **GEMMA4, "num_hidden_layers": 6,
+    "layer_types": [
+        "full_attention", *["sliding_attention", "full_attention"] * 2, "full_attention"
+    ],
+    "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 24,
+    "vocab_size_per_layer_input": VOCAB_SIZE + 2,
+}  # fmt: skip
+GEMMA4_EXPERTS = {
+    **GEMMA4, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"],
+    "attention_k_eq_v": True, "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}  # fmt: skip
 COHERE = {"hidden_size": 96}  # transformers takes the head's size from it
 FAMILIES = (
     # the second and the third layer rotate nothing
@@ -199,5 +213,7 @@ FAMILIES = (
          "num_global_key_value_heads": None},
         plain=True, ranks=(), modes=("eager",),
     ),
+    Family("gemma4-small", "gemma4_text", GEMMA4_SMALL, plain=True, ranks=(2,)),
+    Family("gemma4-experts", "gemma4_text", GEMMA4_EXPERTS, plain=True, ranks=(2, 4)),
     Family("ernie4_5", "ernie4_5", {"use_bias": True}, plain=True, ranks=(2,)),
 )  # fmt: skip

@@ -100,7 +100,10 @@ FAMILIES: dict[str, Family] = {
         "Gemma4TextConfig", {**THREE_GEMMA, "attention_k_eq_v": True},
         {"attention_bias": True, "global_head_dim": 48, "num_global_key_value_heads": 3,
          "attention_k_eq_v": False, "layer_types": [FULL, SLIDING, FULL],
-         "num_key_value_heads": 6, "head_dim": 24},
+         "num_key_value_heads": 6, "head_dim": 24, "hidden_size_per_layer_input": 8,
+         "vocab_size_per_layer_input": 100, "num_kv_shared_layers": 1, "use_double_wide_mlp": True,
+         "enable_moe_block": True, "num_experts": 5, "top_k_experts": 2,
+         "moe_intermediate_size": 40},
         {**EPS, "sliding_window": 9, "final_logit_softcapping": 2.0, "rope_parameters": {
             "full_attention": {"rope_type": "proportional", "rope_theta": 500.0,
                                "partial_rotary_factor": 0.5, "factor": 2.0},
@@ -110,9 +113,8 @@ FAMILIES: dict[str, Family] = {
          "vocab_size_per_layer_input": 7, "num_experts": 3, "top_k_experts": 2,
          "moe_intermediate_size": 7},
         (
-            ({"hidden_size_per_layer_input": 16}, "hidden_size_per_layer_input 16 is not"),
-            ({"num_kv_shared_layers": 1}, "num_kv_shared_layers 1 is not supported"),
-            ({"enable_moe_block": True}, "enable_moe_block True is not supported"),
+            ({"num_kv_shared_layers": 3}, "num_kv_shared_layers is 3"),
+            ({"enable_moe_block": True}, "num_experts is null: enable_moe_block needs a number"),
             ({"hidden_activation": "silu"}, "hidden_activation 'silu' is not supported"),
         ),
     ),

@@ -96,6 +96,7 @@ TESTED_ELSEWHERE = {
     "Glm4MoeLiteForCausalLM": "test_latent_models.py",
     "MiniCPMForCausalLM": "test_minicpm.py",
     "Mistral3ForConditionalGeneration": "test_mistral3.py",
+    "Gemma3ForConditionalGeneration": "test_gemma3_images.py",
     "Gemma4ForConditionalGeneration": "test_gemma4.py",
     "Qwen2_5_VLForConditionalGeneration": "test_vision_text.py",
     "Qwen2_5OmniModel": "test_omni.py",

@@ -113,7 +113,7 @@ class AudioTower:
 
     `outer_params(config)`, `block_params(config, block_idx)` and `merger_params(config)` declare
     parameters by the fields of `AudioOuter`, `block_type` and `AudioMerger`. Sources are named
-    without one of `prefixes`. `unused` are tensors of the tower that no region reads.
+    without one of `prefixes`. `unused` are the beginnings of tensors that no region reads.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("config", "embed", "block", "merge")
@@ -127,6 +127,7 @@ class AudioTower:
     merger_params: Callable[[AudioConfig], dict[str, Param]]
     block_type: type[Any]
     unused: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ("",)  # all tensors with a prefix are the tower's
     prefixes: tuple[str, ...] = PREFIXES
 
     def build(self, make: Callable[[Param], Tensor]) -> AudioWeights:

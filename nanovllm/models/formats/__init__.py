@@ -7,6 +7,7 @@ T tokens | K experts per token | E experts | O outputs | D depth | F expert widt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -80,10 +81,28 @@ def experts(
         result: Tensor | None = whole(x_TD, weight_TK, expert_TK, down, residual_TD, local_X)
         if result is not None:
             return result
+    matrices = (gate_up, down)
+    return experts_by_products(
+        ops.silu_mul, x_TD, weight_TK, expert_TK, matrices, residual_TD, local_X
+    )
+
+
+def experts_by_products(
+    activation: Callable[[Tensor], Tensor],
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    matrices: tuple[Weight, Weight],
+    residual_TD: Tensor | None,
+    local_X: Tensor | None = None,
+) -> Tensor:
+    """`experts` as two products, with any activation of gate and up, [.., G] to [.., F], between
+    them."""
+    gate_up, down = matrices
     if local_X is not None:
         expert_TK = local_X[expert_TK.long()]
     own_TK = expert_TK.clamp(min=0)
-    inner_TKF = ops.silu_mul(expert_linear(x_TD, own_TK, gate_up))
+    inner_TKF = activation(expert_linear(x_TD, own_TK, gate_up))
     y_TKD = expert_linear(inner_TKF, own_TK, down).float() * weight_TK.unsqueeze(-1)
     if local_X is not None:
         y_TKD = y_TKD.masked_fill((expert_TK < 0).unsqueeze(-1), 0.0)

@@ -16,8 +16,13 @@ BUDGETS = (256, 512, 1024, 2048, 4096, 6144)
 
 def budgets(cfg: TowerConfig, asked: Sequence[int] | None) -> tuple[int, ...]:
     """The budgets of a tower, ascending: those of the option `vision_patch_budgets`, or BUDGETS
-    rounded up to whole tokens. Raises ValueError for numbers that are not whole tokens."""
+    rounded up to whole tokens, or one frame where all are alike.
+
+    Raises ValueError for numbers that are not whole tokens.
+    """
     unit = cfg.patches_per_group
+    if asked is None and cfg.frame_side:
+        return (cfg.frame_side**2,)
     if asked is None:
         return tuple(-(-size // unit) * unit for size in BUDGETS)
     wrong = [size for size in asked if size < unit or size % unit]

@@ -49,18 +49,19 @@ def attention(
     cfg: TowerConfig,
     max_len: int,
     w: TowerAttentionWeights,
-    rope_TH: Tensor,
+    rope_TH: Tensor | None,
     start_S: Tensor,
     x_TD: Tensor,
     h_TD: Tensor,
 ) -> Tensor:
-    """h + attention of the normalised x within segments."""
+    """h + attention of the normalised x within segments. Without a table nothing is rotated."""
     qkv_TE = ops.linear(x_TD, w.qkv_ED, w.qkv_bias_E)
     num_patches = qkv_TE.shape[0]
     q_TNH, k_TNH, v_TNH = qkv_TE.view(num_patches, 3, cfg.num_heads, cfg.head_dim).unbind(1)
-    # the rotary op looks up rows of the table by position: here each patch has its own row
-    row_T = torch.arange(num_patches, device=x_TD.device)
-    q_TNH, k_TNH = (ops.rope(x_TNH, rope_TH, row_T) for x_TNH in (q_TNH, k_TNH))
+    if rope_TH is not None:
+        # the rotary op looks up rows of the table by position: here each patch has its own row
+        row_T = torch.arange(num_patches, device=x_TD.device)
+        q_TNH, k_TNH = (ops.rope(x_TNH, rope_TH, row_T) for x_TNH in (q_TNH, k_TNH))
     scale = cfg.head_dim**-0.5
     o_TNH = ops.varlen_attention(q_TNH, k_TNH, v_TNH, start_S, max_len, scale)
     return ops.linear(o_TNH.flatten(1), w.out_DD, w.out_bias_D, h_TD)
@@ -84,6 +85,14 @@ def product(name: str, dims: str, source: str, rows: int, columns: int) -> dict[
     return {
         f"{name}_{dims}": Param.one("linear", f"{source}.weight", rows, columns),
         f"{name}_bias_{dims[0]}": Param.one("bias", f"{source}.bias", rows),
+    }
+
+
+def norm_params(name: str, dims: str, source: str, size: int) -> dict[str, Param]:
+    """A layer norm: the fields NAMEdims and NAME_biasdims."""
+    return {
+        f"{name}{dims}": Param.one("norm", f"{source}.weight", size),
+        f"{name}_bias{dims}": Param.one("bias", f"{source}.bias", size),
     }
 
 

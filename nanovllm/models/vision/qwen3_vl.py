@@ -92,7 +92,12 @@ def embed(
 
 
 def block(
-    cfg: TowerConfig, max_len: int, w: Qwen3VLBlock, rope_TH: Tensor, start_S: Tensor, h_TD: Tensor
+    cfg: TowerConfig,
+    max_len: int,
+    w: Qwen3VLBlock,
+    rope_TH: Tensor | None,
+    start_S: Tensor,
+    h_TD: Tensor,
 ) -> Tensor:
     """One block; segments are frames, of at most `max_len` patches."""
     x_TD = _normed(cfg, h_TD, w.attn_norm_D, w.attn_norm_bias_D)
@@ -126,9 +131,9 @@ def block_params(cfg: TowerConfig, block_idx: int) -> dict[str, Param]:
     """Parameters of one block, by the fields of `Qwen3VLBlock`."""
     prefix, hidden, ffn = f"blocks.{block_idx}.", cfg.hidden_size, cfg.ffn_size
     return {
-        **_norm_params("attn_norm", "_D", prefix + "norm1", hidden),
+        **parts.norm_params("attn_norm", "_D", prefix + "norm1", hidden),
         **parts.attention_params(cfg, block_idx),
-        **_norm_params("mlp_norm", "_D", prefix + "norm2", hidden),
+        **parts.norm_params("mlp_norm", "_D", prefix + "norm2", hidden),
         **parts.product("up", "FD", prefix + "mlp.linear_fc1", ffn, hidden),
         **parts.product("down", "DF", prefix + "mlp.linear_fc2", hidden, ffn),
     }
@@ -139,14 +144,6 @@ def merger_params(cfg: TowerConfig, level: int) -> dict[str, Param]:
     prefix = f"deepstack_merger_list.{level - 1}." if level else "merger."
     size = cfg.hidden_size * (cfg.patches_per_group if level else 1)
     return {
-        **_norm_params("norm", "", prefix + "norm", size),
+        **parts.norm_params("norm", "", prefix + "norm", size),
         **parts.merging_params(cfg, prefix + "linear_fc1", prefix + "linear_fc2"),
-    }
-
-
-def _norm_params(name: str, dims: str, source: str, size: int) -> dict[str, Param]:
-    """A layer norm: the fields NAMEdims and NAME_biasdims."""
-    return {
-        f"{name}{dims}": Param.one("norm", f"{source}.weight", size),
-        f"{name}_bias{dims}": Param.one("bias", f"{source}.bias", size),
     }

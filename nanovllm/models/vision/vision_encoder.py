@@ -54,6 +54,7 @@ class TowerConfig:
     rotary with base `rope_theta` and, if `table_side` is not 0, a learned table of `table_side`
     rows and columns is added. Frames of a video are `tokens_per_second` positions in time apart for
     each second between them; with `videos_span_time` the text continues after the last of them.
+    If `frame_side` is not 0, every frame has so many rows and columns of patches.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -72,6 +73,7 @@ class TowerConfig:
     window_groups: int = 0
     deepstack_blocks: tuple[int, ...] = ()
     table_side: int = 0
+    frame_side: int = 0
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     tokens_per_second: float = 1.0
@@ -194,28 +196,31 @@ class TowerWeights(NamedTuple):
 
     outer: Outer
     blocks: tuple[Any, ...]
-    mergers: tuple[Merger, ...]  # of the embedding, then of each level of deepstack
+    mergers: tuple[
+        Any, ...
+    ]  # `Merger` or the architecture's own, of the embedding, then of each level of deepstack
 
 
 @dataclass(frozen=True)
 class Tower:
     """One checkpoint's tower: its config, and the functions of its regions.
 
-    `embed(config, w, layout, pixel_TC)` gives the hidden state [T, D] and the rotary table [T, H];
+    `embed(config, w, layout, pixel_TC)` gives the hidden state [T, D] and the rotary table [T, H],
+    or None;
     `block(config, max_len, w, rope_TH, start_S, h_TD)` gives the next hidden state, where segments
     have at most `max_len` patches; `merge(config, w, place_G, h_TD)` gives tokens [G, O] in the
     order of frames. All are pure functions at the top of a module, and may read GRAPH_FIELDS only.
 
     `outer_params(config)`, `block_params(config, block_idx)` and `merger_params(config, level)`
-    declare parameters by the fields of `Outer`, `block_type` and `Merger`. Fields that are not
-    declared are None. Sources are named without one of `prefixes`. `unused` are tensors of the
-    tower that no region reads.
+    declare parameters by the fields of `Outer`, `block_type` and `merger_type`. Fields that are not
+    declared are None. Sources are named without one of `prefixes`, and begin with one of `modules`.
+    `unused` are the beginnings of tensors of the tower that no region reads.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("config", "embed", "block", "merge")
 
     config: TowerConfig
-    embed: Callable[..., tuple[Tensor, Tensor]]
+    embed: Callable[..., tuple[Tensor, Tensor | None]]
     block: Callable[..., Tensor]
     merge: Callable[..., Tensor]
     outer_params: Callable[[TowerConfig], dict[str, Param]]
@@ -224,6 +229,8 @@ class Tower:
     block_type: type[Any]
     unused: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = PREFIXES
+    modules: tuple[str, ...] = ("",)
+    merger_type: type[Any] = Merger
 
     def build(self, make: Callable[[Param], Tensor]) -> TowerWeights:
         """The weights that `make` gives for all parameters, in the order of computation."""
@@ -236,5 +243,5 @@ class Tower:
         outer = made(Outer, self.outer_params(cfg))
         blocks = tuple(made(self.block_type, self.block_params(cfg, i)) for i in range(cfg.depth))
         levels = range(cfg.num_levels)
-        mergers = tuple(made(Merger, self.merger_params(cfg, level)) for level in levels)
+        mergers = tuple(made(self.merger_type, self.merger_params(cfg, one)) for one in levels)
         return TowerWeights(outer, blocks, mergers)

@@ -25,6 +25,8 @@ class AnyTower(Protocol[Weights]):
     def prefixes(self) -> tuple[str, ...]: ...
     @property
     def unused(self) -> tuple[str, ...]: ...
+    @property
+    def modules(self) -> tuple[str, ...]: ...
     def build(self, make: Callable[[Param], Tensor]) -> Weights: ...
 
 
@@ -35,9 +37,11 @@ def load(tower: AnyTower[Weights], folder: Path, target: Target) -> Weights:
     the file that is missing or damaged.
     """
     with Checkpoint(folder, target.buffer) as checkpoint:
-        prefix = _prefix(checkpoint, tower.prefixes)
-        left = {name for name in checkpoint if name.startswith(prefix)}
-        left -= {prefix + name for name in tower.unused}
+        prefix = _prefix(checkpoint, tower.prefixes, tower.modules)
+        own, unused = (
+            tuple(prefix + name for name in names) for names in (tower.modules, tower.unused)
+        )
+        left = {name for name in checkpoint if name.startswith(own) and not name.startswith(unused)}
 
         def read(param: Param) -> Tensor:
             out = torch.empty(param.shape, dtype=tower.config.dtype, device=target.device)
@@ -79,9 +83,13 @@ def with_towers(params: Params, model: Model, make: Callable[[AnyTower[Any]], An
     return params._replace(**{name: make(tower) for name, tower in model.towers.items()})
 
 
-def _prefix(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> str:
+def _prefix(checkpoint: Checkpoint, prefixes: tuple[str, ...], modules: tuple[str, ...]) -> str:
     """Raises CheckpointError if a checkpoint has no tower, or mixes two spellings of one."""
-    found = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in checkpoint)]
+    found = [
+        prefix
+        for prefix in prefixes
+        if any(name.startswith(prefix + modules[0]) for name in checkpoint)
+    ]
     if len(found) != 1:
         what = "mixes two spellings of" if found else "has no tensors of"
         raise CheckpointError(f"{checkpoint.folder} {what} a tower ({', '.join(prefixes)})")
