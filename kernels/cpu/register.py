@@ -15,7 +15,7 @@ from nanovllm.kernels.cpu.library import load
 from nanovllm.kernels.cpu.linear import linear, linear_int8
 from nanovllm.kernels.cpu.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.cpu.sample import apply_token_bitmask, sample, sample_columns
-from nanovllm.kernels.varlen_attention import varlen_attention_cpu
+from nanovllm.kernels.varlen_attention import segment_attention_cpu, varlen_attention_cpu
 
 KERNELS: dict[str, Callable[..., object]] = {
     "add_rms_norm": add_rms_norm,
@@ -29,6 +29,7 @@ KERNELS: dict[str, Callable[..., object]] = {
     "linear_int8": linear_int8,
     "sample": sample,
     "sample_columns": sample_columns,
+    "segment_attention": segment_attention_cpu,
     "varlen_attention": varlen_attention_cpu,
     "silu_mul": silu_mul,
 }
