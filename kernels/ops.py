@@ -136,9 +136,7 @@ def _attention_in_step(
     assert k_scale_K is None and sinks_N is None
     k_TKH, v_TKH = k_cache_CBKH.flatten(0, 1), v_cache_CBKH.flatten(0, 1)
     left = window - 1 if window > 0 else -1
-    result: Tensor = segment_attention(
-        q_TNH, k_TKH, v_TKH, q_start_S, max_q_len, scale, left, 0
-    )
+    result: Tensor = segment_attention(q_TNH, k_TKH, v_TKH, q_start_S, max_q_len, scale, left, 0)
     return result
 
 
@@ -593,6 +591,7 @@ def op_name(target: object) -> str | None:
 __all__ = [
     "ASKED_FOR",
     "ATTENTION",
+    "IN_STEP",
     "PRODUCTS",
     "Product",
     "accept",

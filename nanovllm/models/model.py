@@ -197,7 +197,9 @@ class Model:
     batches have `adapters`. `layer_ropes` are the numbers of the layers'
     rotary tables in `ModelConfig.ropes`; without them all layers have the first. Embeddings that a
     request gives are multiplied by `embed_factor`, as the checkpoint's table is when it is read.
-    `whole_groups` are the `page_groups` of the whole model, if this one is reduced.
+    `whole_groups` are the `page_groups` of the whole model, if this one is reduced. `pooler` is how
+    a model pools, a `pooling.Pooler`; None if it generates. Then `pooler.embed` and `pooler.head`
+    are in place of `embed` and `head`, and the weights are `pooling.PoolWeights`.
 
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.
@@ -227,6 +229,7 @@ class Model:
     scheme: Scheme = UNQUANTIZED
     lora: LoraSlots | None = None
     whole_groups: PageGroups | None = None
+    pooler: Any = None
 
     def __post_init__(self) -> None:
         num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers

@@ -119,16 +119,47 @@ READ_AS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def architecture(names: list[str] | None) -> Architecture:
-    """The first known name of a config's `architectures`, for checkpoints in any known format.
+# Architectures that only pool.
+ENCODERS: dict[str, Architecture] = {}
+# Endings of the names of models that pool. "Model" has no head, and the others have that of scores.
+CAUSAL, NO_HEAD = "ForCausalLM", "Model"
+SCORES, REWARD = "ForSequenceClassification", "ForRewardModel"
 
-    Raises ValueError if no name is known.
+
+def architecture(names: list[str] | None, *, pools: bool = False) -> Architecture:
+    """The first known name of a config's `architectures`, for checkpoints in any known format;
+    with `pools` the model without its head.
+
+    Raises ValueError if no name is known, or if the model only pools and `pools` is False.
     """
     for name in names or []:
-        if name in ARCHITECTURES:
-            return partial(_with_formats, ARCHITECTURES[name])
+        found = pooled(name) if pools else ARCHITECTURES.get(name)
+        if found is not None:
+            return partial(_with_formats, found)
+    for name in names or []:
+        if pooled(name) is not None:
+            raise ValueError(
+                f"architecture {name} does not generate text: set task='embed', 'classify' or "
+                "'score'"
+            )
     known = ", ".join(ARCHITECTURES)
     raise ValueError(f"architecture {names} is not supported: use one of {known}")
+
+
+def pooled(name: str) -> Architecture | None:
+    """The architecture of a model that pools; None for an unknown name."""
+    if name in ENCODERS:
+        return ENCODERS[name]
+    for ending in (SCORES, REWARD, CAUSAL, NO_HEAD):
+        if name.endswith(ending):
+            return ARCHITECTURES.get(name.removesuffix(ending) + CAUSAL)
+    return None
+
+
+def check(names: list[str] | None) -> None:
+    """Raise ValueError if no name is known, of a model that generates or pools."""
+    if not any(pooled(name) is not None for name in names or []):
+        architecture(names)
 
 
 def _with_formats(make: Architecture, hf: Any, **settings: Any) -> Model:
