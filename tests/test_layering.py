@@ -168,6 +168,7 @@ ALLOWED = {
         "nanovllm.engine.metrics",
         "nanovllm.open_files",
         "nanovllm.outputs",
+        "nanovllm.pairs",
         "nanovllm.prompts",
         "nanovllm.templates",
         "nanovllm.tokenizer",
