@@ -62,6 +62,7 @@ class Pooler:
     `size` is O. An encoder is not causal: its layers get no memory for keys and values. With
     `has_types` tokens have types. The names of tensors begin with `prefix`, or, in a checkpoint
     without a head, all lack it. `num_labels` tokens have logits if the head is a vocabulary's.
+    `scored(model, num)` gives an encoder the checkpoint's head of `num` classes.
     """
 
     pooling: Pooling
@@ -74,6 +75,7 @@ class Pooler:
     has_types: bool = False
     prefix: str = PREFIX
     num_labels: int = 0
+    scored: Callable[[Model, int], Model] | None = None
 
 
 class DecoderOuter(NamedTuple):
@@ -255,11 +257,11 @@ def of_decoder(
 
 def _score_params(hidden: int, num: int, *, inner: bool) -> dict[str, Param]:
     if not inner:
-        return {"score_CD": Param.one("router", "score.weight", num, hidden)}
+        return {"score_CD": Param.one("plain", "score.weight", num, hidden)}
     return {
-        "inner_DD": Param.one("router", "score.0.weight", hidden, hidden),
+        "inner_DD": Param.one("plain", "score.0.weight", hidden, hidden),
         "inner_bias_D": Param.one("bias", "score.0.bias", hidden),
-        "score_CD": Param.one("router", "score.2.weight", num, hidden),
+        "score_CD": Param.one("plain", "score.2.weight", num, hidden),
         "score_bias_C": Param.one("bias", "score.2.bias", num),
     }
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from nanovllm.models import (
+    bert,
     cohere,
     cohere2,
     deepseek_v2,
@@ -32,6 +33,7 @@ from nanovllm.models import (
     mistral,
     mistral3,
     mixtral,
+    modernbert,
     olmo2,
     olmo3,
     phi3,
@@ -46,6 +48,7 @@ from nanovllm.models import (
     qwen3_next,
     qwen3_vl,
     qwen3_vl_moe,
+    roberta,
     seed_oss,
     smollm3,
     starcoder2,
@@ -107,10 +110,30 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Starcoder2ForCausalLM": starcoder2.model,
 }
 
+# Architectures that only pool.
+ENCODERS: dict[str, Architecture] = {
+    "BertModel": bert.model,
+    "BertForMaskedLM": bert.model,
+    "BertForSequenceClassification": bert.model,
+    "RobertaModel": roberta.model,
+    "RobertaForMaskedLM": roberta.model,
+    "RobertaForSequenceClassification": roberta.model,
+    "XLMRobertaModel": roberta.model,
+    "XLMRobertaForMaskedLM": roberta.model,
+    "XLMRobertaForSequenceClassification": roberta.model,
+    "ModernBertModel": modernbert.model,
+    "ModernBertForMaskedLM": modernbert.model,
+    "ModernBertForSequenceClassification": modernbert.model,
+}
+
 # Architectures with rope parameters for each layer type.
 ROPES_PER_LAYER_TYPE = frozenset(
-    {"Gemma3ForCausalLM", "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Olmo3ForCausalLM"}
-)
+    {
+        "Gemma3ForCausalLM", "Gemma3TextModel", "Gemma4ForCausalLM",
+        "Gemma4ForConditionalGeneration", "Olmo3ForCausalLM", "Olmo3Model",
+        *(name for name in ENCODERS if name.startswith("ModernBert")),
+    }
+)  # fmt: skip
 # Model types that transformers has no config class for: the type whose class reads them, and fields
 # with another default value.
 READ_AS: dict[str, tuple[str, dict[str, object]]] = {
@@ -119,8 +142,6 @@ READ_AS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-# Architectures that only pool.
-ENCODERS: dict[str, Architecture] = {}
 # Endings of the names of models that pool. "Model" has no head, and the others have that of scores.
 CAUSAL, NO_HEAD = "ForCausalLM", "Model"
 SCORES, REWARD = "ForSequenceClassification", "ForRewardModel"

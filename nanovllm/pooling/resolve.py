@@ -57,8 +57,10 @@ def plan(resolved: ResolvedConfig) -> PoolingPlan:
     labels = _labels(config, hf, name, given)
     makes = _makes(config, name, labels)
     model = resolved.model
-    if model.pooler is None:
-        num_scores = len(_class_names(fields)) if makes == "classify" and not labels else 0
+    num_scores = len(_class_names(fields)) if makes == "classify" and not labels else 0
+    if model.pooler is not None and num_scores:
+        model = model.pooler.scored(model, num_scores)
+    elif model.pooler is None:
         model = of_decoder(
             model, num_scores=num_scores, num_labels=len(labels), inner=name.endswith(REWARD)
         )
