@@ -91,6 +91,7 @@ setup(
         "nanovllm.parallel",
         "nanovllm.parsers",
         "nanovllm.platforms",
+        "nanovllm.pooling",
         "nanovllm.replicas",
         "nanovllm.runner",
         "nanovllm.schedule",

@@ -33,6 +33,47 @@ def varlen_attention_cpu(
     return out_TNH
 
 
+def segment_attention_cpu(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    start_S: Tensor,
+    max_len: int,
+    scale: float,
+    left: int,
+    right: int,
+) -> Tensor:
+    """`reference.attention.segment_attention`, segment by segment."""
+    out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype)
+    group = q_TNH.shape[1] // k_TKH.shape[1]
+    for start, end in pairwise(start_S.tolist()):
+        if start == end:
+            continue
+        q, k, v = (x_TNH[None, start:end].transpose(1, 2) for x_TNH in (q_TNH, k_TKH, v_TKH))
+        mask, is_causal = _mask(end - start, left, right)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=group > 1
+        )
+        out_TNH[start:end] = out[0].transpose(0, 1)
+    return out_TNH
+
+
+def _mask(length: int, left: int, right: int) -> tuple[Tensor | None, bool]:
+    """The mask of a segment, and whether it is causal; limits beyond its ends are none."""
+    limits_left, limits_right = 0 <= left < length - 1, 0 <= right < length - 1
+    if not (limits_left or limits_right):
+        return None, False
+    if not limits_left and right == 0:
+        return None, True
+    ahead_LL = torch.arange(length) - torch.arange(length).unsqueeze(1)
+    seen_LL = torch.ones(length, length, dtype=torch.bool)
+    if limits_left:
+        seen_LL &= ahead_LL >= -left
+    if limits_right:
+        seen_LL &= ahead_LL <= right
+    return seen_LL, False
+
+
 def varlen_attention_torch(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, start_S: Tensor, max_len: int, scale: float
 ) -> Tensor:

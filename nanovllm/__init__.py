@@ -23,12 +23,23 @@ from nanovllm.compat.engine_args import AsyncEngineArgs, EngineArgs
 from nanovllm.config import EngineConfig
 from nanovllm.llm import LLM
 from nanovllm.lora_request import LoRARequest
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import TextPrompt, TokensPrompt
 from nanovllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.compat.llm_engine import LLMEngine
     from nanovllm.outputs import CompletionOutput, RequestOutput
+    from nanovllm.pooling_outputs import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        PoolingOutput,
+        PoolingRequestOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
+    )
     from nanovllm.serving.async_llm import AsyncLLM as AsyncLLM
     from nanovllm.serving.async_llm import AsyncLLMEngine as AsyncLLMEngine
 
@@ -41,7 +52,15 @@ _LATE = {
     "LLMEngine": "nanovllm.compat.llm_engine",
     "CompletionOutput": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
-}
+    **dict.fromkeys(
+        (
+            "ClassificationOutput", "ClassificationRequestOutput", "EmbeddingOutput",
+            "EmbeddingRequestOutput", "PoolingOutput", "PoolingRequestOutput", "ScoringOutput",
+            "ScoringRequestOutput",
+        ),
+        "nanovllm.pooling_outputs",
+    ),
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -72,14 +91,23 @@ __all__ = [
     "AsyncLLM",
     "AsyncLLMEngine",
     "BeamSearchParams",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineArgs",
     "EngineConfig",
     "LLMEngine",
     "LoRARequest",
+    "PoolingOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "TextPrompt",
     "TokensPrompt",
     "print_attention_backend_info",

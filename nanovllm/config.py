@@ -26,6 +26,11 @@ MAX_DEVICES, MAX_DRAFT_TOKENS = 1024, 1024
 MAX_LORAS, MAX_LORA_RANK, MAX_CPU_LORAS = 1024, 512, 1 << 16
 
 
+# What a model that pools is used for; "pooling" is what its checkpoint is made for.
+POOLING_TASKS = ("embed", "classify", "score", "reward", "pooling")
+POOLER_FIELDS = ("pooling_type", "seq_pooling_type", "normalize", "use_activation")
+
+
 def _are_counts(values: Iterable[object]) -> bool:
     return all(type(one) is int and one >= 0 for one in values)
 
@@ -57,6 +62,11 @@ def _is_experts_or_bytes(value: int | str) -> bool:
 
 # The allowed values of options, beyond their types. None is also allowed where it is the default.
 ALLOWED: dict[str, Rule] = {
+    "task": one_of("generate", *POOLING_TASKS),
+    "pooler_config": (
+        f"a dict with some of {', '.join(POOLER_FIELDS)}",
+        lambda value: value.keys() <= set(POOLER_FIELDS),
+    ),
     "dtype": one_of("auto", "float32", "float16", "bfloat16"),
     "attention_backend": one_of("auto", "triton", "flash_attn", "sdpa"),
     "graph_batch_sizes": sizes(MAX_ROWS),
@@ -196,6 +206,10 @@ class EngineConfig:
         refused.
     max_cached_grammars: the number of compiled grammars kept for later requests.
     disable_log_stats: False logs throughput, requests and cache use every ten seconds of work.
+    task: "generate", or for a model that pools "embed", "classify", "score" or "reward", or
+        "pooling" for what its checkpoint is made for: see docs/embeddings.md.
+    pooler_config: how a model pools, in place of what the checkpoint says: {"pooling_type": "LAST",
+        "CLS" or "MEAN", "normalize": True or False}.
     tuning: options for developers and measurements, by their names in `Tuning`, such as
         {"run_ahead": 0}. See nanovllm/tuning.py.
     compile_cache_mode: "auto" loads artifacts and compiles the missing ones. "require" compiles
@@ -250,6 +264,8 @@ class EngineConfig:
     grammar_timeout_s: float = 10.0
     max_cached_grammars: int = 128
     disable_log_stats: bool = True
+    task: str = "generate"
+    pooler_config: Mapping[str, object] | None = None
     tuning: Mapping[str, object] | None = None
 
     @classmethod
@@ -328,6 +344,11 @@ class EngineConfig:
         return text
 
     @property
+    def pools(self) -> bool:
+        """Whether the model gives vectors or scores of whole prompts, and no text."""
+        return self.task in POOLING_TASKS
+
+    @property
     def num_cpu_loras(self) -> int:
         """The most adapters in host memory."""
         return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
@@ -359,6 +380,7 @@ class EngineConfig:
             )
         self._check_replicas()
         self._check_adapters()
+        self._check_pooling()
         if self.expert_parallel is True and self.tensor_parallel_size == 1:
             raise ValueError(
                 "expert_parallel=True needs tensor_parallel_size above 1: there is one device"
@@ -401,6 +423,22 @@ class EngineConfig:
                 "kv_cache_dtype='fp8' does not go with enable_lora=True: the cache's scales are "
                 "computed from the weights, without those of adapters"
             )
+
+    def _check_pooling(self) -> None:
+        unsupported = {
+            f"tensor_parallel_size={self.tensor_parallel_size}": self.tensor_parallel_size > 1,
+            "enable_lora=True": self.enable_lora,
+            "enable_sleep_mode=True": self.enable_sleep_mode,
+            f"draft_lengths={list(self.draft_lengths)}": bool(self.draft_lengths),
+            f"expert_offload={self.expert_offload!r}": self.expert_offload is not None,
+            f"kv_cache_dtype={self.kv_cache_dtype!r}": self.kv_cache_dtype != "auto",
+            f"attention_backend={self.attention_backend!r}": self.attention_backend != "auto",
+        }
+        for option, is_used in unsupported.items():
+            if self.pools and is_used:
+                raise ValueError(f"task={self.task!r} does not go with {option}")
+        if self.pooler_config is not None and not self.pools:
+            raise ValueError(f"pooler_config needs a task that pools: task is {self.task!r}")
 
     def _check_replicas(self) -> None:
         unsupported = {

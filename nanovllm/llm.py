@@ -13,6 +13,7 @@ from nanovllm.compat.nano_vllm import NanoMethods
 from nanovllm.config import EngineConfig
 from nanovllm.engine.engine_client import NO_PROFILE
 from nanovllm.lora_request import LoRARequest
+from nanovllm.pooling_llm import PoolingMethods
 from nanovllm.progress import UseTqdm
 from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
 from nanovllm.replicas.engine_factory import open_engine
@@ -41,7 +42,7 @@ class PerPrompt(NamedTuple):
     lora_request: LoraRequests
 
 
-class LLM(NanoMethods):
+class LLM(NanoMethods, PoolingMethods):
     """A loaded model. Options are the fields of `EngineConfig`, and vLLM's names for them.
 
     Several threads may call one LLM: their prompts run in the same batches. Raises TypeError for an
@@ -233,12 +234,6 @@ class LLM(NanoMethods):
     def get_metrics(self) -> list[Metric]:
         """Gauges and counters of the engine."""
         return self.engine.metrics.read()
-
-    def encode(self, *_: object, **__: object) -> Any:
-        """Refused, like embed, classify, reward and score: the engine only generates text."""
-        raise ValueError("pooling (encode, embed, classify, reward, score) is not supported")
-
-    embed = classify = reward = score = encode
 
     def start_profile(self, *_: object, **__: object) -> None:
         """Refused, like stop_profile: see `nanovllm bench throughput --profile`."""

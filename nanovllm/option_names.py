@@ -18,6 +18,7 @@ SAME_MEANING = {
     "cudagraph_capture_sizes": "graph_batch_sizes",
     "enable_expert_parallel": "expert_parallel",
     "mamba_ssm_cache_dtype": "state_dtype",
+    "override_pooler_config": "pooler_config",
 }
 # vLLM's short flags
 SHORT = {
@@ -40,9 +41,6 @@ CACHE_DTYPES = {"fp8_e4m3": "fp8"}
 LOAD_FORMATS = {"auto": False, "safetensors": False, "dummy": True}
 # The accepted values of unimplemented vLLM options. The first one is vLLM's default.
 ONE_VALUE: dict[str, tuple[Any, ...]] = {
-    "task": ("auto", "generate", None),
-    "runner": ("auto", "generate"),
-    "convert": ("auto", "none"),
     "tokenizer_mode": ("auto", "hf"),
     "trust_remote_code": (False, True),
     "download_dir": (None,),
@@ -73,8 +71,6 @@ ONE_VALUE: dict[str, tuple[Any, ...]] = {
     "default_mm_loras": (None,),
     "logits_processors": (None,),
     "override_generation_config": (None, {}),
-    "override_pooler_config": (None,),
-    "pooler_config": (None,),
     "model_impl": ("auto",),
     "calculate_kv_scales": (False, None),
     "mamba_cache_dtype": ("auto",),
@@ -87,6 +83,12 @@ ONE_VALUE: dict[str, tuple[Any, ...]] = {
     "enable_log_requests": (False,),
     "disable_log_requests": (True,),
 }
+
+# What vLLM's values of `runner` and `convert` mean for `task`
+RUNNERS = {"auto": "auto", "generate": "generate", "pooling": "pooling"}
+CONVERTS = {
+    "auto": "auto", "none": "auto", "embed": "embed", "classify": "classify", "reward": "reward",
+}  # fmt: skip
 
 # Warnings for accepted values other than False.
 WARNINGS = {
@@ -119,7 +121,30 @@ def translated(options: Mapping[str, Any], known: Sequence[str]) -> dict[str, An
         if name in WARNINGS and value:
             logger.warning("%s=%r %s", name, value, WARNINGS[name])
     _translate_values(found)
+    _translate_task(found)
     return found
+
+
+def _translate_task(options: dict[str, Any]) -> None:
+    """The option `task` from vLLM's `runner` and `convert`. Raises ValueError for unknown values,
+    and for options that contradict each other."""
+    runner, convert = (options.pop(name, "auto") for name in ("runner", "convert"))
+    for name, value, known in (("runner", runner, RUNNERS), ("convert", convert, CONVERTS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(known)}")
+    given = options.pop("task", None)
+    found = {
+        one for one in (given, RUNNERS[runner], CONVERTS[convert]) if one not in (None, "auto")
+    }
+    if len(found) > 1:
+        found.discard("pooling")  # the others say for what
+    if len(found) > 1 or (found and runner == "pooling" and "generate" in found):
+        raise ValueError(
+            f"task is {given!r}, runner {runner!r} and convert {convert!r}: they contradict each "
+            "other"
+        )
+    if found:
+        options["task"] = found.pop()
 
 
 def _translate_values(options: dict[str, Any]) -> None:

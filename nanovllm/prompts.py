@@ -66,7 +66,8 @@ class Prompt:
     """A prompt. `token_ids` is None if `text` must be encoded first.
 
     `media` has the images, videos and audio of its placeholders, each kind in order. With
-    `has_special_tokens` the text has all special tokens already.
+    `has_special_tokens` the text has all special tokens already. `second_at` is the token with
+    which the second of two texts begins, for models whose tokens have types; 0 for one text.
     """
 
     text: str | None
@@ -74,6 +75,7 @@ class Prompt:
     cache_salt: str | None = None
     media: tuple[MMInput, ...] = ()
     has_special_tokens: bool = False
+    second_at: int = 0
 
 
 # a text, token ids, or one of the dicts above

@@ -117,6 +117,43 @@ class Tokenizer:
                 return list(quick.encode(text, add_special_tokens=add_special_tokens).ids)
             return list(self.for_reading.encode(text, add_special_tokens=add_special_tokens))
 
+    def encode_first(self, text: str, limit: int | None) -> list[int]:
+        """Token ids of a text; with a limit at most so many. The first tokens of the text are kept,
+        and the special tokens around it as far as they fit."""
+        found = self.encode(text)
+        if limit is None or len(found) <= limit:
+            return found
+        plain = self.encode(text, add_special_tokens=False)
+        num_before = next(
+            (i for i in range(len(found) - len(plain) + 1) if found[i : i + len(plain)] == plain), 0
+        )
+        num_after = len(found) - num_before - len(plain)
+        num_kept = max(0, limit - num_before - num_after)
+        after = found[num_before + len(plain) :]
+        return (found[: num_before + min(num_kept, len(plain))] + after)[:limit]
+
+    def encode_pair(self, first: str, second: str, limit: int | None) -> tuple[list[int], int]:
+        """Token ids of two texts as one sequence, and where the second begins. With a limit the end
+        of the second is dropped. Raises ValueError if nothing of it would be left, and for a
+        tokenizer without tokenizer.json."""
+        with self._lock:
+            backend = self.backend()
+            backend.no_truncation()  # transformers sets both at every call
+            backend.no_padding()
+            found = backend.encode(first, second)
+        token_ids, owners = list(found.ids), list(found.sequence_ids)
+        second_at = owners.index(1) if 1 in owners else len(owners)
+        if limit is None or len(token_ids) <= limit:
+            return token_ids, second_at
+        end = len(owners) - owners[::-1].index(1)
+        num_kept = end - second_at - (len(token_ids) - limit)
+        if num_kept < 1:
+            raise ValueError(
+                f"the first text takes {second_at} tokens: with at most {limit} none is left for "
+                "the second"
+            )
+        return token_ids[: second_at + num_kept] + token_ids[end:], second_at
+
     def decode(self, token_ids: Sequence[int], how: Decoding = DEFAULT) -> str:
         """The text of tokens. Each incomplete character becomes one U+FFFD."""
         if how.skip_special_tokens or how.spaces_between_special_tokens:

@@ -21,6 +21,7 @@ ROLES = {
     "compat": "names of vLLM, nano-vllm",
     "replicas": "several engines as one",
     "engine": "requests, step by step",
+    "pooling": "embeddings, scores",
     "tools": "report, profile, cache",
     "startup": "choose, load, build",
     "runner": "owns the device",

@@ -24,6 +24,7 @@ SETTINGS = tuple(
         "hub",
         "log",
         "lora_request",
+        "pooling_params",
         "programs",
         "progress",
         "sampling",
@@ -108,6 +109,16 @@ ALLOWED = {
         "nanovllm.tokenizer",
         *SETTINGS,
     ),
+    "pooling": (
+        "nanovllm.pooling",
+        *BELOW_STARTUP,
+        "nanovllm.startup",
+        "nanovllm.engine",
+        "nanovllm.media.mm_inputs",
+        "nanovllm.prompts",
+        "nanovllm.tokenizer",
+        *SETTINGS,
+    ),
     "tools": ("nanovllm.tools", *BELOW_STARTUP, "nanovllm.startup", "nanovllm.engine", *SETTINGS),
     "batch": (
         "nanovllm.batch",
@@ -126,6 +137,7 @@ ALLOWED = {
         *BELOW_STARTUP,
         "nanovllm.startup",
         "nanovllm.engine",
+        "nanovllm.pooling",
         "nanovllm.media.mm_inputs",
         "nanovllm.prompts",
         "nanovllm.tokenizer",
@@ -141,6 +153,7 @@ ALLOWED = {
         "nanovllm.output_stream",
         "nanovllm.media",
         "nanovllm.outputs",
+        "nanovllm.pooling_outputs",
         "nanovllm.prompts",
         "nanovllm.tokenizer",
         *SETTINGS,
@@ -157,6 +170,7 @@ ALLOWED = {
         "nanovllm.engine.metrics",
         "nanovllm.open_files",
         "nanovllm.outputs",
+        "nanovllm.pairs",
         "nanovllm.prompts",
         "nanovllm.templates",
         "nanovllm.tokenizer",
@@ -177,17 +191,16 @@ MODULES = {
 DEVICE = re.compile(r"(?<![a-z])(cuda|npu|mps)(?![a-z])", re.IGNORECASE)
 # layers whose code names no device
 DEVICELESS = (
-    "api", "compile", "engine", "media", "models", "parallel", "parsers", "replicas", "schedule",
-    "serving", "runner", "startup", "",
+    "api", "compile", "engine", "media", "models", "parallel", "parsers", "pooling", "replicas",
+    "schedule", "serving", "runner", "startup", "",
 )  # fmt: skip
 # options of `LLM` that are named after their device
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
     "checks", "config", "option_names", "env", "flag_file", "flags", "kernels/private_files",
-    "log", "speculative",
-    "media/options", "programs", "progress", "ray_note", "sampling", "structured_params", "tuning",
-    "typos",
+    "log", "media/options", "pooling_params", "programs", "progress", "ray_note", "sampling",
+    "speculative", "structured_params", "tuning", "typos",
 )  # fmt: skip
 
 

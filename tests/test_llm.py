@@ -47,6 +47,9 @@ def test_public_names() -> None:
         "EngineConfig", "SamplingParams", "LoRARequest",
         "BeamSearchParams", "RequestOutputKind", "RequestOutput", "CompletionOutput", "TextPrompt",
         "TokensPrompt", "print_attention_backend_info",
+        "PoolingParams", "PoolingOutput", "PoolingRequestOutput", "EmbeddingOutput",
+        "EmbeddingRequestOutput", "ClassificationOutput", "ClassificationRequestOutput",
+        "ScoringOutput", "ScoringRequestOutput",
     }  # fmt: skip
     assert all(hasattr(nanovllm, name) for name in nanovllm.__all__)
 

@@ -33,6 +33,13 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return out_TD
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """`reference.norm_act.layer_norm` by torch's kernel, which has one weight for all heads."""
+    if weight.dim() > 1 or weight.dtype is not x.dtype:
+        return reference.norm_act.layer_norm(x, weight, bias, eps)
+    return torch.nn.functional.layer_norm(x.contiguous(), weight.shape, weight, bias, eps)
+
+
 def add_rms_norm(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ from nanovllm.kernels.cpu.attention import (
 )
 from nanovllm.kernels.cpu.library import load
 from nanovllm.kernels.cpu.linear import linear, linear_int8
-from nanovllm.kernels.cpu.norm_act import add_rms_norm, rms_norm, silu_mul
+from nanovllm.kernels.cpu.norm_act import add_rms_norm, layer_norm, rms_norm, silu_mul
 from nanovllm.kernels.cpu.sample import apply_token_bitmask, sample, sample_columns
-from nanovllm.kernels.varlen_attention import varlen_attention_cpu
+from nanovllm.kernels.varlen_attention import segment_attention_cpu, varlen_attention_cpu
 
 KERNELS: dict[str, Callable[..., object]] = {
     "add_rms_norm": add_rms_norm,
@@ -24,11 +24,13 @@ KERNELS: dict[str, Callable[..., object]] = {
     "latent_span_attention": latent_span_attention,
     "paged_attention": paged_attention,
     "qk_norm_rope_store": qk_norm_rope_store,
+    "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "linear": linear,
     "linear_int8": linear_int8,
     "sample": sample,
     "sample_columns": sample_columns,
+    "segment_attention": segment_attention_cpu,
     "varlen_attention": varlen_attention_cpu,
     "silu_mul": silu_mul,
 }

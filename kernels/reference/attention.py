@@ -88,6 +88,35 @@ def varlen_attention(
     return _attend(q_TNH[None], k_TNH[None], v_TNH[None], seen_TT[None], scale)[0].contiguous()
 
 
+def segment_attention(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    start_S: Tensor,
+    max_len: int,
+    scale: float,
+    left: int,
+    right: int,
+) -> Tensor:
+    """`varlen_attention` with fewer heads of keys and values than of queries, and with a mask.
+
+    The query at position i of its segment attends to the keys at positions j of the same segment
+    with i − left <= j <= i + right. A negative number is no limit on that side: (−1, 0) is causal,
+    (window − 1, 0) is causal within a window, and (−1, −1) is both directions. Query head n reads
+    head n // (N / K) of keys and values.
+    """
+    token_T = torch.arange(q_TNH.shape[0], device=q_TNH.device)
+    segment_T = (token_T.unsqueeze(1) >= start_S).sum(1)
+    owned_T = (segment_T > 0) & (segment_T < start_S.shape[0])
+    seen_TT = (segment_T.unsqueeze(1) == segment_T) & owned_T
+    ahead_TT = token_T - token_T.unsqueeze(1)
+    if left >= 0:
+        seen_TT = seen_TT & (ahead_TT >= -left)
+    if right >= 0:
+        seen_TT = seen_TT & (ahead_TT <= right)
+    return _attend(q_TNH[None], k_TKH[None], v_TKH[None], seen_TT[None], scale)[0].contiguous()
+
+
 def zero_padding_(out_TNH: Tensor, q_start_S: Tensor) -> None:
     """Write zeros to tokens of no row: before q_start_S[0], and from q_start_S[−1] on.
 

@@ -41,7 +41,7 @@ from nanovllm.kernels.triton.sample_columns import sample_columns
 from nanovllm.kernels.triton.token_bitmask import apply_token_bitmask
 from nanovllm.kernels.triton.topk_softmax import norm_router_topk, topk_softmax
 from nanovllm.kernels.triton.topk_topp import apply_top_k_top_p
-from nanovllm.kernels.triton.varlen_attention import varlen_attention
+from nanovllm.kernels.triton.varlen_attention import segment_attention, varlen_attention
 from nanovllm.kernels.triton.zero_padding import zero_padding_
 
 
@@ -144,6 +144,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "latent_attention": latent_attention,
     "latent_inputs": latent_inputs,
     "latent_span_attention": latent_span_attention,
+    "segment_attention": segment_attention,
     "varlen_attention": varlen_attention,
     "zero_padding_": zero_padding_,
     "add_lora": add_lora,

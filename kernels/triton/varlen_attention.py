@@ -1,4 +1,4 @@
-"""Attention within segments, in both directions and without a cache, in Triton: vision towers.
+"""Attention within segments without a cache, in Triton: of vision towers, and of models that pool.
 
 Flash attention (Dao 2023, https://arxiv.org/abs/2307.08691) over packed segments. A program takes
 the queries of one tile of one segment, for one head. The launch is static (it depends on T and on
@@ -77,6 +77,9 @@ def _attend_tiles(
     B: tl.constexpr,
     TILE: tl.constexpr,
     UPCAST: tl.constexpr,
+    first_query=0,  # its position in the segment, read with LEFT or RIGHT
+    LEFT: tl.constexpr = -1,
+    RIGHT: tl.constexpr = -1,
 ):
     """Adds key tiles first_tile .. last_tile − 1 of one segment to the online softmax.
 
@@ -95,7 +98,15 @@ def _attend_tiles(
             v_KB = _part(v_at_K, inside_K, A, B, HEAD, MASKED)
             score_MK = dot(q_MB, tl.trans(k_KB), score_MK, UPCAST)
         if MASKED:
-            score_MK = tl.where(inside_K[None, :], score_MK, float("-inf"))
+            seen_MK = inside_K[None, :]
+            if LEFT >= 0 or RIGHT >= 0:
+                query_M = first_query + tl.arange(0, q_MA.shape[0])
+                ahead_MK = key_K[None, :] - query_M[:, None]
+                if LEFT >= 0:
+                    seen_MK = seen_MK & (ahead_MK >= -LEFT)
+                if RIGHT >= 0:
+                    seen_MK = seen_MK & (ahead_MK <= RIGHT)
+            score_MK = tl.where(seen_MK, score_MK, float("-inf"))
         new_max_M = tl.maximum(max_M, tl.max(score_MK, 1) * scale_log2)
         alpha_M = exp2(max_M - new_max_M, UPCAST)
         # one fused multiply-add scales and shifts a score
@@ -107,6 +118,31 @@ def _attend_tiles(
             acc_MB = dot(weight_MK, v_KB, acc_MB * alpha_M[:, None], UPCAST)
         max_M = new_max_M
     return max_M, sum_M, acc_MA, acc_MB
+
+
+@triton.jit
+def _seen_tiles(
+    num_keys,
+    first_query,
+    QUERIES: tl.constexpr,
+    TILE: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+):
+    """The first tile of keys that a tile of queries reads, the first and the end of those that all
+    its queries see whole, and the end of those that it reads."""
+    first_tile, whole_from = 0, 0
+    whole_to, end_tile = num_keys // TILE, tl.cdiv(num_keys, TILE)
+    if LEFT >= 0:
+        first_tile = tl.maximum(first_query - LEFT, 0) // TILE
+        whole_from = tl.cdiv(tl.maximum(first_query + QUERIES - 1 - LEFT, 0), TILE)
+    if RIGHT >= 0:
+        whole_to = tl.minimum(whole_to, (first_query + RIGHT + 1) // TILE)
+        end_tile = tl.minimum(end_tile, tl.cdiv(first_query + QUERIES + RIGHT, TILE))
+    if LEFT >= 0 or RIGHT >= 0:
+        whole_from = tl.minimum(whole_from, end_tile)
+        whole_to = tl.maximum(whole_from, whole_to)
+    return first_tile, whole_from, whole_to, end_tile
 
 
 @triton.jit
@@ -137,8 +173,8 @@ def _store_part(
 @triton.jit(do_not_specialize=["num_tokens", "num_starts"])
 def varlen_attention_kernel(
     q_ptr,  # [T, N, H]
-    k_ptr,  # [T, N, H]
-    v_ptr,  # [T, N, H]
+    k_ptr,  # [T, N / GROUP, H]
+    v_ptr,  # [T, N / GROUP, H]
     segment_start_ptr,  # [S] int32
     out_ptr,  # [T, N, H]
     num_tokens,
@@ -160,6 +196,9 @@ def varlen_attention_kernel(
     LOG_STARTS: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
+    GROUP: tl.constexpr = 1,
+    LEFT: tl.constexpr = -1,
+    RIGHT: tl.constexpr = -1,
 ):
     wait_for_earlier_kernels(PDL)
     head_idx = tl.program_id(0) % NUM_HEADS
@@ -186,16 +225,27 @@ def varlen_attention_kernel(
     acc_MA = tl.zeros([QUERIES, A], tl.float32)
 
     num_keys = tl.where(is_segment, end - start, 0)
-    full_tile, end_tile = num_keys // TILE, tl.cdiv(num_keys, TILE)
-    k_at = k_ptr + head_idx * K_STRIDE_HEAD + start.to(tl.int64) * K_STRIDE_TOKEN
-    v_at = v_ptr + head_idx * V_STRIDE_HEAD + start.to(tl.int64) * V_STRIDE_TOKEN
+    first_query = first_token - start
+    first_tile, whole_from, whole_to, end_tile = _seen_tiles(
+        num_keys, first_query, QUERIES, TILE, LEFT, RIGHT
+    )
+    kv_head_idx = head_idx // GROUP
+    k_at = k_ptr + kv_head_idx * K_STRIDE_HEAD + start.to(tl.int64) * K_STRIDE_TOKEN
+    v_at = v_ptr + kv_head_idx * V_STRIDE_HEAD + start.to(tl.int64) * V_STRIDE_TOKEN
+    if LEFT >= 0:
+        max_M, sum_M, acc_MA, acc_MB = _attend_tiles(
+            q_MA, q_MB, max_M, sum_M, acc_MA, acc_MB, first_tile, whole_from, k_at, v_at, num_keys,
+            scale_log2, K_STRIDE_TOKEN, V_STRIDE_TOKEN, True, HEAD, A, B, TILE, UPCAST,
+            first_query, LEFT, RIGHT,
+        )  # fmt: skip
     max_M, sum_M, acc_MA, acc_MB = _attend_tiles(
-        q_MA, q_MB, max_M, sum_M, acc_MA, acc_MB, 0, full_tile, k_at, v_at, num_keys, scale_log2,
-        K_STRIDE_TOKEN, V_STRIDE_TOKEN, False, HEAD, A, B, TILE, UPCAST,
+        q_MA, q_MB, max_M, sum_M, acc_MA, acc_MB, whole_from, whole_to, k_at, v_at, num_keys,
+        scale_log2, K_STRIDE_TOKEN, V_STRIDE_TOKEN, False, HEAD, A, B, TILE, UPCAST,
     )  # fmt: skip
     max_M, sum_M, acc_MA, acc_MB = _attend_tiles(
-        q_MA, q_MB, max_M, sum_M, acc_MA, acc_MB, full_tile, end_tile, k_at, v_at, num_keys,
+        q_MA, q_MB, max_M, sum_M, acc_MA, acc_MB, whole_to, end_tile, k_at, v_at, num_keys,
         scale_log2, K_STRIDE_TOKEN, V_STRIDE_TOKEN, True, HEAD, A, B, TILE, UPCAST,
+        first_query, LEFT, RIGHT,
     )  # fmt: skip
     inverse_M1 = (1.0 / tl.where(sum_M > 0, sum_M, 1.0))[:, None]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -267,7 +317,22 @@ def varlen_attention(
     scale: float,
     tile: VarlenTile | None = None,
 ) -> Tensor:
-    """`reference.attention.varlen_attention`; zeros for tokens after the last segment.
+    """`reference.attention.varlen_attention`; see `segment_attention`."""
+    return segment_attention(q_TNH, k_TNH, v_TNH, start_S, max_len, scale, -1, -1, tile)
+
+
+def segment_attention(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    start_S: Tensor,
+    max_len: int,
+    scale: float,
+    left: int,
+    right: int,
+    tile: VarlenTile | None = None,
+) -> Tensor:
+    """`reference.attention.segment_attention`; zeros for tokens after the last segment.
 
     What is before the first segment stays unwritten. `tile` is for measurements. Raises ValueError
     for heads of more than 128 numbers, and for a scale that is not positive.
@@ -277,7 +342,7 @@ def varlen_attention(
         raise ValueError(f"heads have {head_dim} numbers: at most {MAX_HEAD} are supported")
     if scale <= 0:
         raise ValueError(f"attention scale must be positive, got {scale}")
-    q_TNH, k_TNH, v_TNH = (x if x.stride(2) == 1 else x.contiguous() for x in (q_TNH, k_TNH, v_TNH))
+    q_TNH, k_TKH, v_TKH = (x if x.stride(2) == 1 else x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
     out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     if num_tokens == 0:
         return out_TNH
@@ -287,18 +352,21 @@ def varlen_attention(
     num_tiles = num_tokens // tile.queries + num_starts
     varlen_attention_kernel[(num_tiles * num_heads,)](
         q_TNH,
-        k_TNH,
-        v_TNH,
+        k_TKH,
+        v_TKH,
         start_S,
         out_TNH,
         num_tokens,
         num_starts,
         scale * LOG2_E,
         *q_TNH.stride()[:2],
-        *k_TNH.stride()[:2],
-        *v_TNH.stride()[:2],
+        *k_TKH.stride()[:2],
+        *v_TKH.stride()[:2],
         **varlen_constants(num_heads, head_dim, num_starts, tile),
         UPCAST=q_TNH.device.type != "cuda",
+        GROUP=num_heads // k_TKH.shape[1],
+        LEFT=left,
+        RIGHT=right,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(q_TNH.device),

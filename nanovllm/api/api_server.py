@@ -57,6 +57,9 @@ async def _serve_clients(process: ApiProcess) -> None:
 async def _ready(engine: Client) -> None:
     """Wait until the engine is warm and everything that conversations need is loaded, so that no
     request waits for it."""
+    if engine.config.pools:  # it has no conversations
+        await engine.ready()
+        return
     await asyncio.to_thread(renderer.start)  # it imports transformers meanwhile
     await asyncio.to_thread(_import_transformers)
     await engine.ready()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from nanovllm.api import adapters, others, page, paths
+from nanovllm.api import adapters, others, page, paths, pooling
 from nanovllm.api.anthropic_errors import AnthropicError
 from nanovllm.api.anthropic_messages import count_tokens, messages
 from nanovllm.api.chat import chat
@@ -51,7 +51,11 @@ ROUTES = {
     "/v1/responses/input_tokens": Route("POST", input_tokens),
     "/v1/messages": Route("POST", messages),
     "/v1/messages/count_tokens": Route("POST", count_tokens),
-    "/v1/embeddings": Route("POST", others.embeddings),
+    "/v1/embeddings": Route("POST", pooling.embeddings),
+    "/pooling": Route("POST", pooling.pooling),
+    "/classify": Route("POST", pooling.classify),
+    **dict.fromkeys(("/score", "/v1/score"), Route("POST", pooling.score)),
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), Route("POST", pooling.rerank)),
     "/v1/load_lora_adapter": Route("POST", adapters.load),
     "/v1/unload_lora_adapter": Route("POST", adapters.unload),
     "/tokenize": Route("POST", others.tokenize),
@@ -69,6 +73,7 @@ NAMES = {
     "/v1/responses/input_tokens": {PROMPT: "input"},
     "/v1/messages": {PROMPT: "messages"},
     "/v1/messages/count_tokens": {PROMPT: "messages"},
+    **{path: {PROMPT: "input"} for path in ("/v1/embeddings", "/pooling", "/classify")},
 }
 ANTHROPIC = "/v1/messages"  # prefix of Anthropic's endpoints
 

@@ -93,7 +93,7 @@ ALLOWED: dict[str, Rule] = {
     name: whole(1)
     for name in (
         "max_body_bytes", "max_header_bytes", "max_connections", "max_queue_len",
-        "max_prompts", "max_prompt_chars", "max_n", "max_messages",
+        "max_prompts", "max_inputs", "max_prompt_chars", "max_n", "max_messages",
     )
 } | {
     name: whole(0)
@@ -155,6 +155,7 @@ class ServerConfig:
     max_queue_len: the maximum number of requests that wait for the engine. More are refused with
         429.
     max_prompts: the maximum number of prompts in a request.
+    max_inputs: the maximum number of texts in a request for embeddings, classes or scores.
     max_prompt_chars: the maximum length of a prompt as text, with tools and variables of the chat
         template. None: 64 characters per token of `max_model_len`.
     max_messages: the maximum number of messages in a conversation, of parts or calls in a message,
@@ -200,6 +201,7 @@ class ServerConfig:
     max_connections: int = 4096
     max_queue_len: int = 4096
     max_prompts: int = 256
+    max_inputs: int = 2048
     max_prompt_chars: int | None = None
     max_messages: int = 4096
     max_n: int = 128

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import msgspec
 
-from nanovllm.api import anthropic_schemas, schemas
+from nanovllm.api import anthropic_schemas, pooling_schemas, schemas
 from nanovllm.api.errors import ApiError, refused
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -90,6 +90,11 @@ REFUSED_MESSAGES: dict[str, RefusedField] = REFUSED_COUNT_TOKENS | {
     "inference_geo": RefusedField(NOT_BUILT),
     "service_tier": RefusedField("there is one tier", ("auto", "standard_only")),
 }
+REFUSED_POOLING: dict[str, RefusedField] = {
+    "messages": RefusedField(NOT_BUILT),
+    "embed_dtype": RefusedField("numbers are float32", ("float32",)),
+    "endianness": RefusedField("bytes are little-endian", ("native", "little")),
+}
 REFUSED: dict[type[msgspec.Struct], Mapping[str, RefusedField]] = {
     schemas.CompletionBody: REFUSED_SAMPLING
     | {"suffix": RefusedField(NOT_BUILT, ("",)), "metadata": RefusedField(STATEFUL, ({},))},
@@ -98,7 +103,15 @@ REFUSED: dict[type[msgspec.Struct], Mapping[str, RefusedField]] = {
     schemas.InputTokensBody: REFUSED_RESPONSES,
     anthropic_schemas.MessagesBody: REFUSED_MESSAGES,
     anthropic_schemas.CountTokensBody: REFUSED_COUNT_TOKENS,
-    schemas.EmbeddingBody: {},
+    pooling_schemas.EmbeddingBody: REFUSED_POOLING,
+    pooling_schemas.PoolingBody: REFUSED_POOLING,
+    pooling_schemas.ClassifyBody: REFUSED_POOLING,
+    pooling_schemas.ScoreBody: {"items": RefusedField("use documents")},
+    pooling_schemas.RerankBody: {
+        "max_tokens_per_doc": RefusedField("use truncate_prompt_tokens"),
+        "max_chunks_per_doc": RefusedField(NOT_BUILT),
+        "rank_fields": RefusedField("documents have the field 'text' alone"),
+    },
     schemas.TokenizeBody: {"chat_template": RefusedField(NO_FILES)},
     schemas.DetokenizeBody: {},
 }

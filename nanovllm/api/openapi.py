@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.api import anthropic_schemas, schemas
+from nanovllm.api import anthropic_schemas, pooling_schemas, schemas
 from nanovllm.api.service import Service
 
 POSTS: dict[str, type[msgspec.Struct]] = {
@@ -16,7 +16,11 @@ POSTS: dict[str, type[msgspec.Struct]] = {
     "/v1/responses/input_tokens": schemas.InputTokensBody,
     "/v1/messages": anthropic_schemas.MessagesBody,
     "/v1/messages/count_tokens": anthropic_schemas.CountTokensBody,
-    "/v1/embeddings": schemas.EmbeddingBody,
+    "/v1/embeddings": pooling_schemas.EmbeddingBody,
+    "/pooling": pooling_schemas.PoolingBody,
+    "/classify": pooling_schemas.ClassifyBody,
+    **dict.fromkeys(("/score", "/v1/score"), pooling_schemas.ScoreBody),
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), pooling_schemas.RerankBody),
     "/v1/load_lora_adapter": schemas.LoadAdapterBody,
     "/v1/unload_lora_adapter": schemas.UnloadAdapterBody,
     "/tokenize": schemas.TokenizeBody,
@@ -61,15 +65,16 @@ def description(service: Service) -> dict[str, Any]:
     """The OpenAPI document."""
     from nanovllm import __version__
 
-    kinds = list(POSTS.values())
+    kinds = list(dict.fromkeys(POSTS.values()))
     schemas, components = msgspec.json.schema_components(
         kinds, ref_template="#/components/schemas/{name}"
     )
+    by_kind = dict(zip(kinds, schemas))
     for kind in kinds:
         components[kind.__name__]["additionalProperties"] = False
     paths: dict[str, Any] = {
-        path: {"post": _operation(kind.__doc__ or "", schema, _error_of(kind))}
-        for (path, kind), schema in zip(POSTS.items(), schemas)
+        path: {"post": _operation(kind.__doc__ or "", by_kind[kind], _error_of(kind))}
+        for path, kind in POSTS.items()
     }
     paths |= {path: {"get": _operation(f"GET {path}.")} for path in GETS}
     document: dict[str, Any] = {

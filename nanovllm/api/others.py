@@ -10,7 +10,7 @@ from nanovllm.api import prometheus
 from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.http import Exchange
 from nanovllm.api.prompts import beside
-from nanovllm.api.schemas import DetokenizeBody, EmbeddingBody, TokenizeBody
+from nanovllm.api.schemas import DetokenizeBody, TokenizeBody
 from nanovllm.api.service import Service
 from nanovllm.sampling import INT32_MAX
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
@@ -41,13 +41,6 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "max_model_len": service.engine.max_model_len,
         "input_modalities": service.modalities,
     }  # fmt: skip
-
-
-async def embeddings(service: Service, exchange: Exchange) -> None:
-    """POST /v1/embeddings."""
-    await service.body(exchange, EmbeddingBody)
-    words = f"{service.model!r} generates text, not embeddings"
-    raise ApiError(400, words, param="model", code="unsupported_model")
 
 
 async def tokenize(service: Service, exchange: Exchange) -> None:

@@ -156,16 +156,6 @@ class InputTokensBody(ResponsesBody, kw_only=True):
     """POST /v1/responses/input_tokens."""
 
 
-class EmbeddingBody(msgspec.Struct, kw_only=True):
-    """POST /v1/embeddings."""
-
-    input: str | list[str | int | list[int]]
-    model: str | None = None
-    dimensions: int | None = None
-    encoding_format: Literal["float", "base64"] | None = None
-    user: str | None = None
-
-
 class LoadAdapterBody(msgspec.Struct, kw_only=True):
     """POST /v1/load_lora_adapter."""
 

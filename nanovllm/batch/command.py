@@ -70,8 +70,10 @@ def answer_file(request: JobOptions) -> int:
     Raises ValueError, TypeError and OSError for mistakes of the user.
     """
     params, chat = request.params, request.chat_options
-    settings = WorkerSettings(_object("params", params), _object("chat_options", chat))
     config = request.engine
+    settings = WorkerSettings(
+        _object("params", params), _object("chat_options", chat), config.pools
+    )
     facts = {"params": settings.params, "chat_options": settings.chat, **_facts(config)}
     job = Job(request.source, request.target, facts, overwrite=request.overwrite)
     with ExitStack() as stack:

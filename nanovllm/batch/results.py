@@ -15,7 +15,8 @@ MAX_ERROR_CHARS = 500
 
 @dataclass(frozen=True)
 class Result:
-    """A finished row. line: the output line, with its newline. num_tokens: generated tokens."""
+    """A finished row. line: the output line, with its newline. num_tokens: generated tokens, or
+    those of the prompt for a model that pools."""
 
     row: int
     line: bytes
@@ -27,6 +28,8 @@ def answer(row: int, row_id: Any, done: FinishedOutput) -> Result:
     """The result of a finished request; an error if generation failed."""
     if done.error is not None:
         return failure(row, row_id, done.error)
+    if done.pooled is not None:
+        return _pooled(row, row_id, done)
     num_prompt, num_tokens = len(done.prompt_ids), len(done.token_ids)
     fields = {
         "row": row,
@@ -45,6 +48,15 @@ def answer(row: int, row_id: Any, done: FinishedOutput) -> Result:
     if done.prompt_logprobs is not None:
         fields["prompt_logprobs"] = [_position(found) for found in done.prompt_logprobs]
     return Result(row, _line(fields), num_tokens, is_error=False)
+
+
+def _pooled(row: int, row_id: Any, done: FinishedOutput) -> Result:
+    """The result of a model that pools: its numbers. The tokens counted are the prompt's."""
+    assert done.pooled is not None
+    num = len(done.prompt_ids)
+    usage = {"prompt_tokens": num, "total_tokens": num}
+    fields = {"row": row, "id": row_id, "data": done.pooled.tolist(), "usage": usage}
+    return Result(row, _line(fields), num, is_error=False)
 
 
 def failure(row: int, row_id: Any, reason: str) -> Result:

@@ -13,6 +13,7 @@ from nanovllm.batch.results import Result
 from nanovllm.batch.rows import Line, Refused, Row, parse
 from nanovllm.chat import ChatOptions, render
 from nanovllm.config import EngineConfig
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import Prompt, as_prompt
 from nanovllm.replicas.engine_factory import open_engine
 from nanovllm.sampling import SamplingParams
@@ -31,14 +32,19 @@ class WorkerSettings:
     """Settings for all rows.
 
     params: fields of SamplingParams that override the checkpoint's defaults; a row's fields
-    override them. chat: options of `LLM.chat`, for rows with messages.
+    override them. chat: options of `LLM.chat`, for rows with messages. pools: whether params are
+    those of `PoolingParams`.
     """
 
     params: Mapping[str, Any] = field(default_factory=dict)
     chat: Mapping[str, Any] = field(default_factory=dict)
+    pools: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for unknown names and invalid values."""
+        if self.pools:
+            PoolingParams(**_known(self.params, PoolingParams))
+            return
         _known(self.params)
         _one_answer(SamplingParams(**self.params))
         ChatOptions.from_options(self.chat)
@@ -75,7 +81,8 @@ class EngineWorker:
         try:
             prompt, params = self._prompt(row), self._params(row, line.row)
             self._note_raw_prompt(row, line.row)
-            prompt = self._shared.engine.encoded(prompt)
+            if not self._settings.pools:  # else truncation needs the text
+                prompt = self._shared.engine.encoded(prompt)
             with self._shared.exclusive() as engine:
                 request_id = engine.add_request(prompt, params, incremental=False)
         except (ValueError, OverflowError, RecursionError) as error:
@@ -113,7 +120,7 @@ class EngineWorker:
         """Warn once per process if a chat model gets a text without the chat template: it often
         generates nothing."""
         tokenizer = self._shared.engine.tokenizer
-        if tokenizer is None or not isinstance(row.prompt, str):
+        if tokenizer is None or self._settings.pools or not isinstance(row.prompt, str):
             return
         special = tokenizer.once("special texts of chats", lambda: _special_texts(tokenizer))
         if special is None or any(text in row.prompt for text in special):
@@ -121,7 +128,7 @@ class EngineWorker:
         model = self._shared.engine.config.model
         tokenizer.once("warned of raw prompts", lambda: _warn_of_raw_prompt(number, model))
 
-    def _params(self, row: Row, number: int) -> SamplingParams:
+    def _params(self, row: Row, number: int) -> SamplingParams | PoolingParams:
         """The row's parameters, over those of the settings, over the checkpoint's.
 
         A drawn seed depends only on the row, not on other rows or the replica.
@@ -129,6 +136,9 @@ class EngineWorker:
         from nanovllm.engine.input_processor import drawn_seed
 
         engine = self._shared.engine
+        if self._settings.pools:
+            own = _known(row.params, PoolingParams)
+            return PoolingParams(**{**self._settings.params, **own})
         given = {**self._settings.params, **_known(row.params)}
         params = _one_answer(dataclasses.replace(engine.default_params, **given))
         if params.seed is None:
@@ -153,11 +163,12 @@ def _warn_of_raw_prompt(number: int, model: str) -> None:
     )  # fmt: skip
 
 
-def _known(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    known = {one.name for one in dataclasses.fields(SamplingParams)}
+def _known(params: Mapping[str, Any], kind: Any = SamplingParams) -> Mapping[str, Any]:
+    known = {one.name for one in dataclasses.fields(kind)}
+    what = "sampling" if kind is SamplingParams else "pooling"
     for name in params:
         if name not in known:
-            raise ValueError(f"params has {name!r}, which is not a sampling parameter")
+            raise ValueError(f"params has {name!r}, which is not a {what} parameter")
     return params
 
 

@@ -38,6 +38,7 @@ COMMANDS = {
         "nanovllm.cli.bench.serve", "throughput and latency of a server", has_engine=False
     ),
     "batch": Command("nanovllm.cli.batch", "answer a file of prompts"),
+    "embed": Command("nanovllm.cli.embed", "embed the lines of a file"),
     "precompile": Command("nanovllm.cli.precompile", "compile a model's programs ahead of time"),
     "quantize": Command(
         "nanovllm.cli.quantize", "write a quantized copy of a model", has_engine=False

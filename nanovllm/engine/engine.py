@@ -28,6 +28,7 @@ from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt, root
 from nanovllm.engine.step_watch import EVERY_STEPS, StepWatch
 from nanovllm.lora_request import LoRARequest
 from nanovllm.media.mm_inputs import MMInput
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.runner.async_output import AsyncOutput
 from nanovllm.runner.runner import Runner
@@ -279,7 +280,7 @@ class Engine:
     def add_request(
         self,
         prompt: AnyPrompt | Prompt | MediaPrompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PoolingParams | None = None,
         *,
         incremental: bool = True,
         embeddings: Embeddings = (),
@@ -301,6 +302,8 @@ class Engine:
         the vocabulary, or if embeddings do not fit the prompt or the model. Media are prepared
         in threads: if one cannot be read, the request ends with an error.
         """
+        if isinstance(params, PoolingParams):
+            return self.add(self._intake.pooling_request(prompt, params, incremental, priority))
         params = (params or SamplingParams()).clone()
         if isinstance(prompt, MediaPrompt):
             return self.add(

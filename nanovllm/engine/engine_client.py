@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
     from nanovllm.lora_request import LoRARequest
     from nanovllm.media.mm_inputs import MMInput
+    from nanovllm.pooling_params import PoolingParams
     from nanovllm.prompts import AnyPrompt, Prompt
     from nanovllm.sampling import SamplingParams
     from nanovllm.schedule.outputs import OutputDelta
@@ -78,7 +79,7 @@ class AnyEngine(Protocol):
     def add_request(
         self,
         prompt: AnyPrompt | Prompt | MediaPrompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PoolingParams | None = None,
         *,
         incremental: bool = True,
         embeddings: Embeddings = (),

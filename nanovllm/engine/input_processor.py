@@ -18,6 +18,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
 from nanovllm.lora_request import LoRARequest
 from nanovllm.lora_request import checked as lora_request_checked
+from nanovllm.pooling_params import PoolingInfo, PoolingParams
 from nanovllm.prompts import (
     AnyPrompt,
     Prompt,
@@ -58,6 +59,7 @@ class InputProcessor:
     has_towers: bool = True
     has_adapters: bool = False
     max_image_tokens: int = 0
+    pooling: PoolingInfo | None = None
 
     @classmethod
     def of(
@@ -75,12 +77,13 @@ class InputProcessor:
             has_towers=info.has_towers,
             has_adapters=config.enable_lora,
             max_image_tokens=info.max_image_tokens,
+            pooling=info.pooling,
         )
 
     def request(
         self,
         prompt: AnyPrompt | Prompt | MediaPrompt,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         incremental: bool = True,
         embeddings: Embeddings = (),
@@ -92,6 +95,12 @@ class InputProcessor:
 
         Media of a `Prompt` are not checked. `check_forms` checks the rest of `params`.
         """
+        if isinstance(params, PoolingParams):
+            if lora_request is not None or embeddings or positions is not None:
+                raise ValueError("prompts of a model that pools are texts or token ids alone")
+            return self.pooling_request(prompt, params, incremental, priority)
+        if self.pooling is not None:
+            raise ValueError(f"{self.model!r} was loaded to pool: generating needs task='generate'")
         self.check(params)
         adapter = lora_request_checked(lora_request, is_enabled=self.has_adapters)
         media: dict[str, MMItem] = {}
@@ -126,6 +135,57 @@ class InputProcessor:
             positions=positions,
             adapter=adapter,
         )
+
+    def pooling_request(
+        self,
+        prompt: AnyPrompt | Prompt | MediaPrompt,
+        params: PoolingParams,
+        incremental: bool = False,
+        priority: int = 0,
+    ) -> EngineRequest:
+        """A request for an engine that pools. Raises ValueError if this one does not."""
+        if self.pooling is None:
+            raise ValueError(
+                f"{self.model!r} was loaded to generate: load it with task='embed', 'classify' or "
+                "'score'"
+            )
+        self.pooling.check(params)
+        if isinstance(prompt, MediaPrompt) or (given := as_prompt(prompt)).media:
+            raise ValueError(f"the prompt has images, but {self.model!r} accepts text only")
+        prompt_ids = self._checked_ids(self._pooled_ids(given, params))
+        if len(prompt_ids) > self.max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt_ids)} tokens: at most max_model_len "
+                f"({self.max_model_len}) fit, or set truncate_prompt_tokens"
+            )
+        return EngineRequest(
+            prompt_ids,
+            SamplingParams(detokenize=False),
+            incremental,
+            checked_priority(priority),
+            pooling=params,
+            second_at=given.second_at,
+        )
+
+    def _pooled_ids(self, prompt: Prompt, params: PoolingParams) -> list[int]:
+        """The prompt's tokens, truncated as `params` require."""
+        limit = params.truncate_prompt_tokens
+        if limit is not None and limit > self.max_model_len:
+            words = f"truncate_prompt_tokens is {limit}: it must be at most {self.max_model_len}"
+            raise InvalidValue("truncate_prompt_tokens", words)
+        limit = self.max_model_len if limit == -1 else limit
+        if prompt.token_ids is not None:
+            prompt_ids = prompt.token_ids if limit is None else prompt.token_ids[-limit:]
+        elif self.tokenizer is None:
+            raise PromptRefused(f"{self.model!r} has no tokenizer: give token ids instead of text")
+        else:
+            assert prompt.text is not None
+            if not prompt.text:
+                raise PromptRefused("the prompt is empty: it must have at least 1 token")
+            prompt_ids = self.tokenizer.encode_first(prompt.text, limit)
+        if not prompt_ids:
+            raise PromptRefused("the prompt is empty: it must have at least 1 token")
+        return prompt_ids
 
     def check_forms(self, params: SamplingParams) -> None:
         """Refuse grammars and edits of logits that an engine would refuse."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from nanovllm.lora_request import LoRARequest
+from nanovllm.pooling_params import PoolingInfo, PoolingParams
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import chained_digests
 from nanovllm.schedule.request import MMSpan, block_content
@@ -36,6 +37,7 @@ class EngineInfo:
     features that embeddings may have after the first. uses_mrope: tokens have positions in time,
     height and width. media_scale: the fields of `Scale`, None for a text model.
     max_image_tokens: the most tokens of an image, all of which are in one step; 0 without a limit.
+    pooling: None for a model that generates.
     """
 
     checkpoint: str
@@ -52,6 +54,7 @@ class EngineInfo:
     has_towers: bool = False
     media_scale: Sequence[Any] | None = None
     max_image_tokens: int = 0
+    pooling: PoolingInfo | None = None
 
 
 class MediaPrompt(NamedTuple):
@@ -77,7 +80,8 @@ class EngineRequest:
         stop strings. contents: the positions of embeddings and media in the prompt, with digests.
     embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and clips to
         encode. positions: int64 [3, T], or one for each token. adapter: None is the model as it
-        is.
+        is. pooling: what to make of the prompt, in place of an answer; `params` are then not read.
+    second_at: the token with which the second of two texts begins; 0 for one text.
     """
 
     prompt_ids: list[int]
@@ -92,6 +96,8 @@ class EngineRequest:
     media: Mapping[str, MMItem] = field(default_factory=dict)
     positions: np.ndarray | None = None
     adapter: LoRARequest | None = None
+    pooling: PoolingParams | None = None
+    second_at: int = 0
 
     @property
     def cache_root(self) -> bytes:

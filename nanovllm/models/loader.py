@@ -22,6 +22,7 @@ from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.gguf.checkpoint import opened
 from nanovllm.models.lora.slots import with_slots
 from nanovllm.models.model import LayerKind, Model, Param, Params
+from nanovllm.models.pooling import PoolWeights
 from nanovllm.models.schemes import Part
 from nanovllm.models.shards import ALL, Shard, taken
 
@@ -54,9 +55,10 @@ class Target(NamedTuple):
     shard: Shard = ALL
 
 
-def load(model: Model, folder: Path, target: Target, progress: Progress) -> Params:
+def load(model: Model, folder: Path, target: Target, progress: Progress) -> Any:
     """Read a checkpoint in transformers' layout, or a GGUF file, in the formats that
-    `model.scheme` chooses and otherwise in the model's dtype.
+    `model.scheme` chooses and otherwise in the model's dtype: `Params`, or `PoolWeights` of a model
+    that pools.
 
     Calls `progress(n)` after every n layers.
 
@@ -268,7 +270,7 @@ def _joined(model: Model, parts: Sequence[Part], weights: Sequence[Weight]) -> W
     return Mixed(tuple(weights), tuple(model.extent(part.param).shape[-2] for part in parts))
 
 
-def random(model: Model, target: Target, seed: int, progress: Progress) -> Params:
+def random(model: Model, target: Target, seed: int, progress: Progress) -> Any:
     """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero.
 
     Routers of such weights route tokens as if at random. The parts of all ranks are those of one
@@ -292,7 +294,7 @@ def random(model: Model, target: Target, seed: int, progress: Progress) -> Param
     return build(model, draw, progress, place)
 
 
-def undefined(model: Model, target: Target) -> Params:
+def undefined(model: Model, target: Target) -> Any:
     """Weights whose numbers are not defined, and are not read: for fake tensors."""
     device, place, _, shard = target
 
@@ -337,7 +339,7 @@ def build(
     progress: Progress,
     place: Place = _in_place,
     convert: Callable[[Model, Param, Tensor], Weight] = converted,
-) -> Params:
+) -> Any:
     """The parameters that `make` gives as they are stored; `convert` makes a tied head."""
 
     def made(declared: dict[str, Param]) -> dict[str, Any]:
@@ -358,10 +360,7 @@ def build(
         return layer_type(**values)
 
     outer_params, *layer_params = model.declared
-    outer: dict[str, Any] = dict.fromkeys(model.lent) | made(outer_params)
-    if model.extra_type is not None:
-        own = {name: outer.pop(name, None) for name in model.extra_type._fields}
-        outer["extra"] = model.extra_type(**own)
+    outer = _with_extra(model, dict.fromkeys(model.lent) | made(outer_params))
     if model.tied_head is not None:
         table = outer["embed_VD"]
         if not model.head_is_table:
@@ -371,7 +370,17 @@ def build(
     for declared, kind in zip(layer_params, model.layer_kinds):
         layers.append(made_layer(declared, kind))
         progress(1)
+    if model.pooler is not None:
+        return PoolWeights(model.pooler.outer_type(**outer), tuple(layers))
     return Params(layers=tuple(layers), **outer)
+
+
+def _with_extra(model: Model, outer: dict[str, Any]) -> dict[str, Any]:
+    """Weights outside the layers, with those of `Model.extra_type` in one field."""
+    if model.extra_type is None:
+        return outer
+    own = {name: outer.pop(name, None) for name in model.extra_type._fields}
+    return {**outer, "extra": model.extra_type(**own)}
 
 
 def with_second(params: Params, model: Model, second: Params) -> Params:

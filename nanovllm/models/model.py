@@ -215,6 +215,8 @@ class Model:
     `whole_groups` are the `page_groups` of the whole model, if this one is reduced.
     Parameters outside the layers may also be those of `extra_type`, a named tuple, in
     `Params.extra`. Another model has the `lent` fields of `Params` (`draft_head`).
+    `pooler` is how a model pools, a `pooling.Pooler`; None if it generates. Then `pooler.embed` and
+    `pooler.head` are in place of `embed` and `head`, and the weights are `pooling.PoolWeights`.
 
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.
@@ -248,6 +250,7 @@ class Model:
     extra_type: type[Any] | None = None
     lent: tuple[str, ...] = ()
     layer_inputs: Callable[..., Tensor] | None = None
+    pooler: Any = None
 
     def __post_init__(self) -> None:
         num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers

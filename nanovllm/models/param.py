@@ -15,7 +15,8 @@ from torch import Tensor
 from nanovllm.models.formats.format import Extent
 
 ParamKind = Literal[
-    "linear", "norm", "bias", "table", "router", "experts", "basis", "places", "conv", "heads"
+    "linear", "norm", "bias", "table", "router", "experts", "basis", "places", "conv", "heads",
+    "plain",
 ]  # fmt: skip
 PACKABLE = frozenset({"linear", "experts", "table"})  # a scheme chooses the formats of these kinds
 # (tensor, rows of each source in it), see `Param`
@@ -78,9 +79,10 @@ class Param(NamedTuple):
     table: a scheme (`schemes`) chooses the formats of these. All others are plain tensors: "conv"
     is the kernel of a convolution, "router" the matrix that scores experts, "basis" a matrix that
     compressed experts share, "heads" a matrix for each head of attention, whose products are
-    batched: a checkpoint may store it in the format of a linear layer. "places" is where a rank's
-    experts are in its stack (`Shard.places`), which no checkpoint has. `parts` are the row counts
-    of the sources. A checkpoint may have one tensor of `shape` with the name `other_name` instead.
+    batched: a checkpoint may store it in the format of a linear layer. "plain" is any other.
+    "places" is where a rank's experts are in its stack (`Shard.places`), which no checkpoint has.
+    `parts` are the row counts of the sources. A checkpoint may have one tensor of `shape` with the
+    name `other_name` instead.
     If it `may_be_transposed`, its last two axes may be exchanged there. If it `is_interleaved`,
     they are, and the rows of a matrix's sources take turns.
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from nanovllm.models import (
+    bert,
     cohere,
     cohere2,
     deepseek_v2,
@@ -33,6 +34,7 @@ from nanovllm.models import (
     mistral,
     mistral3,
     mixtral,
+    modernbert,
     olmo2,
     olmo3,
     phi3,
@@ -47,6 +49,7 @@ from nanovllm.models import (
     qwen3_next,
     qwen3_vl,
     qwen3_vl_moe,
+    roberta,
     seed_oss,
     smollm3,
     starcoder2,
@@ -109,16 +112,30 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Starcoder2ForCausalLM": starcoder2.model,
 }
 
+# Architectures that only pool.
+ENCODERS: dict[str, Architecture] = {
+    "BertModel": bert.model,
+    "BertForMaskedLM": bert.model,
+    "BertForSequenceClassification": bert.model,
+    "RobertaModel": roberta.model,
+    "RobertaForMaskedLM": roberta.model,
+    "RobertaForSequenceClassification": roberta.model,
+    "XLMRobertaModel": roberta.model,
+    "XLMRobertaForMaskedLM": roberta.model,
+    "XLMRobertaForSequenceClassification": roberta.model,
+    "ModernBertModel": modernbert.model,
+    "ModernBertForMaskedLM": modernbert.model,
+    "ModernBertForSequenceClassification": modernbert.model,
+}
+
 # Architectures with rope parameters for each layer type.
 ROPES_PER_LAYER_TYPE = frozenset(
     {
-        "Gemma3ForCausalLM",
-        "Gemma3ForConditionalGeneration",
-        "Gemma4ForCausalLM",
-        "Gemma4ForConditionalGeneration",
-        "Olmo3ForCausalLM",
+        "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3TextModel",
+        "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Olmo3ForCausalLM", "Olmo3Model",
+        *(name for name in ENCODERS if name.startswith("ModernBert")),
     }
-)
+)  # fmt: skip
 # Model types that transformers has no config class for: the type whose class reads them, and fields
 # with another default value.
 READ_AS: dict[str, tuple[str, dict[str, object]]] = {
@@ -127,16 +144,45 @@ READ_AS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def architecture(names: list[str] | None) -> Architecture:
-    """The first known name of a config's `architectures`, for checkpoints in any known format.
+# Endings of the names of models that pool. "Model" has no head, and the others have that of scores.
+CAUSAL, NO_HEAD = "ForCausalLM", "Model"
+SCORES, REWARD = "ForSequenceClassification", "ForRewardModel"
 
-    Raises ValueError if no name is known.
+
+def architecture(names: list[str] | None, *, pools: bool = False) -> Architecture:
+    """The first known name of a config's `architectures`, for checkpoints in any known format;
+    with `pools` the model without its head.
+
+    Raises ValueError if no name is known, or if the model only pools and `pools` is False.
     """
     for name in names or []:
-        if name in ARCHITECTURES:
-            return partial(_with_formats, ARCHITECTURES[name])
+        found = pooled(name) if pools else ARCHITECTURES.get(name)
+        if found is not None:
+            return partial(_with_formats, found)
+    for name in names or []:
+        if pooled(name) is not None:
+            raise ValueError(
+                f"architecture {name} does not generate text: set task='embed', 'classify' or "
+                "'score'"
+            )
     known = ", ".join(ARCHITECTURES)
     raise ValueError(f"architecture {names} is not supported: use one of {known}")
+
+
+def pooled(name: str) -> Architecture | None:
+    """The architecture of a model that pools; None for an unknown name."""
+    if name in ENCODERS:
+        return ENCODERS[name]
+    for ending in (SCORES, REWARD, CAUSAL, NO_HEAD):
+        if name.endswith(ending):
+            return ARCHITECTURES.get(name.removesuffix(ending) + CAUSAL)
+    return None
+
+
+def check(names: list[str] | None) -> None:
+    """Raise ValueError if no name is known, of a model that generates or pools."""
+    if not any(pooled(name) is not None for name in names or []):
+        architecture(names)
 
 
 def _with_formats(make: Architecture, hf: Any, **settings: Any) -> Model:

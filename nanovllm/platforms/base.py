@@ -40,12 +40,13 @@ LORA_OPS = ("add_lora", "add_lora_")
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
     "group_topk", "paged_attention", "qk_norm_rope_store", "rms_norm", "sample", "sampling_inputs",
-    "silu_mul", "span_inputs", "topk_softmax", "varlen_attention", *LATENT_OPS, *DELTA_OPS,
-    *LORA_OPS, *OFFLOAD_OPS, *CLAMPED_EXPERT_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
+    "segment_attention", "silu_mul", "span_inputs", "topk_softmax", "varlen_attention",
+    *LATENT_OPS, *DELTA_OPS, *LORA_OPS, *OFFLOAD_OPS, *CLAMPED_EXPERT_OPS, *PACKED_EXPERT_OPS,
+    *COLLECTIVES,
 })  # fmt: skip
 # The passes of fuse=False: our kernels are used only for ops that no lowering can generate.
 UNFUSED_OPS = frozenset({
-    "paged_attention", "varlen_attention", "store_kv", "sample", "group_topk",
+    "paged_attention", "segment_attention", "varlen_attention", "store_kv", "sample", "group_topk",
     "topk_softmax", "experts", "expert_linear", *LATENT_OPS, *DELTA_OPS, *OFFLOAD_OPS,
     *CLAMPED_EXPERT_OPS, *LORA_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
 })  # fmt: skip

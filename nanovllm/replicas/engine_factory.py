@@ -12,7 +12,6 @@ from nanovllm.startup import bytecode
 from nanovllm.startup.compile_farm.farm import CompileFarm
 
 if TYPE_CHECKING:
-    from nanovllm.engine.engine import Engine
     from nanovllm.engine.engine_client import AnyEngine
     from nanovllm.replicas.replica import Starter
 
@@ -38,13 +37,19 @@ def _starter(config: EngineConfig) -> Starter:
     return ProcessStarter(config)
 
 
-def one_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
+def one_engine(config: EngineConfig, *, show_progress: bool = True) -> AnyEngine:
     """A warm engine in this process."""
     bytecode.report_missing()
     env.limit_spinning()
     with closing(CompileFarm.start(config)) as farm:
         wait = preload.begin(config.device)
         # Importing torch takes long: the farm and the device start in the meantime.
+        if config.pools:
+            from nanovllm.pooling import engine as pooling
+            from nanovllm.pooling.load import load as load_pooling
+
+            wait()
+            return pooling.PoolingEngine(load_pooling(config, farm, show_progress=show_progress))
         from nanovllm.engine.engine import Engine
         from nanovllm.startup.load import load
 

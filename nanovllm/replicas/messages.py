@@ -16,11 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from nanovllm.checks import InvalidValue
 from nanovllm.engine.metrics import Counter, Gauge, Metric
 from nanovllm.engine.request import EngineInfo, EngineRequest
 from nanovllm.lora_request import LoRARequest
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
@@ -79,6 +81,8 @@ class Add(msgspec.Struct, array_like=True):
     detokenizes: bool = False
     has_media: bool = False
     adapter: LoRARequest | None = None
+    pooling: PoolingParams | None = None
+    second_at: int = 0
 
 
 class End(msgspec.Struct, array_like=True):
@@ -100,6 +104,7 @@ class Done(msgspec.Struct, array_like=True):
     prompt_logprobs: list[Top | None] | None
     error: str | None
     error_field: str | None = None
+    pooled: Array | None = None
 
 
 class RowTokens(msgspec.Struct, array_like=True):
@@ -200,6 +205,8 @@ def load_request(found: Add, media: bytes) -> EngineRequest:
         found.cache_salt,
         detokenizes=found.detokenizes,
         adapter=found.adapter,
+        pooling=found.pooling,
+        second_at=found.second_at,
     )
     return with_media(request, media) if found.has_media else request
 
@@ -261,7 +268,16 @@ def completion(
         logprobs(end.prompt_logprobs, tokenizer),
         end.error,
         end.error_field,
+        pooled_of(end),
     )
+
+
+def pooled_of(end: Done) -> np.ndarray | None:
+    """The result of a model that pools, over the bytes of the message."""
+    found = end.pooled
+    if found is None:
+        return None
+    return np.frombuffer(found.data, np.dtype(found.dtype)).reshape(found.shape)
 
 
 def _utf8(text: str) -> bytearray:
@@ -281,6 +297,7 @@ def _done(found: FinishedOutput) -> Done:
         numbers(found.prompt_logprobs),
         None if found.error is None else _clean(found.error),
         found.error_field,
+        None if found.pooled is None else array(found.pooled),
     )
 
 

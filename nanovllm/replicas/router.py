@@ -21,6 +21,7 @@ from nanovllm.media import mm_inputs as media_given
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES
 from nanovllm.parallel.ranks import deferred_interrupts
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import AnyPrompt, Prompt, PromptRefused, as_prompt
 from nanovllm.replicas import messages
 from nanovllm.replicas.dispatcher import Dispatcher, Parcel, Pending
@@ -158,7 +159,7 @@ class Router:
     def add_request(
         self,
         prompt: AnyPrompt | Prompt | MediaPrompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PoolingParams | None = None,
         *,
         incremental: bool = True,
         embeddings: Embeddings = (),
@@ -174,6 +175,8 @@ class Router:
         self._check_open()
         params = params or SamplingParams()
         given = prompt if isinstance(prompt, MediaPrompt) else as_prompt(prompt)
+        if isinstance(params, PoolingParams):
+            return self.add(self._intake.pooling_request(given, params, incremental, priority))
         media = self._media_for(given, params, embeddings, positions)
         if media is not None:
             params = params.clone()  # it is used once they are prepared
@@ -243,6 +246,7 @@ class Router:
         message = Add(
             [request_id], [seed], prompt_ids, fields, asked.incremental, asked.priority,
             asked.cache_salt, asked.detokenizes, has_media=bool(media), adapter=asked.adapter,
+            pooling=asked.pooling, second_at=asked.second_at,
         )  # fmt: skip
         cost = len(prompt_ids) + self._intake.max_output(asked.params, len(prompt_ids))
         digests = []

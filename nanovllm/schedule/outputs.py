@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from nanovllm.checks import InvalidValue
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
@@ -22,6 +24,7 @@ class FinishedOutput:
     logprobs: per generated token. prompt_logprobs: per prompt token, None for the first.
     error: what went wrong, for finish_reason "error". error_field: the parameter that caused it, if
         any.
+    pooled: the result of a model that pools, fp32 [O].
     """
 
     text: str
@@ -34,6 +37,7 @@ class FinishedOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     error: str | None = None
     error_field: str | None = None
+    pooled: np.ndarray | None = None
 
     @classmethod
     def of(

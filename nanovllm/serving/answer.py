@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanovllm.outputs import TopLogprobs
-from nanovllm.replicas.messages import Done, RowTokens, logprobs
+from nanovllm.replicas.messages import Done, RowTokens, logprobs, pooled_of
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import FinishedOutput, OutputDelta, TextStream
 from nanovllm.tokenizer import Tokenizer
@@ -123,4 +123,5 @@ class Answer:
             prompt_logprobs=logprobs(end.prompt_logprobs, self._tokenizer),
             error=end.error,
             error_field=end.error_field,
+            pooled=pooled_of(end),
         )

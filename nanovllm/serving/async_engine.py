@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from nanovllm.config import EngineConfig
     from nanovllm.engine.metrics import Metric
     from nanovllm.lora_request import LoRARequest
     from nanovllm.media.mm_inputs import MMInput
     from nanovllm.outputs import TopLogprobs
+    from nanovllm.pooling_params import PoolingInfo, PoolingParams
     from nanovllm.prompts import AnyPrompt, Prompt
     from nanovllm.sampling import SamplingParams
     from nanovllm.tokenizer import Tokenizer
@@ -51,6 +54,7 @@ class Delta:
     error_field: str | None = None  # the parameter at fault, if any
     num_cached_tokens: int = 0
     prompt_logprobs: list[TopLogprobs | None] | None = None
+    pooled: np.ndarray | None = None
 
 
 class Stream(Protocol):
@@ -75,6 +79,7 @@ class AsyncEngine(Protocol):
     max_num_seqs: int
     default_params: SamplingParams
     eos_ids: frozenset[int]
+    pooling: PoolingInfo | None
 
     @property
     def is_draining(self) -> bool: ...
@@ -89,7 +94,7 @@ class AsyncEngine(Protocol):
     async def open(
         self,
         prompt: AnyPrompt | Prompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PoolingParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,

@@ -8,7 +8,7 @@ import uuid
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanovllm.checks import InvalidValue
 from nanovllm.config import EngineConfig
@@ -20,6 +20,7 @@ from nanovllm.lora_request import FIELD, LoRARequest, checked
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.output_stream import StreamedAnswer, StreamedOutput
 from nanovllm.outputs import RequestOutput
+from nanovllm.pooling_params import PoolingInfo, PoolingParams
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.replicas import child_config, handover, messages
 from nanovllm.replicas.handshake import check_agreement
@@ -35,6 +36,9 @@ from nanovllm.serving.connection import Connection
 from nanovllm.serving.encoding import Encoder
 from nanovllm.serving.stream import OpenStream, RequestState
 from nanovllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nanovllm.pooling_outputs import PoolingOutput, PoolingRequestOutput
 
 
 class Open(NamedTuple):
@@ -63,6 +67,7 @@ class Client:
     max_num_seqs: int
     default_params: SamplingParams
     eos_ids: frozenset[int]
+    pooling: PoolingInfo | None
     # how long to wait for the reason after a lost connection
     _patience_s = 0.0
 
@@ -127,7 +132,7 @@ class Client:
         self.max_model_len, self._block_size = first.max_model_len, first.block_size
         self.max_num_seqs = sum(one.max_num_seqs for one in infos)
         self.default_params = SamplingParams(**first.default_params)
-        self.eos_ids = frozenset(first.eos_ids)
+        self.eos_ids, self.pooling = frozenset(first.eos_ids), first.pooling
         self._intake = InputProcessor.of(self.config, self.tokenizer, first)
         capacities = [one.num_blocks for one in infos]
         # with one engine there is nothing to balance
@@ -265,7 +270,7 @@ class Client:
     async def open(
         self,
         prompt: AnyPrompt | Prompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PoolingParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -274,15 +279,17 @@ class Client:
         """Queue a prompt; its answers come through the stream.
 
         With params.output_kind FINAL_ONLY an answer is a single delta. Without params the
-        checkpoint's defaults are used. Media are prepared first; cancelling the task stops that.
+        checkpoint's defaults are used. With `PoolingParams` the answer is the result of a model
+        that pools, in a single delta. Media are prepared first; cancelling the task stops that.
         Raises ValueError for an invalid prompt, unreadable media or a request_id in use, and
         QueueFull, Draining, Unavailable, EngineDead.
         """
         await self.ready()
         params = self._checked(self.default_params if params is None else params)
         given = as_prompt(prompt)
+        num = 1 if isinstance(params, PoolingParams) else params.n
         self._check_open()
-        self._quota.take(params.n)  # prompts whose media are being prepared count as waiting
+        self._quota.take(num)  # prompts whose media are being prepared count as waiting
         key: object | None = None
         try:
             asked, media, key = await self._encoder.encode(given, params, priority, lora_request)
@@ -291,7 +298,7 @@ class Client:
             feed.media_key = key
             self._send(feed, asked, media)
         except BaseException:
-            self._quota.give_back(params.n)
+            self._quota.give_back(num)
             self._encoder.release(key)
             raise
         return OpenStream(self, asked.prompt_ids, feed)
@@ -324,6 +331,28 @@ class Client:
                 output = growing.output({one.request_id: one for one in found})
                 if output is not None:
                     yield output
+        finally:
+            stream.abort()
+
+    async def encode(
+        self,
+        prompt: AnyPrompt | Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:
+        """Yield the result of a model that pools; see `open`. Raises PoolingFailed if there is
+        none."""
+        from nanovllm.pooling_outputs import pooling_output  # imports torch
+
+        stream = await self.open(
+            prompt, pooling_params or PoolingParams(), request_id=request_id, priority=priority
+        )
+        try:
+            for one in await stream.take():
+                assert one.completion is not None
+                yield pooling_output(stream.request_id, one.completion)
         finally:
             stream.abort()
 
@@ -389,8 +418,10 @@ class Client:
         if self._is_draining:
             raise Draining("the engine is draining and accepts no new requests")
 
-    def _checked(self, params: SamplingParams) -> SamplingParams:
+    def _checked(self, params: SamplingParams | PoolingParams) -> SamplingParams | PoolingParams:
         """The same parameters. Raises ValueError if the engine refuses them."""
+        if isinstance(params, PoolingParams):
+            return params  # `InputProcessor.pooling_request` checks them
         if not isinstance(params, SamplingParams):
             raise ValueError(f"the parameters are {params!r}: they must be SamplingParams")
         self._intake.check(params)
@@ -435,7 +466,7 @@ class Client:
         add = Add(
             list(range(feed.first_id, feed.first_id + params.n)), seeds, asked.prompt_ids, fields,
             asked.incremental, asked.priority, asked.cache_salt, has_media=bool(media),
-            adapter=asked.adapter,
+            adapter=asked.adapter, pooling=asked.pooling, second_at=asked.second_at,
         )  # fmt: skip
         message = messages.dump(add)  # may raise: before any state changes
         by_engine = self._chosen(asked, cost, params.n)

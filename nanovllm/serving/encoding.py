@@ -13,6 +13,7 @@ from nanovllm.engine.request import EngineInfo, EngineRequest
 from nanovllm.lora_request import LoRARequest
 from nanovllm.media import mm_inputs as media_given
 from nanovllm.media.mm_inputs import MMInput
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import RequestOutputKind, SamplingParams
 from nanovllm.serving.mm_preprocessor import MMPreprocessor
@@ -48,13 +49,19 @@ class Encoder:
     async def encode(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         priority: int,
         lora_request: LoRARequest | None = None,
     ) -> tuple[EngineRequest, bytes, object | None]:
         """The request, the message with its media, and the media's key: call `release` with it when
         the answers have ended. Raises the errors of `MMPreprocessor.prepare`, and ValueError for an
         invalid prompt."""
+        text, tokenizer = prompt.text or "", self._intake.tokenizer
+        is_long = prompt.token_ids is None and len(text) > LONG_TEXT_CHARACTERS
+        if isinstance(params, PoolingParams):
+            pooled = partial(self._intake.request, prompt, params, incremental=False)
+            make = partial(pooled, priority=priority, lora_request=lora_request)
+            return await asyncio.to_thread(make) if is_long else make(), b"", None
         incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
         asked = partial(
             self._intake.request,
@@ -67,8 +74,6 @@ class Encoder:
             self.check_media(prompt.media)
             assert self._seeing is not None
             return await self._seeing.prepare(prompt, params, asked)
-        text, tokenizer = prompt.text or "", self._intake.tokenizer
-        is_long = prompt.token_ids is None and len(text) > LONG_TEXT_CHARACTERS
         if is_long and tokenizer is not None:
             token_ids = await asyncio.to_thread(tokenizer.encode, text)
             prompt = replace(prompt, token_ids=token_ids)

@@ -107,4 +107,5 @@ def delta(one: OutputDelta) -> Delta:
         error_field=done.error_field,
         num_cached_tokens=done.num_cached_tokens,
         prompt_logprobs=done.prompt_logprobs,
+        pooled=done.pooled,
     )

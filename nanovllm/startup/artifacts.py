@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 READY = "ready"  # the kind of the marker that a store has every bucket of a model and layout
-SHARED_MODULES = ("config", "dense", "group_router", "latent", "layer_state", "model", "moe")
+SHARED_MODULES = (
+    "config", "dense", "encoders", "group_router", "latent", "layer_state", "model", "moe",
+    "pooling",
+)  # fmt: skip
 # The folders of models whose modules regions of several architectures may use.
 SHARED_FOLDERS = ("audio", "formats", "experts", "vision")
 

@@ -73,10 +73,7 @@ def _written(hf: Any) -> bytes | None:
     """The config's attributes as JSON; None if JSON loses one, or for rope types with code."""
     if getattr(hf, "is_heterogeneous", False):
         return None
-    hf.standardize_rope_params()
-    nested = [value for value in hf.rope_parameters.values() if isinstance(value, dict)]
-    ropes = nested or [hf.rope_parameters]
-    if any(rope.get("rope_type", "default") != "default" for rope in ropes):
+    if hasattr(hf, "rope_parameters") and not _has_plain_ropes(hf):
         return None
     kept = {name: value for name, value in vars(hf).items() if not name.startswith("_")}
     kept = {name: value for name, value in kept.items() if name not in UNREAD}
@@ -85,6 +82,14 @@ def _written(hf: Any) -> bytes | None:
     kept["model_type"] = hf.model_type
     kept["dtype"] = str(hf.dtype).removeprefix("torch.") if hf.dtype is not None else None
     return json.dumps(kept).encode() if all(map(_is_plain, kept.values())) else None
+
+
+def _has_plain_ropes(hf: Any) -> bool:
+    """Whether no rope type has code, after giving the parameters their standard form."""
+    hf.standardize_rope_params()
+    nested = [value for value in hf.rope_parameters.values() if isinstance(value, dict)]
+    ropes = nested or [hf.rope_parameters]
+    return all(rope.get("rope_type", "default") == "default" for rope in ropes)
 
 
 def _is_plain(value: Any) -> bool:

@@ -19,7 +19,8 @@ from nanovllm.models.rope import refuse_nested
 
 # transformers reads these names too, although they are not fields of a config class.
 OTHER_NAMES = frozenset(
-    {"head_dim", "is_causal", "original_max_position_embeddings", "partial_rotary_factor",
+    {"classifier_from_token", "head_dim", "is_causal", "is_original_qwen3_reranker",
+     "original_max_position_embeddings", "partial_rotary_factor",
      "quantization_config", "rope_scaling", "rope_theta", "torch_dtype"}
 )  # fmt: skip
 # Fields of a whole model's config that apply to its text model too.
@@ -79,7 +80,7 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
         raise ValueError(f"{path}: architectures is {names!r}: it must be a list of names")
     try:
         check_sizes(fields)
-        registry.architecture(names)
+        registry.check(names)
         if not registry.ROPES_PER_LAYER_TYPE.intersection(names):
             _refuse_nested_ropes(fields)
     except ValueError as error:

@@ -174,7 +174,7 @@ def for_device(model: Model, folder: Path, platform: Platform) -> Model:
 def make_model(config: EngineConfig, hf: Any, dtype: torch.dtype) -> Model:
     """The model of a checkpoint's config, with the formats of the checkpoint or of the option
     `quantization`. Raises ValueError if they do not fit the model, or if both choose formats."""
-    architecture = registry.architecture(hf.architectures)
+    architecture = registry.architecture(hf.architectures, pools=config.pools)
     model = architecture(hf, dtype=dtype, max_model_len=config.max_model_len)
     if config.quantization is None:
         return model

@@ -57,7 +57,7 @@ class MockEngine:
         tokenizer: Tokenizer | None = None,
         options: MockOptions | None = None,
     ) -> None:
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.pooling = config, tokenizer, None
         self.options = options or MockOptions()
         self.max_model_len = self.options.max_model_len
         self.max_num_seqs = self.options.max_num_seqs

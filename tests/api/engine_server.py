@@ -16,6 +16,7 @@ from nanovllm.api.config import ServerConfig
 from nanovllm.api.server import Stop, run
 from nanovllm.api.service import Service
 from nanovllm.engine.engine import Engine
+from nanovllm.pooling.engine import PoolingEngine
 from nanovllm.serving.client import Client
 from tests.serving.served import serve
 
@@ -56,7 +57,7 @@ Work = Callable[[Served], Coroutine[Any, Any, Result]]
 
 def through_http(llm: LLM, work: Work[Result]) -> Result:
     """The result of `work` with clients of a server on this model."""
-    assert isinstance(llm.engine, Engine)
+    assert isinstance(llm.engine, Engine | PoolingEngine)
     return serve(llm.engine, partial(serve_and_work, work))
 
 

@@ -28,7 +28,7 @@ from nanovllm.cli.main import COMMANDS
 from nanovllm.compat.modules import MODULES
 from nanovllm.compat.modules import ROOT as PACKAGE
 from nanovllm.flags import Parser
-from nanovllm.option_names import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, WARNINGS
+from nanovllm.option_names import CONVERTS, LOAD_FORMATS, ONE_VALUE, RUNNERS, SAME_MEANING, WARNINGS
 from nanovllm.sampling import RequestOutputKind
 from tests.compat import formats
 
@@ -39,6 +39,7 @@ OUTPUTS = "tests/test_llm_outputs.py"
 IMPORTS, FLAGS = "tests/compat/test_imports.py", "tests/cli/test_flags.py"
 ASYNC = "tests/serving/test_async_llm.py"
 ADAPTERS, SERVED = "tests/engine/test_adapters.py", "tests/api/test_served_adapters.py"
+POOLING = "tests/pooling/test_decoders.py"
 SLEEP, NANO = "tests/engine/test_sleep.py", "tests/compat/test_nano_vllm.py"
 
 # vLLM's SamplingParams: each field with a value that is not its default, and the test of its effect
@@ -102,20 +103,21 @@ SAME_NAME = {
     "distributed_executor_backend": "tests/replicas/test_ray_replicas.py",
     "speculative_config": "tests/engine/test_speculation.py",
     **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras"), ADAPTERS),
+    "task": CALLS, "pooler_config": CALLS,
 }  # fmt: skip
 # vLLM's methods of LLM and LLMEngine
 LLM_METHODS = {
     "generate": CALLS, "chat": CALLS, "beam_search": METHODS, "get_tokenizer": CALLS,
     "set_tokenizer": METHODS, "get_default_sampling_params": CALLS, "llm_engine": CALLS,
     "reset_prefix_cache": CALLS, "get_metrics": METHODS, "sleep": SLEEP, "wake_up": SLEEP,
+    **dict.fromkeys(("encode", "embed", "classify", "reward", "score"), POOLING),
 }  # fmt: skip
-LLM_REFUSED = (
-    "encode", "embed", "classify", "reward", "score", "start_profile", "stop_profile",
-)  # fmt: skip
+LLM_REFUSED = ("start_profile", "stop_profile")
 LLM_ABSENT = ("collective_rpc", "apply_model", "reset_mm_cache")
 ASYNC_METHODS = {
     "from_engine_args": IMPORTS, "generate": "tests/serving/test_clients.py",
-    "abort": IMPORTS, "shutdown": ASYNC, "add_lora": SERVED, "remove_lora": SERVED,
+    "abort": IMPORTS, "encode": "tests/pooling/test_served_pooling.py", "shutdown": ASYNC,
+    "add_lora": SERVED, "remove_lora": SERVED,
 }  # fmt: skip
 ASYNC_REFUSED = ("start_profile", "stop_profile")
 # vLLM's flags of `vllm serve` that are no options of an engine, or that have other forms here
@@ -202,6 +204,9 @@ def option_rows() -> list[str]:
     assert set(SAME_NAME) <= ours
     for theirs, name in SAME_MEANING.items():
         rows.append(row(f"`{theirs}`", f"works, as `{name}`", shown(theirs, CALLS)))
+    for name, values in (("runner", RUNNERS), ("convert", CONVERTS)):
+        words = f"{', '.join(f'`{one}`' for one in values)} work"
+        rows.append(row(f"`{name}`", words, shown(name, CALLS)))
     formats = ", ".join(f"`{one}`" for one in LOAD_FORMATS)
     rows.append(row("`load_format`", f"{formats} work", shown("load_format", CALLS)))
     for name in WARNINGS:

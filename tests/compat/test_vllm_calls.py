@@ -299,3 +299,31 @@ def test_options_under_vllms_names(theirs: dict[str, Any], ours: dict[str, Any])
 def test_other_values_are_refused_by_name(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         EngineConfig.from_options("m", options)
+
+
+@pytest.mark.parametrize(
+    ("options", "task"),
+    [
+        ({"runner": "pooling"}, "pooling"),
+        ({"runner": "pooling", "convert": "embed"}, "embed"),
+        ({"task": "embed", "runner": "auto"}, "embed"),
+        ({"task": None, "convert": "none"}, "generate"),
+        ({"runner": "generate"}, "generate"),
+    ],
+)
+def test_vllms_options_of_pooling_choose_the_task(options: dict[str, Any], task: str) -> None:
+    assert EngineConfig.from_options("m", options).task == task
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="task is 'generate', runner 'pooling'"):
+        EngineConfig.from_options("m", {"task": "generate", "runner": "pooling"})
+    with pytest.raises(ValueError, match="convert is 'x': it must be one of auto, none, embed"):
+        EngineConfig.from_options("m", {"convert": "x"})
+    given = {"pooling_type": "MEAN"}
+    config = EngineConfig.from_options("m", {"task": "embed", "override_pooler_config": given})
+    assert config.pooler_config == given
+    with pytest.raises(ValueError, match="pooler_config needs a task that pools"):
+        EngineConfig.from_options("m", {"pooler_config": given})
+    with pytest.raises(ValueError, match="task='embed' does not go with enable_lora=True"):
+        EngineConfig.from_options("m", {"task": "embed", "enable_lora": True})

@@ -9,6 +9,7 @@ from torch import Tensor
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.kernels import ops, reference
+from nanovllm.kernels.cpu import norm_act as cpu_norm_act
 from tests.compile.test_passes import op_counts, traced
 
 
@@ -18,6 +19,20 @@ def test_the_reference_is_torchs_layer_norm(dtype: torch.dtype) -> None:
     for bias in (None, bias_D):
         wanted = torch.nn.functional.layer_norm(x_TD, (19,), weight_D, bias, 1e-3)
         torch.testing.assert_close(ops.layer_norm(x_TD, weight_D, bias, 1e-3), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_of_a_cpu_is_the_reference(
+    dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    x_TD = torch.randn(19, 198, dtype=dtype)[:, ::2]
+    weight_D, bias_D = (torch.randn(99, dtype=weight_dtype) for _ in range(2))
+    for bias in (None, bias_D):
+        found = cpu_norm_act.layer_norm(x_TD, weight_D, bias, 1e-5)
+        assert found.is_contiguous()
+        wanted = reference.norm_act.layer_norm(x_TD, weight_D, bias, 1e-5)
+        torch.testing.assert_close(found, wanted)
 
 
 def test_each_head_may_have_a_weight() -> None:

@@ -242,7 +242,7 @@ ROPE = (
     Case("max_position_embeddings", 77, UNREAD),  # the limit of max_model_len: see test_rope.py
 )
 OTHERS = (
-    Case("architectures", ["BertModel"], r"architecture \['BertModel'\] is not supported"),
+    Case("architectures", ["ElectraModel"], r"architecture \['ElectraModel'\] is not supported"),
     Case("model_type", "gpt2", "model_type 'gpt2' does not go with"),
     # The answer's end and text depend on ids of special tokens; no logits do.
     Case("bos_token_id", 7, UNREAD),

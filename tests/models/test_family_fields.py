@@ -121,7 +121,7 @@ CASES = (
     Case(rope("default", partial_rotary_factor=0.5), "partial_rotary_factor 0.5", ("granite",)),
     Case(rope("proportional"), "'proportional' is not supported", ("granite", "olmo2")),
     Case({"model_type": "gpt2"}, "model_type 'gpt2' does not go with", NOT_GEMMA),
-    Case({"architectures": ["BertModel"]}, r"architecture \['BertModel'\] is not supported"),
+    Case({"architectures": ["ElectraModel"]}, r"architecture \['ElectraModel'\] is not supported"),
     Case({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     Case({"is_causal": False}, "is_causal False is not supported"),
     # SmolLM3

@@ -81,7 +81,7 @@ CASES = (
     Case(rope("linear", factor=2.0, mscale_all_dim=0.5), HONOURED, (V3,)),
     Case(rope("default", partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not supported"),
     Case({"model_type": "gpt2"}, "model_type 'gpt2' does not go with"),
-    Case({"architectures": ["BertModel"]}, r"architecture \['BertModel'\] is not supported"),
+    Case({"architectures": ["ElectraModel"]}, r"architecture \['ElectraModel'\] is not supported"),
     Case({"quantization_config": {"quant_method": "hqq"}}, "quantization_config"),
     Case({"is_causal": False}, "is_causal False is not supported"),
     Case({"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported: only 1 is", (V2, V3)),

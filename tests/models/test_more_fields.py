@@ -41,7 +41,7 @@ THREE_GEMMA = {**THREE, **GEMMA4, "num_hidden_layers": 3, "layer_types": [SLIDIN
 EPS: Fields = {"rms_norm_eps": 0.5}
 REFUSED = (  # by every family
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-    ({"architectures": ["BertModel"]}, r"architecture \['BertModel'\] is not supported"),
+    ({"architectures": ["ElectraModel"]}, r"architecture \['ElectraModel'\] is not supported"),
 )
 WINDOWS_BACK: Fields = {
     "sliding_window": 9, "layer_types": ["full_attention", *WINDOWS["layer_types"][:2]],

@@ -14,6 +14,7 @@ import uvloop
 
 from nanovllm.engine.engine import Engine
 from nanovllm.parallel.channel import ChannelClosed, channel_pair
+from nanovllm.pooling.engine import PoolingEngine
 from nanovllm.replicas.client_conn import ClientConn
 from nanovllm.replicas.handshake import digest_of
 from nanovllm.replicas.loop import Loop
@@ -38,7 +39,7 @@ def run(work: Coroutine[Any, Any, Result], loop: str = "asyncio") -> Result:
 
 
 def serve(
-    engine: Engine,
+    engine: Engine | PoolingEngine,
     work: Callable[..., Coroutine[Any, Any, Result]],
     num_clients: int = 1,
     *,
@@ -72,12 +73,13 @@ def serve(
     finally:
         theirs.close()
         thread.join()
-        for request_id in list(engine._answers.requests):
-            engine.abort(request_id)
+        engine.abort_all(
+            list(engine._answers.requests if isinstance(engine, Engine) else engine._requests)
+        )
         engine.take()
 
 
-def _run_loop(engine: Engine, socks: list[socket.socket], control: Any) -> None:
+def _run_loop(engine: Engine | PoolingEngine, socks: list[socket.socket], control: Any) -> None:
     engine.enter_thread()
     with suppress(ChannelClosed):
         info = replace(engine.info, checkpoint=digest_of(engine.config))

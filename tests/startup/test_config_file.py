@@ -159,7 +159,7 @@ def problem(folder: Path) -> str:
         ("null", "holds None: it must be an object"),
         ("{}", "architectures is None: it must be a list of names"),
         ('{"architectures": "Qwen3ForCausalLM"}', "architectures is 'Qwen3ForCausalLM': it must"),
-        ('{"architectures": ["BertModel"]}', "architecture ['BertModel'] is not supported"),
+        ('{"architectures": ["ElectraModel"]}', "architecture ['ElectraModel'] is not supported"),
         ('{"architectures": ["Own"], "auto_map": {}}', "its own code (auto_map) is not run"),
         ('{"architectures": ["Qwen3ForCausalLM"]}', "model_type is None, which transformers does"),
         (

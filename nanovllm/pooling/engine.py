@@ -1,0 +1,314 @@
+"""The engine of a model that pools: requests wait in a queue, and steps take whole prompts.
+
+It has the interface of `engine.engine.Engine`, so `LLM`, replicas and servers use it in its place.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Container, Iterable, Sequence
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+
+from nanovllm.engine.input_processor import Embeddings, InputProcessor
+from nanovllm.engine.metrics import PREFIX, Counter, Gauge, Metric
+from nanovllm.engine.owner import OwnerProcess
+from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
+from nanovllm.lora_request import LoRARequest
+from nanovllm.media import mm_inputs as media_given
+from nanovllm.media.mm_inputs import MMInput
+from nanovllm.platforms.base import HostCopy
+from nanovllm.pooling.load import LoadedPooling
+from nanovllm.pooling.results import result
+from nanovllm.pooling.runner import BLOCK, PoolRunner, PoolSequence
+from nanovllm.pooling_params import PoolingParams
+from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
+from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.outputs import FinishedOutput, Outbox, OutputDelta
+
+REASONS = ("stop", "abort", "error")
+
+
+class InFlight(NamedTuple):
+    """A launched step: its requests, in the order of the rows of its results."""
+
+    request_ids: list[int]
+    results_RO: HostCopy
+
+
+class PoolingMetrics:
+    """Counts of an engine's work."""
+
+    def __init__(self) -> None:
+        self.num_prompt_tokens = self.num_steps = self.num_waiting = self.num_running = 0
+        self.num_finished = dict.fromkeys(REASONS, 0)
+
+    def read(self) -> list[Metric]:
+        gauges = {
+            "num_requests_running": self.num_running, "num_requests_waiting": self.num_waiting
+        }  # fmt: skip
+        counters = {"prompt_tokens": self.num_prompt_tokens, "num_steps": self.num_steps}
+        found: list[Metric] = [Gauge(PREFIX + name, num) for name, num in gauges.items()]
+        found += [Counter(PREFIX + name, num) for name, num in counters.items()]
+        return found + [
+            Counter(PREFIX + "request_success", num, {"finished_reason": reason})
+            for reason, num in self.num_finished.items()
+        ]
+
+
+class PoolingEngine:
+    """Call `add_request`, then `step` until a request's output, or `abort`.
+
+    Use an engine from one thread at a time (`LockedEngine`).
+    """
+
+    def __init__(self, loaded: LoadedPooling) -> None:
+        self.config, self.tokenizer = loaded.config, loaded.tokenizer
+        self.max_model_len, self.pooling = loaded.max_model_len, loaded.info
+        self.load_seconds = loaded.seconds
+        self.default_params = SamplingParams()
+        self._runner: PoolRunner = loaded.runner
+        self.model_config = loaded.runner.model.config
+        run_ahead = loaded.config.tuned.run_ahead
+        platform = loaded.runner.platform
+        self.run_ahead = platform.traits.run_ahead if run_ahead is None else run_ahead
+        self._intake = InputProcessor.of(loaded.config, self.tokenizer, self.info)
+        self._requests: dict[int, EngineRequest] = {}  # unfinished
+        self._queue: list[tuple[int, int]] = []  # a heap of (priority, id)
+        self._in_flight: deque[InFlight] = deque()
+        self._outbox = Outbox()
+        self.metrics = PoolingMetrics()
+        self._num_added = 0
+        self._is_closed = False
+        self._owner = OwnerProcess()
+
+    # facts ------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> EngineInfo:
+        """The facts that clients need, except the digest of the checkpoint."""
+        layout, cfg = self._runner.layout, self.model_config
+        return EngineInfo(
+            "", self.max_model_len, self.max_num_seqs, cfg.vocab_size, cfg.hidden_size, BLOCK,
+            layout.tokens[-1] // BLOCK, [], {}, pooling=self.pooling,
+        )  # fmt: skip
+
+    @property
+    def runner(self) -> PoolRunner:
+        return self._runner
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset()
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The most prompts of one step."""
+        return self._runner.layout.max_rows
+
+    @property
+    def is_sleeping(self) -> bool:
+        return False
+
+    def prompt_ids(self, request_id: int) -> list[int]:
+        """The prompt of an unfinished request."""
+        return self._requests[request_id].prompt_ids
+
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        """See `InputProcessor.text_ids`."""
+        return self._intake.text_ids(prompt)
+
+    def encoded(self, prompt: Prompt) -> Prompt:
+        """See `InputProcessor.encoded`."""
+        return self._intake.encoded(prompt)
+
+    def check_media(self, media: Sequence[MMInput]) -> None:
+        """Raises ValueError for any."""
+        media_given.refuse(self.config.model, media)
+
+    # requests ---------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: AnyPrompt | Prompt | MediaPrompt,
+        params: SamplingParams | PoolingParams | None = None,
+        *,
+        incremental: bool = True,
+        embeddings: Embeddings = (),
+        positions: np.ndarray | None = None,
+        priority: int = 0,
+        lora_request: LoRARequest | None = None,
+    ) -> int:
+        """Queue a prompt; returns the request's id. Raises ValueError, and queues nothing, for a
+        prompt that does not fit, and for anything but text or token ids."""
+        asked = self._intake.request(
+            prompt if isinstance(prompt, MediaPrompt) else as_prompt(prompt),
+            PoolingParams() if params is None else params,
+            incremental=incremental,
+            embeddings=embeddings,
+            positions=positions,
+            priority=priority,
+            lora_request=lora_request,
+        )
+        return self.add(asked)
+
+    def add(self, asked: EngineRequest, with_media: Prompt | None = None) -> int:
+        """Queue a request that `InputProcessor` has checked; returns its id."""
+        self._check_open()
+        assert asked.pooling is not None and with_media is None
+        request_id = self._num_added
+        self._num_added += 1
+        self._requests[request_id] = asked
+        heapq.heappush(self._queue, (asked.priority, request_id))
+        return request_id
+
+    def abort(self, request_id: int, reason: str = "abort") -> None:
+        """End a request now; its last output follows. Unknown ids are ignored."""
+        asked = self._requests.pop(request_id, None)
+        if asked is not None:
+            self._end(request_id, asked, reason)
+
+    def abort_all(self, request_ids: Iterable[int]) -> None:
+        """End requests and drop their outputs, for a caller that no longer reads them."""
+        dropped = set(request_ids)
+        for request_id in dropped:
+            self.abort(request_id)
+        self._outbox.take(dropped)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests or self._outbox.outputs)
+
+    # steps ------------------------------------------------------------------------------------
+
+    def step(self) -> list[OutputDelta]:
+        """`advance`, then `take` all outputs. The list can be empty while steps are in flight."""
+        self.advance()
+        return self.take()
+
+    def take(self, request_ids: Container[int] | None = None) -> list[OutputDelta]:
+        """Remove and return the waiting outputs of these requests, or of all."""
+        return self._outbox.take(request_ids)
+
+    def has_outputs(self, request_ids: Container[int] | None = None) -> bool:
+        """Whether outputs of these requests, or of any, wait for `take`."""
+        return self._outbox.has(request_ids)
+
+    def advance(self) -> None:
+        """Launch the next step, and collect the results of an earlier one.
+
+        An error or Ctrl-C leaves the engine usable: unfinished requests wait again.
+        """
+        self._check_open()
+        try:
+            chosen = self._next()
+            if chosen:
+                sequences = [PoolSequence(one.prompt_ids, one.second_at) for _, one in chosen]
+                launched = self._runner.launch(sequences)
+                self._in_flight.append(InFlight([one for one, _ in chosen], launched))
+                self.metrics.num_steps += 1
+            num_to_leave = self.run_ahead if chosen else 0
+            while len(self._in_flight) > num_to_leave:
+                self._collect(self._in_flight.popleft())
+        except BaseException:
+            self._restart()
+            raise
+        self.metrics.num_waiting = len(self._queue)
+        self.metrics.num_running = sum(len(one.request_ids) for one in self._in_flight)
+
+    def _next(self) -> list[tuple[int, EngineRequest]]:
+        """The requests of the next step: the first that fit together, in their order."""
+        layout, num_tokens = self._runner.layout, 0
+        chosen: list[tuple[int, EngineRequest]] = []
+        while self._queue and len(chosen) < layout.max_rows:
+            request_id = self._queue[0][1]
+            asked = self._requests.get(request_id)
+            if asked is not None:
+                num_tokens += len(asked.prompt_ids)
+                if num_tokens > layout.tokens[-1]:
+                    break
+                chosen.append((request_id, asked))
+            heapq.heappop(self._queue)
+        return chosen
+
+    def _collect(self, step: InFlight) -> None:
+        results_RO = step.results_RO.numpy()
+        for request_id, raw_O in zip(step.request_ids, results_RO):
+            asked = self._requests.pop(request_id, None)
+            if asked is None:
+                continue  # it was aborted
+            assert asked.pooling is not None
+            self.metrics.num_prompt_tokens += len(asked.prompt_ids)
+            if np.isfinite(raw_O).all():
+                found = result(self.pooling, asked.pooling, raw_O)
+                self._end(request_id, asked, "stop", found)
+            else:
+                words = "the model computed infinite numbers or NaN: its weights may be damaged"
+                self._end(request_id, asked, "error", error=words)
+
+    def _end(
+        self,
+        request_id: int,
+        asked: EngineRequest,
+        reason: str,
+        pooled: np.ndarray | None = None,
+        error: str | None = None,
+    ) -> None:
+        self.metrics.num_finished[reason] += 1
+        done = FinishedOutput(
+            "", [], reason, None, asked.prompt_ids, 0, None, None, error, pooled=pooled
+        )
+        self._outbox.outputs.append(OutputDelta(request_id, [], "", None, done))
+
+    def _restart(self) -> None:
+        """After an error or Ctrl-C: all unfinished requests wait for a step."""
+        self._in_flight.clear()
+        self._queue = [(one.priority, request_id) for request_id, one in self._requests.items()]
+        heapq.heapify(self._queue)
+
+    # the engine -------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Free the memory of weights and graphs. Does nothing in a fork of the process."""
+        if self._is_closed or not self._owner.is_here:
+            return
+        self._is_closed = True
+        self._in_flight.clear()
+        self._requests.clear()
+        self._runner.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_owner"):
+            self.close()
+
+    def enter_thread(self) -> None:
+        """Prepare the calling thread before it first uses the engine."""
+        self._runner.platform.enter_thread()
+
+    def forget_prefixes(self) -> None:
+        """Does nothing: no prefixes are kept."""
+
+    def prepare_grammars(self) -> None:
+        """Does nothing: no text is generated."""
+
+    def sleep(self, level: int = 1) -> NoReturn:
+        self._refuse("sleep")
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> NoReturn:
+        self._refuse("wake_up")
+
+    def add_lora(self, request: LoRARequest) -> NoReturn:
+        self._refuse("an adapter")
+
+    def remove_lora(self, lora_int_id: int) -> NoReturn:
+        self._refuse("an adapter")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"{what} is not supported with task={self.config.task!r}")
+
+    def _check_open(self) -> None:
+        self._owner.check()
+        if self._is_closed:
+            raise RuntimeError("this engine is closed: load the model again")

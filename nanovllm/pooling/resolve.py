@@ -1,0 +1,179 @@
+"""Chooses how a checkpoint pools: its head, the tokens that it takes, and what becomes of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nanovllm.config import EngineConfig
+from nanovllm.models.checkpoint import Checkpoint
+from nanovllm.models.gguf.header import is_gguf
+from nanovllm.models.model import Model
+from nanovllm.models.pooling import Pooler, Pooling, of_decoder, without_prefix
+from nanovllm.models.registry import CAUSAL, REWARD, SCORES
+from nanovllm.pooling import modules
+from nanovllm.pooling.modules import Modules
+from nanovllm.pooling_params import PoolingInfo
+from nanovllm.startup.config_file import overridden, read_stored
+from nanovllm.startup.resolve import ResolvedConfig
+
+logger = logging.getLogger(__name__)
+
+TYPES: dict[str, Pooling] = {"LAST": "last", "CLS": "cls", "MEAN": "mean"}
+RERANKER_LABELS = ("no", "yes")  # of Qwen3-Reranker, as published
+MAX_LABELS = 1 << 16
+
+
+@dataclass(frozen=True)
+class PoolingPlan:
+    """A model that pools. labels: texts of tokens whose logits are the results, none for a head."""
+
+    model: Model
+    info: PoolingInfo
+    labels: tuple[str, ...] = ()
+
+    @property
+    def pooler(self) -> Pooler:
+        pooler: Pooler = self.model.pooler
+        return pooler
+
+
+def plan(resolved: ResolvedConfig) -> PoolingPlan:
+    """How the model of a checkpoint pools. Raises ValueError if it does not, or not for the
+    task."""
+    config, folder, hf = resolved.config, resolved.folder, resolved.hf
+    if is_gguf(folder):
+        raise ValueError(f"{folder} is a GGUF file, which does not pool: task is {config.task!r}")
+    if resolved.platform.traits.whole_steps:
+        raise ValueError(
+            f"task={config.task!r} is not supported on a {resolved.platform.traits.name} device"
+        )
+    given = None if is_gguf(folder) else modules.read(folder)
+    fields = overridden(read_stored(folder), config.hf_overrides or {})
+    name = str(next(iter(hf.architectures), ""))
+    labels = _labels(config, hf, name, given)
+    makes = _makes(config, name, labels)
+    model = resolved.model
+    num_scores = len(_class_names(fields)) if makes == "classify" and not labels else 0
+    if model.pooler is not None and num_scores:
+        model = model.pooler.scored(model, num_scores)
+    elif model.pooler is None:
+        model = of_decoder(
+            model, num_scores=num_scores, num_labels=len(labels), inner=name.endswith(REWARD)
+        )
+    model = _with_names(config, folder, model)
+    pooler = replace(model.pooler, pooling=_pooling(config, given, model.pooler, makes))
+    return PoolingPlan(
+        replace(model, pooler=pooler), _info(config, fields, given, pooler, labels, makes), labels
+    )
+
+
+def _labels(config: EngineConfig, hf: Any, name: str, given: Modules | None) -> tuple[str, ...]:
+    """The texts of the tokens whose logits are scores, for a decoder with a vocabulary."""
+    asked = getattr(hf, "classifier_from_token", None)
+    if asked is not None:
+        is_list = isinstance(asked, list) and all(isinstance(one, str) and one for one in asked)
+        if not is_list or not 0 < len(asked) <= MAX_LABELS:
+            raise ValueError(
+                f"classifier_from_token is {asked!r}: it must be a list of texts, one token each"
+            )
+        return tuple(asked)
+    is_reranker = name == "Qwen3ForCausalLM" and config.task == "score" and given is None
+    return RERANKER_LABELS if is_reranker else ()
+
+
+def _makes(config: EngineConfig, name: str, labels: tuple[str, ...]) -> str:
+    has_head = bool(labels) or name.endswith((SCORES, REWARD))
+    if config.task == "embed" or (config.task in ("score", "pooling") and not has_head):
+        return "embed"
+    if not has_head:
+        hint = ""
+        if name.endswith(CAUSAL):
+            hint = ", and hf_overrides={'classifier_from_token': [...]} names no tokens of it"
+        raise ValueError(f"task is {config.task!r}, but {name} has no head of classes{hint}")
+    return "classify"
+
+
+def _class_names(fields: Mapping[str, Any]) -> list[str]:
+    """The names of classes in a config.json; transformers' default is two."""
+    found = fields.get("id2label")
+    if isinstance(found, dict) and 0 < len(found) <= MAX_LABELS:
+        by_number = {str(number): str(label) for number, label in found.items()}
+        return [by_number.get(str(i), f"LABEL_{i}") for i in range(len(found))]
+    num = fields.get("num_labels", 2)
+    if type(num) is not int or not 0 < num <= MAX_LABELS:
+        raise ValueError(f"num_labels is {num!r}: it must be a whole number, 1 … {MAX_LABELS}")
+    return [f"LABEL_{i}" for i in range(num)]
+
+
+def _with_names(config: EngineConfig, folder: Path, model: Model) -> Model:
+    """The model with the tensors' names of its checkpoint."""
+    prefix = model.pooler.prefix
+    if config.random_weights:
+        return model
+    with Checkpoint(folder) as checkpoint:
+        has_prefix = any(name.startswith(prefix) for name in checkpoint)
+    return model if has_prefix else without_prefix(model, prefix)
+
+
+def _pooling(config: EngineConfig, given: Modules | None, pooler: Pooler, makes: str) -> Pooling:
+    options = config.pooler_config or {}
+    asked = options.get("pooling_type", options.get("seq_pooling_type"))
+    if asked is None:
+        from_files = None if given is None or makes != "embed" else given.pooling
+        return from_files or pooler.pooling
+    if not isinstance(asked, str) or asked.upper() not in TYPES:
+        raise ValueError(f"pooling_type is {asked!r}: it must be one of {', '.join(TYPES)}")
+    return TYPES[asked.upper()]
+
+
+def _info(
+    config: EngineConfig,
+    fields: Mapping[str, Any],
+    given: Modules | None,
+    pooler: Pooler,
+    labels: tuple[str, ...],
+    makes: str,
+) -> PoolingInfo:
+    options = config.pooler_config or {}
+    asked = options.get("normalize", options.get("use_activation"))
+    if asked is not None and not isinstance(asked, bool):
+        raise ValueError(f"normalize is {asked!r}: it must be True or False")
+    if makes == "embed":
+        normalizes = given is None or given.normalizes
+        names: list[str] = []
+    else:
+        normalizes = True
+        names = _class_names(fields) if not labels else list(labels)[-pooler.size :]
+    return PoolingInfo(
+        makes,
+        pooler.size,
+        normalizes if asked is None else asked,
+        activation=_activation(fields, pooler.size) if makes == "classify" else "none",
+        labels=names,
+        template="qwen3" if labels == RERANKER_LABELS else "",
+        has_pairs=not pooler.is_causal,
+        has_types=pooler.has_types,
+    )
+
+
+def _activation(fields: Mapping[str, Any], size: int) -> str:
+    """What turns logits into scores: as the checkpoint says for a cross-encoder, or by its kind of
+    problem."""
+    own = fields.get("sentence_transformers")
+    named = own.get("activation_fn") if isinstance(own, dict) else None
+    named = named or fields.get("sbert_ce_default_activation_function")
+    kinds = {"Identity": "none", "Sigmoid": "sigmoid"}
+    kind = str(named).rpartition(".")[2]
+    if named is not None:
+        if kind not in kinds:
+            raise ValueError(f"the activation {named!r} is not supported: Identity and Sigmoid are")
+        return kinds[kind]
+    problem = fields.get("problem_type")
+    if problem == "regression":
+        return "none"
+    is_multiple = problem == "multi_label_classification"
+    return "sigmoid" if is_multiple or size == 1 else "softmax"

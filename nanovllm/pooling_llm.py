@@ -1,0 +1,251 @@
+"""The methods of `LLM` for models that pool, under vLLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nanovllm import pairs, progress
+from nanovllm.pooling_params import PoolingInfo, PoolingParams
+from nanovllm.progress import UseTqdm
+from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
+
+if TYPE_CHECKING:
+    from nanovllm.engine.engine_client import AnyEngine
+    from nanovllm.engine.locked_engine import LockedEngine
+    from nanovllm.pooling_outputs import (
+        ClassificationRequestOutput,
+        EmbeddingRequestOutput,
+        PoolingOutput,
+        PoolingRequestOutput,
+        ScoringRequestOutput,
+    )
+    from nanovllm.schedule.outputs import FinishedOutput
+
+T = TypeVar("T")
+Params = PoolingParams | Sequence[PoolingParams] | None
+
+
+class PoolingMethods:
+    """All raise ValueError, and queue nothing, if a prompt is invalid or the model does not do
+    what is asked, and `PoolingFailed` for a prompt without a result."""
+
+    engine: AnyEngine
+    shared: LockedEngine
+
+    def embed(
+        self,
+        prompts: AnyPrompts,
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_params: Params = None,
+        truncate_prompt_tokens: int | None = None,
+        lora_request: None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embeddings of prompts: `output.outputs.embedding` is a list of numbers."""
+        from nanovllm.pooling_outputs import embedding_output
+
+        params = _params(pooling_params, "embed", truncate_prompt_tokens)
+        return self._pooled(prompt_list(prompts), params, use_tqdm, lora_request, embedding_output)
+
+    def classify(
+        self,
+        prompts: AnyPrompts,
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_params: Params = None,
+        truncate_prompt_tokens: int | None = None,
+        lora_request: None = None,
+    ) -> list[ClassificationRequestOutput]:
+        """The probabilities of classes for prompts: `output.outputs.probs`."""
+        from nanovllm.pooling_outputs import classification_output
+
+        params = _params(pooling_params, "classify", truncate_prompt_tokens)
+        return self._pooled(
+            prompt_list(prompts), params, use_tqdm, lora_request, classification_output
+        )
+
+    def encode(
+        self,
+        prompts: AnyPrompts,
+        pooling_params: Params = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        truncate_prompt_tokens: int | None = None,
+        lora_request: None = None,
+        pooling_task: str | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """The results of prompts as tensors: `output.outputs.data`. `pooling_task` is "embed" or
+        "classify", None for what the model makes."""
+        from nanovllm.pooling_outputs import pooling_output
+
+        params = _params(pooling_params, pooling_task, truncate_prompt_tokens)
+        return self._pooled(prompt_list(prompts), params, use_tqdm, lora_request, pooling_output)
+
+    def reward(
+        self,
+        prompts: AnyPrompts,
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_params: Params = None,
+        truncate_prompt_tokens: int | None = None,
+        lora_request: None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """The rewards of prompts as tensors: the logits of a reward model."""
+        given = pooling_params or PoolingParams(use_activation=False)
+        return self.encode(
+            prompts, given, use_tqdm=use_tqdm, truncate_prompt_tokens=truncate_prompt_tokens,
+            lora_request=lora_request, pooling_task="classify",
+        )  # fmt: skip
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None,
+        lora_request: None = None,
+        instruction: str | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well the texts of each pair fit: `output.outputs.score`. One text on the first side
+        is paired with all of the second. A model with a head reads both texts; another one gives
+        the cosine of their embeddings. `instruction` is that of Qwen3-Reranker."""
+        all_pairs = pairs.paired(_texts("data_1", data_1), _texts("data_2", data_2))
+        params = _params(pooling_params, "score", truncate_prompt_tokens)
+        if self._info.makes == "embed":
+            if instruction is not None:
+                raise ValueError("instruction is given, but this model reads none")
+            return self._cosines(all_pairs, params, use_tqdm, lora_request)
+        return self._cross_scores(all_pairs, params, use_tqdm, lora_request, instruction)
+
+    @property
+    def _info(self) -> PoolingInfo:
+        found = self.engine.info.pooling
+        if found is None:
+            raise ValueError(
+                f"{self.engine.config.model!r} was loaded to generate: load it with task='embed', "
+                "'classify' or 'score'"
+            )
+        return found
+
+    def _cross_scores(
+        self,
+        all_pairs: Sequence[tuple[str, str]],
+        params: PoolingParams,
+        use_tqdm: UseTqdm,
+        lora_request: None,
+        instruction: str | None,
+    ) -> list[ScoringRequestOutput]:
+        from nanovllm.pooling_outputs import numbers, scoring_output
+
+        if self._info.size != 1:
+            raise ValueError(
+                f"score needs a model with one class, and this one has {self._info.size}"
+            )
+        limit = params.truncate_prompt_tokens
+        limit = self.engine.max_model_len if limit == -1 else limit
+        tokenizer = self.engine.tokenizer
+        prompts = [
+            pairs.pair_prompt(self._info, tokenizer, *pair, instruction, limit)
+            for pair in all_pairs
+        ]
+
+        def output(request_id: str, done: FinishedOutput) -> ScoringRequestOutput:
+            return scoring_output(request_id, float(numbers(done)[0]), done.prompt_ids)
+
+        return self._pooled(prompts, params, use_tqdm, lora_request, output)
+
+    def _cosines(
+        self,
+        all_pairs: Sequence[tuple[str, str]],
+        params: PoolingParams,
+        use_tqdm: UseTqdm,
+        lora_request: None,
+    ) -> list[ScoringRequestOutput]:
+        from nanovllm.pooling_outputs import numbers, scoring_output
+
+        texts = list(dict.fromkeys(text for pair in all_pairs for text in pair))
+        done = self._pooled(prompt_list(texts), params, use_tqdm, lora_request, lambda _, one: one)
+        by_text = dict(zip(texts, done))
+        outputs = []
+        for i, (first, second) in enumerate(all_pairs):
+            both = by_text[first], by_text[second]
+            score = pairs.cosine(*map(numbers, both))
+            prompt_ids = [*both[0].prompt_ids, *both[1].prompt_ids]
+            outputs.append(scoring_output(str(i), score, prompt_ids))
+        return outputs
+
+    def _pooled(
+        self,
+        prompts: Sequence[Prompt],
+        params: Params,
+        use_tqdm: UseTqdm,
+        lora_request: object,
+        output: Callable[[str, FinishedOutput], T],
+    ) -> list[T]:
+        """The outputs of prompts, in order. Queues all of them, or none if one is invalid."""
+        if lora_request is not None:
+            raise ValueError("lora_request is not supported by models that pool")
+        assert self._info
+        each = _one_each(params, len(prompts))
+        ids: list[int] = []
+        try:
+            with self.shared.exclusive() as engine:
+                for prompt, one in zip(prompts, each):
+                    ids.append(engine.add_request(prompt, one, incremental=False))
+            done = self._results(ids, use_tqdm)
+        except BaseException:
+            self.shared.drop(ids)
+            raise
+        return [output(str(i), done[request_id]) for i, request_id in enumerate(ids)]
+
+    def _results(self, ids: Sequence[int], use_tqdm: UseTqdm) -> Mapping[int, FinishedOutput]:
+        """The finished outputs of requests, with a progress bar."""
+        make_bar = use_tqdm if callable(use_tqdm) else progress.bar
+        done: dict[int, FinishedOutput] = {}
+        left = set(ids)
+        with make_bar(
+            total=len(ids), desc="pooling", unit="req", disable=not use_tqdm, dynamic_ncols=True
+        ) as bar:
+            while left:
+                for one in self.shared.outputs(left):
+                    if one.completion is not None:
+                        done[one.request_id] = one.completion
+                        left.discard(one.request_id)
+                        bar.update()
+        return done
+
+
+def _params(given: Params, task: str | None, truncate: int | None) -> Any:
+    """The parameters of a call, for its task."""
+    if given is not None and not isinstance(given, PoolingParams):
+        return [_params(one, task, truncate) for one in given]
+    params = given or PoolingParams()
+    if truncate is not None:
+        if params.truncate_prompt_tokens not in (None, truncate):
+            raise ValueError(
+                f"truncate_prompt_tokens is {truncate}, and {params.truncate_prompt_tokens} in "
+                "pooling_params"
+            )
+        own = params.non_default() | {"truncate_prompt_tokens": truncate}
+        params = PoolingParams(**own)  # type: ignore[arg-type]
+    return params if task is None else params.for_task(task)
+
+
+def _one_each(params: Params, num: int) -> list[PoolingParams]:
+    if params is None or isinstance(params, PoolingParams):
+        return [params or PoolingParams()] * num
+    each = list(params)
+    if len(each) != num:
+        raise ValueError(f"{len(each)} pooling params for {num} prompts: give one for each, or one")
+    return each
+
+
+def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+    texts = [given] if isinstance(given, str) else list(given)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} has {text!r}: it must be a text, or a list of texts")
+    return texts

@@ -1,0 +1,201 @@
+"""HTTP endpoints of a model that pools: OpenAI's official client, the others' forms, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from nanovllm import LLM, PoolingParams
+from tests.api.engine_server import MODEL, Served, through_http
+from tests.pooling.pooling_cases import assert_near, embeddings, pooling_llm, save_decoder
+
+TEXTS = ["the cat", "a cat", "an error on the ban"]
+IDS = [[9, 10, 11], [7]]
+LABELS = {"hf_overrides": {"classifier_from_token": ["a", "b"]}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("api")
+    save_decoder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
+    llm = pooling_llm(folder)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def reranker(folder: Path) -> Iterator[LLM]:
+    llm = pooling_llm(folder, "score", **LABELS)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    folder = tmp_path_factory.mktemp("classes")
+    save_decoder(
+        folder, head="SequenceClassification", num_labels=3, pad_token_id=0,
+        id2label={0: "bad", 1: "fair", 2: "good"}, label2id={"bad": 0, "fair": 1, "good": 2},
+    )  # fmt: skip
+    llm = pooling_llm(folder, "classify")
+    yield llm
+    llm.close()
+
+
+def posts(path: str, *bodies: dict[str, Any]) -> Callable[[Served], Coroutine[Any, Any, Any]]:
+    """Sends bodies to a path at the same time; returns the answers."""
+
+    async def work(served: Served) -> list[httpx.Response]:
+        sent = (served.http.post(path, json={"model": MODEL, **body}) for body in bodies)
+        return list(await asyncio.gather(*sent))
+
+    return work
+
+
+def answered(llm: LLM, path: str, **body: Any) -> dict[str, Any]:
+    (answer,) = through_http(llm, posts(path, body))
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def test_the_official_client_gets_the_embeddings_of_llm(llm: LLM) -> None:
+    async def work(served: Served) -> list[Any]:
+        create = served.openai.embeddings.create
+        # without encoding_format the client asks for base64, and decodes it
+        return [
+            await create(model=MODEL, input=TEXTS),
+            await create(model=MODEL, input=TEXTS[0], dimensions=7, encoding_format="float"),
+            await create(model=MODEL, input=IDS),
+        ]
+
+    several, short, ids = through_http(llm, work)
+    found = [torch.tensor(one.embedding) for one in several.data]
+    assert_near(found, embeddings(llm, TEXTS), atol=1e-6)
+    wanted = embeddings(llm, TEXTS[:1], pooling_params=PoolingParams(dimensions=7))
+    assert_near([torch.tensor(short.data[0].embedding)], wanted, atol=1e-6)
+    assert_near([torch.tensor(one.embedding) for one in ids.data], embeddings(llm, IDS), atol=1e-6)
+    assert [one.index for one in several.data] == [0, 1, 2]
+    assert ids.usage.prompt_tokens == ids.usage.total_tokens == 4
+
+
+def test_base64_holds_the_same_numbers(llm: LLM) -> None:
+    asked = {"input": TEXTS[0]}
+    plain, coded = through_http(
+        llm, posts("/v1/embeddings", asked, {**asked, "encoding_format": "base64"})
+    )
+    raw = base64.b64decode(coded.json()["data"][0]["embedding"])
+    numbers = plain.json()["data"][0]["embedding"]
+    np.testing.assert_allclose(np.frombuffer(raw, "<f4"), numbers, atol=1e-6)
+
+
+def test_pooling_gives_what_the_model_makes(llm: LLM, classifier: LLM) -> None:
+    (one,) = answered(llm, "/pooling", input=TEXTS[0], normalize=False)["data"]
+    wanted = embeddings(llm, TEXTS[:1], pooling_params=PoolingParams(normalize=False))
+    assert one["object"] == "pooling"
+    assert_near([torch.tensor(one["data"])], wanted, atol=1e-5)
+    (one,) = answered(classifier, "/pooling", input=TEXTS[0], task="classify")["data"]
+    assert len(one["data"]) == 3 and sum(one["data"]) == pytest.approx(1.0)
+
+
+def test_classes_have_the_names_of_the_checkpoint(classifier: LLM) -> None:
+    found = answered(classifier, "/classify", input=TEXTS)
+    wanted = classifier.classify(TEXTS, use_tqdm=False)
+    for one, other in zip(found["data"], wanted, strict=True):
+        assert one["probs"] == pytest.approx(other.outputs.probs, abs=1e-6)
+        assert one["label"] == ("bad", "fair", "good")[int(np.argmax(one["probs"]))]
+        assert one["num_classes"] == 3
+
+
+@pytest.mark.parametrize("model", ["llm", "reranker"])
+def test_scores_are_those_of_llm(model: str, request: pytest.FixtureRequest) -> None:
+    llm: LLM = request.getfixturevalue(model)
+    wanted = [one.outputs.score for one in llm.score(TEXTS[0], TEXTS[1:], use_tqdm=False)]
+    bodies = [
+        {"text_1": TEXTS[0], "text_2": TEXTS[1:]},
+        {"queries": [TEXTS[0]] * 2, "documents": TEXTS[1:]},
+    ]
+    for answer in through_http(llm, posts("/score", *bodies)):
+        found = [one["score"] for one in answer.json()["data"]]
+        assert found == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_documents_are_ranked_by_their_scores(path: str, reranker: LLM) -> None:
+    documents = [TEXTS[1], {"text": TEXTS[2]}]
+    wanted = [one.outputs.score for one in reranker.score(TEXTS[0], TEXTS[1:], use_tqdm=False)]
+    found = answered(reranker, path, query=TEXTS[0], documents=documents)
+    order = sorted(range(2), key=lambda i: -wanted[i])
+    assert [one["index"] for one in found["results"]] == order
+    assert [one["document"]["text"] for one in found["results"]] == [TEXTS[1:][i] for i in order]
+    scores = [one["relevance_score"] for one in found["results"]]
+    assert scores == pytest.approx(sorted(wanted, reverse=True), abs=1e-6)
+    first = answered(reranker, path, query=TEXTS[0], documents=documents, top_n=1,
+                     return_documents=False)  # fmt: skip
+    assert len(first["results"]) == 1 and "document" not in first["results"][0]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("/v1/embeddings", {"input": []}, "input", "input is empty"),
+        ("/v1/embeddings", {"input": ["a", ""]}, "input", "input 1 is empty"),
+        ("/v1/embeddings", {"input": ["a", [1]]}, "input", "mixes texts and token ids"),
+        ("/v1/embeddings", {"input": [[600]]}, "input", "outside the vocabulary"),
+        ("/v1/embeddings", {"input": "x" * 200}, "input", "200 tokens: at most max_model_len"),
+        ("/v1/embeddings", {"input": "x" * 9000}, "input", "9000 characters: at most 8192"),
+        ("/v1/embeddings", {"input": ["a"] * 2049}, "input", "2049 texts: at most 2048"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 65}, "dimensions", "dimensions is 65"),
+        ("/v1/embeddings", {"input": "a", "messages": []}, "messages", "is not implemented"),
+        ("/classify", {"input": "a"}, "model", "makes embeddings, not scores of classes"),
+        ("/score", {"text_1": "a"}, "text_2", "text_2 is missing"),
+        ("/score", {}, "text_1", "give text_1 and text_2"),
+        ("/score", {"text_1": ["a"] * 2, "text_2": ["a"] * 3}, None, "do not make pairs"),
+        ("/rerank", {"query": "a", "documents": []}, "documents", "documents is empty"),
+        ("/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, "top_n", "top_n is 0"),
+        ("/rerank", {"query": "a", "documents": ["b"], "rank_fields": ["c"]}, "rank_fields",
+         "the field 'text' alone"),
+        ("/v1/completions", {"prompt": "a"}, None, "generating needs task='generate'"),
+    ],
+)  # fmt: skip
+def test_requests_are_refused_in_openais_form(
+    path: str, body: dict[str, Any], param: str | None, message: str, llm: LLM
+) -> None:
+    async def work(served: Served) -> tuple[int, dict[str, Any]]:
+        answer = await served.http.post(path, json={"model": MODEL, **body})
+        return answer.status_code, answer.json()["error"]
+
+    status, error = through_http(llm, work)
+    assert status == 400 and error["param"] == param and message in error["message"]
+
+
+def test_a_text_is_truncated_if_that_is_asked(llm: LLM) -> None:
+    asked = {"input": "x" * 200, "truncate_prompt_tokens": -1}
+    found = answered(llm, "/v1/embeddings", **asked)
+    assert found["usage"]["prompt_tokens"] == 128
+
+
+def test_metrics_count_prompts_and_their_tokens(folder: Path) -> None:
+    llm = pooling_llm(folder)
+
+    async def work(served: Served) -> str:
+        await served.http.post("/v1/embeddings", json={"input": IDS})
+        return (await served.http.get("/metrics")).text
+
+    text = through_http(llm, work)
+    assert 'vllm:prompt_tokens_total{model_name="tiny"} 4.0' in text
+    assert 'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 2.0' in text
+    llm.close()
