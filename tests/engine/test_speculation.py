@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,32 @@ def test_plain_steps_run_without_the_second_model_which_reads_their_tokens_later
     # the answer's end cuts the drafts of the last steps off
     assert counts.num_draft_tokens - counts.num_accepted_tokens == before
     assert len(decoding) < 19 + 8 + 3
+
+
+def test_drawn_tokens_have_the_distribution_of_plain_decoding() -> None:
+    """A chi-square test of second tokens against those of plain decoding with other seeds."""
+    prompt, num = [*range(40), *[64, 74] * 4], 300
+    sizes: dict[str, Any] = {
+        "device": "cpu", "enforce_eager": True, "max_model_len": 64, "num_kvcache_blocks": 200
+    }  # fmt: skip
+    params = SamplingParams(temperature=6.0, top_k=6, max_tokens=3, ignore_eos=True)
+    found = []
+    for number, spec in enumerate(({}, {"speculative_config": NGRAM, **ALWAYS})):
+        llm = LLM("tiny-qwen3", seed=number, **sizes, **spec)
+        found.append(Counter(one[1] for one in tokens(llm, [prompt] * num, params)))
+        counts = llm.engine.scheduler.counts
+        llm.close()
+    assert num / 20 < counts.accepted_at[0] < counts.num_drafts * 0.95
+    expected, drawn = found
+    likely = [token for token, count in expected.most_common() if count >= 10]
+    table = [[counts[token] for token in likely] for counts in (drawn, expected)]
+    table = [[*of_likely, num - sum(of_likely)] for of_likely in table]
+    chi_square = sum((a - b) ** 2 / (a + b) for a, b in zip(*table) if a + b)
+    # 99.9 % of samples of one distribution are below this (Wilson and Hilferty's approximation)
+    freedom = len(likely)
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert freedom >= 4 and chi_square < limit
+    assert drawn != expected, "the seeds differ"
 
 
 def test_metrics_count_what_was_drafted_and_accepted(
