@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 
 from nanovllm import hub
@@ -12,8 +11,6 @@ from nanovllm.runner.proposer import DeviceProposer
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.resolve import ResolvedConfig, make_model, on_ranks
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,11 +48,7 @@ def with_draft(resolved: ResolvedConfig, draft: Draft) -> ResolvedConfig:
             f"{' with graphs: set enforce_eager=True' if is_whole else ''}"
         )
     spec, folder = DraftSpec(draft.proposer, None, draft.reads_fed, draft.reads_history), None
-    if (speculative := config.speculative) is not None:
-        rate = speculative.synthetic_rate
-        spec = replace(spec, adapts=config.adapts_drafts, synthetic_rate=rate)
-        if rate is not None:
-            logger.warning("answers are meaningless: rejection_sample_method is 'synthetic'")
+    spec = replace(spec, adapts=config.speculative is not None and config.adapts_drafts)
     if draft.model is not None:
         folder = hub.resolve(draft.model, weights=not config.random_weights)
         hf = read_config(folder, resolved.store, None)

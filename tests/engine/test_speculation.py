@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.runner.spec import DraftSpec
 from nanovllm.schedule.plan import DRAFT, StepPlan, StepResult
 from nanovllm.structured_params import StructuredOutputsParams
 from tests.engines import assert_all_free, greedy, random_prompts, tokens
@@ -322,6 +323,23 @@ def test_metrics_count_what_was_drafted_and_accepted(
         assert found[f"accepted_tokens_per_pos{place}"] == expected
     assert found["steps3"] > 0
     assert not any("spec_decode" in one.name for one in plain.get_metrics())
+
+
+def test_a_proposer_that_cannot_read_later_reads_on_in_plain_steps(
+    checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DraftSpec, "rests", False)
+    llm = make_llm(device="cpu", **options(checkpoint, "draft_model"))
+    rng, plans = random.Random(0), watch(llm, monkeypatch)
+    choose(llm, monkeypatch, lambda: rng.choice([0, 0, 0, 1, 3, 3]))
+    assert tokens(llm, PROMPTS[:1], greedy(60)) == tokens(plain, PROMPTS[:1], greedy(60))
+    counts = llm.engine.scheduler.counts
+    assert counts.num_drafts > 9
+    # drafts that an earlier step had less room for are left from before
+    assert counts.num_accepted_tokens > counts.num_draft_tokens / 2
+    assert counts.accepted_at[0] == counts.num_drafts
+    assert not any(plan.drafts.rests or plan.drafts.readings for plan, _ in plans)
+    llm.close()
 
 
 @pytest.mark.parametrize("looking_up", ["graph"], indirect=True)
