@@ -26,9 +26,9 @@ class DraftPlanner:
         self.lengths, self.varies, self.rests = lengths, varies, rests
         self._max_rows, self._max_tokens = max_rows, max_tokens
 
-    def may_draft(self, request: Request) -> bool:
-        """Whether the state has draft tokens that follow a row's newest token."""
-        return not self.varies or request.has_drafts
+    def num_ready(self, request: Request, num_drafts: int) -> int:
+        """How many of up to `num_drafts` draft tokens in the state follow a row's newest token."""
+        return min(num_drafts, request.num_ready) if self.varies else num_drafts
 
     def plan(self, requests: Sequence[Request], num_drafts: int) -> StepDrafts:
         """Note a step of `requests` that verifies up to `num_drafts` tokens a row, after their
@@ -40,7 +40,7 @@ class DraftPlanner:
         for request in requests:
             end = request.num_computed - 1
             if not num_drafts:
-                request.has_drafts = False
+                request.num_ready = 0
                 if self.rests and request.num_drafted is None:
                     # of verified tokens in flight fewer may be accepted
                     request.num_drafted = min(end, request.num_known)
@@ -59,10 +59,10 @@ class DraftPlanner:
                     readings.append(DraftReading(request.row, start, np.array(token_ids, np.int64)))
         return StepDrafts(num_drafts, readings, rests=self.rests and not num_drafts)
 
-    def planned(self, requests: Sequence[Request]) -> None:
-        """Note that a step drafts tokens for rows that are not behind."""
+    def planned(self, requests: Sequence[Request], num_drafts: int) -> None:
+        """Note that a step drafts so many tokens for rows that are not behind."""
         for request in requests:
-            request.has_drafts = request.num_drafted is None
+            request.num_ready = num_drafts if request.num_drafted is None else 0
 
 
 class DraftCounts:

@@ -228,7 +228,7 @@ def test_answers_do_not_depend_on_the_numbers_of_drafts(
     rng, plans = random.Random(0), watch(adapting, monkeypatch)
     choose(adapting, monkeypatch, lambda: rng.choice([0, 0, 1, 3, 3]))
     assert tokens(adapting, PROMPTS, params) == tokens(plain, PROMPTS, params)
-    assert {plan.tokens_per_row for plan, _ in plans if not plan.is_prefill} >= {1, 2, 4}
+    assert {plan.tokens_per_row for plan, _ in plans if not plan.is_prefill} >= {1, 4}
     assert any(num_unknown for plan, num_unknown in plans if DRAFT in plan.token_T)
 
 
@@ -335,9 +335,7 @@ def test_a_proposer_that_cannot_read_later_reads_on_in_plain_steps(
     assert tokens(llm, PROMPTS[:1], greedy(60)) == tokens(plain, PROMPTS[:1], greedy(60))
     counts = llm.engine.scheduler.counts
     assert counts.num_drafts > 9
-    # drafts that an earlier step had less room for are left from before
-    assert counts.num_accepted_tokens > counts.num_draft_tokens / 2
-    assert counts.accepted_at[0] == counts.num_drafts
+    assert counts.num_accepted_tokens == counts.num_draft_tokens, "equal models agree"
     assert not any(plan.drafts.rests or plan.drafts.readings for plan, _ in plans)
     llm.close()
 
