@@ -41,6 +41,7 @@ LONGEST = (
     "tests/serving/test_async_llm.py",
     "tests/batch/test_local_cluster.py",
     "tests/engine/test_tensor_parallel.py",
+    "tests/engine/test_speculation.py",
     "tests/scripts/test_train_tiny.py",
     "tests/scripts/test_train_seeing.py",
     "tests/scripts/test_train_draft.py",

@@ -90,10 +90,15 @@ class DraftSpec:
     synthetic_rate: float | None = None
 
     @property
+    def varies(self) -> bool:
+        """Whether the proposer drafts only as many tokens as pay, since each costs a pass."""
+        return self.adapts and self.model is not None
+
+    @property
     def rests(self) -> bool:
         """Whether plain steps run without the proposer. Its model can read their tokens later, if
         it reads nothing else of them."""
-        return self.adapts and self.model is not None and not self.proposer.layers
+        return self.varies and not self.proposer.layers
 
     @property
     def kv_bytes_per_token(self) -> int:

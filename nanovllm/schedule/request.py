@@ -114,7 +114,7 @@ class Request:
     num_computed: int = 0
     num_in_flight: int = 0
     num_cached: int | None = None  # prompt tokens found in the prefix cache at first admission
-    has_drafts: bool = False  # a proposer that rests at times has drafted after the newest token
+    num_ready: int = 0  # draft tokens after the newest token, of a proposer that varies
     num_drafted: int | None = None  # tokens that the second model has read; None: all
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
@@ -145,7 +145,7 @@ class Request:
         self.adapter = 0
         self.is_decoding = self.is_verifying = self.is_failing = False
         self.num_computed = self.num_in_flight = 0
-        self.has_drafts, self.num_drafted = False, None
+        self.num_ready, self.num_drafted = 0, None
         self.snapshot = None
         del self.logprobs[len(self.output_ids) :]  # of dropped tokens
 

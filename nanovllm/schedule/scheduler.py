@@ -317,7 +317,7 @@ class Scheduler:
         if sampling.state_suffices and (num or self.propose is not None):
             proposals = [self._proposals(request, new_blocks, num) for request in chosen]
         if planner is not None and num:
-            planner.planned(chosen)
+            planner.planned(chosen, num)
         if self.num_drafts:
             self.counts.steps[max(map(len, proposals), default=0)] += 1
         return decode_plan(chosen, proposals, new_blocks, sampling, drafts)
@@ -336,8 +336,10 @@ class Scheduler:
 
         They count as computed and in flight until `tokens_known` gets the accepted ones.
         """
-        may_draft = self.planner is None or self.planner.may_draft(request)
-        proposed: Sequence[int] = (DRAFT,) * num_drafts if may_draft else ()
+        num_ready = num_drafts
+        if self.planner is not None:
+            num_ready = self.planner.num_ready(request, num_drafts)
+        proposed: Sequence[int] = (DRAFT,) * num_ready
         if request.no_sharing or (self.propose is not None and request.num_in_flight > 1):
             return ()
         if self.propose is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -15,8 +14,6 @@ from nanovllm.runner.proposer import DeviceProposer
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.resolve import ResolvedConfig, make_model, on_ranks
-
-logger = logging.getLogger(__name__)
 
 
 class Drafts(Protocol):
@@ -75,11 +72,7 @@ def with_draft(resolved: ResolvedConfig, draft: Drafts) -> ResolvedConfig:
             f"a proposer on the device is not supported on a {traits.name} device"
             f"{' with graphs: set enforce_eager=True' if is_whole else ''}"
         )
-    if (speculative := config.speculative) is not None:
-        rate = speculative.synthetic_rate
-        spec = replace(spec, adapts=config.adapts_drafts, synthetic_rate=rate)
-        if rate is not None:
-            logger.warning("answers are meaningless: rejection_sample_method is 'synthetic'")
+    spec = replace(spec, adapts=config.speculative is not None and config.adapts_drafts)
     if spec.model is not None:
         _check(resolved, spec.model)
     return replace(resolved, spec=replace(resolved.spec, draft=spec), draft_folder=folder)
