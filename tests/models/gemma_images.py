@@ -37,6 +37,8 @@ def randomize(hf: Any, folder: Path) -> Any:
         adds_one = "gemma3" in hf.config.model_type and not ("vision" in name or "bias" in name)
         mean = 1.0 if is_norm and not adds_one and not name.endswith("bias") else 0.0
         torch.nn.init.normal_(weight, mean=mean, std=0.1 if is_norm else 0.15)
+        if "q_norm" in name and not adds_one:  # as trained weights, which have the factor 1 / √H
+            weight.data *= 0.25
     hf.get_output_embeddings().weight.data[80:] = hf.get_output_embeddings().weight.data[0]
     hf.save_pretrained(folder)
     return hf
