@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.request import MediaPrompt
@@ -42,6 +44,14 @@ def randomize(hf: Any, folder: Path) -> Any:
     hf.get_output_embeddings().weight.data[80:] = hf.get_output_embeddings().weight.data[0]
     hf.save_pretrained(folder)
     return hf
+
+
+def check_fields(
+    config: type[Any], set_here: Any, changed: dict[str, Any], unread: dict[str, Any]
+) -> None:
+    """Every field of a tower's config is set by the tests, changed, or unread."""
+    own = {one.name for one in fields(config)} - {one.name for one in fields(PretrainedConfig)}
+    assert own - {*set_here, *changed, *unread} == set()
 
 
 def prompt_of(parts: list[int | None], num_tokens: int, seed: int) -> tuple[list[int], list[int]]:

@@ -96,8 +96,33 @@ def test_features_are_those_of_transformers(both: Any) -> None:
             expected = torch.cat(list(hf.model.get_image_features(**inputs).pooler_output))
         found = tower.features(ours.flatten(0, 1), [(1, rows, columns)] * num)
         torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="22 patches on a side: images of .* have at most 20"):
+    with pytest.raises(ValueError, match=r"22 patches on a side: images of .* have at most 20"):
         tower.features(torch.zeros(44, 48), [(1, 2, 22)])
+
+
+SIZES = {
+    "hidden_size": 96, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 6,
+    "num_key_value_heads": 6, "head_dim": 16, "rms_norm_eps": 0.1, "position_embedding_size": 30,
+    "use_clipped_linears": False, "standardize": False,
+    "rope_parameters": {"rope_type": "axial", "rope_theta": 50.0},
+}  # fmt: skip
+UNREAD = {"attention_bias": True, "attention_dropout": 0.5, "max_position_embeddings": 7}
+SAME = {"hidden_activation": "gelu_pytorch_tanh", "initializer_range": 0.02}
+
+
+@pytest.mark.parametrize("changes", [SIZES, UNREAD], ids=["sizes", "unread"])
+def test_fields_of_the_tower_are_honoured(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Patches and groups have other sizes than by default in all tests."""
+    from transformers import Gemma4VisionConfig
+
+    cases.check_fields(Gemma4VisionConfig, [*VISION, *SAME], SIZES, UNREAD)
+    vision = {**MODELS["small"]["vision"], **changes}
+    hf, (ours, inputs) = made("small", tmp_path, vision=vision), patches(2, 5)
+    with torch.no_grad():
+        expected = torch.cat(list(hf.model.get_image_features(**inputs).pooler_output))
+    tower = load(tmp_path, "cpu", enforce_eager=True).towers.by_name["vision"]
+    found = tower.features(ours.flatten(0, 1), [(1, ROWS, COLUMNS)] * 2)
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.shows("eager", "images", "GPU", architectures=[NAME])
@@ -113,7 +138,9 @@ def test_answers_about_images_are_those_of_transformers(both: Any, device: str) 
         again = cases.check_answers(llm, prompts, wanted)
     finally:
         llm.close()
-    assert [one.num_cached_tokens for one in again] == [len(p.token_ids) // 16 * 16 for p in prompts]
+    assert [one.num_cached_tokens for one in again] == [
+        len(p.token_ids) // 16 * 16 for p in prompts
+    ]
 
 
 @pytest.mark.shows("graph", "ranks", architectures=[NAME])

@@ -217,8 +217,8 @@ class Tower:
 
     `outer_params(config)`, `block_params(config, block_idx)` and `merger_params(config, level)`
     declare parameters by the fields of `outer_type`, `block_type` and `merger_type`. Fields that
-    are not declared are None. Sources are named without one of `prefixes`, and begin with one of `modules`.
-    `unused` are the beginnings of tensors of the tower that no region reads.
+    are not declared are None. Sources are named without one of `prefixes`, and begin with one of
+    `modules`. `unused` are the beginnings of tensors of the tower that no region reads.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("config", "embed", "block", "merge")
