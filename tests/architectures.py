@@ -57,12 +57,9 @@ ARCHITECTURES: dict[str, Entry] = {
         "a cap on attention scores and attention in both directions are refused; on an NPU, "
         "windows are",
     ),
-    **dict.fromkeys(
-        ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
-        Entry(
-            TEXT, "Gemma 4 (E2B, E4B, 26B-A4B, 31B), text only",
-            "images are refused, and so is `expert_offload`; on an NPU it is refused",
-        ),
+    "Gemma4ForCausalLM": Entry(
+        TEXT, "Gemma 4 (E2B, E4B, 26B-A4B, 31B) without images",
+        "`expert_offload` is refused; on an NPU it is refused",
     ),
     "Glm4ForCausalLM": Entry(TEXT, "GLM-4-0414 (9B, 32B), GLM-Z1"),
     "GraniteForCausalLM": Entry(TEXT, "Granite 3"),
@@ -135,6 +132,10 @@ ARCHITECTURES: dict[str, Entry] = {
         VISION, "Gemma-3 (4B, 12B, 27B)",
         "an image's tokens see all of it, and no step has a part of an image; pan and scan is "
         "refused; on an NPU it is refused",
+    ),
+    "Gemma4ForConditionalGeneration": Entry(
+        VISION, "Gemma 4 (E2B, E4B, 26B-A4B, 31B)",
+        "videos and sound are refused, and so is `expert_offload`; on an NPU it is refused",
     ),
     "Qwen2_5_VLForConditionalGeneration": Entry(VISION, "Qwen2.5-VL"),
     "Qwen3_5ForConditionalGeneration": Entry(VISION, "Qwen3.5, Qwen3.6 (27B)", DELTA),

@@ -48,6 +48,7 @@ LONGEST = (
     "tests/models/test_quantized_checkpoints.py",
     "tests/models/test_families.py",
     "tests/models/test_gemma3_images.py",
+    "tests/models/test_gemma4_images.py",
     "tests/kernels/test_parallel_experts.py",
     "tests/kernels/test_triton_experts.py",
     "tests/scripts/test_bench_server.py",

@@ -30,9 +30,23 @@ def image_size(height: int, width: int, settings: PatchSettings) -> tuple[int, i
     """
     if settings.fixed_size is not None:
         return settings.fixed_size
+    if settings.max_tokens:
+        return _of_tokens(height, width, settings.factor, settings.max_tokens)
     return _fitted(
         height, width, settings.factor, (settings.min_pixels, settings.max_pixels), (1, 1)
     )
+
+
+def _of_tokens(height: int, width: int, side: int, num: int) -> tuple[int, int]:
+    """(height, width): the largest multiples of `side`, in about the same shape, of up to `num`
+    tokens of this side. As `get_aspect_ratio_preserving_size` of transformers' Gemma 4."""
+    factor = math.sqrt(num * side**2 / (height * width))
+    rows, columns = (math.floor(factor * length / side) for length in (height, width))
+    if not rows:
+        rows, columns = 1, min(width // height, num)
+    elif not columns:
+        rows, columns = min(height // width, num), 1
+    return rows * side, columns * side
 
 
 def video_size(

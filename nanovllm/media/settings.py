@@ -19,6 +19,7 @@ from typing import Any
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+HALVED: dict[str, Any] = {"image_mean": HALF, "image_std": HALF}
 BILINEAR, BICUBIC = 2, 3
 IMAGE_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 VIDEO_TYPES = {"Qwen2VLVideoProcessor": False, "Qwen3VLVideoProcessor": True}
@@ -39,6 +40,12 @@ TOKENS: dict[str, dict[str, str]] = {
         "image_text": "\n\n<start_of_image><image_soft_token><end_of_image>\n\n",
     },
 }  # fmt: skip
+# the special tokens of Gemma 4 by their names in tokenizer_config.json, which may have others
+GEMMA4 = "Gemma4Processor"
+GEMMA4_TOKENS = {
+    "boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>",
+}  # fmt: skip
+GEMMA4_TYPES = ("Gemma4ImageProcessor", "Gemma4ImageProcessorPil")
 GEMMA3_TYPES = ("Gemma3ImageProcessor", "Gemma3ImageProcessorFast", "Gemma3ImageProcessorPil")
 AUDIO_TYPE = "WhisperFeatureExtractor"
 # the files with settings among those that transformers reads
@@ -52,7 +59,8 @@ class PatchSettings:
     patch_size: pixels of a patch's side. merge_size: patches of a merged patch's side; a merged
     patch is one token. temporal_patch_size: frames of a patch.
     min_pixels, max_pixels: the range of pixels after resizing. fixed_size: (height, width) of all
-    images after resizing, whatever their shape was; None if these keep their shape.
+    images after resizing, whatever their shape was; None if these keep their shape. max_tokens:
+    the most tokens of an image, which is resized to nearly as many; 0 for a range of pixels.
     """
 
     patch_size: int
@@ -67,8 +75,11 @@ class PatchSettings:
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
     fixed_size: tuple[int, int] | None = None
+    max_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.max_tokens) is not int or self.max_tokens < 0:
+            raise ValueError(f"the processor's max_soft_tokens is {self.max_tokens!r}")
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -161,7 +172,10 @@ def load(folder: Path) -> VisionSettings | None:
         return None
     video = whole.get("video_processor") or video_file or image
     name = whole.get("processor_class") or image.get("processor_class")
-    _check("processor_class", name, (*PROCESSORS, GEMMA3))
+    _check("processor_class", name, (*PROCESSORS, GEMMA3, GEMMA4))
+    if name == GEMMA4:
+        tokens = _gemma4_tokens(_json(folder / "tokenizer_config.json"))
+        return VisionSettings(gemma4_settings(image), None, False, tokens=tokens)
     if name == GEMMA3:
         settings = gemma3_settings(whole, image, _json(folder / "config.json"))
         return VisionSettings(settings, None, False, tokens=TOKENS[GEMMA3])
@@ -223,6 +237,40 @@ def gemma3_settings(
         "fixed_size": (size["height"], size["width"]),
     }
     return PatchSettings(**{**defaults, **found, **own})
+
+
+def gemma4_settings(given: Mapping[str, Any]) -> PatchSettings:
+    """The settings in the fields of Gemma 4's image processor, with its defaults. The 2 · (x − 0.5)
+    of its model is done here. Raises ValueError for other steps."""
+    _check("image_processor_type", given.get("image_processor_type", GEMMA4_TYPES[0]), GEMMA4_TYPES)
+    _check_steps(given)
+    same = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    changed = [name for name, value in same.items() if list(given.get(name) or value) != value]
+    if given.get("do_normalize") and changed:
+        raise ValueError(
+            f"the processor has {changed[0]}={given[changed[0]]}, which is not supported: only "
+            f"{same[changed[0]]} is"
+        )
+    found = _fields(PatchSettings, given, 1, 1 << 62)
+    own = {
+        "merge_size": given.get("pooling_kernel_size", 3),
+        "max_tokens": given.get("max_soft_tokens", 280),
+        "temporal_patch_size": 1,
+        "do_normalize": True,
+        **HALVED,
+    }
+    return PatchSettings(**{"patch_size": 16, **found, **own})
+
+
+def _gemma4_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens around and for images, by the fields of `Placeholders`."""
+    others = config.get("extra_special_tokens")
+    known = {**(others if isinstance(others, Mapping) else {}), **config}
+    begin, end, image = (str(known.get(one) or GEMMA4_TOKENS[one]) for one in GEMMA4_TOKENS)
+    return {
+        "image_token": image, "video_token": "", "run_token": image,
+        "image_text": begin + image + end,
+    }  # fmt: skip
 
 
 def video_settings(given: Mapping[str, Any], *, over_time: bool) -> VideoSettings:

@@ -1,10 +1,11 @@
-"""Gemma 4 (text): dense (31B), with experts (26B-A4B), and small with inputs of layers and shared
-caches (E2B, E4B). Its layers are in `gemma4_layer`."""
+"""Gemma 4: dense (31B), with experts (26B-A4B), and small with inputs of layers and shared
+caches (E2B, E4B). Its layers are in `gemma4_layer`, its vision tower in `vision.gemma4`."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from nanovllm.models.gemma4_layer import Gemma4Config
 from nanovllm.models.layer_ropes import FULL, SLIDING
 from nanovllm.models.model import LayerKind, Model
 from nanovllm.models.scaled import check_factor
+from nanovllm.models.vision import registry
+from nanovllm.models.vision.vision_encoder import Tower
 
 NAME = "Gemma4ForCausalLM"
-ENCODERS = (  # of images and of sound: they are not read
+ENCODERS = (  # of images and of sound, which is not read
     "model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio.",
 )  # fmt: skip
+MEDIA_TOKENS = ("image_token_id", "video_token_id", "audio_token_id")
 
 
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
@@ -42,7 +46,9 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         moe=_moe(hf),
     )
     config = replace(config, other_ropes=(_rope_of_full(full),))
+    tower = _tower(hf, dtype)
     values = {field.name: getattr(config, field.name) for field in fields(config)}
+    del values["sees_ahead"]
     own = Gemma4Config(
         **values,
         logit_cap=hf.final_logit_softcapping,
@@ -52,6 +58,9 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         reader_width=2 if hf.use_double_wide_mlp else 1,
         input_size=hf.hidden_size_per_layer_input or 0,
         input_vocab=hf.vocab_size_per_layer_input,
+        media_tokens=tuple(getattr(hf, one) for one in MEDIA_TOKENS if hasattr(hf, one)),
+        pad_token=hf.pad_token_id or 0,
+        sees_ahead=tower is not None and hf.use_bidirectional_attention == "vision",
     )
     sources = _sources(hf)
     return replace(
@@ -65,10 +74,20 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         layer_type=gemma4_layer.layer_type,
         kv_scales=None,
         read_elsewhere=(*ENCODERS, *_unused(sources)),
-        embed_factor=gemma3.embed_factor(config),
+        # features of a tower replace embeddings that have their factor already
+        embed_factor=gemma3.embed_factor(config) if tower is None else 1.0,
+        tower=tower,
         layer_inputs=gemma4_layer.layer_inputs if own.input_size else None,
         extra_type=gemma4_layer.PerLayer if own.input_size else None,
     )
+
+
+def _tower(hf: Any, dtype: torch.dtype) -> Tower | None:
+    """The vision tower of a checkpoint that has one."""
+    vision = getattr(hf, "vision_config", None)
+    if vision is None:
+        return None
+    return registry.tower(SimpleNamespace(**{**vision, "out_hidden_size": hf.hidden_size}), dtype)
 
 
 def _moe(hf: Any) -> MoeConfig | None:

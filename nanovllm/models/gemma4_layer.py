@@ -60,10 +60,13 @@ class Gemma4Config(gemma3.GemmaConfig):
     """`num_kv_heads` and `head_dim` are those of layers with a window, and of all ranks those of
     full layers have other names. With `keys_are_values` full layers have no projection of values.
     MLPs of layers that read the caches of others are `reader_width` times as wide. `input_size` is
-    that of a layer's own input, made of tables with `input_vocab` rows; 0 without.
+    that of a layer's own input, made of tables with `input_vocab` rows; 0 without. There the tokens
+    of images and sound, `media_tokens`, count as `pad_token`.
     """
 
-    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (*gemma3.GemmaConfig.GRAPH_FIELDS, "input_vocab")
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
+        *gemma3.GemmaConfig.GRAPH_FIELDS, "input_vocab", "media_tokens", "pad_token",
+    )  # fmt: skip
     MAX_HEAD: ClassVar[int] = 512
 
     keys_are_values: bool = False
@@ -72,6 +75,8 @@ class Gemma4Config(gemma3.GemmaConfig):
     reader_width: int = 1
     input_size: int = 0
     input_vocab: int = 0
+    media_tokens: tuple[int, ...] = ()
+    pad_token: int = 0
 
     @property
     def of_full(self) -> Gemma4Config:
@@ -117,6 +122,8 @@ def layer_inputs(cfg: Gemma4Config, w: PerLayer, token_T: Tensor, h_TD: Tensor) 
     """The inputs [L, T, P] of layers: a row of each layer's table, and a part of the normalised
     product of the first hidden state."""
     table = w.per_layer_table_VX
+    for media_token in cfg.media_tokens:
+        token_T = torch.where(token_T == media_token, cfg.pad_token, token_T)
     if cfg.num_ranks == 1:
         own_TX = lookup(table, token_T, cfg.dtype)
     else:
@@ -168,6 +175,8 @@ def attention(
 ) -> Tensor:
     """The heads' results [T, Q], of the layer's own cache or of that which it reads."""
     assert isinstance(call.kind.keeps, PagedKV)
+    if not call.kind.window:  # tokens of images see later ones in layers with a window alone
+        batch = batch._replace(end_T=None)
     x_TD = ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps)
     qkv_TE = linear(x_TD, w.qkv_ED, w.qkv_bias_E)
     if call.kind.keeps.source is not None:

@@ -59,6 +59,11 @@ class TowerSteps(EncoderSteps):
                 f"the patches of {len(grids)} images or videos have shape {list(values.shape)}, "
                 f"but their grids require {[num_patches, cfg.patch_size]}"
             )
+        if 0 < cfg.max_side < frames_F2.max(initial=0):
+            raise ValueError(
+                f"an image has {frames_F2.max()} patches on a side: images of {cfg.architecture} "
+                f"have at most {cfg.max_side}"
+            )
         done = 0
         for call in layouts.calls(frames_F2, self.budgets):
             patches = values[done : done + call.num_patches]

@@ -80,7 +80,7 @@ IRRELEVANT = {
     "architecture": "LlamaForCausalLM", "num_layers": 1, "inv_freq": (2.0,) * 16, "rope_scale": 2.0,
     "max_position": 9, "tied_embeddings": False, "qk_norm": True, "qkv_bias": True,
     "out_bias": True, "mlp_bias": True, "hidden_size": 9, "ffn_size": 9,
-    "rope_axes": (1,) * 16, "num_deepstack": 3, "other_ropes": ((2.0,) * 16,),
+    "rope_axes": (1,) * 16, "num_deepstack": 3, "sees_ahead": True, "other_ropes": ((2.0,) * 16,),
 }  # fmt: skip
 
 

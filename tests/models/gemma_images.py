@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.request import MediaPrompt
@@ -37,9 +39,19 @@ def randomize(hf: Any, folder: Path) -> Any:
         adds_one = "gemma3" in hf.config.model_type and not ("vision" in name or "bias" in name)
         mean = 1.0 if is_norm and not adds_one and not name.endswith("bias") else 0.0
         torch.nn.init.normal_(weight, mean=mean, std=0.1 if is_norm else 0.15)
+        if "q_norm" in name and not adds_one:  # as trained weights, which have the factor 1 / √H
+            weight.data *= 0.25
     hf.get_output_embeddings().weight.data[80:] = hf.get_output_embeddings().weight.data[0]
     hf.save_pretrained(folder)
     return hf
+
+
+def check_fields(
+    config: type[Any], set_here: Any, changed: dict[str, Any], unread: dict[str, Any]
+) -> None:
+    """Every field of a tower's config is set by the tests, changed, or unread."""
+    own = {one.name for one in fields(config)} - {one.name for one in fields(PretrainedConfig)}
+    assert own - {*set_here, *changed, *unread} == set()
 
 
 def prompt_of(parts: list[int | None], num_tokens: int, seed: int) -> tuple[list[int], list[int]]:

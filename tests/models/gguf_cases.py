@@ -50,6 +50,7 @@ KINDS = {
     "qwen2_moe": Kind("qwen2moe"),
     "qwen3": Kind("qwen3"),
     "qwen3_moe": Kind("qwen3moe"),
+    "glm4_moe": Kind("glm4moe"),
     "gemma3_text": Kind("gemma3", norms_plus_one=True),
     "phi3": Kind("phi3"),
     "granite": Kind("granite", permutes=True),
@@ -88,27 +89,32 @@ def write(
     *,
     num_files: int = 1,
     metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Array] | None = None,
     tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Written:
     """The GGUF file of a checkpoint of transformers, and its real values."""
     from transformers import AutoConfig
 
-    config, tensors = AutoConfig.from_pretrained(folder), load_file(folder / "model.safetensors")
-    kind, real = KINDS[config.model_type], dict(tensors)
+    config, weights = AutoConfig.from_pretrained(folder), load_file(folder / "model.safetensors")
+    kind, real = KINDS[config.model_type], dict(weights)
     path = folder / "model.gguf"
-    writer = gguf.GGUFWriter(path, kind.name, split_max_tensors=-(-len(tensors) // num_files))
+    writer = gguf.GGUFWriter(path, kind.name, split_max_tensors=-(-len(weights) // num_files))
     if num_files == 1:
         writer = gguf.GGUFWriter(path, kind.name)
     add_metadata(writer, config, kind.name)
     for key, value in (metadata or {}).items():
+        writer.kv_data[0].pop(key, None)
         writer.add_key_value(key, value, _value_type(value))
+    for extra_name, extra in (tensors or {}).items():
+        writer.add_tensor(extra_name, extra)
     if tokenizer is not None:
         tokenizer(writer)
     names = gguf.get_tensor_name_map(_architecture(kind.name), config.num_hidden_layers)
-    for i, (name, sources) in enumerate(sorted(_merged(tensors, kind).items())):
-        one = torch.stack([tensors[source] for source in sources]).numpy()
+    for i, (name, sources) in enumerate(sorted(_merged(weights, kind).items())):
+        one = torch.stack([weights[source] for source in sources]).numpy()
         one = one if EXPERT.fullmatch(sources[0]) else one[0]
-        stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        mapped = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        stored_name = names.get_name(mapped, try_suffixes=(".weight", ".bias"))
         assert stored_name is not None, name
         is_matrix = (one.ndim > 1 and not stored_name.startswith("blk")) or _is_packed(stored_name)
         type_name = type_of(stored_name) if is_matrix and one.ndim > 1 else "F32"
@@ -168,6 +174,16 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any, name: str) -> None:
             writer.add_expert_feed_forward_length(config.moe_intermediate_size)
         if hasattr(config, "shared_expert_intermediate_size"):
             writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if name == "glm4moe":
+        writer.add_expert_count(config.n_routed_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_expert_shared_count(config.n_shared_experts)
+        writer.add_leading_dense_block_count(config.first_k_dense_replace)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_scale(config.routed_scaling_factor)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
+        writer.add_nextn_predict_layers(0)
     if name == "granite":
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)

@@ -23,11 +23,12 @@ VISION = {
 NUM_TOKENS, GRID = 16, (1, 8, 8)
 
 
-def made(folder: Path) -> Any:
+def made(folder: Path, **vision: Any) -> Any:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     config = Gemma3Config(
-        text_config={**cases.TEXT, "query_pre_attn_scalar": 50}, vision_config=VISION,
+        text_config={**cases.TEXT, "query_pre_attn_scalar": 50},
+        vision_config={**VISION, **vision},
         mm_tokens_per_image=NUM_TOKENS, image_token_index=cases.IMAGE, boi_token_index=cases.START,
         eoi_token_index=cases.END, tie_word_embeddings=False,
     )  # fmt: skip
@@ -75,6 +76,26 @@ def test_features_are_those_of_transformers(both: Any) -> None:
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match=r"12 patches on a side: images of .* have 8"):
         tower.features(torch.zeros(144, 48), [(1, 12, 12)])
+
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "layer_norm_eps": 0.1, "hidden_act": "gelu_pytorch_tanh",
+}  # fmt: skip
+UNREAD = {"attention_dropout": 0.0, "vision_use_head": False}
+
+
+@pytest.mark.parametrize("changes", [SIZES, UNREAD], ids=["sizes", "unread"])
+def test_fields_of_the_tower_are_honoured(changes: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import SiglipVisionConfig
+
+    cases.check_fields(SiglipVisionConfig, [*VISION, "num_channels"], SIZES, UNREAD)
+    hf, pixels = made(tmp_path, **changes), images(2, 5)
+    with torch.no_grad():
+        expected = hf.model.get_image_features(pixels).pooler_output.flatten(0, 1)
+    tower = load(tmp_path, "cpu", enforce_eager=True).towers.by_name["vision"]
+    found = tower.features(torch.cat([patches(one) for one in pixels]), [GRID] * 2)
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.shows("eager", "graph", "images", "GPU", architectures=[NAME])

@@ -25,6 +25,8 @@ from tests.models import families, harness
 from tests.models.gguf_cases import HALVES, TypeOf, Written, blocks, in_turns, write
 from tests.models.harness import engine_logits, max_difference, sequences, transformers_logits
 from tests.models.moe_cases import NORMALIZED, Case
+from tests.models.routes import edit
+from tests.models.test_more_experts import biased
 from tests.models.test_quantized_checkpoints import plain_device as plain_device
 from tests.models.test_shards import load_rank, options
 from tests.models.thread_ranks import on_ranks
@@ -166,6 +168,32 @@ def test_architectures_with_experts(model_type: str, tmp_path: Path) -> None:
     sizes = {**SIZES, "num_hidden_layers": 1, "moe_intermediate_size": 256,
              "shared_expert_intermediate_size": 64}  # fmt: skip
     check(write(Case(model_type, 4, 2, sizes).save(tmp_path), in_turns("Q8_0", "Q5_0")))
+
+
+GLM = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+    "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+    "attention_bias": True, "use_qk_norm": True, "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 0,
+}  # fmt: skip
+
+
+def test_experts_with_sigmoid_scores(tmp_path: Path) -> None:
+    """A dense layer first; the bias of scores decides choices."""
+    saved = edit(save_tiny(tmp_path, "glm4_moe", **{**SIZES, **GLM}), biased)
+    params = check(write(saved, in_turns("Q8_0", "Q5_0")))
+    assert params.layers[1].router_bias_E.abs().max() > 0.1
+
+
+def test_blocks_that_propose_tokens_are_not_layers(tmp_path: Path) -> None:
+    """llama.cpp counts them as blocks."""
+    saved = save_tiny(tmp_path, "glm4_moe", **{**SIZES, **GLM})
+    counts = {"glm4moe.nextn_predict_layers": 1, "glm4moe.block_count": 3}
+    extra = {"blk.2.nextn.eh_proj.weight": np.ones((2, 2), np.float32)}
+    runner = harness.load(
+        write(saved, metadata=counts, tensors=extra).path, "cpu", enforce_eager=True
+    )
+    assert len(runner.params.layers) == 2
 
 
 def small(folder: Path, types: TypeOf, **how: Any) -> Written:

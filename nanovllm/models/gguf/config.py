@@ -24,6 +24,7 @@ ENDS = frozenset(
 CONTROL = 3  # the type of control tokens
 SWA_PERIOD, SWA_THETA = 6, 10000.0  # of Gemma 3: llama.cpp does not store them
 LAYERS_OF_27B = 62
+SIGMOID = 2  # how experts are scored
 
 
 def fields(header: Header) -> Fields:
@@ -235,6 +236,31 @@ def _qwen3_moe(facts: _Facts) -> Fields:
     }  # fmt: skip
 
 
+def _glm4_moe(facts: _Facts) -> Fields:
+    """llama.cpp counts the layers that propose tokens as blocks, and has no groups of experts."""
+    proposing = facts.get("nextn_predict_layers", int, 0)
+    gating = facts.get("expert_gating_func", int, SIGMOID)
+    if gating != SIGMOID:
+        raise GgufError(
+            f"{facts.header.path}: glm4moe.expert_gating_func is {gating}: only {SIGMOID} is "
+            "supported"
+        )
+    return {
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe",
+        "num_hidden_layers": facts.size("block_count") - proposing,
+        "num_nextn_predict_layers": proposing,
+        "n_routed_experts": facts.size("expert_count"),
+        "num_experts_per_tok": facts.size("expert_used_count"),
+        "moe_intermediate_size": facts.size("expert_feed_forward_length"),
+        "n_shared_experts": facts.size("expert_shared_count"),
+        "first_k_dense_replace": facts.get("leading_dense_block_count", int, 0),
+        "routed_scaling_factor": facts.number("expert_weights_scale", 1.0),
+        "norm_topk_prob": facts.get("expert_weights_norm", bool, False),
+        "n_group": 1, "topk_group": 1, "use_qk_norm": facts.has("blk.0.attn_q_norm.weight"),
+        "attention_bias": facts.has("blk.0.attn_q.bias"),
+    }  # fmt: skip
+
+
 def _gemma3(facts: _Facts) -> Fields:
     layers, heads = facts.size("block_count"), facts.size("attention.head_count")
     head_dim = facts.size("attention.key_length", 256)
@@ -298,6 +324,7 @@ OWN: dict[str, Callable[[_Facts], Fields]] = {
     "qwen2moe": _qwen2_moe,
     "qwen3": _qwen3,
     "qwen3moe": _qwen3_moe,
+    "glm4moe": _glm4_moe,
     "gemma3": _gemma3,
     "phi3": _phi3,
     "granite": _granite,

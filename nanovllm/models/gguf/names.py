@@ -39,6 +39,15 @@ QWEN_EXPERTS = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+# The names with a bias in them are of tensors that are one.
+GLM_EXPERTS = {
+    **QWEN_EXPERTS,
+    "exp_probs_b": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "post_attention_norm": "post_attention_layernorm",
+}
 MIXTRAL_EXPERTS = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
@@ -50,6 +59,7 @@ NORMS_BEHIND = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 BLOCK = re.compile(r"blk\.(\d{1,5})\.([a-z_0-9]+)\.(weight|bias)")
+NEXTN = re.compile(r"blk\.(\d{1,5})\.(nextn\..*)")  # of layers that propose tokens
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
 
@@ -72,10 +82,13 @@ class Layout:
         module, _, end = stored.rpartition(".")
         if module in OUTER and end in ("weight", "bias"):
             return f"{OUTER[module]}.{end}"
+        if nextn := NEXTN.fullmatch(stored):
+            return f"model.layers.{int(nextn[1])}.{nextn[2]}"
         found = BLOCK.fullmatch(stored)
         if found is None or found[2] not in self.layer:
             return stored
-        return f"model.layers.{int(found[1])}.{self.layer[found[2]]}.{found[3]}"
+        name = f"model.layers.{int(found[1])}.{self.layer[found[2]]}"
+        return name if name.endswith(f"_{found[3]}") else f"{name}.{found[3]}"
 
 
 PHI3 = {**LLAMA, "ffn_up": "mlp.gate_up_proj"}
@@ -86,6 +99,7 @@ ARCHITECTURES: dict[str, Layout] = {
     "qwen2moe": Layout({**LLAMA, **QWEN_EXPERTS}),
     "qwen3": Layout(),
     "qwen3moe": Layout({**LLAMA, **QWEN_EXPERTS}),
+    "glm4moe": Layout({**LLAMA, **GLM_EXPERTS}),
     "gemma3": Layout(GEMMA3, norms_plus_one=True),
     "phi3": Layout(PHI3),
     "granite": Layout(permutes=True),

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from nanovllm.models.vision import qwen2_5_omni, qwen2_5_vl, qwen3_vl, siglip
+from nanovllm.models.vision import gemma4, qwen2_5_omni, qwen2_5_vl, qwen3_vl, siglip
 from nanovllm.models.vision.vision_encoder import Tower
 
 TOWERS: dict[str, Callable[[Any, torch.dtype], Tower]] = {
     "siglip_vision_model": siglip.tower,
+    "gemma4_vision": gemma4.tower,
     "qwen2_5_vl_vision": qwen2_5_vl.tower,
     "qwen2_5_omni_vision_encoder": qwen2_5_omni.tower,
     "qwen3_vl_vision": qwen3_vl.tower,

@@ -54,7 +54,8 @@ class TowerConfig:
     rotary with base `rope_theta` and, if `table_side` is not 0, a learned table of `table_side`
     rows and columns is added. Frames of a video are `tokens_per_second` positions in time apart for
     each second between them; with `videos_span_time` the text continues after the last of them.
-    If `frame_side` is not 0, every frame has so many rows and columns of patches.
+    If `frame_side` is not 0, every frame has so many rows and columns of patches; if `max_side` is
+    not 0, at most so many. `is_clipped` and `standardizes` say whether a tower has those weights.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -74,6 +75,9 @@ class TowerConfig:
     deepstack_blocks: tuple[int, ...] = ()
     table_side: int = 0
     frame_side: int = 0
+    max_side: int = 0
+    is_clipped: bool = False
+    standardizes: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     tokens_per_second: float = 1.0
@@ -194,7 +198,7 @@ class Merger(NamedTuple):
 class TowerWeights(NamedTuple):
     """All weights of a tower. `blocks` are the architecture's own named tuples."""
 
-    outer: Outer
+    outer: Any  # `Outer` or the architecture's own
     blocks: tuple[Any, ...]
     mergers: tuple[
         Any, ...
@@ -212,9 +216,9 @@ class Tower:
     order of frames. All are pure functions at the top of a module, and may read GRAPH_FIELDS only.
 
     `outer_params(config)`, `block_params(config, block_idx)` and `merger_params(config, level)`
-    declare parameters by the fields of `Outer`, `block_type` and `merger_type`. Fields that are not
-    declared are None. Sources are named without one of `prefixes`, and begin with one of `modules`.
-    `unused` are the beginnings of tensors of the tower that no region reads.
+    declare parameters by the fields of `outer_type`, `block_type` and `merger_type`. Fields that
+    are not declared are None. Sources are named without one of `prefixes`, and begin with one of
+    `modules`. `unused` are the beginnings of tensors of the tower that no region reads.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("config", "embed", "block", "merge")
@@ -230,6 +234,7 @@ class Tower:
     unused: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = PREFIXES
     modules: tuple[str, ...] = ("",)
+    outer_type: type[Any] = Outer
     merger_type: type[Any] = Merger
 
     def build(self, make: Callable[[Param], Tensor]) -> TowerWeights:
@@ -240,7 +245,7 @@ class Tower:
             values = {name: make(param) for name, param in declared.items()}
             return of(**(dict.fromkeys(of._fields) | values))
 
-        outer = made(Outer, self.outer_params(cfg))
+        outer = made(self.outer_type, self.outer_params(cfg))
         blocks = tuple(made(self.block_type, self.block_params(cfg, i)) for i in range(cfg.depth))
         levels = range(cfg.num_levels)
         mergers = tuple(made(self.merger_type, self.merger_params(cfg, one)) for one in levels)

@@ -51,7 +51,8 @@ def load(tower: AnyTower[Weights], folder: Path, target: Target) -> Weights:
             else:
                 sources = [out.new_empty(param.source_shape) for _ in names]
                 checkpoint.read(zip(names, sources))
-                for part, source in zip(out.zero_().split(param.parts), sources):
+                rows = out.zero_() if param.source_shape else out.view(-1)
+                for part, source in zip(rows.split(param.parts), sources):
                     part[tuple(map(slice, source.shape))] = source
             left.difference_update(names)
             return target.place(out)
