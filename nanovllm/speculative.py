@@ -42,8 +42,8 @@ ALLOWED: dict[str, Rule] = {
 class SpeculativeConfig:
     """What proposes draft tokens on the device. Steps verify them, so they never change answers.
 
-    method: "draft_model" (a smaller model) or "ngram" (what followed the same tokens before). None:
-        "draft_model".
+    method: "draft_model" (a smaller model), "ngram" (what followed the same tokens before),
+        "eagle3" (a head on hidden states) or "mtp" (the checkpoint's own). None: "draft_model".
     model: the checkpoint that drafts: a folder or a Hub id. It needs the model's vocabulary.
     num_speculative_tokens: the draft tokens of each row in a step.
     prompt_lookup_min, prompt_lookup_max: how many of a row's last tokens "ngram" looks for in the
