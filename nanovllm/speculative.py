@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, NamedTuple
 
-from nanovllm.checks import InvalidValue, Rule, check_fields, whole
+from nanovllm.checks import InvalidValue, Rule, check_fields, one_of, whole
 
 OPTION = "speculative_config"
 MAX_TOKENS, MAX_NGRAM = 64, 64
@@ -36,7 +36,11 @@ ALLOWED: dict[str, Rule] = {
     "num_speculative_tokens": whole(1, MAX_TOKENS),
     "prompt_lookup_min": whole(1, MAX_NGRAM),
     "prompt_lookup_max": whole(1, MAX_NGRAM),
+    "rejection_sample_method": one_of("strict", "synthetic", None),
+    "synthetic_acceptance_length": ("a number of at least 1", lambda value: value >= 1),
 }
+# Keys of every method.
+OF_ALL = ("rejection_sample_method", "synthetic_acceptance_length")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class SpeculativeConfig:
     prompt_lookup_min, prompt_lookup_max: how many of a row's last tokens "ngram" looks for in the
         tokens before them: the longest that occur. Without one of them it is the other, without
         both they are 5, as in vLLM.
+    rejection_sample_method: None or "strict" keeps the drafts that the model chooses. "synthetic"
+        is for benchmarks with random weights: it keeps drafts at random, so answers are
+        meaningless.
+    synthetic_acceptance_length: the mean number of tokens of a row in a step with
+        num_speculative_tokens drafts, for "synthetic": 1 to num_speculative_tokens + 1.
     """
 
     method: str | None = None
@@ -58,6 +67,8 @@ class SpeculativeConfig:
     num_speculative_tokens: int | None = None
     prompt_lookup_min: int | None = None
     prompt_lookup_max: int | None = None
+    rejection_sample_method: str | None = None
+    synthetic_acceptance_length: float | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> SpeculativeConfig:
@@ -85,10 +96,11 @@ class SpeculativeConfig:
             value = getattr(self, name)
             if value is None and name in method.needs:
                 raise InvalidValue(name, f"method {self.method!r} needs {name}")
-            if value is not None and name not in method.needs + method.takes:
+            if value is not None and name not in method.needs + method.takes + OF_ALL:
                 raise InvalidValue(
                     name, f"{name} is {value!r}, which method {self.method!r} does not take"
                 )
+        self._check_synthetic()
         shortest, longest = self.ngram_lengths
         if shortest > longest:
             raise InvalidValue(
@@ -96,6 +108,35 @@ class SpeculativeConfig:
                 f"prompt_lookup_min is {shortest}: it must be at most prompt_lookup_max "
                 f"({longest})",
             )
+
+    def _check_synthetic(self) -> None:
+        mean, name = self.synthetic_acceptance_length, "synthetic_acceptance_length"
+        if (mean is not None) != (self.rejection_sample_method == "synthetic"):
+            raise InvalidValue(
+                name,
+                f"{name} is {mean} and rejection_sample_method "
+                f"{self.rejection_sample_method!r}: 'synthetic' and a length need each other",
+            )
+        if mean is not None and mean > 1 + self.draft_lengths(adapts=False)[-1]:
+            raise InvalidValue(
+                name,
+                f"{name} is {mean}: it must be at most num_speculative_tokens + 1 "
+                f"({1 + self.draft_lengths(adapts=False)[-1]})",
+            )
+
+    @property
+    def synthetic_rate(self) -> float | None:
+        """The share a of accepted tokens at each position with 1 + a + a² + … =
+        synthetic_acceptance_length; None without it."""
+        mean = self.synthetic_acceptance_length
+        if mean is None:
+            return None
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            rate = (low + high) / 2
+            made = sum(rate**num for num in range(1 + self.draft_lengths(adapts=False)[-1]))
+            low, high = (rate, high) if made < mean else (low, rate)
+        return high
 
     @property
     def given(self) -> dict[str, Any]:

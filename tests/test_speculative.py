@@ -17,6 +17,8 @@ DRAFT = {"method": "draft_model", "model": "a/b", "num_speculative_tokens": 3}
 
 NGRAM = {"method": "ngram", "model": None, "num_speculative_tokens": 3}
 
+SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5}
+
 
 def make(given: Any, **options: Any) -> EngineConfig:
     return EngineConfig("m", speculative_config=given, **options)
@@ -51,6 +53,11 @@ def test_it_reaches_other_processes_as_it_is() -> None:
             {**NGRAM, "prompt_lookup_min": 4, "prompt_lookup_max": 3},
             r"prompt_lookup_min is 4: it must be at most prompt_lookup_max \(3\)",
         ),
+        ({"synthetic_acceptance_length": 2}, "'synthetic' and a length need each other"),
+        ({"rejection_sample_method": "synthetic"}, "'synthetic' and a length need each other"),
+        ({"rejection_sample_method": "typical"}, "rejection_sample_method is 'typical': .* strict"),
+        ({**SYNTHETIC, "synthetic_acceptance_length": 0.5}, "length is 0.5: .* at least 1"),
+        ({**SYNTHETIC, "synthetic_acceptance_length": 4.5}, r"is 4.5: .* at most num_.* \(4\)"),
         ({"draft_confidence": 0.5}, "has draft_confidence: the keys are method, model, num_spec"),
     ],
 )
@@ -74,6 +81,14 @@ def test_one_length_of_lookups_stands_for_both() -> None:
                       {"prompt_lookup_min": 2, "prompt_lookup_max": 4})
     ]  # fmt: skip
     assert lengths == [(5, 5), (3, 3), (7, 7), (2, 4)]
+
+
+@pytest.mark.parametrize("mean", [1, 1.7, 2.5, 4])
+def test_a_synthetic_length_is_the_sum_over_positions(mean: float) -> None:
+    given = {**DRAFT, **SYNTHETIC, "synthetic_acceptance_length": mean}
+    rate = SpeculativeConfig.of(given).synthetic_rate
+    assert rate is not None and 1 + rate + rate**2 + rate**3 == pytest.approx(mean)
+    assert SpeculativeConfig.of(DRAFT).synthetic_rate is None
 
 
 def test_every_method_has_a_builder() -> None:

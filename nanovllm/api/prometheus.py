@@ -40,10 +40,24 @@ NAMES = {
         "Prompt tokens found in the prefix cache.",
     ),
     "num_preemptions": ("vllm:num_preemptions", "Preemptions of requests."),
+    "spec_decode_num_drafts": (
+        "vllm:spec_decode_num_drafts",
+        "Rows of steps that verified draft tokens.",
+    ),
+    "spec_decode_num_draft_tokens": ("vllm:spec_decode_num_draft_tokens", "Verified draft tokens."),
+    "spec_decode_num_accepted_tokens": (
+        "vllm:spec_decode_num_accepted_tokens",
+        "Accepted draft tokens.",
+    ),
+    "spec_decode_num_accepted_tokens_per_pos": (
+        "vllm:spec_decode_num_accepted_tokens_per_pos",
+        "Accepted draft tokens, by their position after the newest token.",
+    ),
     "request_success": ("vllm:request_success", "Finished requests, by finish reason."),
 }
 HELP = {
     "nanovllm:num_steps": "Model steps.",
+    "nanovllm:spec_decode_num_steps": "Decode steps, by the most draft tokens of a row.",
     "nanovllm:media_wait_seconds": "Seconds with no work except waiting for media.",
 }
 

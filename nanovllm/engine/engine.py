@@ -128,9 +128,10 @@ class Engine:
         layout, draft = self._runner.layout, self._runner.spec.draft
         if times is None or draft is None:
             return None
-        lengths = DraftLengths(times, trial_steps=2 if draft.rests else 1)
+        lengths = DraftLengths(times, trial_steps=2 if draft.varies else 1)
         self.scheduler.planner = DraftPlanner(
             lengths,
+            varies=draft.varies,
             rests=draft.rests,
             max_rows=layout.max_prefill_rows,
             max_tokens=layout.prefill_tokens[-1],

@@ -110,9 +110,30 @@ class EngineMetrics:
             counters["experts_bus_seconds"] = total.bus_seconds
         found: list[Metric] = [Gauge(PREFIX + name, value) for name, value in gauges.items()]
         found += [Counter(PREFIX + name, value) for name, value in counters.items()]
+        found += self._drafts()
         return found + [
             Counter(PREFIX + "request_success", num, {"finished_reason": reason})
             for reason, num in self._num_finished.items()
+        ]
+
+    def _drafts(self) -> list[Metric]:
+        """What was drafted and accepted, by vLLM's names; none without proposals."""
+        counts, most = self._scheduler.counts, self._scheduler.max_proposals
+        if not most:
+            return []
+        found: list[Metric] = [
+            Counter(f"{PREFIX}spec_decode_{name}", getattr(counts, name))
+            for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+        ]
+        name = f"{PREFIX}spec_decode_num_accepted_tokens_per_pos"
+        found += [
+            Counter(name, counts.accepted_at[place], {"position": str(place)})
+            for place in range(most)
+        ]
+        name = f"{PREFIX}spec_decode_num_steps"
+        return found + [
+            Counter(name, num, {"draft_tokens": str(drafts)})
+            for drafts, num in sorted(counts.steps.items())
         ]
 
 

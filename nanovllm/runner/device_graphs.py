@@ -19,10 +19,11 @@ from nanovllm.platforms.base import Platform, Replay
 from nanovllm.runner.inputs import SpanArrays
 from nanovllm.runner.mm_embeds import MMEmbeds
 from nanovllm.runner.sampling import Kind, Variant
-from nanovllm.runner.state import Span, SpanTokens
+from nanovllm.runner.state import Span, SpanTokens, accept_and_advance
 from nanovllm.runner.steps import Steps
 
 Capture = Callable[[Callable[[], None]], Replay]
+Choose = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, logits, numbers within rows: tokens
 
 
 class DecodeStep:
@@ -181,25 +182,59 @@ class VerifyStep(SpanStep):
         self.token_RK = self.span.token_T.new_zeros((num_rows, num))
         self.count_R = torch.zeros_like(self.span.row_idx_R)
         self._logits: tuple[Tensor, SpanTokens] | None = None
+        self._capture: Capture | None = None
+        self._with_filters: Replay | None = None
+
+    def capture(self, capture: Capture) -> None:
+        super().capture(capture)
+        self._capture = capture
+
+    def replay_with(self, choose: Choose) -> None:
+        """The whole step with a sampler that reads only the device's memory: always the same one.
+        It is captured on first use."""
+        if self._with_filters is None:
+            launch = partial(self._launch_with, choose)
+            self._with_filters = partial(launch, self._steps)
+            if self._capture is not None:
+                given = [one.clone() for one in self.span]
+                self.span.row_idx_R.fill_(self._steps.state.pad_row)  # it changes no request
+                self.span.num_tokens_R.zero_()
+                launch(self._steps.of_each_program())  # not captured: it loads kernels
+                self._with_filters = self._capture(partial(launch, self._steps))
+                for target, values in zip(self.span, given):
+                    target.copy_(values)
+        self._with_filters()
+
+    def _launch_with(self, choose: Choose, steps: Steps) -> None:
+        with steps.proposing(self.span, self.num):
+            logits_TW, tokens = steps.verify_logits(self.span, self.num)
+            self._accept(choose, steps.gathered(logits_TW), tokens)
+
+    def accept(self, choose: Choose) -> None:
+        """The whole step op by op, where it is one program with its own sampler."""
+        with self._steps.proposing(self.span, self.num):
+            self._accept(choose, *self.logits())
+
+    def _accept(self, choose: Choose, logits_TV: Tensor, tokens: SpanTokens) -> None:
+        chosen_T = choose(tokens.row_T, logits_TV, tokens.num_T)
+        state, rate = self._steps.state, self._steps.synthetic_rate
+        self._set(*accept_and_advance(self.num, state, self.span, tokens, chosen_T, rate))
 
     def _launch(self, steps: Steps) -> None:
         with steps.proposing(self.span, self.num):
             token_RK, count_R, logits_TW, tokens = steps.verify(self.span, self.num)
-            self.set(token_RK, count_R)
+            self._set(token_RK, count_R)
         if steps.whole:
             self._logits = logits_TW, tokens
 
-    def set(self, token_RK: Tensor, count_R: Tensor) -> None:
+    def _set(self, token_RK: Tensor, count_R: Tensor) -> None:
         self.token_RK.copy_(token_RK)
         self.count_R.copy_(count_R)
 
     def logits(self) -> tuple[Tensor, SpanTokens]:
-        """The step without the sampler, op by op if possible: the logits [T, V] of its tokens."""
-        if self._steps.whole:
-            with self._steps.restoring_state():
-                self.replay()
-            assert self._logits is not None
-            logits_TW, tokens = self._logits
-        else:
-            logits_TW, tokens = self._steps.verify_logits(self.span, self.num)
+        """The logits [T, V] of the tokens of a step that is one program with its sampler."""
+        with self._steps.restoring_state():
+            self.replay()
+        assert self._logits is not None
+        logits_TW, tokens = self._logits
         return self._steps.gathered(logits_TW), tokens

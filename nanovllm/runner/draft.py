@@ -91,7 +91,7 @@ class DraftParts:
         """The proposer over caches of so many blocks; `zeros(shape, dtype)` allocates them."""
         model = self._draft.model
         steps = None if model is None else self._steps(model, num_blocks, zeros, compiler)
-        facts = self._reads_last, self._draft.reads_fed, self._draft.rests
+        facts = self._reads_last, self._draft.reads_fed, self._draft.varies
         return Drafting(self._draft.proposer, steps, self._hidden_LTD, *facts)
 
     def _steps(

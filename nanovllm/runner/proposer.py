@@ -67,7 +67,7 @@ class Drafting(NamedTuple):
     tokens: [num layers, T, D].
 
     reads_last: whether it reads those after the last layer, of all tokens. reads_fed: whether it
-    reads more than the rows of steps. rests: whether it drafts as many tokens as a verifying step
+    reads more than the rows of steps. varies: whether it drafts as many tokens as a verifying step
     has room for, and none after other steps.
     """
 
@@ -76,11 +76,11 @@ class Drafting(NamedTuple):
     hidden_LTD: Tensor | None
     reads_last: bool
     reads_fed: bool = True
-    rests: bool = False
+    varies: bool = False
 
     def after(self, max_q_len: int | None) -> DeviceProposer:
         """The proposer after a step with so many tokens a row; None for a prompt's."""
-        if not self.rests:
+        if not self.varies:
             return self.proposer
         num = 0 if max_q_len is None else max_q_len - 1
         made: Any = replace(cast(Any, self.proposer), num=num)

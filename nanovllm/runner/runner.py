@@ -42,7 +42,7 @@ from nanovllm.runner.mm_embeds import MMEmbedInputs, fill
 from nanovllm.runner.no_grad import without_grad
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
 from nanovllm.runner.spec import EngineSpec
-from nanovllm.runner.state import Span, accept_and_advance, new_state
+from nanovllm.runner.state import Span, new_state
 from nanovllm.runner.state_update import write
 from nanovllm.runner.steps import ALONE, Steps, Table
 from nanovllm.schedule.plan import DraftReading, LogitEdits, PromptLogprobs, StepPlan
@@ -288,6 +288,7 @@ class Runner:
             state=self.state,
             compiler=compiler,
             whole=whole,
+            synthetic_rate=None if self.spec.draft is None else self.spec.draft.synthetic_rate,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
             drafting=(
                 None
@@ -448,10 +449,7 @@ class Runner:
             step.replay()
         else:
             assert plan.sampling.state_suffices
-            with self.steps.proposing(step.span, num):
-                logits_TV, tokens = step.logits()
-                chosen_T = self.sampler.choose(tokens.row_T, logits_TV, tokens.num_T)
-                step.set(*accept_and_advance(num, self.state, step.span, tokens, chosen_T))
+            (step.accept if self.steps.whole else step.replay_with)(self.sampler.choose)
         return self._launched(plan, step.token_RK, counts=step.count_R)
 
     def _prefill(self, plan: StepPlan) -> AsyncOutput:

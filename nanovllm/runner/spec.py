@@ -79,7 +79,7 @@ class DraftSpec:
     """What proposes tokens on the device, and its model. The model's weights are `Params.draft`.
 
     reads_fed: see `Drafting`. reads_history: whether the state has the tokens of each row. adapts:
-    whether steps have as many draft tokens as pay.
+    whether steps have as many draft tokens as pay. synthetic_rate: see `state.random_choices`.
     """
 
     proposer: DeviceProposer
@@ -87,12 +87,18 @@ class DraftSpec:
     reads_fed: bool = True
     reads_history: bool = False
     adapts: bool = False
+    synthetic_rate: float | None = None
+
+    @property
+    def varies(self) -> bool:
+        """Whether the proposer drafts only as many tokens as pay, since each costs a pass."""
+        return self.adapts and self.model is not None
 
     @property
     def rests(self) -> bool:
         """Whether plain steps run without the proposer. Its model can read their tokens later, if
         it reads nothing else of them."""
-        return self.adapts and self.model is not None and not self.proposer.layers
+        return self.varies and not self.proposer.layers
 
     @property
     def kv_bytes_per_token(self) -> int:

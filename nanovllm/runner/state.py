@@ -195,11 +195,32 @@ def choose_and_advance(
     return token_R
 
 
+def random_choices(rate: float, state: DeviceState, tokens: SpanTokens, chosen_T: Tensor) -> Tensor:
+    """Choices after which a share `rate` of the drafts is accepted: each is the token that its row
+    feeds next, or that token + 1. Only for benchmarks: the model has no part in it."""
+    x_T = (state.pos_S[tokens.row_T] + tokens.num_T) * 40503 + state.seed_S[tokens.row_T] % 65521
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):  # a hash of 31 bits
+        x_T = (x_T & 0x7FFFFFFF) ^ ((x_T & 0x7FFFFFFF) >> shift)
+        x_T = (x_T * factor) & 0x7FFFFFFF
+    next_T = tokens.token_T.roll(-1)
+    is_last_T = tokens.num_T.roll(-1) != tokens.num_T + 1
+    wrong_T = torch.where(next_T == 0, 1, next_T - 1)
+    drafted_T = torch.where(x_T < rate * 2.0**31, next_T, wrong_T)
+    return torch.where(is_last_T, chosen_T, drafted_T)
+
+
 def accept_and_advance(
-    num: int, state: DeviceState, span: Span, tokens: SpanTokens, chosen_T: Tensor
+    num: int,
+    state: DeviceState,
+    span: Span,
+    tokens: SpanTokens,
+    chosen_T: Tensor,
+    rate: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns `ops.accept`'s (token_RK, count_R), K = `num`; advances the state by the accepted
-    tokens."""
+    tokens. With `rate` these are as many as `random_choices` says."""
+    if rate is not None:
+        chosen_T = random_choices(rate, state, tokens, chosen_T)
     token_RK, count_R = ops.accept(tokens.token_T, chosen_T, span.num_tokens_R, num)
     newest_R = token_RK.gather(1, (count_R - 1).unsqueeze(1)).squeeze(1)
     advance(state, span.row_idx_R, newest_R, count_R)
@@ -208,6 +229,7 @@ def accept_and_advance(
 
 def choose_and_accept(
     num: int,
+    rate: float | None,
     state: DeviceState,
     span: Span,
     tokens: SpanTokens,
@@ -216,4 +238,4 @@ def choose_and_accept(
 ) -> tuple[Tensor, Tensor]:
     """`accept_and_advance` with tokens that are chosen by temperature alone."""
     chosen_T = choose(state, tokens.row_T, logits_TV, tokens.num_T, draw)
-    return accept_and_advance(num, state, span, tokens, chosen_T)
+    return accept_and_advance(num, state, span, tokens, chosen_T, rate)

@@ -112,7 +112,7 @@ class Steps:
 
     `other_tables` are the rotary tables of `ModelConfig.other_ropes`. With `whole` the regions of a
     step are inlined into one program: some compilers need this. `drafting` proposes tokens after
-    each step.
+    each step. `synthetic_rate` is that of `state.random_choices`.
     """
 
     model: Model
@@ -126,6 +126,7 @@ class Steps:
     predicts: bool = False  # see `LayerCall`
     other_tables: tuple[Table, ...] = ()
     drafting: Drafting | None = None
+    synthetic_rate: float | None = None
 
     @property
     def pages(self) -> PagedCache:
@@ -329,7 +330,7 @@ class Steps:
         token_RK, count_R = self._run(
             "accept",
             (span.row_idx_R.shape[0], num),
-            drawing(self.model.config, partial(choose_and_accept, num)),
+            drawing(self.model.config, partial(choose_and_accept, num, self.synthetic_rate)),
             state=self.state,
             span=span,
             tokens=tokens,

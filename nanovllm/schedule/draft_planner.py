@@ -15,25 +15,25 @@ from nanovllm.schedule.request import Request
 class DraftPlanner:
     """Chooses the number of draft tokens of steps whose proposer adapts.
 
-    With `rests` the proposer has a cache, and plain steps run without it: their rows are behind
-    (`Request.num_drafted`). Before they have drafts again it reads the missing tokens, of up to
-    `max_rows` rows and `max_tokens` tokens in a step.
+    A proposer that `varies` drafts after verifying steps alone. One that also `rests` does not run
+    in plain steps: their rows are behind (`Request.num_drafted`). Before they have drafts again it
+    reads the missing tokens, of up to `max_rows` rows and `max_tokens` tokens in a step.
     """
 
     def __init__(
-        self, lengths: DraftLengths, *, rests: bool, max_rows: int, max_tokens: int
+        self, lengths: DraftLengths, *, varies: bool, rests: bool, max_rows: int, max_tokens: int
     ) -> None:
-        self.lengths, self.rests = lengths, rests
+        self.lengths, self.varies, self.rests = lengths, varies, rests
         self._max_rows, self._max_tokens = max_rows, max_tokens
 
     def may_draft(self, request: Request) -> bool:
         """Whether the state has draft tokens that follow a row's newest token."""
-        return not self.rests or request.has_drafts
+        return not self.varies or request.has_drafts
 
     def plan(self, requests: Sequence[Request], num_drafts: int) -> StepDrafts:
         """Note a step of `requests` that verifies up to `num_drafts` tokens a row, after their
         newest tokens were counted as computed."""
-        if not self.rests:
+        if not self.varies:
             return NO_DRAFTS
         readings: list[DraftReading] = []
         num_left = self._max_tokens
@@ -41,7 +41,7 @@ class DraftPlanner:
             end = request.num_computed - 1
             if not num_drafts:
                 request.has_drafts = False
-                if request.num_drafted is None:
+                if self.rests and request.num_drafted is None:
                     # of verified tokens in flight fewer may be accepted
                     request.num_drafted = min(end, request.num_known)
                 continue
@@ -57,7 +57,7 @@ class DraftPlanner:
                     num_left -= end - start
                     token_ids = request.all_token_ids[start:end]
                     readings.append(DraftReading(request.row, start, np.array(token_ids, np.int64)))
-        return StepDrafts(num_drafts, readings, rests=not num_drafts)
+        return StepDrafts(num_drafts, readings, rests=self.rests and not num_drafts)
 
     def planned(self, requests: Sequence[Request]) -> None:
         """Note that a step drafts tokens for rows that are not behind."""

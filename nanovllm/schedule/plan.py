@@ -87,7 +87,7 @@ class DraftReading(NamedTuple):
 
 @dataclass(frozen=True)
 class StepDrafts:
-    """What a step does for a proposer that rests at times.
+    """What a step does for a proposer that drafts only as many tokens as pay.
 
     room: the draft tokens of a row that it has room for, at least; the proposer drafts so many
         after it. readings: what the second model reads before it. rests: the proposer does not run.

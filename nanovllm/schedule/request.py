@@ -114,7 +114,7 @@ class Request:
     num_computed: int = 0
     num_in_flight: int = 0
     num_cached: int | None = None  # prompt tokens found in the prefix cache at first admission
-    has_drafts: bool = False  # a proposer that rests at times has drafted after the newest token
+    has_drafts: bool = False  # if the proposer varies: it has drafted after the newest token
     num_drafted: int | None = None  # tokens that the second model has read; None: all
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)

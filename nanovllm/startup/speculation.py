@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from nanovllm.runner.draft import DraftModel
 from nanovllm.runner.ngram import Ngram
@@ -49,12 +51,21 @@ BUILDERS: dict[str, Builder] = {
     "ngram": ngram,
 }
 
+logger = logging.getLogger(__name__)
+
 
 def with_speculation(resolved: ResolvedConfig) -> ResolvedConfig:
-    """The resolved with the proposer of the options, if they name one. Raises ValueError for what
-    does not go with it."""
+    """The resolved with the proposer of the options, if they name one.
+
+    Raises ValueError for what does not go with it.
+    """
     config = resolved.config.speculative
     if config is None:
         return resolved
     assert config.method is not None
-    return with_draft(resolved, BUILDERS[config.method](config, resolved))
+    made = with_draft(resolved, BUILDERS[config.method](config, resolved))
+    assert made.spec.draft is not None
+    if config.synthetic_rate is not None:
+        logger.warning("answers are meaningless: rejection_sample_method is 'synthetic'")
+    draft = replace(made.spec.draft, synthetic_rate=config.synthetic_rate)
+    return replace(made, spec=replace(made.spec, draft=draft))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.schedule.plan import DRAFT, StepPlan
+from nanovllm.runner.spec import DraftSpec
+from nanovllm.schedule.plan import DRAFT, StepPlan, StepResult
 from nanovllm.structured_params import StructuredOutputsParams
 from tests.engines import assert_all_free, greedy, random_prompts, tokens
 from tests.kernels.test_ngram import drafted
@@ -261,6 +263,108 @@ def test_plain_steps_run_without_the_second_model_which_reads_their_tokens_later
     # the answer's end cuts the drafts of the last steps off
     assert counts.num_draft_tokens - counts.num_accepted_tokens == before
     assert len(decoding) < 19 + 8 + 3
+
+
+def test_drawn_tokens_have_the_distribution_of_plain_decoding() -> None:
+    """A chi-square test of second tokens against those of plain decoding with other seeds."""
+    prompt, num = [*range(40), *[64, 74] * 4], 300
+    sizes: dict[str, Any] = {
+        "device": "cpu", "enforce_eager": True, "max_model_len": 64, "num_kvcache_blocks": 200
+    }  # fmt: skip
+    params = SamplingParams(temperature=6.0, top_k=6, max_tokens=3, ignore_eos=True)
+    found = []
+    for number, spec in enumerate(({}, {"speculative_config": NGRAM, **ALWAYS})):
+        llm = LLM("tiny-qwen3", seed=number, **sizes, **spec)
+        found.append(Counter(one[1] for one in tokens(llm, [prompt] * num, params)))
+        counts = llm.engine.scheduler.counts
+        llm.close()
+    assert num / 20 < counts.accepted_at[0] < counts.num_drafts * 0.95
+    expected, drawn = found
+    likely = [token for token, count in expected.most_common() if count >= 10]
+    table = [[counts[token] for token in likely] for counts in (drawn, expected)]
+    table = [[*of_likely, num - sum(of_likely)] for of_likely in table]
+    chi_square = sum((a - b) ** 2 / (a + b) for a, b in zip(*table) if a + b)
+    # 99.9 % of samples of one distribution are below this (Wilson and Hilferty's approximation)
+    freedom = len(likely)
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert freedom >= 4 and chi_square < limit
+    assert drawn != expected, "the seeds differ"
+
+
+def test_metrics_count_what_was_drafted_and_accepted(
+    looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read() -> dict[str, float]:
+        return {
+            one.name.removeprefix("nanovllm:spec_decode_num_") + "".join(one.labels.values()):
+            one.value for one in looking_up.get_metrics() if "spec_decode" in one.name
+        }  # fmt: skip
+
+    before, results = read(), []
+    collect = looking_up.engine._answers.collect
+
+    def noting(plan: StepPlan, result: StepResult) -> None:
+        if not plan.is_prefill:
+            results.append((plan.num_tokens, [len(one) for one in result.tokens]))
+        collect(plan, result)
+
+    monkeypatch.setattr(looking_up.engine._answers, "collect", noting)
+    tokens(looking_up, PROMPTS[4:5], greedy(40))
+    found = {name: value - before.get(name, 0) for name, value in read().items()}
+    rows = [
+        (fed - 1, made - 1)
+        for num_fed, num_made in results for fed, made in zip(num_fed, num_made) if fed > 1
+    ]  # fmt: skip
+    assert rows and found["drafts"] == len(rows)
+    assert found["draft_tokens"] == sum(fed for fed, _ in rows)
+    assert found["accepted_tokens"] == sum(made for _, made in rows)
+    for place in range(3):
+        expected = sum(made > place for _, made in rows)
+        assert found[f"accepted_tokens_per_pos{place}"] == expected
+    assert found["steps3"] > 0
+    assert not any("spec_decode" in one.name for one in plain.get_metrics())
+
+
+def test_a_proposer_that_cannot_read_later_reads_on_in_plain_steps(
+    checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DraftSpec, "rests", False)
+    llm = make_llm(device="cpu", **options(checkpoint, "draft_model"))
+    rng, plans = random.Random(0), watch(llm, monkeypatch)
+    choose(llm, monkeypatch, lambda: rng.choice([0, 0, 0, 1, 3, 3]))
+    assert tokens(llm, PROMPTS[:1], greedy(60)) == tokens(plain, PROMPTS[:1], greedy(60))
+    counts = llm.engine.scheduler.counts
+    assert counts.num_drafts > 9
+    # drafts that an earlier step had less room for are left from before
+    assert counts.num_accepted_tokens > counts.num_draft_tokens / 2
+    assert counts.accepted_at[0] == counts.num_drafts
+    assert not any(plan.drafts.rests or plan.drafts.readings for plan, _ in plans)
+    llm.close()
+
+
+@pytest.mark.parametrize("looking_up", ["graph"], indirect=True)
+def test_steps_with_filters_are_captured_once(looking_up: LLM, captured: list[object]) -> None:
+    for _ in range(2):
+        tokens(looking_up, PROMPTS, FILTERED)
+    num = len(captured)
+    tokens(looking_up, PROMPTS, FILTERED)
+    assert len(captured) == num
+
+
+@pytest.mark.parametrize("top_k", [-1, 9])
+def test_synthetic_acceptance_has_its_mean_length(
+    checkpoint: Path, make_llm: Callable[..., LLM], top_k: int
+) -> None:
+    params = SamplingParams(temperature=0.9, top_k=top_k, max_tokens=99, ignore_eos=True)
+    synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.2}
+    llm = make_llm(device="cpu", **options(checkpoint, "ngram", **synthetic), **ALWAYS)
+    tokens(llm, random_prompts([9] * 40, seed=7), params)
+    counts = llm.engine.scheduler.counts
+    assert counts.num_drafts > 1500
+    assert 1 + counts.num_accepted_tokens / counts.num_drafts == pytest.approx(2.2, abs=0.08)
+    rates = [counts.accepted_at[place] / counts.num_drafts for place in range(3)]
+    assert rates[1] / rates[0] == pytest.approx(rates[0], abs=0.05), "each has the same chance"
+    llm.close()
 
 
 def test_two_ranks_draft_the_same(checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM,

@@ -116,3 +116,17 @@ def test_one_slow_step_changes_little() -> None:
     assert before
     made.note_ms(1, before, 5000.0)
     assert made.choose(1) == before
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_trial_takes_as_many_steps_as_a_proposer_needs(num: int) -> None:
+    made = DraftLengths(times(lambda rows, drafts: 30.0 if drafts else 10.0), trial_steps=num)
+    chosen = []
+    for _ in range(1500):
+        drafts = made.choose(1)
+        chosen.append(drafts)
+        if drafts:
+            made.note_accepted(drafts, 0)
+    runs = "".join(map(str, chosen[100:])).strip("0").split("0")
+    assert {run for run in runs if run} == {"1" * num}
+    assert chosen[100:].count(1) <= 0.01 * 1400 / 2 + num, "a trial adds twice its steps' time"
