@@ -26,6 +26,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "draft_model": Method(needs=("model", "num_speculative_tokens")),
     "eagle3": Method(needs=("model", "num_speculative_tokens")),
+    "dflash": Method(needs=("model", "num_speculative_tokens")),
     "mtp": Method(needs=("num_speculative_tokens",)),
     "ngram": Method(("num_speculative_tokens",), ("prompt_lookup_min", "prompt_lookup_max")),
 }
@@ -46,7 +47,8 @@ OF_ALL = ("rejection_sample_method", "synthetic_acceptance_length")
 class SpeculativeConfig:
     """What proposes draft tokens on the device. Steps verify them, so they never change answers.
 
-    method: "draft_model" (a smaller model) or "ngram" (what followed the same tokens before). None:
+    method: "draft_model" (a smaller model), "ngram" (what followed the same tokens before),
+        "eagle3" or "dflash" (heads on hidden states) or "mtp" (the checkpoint's own). None:
         "draft_model".
     model: the checkpoint that drafts: a folder or a Hub id. It needs the model's vocabulary.
     num_speculative_tokens: the draft tokens of each row in a step.

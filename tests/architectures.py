@@ -34,7 +34,7 @@ CLAIMS = {
 }
 TEXT, EXPERTS, VISION = "Text", "Text, with experts", "Images and text"
 AUDIO = "Sound, images and text"
-DELTA = "most layers are a gated delta rule; `mtp` layers are not read"
+DELTA = "most layers are a gated delta rule; `mtp` layers only draft"
 
 
 class Entry(NamedTuple):
@@ -94,7 +94,7 @@ ARCHITECTURES: dict[str, Entry] = {
     ),
     "DeepseekV3ForCausalLM": Entry(
         EXPERTS, "DeepSeek-V3, V3.1, R1, Kimi-K2, Moonlight-16B-A3B",
-        "a cache of latents; layers that predict further tokens (MTP) are not read; on an NPU in "
+        "a cache of latents; layers that predict further tokens (MTP) only draft; on an NPU in "
         "eager mode alone",
     ),
     "Glm4MoeLiteForCausalLM": Entry(EXPERTS, "GLM-4.7-Flash", "as DeepSeek-V3"),
@@ -108,7 +108,7 @@ ARCHITECTURES: dict[str, Entry] = {
         EXPERTS, "ERNIE 4.5 (21B-A3B, 300B-A47B), text", "layers that propose tokens are not read"
     ),
     "Glm4MoeForCausalLM": Entry(
-        EXPERTS, "GLM-4.5, GLM-4.5-Air, GLM-4.6", "layers that propose tokens are not read"
+        EXPERTS, "GLM-4.5, GLM-4.5-Air, GLM-4.6", "layers that propose tokens (MTP) only draft"
     ),
     "GraniteMoeForCausalLM": Entry(EXPERTS, "Granite 3 with experts (1B-A400M, 3B-A800M)"),
     "GraniteMoeSharedForCausalLM": Entry(EXPERTS, "Granite MoE shared", "a shared expert"),

@@ -1,6 +1,6 @@
 """GLM-4.5 and 4.5-Air: experts chosen by sigmoid scores and a bias, after some dense layers.
 
-A part of each head is rotated. The layers that propose tokens (MTP) are not read.
+A part of each head is rotated. Layers that propose tokens are those of `mtp`.
 """
 
 from __future__ import annotations

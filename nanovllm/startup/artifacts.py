@@ -17,11 +17,12 @@ from nanovllm.compile import keys
 from nanovllm.compile.key import Key
 from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.store import Artifact, num_kernels, seal_kernels
+from nanovllm.models import dflash
 from nanovllm.models import draft_head as head_model
 from nanovllm.models import model as model_module
 from nanovllm.models.model import Model
 from nanovllm.platforms.base import Platform
-from nanovllm.runner import draft_head, mm_embeds, state, steps, tower, vocab_parallel
+from nanovllm.runner import draft_block, draft_head, mm_embeds, state, steps, tower, vocab_parallel
 
 if TYPE_CHECKING:
     from nanovllm.startup.resolve import ResolvedConfig
@@ -33,6 +34,7 @@ SHARED_MODULES = (
     "config", "dense", "encoders", "group_router", "latent", "layer_state", "model", "moe",
     "pooling",
 )  # fmt: skip
+STEP_MODULES = (vocab_parallel, mm_embeds, state, steps, tower, draft_head, draft_block)
 # The folders of models whose modules regions of several architectures may use.
 SHARED_FOLDERS = ("audio", "formats", "experts", "vision")
 
@@ -58,11 +60,7 @@ def common_ingredients(
         "source models": keys.source_digest(shared, models),
         **{f"source {name}": keys.source_digest([at], at.parent) for name, at in files.items()},
         "source steps": keys.source_digest(
-            [
-                Path(module.__file__ or "")
-                for module in (vocab_parallel, mm_embeds, state, steps, tower, draft_head)
-            ],
-            engine,
+            [Path(module.__file__ or "") for module in STEP_MODULES], engine
         ),
         "source platform": keys.source_digest([chosen_by], chosen_by.parent),
         "passes": " ".join(passes),
@@ -76,9 +74,16 @@ def region_modules(model: Model) -> set[str]:
     """The modules of a model's regions, and those of other architectures that they use: modules
     that they name and that have a `layer`, too."""
     found: set[str] = set()
-    regions = [model.embed, model.layer, model.head, model.layer_inputs]
+    regions: list[Callable[..., Any] | None] = [
+        model.embed,
+        model.layer,
+        model.head,
+        model.layer_inputs,
+    ]
     if isinstance(model, head_model.HeadModel):
         regions += [model.enter, model.again, head_model.logits]
+    if isinstance(model, dflash.BlockModel):
+        regions += [model.context, model.store]
     waiting = [name for region in regions if region is not None for name in _modules_of(region)]
     while waiting:
         name = waiting.pop()

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanovllm import hub
-from nanovllm.models import eagle3, mtp
+from nanovllm.models import dflash, eagle3, mtp
 from nanovllm.models.gguf.header import is_gguf
+from nanovllm.runner.draft_block import DraftBlock
 from nanovllm.runner.draft_head import DraftHead
 from nanovllm.runner.spec import DraftSpec
-from nanovllm.startup.head_config import eagle3_config, tensor_names
+from nanovllm.startup.head_config import dflash_config, eagle3_config, tensor_names
 from nanovllm.startup.resolve import ResolvedConfig, make_model
 
 
@@ -60,6 +61,34 @@ class Mtp:
         stored = None if config.random_weights else tensor_names(resolved.folder)
         found = mtp.model(target, stored)
         return DraftSpec(DraftHead(self.num, found.reads), found), resolved.folder
+
+
+@dataclass(frozen=True)
+class DFlash:
+    """A DFlash draft of `num` tokens. `model` is its checkpoint: a folder, or a name on the Hugging
+    Face Hub."""
+
+    num: int
+    model: str
+
+    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path]:
+        """See `Drafts`."""
+        config, cfg = resolved.config, resolved.model.config
+        refuse_ranks(resolved)
+        folder = hub.resolve(self.model, weights=not config.random_weights)
+        hf = dflash_config(folder)
+        found = dflash.model(hf, dtype=cfg.dtype, max_model_len=config.max_model_len)
+        if found.config.hidden_size != cfg.hidden_size:
+            raise ValueError(
+                f"the draft has {found.config.hidden_size} numbers in a hidden state, the model "
+                f"has {cfg.hidden_size}: they must be equal"
+            )
+        if self.num >= found.block_size:
+            raise ValueError(
+                f"num_speculative_tokens is {self.num}: a DFlash draft with blocks of "
+                f"{found.block_size} has at most {found.block_size - 1}"
+            )
+        return DraftSpec(DraftBlock(self.num, found.reads), found), folder
 
 
 def refuse_ranks(resolved: ResolvedConfig) -> None:

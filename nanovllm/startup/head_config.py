@@ -20,6 +20,14 @@ FLAGS = {  # the default at the top, and in the nested layout
     "fc_norm": (False, False),
     "norm_output": (False, False),
 }  # fmt: skip
+# Fields of other drafts, with the value that changes nothing.
+OTHER_DFLASH = {
+    "quantization_config": None, "use_sliding_window": None, "is_causal": False,
+    "conv_kernel_size": None, "selector_rank": None, "markov_rank": None,
+    "sample_from_anchor": None, "input_embedding_scale": 1.0, "output_multiplier": 1.0,
+    "final_logit_softcapping": 0.0,
+}  # fmt: skip
+MAX_STATES = 32
 
 
 def eagle3_config(folder: Path) -> Any:
@@ -67,6 +75,54 @@ def _eagle3(stored: dict[str, Any]) -> Any:
         )
     hf.read_layers = _read_layers(stored)
     return hf
+
+
+def dflash_config(folder: Path) -> Any:
+    """transformers' config of a DFlash draft's layers, with what `models.dflash` reads beside it.
+
+    Raises ValueError, with the file's name, for fields of another kind of draft.
+    """
+    path = folder / "config.json"
+    stored = read_object(path)
+    try:
+        check_sizes(stored)
+        return _dflash(stored)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _dflash(stored: dict[str, Any]) -> Any:
+    inner = stored.get("dflash_config")
+    if not isinstance(inner, dict):
+        raise ValueError(f"dflash_config is {inner!r}: it must be an object")
+    both = {**stored, **inner}
+    if both.get("model_type") != "qwen3":
+        raise ValueError(
+            f"model_type {both.get('model_type')!r} of a DFlash draft is not supported: only "
+            "'qwen3' is"
+        )
+    for name in OTHER_DFLASH:
+        if both.get(name) not in (None, False, OTHER_DFLASH[name]):
+            raise ValueError(f"{name} of a DFlash draft is {both[name]!r}: it is not supported")
+    types = both.get("layer_types")
+    if types is not None and set(types) != {"full_attention"}:
+        raise ValueError(f"layer_types of a DFlash draft are {types}: all must be full_attention")
+    hf = llama_config({**stored, "model_type": "llama"})
+    hf.attention_bias = bool(stored.get("attention_bias", False))
+    hf.block_size = _size(both, "block_size", 16)
+    ids, mask_id = both.get("target_layer_ids"), both.get("mask_token_id")
+    if not isinstance(ids, list) or not 0 < len(ids) <= MAX_STATES or not all(map(_is_id, ids)):
+        raise ValueError(
+            f"target_layer_ids is {ids!r}: it must be up to {MAX_STATES} layers, from 0 on"
+        )
+    if not _is_id(mask_id) or mask_id >= hf.vocab_size:
+        raise ValueError(f"mask_token_id is {mask_id!r}: it must be below {hf.vocab_size}")
+    hf.read_layers, hf.mask_token_id = tuple(ids), mask_id
+    return hf
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _size(stored: dict[str, Any], name: str, default: int) -> int:

@@ -10,7 +10,7 @@ from nanovllm.runner.draft import DraftModel
 from nanovllm.runner.ngram import Ngram
 from nanovllm.speculative import SpeculativeConfig
 from nanovllm.startup.draft import Draft, Drafts, with_draft
-from nanovllm.startup.draft_heads import Eagle3, Mtp
+from nanovllm.startup.draft_heads import DFlash, Eagle3, Mtp
 from nanovllm.startup.resolve import ResolvedConfig
 
 Builder = Callable[[SpeculativeConfig, ResolvedConfig], Drafts]
@@ -24,6 +24,11 @@ def draft_model(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
 def eagle3(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
     assert config.num_speculative_tokens is not None and config.model is not None
     return Eagle3(config.num_speculative_tokens, str(config.model))
+
+
+def dflash(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
+    assert config.num_speculative_tokens is not None and config.model is not None
+    return DFlash(config.num_speculative_tokens, str(config.model))
 
 
 def mtp(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
@@ -41,6 +46,7 @@ def ngram(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
 BUILDERS: dict[str, Builder] = {
     "draft_model": draft_model,
     "eagle3": eagle3,
+    "dflash": dflash,
     "mtp": mtp,
     "ngram": ngram,
 }

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanovllm.engine.engine import Engine
-from nanovllm.runner.draft_head import DraftHead
-from nanovllm.runner.proposer import Fed
+from nanovllm.runner.proposer import DeviceProposer, Fed
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.runner.state import DeviceState
 from nanovllm.startup.draft import Drafts
@@ -27,13 +26,22 @@ Draft = tuple[int, list[int]]  # (position of the newest token, the tokens draft
 
 
 @dataclass(frozen=True)
-class Noting(DraftHead):
-    """Notes what it drafts, row by row."""
+class Noting:
+    """Notes what a proposer drafts, row by row."""
 
+    inner: DeviceProposer
     seen: list[Draft] = field(default_factory=list, repr=False, compare=False)
 
+    @property
+    def num(self) -> int:
+        return self.inner.num
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.inner.layers
+
     def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor | None:
-        token_RK = super().propose(state, fed, steps)
+        token_RK = self.inner.propose(state, fed, steps)
         if token_RK is None:
             return None
         pos_R = state.pos_S.index_select(0, fed.row_idx_R)
@@ -54,8 +62,7 @@ class Watched:
 
     def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
         spec, folder = self.drafts.parts(resolved)
-        proposer = Noting(spec.proposer.num, spec.proposer.layers, self.seen)
-        return replace(spec, proposer=proposer), folder
+        return replace(spec, proposer=Noting(spec.proposer, self.seen)), folder
 
 
 def make(folder: Path, drafts: Drafts, num: int, **options: Any) -> Engine:

@@ -1,0 +1,140 @@
+"""DFlash drafts: a block of tokens in one pass, whose layers see the whole block and the context.
+
+The context are keys and values of the model's hidden states, made by `store`. The block is the
+newest token and mask tokens, whose outputs are the draft tokens at their own positions. Source:
+https://arxiv.org/abs/2602.06036.
+
+J = I times the number of states | other letters are those of `dense` and `draft_head`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import ops
+from nanovllm.models import dense
+from nanovllm.models.config import ModelConfig, dense_config
+from nanovllm.models.draft_head import renamed
+from nanovllm.models.formats import linear
+from nanovllm.models.model import LayerCache, LayerKind, Model, Param
+
+
+@dataclass(frozen=True)
+class DFlashConfig(ModelConfig):
+    """The config of a draft: mask tokens have the embedding of `mask_id`."""
+
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (*ModelConfig.GRAPH_FIELDS, "mask_id")
+
+    mask_id: int = 0
+    num_states: int = 0
+
+
+class Extra(NamedTuple):
+    """Weights beside the layers, which make the context of hidden states."""
+
+    fc_DJ: Tensor
+    state_norm_D: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockModel(Model):
+    """The model of a draft, of up to `block_size` tokens with the newest one. Its layers are those
+    of a decoder. `context(config, extra, hidden)` gives what `store` reads, from the other model's
+    hidden states after the layers `reads`."""
+
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (*Model.GRAPH_FIELDS, "context", "store")
+
+    context: Callable[..., Tensor]
+    store: Callable[..., tuple[()]]
+    reads: tuple[int, ...]
+    block_size: int
+
+
+def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None) -> BlockModel:
+    """The draft of a config (`startup.head_config`). Raises ValueError."""
+    plain = dense_config(
+        hf,
+        architecture="DFlash",
+        dtype=dtype,
+        max_model_len=max_model_len,
+        qkv_bias=hf.attention_bias,
+        out_bias=hf.attention_bias,
+        qk_norm=True,
+    )
+    values = {field.name: getattr(plain, field.name) for field in fields(plain)}
+    own = {"mask_id": hf.mask_token_id, "num_states": len(hf.read_layers)}
+    config = DFlashConfig(**{**values, "tied_embeddings": False}, **own)
+    kind = LayerKind("dflash", dense.paged_kv(config))
+    return BlockModel(
+        config=config,
+        layer_kinds=(kind,) * config.num_layers,
+        embed=dense.embed,
+        layer=dense.layer,
+        head=dense.head,
+        context=context,
+        store=store,
+        reads=hf.read_layers,
+        block_size=hf.block_size,
+        outer_params=outer_params,
+        layer_params=layer_params,
+        layer_type=dense.layer_type,
+        extra_type=Extra,
+        lent=("embed_VD", "head_VD"),
+    )
+
+
+# regions -----------------------------------------------------------------------------------------
+
+
+def context(cfg: DFlashConfig, w: Extra, hidden: tuple[Tensor, ...]) -> Tensor:
+    """What all layers' keys and values of the context are made of: [T, D]."""
+    state_TD = linear(torch.cat(hidden, dim=-1), w.fc_DJ, None)
+    return ops.rms_norm(state_TD, w.state_norm_D, cfg.norm_eps)
+
+
+def store(
+    cfg: DFlashConfig,
+    w: dense.Layer,
+    kv: LayerCache,
+    cos_sin_MH: Tensor,
+    place: tuple[Tensor, Tensor],
+    context_TD: Tensor,
+) -> tuple[()]:
+    """Write one layer's keys and values of the context, at `place`: rope_pos_T and slot_T."""
+    rope_pos_T, slot_T = place
+    first = cfg.num_heads * cfg.head_dim
+    assert isinstance(w.qkv_ED, Tensor) and w.k_norm_H is not None
+    bias_E = None if w.qkv_bias_E is None else w.qkv_bias_E[first:]
+    kv_TE = linear(context_TD, w.qkv_ED[first:], bias_E)
+    k_TKH, v_TKH = kv_TE.unflatten(1, (-1, cfg.head_dim)).chunk(2, dim=1)
+    k_TKH = ops.rms_norm(k_TKH.contiguous(), w.k_norm_H, cfg.norm_eps)
+    k_TKH = ops.rope(k_TKH, cos_sin_MH, rope_pos_T)
+    ops.store_kv(
+        k_TKH, v_TKH.contiguous(), kv.k_CBKH, kv.v_CBKH, slot_T, kv.k_scale_K, kv.v_scale_K
+    )
+    return ()
+
+
+# parameters --------------------------------------------------------------------------------------
+
+
+def outer_params(cfg: ModelConfig) -> dict[str, Param]:
+    """Parameters beside the layers, by the fields of `Params` and of `Extra`."""
+    assert isinstance(cfg, DFlashConfig)
+    hidden = cfg.hidden_size
+    return {
+        "final_norm_D": Param.one("norm", "norm.weight", hidden),
+        "fc_DJ": Param.one("router", "fc.weight", hidden, cfg.num_states * hidden),
+        "state_norm_D": Param.one("norm", "hidden_norm.weight", hidden),
+    }
+
+
+def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
+    """Parameters of one layer, by the fields of `dense.Layer`."""
+    declared = dense.layer_params(cfg, kind, layer_idx)
+    return {name: renamed(one, "model.", "") for name, one in declared.items()}
