@@ -181,6 +181,14 @@ linear_int8 = _define(
     lambda x, weight, scale, bias, residual=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 
+packed_lookup = _define(
+    "packed_lookup(Tensor row, Tensor code, Tensor scale, Tensor? offset, Tensor? table, int bits, "
+    "int group, int depth, ScalarType dtype) -> Tensor",
+    reference.packed.packed_lookup,
+    lambda row, code, scale, offset, table, bits, group, depth, dtype: code.new_empty(
+        (*row.shape, depth), dtype=dtype
+    ),
+)
 packed_linear = _define(
     "packed_linear(Tensor x, Tensor code, Tensor scale, Tensor? offset, Tensor? table, int bits, "
     "int group, Tensor? bias, Tensor? residual=None) -> Tensor",
@@ -204,6 +212,13 @@ fp8_expert_linear = _define(
     "int block_columns) -> Tensor",
     reference.packed.fp8_expert_linear,
     lambda x, expert, weight, *rest: x.new_empty((*expert.shape, weight.shape[1])),
+)
+ggml_lookup = _define(
+    "ggml_lookup(Tensor row, Tensor block, int ggml_type, ScalarType dtype) -> Tensor",
+    reference.ggml.ggml_lookup,
+    lambda row, block, ggml_type, dtype: block.new_empty(
+        (*row.shape, reference.ggml.depth_of(block, ggml_type)), dtype=dtype
+    ),
 )
 ggml_linear = _define(
     "ggml_linear(Tensor x, Tensor block, int ggml_type, Tensor? bias, Tensor? residual=None) "
@@ -622,6 +637,7 @@ __all__ = [
     "gather_columns",
     "ggml_expert_linear",
     "ggml_linear",
+    "ggml_lookup",
     "group_topk",
     "has_kernel",
     "head_linear",
@@ -641,6 +657,7 @@ __all__ = [
     "packed_expert_linear",
     "packed_experts",
     "packed_linear",
+    "packed_lookup",
     "paged_attention",
     "qk_norm_rope_store",
     "register_kernels",

@@ -88,7 +88,11 @@ def ggml_expert_linear(x: Tensor, expert_TK: Tensor, block_EOB: Tensor, ggml_typ
     return out_TKO
 
 
-KERNELS = {kernel.__name__: kernel for kernel in (ggml_linear, ggml_expert_linear)}
+# Rows of a table are few: torch reads them sooner than Inductor is imported.
+KERNELS = {
+    "ggml_lookup": reference.ggml.ggml_lookup,
+    **{kernel.__name__: kernel for kernel in (ggml_linear, ggml_expert_linear)},
+}
 
 
 def register() -> None:

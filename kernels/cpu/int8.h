@@ -178,6 +178,15 @@ INLINE SomeLanes first_lanes(int64_t n) {
 INLINE Vec load_some(const float* p, SomeLanes some) {
   return (Vec)_mm512_maskz_loadu_ps(some, p);
 }
+#elif LANES == 8 && defined(__AVX2__)
+typedef __m256i SomeLanes;
+INLINE SomeLanes first_lanes(int64_t n) {
+  const int num = (int)std::min<int64_t>(std::max<int64_t>(n, 0), kLanes);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(num), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE Vec load_some(const float* p, SomeLanes some) {
+  return (Vec)_mm256_maskload_ps(p, some);
+}
 #else
 struct SomeLanes {
   int64_t num;

@@ -475,3 +475,26 @@ extern "C" int64_t nanovllm_widen_packed(const Packed* args) {
   });
   return 1;
 }
+
+// Dequantizes the rows that `expert` names, [P, depth] in `dtype`. Returns 0, and does nothing, if
+// one is not below num_outputs.
+extern "C" int64_t nanovllm_packed_lookup(const Packed* args) {
+  const Packed& at = *args;
+  if (!are_valid(at.expert, at.num_pairs, 0, at.num_outputs)) return 0;
+  const int64_t blocks = (at.depth + kBlock - 1) / kBlock * kBlock;
+  const int64_t num_threads = at.num_pairs * at.depth < kMinParallel ? 1 : at.num_threads;
+  parallel_for(at.num_pairs, num_threads, [&](int64_t pair) {
+    const int64_t row = at.expert[pair];
+    float* scales = scratch((size_t)(2 * (at.num_groups + kLanes) + blocks));
+    float* value = scales + 2 * (at.num_groups + kLanes);
+    const RowScales of_row(scales, at, 0, row);
+    dequantize_row(value, at, (const uint8_t*)code_row(at, 0, row), of_row.scale, of_row.offset);
+    with_io(at.dtype, [&](auto zero) {
+      typedef decltype(zero) Io;
+      Io* to = (Io*)at.out + pair * at.depth;
+      for (int64_t d = 0; d < at.depth; d += kLanes)
+        store_first(to + d, load(value + d), at.depth - d);
+    });
+  });
+  return 1;
+}

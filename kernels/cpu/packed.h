@@ -43,8 +43,10 @@ inline void to_floats(float* out, const char* in, int64_t dtype, int64_t n) {
 #endif
   with_dtype(dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    for (int64_t i = 0; i < n; i += kLanes)
-      store_first(out + i, load_first((const T*)in + i, n - i), n - i);
+    const T* from = (const T*)in;
+    if (n < kLanes) return store_first(out, load_first(from, n), n);
+    for (int64_t i = 0; i + kLanes <= n; i += kLanes) store(out + i, load(from + i));
+    if (n % kLanes) store(out + n - kLanes, load(from + n - kLanes));  // overlaps the one before
   });
 }
 

@@ -60,7 +60,7 @@ def configure(exact: bool) -> None:
 def _load() -> ctypes.CDLL:
     """Compile the library or find it in the cache, and load it. Raises as `build.load` does."""
     library = build.load(Path(__file__).with_suffix(".cpp"), (PACKED,))
-    for name in ("packed_linear", "packed_is_integer", "widen_packed"):
+    for name in ("packed_linear", "packed_is_integer", "packed_lookup", "widen_packed"):
         function = getattr(library, f"nanovllm_{name}")
         function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
     cpu_library.lend_threads(cpu_library.load(), library)
@@ -273,6 +273,34 @@ def _widened_product(out_TO: Tensor, x_TD: Tensor, weight: Weight, bias_O: Tenso
         out_TO[:, first:end] = torch.nn.functional.linear(x_TD, part, bias)
 
 
+def packed_lookup(
+    row_T: Tensor,
+    code_VC: Tensor,
+    scale_VG: Tensor,
+    offset_VG: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    depth: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference.packed.packed_lookup`; raises IndexError for a row that is not there."""
+    weight = Weight(code_VC, scale_VG, offset_VG, table, bits, group).with_table()
+    layout = _layout_if_fits(weight, depth)
+    if layout is None or dtype not in INPUT_CODES or row_T.dim() != 1:
+        return reference.packed.packed_lookup(
+            row_T, code_VC, scale_VG, offset_VG, table, bits, group, depth, dtype
+        )
+    out_TD = torch.empty((len(row_T), depth), dtype=dtype)
+    row_T = row_T.to(torch.int32).contiguous()
+    if len(row_T) and not _load().nanovllm_packed_lookup(
+        arguments_of(out_TD, out_TD, row_T.unsqueeze(1), weight, depth, layout=layout)
+    ):
+        low, high = int(row_T.min()), int(row_T.max())
+        raise IndexError(f"rows {low} to {high} are read, and there are {len(code_VC)}")
+    return out_TD
+
+
 def packed_linear(
     x_TD: Tensor,
     code_OC: Tensor,
@@ -378,7 +406,13 @@ def refuse(expert_TK: Tensor, num_experts: int) -> NoReturn:
 
 KERNELS = {
     kernel.__name__: kernel
-    for kernel in (packed_linear, packed_expert_linear, fp8_linear, fp8_expert_linear)
+    for kernel in (
+        packed_linear,
+        packed_lookup,
+        packed_expert_linear,
+        fp8_linear,
+        fp8_expert_linear,
+    )
 }
 
 

@@ -85,12 +85,18 @@ INLINE Vec load(const Bf16* p) {
 }
 
 INLINE Vec load(const Fp16* p) {
+#if LANES == 16
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif LANES == 8 && defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
   // after the shift the exponent is 112 too small; the product corrects it, also for subnormals
   UVec h = __builtin_convertvector((HVec) * (const HVecAt*)p, UVec);
   UVec sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
   Vec finite = (Vec)magnitude * splat(0x1p112f);
   UVec not_finite = (UVec)(magnitude >= 0x0f800000u) & 0x7f800000u;
   return (Vec)((UVec)finite | not_finite | sign);
+#endif
 }
 
 INLINE float to_float(float x) { return x; }

@@ -40,6 +40,17 @@ def unpacked(block_OB: Tensor, ggml_type: int) -> Tensor:
     return one.unpack(block_OB.unflatten(-1, (-1, one.num_bytes))).flatten(-2)
 
 
+def depth_of(block_OB: Tensor, ggml_type: int) -> int:
+    """The columns of rows of blocks."""
+    one = TYPES[ggml_type]
+    return block_OB.shape[-1] // one.num_bytes * one.columns
+
+
+def ggml_lookup(row_T: Tensor, block_VB: Tensor, ggml_type: int, dtype: torch.dtype) -> Tensor:
+    """Rows [T, D] of a table [V, D] in blocks."""
+    return unpacked(block_VB[row_T], ggml_type).to(dtype)
+
+
 def ggml_linear(
     x_TD: Tensor,
     block_OB: Tensor,

@@ -54,6 +54,23 @@ def unpacked(
     return value if offset is None else value + _of_columns(offset, group, depth)
 
 
+def packed_lookup(
+    row_T: Tensor,
+    code_VC: Tensor,
+    scale_VG: Tensor,
+    offset_VG: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group: int,
+    depth: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows [T, D] of a table [V, D] in packed codes."""
+    offset_TG = None if offset_VG is None else offset_VG[row_T]
+    some = code_VC[row_T], scale_VG[row_T], offset_TG
+    return unpacked(*some, table, bits, group, depth).to(dtype)
+
+
 def packed_linear(
     x_TD: Tensor,
     code_OC: Tensor,

@@ -264,6 +264,9 @@ def _joined(model: Model, parts: Sequence[Part], weights: Sequence[Weight]) -> W
     """The weight whose rows are those of all parts of a parameter."""
     if len(weights) == 1:
         return weights[0]
+    plain = [one for one in weights if isinstance(one, Tensor)]
+    if len(plain) == len(weights):
+        return torch.cat(plain, dim=-2)
     return Mixed(tuple(weights), tuple(model.extent(part.param).shape[-2] for part in parts))
 
 

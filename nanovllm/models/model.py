@@ -17,6 +17,7 @@ from torch import Tensor
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, num_bytes
+from nanovllm.models.formats.plain import PLAIN
 from nanovllm.models.layer_state import LayerState, PagedLatent, PageGroups, Recurrent, page_groups
 from nanovllm.models.param import Param as Param
 from nanovllm.models.schemes import UNQUANTIZED, Part, Scheme
@@ -303,7 +304,9 @@ class Model:
         kinds = []
         for kind, params in zip(self.layer_kinds, layers):
             parts = model.check_formats(*params.values())
-            stored = [(part.format, part.param.shape) for part in parts]
+            stored = [
+                (PLAIN if part.format.is_plain else part.format, part.param.shape) for part in parts
+            ]
             of_kind = known.setdefault(kind, [])
             if stored not in of_kind:
                 of_kind.append(stored)

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from nanovllm.models.checkpoint import Checkpoint, CheckpointError, Cut
 from nanovllm.models.formats import Weight
-from nanovllm.models.formats.format import Axis, Companion, Extent, Format, Piece, fill, num_bytes
+from nanovllm.models.formats.format import (
+    Axis,
+    Companion,
+    Extent,
+    Format,
+    Piece,
+    fill,
+    mapped,
+    num_bytes,
+    tensors_of,
+)
 from nanovllm.models.param import Param, RowOrder, Times
 from nanovllm.models.shards import Shard
 
@@ -39,11 +49,14 @@ def read(
     that the format refuses, and for an `adapt` that it cannot take.
     """
     pieces, part_rows = shard.pieces(param, is_joined=is_joined), param.local(shard.size).parts
+    # a device without products of the stored numbers may not have their dtypes either
+    reads_on = torch.device("cpu") if stored_as.is_plain else device
     _check(checkpoint, stored_as, pieces)
     try:
         if len(extent.shape) < 3:
-            (raws,) = _raws(checkpoint, stored_as, [pieces], device)
-            return _adapted(stored_as, param, _matrix(stored_as, pieces, raws, extent), part_rows)
+            (raws,) = _raws(checkpoint, stored_as, [pieces], reads_on)
+            weight = _matrix(stored_as, pieces, raws, extent)
+            return mapped(lambda one: one.to(device), _adapted(stored_as, param, weight, part_rows))
         if param.adapt is not None:
             raise ValueError(f"{param.sources[0]}: the numbers of experts cannot be changed")
         stored, num = stored_as.empty(extent, device), extent.shape[0]
@@ -51,7 +64,7 @@ def read(
         step = max(1, STAGED_BYTES * num // num_bytes(stored_as, extent))
         for first in range(0, num, step):
             some = of_experts[first : first + step]
-            for i, raws in enumerate(_raws(checkpoint, stored_as, some, device)):
+            for i, raws in enumerate(_raws(checkpoint, stored_as, some, reads_on)):
                 fill(stored, first + i, _matrix(stored_as, some[i], raws, extent.matrix))
         return stored
     except CheckpointError:
@@ -200,14 +213,17 @@ def _matrix(
             raise ValueError(f"{piece.source}: {error}") from error
     weight: Any = stored_as.joined(parts)
     declared: Any = stored_as.empty(extent, "meta")
-    fields = []
-    for found, wanted in zip(weight, declared, strict=True):
-        if isinstance(found, Tensor) and found.shape != wanted.shape:
-            padded = found.new_zeros(wanted.shape)
-            padded[: len(found)] = found
-            found = padded
-        fields.append(found)
-    return type(weight)(*fields)
+    if isinstance(weight, Tensor):
+        return _padded(weight, declared)
+    return type(weight)(*map(_padded, weight, declared))
+
+
+def _padded(found: Any, declared: Any) -> Any:
+    if not isinstance(found, Tensor) or found.shape == declared.shape:
+        return found
+    padded = found.new_zeros(declared.shape)
+    padded[: len(found)] = found
+    return padded
 
 
 def _adapted(stored_as: Format, param: Param, weight: Any, parts: tuple[int, ...]) -> Weight:
@@ -215,7 +231,7 @@ def _adapted(stored_as: Format, param: Param, weight: Any, parts: tuple[int, ...
     adapt, found = param.adapt, weight
     try:
         if isinstance(adapt, RowOrder):
-            device = next(one.device for one in weight if isinstance(one, Tensor))
+            device = tensors_of(weight)[0].device
             found = stored_as.reordered(weight, adapt.order(parts).to(device))
         elif isinstance(adapt, Times):
             found = stored_as.scaled(weight, adapt.factor)

@@ -15,6 +15,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from nanovllm.models.checkpoint import plain_name
+from nanovllm.models.formats.dequantized import Dequantized
 from nanovllm.models.formats.format import Format
 from nanovllm.models.formats.fp8 import Fp8Rounded
 from nanovllm.models.formats.int8 import Int8
@@ -64,6 +65,22 @@ class Converted(Scheme):
 
 
 UNQUANTIZED = Converted()
+
+
+@dataclass(frozen=True)
+class Dequantizing(Scheme):
+    """The scheme of a checkpoint on a device that multiplies plain tensors alone."""
+
+    stored: Scheme
+
+    def __str__(self) -> str:
+        return f"{self.stored}, dequantized"
+
+    def parts(self, param: Param) -> tuple[Part, ...]:
+        return tuple(
+            part._replace(format=Dequantized(part.format)) if part.format.is_packed else part
+            for part in self.stored.parts(param)
+        )
 
 
 class BySource(Scheme):

@@ -63,7 +63,7 @@ class Traits:
     supported_dtypes: dtypes that a model can run in.
     auto_dtype: the dtype of dtype="auto"; None means the checkpoint's.
     quantizations: supported values of the option `quantization`.
-    takes_quantized: True if quantized checkpoints run.
+    takes_quantized: True if weights of quantized checkpoints stay as they are stored.
     supports_fp8_cache: True if kernels read and write a float8_e4m3fn cache.
     supports_latents: True if attention over latents runs.
     supports_adapters: True if requests may have adapters.

@@ -20,7 +20,7 @@ from nanovllm.models.layer_state import PagedKV, recurrent_bytes
 from nanovllm.models.loader import has_own_head
 from nanovllm.models.lora.regions import with_lora
 from nanovllm.models.model import LoraSlots, Model
-from nanovllm.models.schemes import OPTIONS, UNQUANTIZED
+from nanovllm.models.schemes import OPTIONS, UNQUANTIZED, Dequantizing
 from nanovllm.models.shards import ALL, Shard
 from nanovllm.models.vision.budgets import budgets
 from nanovllm.platforms import attention
@@ -141,7 +141,7 @@ def resolve_model(
         hf.tie_word_embeddings = False
     model = make_model(config, hf, dtype)
     if config.quantization is None and model.scheme != UNQUANTIZED:
-        check_quantized(model, folder, platform)
+        model = for_device(model, folder, platform)
     if not config.random_weights and not env.read().disable_svd:
         model = svd_experts.applied(model, folder)
     if config.state_dtype != "auto":
@@ -156,16 +156,19 @@ def resolve_model(
     return ResolvedConfig(config, platform, store, folder, hf, model, spec, eos_ids, shard=shard)
 
 
-def check_quantized(model: Model, folder: Path, platform: Platform) -> None:
-    """Refuse a quantized checkpoint on a device that does not run it, and warn elsewhere."""
-    if not platform.traits.takes_quantized:
-        raise ValueError(
-            f"{folder} is quantized ({model.scheme}), which is not supported on a "
-            f"{platform.traits.name} device: use a checkpoint that is not, or another device"
+def for_device(model: Model, folder: Path, platform: Platform) -> Model:
+    """The model of a quantized checkpoint: a device without products for it has plain weights."""
+    if platform.traits.takes_quantized:
+        logger.warning(
+            "%s: weights stay quantized (%s), see docs/quantization.md", folder, model.scheme
         )
+        return model
+    dtype = str(model.config.dtype).removeprefix("torch.")
     logger.warning(
-        "%s: weights stay quantized (%s), see docs/quantization.md", folder, model.scheme
-    )
+        "%s: weights are dequantized to %s (%s): a %s device has no products of quantized weights",
+        folder, dtype, model.scheme, platform.traits.name,
+    )  # fmt: skip
+    return model.with_scheme(Dequantizing(model.scheme))
 
 
 def make_model(config: EngineConfig, hf: Any, dtype: torch.dtype) -> Model:

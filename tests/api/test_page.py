@@ -359,6 +359,8 @@ def test_a_model_that_sees_answers_about_an_attached_picture(browser: Browser) -
     )  # fmt: skip
     with command_server(*words) as (url, _), opening(browser, url) as open_page:
         page = open_page()
+        # the page takes pictures once the server has told it that the model sees
+        expect(page.get_by_role("button", name="Attach images")).to_be_visible()
         page.locator("#files").set_input_files(picture)
         expect(page.locator(".attached img")).to_be_visible()
         for number, (question, answer) in enumerate(

@@ -133,9 +133,10 @@ def shown(claim: Shown) -> str:
 
 
 def _device(row: Row, traits: Traits, kernels: kernel_index.Kernels, *, is_option: bool) -> str:
-    runs = row.key in traits.quantizations if is_option else traits.takes_quantized
-    if not runs:
+    if is_option and row.key not in traits.quantizations:
         return "refused"
+    if not is_option and not traits.takes_quantized:
+        return "dequantized at the load"
     if row.product not in kernels:
         return "plain torch"
     return "dequantizes" if "dequantized" in kernels[row.product].__module__ else "kernel"

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovllm.compile.lower import calls
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops, reference
@@ -292,6 +293,27 @@ def test_other_layouts_and_dtypes_are_computed_as_well() -> None:
     assert torch.equal(product(half, one), meaning)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits, table", [(4, "codes"), (4, "no integers"), (8, "codes")])
+@pytest.mark.usefixtures("instructions")
+def test_rows_of_a_table_are_its_real_values(bits: int, table: str, dtype: torch.dtype) -> None:
+    one, row_T = (
+        case((19, 99), bits, 16, table, scale_dtype=torch.float16),
+        torch.tensor([18, 0, 7]),
+    )
+    found = packed.packed_lookup(row_T, *one[:6], 99, dtype)
+    expected = one.value[row_T]
+    error = (found.double() - expected).abs()
+    assert (error <= 4 * ROUNDING[dtype] * one.parts[row_T]).all()
+    assert packed.packed_lookup(row_T[:0], *one[:6], 99, dtype).shape == (0, 99)
+
+
+def test_a_row_that_is_not_there_raises() -> None:
+    one = case((19, 99), 4, 32)
+    with pytest.raises(IndexError, match="rows 3 to 19 are read, and there are 19"):
+        packed.packed_lookup(torch.tensor([3, 19]), *one[:6], 99, torch.float32)
+
+
 def experts_of(run: Callable[[Tensor, Tensor], Tensor], values: Tensor, check: Case | None) -> None:
     """`run(x, expert_TK)` is the product of each pair, also for x of each pair."""
     num_experts, num_outputs, depth = values.shape
@@ -384,17 +406,21 @@ def test_a_nan_in_fp8_spoils_its_own_output_alone() -> None:
         assert torch.equal(found[:, others], clean[:, others])
 
 
-def test_graphs_keep_the_ops() -> None:
+def test_graphs_keep_the_ops_and_need_no_compiler() -> None:
     one = case((19, 96), 4, 32)
 
-    def function(x: Tensor, code: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        return ops.packed_linear(x, code, scale, offset, None, 4, 32, None)
+    def function(row: Tensor, code: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        weight = code, scale, offset, None, 4, 32
+        x_TD = ops.packed_lookup(row, *weight, 96, torch.float32)
+        return ops.packed_linear(x_TD, *weight, None)
 
-    given = {"x": torch.randn(3, 96), "code": one.code, "scale": one.scale, "offset": one.offset}
+    row = torch.tensor([18, 0, 7])
+    given = {"row": row, "code": one.code, "scale": one.scale, "offset": one.offset}
     graph, fakes, _ = trace(function, given)
     kept = replace_ops(graph, fakes, keep=cpu_platform._keeps_op)
     names = [name for node in kept.graph.nodes if (name := ops.op_name(node.target))]
-    assert names == ["packed_linear"]
+    assert names == ["packed_lookup", "packed_linear"]
+    assert calls.is_enough(kept)
 
 
 def test_what_is_known_of_a_weight_is_of_its_own_tensors() -> None:

@@ -40,6 +40,14 @@ def test_products_are_those_of_the_real_values(ggml_type: int, num_blocks: int) 
 
 
 @pytest.mark.parametrize("ggml_type", TYPES)
+def test_rows_of_a_table_are_its_real_values(ggml_type: int) -> None:
+    block, real = drawn(ggml_type, 19, 2 * TYPES[ggml_type].columns)
+    row_T = torch.tensor([18, 0, 7])
+    found = ops.ggml_lookup(row_T, block, ggml_type, torch.float32)
+    torch.testing.assert_close(found, real[row_T], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ggml_type", TYPES)
 def test_sums_are_rounded_once(ggml_type: int) -> None:
     block, real = drawn(ggml_type, 7, 256)
     x = torch.randn(3, 256, dtype=torch.bfloat16)

@@ -25,6 +25,7 @@ from tests.models import families, harness
 from tests.models.gguf_cases import HALVES, TypeOf, Written, blocks, in_turns, write
 from tests.models.harness import engine_logits, max_difference, sequences, transformers_logits
 from tests.models.moe_cases import NORMALIZED, Case
+from tests.models.test_quantized_checkpoints import plain_device as plain_device
 from tests.models.test_shards import load_rank, options
 from tests.models.thread_ranks import on_ranks
 
@@ -108,6 +109,15 @@ def test_types_in_turns(name: str, tmp_path: Path) -> None:
     assert isinstance(params.layers[0].qkv_ED, Mixed)
     assert params.head_VD is params.embed_VD
     assert isinstance(params.embed_VD, GgmlWeight if name != "other" else PackedWeight)
+
+
+@pytest.mark.usefixtures("plain_device")
+def test_devices_without_products_dequantize(tmp_path: Path) -> None:
+    saved = save_tiny(tmp_path, "llama", **SIZES)
+    params = check(write(saved, in_turns("Q4_K", "Q4_0", "Q6_K")))
+    assert params.head_VD is params.embed_VD
+    found = {type(one) for layer in params.layers for one in layer} | {type(params.embed_VD)}
+    assert found <= {torch.Tensor, type(None)}
 
 
 @pytest.mark.parametrize("type_name", ["Q4_K", "MXFP4", "Q6_K"])

@@ -22,6 +22,7 @@ from tests.models.gpt_oss_cases import VOCAB_SIZE, save, save_mxfp4
 from tests.models.harness import engine_logits, load, max_difference, sequences, transformers_logits
 from tests.models.routes import edit
 from tests.models.test_quantized_checkpoints import check_ranks
+from tests.models.test_quantized_checkpoints import plain_device as plain_device
 
 LENGTHS = ((1, 6), (19, 24), (70, 73))
 TOLERANCE = 1e-4
@@ -56,6 +57,15 @@ def test_experts_in_mxfp4_have_the_logits_of_their_numbers(
     experts = runner.params.layers[0].experts
     assert isinstance(experts.gate_up_EGD, PackedWeight)
     assert isinstance(experts.down_EDF, PackedWeight)
+    expected = transformers_logits(packed / "real", known, "cpu")
+    assert max_difference(engine_logits(runner, known), expected) <= TOLERANCE
+
+
+@pytest.mark.usefixtures("plain_device")
+def test_devices_without_products_dequantize_mxfp4(tmp_path: Path) -> None:
+    packed, known = save_mxfp4(tmp_path), sequences(VOCAB_SIZE, *LENGTHS)
+    runner = load(packed, "cpu", **EAGER)
+    assert isinstance(runner.params.layers[0].experts.gate_up_EGD, Tensor)
     expected = transformers_logits(packed / "real", known, "cpu")
     assert max_difference(engine_logits(runner, known), expected) <= TOLERANCE
 

@@ -24,6 +24,7 @@ from tests.models.moe_cases import Case
 from tests.models.packers import Compressed, bnb4, bnb8, mxfp4, of_groups, with_g_idx
 from tests.models.test_formats import is_matrix, model_of
 from tests.models.test_quantized_checkpoints import Kind, check, check_ranks, pack
+from tests.models.test_quantized_checkpoints import plain_device as plain_device
 
 
 def ints(bits: int, strategy: str, *, symmetric: bool = True, group: int | None = None) -> Any:
@@ -79,6 +80,13 @@ def test_dense_models_alone_and_on_two_ranks(kind: Kind, tmp_path: Path) -> None
     params = check(folder, 99)
     assert isinstance(params.layers[0].down_DF, PackedWeight)
     check_ranks(folder, 2, 99)
+
+
+@pytest.mark.usefixtures("plain_device")
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_devices_without_products_dequantize(kind: Kind, tmp_path: Path) -> None:
+    params = check(saved(kind, tmp_path), 99)
+    assert {type(one) for layer in params.layers for one in layer} <= {torch.Tensor, type(None)}
 
 
 @pytest.mark.parametrize(

@@ -300,15 +300,38 @@ def test_damage_is_named(name: str, end: str, change: Any, message: str, tmp_pat
         loader.load(model_of(folder), folder, Target(torch.device("cpu")), int)
 
 
-def test_a_device_that_does_not_run_them_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def plain_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that multiplies plain tensors alone."""
+    monkeypatch.setattr(cpu, "TRAITS", replace(cpu.TRAITS, takes_quantized=False))
+
+
+def test_the_log_says_whether_weights_stay_quantized(
+    tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = pack(BY_NAME["awq"], save_tiny(tmp_path))
     assert model_of(folder).param_bytes
     assert "weights stay quantized (quant_method 'awq')" in caplog.text
-    monkeypatch.setattr(cpu, "TRAITS", replace(cpu.TRAITS, takes_quantized=False))
-    with pytest.raises(ValueError, match=r"quant_method 'awq'.* not supported on a cpu device"):
-        model_of(folder)
+    request.getfixturevalue("plain_device")
+    model_of(folder)
+    assert "weights are dequantized to float32 (quant_method 'awq'): a cpu device" in caplog.text
+
+
+@pytest.mark.usefixtures("plain_device")
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_devices_without_products_dequantize(kind: Kind, tmp_path: Path) -> None:
+    folder = pack(kind, save_tiny(tmp_path, vocab_size=99, intermediate_size=112))
+    params = check(folder, 99)
+    assert {type(one) for layer in params.layers for one in layer} <= {Tensor, type(None)}
+    check_ranks(folder, 2, 99)
+
+
+@pytest.mark.usefixtures("plain_device")
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_devices_without_products_dequantize_experts(kind: Kind, tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 48}
+    folder = pack(kind, Case("mixtral", 4, 2, changes).save(tmp_path))
+    assert all(isinstance(one, Tensor) for one in check(folder, 96).layers[0].experts)
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,10 @@ def quantized(stored_as: Format, name: str, weight: Tensor, extent: Extent) -> W
 def fill(stored: Weight, expert: int, matrix: Weight) -> None:
     """Write the matrix of an expert to its place among those of all experts. What all of them
     share, such as a table of levels, has no axis of experts and stays."""
+    if isinstance(stored, Tensor):
+        assert isinstance(matrix, Tensor)
+        stored[expert] = matrix
+        return
     for target, source in zip(stored, matrix):
         if isinstance(target, Tensor) and target.dim() > source.dim():
             target[expert] = source

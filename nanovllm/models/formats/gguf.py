@@ -37,7 +37,7 @@ class GgmlWeight(NamedTuple):
         return reference.ggml.unpacked(self.block_OB[first:], self.ggml_type)
 
     def lookup(self, row_T: Tensor, dtype: torch.dtype) -> Tensor:
-        return reference.ggml.unpacked(self.block_OB[row_T], self.ggml_type).to(dtype)
+        return ops.ggml_lookup(row_T, self.block_OB, self.ggml_type, dtype)
 
     def expert_linear(self, x: Tensor, expert_TK: Tensor) -> Tensor:
         return ops.ggml_expert_linear(x, expert_TK, self.block_OB, self.ggml_type)
