@@ -5,15 +5,17 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeVar
 
 from nanovllm.checks import InvalidValue
 from nanovllm.pooling_params import PoolingInfo
 from nanovllm.prompts import Prompt, PromptRefused, checked_text
 from nanovllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Text = TypeVar("Text")
 
@@ -76,5 +78,5 @@ def paired(firsts: Sequence[Text], seconds: Sequence[Text]) -> list[tuple[Text, 
 
 def cosine(a_O: np.ndarray, b_O: np.ndarray) -> float:
     """a · b / (|a| |b|)."""
-    length = float(np.sqrt(np.dot(a_O, a_O)) * np.sqrt(np.dot(b_O, b_O)))
-    return float(np.dot(a_O, b_O)) / max(length, 1e-12)
+    length = math.sqrt(float(a_O @ a_O)) * math.sqrt(float(b_O @ b_O))
+    return float(a_O @ b_O) / max(length, 1e-12)

@@ -28,6 +28,7 @@ from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import FinishedOutput, Outbox, OutputDelta
 
+LOOKAHEAD = 64  # requests that a step may leave for the next one
 REASONS = ("stop", "abort", "error")
 
 
@@ -219,18 +220,23 @@ class PoolingEngine:
         self.metrics.num_running = sum(len(one.request_ids) for one in self._in_flight)
 
     def _next(self) -> list[tuple[int, EngineRequest]]:
-        """The requests of the next step: the first that fit together, in their order."""
-        layout, num_tokens = self._runner.layout, 0
+        """The requests of the next step: the first ones, in their order. Where the next does not
+        fit, later ones may, up to LOOKAHEAD: padding costs as much as their tokens."""
+        layout, room = self._runner.layout, self._runner.layout.tokens[-1]
         chosen: list[tuple[int, EngineRequest]] = []
-        while self._queue and len(chosen) < layout.max_rows:
-            request_id = self._queue[0][1]
-            asked = self._requests.get(request_id)
-            if asked is not None:
-                num_tokens += len(asked.prompt_ids)
-                if num_tokens > layout.tokens[-1]:
-                    break
-                chosen.append((request_id, asked))
-            heapq.heappop(self._queue)
+        skipped: list[tuple[int, int]] = []
+        while self._queue and room and len(chosen) < layout.max_rows and len(skipped) < LOOKAHEAD:
+            entry = heapq.heappop(self._queue)
+            asked = self._requests.get(entry[1])
+            if asked is None:
+                continue  # it was aborted
+            if len(asked.prompt_ids) > room:
+                skipped.append(entry)
+                continue
+            room -= len(asked.prompt_ids)
+            chosen.append((entry[1], asked))
+        for entry in skipped:
+            heapq.heappush(self._queue, entry)
         return chosen
 
     def _collect(self, step: InFlight) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from nanovllm.checks import InvalidValue
 from nanovllm.sampling import SamplingParams
@@ -13,6 +12,9 @@ from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.stop_strings import stop_strings
 from nanovllm.tokenizer import Decoding, IncrementalText, Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from triton.runtime.jit import KernelInterface
 
 from nanovllm.kernels import collectives, dequantized, ops, reference
@@ -113,8 +112,9 @@ CHOSEN: dict[str, dict[str, str]] = {
         "latent_prefill_kernel": "rows with older tokens, and steps of few tokens a row",
         "prefill_kernel": "rows whose tokens are all new",
     },
-    "varlen_attention": {
-        "varlen_attention_kernel": f"always; heads of up to {varlen_attention.MAX_HEAD}"
+    **{
+        name: {"varlen_attention_kernel": f"always; heads of up to {varlen_attention.MAX_HEAD}"}
+        for name in ("segment_attention", "varlen_attention")
     },
     "zero_padding_": {"zero_padding_kernel": "always: after each prefill by flash-attn"},
     **{
@@ -266,8 +266,8 @@ from sm_90 on.
 
 def all_ops() -> list[str]:
     """The names of all ops, in the order of their definitions."""
-    named = [value for value in vars(ops).values() if isinstance(value, torch._ops.OpOverload)]
-    return list(dict.fromkeys(ops.op_name(op) or "" for op in (*named, *ops.ATTENTION.values())))
+    found = [*vars(ops).values(), *ops.ATTENTION.values()]
+    return list(dict.fromkeys(name for one in found if (name := ops.op_name(one)) is not None))
 
 
 def launched(kernel: Callable[..., Any]) -> dict[str, str]:

@@ -186,7 +186,7 @@ def test_the_ops_trace_with_their_shapes_and_are_not_inlined() -> None:
         table, seq_len, q_start = (
             torch.empty(*shape, dtype=torch.int32) for shape in ((3, 2), (3,), (4,))
         )
-        for op in ops.ATTENTION.values():
+        for op in filter(ops.op_name, ops.ATTENTION.values()):
             assert (
                 op(q_TNH, cache, cache, table, seq_len, q_start, 1, 0.125, 0).shape == q_TNH.shape
             )

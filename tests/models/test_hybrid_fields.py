@@ -76,11 +76,7 @@ CASES = (
     Case({"num_experts": 0}, HONOURED, (NEXT,), draws=True),
     Case({"num_experts": 0}, "num_experts is 0: it must be at least 1", (SPARSE,)),
     Case({"model_type": "gpt2"}, "model_type 'gpt2' does not go with", ONE),
-    Case(
-        {"architectures": ["ElectraModel"]},
-        r"architecture \['ElectraModel'\] is not supported",
-        ONE,
-    ),
+    Case({"architectures": ["GPT2Model"]}, r"architecture \['GPT2Model'\] is not supported", ONE),
     Case({"quantization_config": {"quant_method": "awq"}}, "quantization_config", ONE),
     Case({"is_causal": False}, "is_causal False is not supported", ONE),
 )

@@ -153,6 +153,15 @@ def test_an_aborted_prompt_has_no_result(llm: LLM) -> None:
     assert done[second].pooled is not None and not engine.has_unfinished
 
 
+def test_a_step_that_has_room_left_takes_a_later_prompt(llm: LLM) -> None:
+    engine: Any = llm.engine
+    before = engine.metrics.num_steps
+    prompts = random_prompts([100, 100, 50, 60])  # a step takes 160 tokens
+    found = embeddings(llm, prompts)
+    assert engine.metrics.num_steps - before == 2
+    assert_near(found, [embeddings(llm, [one])[0] for one in prompts], atol=1e-6)
+
+
 @pytest.mark.parametrize("num_labels", [1, 3])
 def test_classes_are_those_of_transformers(num_labels: int, tmp_path: Path) -> None:
     hf = save_decoder(
