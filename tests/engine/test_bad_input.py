@@ -229,11 +229,15 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def test_an_unknown_architecture_of_a_known_family(broken: Path) -> None:
-    change_config(broken, architectures=["Qwen3ForSequenceClassification"])
+    change_config(broken, architectures=["Qwen3ForTokenClassification"])
     refused(
-        broken,
-        r"architecture \['Qwen3ForSequenceClassification'\] is not supported: use one of Llama",
+        broken, r"architecture \['Qwen3ForTokenClassification'\] is not supported: use one of Llama"
     )
+
+
+def test_a_model_that_pools_without_a_task(broken: Path) -> None:
+    change_config(broken, architectures=["Qwen3ForSequenceClassification"])
+    refused(broken, "does not generate text: set task='embed', 'classify' or 'score'")
 
 
 def test_an_unknown_family(broken: Path) -> None:

@@ -406,7 +406,8 @@ def mixtures(name: str) -> Iterator[Build]:
 
 
 def segments(target: Target, whole: bool) -> Iterator[Build]:
-    """Attention of vision towers: of long segments of Qwen3-VL-2B, or of other heads, too."""
+    """Attention of vision towers: of long segments of Qwen3-VL-2B, or of other heads, too; and of
+    models that pool: grouped heads, causal, and in a window."""
     from nanovllm.kernels.triton import varlen_attention as segment
 
     cases = ((16, 64, "bf16"), (16, 72, "bf16"), (8, 128, "bf16"), (8, 128, "fp32"))
@@ -421,10 +422,16 @@ def segments(target: Target, whole: bool) -> Iterator[Build]:
                     f"{name}_STRIDE_TOKEN": (3 if name == "V" else 1) * num_heads * head_dim
                 }
                 constants |= {f"{name}_STRIDE_HEAD": head_dim, "UPCAST": False}
-            yield Build(
-                f"segments of {max_len} head {head_dim} {dtype}", segment.varlen_attention_kernel,
-                constants, tile.num_warps, tile.num_stages, dtype,
-            )  # fmt: skip
+            masks = {"": (1, -1, -1)}
+            if head_dim == 128:
+                masks |= {" causal": (2, -1, 0), " window": (2, 127, 0)}
+            for words, (group, left, right) in masks.items():
+                yield Build(
+                    f"segments of {max_len} head {head_dim} {dtype}{words}",
+                    segment.varlen_attention_kernel,
+                    {**constants, "GROUP": group, "LEFT": left, "RIGHT": right},
+                    tile.num_warps, tile.num_stages, dtype,
+                )  # fmt: skip
 
 
 def is_of_segments(name: str) -> bool:

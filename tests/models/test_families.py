@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.models import registry
 from nanovllm.models.formats import int8 as int8_format
 from nanovllm.models.formats import rows
 from tests.architectures import of_types
@@ -220,8 +219,3 @@ def test_what_is_not_built_is_refused_by_name(
     path.write_text(json.dumps({**config, **change}))
     with pytest.raises(ValueError, match=message):
         load(tmp_path, "cpu", enforce_eager=True)
-
-
-def test_a_gemma_of_several_kinds_of_input_is_refused_with_what_is_supported() -> None:
-    with pytest.raises(ValueError, match=r"'Gemma3ForConditionalGeneration'.* use one of Llama"):
-        registry.architecture(["Gemma3ForConditionalGeneration"])
