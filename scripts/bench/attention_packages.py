@@ -97,19 +97,18 @@ def time_case(
             continue
         block = backend.block(head_dim)
         if block not in caches:
-            caches.clear()  # two caches may not fit
+            caches.clear()  # two may not fit
             torch.manual_seed(0)
             caches[block] = make_cache(num_layers, seq_lens, num_kv_heads, block, head_dim)
-        cache, block_table = caches[block]
-        rest = (block_table, seq_len, q_start, max_q_len, head_dim**-0.5, 0)
+        rest = (caches[block][1], seq_len, q_start, max_q_len, head_dim**-0.5, 0)
         try:
-            actual = backend.attend(q, *cache[0], *rest)
+            actual = backend.attend(q, *caches[block][0][0], *rest)
             if block not in first:
-                first[block] = ops.paged_attention(q, *cache[0], *rest)
+                first[block] = ops.paged_attention(q, *caches[block][0][0], *rest)
             error = relative_error(actual, first[block])
             if not error < 1e-2:
                 raise ValueError(f"relative error {error:.2e}")
-            us = time_launches(backend.attend, [(q, *layer, *rest) for layer in cache])
+            us = time_launches(backend.attend, [(q, *layer, *rest) for layer in caches[block][0]])
         except Exception as problem:  # the compiler of flash-attn 4 has its own classes
             table.add(kind=FAILED, backend=name, **row, why=str(problem)[:300])
             continue
