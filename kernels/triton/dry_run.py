@@ -128,11 +128,14 @@ def _like(written: dict[str, Any]) -> _Pointer | TensorDescriptor:
 
 @functools.cache
 def _inlined_length(kernel: JITFunction[Any]) -> int:
-    """Characters of the kernel's source, with the source of our functions at each call."""
-    calls = (node.func for node in ast.walk(kernel.parse()) if isinstance(node, ast.Call))
-    called = (kernel.fn.__globals__.get(name.id) for name in calls if isinstance(name, ast.Name))
+    """Characters of the kernel's source, with the source of our functions wherever it names one.
+
+    A call names one, and so does the list of functions that warps of one block run side by side.
+    """
+    names = (node.id for node in ast.walk(kernel.parse()) if isinstance(node, ast.Name))
+    named = (kernel.fn.__globals__.get(name) for name in names)
     return len(kernel.src) + sum(
-        _inlined_length(one) for one in called if isinstance(one, JITFunction)
+        _inlined_length(one) for one in named if isinstance(one, JITFunction)
     )
 
 
