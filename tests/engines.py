@@ -5,8 +5,11 @@ Few engines use graph mode, because their programs must be compiled. All others 
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,13 +112,25 @@ def cpu_kernels() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def instruction_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inductor's folder with nothing but its probes: the first compile in an empty folder tries the
+    compiler ten times, for the instruction sets of this machine."""
+    folder = tmp_path_factory.mktemp("inductor")
+    program = "from torch._inductor import codecache, cpu_vec_isa as sets; sets.pick_vec_isa()"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    return folder
+
+
 @pytest.fixture
-def bare_store(cpu_kernels: Path, tmp_path: Path) -> Path:
-    """A store of one test, without programs. It has the CPU kernels: with a folder that is empty,
-    every process that a test starts would build them."""
+def bare_store(cpu_kernels: Path, instruction_sets: Path, tmp_path: Path) -> Path:
+    """A store of one test, without programs. It has the CPU kernels and Inductor's probes: with a
+    folder that is empty, every process that a test starts would build them."""
     folder = tmp_path / "store"
     folder.mkdir(mode=0o700)
     shutil.copytree(cpu_kernels, folder / "cpp")
+    shutil.copytree(instruction_sets, folder / "inductor")
     return folder
 
 

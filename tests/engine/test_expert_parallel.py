@@ -20,8 +20,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "size"), [("mixtral", 2), ("qwen2_moe", 4), ("qwen3_moe", 2)]
+)
 def test_answers_are_those_of_one_rank(architecture: str, size: int, tmp_path: Path) -> None:
     folder = save_tiny(
         tmp_path / "model", architecture, vocab_size=101, **ARCHITECTURES[architecture]

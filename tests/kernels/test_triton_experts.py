@@ -56,11 +56,12 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LIMITS = {dtype: 6 * torch.finfo(dtype).eps / 2 for dtype in DTYPES}
 
 
-@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("kernels", ["few", "many"])
-def test_experts(kernels: str, sizes: tuple[int, ...], dtype: torch.dtype, residual: bool) -> None:
+def test_experts(kernels: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Every second case has a residual: each kernel, each dtype and all sizes with and without."""
+    residual = (SIZES.index(sizes) + DTYPES.index(dtype) + (kernels == "few")) % 2 == 1
     run: Callable[..., Tensor] = grouped_gemm.grouped_experts
     if kernels == "few":
         run, sizes = moe_gemv.moe_gemv, (min(sizes[0], 3), *sizes[1:])

@@ -16,7 +16,10 @@ from tests.models import recurrent, test_shards
 from tests.models.harness import engine_logits, load, max_difference, sequences
 
 TOLERANCE = 1e-4
-SIZES: dict[str, Any] = {"max_num_seqs": 2, "graph_batch_sizes": [2], "max_num_batched_tokens": 64}
+SIZES: dict[str, Any] = {
+    "max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64,
+    "kvcache_block_size": 16, "num_kvcache_blocks": 65, "graph_batch_sizes": [4],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def make(folder: Path, device: str, **options: Any) -> LLM:
-    sizes: dict[str, Any] = {
-        "max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64,
-        "kvcache_block_size": 16, "num_kvcache_blocks": 65, "graph_batch_sizes": [4],
-        "enforce_eager": True, **options,
-    }  # fmt: skip
-    return LLM(str(folder), device=device, dtype="float32", skip_tokenizer_init=True, **sizes)
+    chosen = {**SIZES, "enforce_eager": True, **options}
+    return LLM(str(folder), device=device, dtype="float32", skip_tokenizer_init=True, **chosen)
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:

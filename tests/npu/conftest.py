@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 if "NANOVLLM_CANN_STUB" in os.environ:
     from nanovllm import LLM, SamplingParams
+    from nanovllm.hub import resolve
     from nanovllm.kernels.cpu import library as cpu_library
     from nanovllm.platforms.npu import NpuPlatform, load_torch_npu
     from nanovllm.schedule.plan import LogitEdits
@@ -62,6 +67,21 @@ def ge() -> Iterator[Ge]:
     recorder.install(patch)
     yield recorder
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The embedded model's first two layers: its graphs take a third of the time. The answers mean
+    nothing, so use it where programs are counted, or where two runs of them are compared."""
+    folder = tmp_path_factory.mktemp("shallow") / "model"
+    shutil.copytree(resolve("tiny-qwen3"), folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: one for name, one in weights.items() if not re.search(r"layers\.[2-9]", name)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "layer_types": config["layer_types"][:2]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -120,13 +120,14 @@ class Host(TorchDispatchMode):
         return run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # this mode sees ops before tracing modes do
+        if any(torch._C._get_dispatch_mode(key) is not None for key in TRACING):
+            return func(*args, **(kwargs or {}))
         kwargs = dict(kwargs or {})
         name = func._schema.name
         asked = kwargs.get("device")
         on_npu = tree_any(_is_npu, (args, kwargs))
-        # this mode sees ops before tracing modes do
-        is_traced = any(torch._C._get_dispatch_mode(key) is not None for key in TRACING)
-        is_fake = is_traced or tree_any(lambda value: isinstance(value, FakeTensor), (args, kwargs))
+        is_fake = tree_any(lambda value: isinstance(value, FakeTensor), (args, kwargs))
         makes_npu = asked is not None and torch.device(asked).type == "npu"
         may_alias = any(result.alias_info for result in func._schema.returns)
         is_view = may_alias and not func._schema.is_mutable and name not in COPIES_OR_VIEWS

@@ -21,7 +21,7 @@ from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.trace import trace
 from nanovllm.startup.compile_farm.builder import small_runner
 from nanovllm.startup.resolve import resolve_without_weights
-from tests.npu.conftest import SIZES, answers
+from tests.npu.conftest import answers
 from tests.npu.ge import Ge
 
 SCRIPT = """
@@ -29,8 +29,8 @@ import json, sys
 from sitecustomize import ge
 from nanovllm import LLM
 from tests.npu.conftest import answers
-llm = LLM("tiny-qwen3", device="npu", **json.loads(sys.argv[1]))
-tokens = answers(llm, max_tokens=int(sys.argv[2]))
+llm = LLM(sys.argv[1], device="npu", **json.loads(sys.argv[2]))
+tokens = answers(llm, max_tokens=int(sys.argv[3]))
 llm.close()
 folders = sorted({graph.options.get("ge.graph_compiler_cache_dir") for graph in ge.graphs})
 found = {"lowered": ge.num_lowered, "graphs": len(ge.graphs)}
@@ -58,15 +58,17 @@ def run(command: list[str], **environment: str) -> str:
     return done.stdout
 
 
-def process(cache: Path, num_tokens: int = 8, **options: Any) -> dict[str, Any]:
+def process(cache: Path, model: str, num_tokens: int = 8, **options: Any) -> dict[str, Any]:
     """Run one engine in its own process; returns what was lowered and what GE got."""
-    out = run(["-c", SCRIPT, json.dumps(options), str(num_tokens)], NANOVLLM_CACHE=str(cache))
+    out = run(
+        ["-c", SCRIPT, model, json.dumps(options), str(num_tokens)], NANOVLLM_CACHE=str(cache)
+    )
     return json.loads(out.splitlines()[-1])
 
 
-def test_a_second_process_lowers_nothing(tmp_path: Path, ge: Ge) -> None:
+def test_a_second_process_lowers_nothing(tmp_path: Path, shallow: str, ge: Ge) -> None:
     num_graphs, num_lowered = len(ge.graphs), ge.num_lowered
-    llm = LLM("tiny-qwen3", device="npu", compile_cache=tmp_path, **SMALL)
+    llm = LLM(shallow, device="npu", compile_cache=tmp_path, **SMALL)
     tokens = answers(llm, max_tokens=8)
     llm.close()
     graphs = ge.graphs[num_graphs:]
@@ -75,51 +77,45 @@ def test_a_second_process_lowers_nothing(tmp_path: Path, ge: Ge) -> None:
     folders = sorted(graph.options["ge.graph_compiler_cache_dir"] for graph in graphs)
     assert folders == sorted(str(path) for path in (tmp_path / "ge").iterdir())
     assert len(set(folders)) == 4
-    second = process(tmp_path, **SMALL, compile_cache_mode="require")
+    second = process(tmp_path, shallow, **SMALL, compile_cache_mode="require")
     assert second == {"lowered": 0, "graphs": 4, "tokens": tokens, "folders": folders}
 
 
-def test_what_precompile_leaves_is_all_that_a_start_needs(tmp_path: Path, ge: Ge) -> None:
+def test_what_precompile_leaves_is_all_that_a_start_needs(
+    tmp_path: Path, shallow: str, ge: Ge
+) -> None:
     options: dict[str, Any] = {"device": "npu", "compile_cache": tmp_path, **SMALL}
-    resolved = resolve_without_weights(EngineConfig.from_options("tiny-qwen3", options))
+    resolved = resolve_without_weights(EngineConfig.from_options(shallow, options))
     runner = small_runner(resolved)
     for kind, size in resolved.spec.layout.buckets:
         runner.run_bucket(kind, size)
     runner.close()
     num_lowered = ge.num_lowered
-    llm = LLM("tiny-qwen3", **options, compile_cache_mode="require")
+    llm = LLM(shallow, **options, compile_cache_mode="require")
     assert ge.num_lowered == num_lowered and llm.engine.runner.compiler.num_loaded == 4
     llm.close()
     # another cache size or other options of GE make other graphs
     for change in ({"num_kvcache_blocks": 6}, {"npu_graph_options": {"ge_config.oo_level": "O1"}}):
         with pytest.raises(CompileRequired, match="program"):
-            LLM("tiny-qwen3", **{**options, **change}, compile_cache_mode="require")
+            LLM(shallow, **{**options, **change}, compile_cache_mode="require")
 
 
 def test_a_start_takes_what_the_script_left(
     tmp_path: Path, cpu_answers: Callable[..., list[list[int]]]
 ) -> None:
-    named = [
-        f"--{name.replace('_', '-')}={size}"
-        for name, size in SIZES.items()
-        if name != "graph_batch_sizes"
-    ]
-    rows = ["--bs", *map(str, SIZES["graph_batch_sizes"])]
+    named = [f"--{name.replace('_', '-')}={size}" for name, size in SMALL.items()]
     command = [
-        "scripts/precompile.py",
-        "--model=tiny-qwen3",
-        "--device=npu",
-        f"--out={tmp_path}",
-        *named,
-        *rows,
-    ]
-    # prefill, decode of two sizes, head and sampler after a prefill
-    assert f"{tmp_path}: 3 buckets, 5 programs compiled, 0 already there" in run(command)
-    assert f"{tmp_path}: 3 buckets, 0 programs compiled" in run([*command, "--jobs=2"])
+        "scripts/precompile.py", "--model=tiny-qwen3", "--device=npu", f"--out={tmp_path}",
+        *named, "--bs", "2",
+    ]  # fmt: skip
+    # prefill, decode, head and sampler after a prefill
+    assert f"{tmp_path}: 2 buckets, 4 programs compiled, 0 already there" in run(command)
+    assert f"{tmp_path}: 2 buckets, 0 programs compiled" in run([*command, "--jobs=2"])
     elsewhere = tmp_path / "not the store"
     started = process(
-        elsewhere, 40, **SIZES, compile_cache=str(tmp_path), compile_cache_mode="require"
-    )
+        elsewhere, "tiny-qwen3", 40, **SMALL, graph_batch_sizes=(2,),
+        compile_cache=str(tmp_path), compile_cache_mode="require",
+    )  # fmt: skip
     assert started["lowered"] == 0 and started["tokens"] == cpu_answers()
     assert not elsewhere.exists()
 

@@ -251,9 +251,9 @@ def test_the_cache_is_sized_from_the_devices_memory() -> None:
     llm.close()
 
 
-def test_random_weights_in_fp16() -> None:
+def test_random_weights_in_fp16(shallow: str) -> None:
     sizes = {**SIZES, "graph_batch_sizes": (4,)}
-    llm = LLM("tiny-qwen3", device="npu", random_weights=True, dtype="float16", **sizes)
+    llm = LLM(shallow, device="npu", random_weights=True, dtype="float16", **sizes)
     (output,) = llm.generate(
         [[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False
     )

@@ -12,11 +12,11 @@ from nanovllm import LLM, SamplingParams
 from tests.npu import ascend_ir, ir_rules
 from tests.npu.ge import Ge, Graph
 
-NUM_LAYERS = 6
+NUM_LAYERS = 2
 
 
 @pytest.fixture(scope="module")
-def graphs(ge: Ge) -> Iterator[dict[str, Graph]]:
+def graphs(ge: Ge, shallow: str) -> Iterator[dict[str, Graph]]:
     """All graphs of an engine by name: two prefill and decode buckets, prefill head and sampler."""
     first = len(ge.graphs)
     sizes: dict[str, Any] = {
@@ -24,7 +24,7 @@ def graphs(ge: Ge) -> Iterator[dict[str, Graph]]:
         "graph_batch_sizes": (2, 3),
         "num_kvcache_blocks": 9,
     }
-    llm = LLM("tiny-qwen3", device="npu", max_model_len=300, max_num_batched_tokens=128, **sizes)
+    llm = LLM(shallow, device="npu", max_model_len=300, max_num_batched_tokens=128, **sizes)
     # filtered sampling uses the logits of the same decode graph
     llm.generate(
         [[5, 6]],

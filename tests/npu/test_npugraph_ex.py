@@ -16,7 +16,7 @@ from nanovllm.compile.lower import npugraph_ex
 from tests.npu.host import Host
 from tests.npu.test_cache import run as run_process
 
-NUM_LAYERS = 6
+NUM_LAYERS = 2
 SIZES: dict[str, Any] = {
     "max_num_seqs": 3,
     "graph_batch_sizes": (2, 3),
@@ -51,13 +51,13 @@ class Started(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def started(host: Host) -> Iterator[Started]:
+def started(host: Host, shallow: str) -> Iterator[Started]:
     from torch._dynamo.utils import counters
 
     counting = counters["npugraph_ex"]
     counting.clear()
     with recorded() as codes:
-        llm = LLM("tiny-qwen3", device="npu", **SIZES)
+        llm = LLM(shallow, device="npu", **SIZES)
         yield Started(llm, codes, len(codes), dict(counting), counting)
     llm.close()
 
@@ -120,11 +120,11 @@ def test_a_graph_may_be_freed_while_another_is_captured(host: Host) -> None:
         earlier.reset()
 
 
-def test_options_reach_npugraph_ex() -> None:
+def test_options_reach_npugraph_ex(shallow: str) -> None:
     options = {"remove_noop_ops": False}
     sizes = {**SIZES, "graph_batch_sizes": (3,)}
     with recorded() as codes:
-        LLM("tiny-qwen3", device="npu", **sizes, npu_graph_options=options).close()
+        LLM(shallow, device="npu", **sizes, npu_graph_options=options).close()
     assert codes and all('compile_configs["remove_noop_ops"] = False' in code for code in codes)
 
 
@@ -142,7 +142,7 @@ from nanovllm import LLM, SamplingParams
 sizes = json.loads({sizes!r})
 found = []
 for mode in ("npugraph_ex", "ascend_ir"):
-    llm = LLM("tiny-qwen3", device="npu", **{{**sizes, "npu_graph_mode": mode}})
+    llm = LLM({model!r}, device="npu", **{{**sizes, "npu_graph_mode": mode}})
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     found.append([out["token_ids"] for out in llm.generate([[5, 6, 7]], params, use_tqdm=False)])
     llm.close()
@@ -152,11 +152,12 @@ print(json.dumps({{"tokens": found, "interrupts": is_own}}))
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def process(tmp_path_factory: pytest.TempPathFactory, shallow: str) -> dict[str, Any]:
     """A process with two engines, first in this mode."""
     sizes = json.dumps({**SIZES, "graph_batch_sizes": (3,)})
     out = run_process(
-        ["-c", SCRIPT.format(sizes=sizes)], NANOVLLM_CACHE=str(tmp_path_factory.mktemp("store"))
+        ["-c", SCRIPT.format(sizes=sizes, model=shallow)],
+        NANOVLLM_CACHE=str(tmp_path_factory.mktemp("store")),
     )
     return json.loads(out.splitlines()[-1])
 

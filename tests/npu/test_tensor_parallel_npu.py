@@ -67,7 +67,8 @@ def test_answers_of_graphs_are_those_of_one_rank(
 def test_answers_of_other_modes_are_those_of_one_rank(
     mode: str, cpu_answers: Callable[..., list[list[int]]]
 ) -> None:
-    options = {"enforce_eager": True} if mode == "eager" else {"npu_graph_mode": mode}
+    options: dict[str, Any] = {"graph_batch_sizes": (4,)}
+    options |= {"enforce_eager": True} if mode == "eager" else {"npu_graph_mode": mode}
     assert answers_of(tensor_parallel_size=2, **options) == cpu_answers(max_tokens=NUM_TOKENS)
 
 
@@ -127,11 +128,15 @@ def test_stored_graphs_serve_all_ranks_of_another_group(cold: Run) -> None:
     assert len(names) == 2  # the second engine's group has another name
 
 
+@pytest.fixture(scope="module")
+def of_mixtral() -> list[list[int]]:
+    return answers_of("tiny-mixtral", enforce_eager=True)
+
+
 @pytest.mark.parametrize("whole", [False, True])
-def test_experts_are_shared(whole: bool) -> None:
-    alone = answers_of("tiny-mixtral", enforce_eager=True)
-    shared = answers_of("tiny-mixtral", tensor_parallel_size=2, expert_parallel=whole)
-    assert shared == alone
+def test_experts_are_shared(whole: bool, of_mixtral: list[list[int]]) -> None:
+    options = {"graph_batch_sizes": (4,), "expert_parallel": whole}
+    assert answers_of("tiny-mixtral", tensor_parallel_size=2, **options) == of_mixtral
 
 
 def test_replicas_answer_as_one_engine(cpu_answers: Callable[..., list[list[int]]]) -> None:

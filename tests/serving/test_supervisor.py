@@ -151,7 +151,9 @@ def test_a_compiler_that_is_killed_leaves_no_temporary_file(
     monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "store"))
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    server = Server(temporary, engine={**ENGINE, "device": "cpu"}, is_fake=False)
+    # the engine is not ready, so the supervisor waits for all of the time before it kills
+    engine = {**ENGINE, "device": "cpu"}
+    server = Server(temporary, engine=engine, is_fake=False, drain_timeout=0.3)
     try:
         while not begun.exists():
             assert server.process.poll() is None

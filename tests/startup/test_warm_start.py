@@ -99,8 +99,15 @@ def start_anew(
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Path, compiler: Path) -> Filled:
+def filled(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_qwen3: Path,
+    compiler: Path,
+    instruction_sets: Path,
+) -> Filled:
     folder = tmp_path_factory.mktemp("warm") / "store"
+    folder.mkdir(mode=0o700)
+    shutil.copytree(instruction_sets, folder / "inductor")
     cold = start_anew(tiny_qwen3, folder, compiler)
     assert cold["compiled"] > 0 and cold["loaded"] == 0 and cold["kernels"] == ["kernels", "step"]
     return Filled(folder, cold)
