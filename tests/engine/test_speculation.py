@@ -14,7 +14,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.schedule.plan import DRAFT, StepPlan, StepResult
 from nanovllm.structured_params import StructuredOutputsParams
-from tests.engines import assert_all_free, greedy, random_prompts, tokens
+from tests.engines import assert_all_free, assert_one_distribution, greedy, random_prompts, tokens
 from tests.kernels.test_ngram import drafted
 
 PROMPTS = [
@@ -279,16 +279,8 @@ def test_drawn_tokens_have_the_distribution_of_plain_decoding() -> None:
         counts = llm.engine.scheduler.counts
         llm.close()
     assert num / 20 < counts.accepted_at[0] < counts.num_drafts * 0.95
-    expected, drawn = found
-    likely = [token for token, count in expected.most_common() if count >= 10]
-    table = [[counts[token] for token in likely] for counts in (drawn, expected)]
-    table = [[*of_likely, num - sum(of_likely)] for of_likely in table]
-    chi_square = sum((a - b) ** 2 / (a + b) for a, b in zip(*table) if a + b)
-    # 99.9 % of samples of one distribution are below this (Wilson and Hilferty's approximation)
-    freedom = len(likely)
-    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
-    assert freedom >= 4 and chi_square < limit
-    assert drawn != expected, "the seeds differ"
+    assert_one_distribution(*found)
+    assert found[0] != found[1], "the seeds differ"
 
 
 def test_metrics_count_what_was_drafted_and_accepted(
