@@ -41,7 +41,7 @@ from nanovllm.tools import command_line
 logger = logging.getLogger("train_draft")
 POSITIVE = (
     "num_speculative_tokens", "num_prompts", "num_tokens", "draft_vocab_size", "batch", "minutes",
-    "max_model_len", "threads", "steps",
+    "max_model_len", "threads", "steps", "answers", "max_num_seqs",
 )  # fmt: skip
 WARM_STEPS = 20  # until the full learning rate
 
@@ -56,6 +56,8 @@ def parse_args(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, help="for training; default: all")
     parser.add_argument("--num-tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answers")
+    parser.add_argument("--answers", type=int, default=1, help="to each prompt, to train on")
+    parser.add_argument("--max-num-seqs", type=int, default=32, help="prompts answered at a time")
     parser.add_argument("--num-speculative-tokens", type=int, default=3)
     parser.add_argument("--draft-vocab-size", type=int, default=32_000, help="at most")
     layers = "the three layers after which states are read, from 0; default: by the number of them"
@@ -132,13 +134,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     options = {"device": args.device, "dtype": args.dtype, "max_model_len": args.max_model_len,
                "max_num_seqs": args.batch}  # fmt: skip
     training, held_out = prompts.split(prompts.read(args.prompts), args.num_prompts)
-    params = SamplingParams(
-        temperature=args.temperature, max_tokens=args.num_tokens, seed=args.seed
-    )
-    texts = collect.answers(
-        args.model, training + held_out, params, {**options, "enforce_eager": True}
-    )
-    texts, others = texts[: len(training)], texts[len(training) :]
+    asked = training * args.answers
+    params = [
+        SamplingParams(
+            temperature=args.temperature, max_tokens=args.num_tokens, seed=args.seed + number
+        )
+        for number in range(len(asked) + len(held_out))
+    ]
+    answering = {**options, "enforce_eager": True, "max_num_seqs": args.max_num_seqs}
+    texts = collect.answers(args.model, asked + held_out, params, answering)
+    texts, others = texts[: len(asked)], texts[len(asked) :]
     layers = args.layers or read_layers(collect.num_layers(args.model, options))
     examples, target = collect.examples(args.model, texts, tuple(layers), options)
     vocab_size = target.config.vocab_size
@@ -150,6 +155,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = (
         args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     )
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True  # its engines multiply in their own dtypes
     num_steps = train(head, batches, args, device)
     logger.info("%d steps over %d texts", num_steps, len(examples))
     save(head, target, target_X, layers, args.out)

@@ -55,7 +55,7 @@ class Target(NamedTuple):
 
 
 def answers(
-    model: str, prompts: Sequence[str], params: SamplingParams, options: dict[str, Any]
+    model: str, prompts: Sequence[str], params: list[SamplingParams], options: dict[str, Any]
 ) -> list[Text]:
     """What the model answers to prompts, in its chat template if it has one."""
     llm = LLM(model, **options)
@@ -94,8 +94,8 @@ def engine(model: str, drafts: Drafts, num: int, options: dict[str, Any]) -> Eng
     return Engine(load(config, show_progress=False, draft=drafts))
 
 
-def run(one: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> None:
-    for prompt in prompts:
+def run(one: Engine, requests: Sequence[tuple[list[int], SamplingParams]]) -> None:
+    for prompt, params in requests:
         one.add_request(prompt, params, incremental=False)
     while one.has_unfinished:
         one.step()
@@ -113,7 +113,7 @@ def examples(
         params, steps = reader.runner.params, reader.runner.steps
         for text in texts:
             collector.seen.clear()
-            run(reader, [text.token_T], SamplingParams(temperature=0, max_tokens=1))
+            run(reader, [(text.token_T, SamplingParams(temperature=0, max_tokens=1))])
             *states, last_TD = (torch.cat(parts) for parts in zip(*collector.seen))
             with torch.no_grad():
                 h_TD = last_TD.to(reader.runner.platform.device, reader.runner.model_dtype)
@@ -177,10 +177,10 @@ def accepted(
     one = engine(model, Counted(Eagle3(num, head), counts), num, options)
     try:
         counts.clear()  # those of warm-up
-        for text in texts:
-            num_tokens = len(text.token_T) - text.num_prompt
-            params = SamplingParams(temperature=0, max_tokens=max(num_tokens, 1), ignore_eos=True)
-            run(one, [text.token_T[: text.num_prompt]], params)
+        nums = [max(len(text.token_T) - text.num_prompt, 1) for text in texts]
+        params = [SamplingParams(temperature=0, max_tokens=num, ignore_eos=True) for num in nums]
+        prompts = [text.token_T[: text.num_prompt] for text in texts]
+        run(one, list(zip(prompts, params)))
         return counts
     finally:
         one.close()
