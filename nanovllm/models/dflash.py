@@ -1,6 +1,6 @@
 """DFlash drafts: a block of tokens in one pass, whose layers see the whole block and the context.
 
-The context are keys and values of the model's hidden states, made by `store`. The block is the
+The context are keys and values of the model's hidden states (`store_context`). The block is the
 newest token and mask tokens, whose outputs are the draft tokens at their own positions. Source:
 https://arxiv.org/abs/2602.06036.
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.models import dense
 from nanovllm.models.config import ModelConfig, dense_config
-from nanovllm.models.draft_head import renamed
+from nanovllm.models.draft_head import renamed, store_context
 from nanovllm.models.formats import linear
-from nanovllm.models.model import LayerCache, LayerKind, Model, Param
+from nanovllm.models.model import LayerKind, Model, Param
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None) -> BlockMod
         layer=dense.layer,
         head=dense.head,
         context=context,
-        store=store,
+        store=store_context,
         reads=hf.read_layers,
         block_size=hf.block_size,
         outer_params=outer_params,
@@ -95,29 +95,6 @@ def context(cfg: DFlashConfig, w: Extra, hidden: tuple[Tensor, ...]) -> Tensor:
     """What all layers' keys and values of the context are made of: [T, D]."""
     state_TD = linear(torch.cat(hidden, dim=-1), w.fc_DJ, None)
     return ops.rms_norm(state_TD, w.state_norm_D, cfg.norm_eps)
-
-
-def store(
-    cfg: DFlashConfig,
-    w: dense.Layer,
-    kv: LayerCache,
-    cos_sin_MH: Tensor,
-    place: tuple[Tensor, Tensor],
-    context_TD: Tensor,
-) -> tuple[()]:
-    """Write one layer's keys and values of the context, at `place`: rope_pos_T and slot_T."""
-    rope_pos_T, slot_T = place
-    first = cfg.num_heads * cfg.head_dim
-    assert isinstance(w.qkv_ED, Tensor) and w.k_norm_H is not None
-    bias_E = None if w.qkv_bias_E is None else w.qkv_bias_E[first:]
-    kv_TE = linear(context_TD, w.qkv_ED[first:], bias_E)
-    k_TKH, v_TKH = kv_TE.unflatten(1, (-1, cfg.head_dim)).chunk(2, dim=1)
-    k_TKH = ops.rms_norm(k_TKH.contiguous(), w.k_norm_H, cfg.norm_eps)
-    k_TKH = ops.rope(k_TKH, cos_sin_MH, rope_pos_T)
-    ops.store_kv(
-        k_TKH, v_TKH.contiguous(), kv.k_CBKH, kv.v_CBKH, slot_T, kv.k_scale_K, kv.v_scale_K
-    )
-    return ()
 
 
 # parameters --------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from nanovllm.kernels import ops
 from nanovllm.models import dense
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.formats import Weight
-from nanovllm.models.model import Model
+from nanovllm.models.formats import Weight, linear
+from nanovllm.models.model import LayerCache, Model
 from nanovllm.models.param import Param
 
 
@@ -39,12 +40,16 @@ class HeadModel(Model):
     `enter(config, w, token_T, hidden)` gives the input of the first layer [T, J] from the hidden
     states [T, I] of `reads`, the other model's layers. `again(config, w, token_R, h_RD)` gives it
     from the head's own after its last layer. `w` is `Outer`.
+
+    `store(config, layer's weights, kv, cos_sin_MH, place, x_TJ)`, if there is one, only writes what
+    the layer keeps, for steps after which nothing is drafted. `place` is that of `store_context`.
     """
 
-    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (*Model.GRAPH_FIELDS, "enter", "again")
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (*Model.GRAPH_FIELDS, "enter", "again", "store")
 
     enter: Callable[..., Tensor]
     again: Callable[..., Tensor]
+    store: Callable[..., tuple[()]] | None = None
     reads: tuple[int, ...]
 
 
@@ -58,6 +63,31 @@ def logits(
         return logits_RX
     logits_RV = logits_RX.new_full((len(logits_RX), cfg.vocab_size), float("-inf"))
     return logits_RV.index_copy(1, target_X, logits_RX)
+
+
+def store_context(
+    cfg: ModelConfig,
+    w: Any,
+    kv: LayerCache,
+    cos_sin_MH: Tensor,
+    place: tuple[Tensor, Tensor],
+    x_TD: Tensor,
+) -> tuple[()]:
+    """Write the keys and values that a layer, with plain weights, makes of its normalised inputs,
+    at `place`: rope_pos_T and slot_T."""
+    rope_pos_T, slot_T = place
+    first = cfg.num_heads * cfg.head_dim
+    bias_E = None if w.qkv_bias_E is None else w.qkv_bias_E[first:]
+    kv_TE = linear(x_TD, w.qkv_ED[first:], bias_E)
+    k_TKH, v_TKH = kv_TE.unflatten(1, (-1, cfg.head_dim)).chunk(2, dim=1)
+    k_TKH = k_TKH.contiguous()
+    if w.k_norm_H is not None:
+        k_TKH = ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps)
+    k_TKH = ops.rope(k_TKH, cos_sin_MH, rope_pos_T)
+    ops.store_kv(
+        k_TKH, v_TKH.contiguous(), kv.k_CBKH, kv.v_CBKH, slot_T, kv.k_scale_K, kv.v_scale_K
+    )
+    return ()
 
 
 def beside(first_TD: Tensor, second_TD: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from nanovllm.kernels import ops
 from nanovllm.models import dense
 from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.config import ModelConfig, dense_config
-from nanovllm.models.draft_head import HeadModel, Outer, beside, renamed
+from nanovllm.models.draft_head import HeadModel, Outer, beside, renamed, store_context
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Param
 
@@ -131,6 +131,7 @@ def model(
         head=dense.head,
         enter=enter,
         again=again,
+        store=store,
         reads=read_layers(hf.read_layers, num_layers),
         outer_params=partial(outer_params, lent, maps),
         layer_params=partial(layer_params, prefix),
@@ -183,10 +184,9 @@ def layer(
     x_TJ: Tensor,
 ) -> Tensor:
     """The layer: [T, D], see `dense.layer`."""
-    embed_TD, state_TD = x_TJ.chunk(2, dim=-1)
-    normed_TD = ops.rms_norm(state_TD.contiguous(), w.state_norm_D, cfg.norm_eps)
+    state_TD = x_TJ.chunk(2, dim=-1)[1]
+    both_TJ, normed_TD = _normed(cfg, w, x_TJ)
     residual_TD = normed_TD if cfg.norms_residual else state_TD
-    both_TJ = beside(ops.rms_norm(embed_TD.contiguous(), w.attn_norm_D, cfg.norm_eps), normed_TD)
     q_TNH, k_TKH, v_TKH = dense.heads(cfg, linear(both_TJ, w.qkv_ED, w.qkv_bias_E))
     if w.q_norm_H is not None and w.k_norm_H is not None:
         q_TNH = ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps)
@@ -195,6 +195,26 @@ def layer(
     o_TQ, h_TD = dense.kept(batch, o_TQ, residual_TD)
     h_TD = dense.summed_linear(cfg, o_TQ, w.out_DQ, w.out_bias_D, h_TD)
     return dense.mlp(cfg, w, h_TD)
+
+
+def store(
+    cfg: Eagle3Config,
+    w: Layer,
+    kv: LayerCache,
+    cos_sin_MH: Tensor,
+    place: tuple[Tensor, Tensor],
+    x_TJ: Tensor,
+) -> tuple[()]:
+    """See `HeadModel`."""
+    return store_context(cfg, w, kv, cos_sin_MH, place, _normed(cfg, w, x_TJ)[0])
+
+
+def _normed(cfg: Eagle3Config, w: Layer, x_TJ: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalised input [T, 2D], and the second half of it."""
+    embed_TD, state_TD = x_TJ.chunk(2, dim=-1)
+    normed_TD = ops.rms_norm(state_TD.contiguous(), w.state_norm_D, cfg.norm_eps)
+    first_TD = ops.rms_norm(embed_TD.contiguous(), w.attn_norm_D, cfg.norm_eps)
+    return beside(first_TD, normed_TD), normed_TD
 
 
 # parameters --------------------------------------------------------------------------------------

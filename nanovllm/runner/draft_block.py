@@ -129,5 +129,5 @@ class DraftBlock:
                 kv=cache,
                 cos_sin_MH=steps.cos_sin_MH,
                 place=(fed.batch.rope_pos_T, fed.batch.slot_T),
-                context_TD=context_TD,
+                x_TD=context_TD,
             )

@@ -76,13 +76,19 @@ class DraftHead:
 
     def propose(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor | None:
         """See `DeviceProposer`. K passes: over the step's own tokens, then token by token. None
-        for K = 0, after the first of them.
+        for K = 0, after the first of them, or the part of it that later passes need.
 
         A draft token at a position without a block is a poor one: its pass uses the padding block.
         """
+        x_TJ, last_R = self._entered(state, fed, steps)
+        if not self.num and self._stores(fed, steps, x_TJ):
+            return None
         own = steps.state._replace(token_S=state.token_S.clone(), pos_S=state.pos_S.clone())
         ahead, last_pos = replace(steps, state=own), steps.cos_sin_MH.shape[0] - 1
-        h_RD = self._over_fed(state, fed, steps)
+        is_one = fed.phase == "decode"  # a token of each row
+        keep_R = None if is_one else last_R
+        # after each row's last accepted token
+        h_RD = steps._layers(fed.phase, x_TJ, fed.batch, fed.max_q_len, keep_R)
         found = []
         for number in range(self.num):
             if number:
@@ -91,8 +97,9 @@ class DraftHead:
             found.append(ahead.sample(fed.row_idx_R, self._logits(steps, h_RD)))
         return torch.stack(found, 1) if found else None
 
-    def _over_fed(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor:
-        """The hidden states [R, D] after each row's last accepted token."""
+    def _entered(self, state: DeviceState, fed: Fed, steps: Steps) -> tuple[Tensor, Tensor]:
+        """The input [T, J] of the head's layer for the tokens that the step has fed, and the index
+        of each row's last accepted token."""
         model, params = steps.model, steps.params
         assert isinstance(model, HeadModel)
         sizes = (fed.token_T.shape[0], fed.row_idx_R.shape[0])
@@ -113,9 +120,25 @@ class DraftHead:
             token_T=token_T,
             hidden=fed.hidden,
         )
-        is_one = fed.phase == "decode"  # a token of each row
-        keep_R = None if is_one else last_R
-        return steps._layers(fed.phase, x_TJ, fed.batch, fed.max_q_len, keep_R)
+        return x_TJ, last_R
+
+    def _stores(self, fed: Fed, steps: Steps, x_TJ: Tensor) -> bool:
+        """Write keys and values alone, if the head can: less than its layer reads."""
+        model = steps.model
+        assert isinstance(model, HeadModel)
+        if model.store is None:
+            return False
+        steps._run(
+            "store",
+            (len(x_TJ),),
+            partial(model.store, model.config),
+            w=steps.params.layers[0],
+            kv=steps.caches[0],
+            cos_sin_MH=steps.cos_sin_MH,
+            place=(fed.batch.rope_pos_T, fed.batch.slot_T),
+            x_TJ=x_TJ,
+        )
+        return True
 
     def _again(self, ahead: Steps, row_idx_R: Tensor, h_RD: Tensor) -> Tensor:
         """The hidden states [R, D] after the newest draft tokens."""
