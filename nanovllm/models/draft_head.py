@@ -59,8 +59,11 @@ def logits(
     """`dense.head`, as logits [R, V] of the other model's tokens: −inf for those that the head
     cannot draft. `target_X` are the ids of those that it can; None for all."""
     logits_RX = dense.head(cfg, final_norm_D, head_VD, h_RD)
-    if target_X is None:
-        return logits_RX
+    return logits_RX if target_X is None else of_target(cfg, target_X, logits_RX)
+
+
+def of_target(cfg: ModelConfig, target_X: Tensor, logits_RX: Tensor) -> Tensor:
+    """Logits [R, V] from those of the tokens that the head can draft."""
     logits_RV = logits_RX.new_full((len(logits_RX), cfg.vocab_size), float("-inf"))
     return logits_RV.index_copy(1, target_X, logits_RX)
 

@@ -183,27 +183,28 @@ class VerifyStep(SpanStep):
         self.count_R = torch.zeros_like(self.span.row_idx_R)
         self._logits: tuple[Tensor, SpanTokens] | None = None
         self._capture: Capture | None = None
-        self._with_filters: Replay | None = None
+        self._variants: dict[Kind, tuple[int, Replay]] = {}  # by kind: version, step
 
     def capture(self, capture: Capture) -> None:
         super().capture(capture)
         self._capture = capture
 
-    def replay_with(self, choose: Choose) -> None:
-        """The whole step with a sampler that reads only the device's memory: always the same one.
-        It is captured on first use."""
-        if self._with_filters is None:
-            launch = partial(self._launch_with, choose)
-            self._with_filters = partial(launch, self._steps)
+    def replay_with(self, variant: Variant) -> None:
+        """The whole step with another sampler. It is captured on first use."""
+        version, replay = self._variants.get(variant.kind, (None, None))
+        if replay is None or version != variant.version:
+            launch = partial(self._launch_with, variant.verify)
+            replay = partial(launch, self._steps)
             if self._capture is not None:
                 given = [one.clone() for one in self.span]
                 self.span.row_idx_R.fill_(self._steps.state.pad_row)  # it changes no request
                 self.span.num_tokens_R.zero_()
                 launch(self._steps.of_each_program())  # not captured: it loads kernels
-                self._with_filters = self._capture(partial(launch, self._steps))
+                replay = self._capture(replay)
                 for target, values in zip(self.span, given):
                     target.copy_(values)
-        self._with_filters()
+                self._variants[variant.kind] = variant.version, replay
+        replay()
 
     def _launch_with(self, choose: Choose, steps: Steps) -> None:
         with steps.proposing(self.span, self.num):

@@ -20,6 +20,7 @@ from nanovllm.models.formats import Weight
 from nanovllm.models.model import Batch
 from nanovllm.runner.proposer import Fed
 from nanovllm.runner.state import DeviceState, choose
+from nanovllm.runner.vocab_parallel import drawing
 
 if TYPE_CHECKING:
     from nanovllm.runner.steps import Steps
@@ -66,7 +67,8 @@ def end_block(
     logits_NV = dense.head(cfg, final_norm_D, head_VD, h_RBD[:, 1:].flatten(0, 1))
     rows_N = row_idx_R.repeat_interleave(num - 1)
     ahead_N = torch.arange(1, num, device=rows_N.device).repeat(len(row_idx_R))
-    return choose(state, rows_N, logits_NV, ahead_N).unflatten(0, (-1, num - 1))
+    token_N: Tensor = drawing(cfg, choose)(state, rows_N, logits_NV, ahead_N)
+    return token_N.unflatten(0, (-1, num - 1))
 
 
 @dataclass(frozen=True)

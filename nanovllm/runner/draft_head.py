@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nanovllm.models.draft_head import HeadModel, Outer, logits
+from nanovllm.kernels import ops
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.draft_head import HeadModel, Outer, logits, of_target
 from nanovllm.models.model import Batch, Params
 from nanovllm.runner.proposer import Fed
-from nanovllm.runner.state import DeviceState, decode_batch
+from nanovllm.runner.state import DeviceState, choose_and_advance, decode_batch
 
 if TYPE_CHECKING:
     from nanovllm.runner.steps import Steps
@@ -94,7 +96,7 @@ class DraftHead:
             if number:
                 own.pos_S.clamp_(max=last_pos)
                 h_RD = self._again(ahead, fed.row_idx_R, h_RD)
-            found.append(ahead.sample(fed.row_idx_R, self._logits(steps, h_RD)))
+            found.append(self._drawn(ahead, fed.row_idx_R, h_RD))
         return torch.stack(found, 1) if found else None
 
     def _entered(self, state: DeviceState, fed: Fed, steps: Steps) -> tuple[Tensor, Tensor]:
@@ -155,14 +157,37 @@ class DraftHead:
         )
         return ahead._layers("decode", x_RJ, batch, 1)
 
-    def _logits(self, steps: Steps, h_RD: Tensor) -> Tensor:
-        params = steps.params
-        return steps._run(
+    def _drawn(self, ahead: Steps, row_idx_R: Tensor, h_RD: Tensor) -> Tensor:
+        """Draw token_R, and make them the newest of `ahead`."""
+        cfg, params = ahead.model.config, ahead.params
+        target_X = getattr(params.extra, "target_X", None)
+        is_part = cfg.num_ranks > 1 and target_X is not None
+        logits_RX = ahead._run(
             "head",
             (h_RD.shape[0],),
-            partial(logits, steps.model.config),
+            partial(logits, cfg),
             final_norm_D=params.final_norm_D,
             head_VD=params.head_VD,
-            target_X=getattr(params.extra, "target_X", None),
+            target_X=None if is_part else target_X,
             h_RD=h_RD,
         )
+        if not is_part:
+            return ahead.sample(row_idx_R, logits_RX)
+        # the tokens of one rank's part of the head may be anywhere in the vocabulary
+        assert target_X is not None
+        token_R: Tensor = ahead._run(
+            "sample",
+            (h_RD.shape[0], "whole"),
+            partial(_choose_of_target, cfg),
+            state=ahead.state,
+            row_idx_R=row_idx_R,
+            target_X=target_X,
+            logits_RX=ops.gather_columns(logits_RX, len(target_X)),
+        )
+        return token_R
+
+
+def _choose_of_target(
+    cfg: ModelConfig, state: DeviceState, row_idx_R: Tensor, target_X: Tensor, logits_RX: Tensor
+) -> Tensor:
+    return choose_and_advance(state, row_idx_R, of_target(cfg, target_X, logits_RX))

@@ -448,8 +448,12 @@ class Runner:
         if plan.sampling.is_plain:
             step.replay()
         else:
-            assert plan.sampling.state_suffices
-            (step.accept if self.steps.whole else step.replay_with)(self.sampler.choose)
+            assert not plan.sampling.needs_host
+            variant = self.sampler.variant(plan.sampling)
+            if self.steps.whole:
+                step.accept(variant.verify)
+            else:
+                step.replay_with(variant)
         return self._launched(plan, step.token_RK, counts=step.count_R)
 
     def _prefill(self, plan: StepPlan) -> AsyncOutput:

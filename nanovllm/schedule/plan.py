@@ -188,10 +188,8 @@ class SamplingMetadata:
 
     @property
     def state_suffices(self) -> bool:
-        """True if the choice does not depend on earlier tokens either.
-
-        Only then can a step choose several tokens of a row at once, to verify proposals.
-        """
+        """True if the choice does not depend on earlier tokens either: all rows can verify
+        proposals."""
         return not (self.has_penalties or self.has_edits or self.has_masks or self.needs_host)
 
     @property

@@ -43,7 +43,8 @@ class Scheduler:
         max_proposals: int = 0,
     ) -> None:
         """`propose`, if set, is called for requests whose tokens are all known, and at most
-        `max_proposals` of its tokens are used. Steps whose choice needs the host have none.
+        `max_proposals` of its tokens are used. Steps whose choice needs the host have none, nor
+        have requests that do not take them (`Request.takes_drafts`).
 
         Without it, `num_drafts` tokens that the device has left in its state are proposed: then the
         next step need not wait for the tokens of this one. With a `planner` it is up to so many, as
@@ -305,17 +306,22 @@ class Scheduler:
         return self._verifying_plan(chosen, new_blocks)
 
     def _verifying_plan(self, chosen: list[Request], new_blocks: list[NewBlock]) -> StepPlan:
-        """The plan of a decode step, with proposals if its choice does not need the host or earlier
-        tokens, and if those of the device pay."""
+        """The plan of a decode step, with proposals for the rows that take them if its choice does
+        not need the host, and if those of the device pay."""
         sampling, planner, num = sampling_metadata(chosen), self.planner, self.num_drafts
-        if not sampling.state_suffices or self.propose is not None:
+        taking = [] if sampling.needs_host else [one.takes_drafts for one in chosen]
+        if not any(taking) or self.propose is not None:
             num = 0
         elif num and planner is not None:
-            num = planner.lengths.choose(len(chosen))
+            num = planner.lengths.choose(len(chosen), sum(taking))
         drafts = NO_DRAFTS if planner is None else planner.plan(chosen, num)
         proposals: list[Sequence[int]] = []
-        if sampling.state_suffices and (num or self.propose is not None):
-            proposals = [self._proposals(request, new_blocks, num) for request in chosen]
+        if any(taking) and (num or self.propose is not None):
+            proposals = [
+                self._proposals(request, new_blocks, num) if takes else ()
+                for request, takes in zip(chosen, taking, strict=True)
+            ]
+            self.counts.num_undrafted += len(taking) - sum(taking)
         if planner is not None and num:
             planner.planned(chosen, num)
         if self.num_drafts:

@@ -45,9 +45,17 @@ class Draft:
         folder = hub.resolve(self.model, weights=not config.random_weights)
         hf = read_config(folder, resolved.store, None)
         model = make_model(replace(config, quantization=None), hf, resolved.model.config.dtype)
-        if resolved.shard.size > 1:
-            model = on_ranks(config, model)
-        return replace(spec, model=model), folder
+        return replace(spec, model=divided(resolved, model)), folder
+
+
+def divided(resolved: ResolvedConfig, model: Model) -> Model:
+    """A second model as each rank has it. Raises ValueError if it cannot be divided."""
+    config = resolved.config
+    if resolved.shard.size == 1:
+        return model
+    if model.config.moe is None:
+        config = replace(config, expert_parallel=False)  # it is about the first model
+    return on_ranks(config, model)
 
 
 def with_draft(resolved: ResolvedConfig, draft: Drafts) -> ResolvedConfig:

@@ -150,6 +150,7 @@ def prompts_of(llm: LLM, num: int, args: argparse.Namespace, run_idx: int) -> li
     tokenizer = llm.get_tokenizer()
     if getattr(tokenizer, "chat_template", None):
         return llm.chat_prompts(chats)
+    assert tokenizer is not None
     return [tokenizer.encode(one) for one in chosen]
 
 
@@ -188,7 +189,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 def compare(results: list[dict[str, Any]]) -> None:
     """Add the share of plain decoding to each rate."""
-    plain = next((one["rows"] for one in results if one["case"] == "plain"), {})
+    plain: dict[int, Any] = next((one["rows"] for one in results if one["case"] == "plain"), {})
     for one in results:
         for num, of_rows in one["rows"].items():
             if num in plain:

@@ -120,13 +120,69 @@ def test_repeated_text_takes_few_steps(
 def test_requests_of_all_kinds_share_a_batch(
     looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one needs the host or earlier tokens, steps have no proposals; later they do."""
+    """While one needs the host, steps have no proposals; later they do."""
     expected = plain.generate(PROMPTS, MIXED, use_tqdm=False)
     plans = watch(looking_up, monkeypatch)
     found = looking_up.generate(PROMPTS, MIXED, use_tqdm=False)
     assert [one["token_ids"] for one in found] == [one["token_ids"] for one in expected]
     verifying = [plan.sampling for plan, _ in plans if DRAFT in plan.token_T]
-    assert verifying and all(sampling.state_suffices for sampling in verifying)
+    assert verifying and not any(sampling.needs_host for sampling in verifying)
+
+
+def test_rows_that_take_no_drafts_are_alone_in_that(
+    looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [PROMPTS[4]] * 6
+    one_by_one = [
+        greedy(20, disable_spec_decode=True), greedy(20, presence_penalty=1.5),
+        greedy(20, bad_words=["ab"]), MIXED[-1],
+    ]  # fmt: skip
+    params = [greedy(30), *one_by_one, FILTERED]
+    expected = tokens(plain, prompts, params)
+    plans, counts = watch(looking_up, monkeypatch), looking_up.engine.scheduler.counts
+    before = counts.num_undrafted
+    assert tokens(looking_up, prompts, params) == expected
+    first = min(plan.request_ids[0] for plan, _ in plans)
+    fed: dict[int, set[int]] = {}
+    mixed = 0
+    for plan, _ in plans:
+        if not plan.is_prefill and DRAFT in plan.token_T:
+            mixed += plan.sampling.has_masks and plan.sampling.has_penalties
+            for request_id, num in zip(plan.request_ids, plan.num_tokens):
+                fed.setdefault(request_id - first, set()).add(num)
+    assert mixed > 3
+    assert all(fed[i] == {1} for i in (1, 2, 3, 4)) and 4 in fed[0] & fed[5]
+    assert counts.num_undrafted > before
+
+
+def test_answers_end_at_every_place_within_a_step(
+    checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second model is the first one, so every step makes four tokens."""
+    llm = make_llm(max_num_seqs=6, device="cpu", **options(checkpoint, "draft_model"), **ALWAYS)
+    engines = (llm.engine, plain.engine)
+    (long,) = plain.generate(PROMPTS[:1], greedy(12), use_tqdm=False)
+    reasons = set()
+    for place in range(1, 9):
+        for engine in engines:
+            monkeypatch.setattr(engine, "_eos_ids", frozenset({long["token_ids"][place]}))
+        params = [
+            greedy(12, ignore_eos=False), greedy(12, ignore_eos=False, min_tokens=place + 2),
+            greedy(12, stop_token_ids=[long["token_ids"][place]]), greedy(place + 1),
+            greedy(12, stop=[long["text"][place]], min_tokens=3),
+            greedy(12, ignore_eos=False, min_tokens=place),
+        ]  # fmt: skip
+        found, expected = (
+            one.generate(PROMPTS[:1] * 6, params, use_tqdm=False) for one in (llm, plain)
+        )
+        keys = ("token_ids", "text", "finish_reason")
+        ends = [[[one[key] for key in keys] for one in of] for of in (found, expected)]
+        assert ends[0] == ends[1], place
+        assert len(ends[0][0][0]) <= place + 1
+        reasons.update(one[2] for one in ends[0])
+    assert reasons == {"stop", "length"}
+    assert llm.engine.scheduler.counts.accepted_at[2] > 10
+    llm.close()
 
 
 def test_answers_end_at_their_limits_and_stops(looking_up: LLM, plain: LLM) -> None:
@@ -218,7 +274,7 @@ def choose(llm: LLM, monkeypatch: pytest.MonkeyPatch, lengths: Callable[[], int]
     """Let steps have these numbers of draft tokens, whatever they take."""
     planner = llm.engine.scheduler.planner
     assert planner is not None
-    monkeypatch.setattr(planner.lengths, "choose", lambda num_rows: lengths())
+    monkeypatch.setattr(planner.lengths, "choose", lambda *_: lengths())
 
 
 @pytest.mark.parametrize("params", [greedy(25), DRAWN, MIXED], ids=["greedy", "drawn", "mixed"])
