@@ -94,7 +94,7 @@ class Runner:
             num_groups=len(model.page_groups.groups),
             has_adapters=model.lora is not None,
             num_drafts=0 if draft is None else draft.proposer.num,
-            history_len=layout.max_model_len if draft is not None and draft.reads_history else 0,
+            lookup_lens=(0, 0) if draft is None else draft.lookup_lens(layout.max_model_len),
         )
         shard = shards.ALL if group is None else Shard(group.rank, group.size)
         self.adapters = AdapterStore(model, params, platform, shard)

@@ -20,6 +20,7 @@ from nanovllm.schedule.adapter_slots import AdapterSlots
 from nanovllm.schedule.batch_builder import Chunk, decode_plan, prefill_plan, sampling_metadata
 from nanovllm.schedule.draft_planner import DraftCounts, DraftPlanner
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
+from nanovllm.schedule.past_answers import PastAnswers
 from nanovllm.schedule.plan import DRAFT, NO_DRAFTS, NewBlock, StepPlan
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.schedule.request import Request, Status
@@ -63,6 +64,7 @@ class Scheduler:
         self.num_drafts = 0
         self.has_known = False  # see `prefill_plan`
         self.planner: DraftPlanner | None = None
+        self.past: PastAnswers | None = None  # for a proposer that looks in earlier answers
         self.counts = DraftCounts()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
@@ -89,6 +91,8 @@ class Scheduler:
             self.waiting.remove(request)
         elif request.status is Status.RUNNING:
             self._vacate(request)
+        if self.past is not None and not request.cache_root:  # no salt or adapter
+            self.past.add(request.output_ids)
         request.status = Status.FINISHED
         request.finish_reason = reason
 
@@ -136,6 +140,8 @@ class Scheduler:
         self._prefill_was_last = plan is not None and plan.is_prefill
         if plan is not None and self.adapters is not None and self.adapters.loads:
             plan = replace(plan, adapters=self.adapters.take_loads())
+        if plan is not None and self.past is not None:
+            plan = replace(plan, past=self.past.take())
         return plan
 
     def tokens_known(self, request: Request, num_fed: int, token_ids: Sequence[int]) -> None:

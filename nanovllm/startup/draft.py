@@ -28,17 +28,23 @@ class Drafts(Protocol):
 class Draft:
     """A proposer, and the checkpoint of its model: a folder, or a name on the Hugging Face Hub.
 
-    reads_fed, reads_history: see `DraftSpec`.
+    reads_fed, reads_history, num_past: see `DraftSpec`.
     """
 
     proposer: DeviceProposer
     model: str | None = None
     reads_fed: bool = True
     reads_history: bool = False
+    num_past: int = 0
 
     def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
         """See `Drafts`."""
-        spec = DraftSpec(self.proposer, None, self.reads_fed, self.reads_history)
+        spec = DraftSpec(
+            self.proposer,
+            reads_fed=self.reads_fed,
+            reads_history=self.reads_history,
+            num_past=self.num_past,
+        )
         if self.model is None:
             return spec, None
         config = resolved.config

@@ -434,3 +434,30 @@ def test_replicas_draft(checkpoint: Path, make_llm: Callable[..., LLM], plain: L
     steps = [one.value for one in llm.get_metrics() if one.name.endswith("num_steps")]
     assert sum(steps) < 40, "four tokens a step in each of the replicas"
     llm.close()
+
+
+# earlier answers ---------------------------------------------------------------------------------
+
+
+def test_an_answer_is_drafted_from_an_earlier_one(
+    checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM
+) -> None:
+    spec = {
+        "method": "suffix",
+        "num_speculative_tokens": 3,
+        "suffix_decoding_max_cached_tokens": 50,
+    }
+    llm = make_llm(max_num_seqs=6, device="cpu", speculative_config=spec, **ALWAYS)
+    counts, past_C = llm.engine.scheduler.counts, llm.engine.runner.state.past_C
+    assert past_C is not None and past_C.tolist() == [-1] * 50
+    accepted, expected = [], tokens(plain, PROMPTS[:2], greedy(30))
+    for number in (0, 1, 1):
+        before = counts.num_accepted_tokens
+        assert tokens(llm, [PROMPTS[number]], greedy(30)) == [expected[number]]
+        accepted.append(counts.num_accepted_tokens - before)
+    assert accepted[2] > 15 > max(accepted[:2])
+    salted = llm.generate({"prompt_token_ids": PROMPTS[2], "cache_salt": "a"}, greedy(9))
+    tokens(llm, PROMPTS[3:4], greedy(2))
+    assert past_C.tolist()[:31] == [*expected[1], -1], "answers with a salt are not kept"
+    assert salted[0]["token_ids"]
+    llm.close()

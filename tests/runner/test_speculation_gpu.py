@@ -36,6 +36,7 @@ PARAMS = {
 }
 METHODS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "ngram": lambda target, folder: {"prompt_lookup_min": 1, "prompt_lookup_max": 3},
+    "suffix": lambda target, folder: {"suffix_decoding_max_cached_tokens": 999},
     "draft_model": lambda target, folder: {"model": str(target)},
     "eagle3": lambda target, folder: {"model": str(EagleCase("midlayer").save(folder))},
     "dflash": lambda target, folder: {"model": str(save_dflash(folder))},
