@@ -19,7 +19,7 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.models import dense
 from nanovllm.models.config import ModelConfig, dense_config
-from nanovllm.models.draft_head import renamed, store_context
+from nanovllm.models.draft_head import HEAD, renamed, store_context, target_param
 from nanovllm.models.formats import linear
 from nanovllm.models.model import LayerKind, Model, Param
 
@@ -32,6 +32,7 @@ class DFlashConfig(ModelConfig):
 
     mask_id: int = 0
     num_states: int = 0
+    num_drafted: int = 0  # tokens that the draft's own head can draft; 0: the model's head
 
 
 class Extra(NamedTuple):
@@ -39,6 +40,7 @@ class Extra(NamedTuple):
 
     fc_DJ: Tensor
     state_norm_D: Tensor
+    target_X: Tensor | None  # the model's ids of the tokens that are drafted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,9 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None) -> BlockMod
         qk_norm=True,
     )
     values = {field.name: getattr(plain, field.name) for field in fields(plain)}
+    num_drafted = hf.draft_vocab_size if hf.draft_vocab_size < hf.vocab_size else 0
     own = {"mask_id": hf.mask_token_id, "num_states": len(hf.read_layers)}
+    own["num_drafted"] = num_drafted
     config = DFlashConfig(**{**values, "tied_embeddings": False}, **own)
     kind = LayerKind("dflash", dense.paged_kv(config))
     return BlockModel(
@@ -84,7 +88,8 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None) -> BlockMod
         layer_params=layer_params,
         layer_type=dense.layer_type,
         extra_type=Extra,
-        lent=("embed_VD", "head_VD"),
+        lent=("embed_VD",) if num_drafted else ("embed_VD", "head_VD"),
+        read_elsewhere=("t2d",),
     )
 
 
@@ -104,11 +109,15 @@ def outer_params(cfg: ModelConfig) -> dict[str, Param]:
     """Parameters beside the layers, by the fields of `Params` and of `Extra`."""
     assert isinstance(cfg, DFlashConfig)
     hidden = cfg.hidden_size
-    return {
+    declared = {
         "final_norm_D": Param.one("norm", "norm.weight", hidden),
         "fc_DJ": Param.one("router", "fc.weight", hidden, cfg.num_states * hidden),
         "state_norm_D": Param.one("norm", "hidden_norm.weight", hidden),
     }
+    if cfg.num_drafted:
+        declared["head_VD"] = Param.vocab("linear", HEAD, cfg.num_drafted, hidden)
+        declared["target_X"] = target_param(cfg, cfg.num_drafted)
+    return declared
 
 
 def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:

@@ -19,10 +19,13 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models import dense
+from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.model import LayerCache, Model
 from nanovllm.models.param import Param
+
+HEAD, TARGETS = "lm_head.weight", "d2t"  # tensors of heads that draft some tokens of the vocabulary
 
 
 class Outer(NamedTuple):
@@ -105,3 +108,26 @@ def renamed(param: Param, old: str, new: str) -> Param:
         sources=tuple(new + one.removeprefix(old) for one in param.sources),
         other_name=other and new + other.removeprefix(old),
     )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Turns differences (a token's id in the model − its number in the head) into the ids. Raises
+    CheckpointError for ids that the model does not have."""
+
+    vocab_size: int
+
+    def __call__(self, diff_X: Tensor, parts: tuple[int, ...]) -> None:
+        diff_X.add_(torch.arange(len(diff_X), device=diff_X.device))
+        least, most = int(diff_X.min()), int(diff_X.max())
+        if least < 0 or most >= self.vocab_size:
+            raise CheckpointError(
+                f"the tensor {TARGETS} maps to tokens from {least} to {most}: the model has those "
+                f"from 0 to {self.vocab_size - 1}"
+            )
+
+
+def target_param(cfg: ModelConfig, num: int) -> Param:
+    """The model's ids of the `num` tokens that a head can draft."""
+    param = Param.one("bias", TARGETS, num)._replace(dtype=torch.int64)
+    return param._replace(adapt=Targets(cfg.vocab_size))

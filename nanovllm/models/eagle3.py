@@ -19,16 +19,24 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models import dense
-from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.config import ModelConfig, dense_config
-from nanovllm.models.draft_head import HeadModel, Outer, beside, renamed, store_context
+from nanovllm.models.draft_head import (
+    HEAD,
+    TARGETS,
+    HeadModel,
+    Outer,
+    beside,
+    renamed,
+    store_context,
+    target_param,
+)
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Param
 
 NUM_STATES = 3
 # Two spellings of the layer's tensors, and what a checkpoint may leave to the other model.
 PREFIXES = ("midlayer.", "layers.0.")
-TABLE, HEAD, TARGETS, FIRST = "embed_tokens.weight", "lm_head.weight", "d2t", "self_attn.q_proj"
+TABLE, FIRST = "embed_tokens.weight", "self_attn.q_proj"
 
 
 @dataclass(frozen=True)
@@ -224,23 +232,6 @@ def layer_type(kind: LayerKind) -> type[Layer]:
     return Layer
 
 
-@dataclass(frozen=True)
-class Targets:
-    """Turns differences (a token's id in the model − its number in the head) into the ids. Raises
-    CheckpointError for ids that the model does not have."""
-
-    vocab_size: int
-
-    def __call__(self, diff_X: Tensor, parts: tuple[int, ...]) -> None:
-        diff_X.add_(torch.arange(len(diff_X), device=diff_X.device))
-        least, most = int(diff_X.min()), int(diff_X.max())
-        if least < 0 or most >= self.vocab_size:
-            raise CheckpointError(
-                f"the tensor {TARGETS} maps to tokens from {least} to {most}: the model has those "
-                f"from 0 to {self.vocab_size - 1}"
-            )
-
-
 def outer_params(lent: tuple[str, ...], maps: bool, cfg: ModelConfig) -> dict[str, Param]:
     """Parameters beside the layer, by the fields of `Params` and of `Extra`. A head that `maps` has
     numbers of its own for tokens."""
@@ -258,8 +249,7 @@ def outer_params(lent: tuple[str, ...], maps: bool, cfg: ModelConfig) -> dict[st
         each = tuple(f"fc_norm.{i}.weight" for i in range(NUM_STATES))
         declared["each_norm_J"] = Param.stack("norm", each, (cfg.state_size,) * NUM_STATES)
     if maps:
-        targets = Param.one("bias", TARGETS, num)._replace(dtype=torch.int64)
-        declared["target_X"] = targets._replace(adapt=Targets(cfg.vocab_size))
+        declared["target_X"] = target_param(cfg, num)
     return {name: param for name, param in declared.items() if name not in lent}
 
 

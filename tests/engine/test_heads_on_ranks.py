@@ -12,7 +12,7 @@ from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts
 from tests.runner.heads import EagleCase
 from tests.runner.mtp_cases import CASES
-from tests.runner.test_dflash import save as save_dflash
+from tests.runner.test_dflash import save_speculators
 
 SIZES: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "enforce_eager": True, "max_num_seqs": 2,
@@ -30,7 +30,7 @@ def made(method: str, folder: Path) -> tuple[Path, dict[str, Any]]:
         return case.save(folder / "model")[0], {"method": "mtp"}
     target = save_tiny(folder, "qwen3", vocab_size=512, hidden_size=64, num_hidden_layers=4)
     if method == "dflash":
-        return target, {"method": method, "model": str(save_dflash(folder / "head"))}
+        return target, {"method": method, "model": str(save_speculators(folder / "head"))}
     head = EagleCase("head").save(folder / "head")
     return target, {"method": method, "model": str(head)}
 

@@ -15,6 +15,7 @@ from tests.engines import assert_one_distribution, greedy, random_prompts, token
 from tests.runner.heads import EagleCase
 from tests.runner.mtp_cases import CASES
 from tests.runner.test_dflash import save as save_dflash
+from tests.runner.test_dflash import save_speculators
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +41,7 @@ METHODS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "draft_model": lambda target, folder: {"model": str(target)},
     "eagle3": lambda target, folder: {"model": str(EagleCase("midlayer").save(folder))},
     "dflash": lambda target, folder: {"model": str(save_dflash(folder))},
+    "dflash-own-head": lambda target, folder: {"model": str(save_speculators(folder))},
 }
 
 
@@ -79,7 +81,7 @@ def expected(target: Path) -> dict[str, list[list[int]]]:
 def test_answers_are_those_of_plain_decoding(
     method: str, target: Path, tmp_path: Path, expected: dict[str, list[list[int]]]
 ) -> None:
-    given = {"method": method, "num_speculative_tokens": NUM}
+    given = {"method": method.removesuffix("-own-head"), "num_speculative_tokens": NUM}
     speculative = {**given, **METHODS[method](target, tmp_path / "draft")}
     assert answers(target, speculative) == expected
 
