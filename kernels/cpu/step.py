@@ -139,10 +139,9 @@ def ngram_propose(
 ) -> None:
     """See `reference.step.ngram_propose`."""
     tensors = (history_SM, draft_SK, token_S, pos_S, row_idx_R)
-    sizes = (row_idx_R.shape[0], history_SM.shape[1], draft_SK.shape[1], min_n, max_n)
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    pointers.append(0 if past_C is None else past_C.data_ptr())
-    sizes = (*sizes, 0 if past_C is None else past_C.shape[0])
+    past = (0, 0) if past_C is None else (past_C.data_ptr(), past_C.shape[0])
+    pointers = [*(tensor.data_ptr() for tensor in tensors), past[0]]
+    sizes = (row_idx_R.shape[0], history_SM.shape[1], draft_SK.shape[1], min_n, max_n, past[1])
     _load().nanovllm_ngram_propose(_NGRAM_PROPOSE.pack(*pointers, *sizes))
 
 

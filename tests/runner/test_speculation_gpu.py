@@ -22,9 +22,9 @@ pytestmark = pytest.mark.gpu
 NUM = 4
 VOCAB = 99  # of the checkpoint with a layer that proposes
 SIZES: dict[str, Any] = {
-    "device": "cuda", "dtype": "float32", "max_num_seqs": 6, "max_num_batched_tokens": 64,
+    "device": "cuda", "dtype": "float32", "max_num_seqs": 5, "max_num_batched_tokens": 32,
     "max_model_len": 256, "kvcache_block_size": 16, "num_kvcache_blocks": 100,
-    "graph_batch_sizes": (2, 6),
+    "graph_batch_sizes": (5,),
 }  # fmt: skip
 PROMPTS = [
     [one % VOCAB for one in prompt]
