@@ -19,12 +19,10 @@ from nanovllm.engine.engine import Engine
 from nanovllm.kernels.reference.sample import NO_TOKEN
 from nanovllm.models import formats
 from nanovllm.models.config import ModelConfig
-from nanovllm.runner.draft_head import DraftHead
-from nanovllm.runner.proposer import Fed
+from nanovllm.runner.proposer import DeviceProposer, Fed
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.runner.state import DeviceState
 from nanovllm.startup.draft import Draft, Drafts
-from nanovllm.startup.draft_heads import Eagle3
 from nanovllm.startup.load import load
 from nanovllm.startup.resolve import ResolvedConfig
 
@@ -141,10 +139,19 @@ def num_layers(model: str, options: dict[str, Any]) -> int:
 
 
 @dataclass(frozen=True)
-class Counting(DraftHead):
+class Counting:
     """Counts how many draft tokens of each step were accepted."""
 
-    accepted: list[int] = field(default_factory=list, repr=False, compare=False)
+    inner: DeviceProposer
+    accepted: list[int] = field(repr=False, compare=False)
+
+    @property
+    def num(self) -> int:
+        return self.inner.num
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.inner.layers
 
     def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor | None:
         if fed.phase == "verify":
@@ -152,29 +159,28 @@ class Counting(DraftHead):
             moved_R = state.pos_S[fed.row_idx_R] - (fed.batch.seq_len_R - fed_R)
             is_whole_R = (fed_R == self.num + 1) & (fed.row_idx_R != state.pad_row)
             self.accepted.extend((moved_R[is_whole_R] - 1).tolist())
-        return super().propose(state, fed, steps)
+        return self.inner.propose(state, fed, steps)
 
 
 @dataclass(frozen=True)
 class Counted:
-    """A head whose accepted tokens are counted."""
+    """Drafts whose accepted tokens are counted."""
 
-    head: Eagle3
+    drafts: Drafts
     accepted: list[int]
 
     def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
-        spec, folder = self.head.parts(resolved)
-        proposer = Counting(spec.proposer.num, spec.proposer.layers, self.accepted)
-        return replace(spec, proposer=proposer), folder
+        spec, folder = self.drafts.parts(resolved)
+        return replace(spec, proposer=Counting(spec.proposer, self.accepted)), folder
 
 
 def accepted(
-    model: str, head: str, texts: Sequence[Text], num: int, options: dict[str, Any]
+    model: str, drafts: Drafts, texts: Sequence[Text], num: int, options: dict[str, Any]
 ) -> list[int]:
     """The numbers of draft tokens that were accepted, step by step, in answers to the prompts of
     `texts` of the same lengths."""
     counts: list[int] = []
-    one = engine(model, Counted(Eagle3(num, head), counts), num, options)
+    one = engine(model, Counted(drafts, counts), num, options)
     try:
         counts.clear()  # those of warm-up
         nums = [max(len(text.token_T) - text.num_prompt, 1) for text in texts]
