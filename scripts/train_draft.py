@@ -64,9 +64,7 @@ def parse_args(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=32, help="prompts answered at a time")
     parser.add_argument("--num-speculative-tokens", type=int, default=3)
     parser.add_argument("--draft-vocab-size", type=int, default=32_000, help="at most")
-    layers = (
-        "after which states are read, from 0: three, or of DFlash any number. Default: by depth"
-    )
+    layers = "after which states are read, from 0: three, of DFlash any number. Default: by depth"
     parser.add_argument("--layers", type=int, nargs="+", help=layers)
     parser.add_argument("--minutes", type=float, default=10.0, help="of training")
     parser.add_argument("--steps", type=int, help="of training, in place of --minutes")

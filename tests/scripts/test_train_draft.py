@@ -93,7 +93,7 @@ def test_the_rounds_of_training_are_the_passes_of_use(tmp_path: Path) -> None:
 
 
 def test_a_saved_block_drafts_what_it_gives_in_training(tmp_path: Path) -> None:
-    """The engine's drafts after each token are those of blocks at all places of the text at once."""
+    """The engine's drafts after each token are those of blocks at all its places at once."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
