@@ -43,7 +43,7 @@ ALLOWED: dict[str, Rule] = {
     "prompt_lookup_max": whole(1, MAX_NGRAM),
     "suffix_decoding_max_tree_depth": whole(1, MAX_NGRAM),
     "suffix_decoding_max_cached_tokens": whole(0, MAX_PAST),
-    "rejection_sample_method": one_of("strict", "synthetic", None),
+    "rejection_sample_method": one_of("strict", "standard", "synthetic", None),
     "synthetic_acceptance_length": ("a number of at least 1", lambda value: value >= 1),
 }
 # Keys of every method.
@@ -66,7 +66,8 @@ class SpeculativeConfig:
         tokens before them and in earlier answers. None: 24, as in vLLM.
     suffix_decoding_max_cached_tokens: the tokens of earlier answers that "suffix" has on the
         device, the latest ones. None: 65,536.
-    rejection_sample_method: None or "strict" keeps the drafts that the model chooses. "synthetic"
+    rejection_sample_method: None, "strict" or "standard" (the names of older and newer vLLM) keeps
+        the drafts that the model chooses. "synthetic"
         is for benchmarks with random weights: it keeps drafts at random, so answers are
         meaningless.
     synthetic_acceptance_length: the mean number of tokens of a row in a step with

@@ -315,7 +315,9 @@ class Scheduler:
         """The plan of a decode step, with proposals for the rows that take them if its choice does
         not need the host, and if those of the device pay."""
         sampling, planner, num = sampling_metadata(chosen), self.planner, self.num_drafts
-        taking = [] if sampling.needs_host else [one.takes_drafts for one in chosen]
+        taking: list[bool] = []
+        if (num or self.propose is not None) and not sampling.needs_host:
+            taking = [request.takes_drafts for request in chosen]
         if not any(taking) or self.propose is not None:
             num = 0
         elif num and planner is not None:

@@ -1,11 +1,11 @@
 """Tokens per second with drafts and without, by proposer and rows.
 
     python scripts/bench/speculation.py --shape Qwen3-8B --out results.json
-    python scripts/bench/speculation.py --model DIR --head HEAD --out results.json
+    python scripts/bench/speculation.py --model DIR --head HEAD --num 3 --out results.json
 
 With --shape the weights are random and drafts are accepted at random, with the accept length of
 each case (`rejection_sample_method`): eagle3 and dflash have heads of published shapes, whose steps
-take as long as trained ones. With --model the drafts are those of a trained EAGLE-3 head, and the
+take as long as trained ones. With --model the drafts are those of a trained head, and the
 prompts those of --prompts or made-up ones that training has not seen.
 
 A rate counts from the first step after all prompts to the first end of an answer, so all rows run.
@@ -204,7 +204,8 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", choices=sorted(CONFIGS), default="Qwen3-8B", help="of random weights")
     add("--model", help="a trained model: a folder, a GGUF file or a Hub id")
-    add("--head", type=Path, help="the folder of its EAGLE-3 head, with --model")
+    add("--head", type=Path, help="the folder of its head, with --model")
+    add("--method", choices=("eagle3", "dflash"), default="eagle3", help="of the head")
     add("--prompts", type=Path, help="file with a prompt on each line, with --model")
     add("--num", type=int, default=3, help="draft tokens of a step at most, with --model")
     add("--cases", nargs="+", choices=[one.name for one in CASES], help="default: all")
@@ -229,7 +230,7 @@ def main() -> None:
         rows = tuple(num for num in (1, 8) if num <= args.max_rows)
         cases = [
             Case("plain", "", 0, None, rows, (0, 0)),
-            Case("eagle3", "eagle3", args.num, None, rows, (1.6, 0)),
+            Case(args.method, args.method, args.num, None, rows, (1.6, 0)),
         ]
     results: list[dict[str, Any]] = []
     for case in cases:
