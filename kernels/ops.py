@@ -576,9 +576,9 @@ advance = _define(
 )
 ngram_propose = _define(
     "ngram_propose(Tensor(a!) history, Tensor(b!) draft, Tensor token, Tensor pos, "
-    "Tensor row_idx, int min_n, int max_n) -> ()",
+    "Tensor row_idx, int min_n, int max_n, Tensor? past=None) -> ()",
     reference.step.ngram_propose,
-    lambda history, draft, token, pos, row_idx, min_n, max_n: None,
+    lambda history, draft, token, pos, row_idx, min_n, max_n, past=None: None,
 )
 
 

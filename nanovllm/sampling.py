@@ -82,6 +82,7 @@ class SamplingParams:
         max_model_len allows.
     output_kind: see `RequestOutputKind`.
     structured_outputs: the form that the answer must have. A dict of the fields is accepted.
+    disable_spec_decode: the request takes no draft tokens. The answer is the same with them.
 
     The other fields exist in vLLM's class; only their defaults are supported.
     """
@@ -112,6 +113,7 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     structured_outputs: StructuredOutputsParams | None = None
+    disable_spec_decode: bool = False
 
     best_of: object = None
     guided_decoding: object = None

@@ -12,6 +12,7 @@ from nanovllm.checks import InvalidValue, Rule, check_fields, one_of, whole
 OPTION = "speculative_config"
 MAX_TOKENS, MAX_NGRAM = 64, 64
 DEFAULT_NGRAM = 5
+DEFAULT_DEPTH, DEFAULT_PAST, MAX_PAST = 24, 1 << 16, 1 << 22  # of "suffix"
 LENGTHS = (1, 3, 7, 15, 31)  # numbers of draft tokens below the largest
 
 
@@ -29,6 +30,10 @@ METHODS: dict[str, Method] = {
     "dflash": Method(needs=("model", "num_speculative_tokens")),
     "mtp": Method(needs=("num_speculative_tokens",)),
     "ngram": Method(("num_speculative_tokens",), ("prompt_lookup_min", "prompt_lookup_max")),
+    "suffix": Method(
+        ("num_speculative_tokens",),
+        ("suffix_decoding_max_tree_depth", "suffix_decoding_max_cached_tokens"),
+    ),
 }
 
 ALLOWED: dict[str, Rule] = {
@@ -36,7 +41,9 @@ ALLOWED: dict[str, Rule] = {
     "num_speculative_tokens": whole(1, MAX_TOKENS),
     "prompt_lookup_min": whole(1, MAX_NGRAM),
     "prompt_lookup_max": whole(1, MAX_NGRAM),
-    "rejection_sample_method": one_of("strict", "synthetic", None),
+    "suffix_decoding_max_tree_depth": whole(1, MAX_NGRAM),
+    "suffix_decoding_max_cached_tokens": whole(0, MAX_PAST),
+    "rejection_sample_method": one_of("strict", "standard", "synthetic", None),
     "synthetic_acceptance_length": ("a number of at least 1", lambda value: value >= 1),
 }
 # Keys of every method.
@@ -48,14 +55,19 @@ class SpeculativeConfig:
     """What proposes draft tokens on the device. Steps verify them, so they never change answers.
 
     method: "draft_model" (a smaller model), "ngram" (what followed the same tokens before),
-        "eagle3" or "dflash" (heads on hidden states) or "mtp" (the checkpoint's own). None:
-        "draft_model".
+        "suffix" (in earlier answers, too), "eagle3" or "dflash" (heads on hidden states) or "mtp"
+        (the checkpoint's own). None: "draft_model".
     model: the checkpoint that drafts: a folder or a Hub id. It needs the model's vocabulary.
     num_speculative_tokens: the draft tokens of each row in a step.
     prompt_lookup_min, prompt_lookup_max: how many of a row's last tokens "ngram" looks for in the
         tokens before them: the longest that occur. Without one of them it is the other, without
         both they are 5, as in vLLM.
-    rejection_sample_method: None or "strict" keeps the drafts that the model chooses. "synthetic"
+    suffix_decoding_max_tree_depth: the most of a row's last tokens that "suffix" looks for, in the
+        tokens before them and in earlier answers. None: 24, as in vLLM.
+    suffix_decoding_max_cached_tokens: the tokens of earlier answers that "suffix" has on the
+        device, the latest ones. None: 65,536.
+    rejection_sample_method: None, "strict" or "standard" (the names of older and newer vLLM) keeps
+        the drafts that the model chooses. "synthetic"
         is for benchmarks with random weights: it keeps drafts at random, so answers are
         meaningless.
     synthetic_acceptance_length: the mean number of tokens of a row in a step with
@@ -67,6 +79,8 @@ class SpeculativeConfig:
     num_speculative_tokens: int | None = None
     prompt_lookup_min: int | None = None
     prompt_lookup_max: int | None = None
+    suffix_decoding_max_tree_depth: int | None = None
+    suffix_decoding_max_cached_tokens: int | None = None
     rejection_sample_method: str | None = None
     synthetic_acceptance_length: float | None = None
 
@@ -149,6 +163,14 @@ class SpeculativeConfig:
         """The least and the most tokens that "ngram" looks for."""
         low, high = self.prompt_lookup_min, self.prompt_lookup_max
         return low or high or DEFAULT_NGRAM, high or low or DEFAULT_NGRAM
+
+    @property
+    def suffix_sizes(self) -> tuple[int, int]:
+        """The most tokens that "suffix" looks for, and the tokens of earlier answers."""
+        depth, num_past = (
+            self.suffix_decoding_max_tree_depth, self.suffix_decoding_max_cached_tokens
+        )  # fmt: skip
+        return depth or DEFAULT_DEPTH, DEFAULT_PAST if num_past is None else num_past
 
     def draft_lengths(self, *, adapts: bool) -> tuple[int, ...]:
         """The numbers of draft tokens that a step can verify per row, ascending: the largest alone,

@@ -1,11 +1,12 @@
-"""Train an EAGLE-3 head for a model, on text that the model itself generates.
+"""Train an EAGLE-3 head or a DFlash draft for a model, on text that the model itself generates.
 
     python scripts/train_draft.py --model DIR --out HEAD
     nanovllm serve DIR --speculative-config \\
         '{"method": "eagle3", "model": "HEAD", "num_speculative_tokens": 3}'
 
 The model answers prompts through the engine, which then gives its hidden states over the answers.
-So any checkpoint that the engine loads will do, also a GGUF file or a quantized one. The head is
+So any checkpoint that the engine loads will do, also a GGUF file or a quantized one. The head (with
+--method dflash the draft, whose blocks have as many mask tokens as --num-speculative-tokens) is
 trained in plain torch, on a GPU if there is one, and saved in the layout that SGLang and vLLM read.
 At the end the engine drafts with it on held-out prompts, greedily, and a line of JSON tells how
 often the draft tokens at each position were accepted, and the mean tokens of a step.
@@ -32,16 +33,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 
-from draft import collect, prompts
-from draft.head import Batch, Head, batch_of, drafted_tokens, save
+from draft import block, collect, head, prompts
 
 from nanovllm import SamplingParams
+from nanovllm.startup.draft import Drafts
+from nanovllm.startup.draft_heads import DFlash, Eagle3
 from nanovllm.tools import command_line
 
 logger = logging.getLogger("train_draft")
 POSITIVE = (
     "num_speculative_tokens", "num_prompts", "num_tokens", "draft_vocab_size", "batch", "minutes",
-    "max_model_len", "threads", "steps",
+    "max_model_len", "threads", "steps", "answers", "max_num_seqs", "num_layers",
 )  # fmt: skip
 WARM_STEPS = 20  # until the full learning rate
 
@@ -52,14 +54,18 @@ def parse_args(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="a folder, a GGUF file or a Hub id")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the head to")
+    parser.add_argument("--method", choices=("eagle3", "dflash"), default="eagle3")
+    parser.add_argument("--num-layers", type=int, default=3, help="of a DFlash draft")
     parser.add_argument("--prompts", type=Path, help="file with a prompt on each line")
     parser.add_argument("--num-prompts", type=int, help="for training; default: all")
     parser.add_argument("--num-tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answers")
+    parser.add_argument("--answers", type=int, default=1, help="to each prompt, to train on")
+    parser.add_argument("--max-num-seqs", type=int, default=32, help="prompts answered at a time")
     parser.add_argument("--num-speculative-tokens", type=int, default=3)
     parser.add_argument("--draft-vocab-size", type=int, default=32_000, help="at most")
-    layers = "the three layers after which states are read, from 0; default: by the number of them"
-    parser.add_argument("--layers", type=int, nargs=3, help=layers)
+    layers = "after which states are read, from 0: three, of DFlash any number. Default: by depth"
+    parser.add_argument("--layers", type=int, nargs="+", help=layers)
     parser.add_argument("--minutes", type=float, default=10.0, help="of training")
     parser.add_argument("--steps", type=int, help="of training, in place of --minutes")
     parser.add_argument("--batch", type=int, default=8, help="texts of a step")
@@ -74,6 +80,8 @@ def parse_args(given: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} is {value}: it must be positive")
+    if args.method == "eagle3" and args.layers is not None and len(args.layers) != 3:
+        parser.error(f"--layers has {len(args.layers)}: an EAGLE-3 head reads 3")
     return args
 
 
@@ -84,10 +92,18 @@ def read_layers(num_layers: int) -> tuple[int, int, int]:
     return 1, num_layers // 2 - 1, num_layers - 4
 
 
-def train(head: Head, batches: list[Batch], args: argparse.Namespace, device: str) -> int:
-    """Train for the steps or minutes of the options; returns the number of steps."""
-    head.to(device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=args.learning_rate, betas=(0.9, 0.95))
+def block_layers(num_layers: int) -> tuple[int, ...]:
+    """Five layers from a low to a high one, or all of a small model."""
+    if num_layers < 8:
+        return tuple(range(num_layers))
+    return tuple(1 + i * (num_layers - 4) // 4 for i in range(5))
+
+
+def train(drafter: Any, batches: Sequence[Any], args: argparse.Namespace, device: str) -> int:
+    """Train a module with a `loss` over batches for the steps or minutes of the options; returns
+    the number of steps."""
+    drafter.to(device)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=args.learning_rate, betas=(0.9, 0.95))
     order = torch.Generator().manual_seed(args.seed)
     start, step = time.monotonic(), 0
 
@@ -100,11 +116,11 @@ def train(head: Head, batches: list[Batch], args: argparse.Namespace, device: st
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1, (step + 1) / WARM_STEPS) * (1 - part)
         number = int(torch.randint(len(batches), (), generator=order))
-        batch = Batch(*(one.to(device) for one in batches[number]))
-        loss, shares = head.loss(batch, args.num_speculative_tokens)
+        batch = type(batches[number])(*(one.to(device) for one in batches[number]))
+        loss, shares = drafter.loss(batch, args.num_speculative_tokens)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0:
             right = " ".join(f"{share:.2f}" for share in shares)
@@ -132,30 +148,58 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     options = {"device": args.device, "dtype": args.dtype, "max_model_len": args.max_model_len,
                "max_num_seqs": args.batch}  # fmt: skip
     training, held_out = prompts.split(prompts.read(args.prompts), args.num_prompts)
-    params = SamplingParams(
-        temperature=args.temperature, max_tokens=args.num_tokens, seed=args.seed
-    )
-    texts = collect.answers(
-        args.model, training + held_out, params, {**options, "enforce_eager": True}
-    )
-    texts, others = texts[: len(training)], texts[len(training) :]
-    layers = args.layers or read_layers(collect.num_layers(args.model, options))
-    examples, target = collect.examples(args.model, texts, tuple(layers), options)
-    vocab_size = target.config.vocab_size
-    target_X = drafted_tokens(examples, min(args.draft_vocab_size, vocab_size), vocab_size)
+    asked = training * args.answers
+    params = [
+        SamplingParams(
+            temperature=args.temperature, max_tokens=args.num_tokens, seed=args.seed + number
+        )
+        for number in range(len(asked) + len(held_out))
+    ]
+    answering = {**options, "enforce_eager": True, "max_num_seqs": args.max_num_seqs}
+    texts = collect.answers(args.model, asked + held_out, params, answering)
+    texts, others = texts[: len(asked)], texts[len(asked) :]
+    by_depth = read_layers if args.method == "eagle3" else block_layers
+    layers = tuple(args.layers or by_depth(collect.num_layers(args.model, options)))
+    examples, target = collect.examples(args.model, texts, layers, options)
     examples.sort(key=lambda one: len(one.text.token_T))  # little padding
-    groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
-    batches = [batch_of(group, target_X, vocab_size) for group in groups]
-    head = Head(target, target_X)
     device = (
         args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     )
-    num_steps = train(head, batches, args, device)
-    logger.info("%d steps over %d texts", num_steps, len(examples))
-    save(head, target, target_X, layers, args.out)
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True  # its engines multiply in their own dtypes
+    make = trained_head if args.method == "eagle3" else trained_block
+    drafts = make(examples, target, layers, args, device)
     num = args.num_speculative_tokens
-    counts = collect.accepted(args.model, str(args.out), others, num, options)
-    return accept_lengths(counts, num)
+    return accept_lengths(collect.accepted(args.model, drafts, others, num, options), num)
+
+
+def trained_head(
+    examples: list[collect.Example], target: collect.Target, layers: tuple[int, ...],
+    args: argparse.Namespace, device: str,
+) -> Drafts:  # fmt: skip
+    """Train and save an EAGLE-3 head."""
+    vocab_size = target.config.vocab_size
+    target_X = head.drafted_tokens(examples, min(args.draft_vocab_size, vocab_size), vocab_size)
+    groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
+    batches = [head.batch_of(group, target_X, vocab_size) for group in groups]
+    made = head.Head(target, target_X)
+    logger.info("%d steps over %d texts", train(made, batches, args, device), len(examples))
+    head.save(made, target, target_X, layers, args.out)
+    return Eagle3(args.num_speculative_tokens, str(args.out))
+
+
+def trained_block(
+    examples: list[collect.Example], target: collect.Target, layers: tuple[int, ...],
+    args: argparse.Namespace, device: str,
+) -> Drafts:  # fmt: skip
+    """Train and save a DFlash draft."""
+    num = args.num_speculative_tokens
+    groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
+    batches = [block.texts_of(group) for group in groups]
+    made = block.Block(target, args.num_layers, len(layers))
+    logger.info("%d steps over %d texts", train(made, batches, args, device), len(examples))
+    block.save(made, target, layers, num, args.out)
+    return DFlash(num, str(args.out))
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,19 @@ def assert_all_free(llm: LLM) -> None:
     assert scheduler.cache.pool.num_free == scheduler.cache.pool.num_blocks - 1
     assert sorted(scheduler._free_rows) == list(range(scheduler.max_num_seqs))
     assert not any(scheduler.cache.pool._num_refs)
+
+
+def assert_one_distribution(expected: Counter[int], drawn: Counter[int]) -> None:
+    """A chi-square test of two samples of equal size."""
+    num = expected.total()
+    likely = [token for token, count in expected.most_common() if count >= 10]
+    table = [[counts[token] for token in likely] for counts in (drawn, expected)]
+    table = [[*of_likely, num - sum(of_likely)] for of_likely in table]
+    chi_square = sum((a - b) ** 2 / (a + b) for a, b in zip(*table) if a + b)
+    # 99.9 % of samples of one distribution are below this (Wilson and Hilferty's approximation)
+    freedom = len(likely)
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert freedom >= 4 and chi_square < limit
 
 
 @pytest.fixture

@@ -110,8 +110,12 @@ def test_token_ids_must_be_a_list_of_whole_numbers(name: str, value: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"]
-)
+    "name",
+    [
+        "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize",
+        "disable_spec_decode",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("value", ["False", 0, None])
 def test_switches_must_be_true_or_false(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value!r}: it must be True or False"):

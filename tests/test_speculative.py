@@ -17,6 +17,7 @@ DRAFT = {"method": "draft_model", "model": "a/b", "num_speculative_tokens": 3}
 
 NGRAM = {"method": "ngram", "model": None, "num_speculative_tokens": 3}
 
+SUFFIX: dict[str, Any] = {"method": "suffix", "model": None, "num_speculative_tokens": 3}
 SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5}
 
 
@@ -53,6 +54,9 @@ def test_it_reaches_other_processes_as_it_is() -> None:
             {**NGRAM, "prompt_lookup_min": 4, "prompt_lookup_max": 3},
             r"prompt_lookup_min is 4: it must be at most prompt_lookup_max \(3\)",
         ),
+        ({**SUFFIX, "prompt_lookup_min": 2}, "min is 2, which method 'suffix' does not take"),
+        ({**SUFFIX, "suffix_decoding_max_tree_depth": 65}, "tree_depth is 65: .* at most 64"),
+        ({**SUFFIX, "suffix_decoding_max_cached_tokens": -1}, "cached_tokens is -1: .* at least 0"),
         ({"synthetic_acceptance_length": 2}, "'synthetic' and a length need each other"),
         ({"rejection_sample_method": "synthetic"}, "'synthetic' and a length need each other"),
         ({"rejection_sample_method": "typical"}, "rejection_sample_method is 'typical': .* strict"),

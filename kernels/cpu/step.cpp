@@ -113,7 +113,8 @@ struct NgramPropose {
   int32_t* history;
   int64_t* draft;
   const int64_t *token, *pos, *row_idx;
-  int64_t num_rows, num_positions, num, min_n, max_n;
+  const int32_t* past;
+  int64_t num_rows, num_positions, num, min_n, max_n, num_past;
 };
 
 void nanovllm_ngram_propose(const void* bytes) {
@@ -135,7 +136,20 @@ void nanovllm_ngram_propose(const void* bytes) {
         ++length;
       if (length > longest) longest = length, start = end + 1;
     }
-    if (longest >= a.min_n)
+    if (longest < a.min_n) longest = 0;
+    int64_t from = -1;  // after an occurrence in the past, if it is longer
+    for (int64_t end = 0; end < a.num_past && longest < a.max_n; ++end) {
+      if (a.past[end] != newest) continue;
+      int64_t length = 1;
+      while (length < a.max_n && length <= end && length <= pos &&
+             a.past[end - length] == history[pos - length])
+        ++length;
+      if (length > longest && length >= a.min_n) longest = length, from = end + 1;
+    }
+    if (from >= 0)
+      for (int64_t k = 0; k < a.num && from + k < a.num_past && a.past[from + k] >= 0; ++k)
+        draft[k] = a.past[from + k];
+    else if (longest)
       for (int64_t k = 0; k < a.num; ++k) draft[k] = history[start + k % (pos + 1 - start)];
     for (int64_t k = 0; k < a.num && pos + 1 + k < a.num_positions; ++k)
       history[pos + 1 + k] = (int32_t)draft[k];

@@ -34,8 +34,8 @@ _ADVANCE = build.ArgumentStruct(
 )
 _NGRAM_PROPOSE = build.ArgumentStruct(
     "NgramPropose",
-    pointers="history draft token pos row_idx",
-    integers="num_rows num_positions num min_n max_n",
+    pointers="history draft token pos row_idx past",
+    integers="num_rows num_positions num min_n max_n num_past",
 )
 _STRUCTS = (_DECODE_INPUTS, _SPAN_INPUTS, _SAMPLING_INPUTS, _ADVANCE, _NGRAM_PROPOSE)
 
@@ -135,11 +135,13 @@ def ngram_propose(
     row_idx_R: Tensor,
     min_n: int,
     max_n: int,
+    past_C: Tensor | None = None,
 ) -> None:
     """See `reference.step.ngram_propose`."""
     tensors = (history_SM, draft_SK, token_S, pos_S, row_idx_R)
-    sizes = (row_idx_R.shape[0], history_SM.shape[1], draft_SK.shape[1], min_n, max_n)
-    pointers = [tensor.data_ptr() for tensor in tensors]
+    past = (0, 0) if past_C is None else (past_C.data_ptr(), past_C.shape[0])
+    pointers = [*(tensor.data_ptr() for tensor in tensors), past[0]]
+    sizes = (row_idx_R.shape[0], history_SM.shape[1], draft_SK.shape[1], min_n, max_n, past[1])
     _load().nanovllm_ngram_propose(_NGRAM_PROPOSE.pack(*pointers, *sizes))
 
 

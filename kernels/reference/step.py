@@ -149,6 +149,7 @@ def ngram_propose(
     row_idx_R: Tensor,
     min_n: int,
     max_n: int,
+    past_C: Tensor | None = None,
 ) -> None:
     """Draft the tokens that followed an earlier occurrence of a row's last tokens, in place.
 
@@ -158,6 +159,10 @@ def ngram_propose(
     it; the tokens after the last one are those from there again. Without an occurrence, or with
     pos_S ≥ M, they are 0. The K tokens are also written to history_SM after position pos_S, as far
     as it reaches: if the next step accepts some, they are in their places.
+
+    With past_C int32, texts that end with −1 each, occurrences in these count as well: the first of
+    the longest, if it is longer than all of the row's own. Then draft_SK gets the tokens after it
+    up to the text's end, and 0 for the others.
 
     Only padding uses a row several times in one step, with token 0 at position 0.
 
@@ -183,6 +188,11 @@ def ngram_propose(
     from_RK = end_R.unsqueeze(1) + 1 + step_K % period_R1
     draft_RK = history_RM.gather(1, from_RK.clamp(max=num_positions - 1))
     draft_RK = torch.where((key_R > 0).unsqueeze(1), draft_RK, 0)
+    if past_C is not None:
+        own_R = torch.where(key_R > 0, length_RM.gather(1, end_R.unsqueeze(1)).squeeze(1), 0)
+        found = _past_drafts(past_C, history_RM, pos_R, max_n, num)
+        is_past_R = (found[0] > own_R) & (found[0] >= min_n) & (pos_R < num_positions)
+        draft_RK = torch.where(is_past_R.unsqueeze(1), found[1], draft_RK)
     draft_SK.index_copy_(0, row_idx_R, draft_RK)
     for offset, written_R in enumerate((token_R, *draft_RK.unbind(1))):
         to_R = pos_R + offset
@@ -190,3 +200,25 @@ def ngram_propose(
         to_R = to_R.clamp(max=num_positions - 1)
         kept_R = torch.where(is_in_R, written_R, history_SM[row_idx_R, to_R].long())
         history_SM.index_put_((row_idx_R, to_R), kept_R.int())
+
+
+def _past_drafts(
+    past_C: Tensor, history_RM: Tensor, pos_R: Tensor, max_n: int, num: int
+) -> tuple[Tensor, Tensor]:
+    """The length [R] of the longest occurrence in the past of each row's last tokens, and the
+    tokens [R, K] after the first of those."""
+    place_C, past_1C = torch.arange(len(past_C), device=pos_R.device), past_C.long().unsqueeze(0)
+    is_end_RC = torch.ones_like(past_1C, dtype=torch.bool)
+    length_RC = torch.zeros_like(past_1C)
+    for back in range(max_n):
+        before_R1 = (pos_R - back).unsqueeze(1)
+        last_R1 = history_RM.gather(1, before_R1.clamp(0, history_RM.shape[1] - 1))
+        is_end_RC = is_end_RC & (past_1C.roll(back, 1) == last_R1)
+        is_end_RC = is_end_RC & (place_C >= back) & (before_R1 >= 0)
+        length_RC = length_RC + is_end_RC
+    key_RC = length_RC * len(past_C) + (len(past_C) - 1 - place_C)
+    end_R1 = key_RC.argmax(1, keepdim=True)
+    from_RK = end_R1 + 1 + torch.arange(num, device=pos_R.device)
+    after_RK = past_1C.squeeze(0)[from_RK.clamp(max=len(past_C) - 1)]
+    is_ended_RK = ((after_RK < 0) | (from_RK >= len(past_C))).long().cumsum(1) > 0
+    return length_RC.gather(1, end_R1).squeeze(1), torch.where(is_ended_RK, 0, after_RK)

@@ -336,16 +336,19 @@ def ngram_propose_kernel(
     token_ptr,  # [S]
     pos_ptr,  # [S]
     row_idx_ptr,  # [R]
+    past_ptr,  # [C], read if PAST
     POSITIONS: tl.constexpr,
     NUM: tl.constexpr,
     NUM_POW2: tl.constexpr,
     MIN_N: tl.constexpr,
     MAX_N: tl.constexpr,
+    PAST: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program for each row. An end of an occurrence has the key n · 2³¹ + (2³⁰ − place): the
-    largest key is the longest occurrence, and of these the first."""
+    largest key is the longest occurrence, and of these the first. The places of the past are after
+    those of the row."""
     wait_for_earlier_kernels(PDL)
     state_row = tl.load(row_idx_ptr + tl.program_id(0))
     pos = tl.load(pos_ptr + state_row)
@@ -366,15 +369,36 @@ def ngram_propose_kernel(
                 length_M += is_end_M.to(tl.int64)
             found_M = (length_M << 31) + (1073741824 - place_M)
             key_M = tl.maximum(key_M, tl.where(length_M >= MIN_N, found_M, 0))
+    num_past = tl.where(pos < POSITIONS, PAST, 0)
+    for first in range(0, num_past, TILE):
+        place_M = first + tl.arange(0, TILE)
+        is_end_M = place_M < num_past
+        is_end_M &= tl.load(past_ptr + place_M, mask=is_end_M, other=-1) == token
+        if tl.max(is_end_M.to(tl.int32), 0) > 0:
+            length_M = is_end_M.to(tl.int64)
+            for back in range(1, MAX_N):
+                last = tl.load(row_ptr + pos - back, mask=back <= pos, other=-3)
+                is_end_M &= place_M >= back
+                is_end_M &= tl.load(past_ptr + place_M - back, mask=is_end_M, other=-2) == last
+                length_M += is_end_M.to(tl.int64)
+            found_M = (length_M << 31) + (1073741824 - POSITIONS - place_M)
+            key_M = tl.maximum(key_M, tl.where(length_M >= MIN_N, found_M, 0))
     key = tl.max(key_M, 0)
     is_found = key > 0
     start = 1073741824 - (key & 2147483647) + 1
+    is_past = start > POSITIONS
     period = tl.where(is_found, pos + 1 - start, 1)
     k_K = tl.arange(0, NUM_POW2)
     from_K = start + k_K % period
     # the newest token is not in memory yet
     draft_K = tl.load(row_ptr + from_K, mask=is_found & (from_K < pos), other=0).to(tl.int64)
     draft_K = tl.where(is_found & (from_K == pos), token, draft_K)
+    if PAST:
+        place_K = start - POSITIONS + k_K
+        is_in_K = is_found & is_past & (place_K < PAST)
+        past_K = tl.load(past_ptr + place_K, mask=is_in_K, other=-1).to(tl.int64)
+        is_open_K = tl.cumsum((past_K < 0).to(tl.int32), 0) == 0
+        draft_K = tl.where(is_past, tl.where(is_open_K, past_K, 0), draft_K)
     tl.store(draft_ptr + state_row * NUM + k_K, draft_K, mask=k_K < NUM)
     tl.store(row_ptr + pos, token.to(tl.int32), mask=pos < POSITIONS)
     to_K = pos + 1 + k_K
@@ -390,21 +414,25 @@ def ngram_propose(
     row_idx_R: Tensor,
     min_n: int,
     max_n: int,
+    past_C: Tensor | None = None,
 ) -> None:
     """See `reference.step.ngram_propose`."""
     num_positions, num = history_SM.shape[1], draft_SK.shape[1]
+    num_past = 0 if past_C is None else past_C.shape[0]
     ngram_propose_kernel[(row_idx_R.shape[0],)](
         history_SM,
         draft_SK,
         token_S,
         pos_S,
         row_idx_R,
+        history_SM if past_C is None else past_C,
         POSITIONS=num_positions,
         NUM=num,
         NUM_POW2=triton.next_power_of_2(num),
         MIN_N=min_n,
         MAX_N=max_n,
-        TILE=min(NGRAM_TILE, triton.next_power_of_2(num_positions)),
+        PAST=num_past,
+        TILE=min(NGRAM_TILE, triton.next_power_of_2(max(num_positions, num_past))),
         num_warps=8,
         **launch_options(row_idx_R.device),
     )

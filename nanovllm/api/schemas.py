@@ -71,6 +71,7 @@ class Sampling(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: Json | None = None
+    disable_spec_decode: bool | None = None
     guided_json: str | Json | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None

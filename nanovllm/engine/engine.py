@@ -39,6 +39,7 @@ from nanovllm.schedule.draft_length import DraftLengths, StepTimes
 from nanovllm.schedule.draft_planner import DraftPlanner
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.outputs import OutputDelta, TextStream
+from nanovllm.schedule.past_answers import PastAnswers
 from nanovllm.schedule.plan import StepPlan
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.scheduler import Proposer, Scheduler
@@ -93,6 +94,7 @@ class Engine:
         if draft is not None:
             self.scheduler.num_drafts = draft.proposer.num
             self.scheduler.has_known = draft.reads_history
+            self.scheduler.past = PastAnswers(draft.num_past) if draft.num_past else None
         self._draft_times = self._adapt_drafts(loaded.step_times)
         run_ahead = config.tuned.run_ahead
         self.run_ahead = self._runner.platform.traits.run_ahead if run_ahead is None else run_ahead

@@ -123,7 +123,7 @@ class EngineMetrics:
             return []
         found: list[Metric] = [
             Counter(f"{PREFIX}spec_decode_{name}", getattr(counts, name))
-            for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+            for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_undrafted")
         ]
         name = f"{PREFIX}spec_decode_num_accepted_tokens_per_pos"
         found += [

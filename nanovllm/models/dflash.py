@@ -1,6 +1,6 @@
 """DFlash drafts: a block of tokens in one pass, whose layers see the whole block and the context.
 
-The context are keys and values of the model's hidden states, made by `store`. The block is the
+The context are keys and values of the model's hidden states (`store_context`). The block is the
 newest token and mask tokens, whose outputs are the draft tokens at their own positions. Source:
 https://arxiv.org/abs/2602.06036.
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.models import dense
 from nanovllm.models.config import ModelConfig, dense_config
-from nanovllm.models.draft_head import renamed
+from nanovllm.models.draft_head import HEAD, renamed, store_context, target_param
 from nanovllm.models.formats import linear
-from nanovllm.models.model import LayerCache, LayerKind, Model, Param
+from nanovllm.models.model import LayerKind, Model, Param
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class DFlashConfig(ModelConfig):
 
     mask_id: int = 0
     num_states: int = 0
+    num_drafted: int = 0  # tokens that the draft's own head can draft; 0: the model's head
 
 
 class Extra(NamedTuple):
@@ -39,6 +40,7 @@ class Extra(NamedTuple):
 
     fc_DJ: Tensor
     state_norm_D: Tensor
+    target_X: Tensor | None  # the model's ids of the tokens that are drafted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,9 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None) -> BlockMod
         qk_norm=True,
     )
     values = {field.name: getattr(plain, field.name) for field in fields(plain)}
+    num_drafted = hf.draft_vocab_size if hf.draft_vocab_size < hf.vocab_size else 0
     own = {"mask_id": hf.mask_token_id, "num_states": len(hf.read_layers)}
+    own["num_drafted"] = num_drafted
     config = DFlashConfig(**{**values, "tied_embeddings": False}, **own)
     kind = LayerKind("dflash", dense.paged_kv(config))
     return BlockModel(
@@ -77,14 +81,15 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None) -> BlockMod
         layer=dense.layer,
         head=dense.head,
         context=context,
-        store=store,
+        store=store_context,
         reads=hf.read_layers,
         block_size=hf.block_size,
         outer_params=outer_params,
         layer_params=layer_params,
         layer_type=dense.layer_type,
         extra_type=Extra,
-        lent=("embed_VD", "head_VD"),
+        lent=("embed_VD",) if num_drafted else ("embed_VD", "head_VD"),
+        read_elsewhere=("t2d",),
     )
 
 
@@ -97,29 +102,6 @@ def context(cfg: DFlashConfig, w: Extra, hidden: tuple[Tensor, ...]) -> Tensor:
     return ops.rms_norm(state_TD, w.state_norm_D, cfg.norm_eps)
 
 
-def store(
-    cfg: DFlashConfig,
-    w: dense.Layer,
-    kv: LayerCache,
-    cos_sin_MH: Tensor,
-    place: tuple[Tensor, Tensor],
-    context_TD: Tensor,
-) -> tuple[()]:
-    """Write one layer's keys and values of the context, at `place`: rope_pos_T and slot_T."""
-    rope_pos_T, slot_T = place
-    first = cfg.num_heads * cfg.head_dim
-    assert isinstance(w.qkv_ED, Tensor) and w.k_norm_H is not None
-    bias_E = None if w.qkv_bias_E is None else w.qkv_bias_E[first:]
-    kv_TE = linear(context_TD, w.qkv_ED[first:], bias_E)
-    k_TKH, v_TKH = kv_TE.unflatten(1, (-1, cfg.head_dim)).chunk(2, dim=1)
-    k_TKH = ops.rms_norm(k_TKH.contiguous(), w.k_norm_H, cfg.norm_eps)
-    k_TKH = ops.rope(k_TKH, cos_sin_MH, rope_pos_T)
-    ops.store_kv(
-        k_TKH, v_TKH.contiguous(), kv.k_CBKH, kv.v_CBKH, slot_T, kv.k_scale_K, kv.v_scale_K
-    )
-    return ()
-
-
 # parameters --------------------------------------------------------------------------------------
 
 
@@ -127,11 +109,15 @@ def outer_params(cfg: ModelConfig) -> dict[str, Param]:
     """Parameters beside the layers, by the fields of `Params` and of `Extra`."""
     assert isinstance(cfg, DFlashConfig)
     hidden = cfg.hidden_size
-    return {
+    declared = {
         "final_norm_D": Param.one("norm", "norm.weight", hidden),
         "fc_DJ": Param.one("router", "fc.weight", hidden, cfg.num_states * hidden),
         "state_norm_D": Param.one("norm", "hidden_norm.weight", hidden),
     }
+    if cfg.num_drafted:
+        declared["head_VD"] = Param.vocab("linear", HEAD, cfg.num_drafted, hidden)
+        declared["target_X"] = target_param(cfg, cfg.num_drafted)
+    return declared
 
 
 def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:

@@ -17,11 +17,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from nanovllm.kernels import ops
 from nanovllm.models import dense
+from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.formats import Weight
-from nanovllm.models.model import Model
+from nanovllm.models.formats import Weight, linear
+from nanovllm.models.model import LayerCache, Model
 from nanovllm.models.param import Param
+
+HEAD, TARGETS = "lm_head.weight", "d2t"  # tensors of heads that draft some tokens of the vocabulary
 
 
 class Outer(NamedTuple):
@@ -39,12 +43,16 @@ class HeadModel(Model):
     `enter(config, w, token_T, hidden)` gives the input of the first layer [T, J] from the hidden
     states [T, I] of `reads`, the other model's layers. `again(config, w, token_R, h_RD)` gives it
     from the head's own after its last layer. `w` is `Outer`.
+
+    `store(config, layer's weights, kv, cos_sin_MH, place, x_TJ)`, if there is one, only writes what
+    the layer keeps, for steps after which nothing is drafted. `place` is that of `store_context`.
     """
 
-    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (*Model.GRAPH_FIELDS, "enter", "again")
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (*Model.GRAPH_FIELDS, "enter", "again", "store")
 
     enter: Callable[..., Tensor]
     again: Callable[..., Tensor]
+    store: Callable[..., tuple[()]] | None = None
     reads: tuple[int, ...]
 
 
@@ -54,10 +62,38 @@ def logits(
     """`dense.head`, as logits [R, V] of the other model's tokens: −inf for those that the head
     cannot draft. `target_X` are the ids of those that it can; None for all."""
     logits_RX = dense.head(cfg, final_norm_D, head_VD, h_RD)
-    if target_X is None:
-        return logits_RX
+    return logits_RX if target_X is None else of_target(cfg, target_X, logits_RX)
+
+
+def of_target(cfg: ModelConfig, target_X: Tensor, logits_RX: Tensor) -> Tensor:
+    """Logits [R, V] from those of the tokens that the head can draft."""
     logits_RV = logits_RX.new_full((len(logits_RX), cfg.vocab_size), float("-inf"))
     return logits_RV.index_copy(1, target_X, logits_RX)
+
+
+def store_context(
+    cfg: ModelConfig,
+    w: Any,
+    kv: LayerCache,
+    cos_sin_MH: Tensor,
+    place: tuple[Tensor, Tensor],
+    x_TD: Tensor,
+) -> tuple[()]:
+    """Write the keys and values that a layer, with plain weights, makes of its normalised inputs,
+    at `place`: rope_pos_T and slot_T."""
+    rope_pos_T, slot_T = place
+    first = cfg.num_heads * cfg.head_dim
+    bias_E = None if w.qkv_bias_E is None else w.qkv_bias_E[first:]
+    kv_TE = linear(x_TD, w.qkv_ED[first:], bias_E)
+    k_TKH, v_TKH = kv_TE.unflatten(1, (-1, cfg.head_dim)).chunk(2, dim=1)
+    k_TKH = k_TKH.contiguous()
+    if w.k_norm_H is not None:
+        k_TKH = ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps)
+    k_TKH = ops.rope(k_TKH, cos_sin_MH, rope_pos_T)
+    ops.store_kv(
+        k_TKH, v_TKH.contiguous(), kv.k_CBKH, kv.v_CBKH, slot_T, kv.k_scale_K, kv.v_scale_K
+    )
+    return ()
 
 
 def beside(first_TD: Tensor, second_TD: Tensor) -> Tensor:
@@ -72,3 +108,26 @@ def renamed(param: Param, old: str, new: str) -> Param:
         sources=tuple(new + one.removeprefix(old) for one in param.sources),
         other_name=other and new + other.removeprefix(old),
     )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Turns differences (a token's id in the model − its number in the head) into the ids. Raises
+    CheckpointError for ids that the model does not have."""
+
+    vocab_size: int
+
+    def __call__(self, diff_X: Tensor, parts: tuple[int, ...]) -> None:
+        diff_X.add_(torch.arange(len(diff_X), device=diff_X.device))
+        least, most = int(diff_X.min()), int(diff_X.max())
+        if least < 0 or most >= self.vocab_size:
+            raise CheckpointError(
+                f"the tensor {TARGETS} maps to tokens from {least} to {most}: the model has those "
+                f"from 0 to {self.vocab_size - 1}"
+            )
+
+
+def target_param(cfg: ModelConfig, num: int) -> Param:
+    """The model's ids of the `num` tokens that a head can draft."""
+    param = Param.one("bias", TARGETS, num)._replace(dtype=torch.int64)
+    return param._replace(adapt=Targets(cfg.vocab_size))

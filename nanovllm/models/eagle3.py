@@ -19,16 +19,24 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models import dense
-from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.config import ModelConfig, dense_config
-from nanovllm.models.draft_head import HeadModel, Outer, beside, renamed
+from nanovllm.models.draft_head import (
+    HEAD,
+    TARGETS,
+    HeadModel,
+    Outer,
+    beside,
+    renamed,
+    store_context,
+    target_param,
+)
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.model import Batch, LayerCache, LayerCall, LayerKind, Param
 
 NUM_STATES = 3
 # Two spellings of the layer's tensors, and what a checkpoint may leave to the other model.
 PREFIXES = ("midlayer.", "layers.0.")
-TABLE, HEAD, TARGETS, FIRST = "embed_tokens.weight", "lm_head.weight", "d2t", "self_attn.q_proj"
+TABLE, FIRST = "embed_tokens.weight", "self_attn.q_proj"
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,7 @@ def model(
         head=dense.head,
         enter=enter,
         again=again,
+        store=store,
         reads=read_layers(hf.read_layers, num_layers),
         outer_params=partial(outer_params, lent, maps),
         layer_params=partial(layer_params, prefix),
@@ -183,10 +192,9 @@ def layer(
     x_TJ: Tensor,
 ) -> Tensor:
     """The layer: [T, D], see `dense.layer`."""
-    embed_TD, state_TD = x_TJ.chunk(2, dim=-1)
-    normed_TD = ops.rms_norm(state_TD.contiguous(), w.state_norm_D, cfg.norm_eps)
+    state_TD = x_TJ.chunk(2, dim=-1)[1]
+    both_TJ, normed_TD = _normed(cfg, w, x_TJ)
     residual_TD = normed_TD if cfg.norms_residual else state_TD
-    both_TJ = beside(ops.rms_norm(embed_TD.contiguous(), w.attn_norm_D, cfg.norm_eps), normed_TD)
     q_TNH, k_TKH, v_TKH = dense.heads(cfg, linear(both_TJ, w.qkv_ED, w.qkv_bias_E))
     if w.q_norm_H is not None and w.k_norm_H is not None:
         q_TNH = ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps)
@@ -197,28 +205,31 @@ def layer(
     return dense.mlp(cfg, w, h_TD)
 
 
+def store(
+    cfg: Eagle3Config,
+    w: Layer,
+    kv: LayerCache,
+    cos_sin_MH: Tensor,
+    place: tuple[Tensor, Tensor],
+    x_TJ: Tensor,
+) -> tuple[()]:
+    """See `HeadModel`."""
+    return store_context(cfg, w, kv, cos_sin_MH, place, _normed(cfg, w, x_TJ)[0])
+
+
+def _normed(cfg: Eagle3Config, w: Layer, x_TJ: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalised input [T, 2D], and the second half of it."""
+    embed_TD, state_TD = x_TJ.chunk(2, dim=-1)
+    normed_TD = ops.rms_norm(state_TD.contiguous(), w.state_norm_D, cfg.norm_eps)
+    first_TD = ops.rms_norm(embed_TD.contiguous(), w.attn_norm_D, cfg.norm_eps)
+    return beside(first_TD, normed_TD), normed_TD
+
+
 # parameters --------------------------------------------------------------------------------------
 
 
 def layer_type(kind: LayerKind) -> type[Layer]:
     return Layer
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Turns differences (a token's id in the model − its number in the head) into the ids. Raises
-    CheckpointError for ids that the model does not have."""
-
-    vocab_size: int
-
-    def __call__(self, diff_X: Tensor, parts: tuple[int, ...]) -> None:
-        diff_X.add_(torch.arange(len(diff_X), device=diff_X.device))
-        least, most = int(diff_X.min()), int(diff_X.max())
-        if least < 0 or most >= self.vocab_size:
-            raise CheckpointError(
-                f"the tensor {TARGETS} maps to tokens from {least} to {most}: the model has those "
-                f"from 0 to {self.vocab_size - 1}"
-            )
 
 
 def outer_params(lent: tuple[str, ...], maps: bool, cfg: ModelConfig) -> dict[str, Param]:
@@ -238,8 +249,7 @@ def outer_params(lent: tuple[str, ...], maps: bool, cfg: ModelConfig) -> dict[st
         each = tuple(f"fc_norm.{i}.weight" for i in range(NUM_STATES))
         declared["each_norm_J"] = Param.stack("norm", each, (cfg.state_size,) * NUM_STATES)
     if maps:
-        targets = Param.one("bias", TARGETS, num)._replace(dtype=torch.int64)
-        declared["target_X"] = targets._replace(adapt=Targets(cfg.vocab_size))
+        declared["target_X"] = target_param(cfg, num)
     return {name: param for name, param in declared.items() if name not in lent}
 
 

@@ -471,11 +471,10 @@ class Model:
     @property
     def _read_params(self) -> list[Param]:
         """All parameters without tables, or with the table of tokens as the head that it is."""
-        outer, *layers = self.declared
-        table = outer["embed_VD"]
-        outer = {name: param for name, param in outer.items() if param.kind != "table"}
+        whole, *layers = self.declared
+        outer = {name: param for name, param in whole.items() if param.kind != "table"}
         if self.config.tied_embeddings:
-            outer["head_VD"] = table._replace(kind="linear")
+            outer["head_VD"] = whole["embed_VD"]._replace(kind="linear")
         return [param for group in (outer, *layers) for param in group.values()]
 
     def extent(self, param: Param) -> Extent:

@@ -103,7 +103,7 @@ NAMES = {
 
 
 def model(target: Model, stored: Container[str] | None) -> HeadModel:
-    """The head of a model, which is not divided among ranks and has no adapters.
+    """The whole head of a model, which is not divided among ranks yet and has no adapters.
 
     `stored` are the tensors of its checkpoint, None for random weights. Raises ValueError if it has
     none that propose tokens.

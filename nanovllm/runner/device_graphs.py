@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -183,27 +184,39 @@ class VerifyStep(SpanStep):
         self.count_R = torch.zeros_like(self.span.row_idx_R)
         self._logits: tuple[Tensor, SpanTokens] | None = None
         self._capture: Capture | None = None
-        self._with_filters: Replay | None = None
+        self._filled: SpanArrays | None = None  # the content of the span
+        self._variants: dict[Kind, tuple[int, Replay]] = {}  # by kind: version, step
+
+    def fill(self, arrays: SpanArrays) -> None:
+        """See `SpanStep`. While the same rows verify drafts of the state, nothing is copied."""
+        filled = self._filled
+        if filled is None or not all(map(np.array_equal, arrays, filled)):
+            self._filled = None  # stays so if a copy fails
+            super().fill(arrays)
+            self._filled = arrays
 
     def capture(self, capture: Capture) -> None:
         super().capture(capture)
         self._capture = capture
 
-    def replay_with(self, choose: Choose) -> None:
-        """The whole step with a sampler that reads only the device's memory: always the same one.
-        It is captured on first use."""
-        if self._with_filters is None:
-            launch = partial(self._launch_with, choose)
-            self._with_filters = partial(launch, self._steps)
+    def replay_with(self, variant: Variant) -> None:
+        """The whole step with another sampler. It is captured on first use."""
+        version, replay = self._variants.get(variant.kind, (None, None))
+        if replay is None or version != variant.version:
+            launch = partial(self._launch_with, variant.verify)
+            replay = partial(launch, self._steps)
             if self._capture is not None:
-                given = [one.clone() for one in self.span]
+                given, filled = [one.clone() for one in self.span], self._filled
+                self._filled = None
                 self.span.row_idx_R.fill_(self._steps.state.pad_row)  # it changes no request
                 self.span.num_tokens_R.zero_()
                 launch(self._steps.of_each_program())  # not captured: it loads kernels
-                self._with_filters = self._capture(partial(launch, self._steps))
+                replay = self._capture(replay)
                 for target, values in zip(self.span, given):
                     target.copy_(values)
-        self._with_filters()
+                self._filled = filled
+                self._variants[variant.kind] = variant.version, replay
+        replay()
 
     def _launch_with(self, choose: Choose, steps: Steps) -> None:
         with steps.proposing(self.span, self.num):

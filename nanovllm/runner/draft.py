@@ -118,6 +118,7 @@ class DraftParts:
             state=self._state._replace(
                 draft_SK=None,
                 history_SM=None,
+                past_C=None,
                 adapter_S=None,
                 block_tables=self._state.block_tables[:1],
             ),

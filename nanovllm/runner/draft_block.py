@@ -16,10 +16,12 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.models import dense
 from nanovllm.models.dflash import BlockModel, DFlashConfig
+from nanovllm.models.draft_head import Outer, of_target
 from nanovllm.models.formats import Weight
 from nanovllm.models.model import Batch
 from nanovllm.runner.proposer import Fed
 from nanovllm.runner.state import DeviceState, choose
+from nanovllm.runner.vocab_parallel import drawing
 
 if TYPE_CHECKING:
     from nanovllm.runner.steps import Steps
@@ -56,17 +58,23 @@ def end_block(
     cfg: DFlashConfig,
     num: int,
     state: DeviceState,
-    final_norm_D: Tensor,
+    w: Outer,
     head_VD: Weight,
     row_idx_R: Tensor,
     h_XD: Tensor,
 ) -> Tensor:
     """The draft tokens [R, K] that the outputs of mask tokens give, by temperature and noise."""
     h_RBD = h_XD.unflatten(0, (-1, num))
-    logits_NV = dense.head(cfg, final_norm_D, head_VD, h_RBD[:, 1:].flatten(0, 1))
+    logits_NV = dense.head(cfg, w.final_norm_D, head_VD, h_RBD[:, 1:].flatten(0, 1))
+    target_X, draw = w.extra.target_X, drawing(cfg, choose)
+    if target_X is not None:
+        if cfg.num_ranks > 1:  # each has the logits of some of these tokens
+            logits_NV = ops.gather_columns(logits_NV, len(target_X))
+        logits_NV, draw = of_target(cfg, target_X, logits_NV), choose
     rows_N = row_idx_R.repeat_interleave(num - 1)
     ahead_N = torch.arange(1, num, device=rows_N.device).repeat(len(row_idx_R))
-    return choose(state, rows_N, logits_NV, ahead_N).unflatten(0, (-1, num - 1))
+    token_N: Tensor = draw(state, rows_N, logits_NV, ahead_N)
+    return token_N.unflatten(0, (-1, num - 1))
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class DraftBlock:
             rows,
             partial(end_block, model.config, num),
             state=steps.state,
-            final_norm_D=params.final_norm_D,
+            w=Outer(params.extra, params.embed_VD, params.final_norm_D),
             head_VD=params.head_VD,
             row_idx_R=fed.row_idx_R,
             h_XD=steps._layers("decode", h_XD, batch, 1),
@@ -129,5 +137,5 @@ class DraftBlock:
                 kv=cache,
                 cos_sin_MH=steps.cos_sin_MH,
                 place=(fed.batch.rope_pos_T, fed.batch.slot_T),
-                context_TD=context_TD,
+                x_TD=context_TD,
             )

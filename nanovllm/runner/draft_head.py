@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nanovllm.models.draft_head import HeadModel, Outer, logits
+from nanovllm.kernels import ops
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.draft_head import HeadModel, Outer, logits, of_target
 from nanovllm.models.model import Batch, Params
 from nanovllm.runner.proposer import Fed
-from nanovllm.runner.state import DeviceState, decode_batch
+from nanovllm.runner.state import DeviceState, choose_and_advance, decode_batch
 
 if TYPE_CHECKING:
     from nanovllm.runner.steps import Steps
@@ -76,23 +78,30 @@ class DraftHead:
 
     def propose(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor | None:
         """See `DeviceProposer`. K passes: over the step's own tokens, then token by token. None
-        for K = 0, after the first of them.
+        for K = 0, after the first of them, or the part of it that later passes need.
 
         A draft token at a position without a block is a poor one: its pass uses the padding block.
         """
+        x_TJ, last_R = self._entered(state, fed, steps)
+        if not self.num and self._stores(fed, steps, x_TJ):
+            return None
         own = steps.state._replace(token_S=state.token_S.clone(), pos_S=state.pos_S.clone())
         ahead, last_pos = replace(steps, state=own), steps.cos_sin_MH.shape[0] - 1
-        h_RD = self._over_fed(state, fed, steps)
+        is_one = fed.phase == "decode"  # a token of each row
+        keep_R = None if is_one else last_R
+        # after each row's last accepted token
+        h_RD = steps._layers(fed.phase, x_TJ, fed.batch, fed.max_q_len, keep_R)
         found = []
         for number in range(self.num):
             if number:
                 own.pos_S.clamp_(max=last_pos)
                 h_RD = self._again(ahead, fed.row_idx_R, h_RD)
-            found.append(ahead.sample(fed.row_idx_R, self._logits(steps, h_RD)))
+            found.append(self._drawn(ahead, fed.row_idx_R, h_RD))
         return torch.stack(found, 1) if found else None
 
-    def _over_fed(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor:
-        """The hidden states [R, D] after each row's last accepted token."""
+    def _entered(self, state: DeviceState, fed: Fed, steps: Steps) -> tuple[Tensor, Tensor]:
+        """The input [T, J] of the head's layer for the tokens that the step has fed, and the index
+        of each row's last accepted token."""
         model, params = steps.model, steps.params
         assert isinstance(model, HeadModel)
         sizes = (fed.token_T.shape[0], fed.row_idx_R.shape[0])
@@ -113,9 +122,25 @@ class DraftHead:
             token_T=token_T,
             hidden=fed.hidden,
         )
-        is_one = fed.phase == "decode"  # a token of each row
-        keep_R = None if is_one else last_R
-        return steps._layers(fed.phase, x_TJ, fed.batch, fed.max_q_len, keep_R)
+        return x_TJ, last_R
+
+    def _stores(self, fed: Fed, steps: Steps, x_TJ: Tensor) -> bool:
+        """Write keys and values alone, if the head can: less than its layer reads."""
+        model = steps.model
+        assert isinstance(model, HeadModel)
+        if model.store is None:
+            return False
+        steps._run(
+            "store",
+            (len(x_TJ),),
+            partial(model.store, model.config),
+            w=steps.params.layers[0],
+            kv=steps.caches[0],
+            cos_sin_MH=steps.cos_sin_MH,
+            place=(fed.batch.rope_pos_T, fed.batch.slot_T),
+            x_TJ=x_TJ,
+        )
+        return True
 
     def _again(self, ahead: Steps, row_idx_R: Tensor, h_RD: Tensor) -> Tensor:
         """The hidden states [R, D] after the newest draft tokens."""
@@ -132,14 +157,37 @@ class DraftHead:
         )
         return ahead._layers("decode", x_RJ, batch, 1)
 
-    def _logits(self, steps: Steps, h_RD: Tensor) -> Tensor:
-        params = steps.params
-        return steps._run(
+    def _drawn(self, ahead: Steps, row_idx_R: Tensor, h_RD: Tensor) -> Tensor:
+        """Draw token_R, and make them the newest of `ahead`."""
+        cfg, params = ahead.model.config, ahead.params
+        target_X = getattr(params.extra, "target_X", None)
+        is_part = cfg.num_ranks > 1 and target_X is not None
+        logits_RX = ahead._run(
             "head",
             (h_RD.shape[0],),
-            partial(logits, steps.model.config),
+            partial(logits, cfg),
             final_norm_D=params.final_norm_D,
             head_VD=params.head_VD,
-            target_X=getattr(params.extra, "target_X", None),
+            target_X=None if is_part else target_X,
             h_RD=h_RD,
         )
+        if not is_part:
+            return ahead.sample(row_idx_R, logits_RX)
+        # the tokens of one rank's part of the head may be anywhere in the vocabulary
+        assert target_X is not None
+        token_R: Tensor = ahead._run(
+            "sample",
+            (h_RD.shape[0], "whole"),
+            partial(_choose_of_target, cfg),
+            state=ahead.state,
+            row_idx_R=row_idx_R,
+            target_X=target_X,
+            logits_RX=ops.gather_columns(logits_RX, len(target_X)),
+        )
+        return token_R
+
+
+def _choose_of_target(
+    cfg: ModelConfig, state: DeviceState, row_idx_R: Tensor, target_X: Tensor, logits_RX: Tensor
+) -> Tensor:
+    return choose_and_advance(state, row_idx_R, of_target(cfg, target_X, logits_RX))

@@ -1,4 +1,5 @@
-"""Prompt lookup: drafts are the tokens that followed the newest ones when they occurred before."""
+"""Prompt lookup: drafts are the tokens that followed the newest ones when they occurred before, in
+the same row or, with a past, in earlier answers."""
 
 from __future__ import annotations
 
@@ -24,4 +25,5 @@ class Ngram:
         """See `DeviceProposer`. It writes the drafts itself."""
         assert state.history_SM is not None and state.draft_SK is not None
         rows = state.token_S, state.pos_S, fed.row_idx_R
-        ops.ngram_propose(state.history_SM, state.draft_SK, *rows, self.shortest, self.longest)
+        lengths = self.shortest, self.longest
+        ops.ngram_propose(state.history_SM, state.draft_SK, *rows, *lengths, state.past_C)

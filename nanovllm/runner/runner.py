@@ -94,7 +94,7 @@ class Runner:
             num_groups=len(model.page_groups.groups),
             has_adapters=model.lora is not None,
             num_drafts=0 if draft is None else draft.proposer.num,
-            history_len=layout.max_model_len if draft is not None and draft.reads_history else 0,
+            lookup_lens=(0, 0) if draft is None else draft.lookup_lens(layout.max_model_len),
         )
         shard = shards.ALL if group is None else Shard(group.rank, group.size)
         self.adapters = AdapterStore(model, params, platform, shard)
@@ -448,8 +448,12 @@ class Runner:
         if plan.sampling.is_plain:
             step.replay()
         else:
-            assert plan.sampling.state_suffices
-            (step.accept if self.steps.whole else step.replay_with)(self.sampler.choose)
+            assert not plan.sampling.needs_host
+            variant = self.sampler.variant(plan.sampling)
+            if self.steps.whole:
+                step.accept(variant.verify)
+            else:
+                step.replay_with(variant)
         return self._launched(plan, step.token_RK, counts=step.count_R)
 
     def _prefill(self, plan: StepPlan) -> AsyncOutput:

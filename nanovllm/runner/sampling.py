@@ -21,7 +21,7 @@ from nanovllm.kernels import ops
 from nanovllm.platforms.base import DryRun, HostCopy, Platform
 from nanovllm.runner.logit_edits import EditTables
 from nanovllm.runner.masks import WORD_TOKENS, MaskTable
-from nanovllm.runner.state import DeviceState, advance, choose_and_advance
+from nanovllm.runner.state import DeviceState, advance, choose
 from nanovllm.schedule.edit_limits import check
 from nanovllm.schedule.plan import (
     ALL_TOKENS,
@@ -127,13 +127,15 @@ def kind_of(sampling: SamplingMetadata) -> Kind:
 class Variant(NamedTuple):
     """A sampler that reads only the device's memory: a decode step can be captured with it.
 
-    `choose(row_idx_R, logits_RV)` returns token_R and advances the state. A step that was captured
-    with another `version` of the same `kind` must be captured again.
+    `choose(row_idx_R, logits_RV)` returns token_R and advances the state. `verify(row_idx_T,
+    logits_TV, num_T)` returns token_T for several tokens of a row, and does not. A step that was
+    captured with another `version` of the same `kind` must be captured again.
     """
 
     kind: Kind
     version: int
     choose: Callable[[Tensor, Tensor], Tensor]
+    verify: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Sampler:
@@ -190,7 +192,7 @@ class Sampler:
         """The sampler for a choice that does not need the host."""
         kind = kind_of(sampling)
         version = self.edits.version if kind.has_edits else 0
-        return Variant(kind, version, partial(self._sample, kind))
+        return Variant(kind, version, partial(self._sample, kind), partial(self._choose, kind))
 
     def remember(self, histories: Sequence[TokenHistory]) -> None:
         """Set the counts of rows that now belong to requests with penalties."""
@@ -242,21 +244,30 @@ class Sampler:
         self, kind: Kind, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
     ) -> Tensor:
         """The part of `sample` that does not need the host."""
-        if kind.has_edits:
-            logits_RV = self.edits.edit(row_idx_R, logits_RV)
-        if kind.has_masks:
-            logits_RV = self.masks.apply_token_bitmask(row_idx_R, logits_RV)
-        if kind.has_penalties:
-            logits_RV = self._penalize(row_idx_R, logits_RV)
-        if kind.has_filters:
-            token_R = self.choose_and_advance(row_idx_R, logits_RV, num_R)
-        else:
-            token_R = choose_and_advance(self.state, row_idx_R, logits_RV, num_R)
-        if kind.has_edits:
-            self.edits.append(row_idx_R, token_R)
-        if kind.has_penalties:
-            self._count(row_idx_R, token_R)
+        token_R = self._choose(kind, row_idx_R, logits_RV, num_R)
+        advance(self.state, row_idx_R, token_R, num_R)
         return token_R
+
+    def _choose(
+        self, kind: Kind, row_idx_N: Tensor, logits_NV: Tensor, num_N: Tensor | None = None
+    ) -> Tensor:
+        """`_sample` without advancing the state. A row with edits, masks or penalties chooses one
+        token; what is recorded of other rows has no meaning."""
+        if kind.has_edits:
+            logits_NV = self.edits.edit(row_idx_N, logits_NV)
+        if kind.has_masks:
+            logits_NV = self.masks.apply_token_bitmask(row_idx_N, logits_NV)
+        if kind.has_penalties:
+            logits_NV = self._penalize(row_idx_N, logits_NV)
+        if kind.has_filters:
+            token_N = self.choose(row_idx_N, logits_NV, num_N)
+        else:
+            token_N = choose(self.state, row_idx_N, logits_NV, num_N)
+        if kind.has_edits:
+            self.edits.append(row_idx_N, token_N)
+        if kind.has_penalties:
+            self._count(row_idx_N, token_N)
+        return token_N
 
     def _penalize(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
         counts_SV, in_prompt_SV = self._tables()

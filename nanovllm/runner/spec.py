@@ -78,16 +78,22 @@ class Layout:
 class DraftSpec:
     """What proposes tokens on the device, and its model. The model's weights are `Params.draft`.
 
-    reads_fed: see `Drafting`. reads_history: whether the state has the tokens of each row. adapts:
-    whether steps have as many draft tokens as pay. synthetic_rate: see `state.random_choices`.
+    reads_fed: see `Drafting`. reads_history: whether the state has the tokens of each row, and
+    num_past those of earlier answers, at most so many. adapts: whether steps have as many draft
+    tokens as pay. synthetic_rate: see `state.random_choices`.
     """
 
     proposer: DeviceProposer
     model: Model | None = field(default=None, repr=False)
     reads_fed: bool = True
     reads_history: bool = False
+    num_past: int = 0
     adapts: bool = False
     synthetic_rate: float | None = None
+
+    def lookup_lens(self, max_model_len: int) -> tuple[int, int]:
+        """The tokens of each row, and of earlier answers, that the state has."""
+        return max_model_len if self.reads_history else 0, self.num_past
 
     @property
     def varies(self) -> bool:

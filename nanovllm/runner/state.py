@@ -2,7 +2,7 @@
 
 S rows: one per running request, and a last row for padding, which stays at position 0 of block 0;
 no request owns block 0. Each group of layers has a block table (`models.layer_state.PageGroups`).
-R rows of a step | T tokens | K tokens a row | P blocks per row of a table
+R rows of a step | T tokens | K tokens a row | P blocks per row of a table | C past tokens
 V vocabulary | F sampling fields | M positions.
 """
 
@@ -32,6 +32,7 @@ class DeviceState(NamedTuple):
     adapter_S: Tensor | None = None  # 0: none. Only of models with adapters
     draft_SK: Tensor | None = None  # draft tokens after token_S; with a proposer on the device
     history_SM: Tensor | None = None  # int32, tokens up to token_S; if the proposer reads it
+    past_C: Tensor | None = None  # int32, earlier answers (`ops.ngram_propose`); likewise
 
     @property
     def pad_row(self) -> int:
@@ -74,9 +75,10 @@ def new_state(
     num_groups: int = 1,
     has_adapters: bool = False,
     num_drafts: int = 0,
-    history_len: int = 0,
+    lookup_lens: tuple[int, int] = (0, 0),
 ) -> DeviceState:
-    """`history_len` is M, 0 for no history."""
+    """`lookup_lens` are M of the history and C of the past, 0 for none."""
+    history_len, past_len = lookup_lens
     rows = num_rows + 1
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -96,6 +98,7 @@ def new_state(
         adapter_S=zeros() if has_adapters else None,
         draft_SK=zeros(num_drafts) if num_drafts else None,
         history_SM=zeros(history_len, dtype=torch.int32) if history_len else None,
+        past_C=torch.full((past_len,), -1, dtype=torch.int32, device=device) if past_len else None,
     )
 
 

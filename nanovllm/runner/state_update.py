@@ -24,6 +24,10 @@ def write(plan: StepPlan, state: DeviceState, sampler: Sampler, platform: Platfo
         if new := [one for one in plan.new_blocks if one[1] == group]:
             row_N, _, index_N, block_N = platform.upload(new, torch.int64).unbind(1)
             table_SP.index_put_((row_N, index_N), block_N.int())
+    for past in plan.past:
+        assert state.past_C is not None
+        tokens = platform.upload(past.token_ids, torch.int32)
+        state.past_C.narrow(0, past.start, len(tokens)).copy_(tokens)
     if plan.known:
         _write_history(plan, state, platform)
     sampler.remember(plan.histories)

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 STALL_CONTEXT_TOKENS = 16_384
 # A step is timed twice, or once if it takes at least this many milliseconds, where noise is small.
 STALL_REPEATS, STALL_LONG_MS = 2, 20.0
+# Decode steps are compared with each other, and are short: noise would decide.
+COMPARED_REPEATS = 8
 BUS_REPEATS = 3
 
 
@@ -109,7 +111,7 @@ def measure_step_times(runner: Runner) -> StepTimes | None:
         plain.fill([])
         verifying = [runner.buckets.verify(num_rows, num) for num in layout.verify_tokens]
         replays = [plain.replay, *(step.replay for step in verifying)]
-        ms_RK.append([_best_ms(runner, replay) for replay in replays])
+        ms_RK.append([_best_ms(runner, one, repeats=COMPARED_REPEATS) for one in replays])
     lengths = (0, *(num - 1 for num in layout.verify_tokens))
     logger.debug("decode steps with %s drafts: %s", lengths, ms_RK)
     return StepTimes(layout.decode_rows, lengths, ms_RK)
@@ -163,12 +165,15 @@ def _prefill_ms(runner: Runner, num_tokens: int, context: int = 0) -> float:
 
 
 def _best_ms(
-    runner: Runner, replay: Callable[[], None], prepare: Callable[[], None] = lambda: None
+    runner: Runner,
+    replay: Callable[[], None],
+    prepare: Callable[[], None] = lambda: None,
+    repeats: int = STALL_REPEATS,
 ) -> float:
     """The least milliseconds of a few runs of a step, each after `prepare`, on the slowest rank."""
     synchronize = runner.platform.synchronize
     best_ms = math.inf
-    for _ in range(STALL_REPEATS):
+    for _ in range(repeats):
         prepare()
         synchronize()
         started = time.perf_counter()

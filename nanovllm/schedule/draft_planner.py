@@ -46,7 +46,7 @@ class DraftPlanner:
                     request.num_drafted = min(end, request.num_known)
                 continue
             start = request.num_drafted
-            if start is None:
+            if start is None or not request.takes_drafts:
                 continue
             # while verified tokens are in flight, the positions of later ones are not known
             if end <= request.num_known and end - start <= num_left:
@@ -69,11 +69,13 @@ class DraftCounts:
     """What was drafted and accepted, by the names of vLLM's metrics.
 
     accepted_at: how often the draft token at a position was accepted. steps: decode steps, by
-    the largest number of draft tokens of a row.
+    the largest number of draft tokens of a row. num_undrafted: rows of such steps whose parameters
+    allow one token at a time.
     """
 
     def __init__(self) -> None:
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.num_undrafted = 0
         self.accepted_at: Counter[int] = Counter()
         self.steps: Counter[int] = Counter()
 

@@ -156,6 +156,13 @@ class EmbeddingSpan(NamedTuple):
     num: int
 
 
+class PastTokens(NamedTuple):
+    """Tokens (int32) that the buffer of earlier answers has from place `start` on."""
+
+    start: int
+    token_ids: np.ndarray
+
+
 @dataclass(frozen=True)
 class SamplingMetadata:
     """How to choose the next tokens, apart from each row's temperature.
@@ -188,10 +195,8 @@ class SamplingMetadata:
 
     @property
     def state_suffices(self) -> bool:
-        """True if the choice does not depend on earlier tokens either.
-
-        Only then can a step choose several tokens of a row at once, to verify proposals.
-        """
+        """True if the choice does not depend on earlier tokens either: all rows can verify
+        proposals."""
         return not (self.has_penalties or self.has_edits or self.has_masks or self.needs_host)
 
     @property
@@ -215,7 +220,7 @@ class StepPlan:
         that follow it in the state. Empty in a decode step in which every row feeds only its newest
         token.
     is_sampled: [R] whether the step samples the row's next token.
-    adapters: copies to slots before the step.
+    adapters: copies to slots before the step. past: earlier answers for a proposer.
     restores: copies from slots to rows before the step. snapshots: from rows to slots after it.
     position_3T: int64 [3, T] the positions of the tokens in time, height and width. None: each has
         one position, which the device derives from the state.
@@ -237,6 +242,7 @@ class StepPlan:
     snapshots: list[RowCopy] = field(default_factory=list)
     histories: list[TokenHistory] = field(default_factory=list)
     known: list[RowTokens] = field(default_factory=list)
+    past: list[PastTokens] = field(default_factory=list)
     drafts: StepDrafts = NO_DRAFTS
     edits: list[RowEdits] = field(default_factory=list)
     sampling: SamplingMetadata = PLAIN

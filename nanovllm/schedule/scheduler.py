@@ -20,6 +20,7 @@ from nanovllm.schedule.adapter_slots import AdapterSlots
 from nanovllm.schedule.batch_builder import Chunk, decode_plan, prefill_plan, sampling_metadata
 from nanovllm.schedule.draft_planner import DraftCounts, DraftPlanner
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
+from nanovllm.schedule.past_answers import PastAnswers
 from nanovllm.schedule.plan import DRAFT, NO_DRAFTS, NewBlock, StepPlan
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.schedule.request import Request, Status
@@ -43,7 +44,8 @@ class Scheduler:
         max_proposals: int = 0,
     ) -> None:
         """`propose`, if set, is called for requests whose tokens are all known, and at most
-        `max_proposals` of its tokens are used. Steps whose choice needs the host have none.
+        `max_proposals` of its tokens are used. Steps whose choice needs the host have none, nor
+        have requests that do not take them (`Request.takes_drafts`).
 
         Without it, `num_drafts` tokens that the device has left in its state are proposed: then the
         next step need not wait for the tokens of this one. With a `planner` it is up to so many, as
@@ -62,6 +64,7 @@ class Scheduler:
         self.num_drafts = 0
         self.has_known = False  # see `prefill_plan`
         self.planner: DraftPlanner | None = None
+        self.past: PastAnswers | None = None  # for a proposer that looks in earlier answers
         self.counts = DraftCounts()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
@@ -88,6 +91,8 @@ class Scheduler:
             self.waiting.remove(request)
         elif request.status is Status.RUNNING:
             self._vacate(request)
+        if self.past is not None and not request.cache_root:  # no salt or adapter
+            self.past.add(request.output_ids)
         request.status = Status.FINISHED
         request.finish_reason = reason
 
@@ -135,6 +140,8 @@ class Scheduler:
         self._prefill_was_last = plan is not None and plan.is_prefill
         if plan is not None and self.adapters is not None and self.adapters.loads:
             plan = replace(plan, adapters=self.adapters.take_loads())
+        if plan is not None and self.past is not None:
+            plan = replace(plan, past=self.past.take())
         return plan
 
     def tokens_known(self, request: Request, num_fed: int, token_ids: Sequence[int]) -> None:
@@ -305,17 +312,24 @@ class Scheduler:
         return self._verifying_plan(chosen, new_blocks)
 
     def _verifying_plan(self, chosen: list[Request], new_blocks: list[NewBlock]) -> StepPlan:
-        """The plan of a decode step, with proposals if its choice does not need the host or earlier
-        tokens, and if those of the device pay."""
+        """The plan of a decode step, with proposals for the rows that take them if its choice does
+        not need the host, and if those of the device pay."""
         sampling, planner, num = sampling_metadata(chosen), self.planner, self.num_drafts
-        if not sampling.state_suffices or self.propose is not None:
+        taking: list[bool] = []
+        if (num or self.propose is not None) and not sampling.needs_host:
+            taking = [request.takes_drafts for request in chosen]
+        if not any(taking) or self.propose is not None:
             num = 0
         elif num and planner is not None:
-            num = planner.lengths.choose(len(chosen))
+            num = planner.lengths.choose(len(chosen), sum(taking))
         drafts = NO_DRAFTS if planner is None else planner.plan(chosen, num)
         proposals: list[Sequence[int]] = []
-        if sampling.state_suffices and (num or self.propose is not None):
-            proposals = [self._proposals(request, new_blocks, num) for request in chosen]
+        if any(taking) and (num or self.propose is not None):
+            proposals = [
+                self._proposals(request, new_blocks, num) if takes else ()
+                for request, takes in zip(chosen, taking, strict=True)
+            ]
+            self.counts.num_undrafted += len(taking) - sum(taking)
         if planner is not None and num:
             planner.planned(chosen, num)
         if self.num_drafts:

@@ -28,26 +28,40 @@ class Drafts(Protocol):
 class Draft:
     """A proposer, and the checkpoint of its model: a folder, or a name on the Hugging Face Hub.
 
-    reads_fed, reads_history: see `DraftSpec`.
+    reads_fed, reads_history, num_past: see `DraftSpec`.
     """
 
     proposer: DeviceProposer
     model: str | None = None
     reads_fed: bool = True
     reads_history: bool = False
+    num_past: int = 0
 
     def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
         """See `Drafts`."""
-        spec = DraftSpec(self.proposer, None, self.reads_fed, self.reads_history)
+        spec = DraftSpec(
+            self.proposer,
+            reads_fed=self.reads_fed,
+            reads_history=self.reads_history,
+            num_past=self.num_past,
+        )
         if self.model is None:
             return spec, None
         config = resolved.config
         folder = hub.resolve(self.model, weights=not config.random_weights)
         hf = read_config(folder, resolved.store, None)
         model = make_model(replace(config, quantization=None), hf, resolved.model.config.dtype)
-        if resolved.shard.size > 1:
-            model = on_ranks(config, model)
-        return replace(spec, model=model), folder
+        return replace(spec, model=divided(resolved, model)), folder
+
+
+def divided(resolved: ResolvedConfig, model: Model) -> Model:
+    """A second model as each rank has it. Raises ValueError if it cannot be divided."""
+    config = resolved.config
+    if resolved.shard.size == 1:
+        return model
+    if model.config.moe is None:
+        config = replace(config, expert_parallel=False)  # it is about the first model
+    return on_ranks(config, model)
 
 
 def with_draft(resolved: ResolvedConfig, draft: Drafts) -> ResolvedConfig:

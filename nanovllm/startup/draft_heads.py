@@ -11,6 +11,7 @@ from nanovllm.models.gguf.header import is_gguf
 from nanovllm.runner.draft_block import DraftBlock
 from nanovllm.runner.draft_head import DraftHead
 from nanovllm.runner.spec import DraftSpec
+from nanovllm.startup.draft import divided
 from nanovllm.startup.head_config import dflash_config, eagle3_config, tensor_names
 from nanovllm.startup.resolve import ResolvedConfig, make_model
 
@@ -26,7 +27,6 @@ class Eagle3:
     def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path]:
         """See `Drafts`."""
         config, cfg = resolved.config, resolved.model.config
-        refuse_ranks(resolved)
         folder = hub.resolve(self.model, weights=not config.random_weights)
         hf = eagle3_config(folder)
         found = eagle3.model(
@@ -41,7 +41,7 @@ class Eagle3:
                 f"the head reads hidden states of {hf.state_size} numbers, the model has "
                 f"{cfg.hidden_size}"
             )
-        return DraftSpec(DraftHead(self.num, found.reads), found), folder
+        return DraftSpec(DraftHead(self.num, found.reads), divided(resolved, found)), folder
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Mtp:
     def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path]:
         """See `Drafts`."""
         config = resolved.config
-        refuse_ranks(resolved)
         if resolved.spec.offload is not None or is_gguf(resolved.folder):
             what = "expert_offload" if resolved.spec.offload is not None else "a GGUF file"
             raise ValueError(f"method 'mtp' does not go with {what}")
         target = make_model(config, resolved.hf, resolved.model.config.dtype)
         stored = None if config.random_weights else tensor_names(resolved.folder)
         found = mtp.model(target, stored)
-        return DraftSpec(DraftHead(self.num, found.reads), found), resolved.folder
+        proposer = DraftHead(self.num, found.reads)
+        return DraftSpec(proposer, divided(resolved, found)), resolved.folder
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,6 @@ class DFlash:
     def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path]:
         """See `Drafts`."""
         config, cfg = resolved.config, resolved.model.config
-        refuse_ranks(resolved)
         folder = hub.resolve(self.model, weights=not config.random_weights)
         hf = dflash_config(folder)
         found = dflash.model(hf, dtype=cfg.dtype, max_model_len=config.max_model_len)
@@ -88,11 +87,4 @@ class DFlash:
                 f"num_speculative_tokens is {self.num}: a DFlash draft with blocks of "
                 f"{found.block_size} has at most {found.block_size - 1}"
             )
-        return DraftSpec(DraftBlock(self.num, found.reads), found), folder
-
-
-def refuse_ranks(resolved: ResolvedConfig) -> None:
-    if resolved.shard.size > 1:
-        raise ValueError(
-            f"tensor_parallel_size is {resolved.shard.size}: heads that draft tokens need 1"
-        )
+        return DraftSpec(DraftBlock(self.num, found.reads), divided(resolved, found)), folder

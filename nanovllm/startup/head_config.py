@@ -24,7 +24,8 @@ FLAGS = {  # the default at the top, and in the nested layout
 OTHER_DFLASH = {
     "quantization_config": None, "use_sliding_window": None, "is_causal": False,
     "conv_kernel_size": None, "selector_rank": None, "markov_rank": None,
-    "sample_from_anchor": None, "input_embedding_scale": 1.0, "output_multiplier": 1.0,
+    "sample_from_anchor": None, "shift_label": None, "projector_type": "dflash",
+    "input_embedding_scale": 1.0, "output_multiplier": 1.0,
     "final_logit_softcapping": 0.0,
 }  # fmt: skip
 MAX_STATES = 32
@@ -92,9 +93,7 @@ def dflash_config(folder: Path) -> Any:
 
 
 def _dflash(stored: dict[str, Any]) -> Any:
-    inner = stored.get("dflash_config")
-    if not isinstance(inner, dict):
-        raise ValueError(f"dflash_config is {inner!r}: it must be an object")
+    stored, inner = _of_speculators(stored) if NESTED in stored else _of_dflash(stored)
     both = {**stored, **inner}
     if both.get("model_type") != "qwen3":
         raise ValueError(
@@ -118,7 +117,33 @@ def _dflash(stored: dict[str, Any]) -> Any:
     if not _is_id(mask_id) or mask_id >= hf.vocab_size:
         raise ValueError(f"mask_token_id is {mask_id!r}: it must be below {hf.vocab_size}")
     hf.read_layers, hf.mask_token_id = tuple(ids), mask_id
+    hf.draft_vocab_size = min(_size(both, "draft_vocab_size", hf.vocab_size), hf.vocab_size)
     return hf
+
+
+def _of_dflash(stored: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the layers, and what the draft has beside them."""
+    inner = stored.get("dflash_config")
+    if not isinstance(inner, dict):
+        raise ValueError(f"dflash_config is {inner!r}: it must be an object")
+    return stored, inner
+
+
+def _of_speculators(stored: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same in the layout of `speculators`, which names the layers before which states are read
+    (the number of layers: after the last one)."""
+    layer, kind = stored[NESTED], stored.get("speculators_model_type")
+    if kind != "dflash" or not isinstance(layer, dict):
+        raise ValueError(
+            f"speculators_model_type {kind!r} is not supported for a DFlash draft, or {NESTED} is "
+            "no object: only 'dflash' is"
+        )
+    name = "aux_hidden_state_layer_ids"
+    ids = stored.get(name)
+    if not isinstance(ids, list) or not all(_is_id(one) and one for one in ids):
+        raise ValueError(f"{name} is {ids!r}: it must be layers, from 1 on")
+    inner = {key: value for key, value in stored.items() if key not in (NESTED, "model_type")}
+    return layer, {**inner, "target_layer_ids": [one - 1 for one in ids]}
 
 
 def _is_id(value: Any) -> bool:

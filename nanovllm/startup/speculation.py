@@ -13,6 +13,7 @@ from nanovllm.startup.draft import Draft, Drafts, with_draft
 from nanovllm.startup.draft_heads import DFlash, Eagle3, Mtp
 from nanovllm.startup.resolve import ResolvedConfig
 
+SUFFIX_MIN = 2  # the fewest tokens that "suffix" looks for
 Builder = Callable[[SpeculativeConfig, ResolvedConfig], Drafts]
 
 
@@ -42,6 +43,13 @@ def ngram(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
     return Draft(proposer, reads_fed=False, reads_history=True)
 
 
+def suffix(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
+    assert config.num_speculative_tokens is not None
+    depth, num_past = config.suffix_sizes
+    proposer = Ngram(config.num_speculative_tokens, min(SUFFIX_MIN, depth), depth)
+    return Draft(proposer, reads_fed=False, reads_history=True, num_past=num_past)
+
+
 # Those of `speculative.METHODS`. A function raises ValueError for what the model does not support.
 BUILDERS: dict[str, Builder] = {
     "draft_model": draft_model,
@@ -49,6 +57,7 @@ BUILDERS: dict[str, Builder] = {
     "dflash": dflash,
     "mtp": mtp,
     "ngram": ngram,
+    "suffix": suffix,
 }
 
 logger = logging.getLogger(__name__)

@@ -19,12 +19,10 @@ from nanovllm.engine.engine import Engine
 from nanovllm.kernels.reference.sample import NO_TOKEN
 from nanovllm.models import formats
 from nanovllm.models.config import ModelConfig
-from nanovllm.runner.draft_head import DraftHead
-from nanovllm.runner.proposer import Fed
+from nanovllm.runner.proposer import DeviceProposer, Fed
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.runner.state import DeviceState
 from nanovllm.startup.draft import Draft, Drafts
-from nanovllm.startup.draft_heads import Eagle3
 from nanovllm.startup.load import load
 from nanovllm.startup.resolve import ResolvedConfig
 
@@ -55,7 +53,7 @@ class Target(NamedTuple):
 
 
 def answers(
-    model: str, prompts: Sequence[str], params: SamplingParams, options: dict[str, Any]
+    model: str, prompts: Sequence[str], params: list[SamplingParams], options: dict[str, Any]
 ) -> list[Text]:
     """What the model answers to prompts, in its chat template if it has one."""
     llm = LLM(model, **options)
@@ -94,8 +92,8 @@ def engine(model: str, drafts: Drafts, num: int, options: dict[str, Any]) -> Eng
     return Engine(load(config, show_progress=False, draft=drafts))
 
 
-def run(one: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> None:
-    for prompt in prompts:
+def run(one: Engine, requests: Sequence[tuple[list[int], SamplingParams]]) -> None:
+    for prompt, params in requests:
         one.add_request(prompt, params, incremental=False)
     while one.has_unfinished:
         one.step()
@@ -113,7 +111,7 @@ def examples(
         params, steps = reader.runner.params, reader.runner.steps
         for text in texts:
             collector.seen.clear()
-            run(reader, [text.token_T], SamplingParams(temperature=0, max_tokens=1))
+            run(reader, [(text.token_T, SamplingParams(temperature=0, max_tokens=1))])
             *states, last_TD = (torch.cat(parts) for parts in zip(*collector.seen))
             with torch.no_grad():
                 h_TD = last_TD.to(reader.runner.platform.device, reader.runner.model_dtype)
@@ -141,10 +139,19 @@ def num_layers(model: str, options: dict[str, Any]) -> int:
 
 
 @dataclass(frozen=True)
-class Counting(DraftHead):
+class Counting:
     """Counts how many draft tokens of each step were accepted."""
 
-    accepted: list[int] = field(default_factory=list, repr=False, compare=False)
+    inner: DeviceProposer
+    accepted: list[int] = field(repr=False, compare=False)
+
+    @property
+    def num(self) -> int:
+        return self.inner.num
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.inner.layers
 
     def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor | None:
         if fed.phase == "verify":
@@ -152,35 +159,34 @@ class Counting(DraftHead):
             moved_R = state.pos_S[fed.row_idx_R] - (fed.batch.seq_len_R - fed_R)
             is_whole_R = (fed_R == self.num + 1) & (fed.row_idx_R != state.pad_row)
             self.accepted.extend((moved_R[is_whole_R] - 1).tolist())
-        return super().propose(state, fed, steps)
+        return self.inner.propose(state, fed, steps)
 
 
 @dataclass(frozen=True)
 class Counted:
-    """A head whose accepted tokens are counted."""
+    """Drafts whose accepted tokens are counted."""
 
-    head: Eagle3
+    drafts: Drafts
     accepted: list[int]
 
     def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
-        spec, folder = self.head.parts(resolved)
-        proposer = Counting(spec.proposer.num, spec.proposer.layers, self.accepted)
-        return replace(spec, proposer=proposer), folder
+        spec, folder = self.drafts.parts(resolved)
+        return replace(spec, proposer=Counting(spec.proposer, self.accepted)), folder
 
 
 def accepted(
-    model: str, head: str, texts: Sequence[Text], num: int, options: dict[str, Any]
+    model: str, drafts: Drafts, texts: Sequence[Text], num: int, options: dict[str, Any]
 ) -> list[int]:
     """The numbers of draft tokens that were accepted, step by step, in answers to the prompts of
     `texts` of the same lengths."""
     counts: list[int] = []
-    one = engine(model, Counted(Eagle3(num, head), counts), num, options)
+    one = engine(model, Counted(drafts, counts), num, options)
     try:
         counts.clear()  # those of warm-up
-        for text in texts:
-            num_tokens = len(text.token_T) - text.num_prompt
-            params = SamplingParams(temperature=0, max_tokens=max(num_tokens, 1), ignore_eos=True)
-            run(one, [text.token_T[: text.num_prompt]], params)
+        nums = [max(len(text.token_T) - text.num_prompt, 1) for text in texts]
+        params = [SamplingParams(temperature=0, max_tokens=num, ignore_eos=True) for num in nums]
+        prompts = [text.token_T[: text.num_prompt] for text in texts]
+        run(one, list(zip(prompts, params)))
         return counts
     finally:
         one.close()

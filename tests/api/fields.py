@@ -113,6 +113,7 @@ BOTH: dict[str, Case] = {
         _form("json", SCHEMA), remark="`text`, `json_object`, `json_schema`",
     ),
     "structured_outputs": Case({"regex": "a+"}, _form("regex", "a+")),
+    "disable_spec_decode": _passed("disable_spec_decode", True),
     "guided_json": Case(SCHEMA, _form("json", SCHEMA)),
     "guided_regex": Case("a+", _form("regex", "a+")),
     "guided_choice": Case(["yes", "no"], _form("choice", ("yes", "no"))),

@@ -71,6 +71,7 @@ SAMPLING: dict[str, tuple[Any, str]] = {
     "truncate_prompt_tokens": (7, METHODS),
     "best_of": (2, ""),
     "structured_outputs": ({"regex": "x"}, "tests/structured/test_answers.py"),
+    "disable_spec_decode": (True, "tests/engine/test_speculation.py"),
     "guided_decoding": ({"regex": "x"}, ""),
     "logits_processors": ([print], ""),
     "extra_args": ({"x": 1}, ""),

@@ -14,7 +14,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.schedule.plan import DRAFT, StepPlan, StepResult
 from nanovllm.structured_params import StructuredOutputsParams
-from tests.engines import assert_all_free, greedy, random_prompts, tokens
+from tests.engines import assert_all_free, assert_one_distribution, greedy, random_prompts, tokens
 from tests.kernels.test_ngram import drafted
 
 PROMPTS = [
@@ -120,13 +120,69 @@ def test_repeated_text_takes_few_steps(
 def test_requests_of_all_kinds_share_a_batch(
     looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one needs the host or earlier tokens, steps have no proposals; later they do."""
+    """While one needs the host, steps have no proposals; later they do."""
     expected = plain.generate(PROMPTS, MIXED, use_tqdm=False)
     plans = watch(looking_up, monkeypatch)
     found = looking_up.generate(PROMPTS, MIXED, use_tqdm=False)
     assert [one["token_ids"] for one in found] == [one["token_ids"] for one in expected]
     verifying = [plan.sampling for plan, _ in plans if DRAFT in plan.token_T]
-    assert verifying and all(sampling.state_suffices for sampling in verifying)
+    assert verifying and not any(sampling.needs_host for sampling in verifying)
+
+
+def test_rows_that_take_no_drafts_are_alone_in_that(
+    looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [PROMPTS[4]] * 6
+    one_by_one = [
+        greedy(20, disable_spec_decode=True), greedy(20, presence_penalty=1.5),
+        greedy(20, bad_words=["ab"]), MIXED[-1],
+    ]  # fmt: skip
+    params = [greedy(30), *one_by_one, FILTERED]
+    expected = tokens(plain, prompts, params)
+    plans, counts = watch(looking_up, monkeypatch), looking_up.engine.scheduler.counts
+    before = counts.num_undrafted
+    assert tokens(looking_up, prompts, params) == expected
+    first = min(plan.request_ids[0] for plan, _ in plans)
+    fed: dict[int, set[int]] = {}
+    mixed = 0
+    for plan, _ in plans:
+        if not plan.is_prefill and DRAFT in plan.token_T:
+            mixed += plan.sampling.has_masks and plan.sampling.has_penalties
+            for request_id, num in zip(plan.request_ids, plan.num_tokens):
+                fed.setdefault(request_id - first, set()).add(num)
+    assert mixed > 3
+    assert all(fed[i] == {1} for i in (1, 2, 3, 4)) and 4 in fed[0] & fed[5]
+    assert counts.num_undrafted > before
+
+
+def test_answers_end_at_every_place_within_a_step(
+    checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second model is the first one, so every step makes four tokens."""
+    llm = make_llm(max_num_seqs=6, device="cpu", **options(checkpoint, "draft_model"), **ALWAYS)
+    engines = (llm.engine, plain.engine)
+    (long,) = plain.generate(PROMPTS[:1], greedy(12), use_tqdm=False)
+    reasons = set()
+    for place in range(1, 9):
+        for engine in engines:
+            monkeypatch.setattr(engine, "_eos_ids", frozenset({long["token_ids"][place]}))
+        params = [
+            greedy(12, ignore_eos=False), greedy(12, ignore_eos=False, min_tokens=place + 2),
+            greedy(12, stop_token_ids=[long["token_ids"][place]]), greedy(place + 1),
+            greedy(12, stop=[long["text"][place]], min_tokens=3),
+            greedy(12, ignore_eos=False, min_tokens=place),
+        ]  # fmt: skip
+        found, expected = (
+            one.generate(PROMPTS[:1] * 6, params, use_tqdm=False) for one in (llm, plain)
+        )
+        keys = ("token_ids", "text", "finish_reason")
+        ends = [[[one[key] for key in keys] for one in of] for of in (found, expected)]
+        assert ends[0] == ends[1], place
+        assert len(ends[0][0][0]) <= place + 1
+        reasons.update(one[2] for one in ends[0])
+    assert reasons == {"stop", "length"}
+    assert llm.engine.scheduler.counts.accepted_at[2] > 10
+    llm.close()
 
 
 def test_answers_end_at_their_limits_and_stops(looking_up: LLM, plain: LLM) -> None:
@@ -218,7 +274,7 @@ def choose(llm: LLM, monkeypatch: pytest.MonkeyPatch, lengths: Callable[[], int]
     """Let steps have these numbers of draft tokens, whatever they take."""
     planner = llm.engine.scheduler.planner
     assert planner is not None
-    monkeypatch.setattr(planner.lengths, "choose", lambda num_rows: lengths())
+    monkeypatch.setattr(planner.lengths, "choose", lambda *_: lengths())
 
 
 @pytest.mark.parametrize("params", [greedy(25), DRAWN, MIXED], ids=["greedy", "drawn", "mixed"])
@@ -279,16 +335,8 @@ def test_drawn_tokens_have_the_distribution_of_plain_decoding() -> None:
         counts = llm.engine.scheduler.counts
         llm.close()
     assert num / 20 < counts.accepted_at[0] < counts.num_drafts * 0.95
-    expected, drawn = found
-    likely = [token for token, count in expected.most_common() if count >= 10]
-    table = [[counts[token] for token in likely] for counts in (drawn, expected)]
-    table = [[*of_likely, num - sum(of_likely)] for of_likely in table]
-    chi_square = sum((a - b) ** 2 / (a + b) for a, b in zip(*table) if a + b)
-    # 99.9 % of samples of one distribution are below this (Wilson and Hilferty's approximation)
-    freedom = len(likely)
-    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
-    assert freedom >= 4 and chi_square < limit
-    assert drawn != expected, "the seeds differ"
+    assert_one_distribution(*found)
+    assert found[0] != found[1], "the seeds differ"
 
 
 def test_metrics_count_what_was_drafted_and_accepted(
@@ -385,4 +433,31 @@ def test_replicas_draft(checkpoint: Path, make_llm: Callable[..., LLM], plain: L
     assert tokens(llm, PROMPTS, greedy(25)) == tokens(plain, PROMPTS, greedy(25))
     steps = [one.value for one in llm.get_metrics() if one.name.endswith("num_steps")]
     assert sum(steps) < 40, "four tokens a step in each of the replicas"
+    llm.close()
+
+
+# earlier answers ---------------------------------------------------------------------------------
+
+
+def test_an_answer_is_drafted_from_an_earlier_one(
+    checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM
+) -> None:
+    spec = {
+        "method": "suffix",
+        "num_speculative_tokens": 3,
+        "suffix_decoding_max_cached_tokens": 50,
+    }
+    llm = make_llm(max_num_seqs=6, device="cpu", speculative_config=spec, **ALWAYS)
+    counts, past_C = llm.engine.scheduler.counts, llm.engine.runner.state.past_C
+    assert past_C is not None and past_C.tolist() == [-1] * 50
+    accepted, expected = [], tokens(plain, PROMPTS[:2], greedy(30))
+    for number in (0, 1, 1):
+        before = counts.num_accepted_tokens
+        assert tokens(llm, [PROMPTS[number]], greedy(30)) == [expected[number]]
+        accepted.append(counts.num_accepted_tokens - before)
+    assert accepted[2] > 15 > max(accepted[:2])
+    salted = llm.generate({"prompt_token_ids": PROMPTS[2], "cache_salt": "a"}, greedy(9))
+    tokens(llm, PROMPTS[3:4], greedy(2))
+    assert past_C.tolist()[:31] == [*expected[1], -1], "answers with a salt are not kept"
+    assert salted[0]["token_ids"]
     llm.close()

@@ -375,7 +375,9 @@ def steps(name: str) -> Iterator[Build]:
         yield Build(f"advance {label}", triton_step.advance_kernel, rows, 4)
     ngrams = {"POSITIONS": 40_960, "NUM": 5, "NUM_POW2": 8, "MIN_N": 2, "MAX_N": 5}
     tile = {"TILE": triton_step.NGRAM_TILE}
-    yield Build("ngram_propose", triton_step.ngram_propose_kernel, ngrams | tile, 8)
+    for label, num_past in (("", 0), (" past", 65_536)):
+        given = ngrams | tile | {"PAST": num_past}
+        yield Build(f"ngram_propose{label}", triton_step.ngram_propose_kernel, given, 8)
 
 
 def mixtures(name: str) -> Iterator[Build]:

@@ -65,9 +65,48 @@ def test_drafts_are_those_after_the_first_longest_occurrence(case: int) -> None:
     assert not num_padding or (draft_SK[-1] == 0).all()
 
 
+def made_past(case: int) -> tuple[list[list[int]], Tensor]:
+    """Earlier texts, and the past that they are in, with room at its end."""
+    _, vocab, lengths, *_ = CASES[case]
+    texts = [torch.randint(1, 1 + vocab, (length,)).tolist() for length in lengths]
+    past = [token for text in texts for token in (*text, -1)]
+    return texts, torch.tensor([*past, -1, -1], dtype=torch.int32)
+
+
+def of_past(texts: list[list[int]], tokens: list[int], n: int) -> list[int] | None:
+    """The tokens after the first occurrence of the last n tokens in the texts."""
+    for text in texts:
+        for start in range(len(text) - n + 1):
+            if text[start : start + n] == tokens[-n:]:
+                return text[start + n :]
+    return None
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_longer_occurrences_in_earlier_texts_come_first(case: int) -> None:
+    *_, num, min_n, max_n, _ = CASES[case]
+    rows, history_SM, token_S, pos_S, row_idx_R = made(case)
+    texts, past_C = made_past(case)
+    draft_SK = torch.zeros(len(history_SM), num).long()
+    rest = token_S, pos_S, row_idx_R, min_n, max_n, past_C
+    reference.step.ngram_propose(history_SM, draft_SK, *rest)
+    for row, tokens in zip(row_idx_R.tolist(), rows):
+        expected = [0] * num
+        for n in range(min(max_n, len(tokens)), min_n - 1, -1):
+            own = drafted(tokens, num, n, n)
+            if any(own):  # tokens are not 0
+                expected = own
+                break
+            if (found := of_past(texts, tokens, n)) is not None:
+                expected = (found + [0] * num)[:num]
+                break
+        assert draft_SK[row].tolist() == expected
+
+
+@pytest.mark.parametrize("with_past", [False, True])
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS, ids=lambda kernels: kernels.__name__)
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_kernels_equal_the_reference(kernels: ModuleType, case: int) -> None:
+def test_kernels_equal_the_reference(kernels: ModuleType, case: int, with_past: bool) -> None:
     device = "cuda" if kernels is triton_step and torch.cuda.is_available() else "cpu"
     *_, num, min_n, max_n, _ = CASES[case]
     _, *given = made(case)
@@ -75,7 +114,8 @@ def test_kernels_equal_the_reference(kernels: ModuleType, case: int) -> None:
     pos_S[int(row_idx_R[0])] = history_SM.shape[1] + 2  # steps that ran beyond the answer's end
     draft_SK = torch.full((len(history_SM), num), 7, device=device)
     ours, theirs = (history_SM.clone(), draft_SK.clone()), (history_SM, draft_SK)
-    rest = token_S, pos_S, row_idx_R, min_n, max_n
+    past_C = made_past(case)[1].to(device) if with_past else None
+    rest = token_S, pos_S, row_idx_R, min_n, max_n, past_C
     kernels.ngram_propose(*ours, *rest)
     reference.step.ngram_propose(*theirs, *rest)
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])

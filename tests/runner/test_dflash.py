@@ -56,6 +56,32 @@ def weights() -> Weights:
     return made
 
 
+def own_head() -> Weights:
+    """A head of 70 tokens, as `speculators` writes it."""
+    generator = torch.Generator().manual_seed(6)
+    ids = torch.randperm(512, generator=generator)[:70].sort()[0]
+    return {
+        "lm_head.weight": torch.randn(70, HIDDEN, generator=generator) * 0.3,
+        "d2t": ids - torch.arange(70), "t2d": torch.zeros(512, dtype=torch.bool),
+    }  # fmt: skip
+
+
+def save_speculators(folder: Path, **changes: Any) -> Path:
+    """The draft with a head of its own, in the layout of `speculators`."""
+    layer = {key: value for key, value in CONFIG.items() if key not in ("dflash_config",)}
+    config = {
+        "architectures": ["DFlashSpeculator"], "speculators_model_type": "dflash",
+        "transformer_layer_config": layer, "draft_vocab_size": 70, "block_size": BLOCK,
+        "mask_token_id": MASK, "aux_hidden_state_layer_ids": [one + 1 for one in READ],
+        "sample_from_anchor": False, "sliding_window_non_causal": False,
+        "projector_type": "dflash", "shift_label": False, **changes,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({**weights(), **own_head()}, folder / "model.safetensors")
+    return folder
+
+
 def save(folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
@@ -63,7 +89,9 @@ def save(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def expected_drafts(hf: Any, known: Sequence[int], num: int) -> list[int]:
+def expected_drafts(
+    hf: Any, known: Sequence[int], num: int, own: Weights | None = None
+) -> list[int]:
     """What the draft gives after `known` tokens, computed as a whole."""
     w, table = weights(), hf.get_input_embeddings().weight.detach()
     joined = torch.cat(states(hf, known[:-1], READ), -1)
@@ -89,8 +117,9 @@ def expected_drafts(hf: Any, known: Sequence[int], num: int) -> list[int]:
         x = rms(h, w[f"{one}post_attention_layernorm.weight"], EPS)
         gate, up = (x @ w[f"{one}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
         h = h + (torch.nn.functional.silu(gate) * up) @ w[f"{one}mlp.down_proj.weight"].T
-    head = hf.get_output_embeddings().weight.detach()
-    return (rms(h[1:], w["norm.weight"], EPS) @ head.T).argmax(-1).tolist()
+    head = hf.get_output_embeddings().weight.detach() if own is None else own["lm_head.weight"]
+    best = (rms(h[1:], w["norm.weight"], EPS) @ head.T).argmax(-1)
+    return (best if own is None else best + own["d2t"][best]).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +128,14 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(folder, "qwen3", vocab_size=512, hidden_size=HIDDEN, num_hidden_layers=4)
 
 
-def test_a_block_is_what_its_formula_gives(target: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["dflash", "speculators"])
+def test_a_block_is_what_its_formula_gives(layout: str, target: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
+    own = own_head() if layout == "speculators" else None
+    folder = (save if own is None else save_speculators)(tmp_path / "draft")
     hf = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    watched = Watched(DFlash(NUM, str(save(tmp_path / "draft"))))
+    watched = Watched(DFlash(NUM, str(folder)))
     engine = make(target, watched, NUM, **MODES["eager"])
     for prompt in PROMPTS:
         watched.seen.clear()
@@ -112,7 +144,7 @@ def test_a_block_is_what_its_formula_gives(target: Path, tmp_path: Path) -> None
         checked = [one for one in watched.seen if one[0] < len(sequence)]
         assert len(checked) > 4
         for pos, drafted in checked:
-            assert drafted == expected_drafts(hf, sequence[: pos + 1], NUM), f"after {pos}"
+            assert drafted == expected_drafts(hf, sequence[: pos + 1], NUM, own), f"after {pos}"
     engine.close()
 
 
@@ -176,5 +208,21 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 def test_configs_of_other_drafts_are_refused(name: str, target: Path, tmp_path: Path) -> None:
     changes, message = CHANGES[name]
     folder = save(tmp_path / "draft", **changes)
+    with pytest.raises(ValueError, match=message):
+        make(target, DFlash(NUM, str(folder)), NUM, **MODES["eager"])
+
+
+SPECULATORS: dict[str, tuple[dict[str, Any], str]] = {
+    "another": ({"speculators_model_type": "dspark"}, "speculators_model_type 'dspark' is not"),
+    "domino": ({"projector_type": "domino"}, "projector_type of a DFlash draft is 'domino'"),
+    "anchor": ({"sample_from_anchor": True}, "sample_from_anchor of a DFlash draft is True"),
+    "embeddings": ({"aux_hidden_state_layer_ids": [0, 3]}, "must be layers, from 1 on"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECULATORS)
+def test_other_drafts_of_speculators_are_refused(name: str, target: Path, tmp_path: Path) -> None:
+    changes, message = SPECULATORS[name]
+    folder = save_speculators(tmp_path / "draft", **changes)
     with pytest.raises(ValueError, match=message):
         make(target, DFlash(NUM, str(folder)), NUM, **MODES["eager"])

@@ -236,13 +236,3 @@ def test_the_option_names_a_head(target: Path, tmp_path: Path, expected: list[li
     assert drafting is not None and drafting.proposer == DraftHead(2, (1, 1, 0))
     assert tokens(engine, PROMPTS, greedy(15)) == expected
     engine.close()
-
-
-def test_several_ranks_are_refused(target: Path, tmp_path: Path) -> None:
-    speculative = {
-        "method": "eagle3", "model": str(PLAIN.save(tmp_path / "head")),
-        "num_speculative_tokens": 2,
-    }  # fmt: skip
-    options = {"speculative_config": speculative, "tensor_parallel_size": 2, **MODES["eager"]}
-    with pytest.raises(ValueError, match="tensor_parallel_size is 2: heads that draft tokens need"):
-        load(config_of(target, options))

@@ -392,14 +392,21 @@ def test_tokens_that_the_device_proposes_are_planned_before_earlier_ones_are_kno
     assert again is not None and again.num_tokens == [3] and again.seq_lens == [14]
 
 
-def test_no_proposals_where_the_host_must_see_each_token() -> None:
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [({"presence_penalty": 1.0}, [3, 1]), ({"disable_spec_decode": True}, [3, 1]),
+     ({"logprobs": 1}, [1, 1])],
+)  # fmt: skip
+def test_no_proposals_where_the_host_must_see_each_token(
+    params: dict[str, Any], expected: list[int]
+) -> None:
     s = scheduler(max_proposals=4)
     s.propose = lambda one: [70, 71]
     s.add(request(0, 3))
     s.add(request(1, 3))
-    s.known[1].params = SamplingParams(max_tokens=8, presence_penalty=1.0)
+    s.known[1].params = SamplingParams(max_tokens=8, **params)
     answer(s, planned(s))
-    assert planned(s).num_tokens == [1, 1]
+    assert planned(s).num_tokens == expected
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,13 +15,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import train_draft
-from draft import prompts
+from draft import block, prompts
 from draft.collect import Example, Target, Text
 from draft.head import Batch, Head, batch_of, save
 from tiny import tasks
 
 from nanovllm.models.config import ModelConfig
-from tests.runner.heads import drafted
+from nanovllm.startup.draft_heads import DFlash
+from tests.conftest import save_tiny
+from tests.engines import greedy
+from tests.runner.heads import Watched, drafted, make, states
+from tests.runner.proposers import MODES, tokens
 
 HIDDEN, VOCAB = 48, 90
 
@@ -85,6 +90,54 @@ def test_the_rounds_of_training_are_the_passes_of_use(tmp_path: Path) -> None:
             own_T[len(tokens) - 2 + number] = label_T[len(tokens) - 2 + number]
             _, shares = head.loss(batch._replace(label_BT=own_T.unsqueeze(0)), num)
             assert shares[number] == 1.0
+
+
+def test_a_saved_block_drafts_what_it_gives_in_training(tmp_path: Path) -> None:
+    """The engine's drafts after each token are those of blocks at all its places at once."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    folder = save_tiny(tmp_path / "model", vocab_size=VOCAB, num_hidden_layers=3)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    table = hf.get_input_embeddings().weight.detach()
+    config = replace(made_target().config, hidden_size=64, num_layers=3, head_dim=32, norm_eps=1e-6)
+    target, num, layers = Target(config, table, table, torch.ones(64)), 3, (0, 2)
+    made = block.Block(target, 2, len(layers))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    block.save(made, target, layers, num, tmp_path / "draft")
+    watched = Watched(DFlash(num, str(tmp_path / "draft")))
+    engine = make(folder, watched, num, **MODES["eager"])
+    prompt = torch.randint(0, VOCAB, (19,)).tolist()
+    (answer,) = tokens(engine, [prompt], greedy(12))
+    engine.close()
+    text = prompt + answer
+    seen = {pos: drafted for pos, drafted in watched.seen if len(prompt) <= pos < len(text)}
+    states_TJ = torch.cat(states(hf, text, layers), -1)
+    place_BN = torch.tensor([sorted(seen)])
+    with torch.no_grad():
+        logits_BNKV = made(torch.tensor([text]), states_TJ.unsqueeze(0), place_BN, num)
+    assert logits_BNKV.argmax(-1)[0].tolist() == [seen[pos] for pos in sorted(seen)]
+    assert len(seen) > 3
+
+
+def test_training_a_block_lowers_its_loss() -> None:
+    torch.manual_seed(1)
+    target = made_target()
+    token_T = torch.randint(0, VOCAB, (30,))
+    example = Example(Text(token_T.tolist(), 9), torch.randn(30, 2 * HIDDEN), token_T.roll(-1))
+    texts = block.texts_of([example, Example(Text([1, 2], 1), torch.randn(2, 96), token_T[:2])])
+    assert texts.choice_BT[0].tolist() == [-100] * 8 + token_T.roll(-1)[8:].tolist()
+    made = block.Block(target, 1, 2)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss, shares = made.loss(texts, 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2 and len(shares) == 3
 
 
 def test_labels_are_the_models_choices_in_answers() -> None:
