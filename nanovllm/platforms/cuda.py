@@ -58,7 +58,6 @@ TRAITS = Traits(
     decode_rows=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 176, 208, 224, 256),
     quantizations=("fp8", "int4"),
     takes_quantized=True,
-    supports_adapters=False,  # tests of their kernels failed on an H100 (docs/log.md)
 )
 
 

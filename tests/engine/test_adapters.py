@@ -38,6 +38,9 @@ MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "graph": {"graph_batch_sizes": (1, 6)},
 }
+GPU_MODES: dict[str, dict[str, Any]] = {
+    f"cuda-{name}": {**mode, "device": "cuda"} for name, mode in MODES.items()
+}
 BATCH = [
     f"batch_{one}" for one in ("rope_pos_T", "slot_T", "block_table_RP", "seq_len_R", "q_start_S")
 ]
@@ -143,12 +146,14 @@ def alone(eager: LLM, asked: Asked) -> list[list[int]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["eager", "graph", *(pytest.param(one, marks=pytest.mark.gpu) for one in GPU_MODES)]
+)
 def test_answers_and_their_logprobs_are_those_of_merged_models(
     mode: str, checkpoint: Path, asked: Asked, merged: dict[str | None, Any]
 ) -> None:
     """Also with more adapters than slots and than places in host memory, in one batch."""
-    llm = make(checkpoint, **MODES[mode])
+    llm = make(checkpoint, **{**MODES, **GPU_MODES}[mode])
     num_programs = llm.engine.runner.compiler.num_compiled
     for names in (NAMES, ("dutch", "danish", "french", "german", None, "danish")):
         for prompt, name, found in zip(PROMPTS, names, asked(llm, PROMPTS, names)):

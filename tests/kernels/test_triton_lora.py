@@ -113,3 +113,15 @@ def test_the_result_does_not_depend_on_the_other_tokens() -> None:
             order_T=torch.zeros(1, dtype=torch.int64, device=device),
         )  # fmt: skip
         assert torch.equal(lora.add_lora(*alone), whole[at])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 17, 64, 256, 1000])
+@pytest.mark.parametrize("case", [((4096, 1024, 1024), 4096, 16), ((4096,), 12288, 64)])
+def test_sizes_of_an_8b_model_in_bf16(
+    case: tuple[tuple[int, ...], int, int], num_tokens: int
+) -> None:
+    """Sorted and mixed adapters, and none."""
+    mixed = [(7 * i + i // 5) % (SLOTS + 1) for i in range(num_tokens)]
+    for numbers in (mixed, sorted(mixed), [0] * num_tokens, [3] * num_tokens):
+        check(inputs(numbers, *case, torch.bfloat16))
