@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from nanovllm.models.lora.slots import targets
 from nanovllm.models.model import Model, Params
 from nanovllm.models.shards import Shard
 from nanovllm.platforms.base import Platform
+from nanovllm.schedule.plan import RowSettings
 
 
 class AdapterStore:
@@ -28,6 +30,7 @@ class AdapterStore:
         self._model, self._platform, self._shard = model, platform, shard
         self._files: dict[int, AdapterFile] = {}
         self._host: dict[int, Future[HostAdapter]] = {}
+        self._number_of_row: dict[int, int] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._targets = [] if model.lora is None else list(targets(model))
         weights: list[Adapted] = [
@@ -38,6 +41,14 @@ class AdapterStore:
             [matrices[slot] for one in weights for matrices in (one.a_NLD, one.b_NOX)]
             for slot in range(0 if model.lora is None else model.lora.num)
         ]
+
+    def note(self, settings: Iterable[RowSettings]) -> None:
+        """Remember the slots of new rows of the state."""
+        self._number_of_row.update((one.row, one.adapter) for one in settings)
+
+    def has_any(self, rows: Iterable[int]) -> bool:
+        """Whether one of these rows of the state has an adapter."""
+        return any(map(self._number_of_row.get, rows))
 
     def check(self, adapter_id: int, folder: Path) -> bytes:
         """Check an adapter's files, without its numbers; returns their digest. Raises AdapterError,

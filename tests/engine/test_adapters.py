@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import input_leaves
 from nanovllm.config import EngineConfig
 from nanovllm.engine.request import EngineRequest
+from nanovllm.runner.graph_cache import GraphCache
 from nanovllm.schedule.outputs import FinishedOutput
 from nanovllm.schedule.plan import StepPlan
 from nanovllm.startup.resolve import resolve_without_weights
@@ -339,22 +339,44 @@ def test_programs_without_adapters_have_the_inputs_and_keys_of_a_model_without_a
         monkeypatch.setattr(Compiler, "_make", noting)
         lora = LORA if is_enabled else {}
         LLM(str(checkpoint), **SIZES, **MODES["eager"], **lora).close()
-    assert known[False].keys() == known[True].keys()
-    for name, (names, ingredients) in known[False].items():
-        more, more_ingredients = known[True][name]
+    plain, both = known[False], known[True]
+    assert {name: both[name] for name in plain} == plain, "steps without adapters are those"
+    added = {name for name in both if name not in plain}
+    assert added == {f"{name}_lora" for name in plain if "layer" in name or "begin" in name}
+    for name in added:
+        names, more = plain[name.removesuffix("_lora")][0], both[name][0]
         if name.startswith("begin"):
             assert "state_adapter_S" in more and "state_adapter_S" not in names
-        elif "layer" in name:
+        else:
             of_batch = [one for one in names if one.startswith("batch_")]
             assert of_batch[:5] == BATCH and names[-1] == "h_TD"
             rows = ["batch_adapters_adapter_T", "batch_adapters_order_T"]
             assert [one for one in more if one.startswith("batch_")] == [*of_batch, *rows]
             assert "w_qkv_ED" in names and "w_qkv_ED_a_NLD" in more
-            assert json.loads(ingredients["region"])[0] == "nanovllm.models.dense:layer"
-        else:
-            assert names == [one for one in more if one != "state_adapter_S"]
-            added = {one for one in more_ingredients if one not in ingredients}
-            assert added <= {"input state_adapter_S"}
+
+
+def test_steps_in_which_no_row_has_an_adapter_are_those_without_slots(
+    checkpoint: Path, asked: Asked, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make(checkpoint)
+    runner, used = llm.engine.runner, list[bool]()
+    find = runner._buckets_of
+
+    def noting(plan: StepPlan) -> GraphCache:
+        found = find(plan)
+        used.append(found is runner.buckets)
+        return found
+
+    monkeypatch.setattr(runner, "_buckets_of", noting)
+    assert asked.tokens(llm, PROMPTS[1:2], NAMES[1:2], 12) == alone[1:2]
+    assert all(used)
+    used.clear()
+    assert asked.tokens(llm, PROMPTS[:1], [None]) == alone[:1]
+    assert used and not any(used), "although the row of the state had an adapter before"
+    used.clear()
+    asked(llm, PROMPTS[:2], ["french", None], 3)
+    assert all(used)
+    llm.close()
 
 
 def test_other_files_under_one_name_have_other_blocks(
