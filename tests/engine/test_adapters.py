@@ -350,7 +350,7 @@ def test_programs_without_adapters_have_the_inputs_and_keys_of_a_model_without_a
         else:
             of_batch = [one for one in names if one.startswith("batch_")]
             assert of_batch[:5] == BATCH and names[-1] == "h_TD"
-            rows = ["batch_adapters_adapter_T", "batch_adapters_order_T"]
+            rows = [f"batch_adapters_{one}_T" for one in ("adapter", "sorted", "order")]
             assert [one for one in more if one.startswith("batch_")] == [*of_batch, *rows]
             assert "w_qkv_ED" in names and "w_qkv_ED_a_NLD" in more
 
