@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, LoRARequest, platforms
+from nanovllm.batch.rows import Line
+from nanovllm.batch.worker import EngineWorker, WorkerSettings
 from nanovllm.checks import InvalidValue
 from nanovllm.compile import keys
 from nanovllm.compile.program import Compiler
@@ -176,6 +179,34 @@ def test_a_batch_of_several_adapters_gives_each_its_own_answer(
     plain = asked.tokens(eager, PROMPTS, [None] * 6)
     differs = [one != other for one, other in zip(plain, alone)]
     assert differs == [name is not None for name in NAMES], "an adapter changes its answers alone"
+
+
+def test_outputs_have_the_adapters_of_their_requests(
+    eager: LLM, asked: Asked, alone: list[list[int]]
+) -> None:
+    given = [asked.of(name) for name in NAMES]
+    outputs = eager.generate(PROMPTS, greedy(12), use_tqdm=False, lora_request=given)
+    assert [one.lora_request for one in outputs] == given
+    assert [one.outputs[0].lora_request for one in outputs] == given
+    assert [one.token_ids for one in outputs] == alone
+
+
+def test_rows_of_a_batch_job_name_their_adapters(
+    eager: LLM, asked: Asked, alone: list[list[int]]
+) -> None:
+    folders = {name: one.path for name, one in asked.adapters.items()}
+    params = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    worker = EngineWorker(eager.shared, WorkerSettings(params, adapters=folders))
+    worker.check_adapters()
+    for row, (prompt, name) in enumerate(zip([*PROMPTS, [5]], [*NAMES, "norse"])):
+        text = json.dumps({"prompt": prompt, "model": name}).encode()
+        worker.submit(Line(row, text, len(text)))
+    (failed,) = worker.wait()
+    assert failed.is_error and b"'norse', which is not an adapter: french" in failed.line
+    found = []
+    while len(found) < len(PROMPTS):
+        found += [json.loads(one.line) for one in worker.wait()]
+    assert [one["token_ids"] for one in sorted(found, key=lambda one: one["row"])] == alone
 
 
 def test_equal_prompts_share_blocks_with_one_adapter_only(eager: LLM, asked: Asked) -> None:
