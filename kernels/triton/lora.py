@@ -30,7 +30,9 @@ from nanovllm.kernels.triton.common import (
 )
 
 TOKENS = 16  # of a program: the smallest tile of the matrix units
-MANY_TOKENS, FEW = 64, 512  # of a program, of more than FEW tokens
+# Of a program, of more than FEW tokens. With 64, Triton multiplies by warpgroups, which was wrong
+# for operands of 16 (docs/log.md, gated delta rule).
+MANY_TOKENS, FEW = 32, 512
 INNER = 64  # the most inner values of a program
 MIN_COLUMNS, MIN_COLUMNS_OF_MANY = 128, 512  # of a program of the first launch
 MAX_SPLITS = 32

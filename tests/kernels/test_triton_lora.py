@@ -82,7 +82,16 @@ def test_tokens_get_what_their_adapters_add(rank: int, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(
-    "numbers", [[0], [2], [1] * 16, [0] * 33, [1] * 40 + [0] * 9 + [4] * 50, SEVERAL * 5]
+    "numbers",
+    [
+        [0],
+        [2],
+        [1] * 16,
+        [0] * 33,
+        [1] * 40 + [0] * 9 + [4] * 50,
+        SEVERAL * 5,
+        [3] * 300 + [0] * 200 + [2] * 19,
+    ],
 )
 def test_each_number_of_tokens_matches_the_formula(numbers: list[int]) -> None:
     check(inputs(numbers, (48,), 64, 8, torch.float32))
