@@ -37,6 +37,7 @@ INNER = 64  # the most inner values of a program
 MIN_COLUMNS, MIN_COLUMNS_OF_MANY = 128, 512  # of a program of the first launch
 MAX_SPLITS = 32
 STAGE_BYTES = 20 * 1024
+MATRIX_BYTES = 32 * 1024
 MAX_PARTS = 8
 MIN_OUTPUTS, MAX_OUTPUTS = 16, 256
 
@@ -256,11 +257,18 @@ def columns_of(num_inner: int, tokens: int, num_bytes: int) -> int:
     return int(min(256, 1 << (fitting.bit_length() - 1)))
 
 
-def num_outputs(rows: Sequence[int], silu_mul: bool) -> int:
-    """The outputs of a program: no boundary between parts is within them."""
+def num_outputs(rows: Sequence[int], rank: int, num_bytes: int, silu_mul: bool) -> int:
+    """The outputs of a program: no boundary between parts is within them, and their matrix fits
+    the shared memory of all GPUs. With `silu_mul` it has as many of up."""
+    fitting = MATRIX_BYTES // (padded_rank(rank) * num_bytes)
+    most = min(MAX_OUTPUTS, max(MIN_OUTPUTS, fitting))
     if silu_mul:
-        return math.gcd(MAX_OUTPUTS // 2, sum(rows) // 2, *rows)
-    return math.gcd(MAX_OUTPUTS, *rows)
+        return math.gcd(max(MIN_OUTPUTS, most // 2), sum(rows) // 2, *rows)
+    return math.gcd(most, *rows)
+
+
+def padded_rank(rank: int) -> int:
+    return int(max(16, triton.next_power_of_2(rank)))
 
 
 def shrink_constants(num_inner: int, depth: int, sizes: Sizes, num_bytes: int) -> dict[str, int]:
@@ -282,27 +290,31 @@ def part_ends(rows: Sequence[int]) -> dict[str, int]:
 
 
 def expand_constants(
-    rows: Sequence[int], rank: int, sizes: Sizes, silu_mul: bool
+    rows: Sequence[int], rank: int, sizes: Sizes, num_bytes: int, silu_mul: bool
 ) -> dict[str, int]:
     """The second kernel's compile-time constants."""
     return {
         "TOTAL": sum(rows),
         "NUM_INNER": len(rows) * rank,
         "RANK": rank,
-        "RANK_P": max(16, triton.next_power_of_2(rank)),
+        "RANK_P": padded_rank(rank),
         "SPLITS": sizes.num_splits,
         **part_ends(rows),
         "TOKENS": sizes.tokens,
-        "OUTPUTS": num_outputs(rows, silu_mul),
+        "OUTPUTS": num_outputs(rows, rank, num_bytes, silu_mul),
         "SILU_MUL": silu_mul,
     }
 
 
-def _suits(y_TO: Tensor, x_TD: Tensor, a_NLD: Tensor, b_NOR: Tensor, num: int, parts: int) -> bool:
-    """Whether the kernels take these; `num` are the outputs of a program."""
+def _suits(
+    y_TO: Tensor, x_TD: Tensor, matrices: tuple[Tensor, Tensor], rows: Sequence[int], silu_mul: bool
+) -> bool:
+    """Whether the kernels take these."""
+    a_NLD, b_NOR = matrices
+    num = num_outputs(rows, b_NOR.shape[2], b_NOR.dtype.itemsize, silu_mul)
     return (
         num >= MIN_OUTPUTS
-        and parts <= MAX_PARTS
+        and len(rows) <= MAX_PARTS
         and x_TD.dtype == y_TO.dtype == a_NLD.dtype
         and x_TD.stride(1) == y_TO.stride(1) == 1
         and a_NLD.is_contiguous()
@@ -338,7 +350,7 @@ def _launch(
         num_warps=4,
         **options,
     )
-    constants = expand_constants(rows, rank, sizes, out_TF is not None)
+    constants = expand_constants(rows, rank, sizes, num_bytes, out_TF is not None)
     width = sum(rows) if out_TF is None else out_TF.shape[1]
     lora_expand_kernel[(tiles, width // constants["OUTPUTS"])](
         y_TO,
@@ -365,7 +377,7 @@ def add_lora_(
     rows: Sequence[int],
 ) -> None:
     """`reference.lora.add_lora_`."""
-    if not _suits(y_TO, x_TD, a_NLD, b_NOR, num_outputs(rows, False), len(rows)):
+    if not _suits(y_TO, x_TD, (a_NLD, b_NOR), rows, False):
         tokens = adapter_T, sorted_T, order_T
         reference.lora.add_lora_(y_TO, x_TD, *tokens, a_NLD, b_NOR, list(rows))
     elif len(x_TD):
@@ -400,7 +412,7 @@ def add_lora_silu(
     rows: Sequence[int],
 ) -> Tensor:
     """`reference.lora.add_lora_silu`."""
-    if not _suits(y_TO, x_TD, a_NLD, b_NOR, num_outputs(rows, True), len(rows)):
+    if not _suits(y_TO, x_TD, (a_NLD, b_NOR), rows, True):
         tokens = adapter_T, sorted_T, order_T
         return reference.lora.add_lora_silu(y_TO, x_TD, *tokens, a_NLD, b_NOR, list(rows))
     out_TF = y_TO.new_empty((y_TO.shape[0], y_TO.shape[1] // 2))

@@ -27,6 +27,7 @@ def launches(whole: bool) -> Iterator[Launch]:
         ("gate and up", (12288, 12288), 16, 4096, 1, "bf16", True),
         ("many tokens", (4096, 1024, 1024), 16, 4096, 8192, "bf16", False),
         ("down", (4096,), 64, 12288, 256, "fp32", False),
+        ("largest rank", (4096,), 512, 4096, 256, "bf16", False),
     ]
     for name, rows, rank, depth, num_tokens, dtype, silu_mul in cases if whole else cases[:2]:
         upcast, num_bytes = {"UPCAST": False}, 4 if dtype == "fp32" else 2
@@ -34,7 +35,7 @@ def launches(whole: bool) -> Iterator[Launch]:
         sizes = lora.sizes_of(num_tokens, num_inner, depth, 132, num_bytes)
         constants = lora.shrink_constants(num_inner, depth, sizes, num_bytes) | upcast
         yield Launch(f"lora {name}: shrink", lora.lora_shrink_kernel, constants, 4, dtype)
-        constants = lora.expand_constants(rows, rank, sizes, silu_mul) | upcast
+        constants = lora.expand_constants(rows, rank, sizes, num_bytes, silu_mul) | upcast
         yield Launch(f"lora {name}: expand", lora.lora_expand_kernel, constants, 4, dtype)
     constants = lora_row.row_constants(48, 4096, True)
     yield Launch("lora row: shrink", lora_row.lora_row_kernel, constants, 4, "bf16")
