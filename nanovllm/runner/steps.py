@@ -159,7 +159,7 @@ class Steps:
     @property
     def _of_slots(self) -> tuple[str, ...]:
         """A part of the keys of programs that read the rows' adapters."""
-        return () if self.model.lora is None else ("lora",)
+        return () if self.state.adapter_S is None else ("lora",)
 
     def of_each_program(self) -> Steps:
         """The steps of the reduced model: they use every program and launch few kernels."""
