@@ -348,7 +348,8 @@ PRODUCTS: dict[Any, Product] = {
 
 
 # The same for products in every format: the result of one, plus what the rows' adapters add.
-_ADD_LORA = "Tensor x, Tensor adapter, Tensor order, Tensor a, Tensor b, int[] rows"
+_LORA = "Tensor adapter, Tensor sorted, Tensor order, Tensor a, Tensor b, int[] rows"
+_ADD_LORA = f"Tensor x, {_LORA}"
 add_lora = _define(
     f"add_lora(Tensor y, {_ADD_LORA}, Tensor? residual=None) -> Tensor",
     reference.lora.add_lora,
@@ -356,6 +357,19 @@ add_lora = _define(
 )
 add_lora_ = _define(
     f"add_lora_(Tensor(a!) y, {_ADD_LORA}) -> ()", reference.lora.add_lora_, lambda y, *rest: None
+)
+add_lora_silu = _define(
+    f"add_lora_silu(Tensor y, {_ADD_LORA}) -> Tensor",
+    reference.lora.add_lora_silu,
+    lambda y, *rest: y.new_empty((y.shape[0], y.shape[1] // 2)),
+)
+lora_linear = _define(
+    "lora_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, Tensor? residual, "
+    f"float eps, bool silu_mul, {_LORA}) -> Tensor",
+    reference.lora.lora_linear,
+    lambda x, norm, weight, bias, residual, eps, silu_mul, *rest: x.new_empty(
+        (x.shape[0], weight.shape[0] // (2 if silu_mul else 1))
+    ),
 )
 
 causal_conv = _define(
@@ -621,6 +635,7 @@ __all__ = [
     "accept",
     "add_lora",
     "add_lora_",
+    "add_lora_silu",
     "add_rms_norm",
     "advance",
     "all_gather",
@@ -658,6 +673,7 @@ __all__ = [
     "linear",
     "linear_",
     "linear_int8",
+    "lora_linear",
     "ngram_propose",
     "norm_router_topk",
     "offloaded_experts",

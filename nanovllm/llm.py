@@ -119,7 +119,8 @@ class LLM(NanoMethods, PoolingMethods):
         from nanovllm.outputs import completion_output, request_output
 
         asked = prompt_list(prompts, prompt_token_ids)
-        given = PerPrompt(sampling_params, priority, lora_request)
+        adapters = _lora_requests(lora_request, len(asked))
+        given = PerPrompt(sampling_params, priority, adapters)
         owners = self._add_all(asked, given, incremental=False)
         done = self._wait(owners, use_tqdm)
         grouped: dict[int, list[FinishedOutput]] = {}
@@ -132,6 +133,7 @@ class LLM(NanoMethods, PoolingMethods):
                 group[0].prompt_ids,
                 [completion_output(idx, completion) for idx, completion in enumerate(group)],
                 group[0].prompt_logprobs,
+                adapters[prompt_idx],
             )
             for prompt_idx, group in grouped.items()
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nanovllm.lora_request import LoRARequest
 from nanovllm.outputs import (
     CompletionOutput,
     RequestOutput,
@@ -78,6 +79,7 @@ class StreamedOutput:
     prompt: str | None
     prompt_ids: list[int]
     kind: RequestOutputKind
+    lora_request: LoRARequest | None = None
     answers: dict[int, StreamedAnswer] = field(default_factory=dict)
 
     def output(self, increments: dict[int, OutputDelta]) -> RequestOutput | None:
@@ -95,6 +97,8 @@ class StreamedOutput:
         prompt_logprobs = first.prompt_logprobs if first is not None else None
         # the prompt of a finished answer includes the tokens of images
         prompt_ids = first.prompt_ids if first is not None else self.prompt_ids
-        output = request_output(self.request_id, self.prompt, prompt_ids, shown, prompt_logprobs)
+        output = request_output(
+            self.request_id, self.prompt, prompt_ids, shown, prompt_logprobs, self.lora_request
+        )
         output["finished"] = None not in dones
         return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from nanovllm.lora_request import LoRARequest
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
 
@@ -40,6 +41,7 @@ class CompletionOutput(_Record):
     stop_reason: int | str | None
     cumulative_logprob: float | None
     logprobs: list[TopLogprobs] | None
+    lora_request: LoRARequest | None
     num_prompt_tokens: int
     num_cached_tokens: int
     error: str | None
@@ -61,6 +63,7 @@ class RequestOutput(_Record):
     finished: bool
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TopLogprobs | None] | None
+    lora_request: LoRARequest | None
     num_prompt_tokens: int
     num_cached_tokens: int
     error: str | None  # of the first answer
@@ -134,8 +137,9 @@ def request_output(
     prompt_token_ids: list[int],
     answers: list[CompletionOutput],
     prompt_logprobs: list[TopLogprobs | None] | None,
+    lora_request: LoRARequest | None = None,
 ) -> RequestOutput:
-    """The output of a prompt, from its answers in order."""
+    """The output of a prompt, from its answers in order, with the adapter of its request."""
     first = answers[0]
     output = RequestOutput(
         request_id=request_id,
@@ -152,4 +156,7 @@ def request_output(
         output["error"] = first.error
     if prompt_logprobs is not None:
         output["prompt_logprobs"] = prompt_logprobs
+    if lora_request is not None:
+        for one in (output, *answers):
+            one["lora_request"] = lora_request
     return output

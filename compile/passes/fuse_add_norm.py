@@ -15,7 +15,7 @@ from nanovllm.kernels import ops
 # The index of the residual, the last argument, of products, their sums over ranks, and what
 # adapters make of them.
 RESIDUAL_IDX = {op: product.num_weight_args + 2 for op, product in ops.PRODUCTS.items()}
-RESIDUAL_IDX |= {ops.all_reduce: 1, ops.add_lora: 7}
+RESIDUAL_IDX |= {ops.all_reduce: 1, ops.add_lora: 8}
 
 
 def fuse_add_norm(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:

@@ -28,7 +28,7 @@ def lora_in_place(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
         y, *rest = node.args
         if y.target not in OWN_RESIDUAL or list(y.users) != [node]:
             continue
-        residual = rest.pop() if len(rest) == 7 else None
+        residual = rest.pop() if len(rest) == 8 else None
         if residual is not None and not _takes(y, residual):
             continue
         with graph.graph.inserting_before(node):

@@ -75,6 +75,70 @@ def _gemv_sums(w, up, norm, x, w_at, up_at, norm_ptr, x_ptr, d_1WC, EACH: tl.con
 
 
 @triton.jit
+def gemv_begin(
+    norm_ptr, weight_ptr, weight_stride,
+    NUM_OUTS: tl.constexpr, DEPTH: tl.constexpr, OUTS: tl.constexpr, WARPS: tl.constexpr,
+    COLUMNS: tl.constexpr, AHEAD: tl.constexpr, PREFETCH_P: tl.constexpr, HAS_NORM: tl.constexpr,
+    SILU_MUL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The outputs of a program [A, W], their rows, where their weights and up's are, and the first
+    chunks of weights, of up's and of the norm's; then the results of earlier kernels are there."""
+    EACH: tl.constexpr = OUTS // WARPS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    o_AW = (
+        tl.program_id(0) * OUTS + tl.arange(0, EACH)[:, None] * WARPS + tl.arange(0, WARPS)[None, :]
+    )
+    # outputs beyond the last recompute the last and are not stored
+    row_AW = tl.minimum(o_AW, NUM_OUTS - 1)
+    d_C = tl.arange(0, COLUMNS)
+    d_1WC = d_C[None, None, :] + tl.zeros((1, WARPS, 1), tl.int32)
+    w_at = weight_ptr + row_AW.to(tl.int64)[:, :, None] * weight_stride + d_C[None, None, :]
+    up_at = w_at + NUM_OUTS * weight_stride.to(tl.int64)
+    w, up, norm = _first_columns(
+        w_at, up_at, norm_ptr, d_1WC, DEPTH, COLUMNS, AHEAD, HAS_NORM, SILU_MUL
+    )
+    row_O = tl.minimum(tl.program_id(0) * OUTS + tl.arange(0, OUTS), NUM_OUTS - 1)
+    prefetch_and_wait(
+        weight_ptr + row_O.to(tl.int64) * weight_stride, NUM_OUTS * weight_stride.to(tl.int64),
+        AHEAD * COLUMNS, DEPTH, PREFETCH_P, SILU_MUL, PDL,
+    )  # fmt: skip
+    return o_AW, row_AW, w_at, up_at, d_1WC, w, up, norm
+
+
+@triton.jit
+def gemv_products(
+    x_ptr, norm_ptr, bias_ptr, row_AW, w_at, up_at, d_1WC, w, up, norm, eps,
+    NUM_OUTS: tl.constexpr, DEPTH: tl.constexpr, OUTS: tl.constexpr, WARPS: tl.constexpr,
+    COLUMNS: tl.constexpr, AHEAD: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SILU_MUL: tl.constexpr,
+):  # fmt: skip
+    """(x · weight, x · up) with their biases, in fp32. The arguments are of `gemv_begin`."""
+    NUM_CHUNKS: tl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
+    x = ()
+    for chunk in tl.static_range(NUM_CHUNKS):
+        if chunk < AHEAD:
+            x += (_load_columns(x_ptr + d_1WC, chunk, DEPTH, COLUMNS, "evict_last"),)
+    acc_AWC, acc_up_AWC, square_1WC = _gemv_sums(
+        w, up, norm, x, w_at, up_at, norm_ptr, x_ptr, d_1WC, OUTS // WARPS, WARPS, DEPTH, COLUMNS,
+        AHEAD, HAS_NORM, SILU_MUL,
+    )  # fmt: skip
+    y_AW = tl.sum(acc_AWC, 2)
+    up_AW = y_AW
+    if SILU_MUL:
+        up_AW = tl.sum(acc_up_AWC, 2)
+    if HAS_NORM:
+        factor_1W = tl.rsqrt(tl.sum(square_1WC, 2) / DEPTH + eps)
+        y_AW *= factor_1W
+        up_AW *= factor_1W
+    if HAS_BIAS:
+        y_AW += tl.load(bias_ptr + row_AW).to(tl.float32)
+        if SILU_MUL:
+            up_AW += tl.load(bias_ptr + NUM_OUTS + row_AW).to(tl.float32)
+    return y_AW, up_AW
+
+
+@triton.jit
 def gemv_kernel(
     x_ptr,  # [D]
     norm_ptr,  # [D], read if HAS_NORM
@@ -103,50 +167,16 @@ def gemv_kernel(
     last: it is the same for all products.
     """
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    NUM_CHUNKS: tl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
-    EACH: tl.constexpr = OUTS // WARPS
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    o_AW = (
-        tl.program_id(0) * OUTS + tl.arange(0, EACH)[:, None] * WARPS + tl.arange(0, WARPS)[None, :]
-    )
-    # outputs beyond the last recompute the last and are not stored
-    row_AW = tl.minimum(o_AW, NUM_OUTS - 1)
-    d_C = tl.arange(0, COLUMNS)
-    d_1WC = d_C[None, None, :] + tl.zeros((1, WARPS, 1), tl.int32)
-    w_at = weight_ptr + row_AW.to(tl.int64)[:, :, None] * weight_stride + d_C[None, None, :]
-    up_at = w_at + NUM_OUTS * weight_stride.to(tl.int64)
-
-    w, up, norm = _first_columns(
-        w_at, up_at, norm_ptr, d_1WC, DEPTH, COLUMNS, AHEAD, HAS_NORM, SILU_MUL
-    )
-    row_O = tl.minimum(tl.program_id(0) * OUTS + tl.arange(0, OUTS), NUM_OUTS - 1)
-    prefetch_and_wait(
-        weight_ptr + row_O.to(tl.int64) * weight_stride, NUM_OUTS * weight_stride.to(tl.int64),
-        AHEAD * COLUMNS, DEPTH, PREFETCH_P, SILU_MUL, PDL,
+    o_AW, row_AW, w_at, up_at, d_1WC, w, up, norm = gemv_begin(
+        norm_ptr, weight_ptr, weight_stride, NUM_OUTS, DEPTH, OUTS, WARPS, COLUMNS, AHEAD,
+        PREFETCH_P, HAS_NORM, SILU_MUL, PDL,
     )  # fmt: skip
     if HAS_RESIDUAL:  # loaded early, so that the end of the program does not wait for it
         residual_AW = tl.load(residual_ptr + row_AW)
-    x = ()
-    for chunk in tl.static_range(NUM_CHUNKS):
-        if chunk < AHEAD:
-            x += (_load_columns(x_ptr + d_1WC, chunk, DEPTH, COLUMNS, "evict_last"),)
-    acc_AWC, acc_up_AWC, square_1WC = _gemv_sums(
-        w, up, norm, x, w_at, up_at, norm_ptr, x_ptr, d_1WC, EACH, WARPS, DEPTH, COLUMNS, AHEAD,
-        HAS_NORM, SILU_MUL,
+    y_AW, up_AW = gemv_products(
+        x_ptr, norm_ptr, bias_ptr, row_AW, w_at, up_at, d_1WC, w, up, norm, eps, NUM_OUTS, DEPTH,
+        OUTS, WARPS, COLUMNS, AHEAD, HAS_NORM, HAS_BIAS, SILU_MUL,
     )  # fmt: skip
-    y_AW = tl.sum(acc_AWC, 2)
-    up_AW = y_AW
-    if SILU_MUL:
-        up_AW = tl.sum(acc_up_AWC, 2)
-    if HAS_NORM:
-        factor_1W = tl.rsqrt(tl.sum(square_1WC, 2) / DEPTH + eps)
-        y_AW *= factor_1W
-        up_AW *= factor_1W
-    if HAS_BIAS:
-        y_AW += tl.load(bias_ptr + row_AW).to(tl.float32)
-        if SILU_MUL:
-            up_AW += tl.load(bias_ptr + NUM_OUTS + row_AW).to(tl.float32)
     y_AW = finish(y_AW, up_AW, dtype, SILU_MUL)
     if HAS_RESIDUAL:
         y_AW = (y_AW.to(tl.float32) + residual_AW.to(tl.float32)).to(dtype)

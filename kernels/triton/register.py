@@ -32,7 +32,8 @@ from nanovllm.kernels.triton.latent_decode import latent_attention_decode
 from nanovllm.kernels.triton.latent_inputs import head_linear, latent_inputs
 from nanovllm.kernels.triton.latent_prefill import latent_attention_prefill
 from nanovllm.kernels.triton.linear import fused_linear, linear_
-from nanovllm.kernels.triton.lora import add_lora, add_lora_
+from nanovllm.kernels.triton.lora import add_lora, add_lora_, add_lora_silu
+from nanovllm.kernels.triton.lora_row import lora_linear
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.offload import fetch_experts, stream_experts
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
@@ -149,6 +150,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "zero_padding_": zero_padding_,
     "add_lora": add_lora,
     "add_lora_": add_lora_,
+    "add_lora_silu": add_lora_silu,
+    "lora_linear": lora_linear,
     "fused_linear": fused_linear,
     "linear_": linear_,
     "sample": sample,

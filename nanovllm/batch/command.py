@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ class JobOptions:
     """The options of a job.
 
     params: sampling parameters of all rows. chat_options: options of `LLM.chat` for messages.
+    lora_modules: adapters that rows name as their model, each NAME=FOLDER.
     replicas: engines in Ray. uses_ray: False for what `config` says; None: if there are several
     replicas or an address of a cluster.
     """
@@ -38,6 +40,7 @@ class JobOptions:
     config: EngineConfig
     params: Any = None
     chat_options: Any = None
+    lora_modules: Sequence[str] = ()
     replicas: int = 1
     uses_ray: bool | None = None
     ray_address: str | None = None
@@ -52,6 +55,19 @@ class JobOptions:
         if self.uses_ray is False and self.ray_address is not None:
             raise ValueError("--no-ray cannot be combined with --ray-address")
         return self.uses_ray is None and (self.replicas > 1 or self.ray_address is not None)
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The folders of `lora_modules` by their names. Raises ValueError."""
+        found: dict[str, str] = {}
+        for one in self.lora_modules:
+            name, _, folder = one.partition("=")
+            if not name or not folder or name in found:
+                raise ValueError(f"--lora-modules has {one!r}: each must be another NAME=FOLDER")
+            found[name] = folder
+        if found and not self.config.enable_lora:
+            raise ValueError("--lora-modules needs --enable-lora: the engine takes no adapters")
+        return found
 
     @property
     def engine(self) -> EngineConfig:
@@ -72,9 +88,11 @@ def answer_file(request: JobOptions) -> int:
     params, chat = request.params, request.chat_options
     config = request.engine
     settings = WorkerSettings(
-        _object("params", params), _object("chat_options", chat), config.pools
+        _object("params", params), _object("chat_options", chat), config.pools, request.adapters
     )
     facts = {"params": settings.params, "chat_options": settings.chat, **_facts(config)}
+    if settings.adapters:
+        facts["lora_modules"] = settings.adapters
     job = Job(request.source, request.target, facts, overwrite=request.overwrite)
     with ExitStack() as stack:
         stack.callback(job.close)
@@ -86,7 +104,9 @@ def answer_file(request: JobOptions) -> int:
             shared = load_engine(config)
             if config.replicas_option:
                 stack.callback(shared.engine.close)
-            return EngineWorker(shared, settings)
+            worker = EngineWorker(shared, settings)
+            worker.check_adapters()
+            return worker
 
         try:
             job.run(make_worker, show_progress=request.show_progress)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 
 MAX_LINE_BYTES = 64 << 20
 BLOCK_BYTES = 1 << 20
-KEYS = ("prompt", "messages", "id", "params")
+KEYS = ("prompt", "messages", "id", "params", "model")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -35,12 +35,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Row:
-    """A valid row: a prompt (text or token ids) or the messages of one conversation."""
+    """A valid row: a prompt (text or token ids) or the messages of one conversation. model: the
+    name of an adapter, None for the model itself."""
 
     id: Any
     prompt: str | list[Any] | None
     messages: list[Mapping[str, Any]] | None
     params: Mapping[str, Any]
+    model: str | None = None
 
 
 class Refused(ValueError):
@@ -159,7 +161,8 @@ def _checked(row_id: Any, found: Mapping[str, Any]) -> Row:
     given = [key for key in ("prompt", "messages") if found.get(key) is not None]
     if len(given) != 1:
         raise Refused(f"the row has {' and '.join(given) or 'no prompt'}: use prompt or messages")
-    prompt, messages, params = (found.get(key) for key in ("prompt", "messages", "params"))
+    keys = ("prompt", "messages", "params", "model")
+    prompt, messages, params, model = map(found.get, keys)
     if prompt is not None and not isinstance(prompt, (str, list)):
         raise Refused(f"prompt is {_shown(prompt)}: it must be text or a list of token ids")
     if messages is not None:
@@ -168,7 +171,9 @@ def _checked(row_id: Any, found: Mapping[str, Any]) -> Row:
             raise Refused(f"messages is {_shown(messages)}: it must be a list of messages")
     if params is not None and not isinstance(params, dict):
         raise Refused(f"params is {_shown(params)}: it must be an object of sampling parameters")
-    return Row(row_id, prompt, messages, params or {})
+    if model is not None and not isinstance(model, str):
+        raise Refused(f"model is {_shown(model)}: it must be the name of an adapter")
+    return Row(row_id, prompt, messages, params or {}, model)
 
 
 def _shown(value: Any) -> str:

@@ -13,6 +13,7 @@ from nanovllm.batch.results import Result
 from nanovllm.batch.rows import Line, Refused, Row, parse
 from nanovllm.chat import ChatOptions, render
 from nanovllm.config import EngineConfig
+from nanovllm.lora_request import LoRARequest
 from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import Prompt, as_prompt
 from nanovllm.replicas.engine_factory import open_engine
@@ -33,12 +34,13 @@ class WorkerSettings:
 
     params: fields of SamplingParams that override the checkpoint's defaults; a row's fields
     override them. chat: options of `LLM.chat`, for rows with messages. pools: whether params are
-    those of `PoolingParams`.
+    those of `PoolingParams`. adapters: their folders, by the names that rows have as their model.
     """
 
     params: Mapping[str, Any] = field(default_factory=dict)
     chat: Mapping[str, Any] = field(default_factory=dict)
     pools: bool = False
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError for unknown names and invalid values."""
@@ -66,6 +68,10 @@ class EngineWorker:
         self._shared, self._settings = shared, settings
         self._owners: dict[int, tuple[int, Any]] = {}  # request id: (row, the row's own id)
         self._refused: list[Result] = []
+        self._adapters = {
+            name: LoRARequest(name, number, path)
+            for number, (name, path) in enumerate(settings.adapters.items(), 1)
+        }
         self._room = ROWS_PER_SEQUENCE * shared.engine.max_num_seqs
 
     def has_room(self) -> bool:
@@ -83,8 +89,11 @@ class EngineWorker:
             self._note_raw_prompt(row, line.row)
             if not self._settings.pools:  # else truncation needs the text
                 prompt = self._shared.engine.encoded(prompt)
+            adapter = self._adapter(row)
             with self._shared.exclusive() as engine:
-                request_id = engine.add_request(prompt, params, incremental=False)
+                request_id = engine.add_request(
+                    prompt, params, incremental=False, lora_request=adapter
+                )
         except (ValueError, OverflowError, RecursionError) as error:
             self._refused.append(results.failure(line.row, row.id, str(error)))
             return
@@ -106,6 +115,20 @@ class EngineWorker:
         """Drop everything that is unfinished."""
         self._shared.drop(self._owners)
         self._owners = {}
+
+    def check_adapters(self) -> None:
+        """Check the adapters' files, before any row. Raises ValueError."""
+        with self._shared.exclusive() as engine:
+            for adapter in self._adapters.values():
+                engine.add_lora(adapter)
+
+    def _adapter(self, row: Row) -> LoRARequest | None:
+        if row.model is None:
+            return None
+        if row.model not in self._adapters:
+            known = ", ".join(self._adapters) or "there is none: --lora-modules names them"
+            raise ValueError(f"model is {row.model[:64]!r}, which is not an adapter: {known}")
+        return self._adapters[row.model]
 
     def _prompt(self, row: Row) -> Prompt:
         if row.messages is None:

@@ -3,8 +3,8 @@
 nanovllm batch prompts.jsonl -o out.jsonl [--model M] [--replicas N] [options of LLM]
 
 Each line of the input is a JSON object: "prompt" (text or token ids) or "messages", and optionally
-"id" and "params" (sampling parameters). The output has one line per row, in input order: an answer
-or an "error". Starting a stopped job again resumes it.
+"id", "params" (sampling parameters) and "model" (an adapter of --lora-modules). The output has one
+line per row, in input order: an answer or an "error". Starting a stopped job again resumes it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def add_arguments(parser: Parser) -> None:
     add("--params", type=json_value, metavar="JSON", help=params)
     chat = "options of LLM.chat for messages"
     add("--chat-options", type=json_value, metavar="JSON", help=chat)
+    lora = "adapters that rows name as their model"
+    add("--lora-modules", nargs="+", default=[], metavar="NAME=FOLDER", help=lora)
     progress = argparse.BooleanOptionalAction
     add("--progress", action=progress, default=True, help="show a progress bar")
     add_quiet(parser)
@@ -45,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
     log.configure()
     request = JobOptions(
         args.input, args.output, engine_config(args), args.params, args.chat_options,
-        replicas=args.replicas, uses_ray=False if args.no_ray else None,
-        ray_address=args.ray_address, overwrite=args.overwrite, show_progress=args.progress,
+        lora_modules=args.lora_modules, replicas=args.replicas,
+        uses_ray=False if args.no_ray else None, ray_address=args.ray_address,
+        overwrite=args.overwrite, show_progress=args.progress,
     )  # fmt: skip
     return answer_file(request)

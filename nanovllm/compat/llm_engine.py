@@ -86,7 +86,8 @@ class LLMEngine:
                 engine.abort_all(engine_ids)
                 raise
             prompt_ids = engine.prompt_ids(engine_ids[0])
-            pending = StreamedOutput(request_id, given.text, prompt_ids, params.output_kind)
+            kind = params.output_kind
+            pending = StreamedOutput(request_id, given.text, prompt_ids, kind, lora_request)
             for index, engine_id in enumerate(engine_ids):
                 pending.answers[engine_id] = StreamedAnswer(index, len(prompt_ids))
                 self._owner[engine_id] = pending

@@ -104,15 +104,17 @@ class States(NamedTuple):
 class AdapterRows(NamedTuple):
     """The adapter of each token: the number of its slot, from 1 on; 0 for none.
 
-    `order_T` has the tokens of one adapter after each other (`reference.lora.add_lora`).
+    `order_T` has the tokens of one adapter after each other, and `sorted_T` their adapters
+    (`reference.lora.add_lora`).
     """
 
     adapter_T: Tensor
+    sorted_T: Tensor
     order_T: Tensor
 
     @classmethod
     def of(cls, adapter_T: Tensor) -> AdapterRows:
-        return cls(adapter_T, adapter_T.argsort(stable=True))
+        return cls(adapter_T, *adapter_T.sort(stable=True))
 
     def at(self, index_R: Tensor) -> AdapterRows:
         """Those of the tokens at these indices."""

@@ -17,6 +17,7 @@ from nanovllm.compile.lower import inductor
 from nanovllm.compile.passes.add_in_place import add_in_place
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
+from nanovllm.compile.passes.fuse_lora import fuse_lora
 from nanovllm.compile.passes.fuse_reduce_norm import fuse_reduce_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.fuse_router import fuse_router
@@ -58,7 +59,6 @@ TRAITS = Traits(
     decode_rows=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 176, 208, 224, 256),
     quantizations=("fp8", "int4"),
     takes_quantized=True,
-    supports_adapters=False,  # tests of their kernels failed on an H100 (docs/log.md)
 )
 
 
@@ -142,6 +142,7 @@ class CudaPlatform(Accelerator):
         from nanovllm.kernels.triton import all_reduce as triton_all_reduce
         from nanovllm.kernels.triton import common as triton_common
         from nanovllm.kernels.triton import linear as triton_linear
+        from nanovllm.kernels.triton import lora_row as triton_lora
         from nanovllm.kernels.triton import packed_linear as triton_packed
         from nanovllm.kernels.triton import topk_softmax as triton_topk
 
@@ -155,6 +156,7 @@ class CudaPlatform(Accelerator):
         return (
             ("fuse_rope_store", fuse_rope_store),
             ("fuse_router", partial(fuse_router, takes=triton_topk.takes)),
+            ("fuse_lora", partial(fuse_lora, takes=triton_lora.takes)),
             ("fuse_linear", partial(fuse_linear, takes=all_takes)),
             ("fuse_add_norm", fuse_add_norm),
             ("fuse_reduce_norm", partial(fuse_reduce_norm, takes=triton_all_reduce.has_few_rows)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanovllm.models.lora.adapter_file import AdapterFile, HostAdapter
+from nanovllm.models.lora.adapter_file import AdapterFile, HostAdapter, layout
 from nanovllm.models.lora.regions import Adapted
 from nanovllm.models.lora.slots import targets
 from nanovllm.models.model import Model, Params
 from nanovllm.models.shards import Shard
 from nanovllm.platforms.base import Platform
+from nanovllm.schedule.plan import RowSettings
+
+MAX_RESERVED_BYTES = 2 << 30
 
 
 class AdapterStore:
@@ -28,16 +32,34 @@ class AdapterStore:
         self._model, self._platform, self._shard = model, platform, shard
         self._files: dict[int, AdapterFile] = {}
         self._host: dict[int, Future[HostAdapter]] = {}
+        self._number_of_row: dict[int, int] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._targets = [] if model.lora is None else list(targets(model))
         weights: list[Adapted] = [
             getattr(params.layers[one.layer_idx], one.field) for one in self._targets
         ]
+        if model.lora is not None:
+            self._reserve(layout(model, self._targets, shard.size)[1], model.lora.num)
         # of each slot, in the order of `HostAdapter.places`
         self._slots: list[list[Tensor]] = [
             [matrices[slot] for one in weights for matrices in (one.a_NLD, one.b_NOX)]
             for slot in range(0 if model.lora is None else model.lora.num)
         ]
+
+    def _reserve(self, num_bytes: int, num: int) -> None:
+        """Let the allocator of host memory have blocks for adapters: to pin memory takes tens of
+        milliseconds, during which steps may wait."""
+        num = min(num + 1, max(1, MAX_RESERVED_BYTES // num_bytes))
+        buffers = [self._platform.host_buffer(num_bytes) for _ in range(num)]
+        buffers.clear()
+
+    def note(self, settings: Iterable[RowSettings]) -> None:
+        """Remember the slots of new rows of the state."""
+        self._number_of_row.update((one.row, one.adapter) for one in settings)
+
+    def has_any(self, rows: Iterable[int]) -> bool:
+        """Whether one of these rows of the state has an adapter."""
+        return any(map(self._number_of_row.get, rows))
 
     def check(self, adapter_id: int, folder: Path) -> bytes:
         """Check an adapter's files, without its numbers; returns their digest. Raises AdapterError,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import wraps
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -120,7 +121,7 @@ class Runner:
         # A small cache until its size is known. If programs contain it, none are built.
         first = Compiler(None) if platform.traits.whole_steps else compiler
         self.steps = self._make_steps(2, first)
-        self.buckets = self._make_buckets()
+        self.buckets, self.plain_buckets = self._make_buckets()
 
     @property
     def block_bytes(self) -> int:
@@ -177,11 +178,15 @@ class Runner:
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate zeroed cache blocks; the state's block tables refer to them by number."""
-        self.buckets.close()
-        del self.steps, self.buckets  # with the states of rows, which take more than two blocks
+        self._close_buckets()
+        del (
+            self.steps,
+            self.buckets,
+            self.plain_buckets,
+        )  # with the states of rows, which take more than two blocks
         self.cache_region = self.platform.region()
         self.steps = self._make_steps(num_blocks, self.compiler)
-        self.buckets = self._make_buckets()
+        self.buckets, self.plain_buckets = self._make_buckets()
 
     def smallest(self, value: int) -> int:
         """The smallest of the ranks' numbers."""
@@ -197,13 +202,14 @@ class Runner:
         # from the largest down: captured steps share one memory pool, and the first one sizes it
         for num_tokens in reversed(self.layout.prefill_tokens):
             progress(f"prefill {num_tokens}")
-            for has_given in self.buckets.variants:
-                self.buckets.prefill(*self.layout.prefill_bucket(num_tokens, 1), has_given)
+            for buckets, has_given in product(self.all_buckets, self.buckets.variants):
+                buckets.prefill(*self.layout.prefill_bucket(num_tokens, 1), has_given)
         for num_rows in reversed(self.layout.decode_rows):
             progress(f"decode {num_rows}")
-            self.buckets.decode(num_rows, rests=self.rests)
-            for num in self.layout.verify_tokens:
-                self.buckets.verify(num_rows, num)
+            for buckets in self.all_buckets:
+                buckets.decode(num_rows, rests=self.rests)
+                for num in self.layout.verify_tokens:
+                    buckets.verify(num_rows, num)
         self.towers.warm_up(self._captures.tower, progress)
         vocab_parallel.warm_up(self.cfg, self.layout.logits_rows, self.platform.device)
         self.sampler.warm_up()
@@ -219,7 +225,7 @@ class Runner:
         chunks, or "decode" with one in rows.
         """
         if kind == "prefill":
-            for step in self.buckets.padding(size):
+            for step in chain.from_iterable(one.padding(size) for one in self.all_buckets):
                 step.launch()
                 step.build_hidden()
                 vocab_parallel.warm_up(self.cfg, [len(step.token_R)], self.platform.device)
@@ -227,13 +233,11 @@ class Runner:
             self.towers.run_bucket(kind, size)
         else:
             row_idx_R = torch.full((size,), self.state.pad_row, device=self.platform.device)
-            if self.rests:
-                self.steps.decode(row_idx_R)
-            else:
-                with self.steps.proposing(row_idx_R):
-                    self.steps.decode(row_idx_R)
-            for num in self.layout.verify_tokens:
-                VerifyStep(self.steps, self.platform, size, num).launch()
+            for steps in self.all_steps:
+                with ALONE if self.rests else steps.proposing(row_idx_R):
+                    steps.decode(row_idx_R)
+                for num in self.layout.verify_tokens:
+                    VerifyStep(steps, self.platform, size, num).launch()
             if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
                 self.sampler.warm_up()
         self.platform.synchronize()
@@ -255,7 +259,7 @@ class Runner:
     def close(self) -> None:
         """Drop everything that holds device memory."""
         self.platform.synchronize()
-        self.buckets.close()
+        self._close_buckets()
         self.embeddings.clear()
         tables = ("cos_sin_MH", "other_tables")
         self._given = None
@@ -297,8 +301,33 @@ class Runner:
             ),
         )
 
-    def _make_buckets(self) -> GraphCache:
-        return GraphCache(self.steps, self.platform, self.layout, self._captures, self._given)
+    @property
+    def all_steps(self) -> list[Steps]:
+        """The steps, and of a model with slots for adapters those of rows without one. Where a step
+        is one program there is no second set, since it takes long to compile."""
+        if self.model.lora is None or self.steps.whole:
+            return [self.steps]
+        return [self.steps, self.steps.without_adapters]
+
+    @property
+    def all_buckets(self) -> list[GraphCache]:
+        return list(filter(None, (self.buckets, self.plain_buckets)))
+
+    def _make_buckets(self) -> tuple[GraphCache, GraphCache | None]:
+        """The steps of all rows and, if there are others, those of rows without adapters."""
+        rest = (self.platform, self.layout, self._captures, self._given)
+        first, *others = (GraphCache(steps, *rest) for steps in self.all_steps)
+        return first, others[0] if others else None
+
+    def _close_buckets(self) -> None:
+        for buckets in self.all_buckets:
+            buckets.close()
+
+    def _buckets_of(self, plan: StepPlan) -> GraphCache:
+        """The steps of a plan, without slots if no row has an adapter."""
+        if self.plain_buckets is None or self.adapters.has_any(plan.rows):
+            return self.buckets
+        return self.plain_buckets
 
     # steps ------------------------------------------------------------------------------------
 
@@ -311,6 +340,7 @@ class Runner:
         if not self.residents_are_known:
             self._reset_residents()
         write(plan, self.state, self.sampler, self.platform)
+        self.adapters.note(plan.settings)
         for one in plan.adapters:
             self.adapters.load(*one)
         if plan.restores:
@@ -415,7 +445,7 @@ class Runner:
         return AsyncOutput(plan, read_back(tokens), counts_copy, logprobs, prompt_logprobs or [])
 
     def _decode(self, plan: StepPlan) -> AsyncOutput:
-        step = self.buckets.decode(
+        step = self._buckets_of(plan).decode(
             self.layout.decode_bucket(len(plan.rows)), rests=plan.drafts.rests
         )
         step.fill(plan.rows)
@@ -440,7 +470,7 @@ class Runner:
     def _verify(self, plan: StepPlan) -> AsyncOutput:
         num = max(plan.tokens_per_row, 1 + plan.drafts.room)
         num_rows, num = self.layout.verify_bucket(len(plan.rows), num)
-        step = self.buckets.verify(num_rows, num)
+        step = self._buckets_of(plan).verify(num_rows, num)
         arrays = self.buckets.span_arrays(
             plan.rows, plan.num_tokens, plan.token_T, num_rows * num, num_rows
         )
@@ -458,7 +488,7 @@ class Runner:
 
     def _prefill(self, plan: StepPlan) -> AsyncOutput:
         bucket = self.layout.prefill_bucket(len(plan.token_T), len(plan.rows))
-        step = self.buckets.prefill(*bucket, plan.has_given)
+        step = self._buckets_of(plan).prefill(*bucket, plan.has_given)
         step.fill(self.buckets.span_arrays(plan.rows, plan.num_tokens, plan.token_T, *bucket))
         if step.given is not None:
             fill(step.given, plan, self.embeddings, self.platform)

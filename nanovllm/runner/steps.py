@@ -21,6 +21,7 @@ from nanovllm.compile.trace import tensors
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
+from nanovllm.models.lora.regions import without_slots
 from nanovllm.models.model import Batch, Kept, LayerCall, Model, PagedCache, Params
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.mm_embeds import MMEmbeds, add_features, with_given
@@ -144,6 +145,22 @@ class Steps:
             return StatePlaces()
         return StatePlaces(kept[0].shape[0] // self.state.pos_S.shape[0], verifies)
 
+    @property
+    def without_adapters(self) -> Steps:
+        """The steps of rows without adapters, whose programs are those of a model without slots."""
+        model, params = without_slots(self.model, self.params)
+        return replace(self, model=model, params=params, state=self._own_state)
+
+    @property
+    def _own_state(self) -> DeviceState:
+        """The state without the rows' adapters, which few programs read."""
+        return self.state._replace(adapter_S=None)
+
+    @property
+    def _of_slots(self) -> tuple[str, ...]:
+        """A part of the keys of programs that read the rows' adapters."""
+        return () if self.state.adapter_S is None else ("lora",)
+
     def of_each_program(self) -> Steps:
         """The steps of the reduced model: they use every program and launch few kernels."""
         if self.whole:
@@ -202,13 +219,13 @@ class Steps:
     def _fed_by_rows(self, row_idx_R: Tensor) -> Fed:
         place = partial(decode_batch, self.block_size)
         key = (row_idx_R.shape[0],)
-        token_R, batch = self._run("fed", key, place, state=self.state, row_idx_R=row_idx_R)
+        token_R, batch = self._run("fed", key, place, state=self._own_state, row_idx_R=row_idx_R)
         return Fed("decode", 1, row_idx_R, token_R, batch)
 
     def _fed_by_span(self, span: Span, max_q_len: int | None) -> Fed:
         num_tokens, place = span.token_T.shape[0], partial(span_batch, self.block_size)
         key = (num_tokens, span.row_idx_R.shape[0])
-        tokens, batch = self._run("fed", key, place, state=self.state, span=span)
+        tokens, batch = self._run("fed", key, place, state=self._own_state, span=span)
         phase = "prefill" if max_q_len is None else "verify"
         return Fed(phase, max_q_len or num_tokens, span.row_idx_R, tokens.token_T, batch)
 
@@ -231,7 +248,7 @@ class Steps:
             token_T=fed.token_T,
         )
         batch = self._with_layer_inputs(fed.batch, h_TD, fed.token_T)
-        return self._layers(fed.phase, h_TD, batch._replace(adapters=None), fed.max_q_len)
+        return self._layers(fed.phase, h_TD, batch, fed.max_q_len)
 
     # one token for each row -------------------------------------------------------------------
 
@@ -239,7 +256,7 @@ class Steps:
         """Feed each row's newest token; returns the logits [R, W] of the token that follows it."""
         h_RD, batch = self._run(
             "begin",
-            (row_idx_R.shape[0],),
+            (row_idx_R.shape[0], *self._of_slots),
             partial(_begin, self.model.embed, self.model.config, self.block_size, self.places()),
             state=self.state,
             embed_VD=self.params.embed_VD,
@@ -338,7 +355,7 @@ class Steps:
             "accept",
             (span.row_idx_R.shape[0], num),
             drawing(self.model.config, partial(choose_and_accept, num, self.synthetic_rate)),
-            state=self.state,
+            state=self._own_state,
             span=span,
             tokens=tokens,
             logits_TV=logits_TW,
@@ -352,7 +369,7 @@ class Steps:
             "sample",
             (row_idx_R.shape[0], "one" if num_R is None else "several"),
             drawing(self.model.config, choose_and_advance),
-            state=self.state,
+            state=self._own_state,
             row_idx_R=row_idx_R,
             logits_RV=logits_RW,
             num_R=num_R,
@@ -366,7 +383,7 @@ class Steps:
 
     def _begin_span(self, span: Span, *, verifies: bool) -> tuple[Tensor, SpanTokens, Batch]:
         places = self.places(verifies=verifies)
-        key = (span.token_T.shape[0], span.row_idx_R.shape[0])
+        key = (span.token_T.shape[0], span.row_idx_R.shape[0], *self._of_slots)
         return self._run(
             "begin",
             (*key, "each") if places.each else key,
@@ -414,7 +431,7 @@ class Steps:
             call = LayerCall(key, kind, max_q_len, self.predicts)
             h_TD = self._run(
                 name,
-                (phase, *sizes, kind.name, *ahead),
+                (phase, *sizes, kind.name, *ahead, *self._of_slots),
                 partial(self.model.layer, self.model.config, call),
                 w=weights,
                 kv=cache,

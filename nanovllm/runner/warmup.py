@@ -15,6 +15,7 @@ from nanovllm.models.experts.offloaded import prepare
 from nanovllm.platforms.base import DryRun
 from nanovllm.runner.device_graphs import VerifyStep
 from nanovllm.runner.runner import Runner
+from nanovllm.runner.steps import Steps
 from nanovllm.schedule.draft_length import StepTimes
 from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
@@ -36,23 +37,28 @@ def dry_run_bucket(runner: Runner, kind: str, size: int, dry_run: DryRun) -> Non
     A runner that was made under that mode computes nothing and takes no memory. Its
     `compiler.instead` must stand in for the programs.
     """
-    mode, steps, platform, layout = dry_run.mode, runner.steps, runner.platform, runner.layout
     with torch.no_grad():
-        if kind == "prefill":
-            with mode:
-                prefill = runner.buckets.padding(size)
-            for step in prefill:
-                step.sample(steps.prefill_logits(step.span, step.given))
-                step.build_hidden()
-            return
-        with mode:
-            row_idx_R = torch.zeros(size, dtype=torch.int64, device=platform.device)
-            verify = [VerifyStep(steps, platform, size, num) for num in layout.verify_tokens]
-        steps.decode(row_idx_R)
-        for one in verify:
-            steps.verify(one.span, one.num)
-        if size == layout.decode_rows[0]:
+        for steps, buckets in zip(runner.all_steps, runner.all_buckets):
+            if kind == "prefill":
+                with dry_run.mode:
+                    prefill = buckets.padding(size)
+                for step in prefill:
+                    step.sample(steps.prefill_logits(step.span, step.given))
+                    step.build_hidden()
+            else:
+                _dry_run_rows(runner, steps, size, dry_run)
+        if kind == "decode" and size == runner.layout.decode_rows[0]:
             runner.sampler.dry_run(dry_run)
+
+
+def _dry_run_rows(runner: Runner, steps: Steps, num_rows: int, dry_run: DryRun) -> None:
+    platform, layout = runner.platform, runner.layout
+    with dry_run.mode:
+        row_idx_R = torch.zeros(num_rows, dtype=torch.int64, device=platform.device)
+        verify = [VerifyStep(steps, platform, num_rows, num) for num in layout.verify_tokens]
+    steps.decode(row_idx_R)
+    for one in verify:
+        steps.verify(one.span, one.num)
 
 
 def measure_prefill_latency_bound(runner: Runner, max_ms: float) -> PrefillLatencyBound:

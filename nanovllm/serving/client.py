@@ -323,7 +323,9 @@ class Client:
             given, params, request_id=request_id, priority=priority, lora_request=lora_request
         )
         prompt_ids = stream.prompt_token_ids
-        growing = StreamedOutput(stream.request_id, given.text, prompt_ids, params.output_kind)
+        growing = StreamedOutput(
+            stream.request_id, given.text, prompt_ids, params.output_kind, lora_request
+        )
         for index in range(params.n):
             growing.answers[index] = StreamedAnswer(index, len(prompt_ids))
         try:

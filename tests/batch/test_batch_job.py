@@ -255,6 +255,8 @@ def test_a_job_that_is_stopped_goes_on_later(
         (["--chat-options", '{"add_generation_prompt": 1}'], "add_generation_prompt is 1"),
         (["--no-ray", "--ray-address", "auto"], "--no-ray cannot be combined with --ray-address"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
+        (["--lora-modules", "a=/a"], "--lora-modules needs --enable-lora"),
+        (["--lora-modules", "a", "--enable-lora"], "--lora-modules has 'a': each must be another"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(

@@ -286,7 +286,8 @@ def output_rows() -> list[str]:
         for name in names:
             is_none = name in kind.ABSENT_AS_NONE and name not in kind.__annotations__
             assert is_none or name in kind.__annotations__ or hasattr(kind, name), name
-            cells = ("always None", "") if is_none else ("works", shown(name, OUTPUTS))
+            test = ADAPTERS if name == "lora_request" else OUTPUTS
+            cells = ("always None", "") if is_none else ("works", shown(name, test))
             rows.append(row(f"`{kind.__name__}.{name}`", *cells))
     cached = shown("num_cached_tokens", CALLS)
     return [*rows, row("`RequestOutput.num_cached_tokens`", "works", cached)]

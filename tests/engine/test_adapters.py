@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from nanovllm import LLM, LoRARequest, platforms
+from nanovllm.batch.rows import Line
+from nanovllm.batch.worker import EngineWorker, WorkerSettings
 from nanovllm.checks import InvalidValue
 from nanovllm.compile import keys
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import input_leaves
 from nanovllm.config import EngineConfig
 from nanovllm.engine.request import EngineRequest
+from nanovllm.runner.graph_cache import GraphCache
 from nanovllm.schedule.outputs import FinishedOutput
 from nanovllm.schedule.plan import StepPlan
 from nanovllm.startup.resolve import resolve_without_weights
@@ -37,6 +40,9 @@ LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8,
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "graph": {"graph_batch_sizes": (1, 6)},
+}
+GPU_MODES: dict[str, dict[str, Any]] = {
+    f"cuda-{name}": {**mode, "device": "cuda"} for name, mode in MODES.items()
 }
 BATCH = [
     f"batch_{one}" for one in ("rope_pos_T", "slot_T", "block_table_RP", "seq_len_R", "q_start_S")
@@ -143,12 +149,14 @@ def alone(eager: LLM, asked: Asked) -> list[list[int]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["eager", "graph", *(pytest.param(one, marks=pytest.mark.gpu) for one in GPU_MODES)]
+)
 def test_answers_and_their_logprobs_are_those_of_merged_models(
     mode: str, checkpoint: Path, asked: Asked, merged: dict[str | None, Any]
 ) -> None:
     """Also with more adapters than slots and than places in host memory, in one batch."""
-    llm = make(checkpoint, **MODES[mode])
+    llm = make(checkpoint, **{**MODES, **GPU_MODES}[mode])
     num_programs = llm.engine.runner.compiler.num_compiled
     for names in (NAMES, ("dutch", "danish", "french", "german", None, "danish")):
         for prompt, name, found in zip(PROMPTS, names, asked(llm, PROMPTS, names)):
@@ -171,6 +179,34 @@ def test_a_batch_of_several_adapters_gives_each_its_own_answer(
     plain = asked.tokens(eager, PROMPTS, [None] * 6)
     differs = [one != other for one, other in zip(plain, alone)]
     assert differs == [name is not None for name in NAMES], "an adapter changes its answers alone"
+
+
+def test_outputs_have_the_adapters_of_their_requests(
+    eager: LLM, asked: Asked, alone: list[list[int]]
+) -> None:
+    given = [asked.of(name) for name in NAMES]
+    outputs = eager.generate(PROMPTS, greedy(12), use_tqdm=False, lora_request=given)
+    assert [one.lora_request for one in outputs] == given
+    assert [one.outputs[0].lora_request for one in outputs] == given
+    assert [one.token_ids for one in outputs] == alone
+
+
+def test_rows_of_a_batch_job_name_their_adapters(
+    eager: LLM, asked: Asked, alone: list[list[int]]
+) -> None:
+    folders = {name: one.path for name, one in asked.adapters.items()}
+    params = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    worker = EngineWorker(eager.shared, WorkerSettings(params, adapters=folders))
+    worker.check_adapters()
+    for row, (prompt, name) in enumerate(zip([*PROMPTS, [5]], [*NAMES, "norse"])):
+        text = json.dumps({"prompt": prompt, "model": name}).encode()
+        worker.submit(Line(row, text, len(text)))
+    (failed,) = worker.wait()
+    assert failed.is_error and b"'norse', which is not an adapter: french" in failed.line
+    found = []
+    while len(found) < len(PROMPTS):
+        found += [json.loads(one.line) for one in worker.wait()]
+    assert [one["token_ids"] for one in sorted(found, key=lambda one: one["row"])] == alone
 
 
 def test_equal_prompts_share_blocks_with_one_adapter_only(eager: LLM, asked: Asked) -> None:
@@ -334,22 +370,44 @@ def test_programs_without_adapters_have_the_inputs_and_keys_of_a_model_without_a
         monkeypatch.setattr(Compiler, "_make", noting)
         lora = LORA if is_enabled else {}
         LLM(str(checkpoint), **SIZES, **MODES["eager"], **lora).close()
-    assert known[False].keys() == known[True].keys()
-    for name, (names, ingredients) in known[False].items():
-        more, more_ingredients = known[True][name]
+    plain, both = known[False], known[True]
+    assert {name: both[name] for name in plain} == plain, "steps without adapters are those"
+    added = {name for name in both if name not in plain}
+    assert added == {f"{name}_lora" for name in plain if "layer" in name or "begin" in name}
+    for name in added:
+        names, more = plain[name.removesuffix("_lora")][0], both[name][0]
         if name.startswith("begin"):
             assert "state_adapter_S" in more and "state_adapter_S" not in names
-        elif "layer" in name:
+        else:
             of_batch = [one for one in names if one.startswith("batch_")]
             assert of_batch[:5] == BATCH and names[-1] == "h_TD"
-            rows = ["batch_adapters_adapter_T", "batch_adapters_order_T"]
+            rows = [f"batch_adapters_{one}_T" for one in ("adapter", "sorted", "order")]
             assert [one for one in more if one.startswith("batch_")] == [*of_batch, *rows]
             assert "w_qkv_ED" in names and "w_qkv_ED_a_NLD" in more
-            assert json.loads(ingredients["region"])[0] == "nanovllm.models.dense:layer"
-        else:
-            assert names == [one for one in more if one != "state_adapter_S"]
-            added = {one for one in more_ingredients if one not in ingredients}
-            assert added <= {"input state_adapter_S"}
+
+
+def test_steps_in_which_no_row_has_an_adapter_are_those_without_slots(
+    checkpoint: Path, asked: Asked, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make(checkpoint)
+    runner, used = llm.engine.runner, list[bool]()
+    find = runner._buckets_of
+
+    def noting(plan: StepPlan) -> GraphCache:
+        found = find(plan)
+        used.append(found is runner.buckets)
+        return found
+
+    monkeypatch.setattr(runner, "_buckets_of", noting)
+    assert asked.tokens(llm, PROMPTS[1:2], NAMES[1:2], 12) == alone[1:2]
+    assert all(used)
+    used.clear()
+    assert asked.tokens(llm, PROMPTS[:1], [None]) == alone[:1]
+    assert used and not any(used), "although the row of the state had an adapter before"
+    used.clear()
+    asked(llm, PROMPTS[:2], ["french", None], 3)
+    assert all(used)
+    llm.close()
 
 
 def test_other_files_under_one_name_have_other_blocks(

@@ -73,6 +73,8 @@ PASSES = {
     "fused_fp8_linear": "fuse_linear",
     "linear_": "add_in_place",
     "add_lora_": "lora_in_place",
+    "add_lora_silu": "fuse_lora",
+    "lora_linear": "fuse_lora",
     "all_reduce_": "reduce_in_place",
     "all_reduce_norm": "fuse_reduce_norm",
     "norm_router_topk": "fuse_router",
@@ -119,7 +121,11 @@ CHOSEN: dict[str, dict[str, str]] = {
     "zero_padding_": {"zero_padding_kernel": "always: after each prefill by flash-attn"},
     **{
         name: {"lora_shrink_kernel": _LORA, "lora_expand_kernel": "after it"}
-        for name in ("add_lora", "add_lora_")
+        for name in ("add_lora", "add_lora_", "add_lora_silu")
+    },
+    "lora_linear": {
+        "lora_row_kernel": "one row of bf16 or fp16, plain weights",
+        "lora_gemv_kernel": "after it",
     },
     "fused_linear": {
         "gemv_kernel": "one row, if `skinny_tiles.max_rows` allows; the only one on sm_75",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from nanovllm.kernels.triton import lora
+from nanovllm.kernels.triton import lora, lora_row
+from nanovllm.kernels.triton.skinny_gemm import kernel_for
 
-TYPES = {"adapter_ptr": "*i64", "order_ptr": "*i64", "z_ptr": "*fp32"}
+TYPES = {"adapter_ptr": "*i64", "sorted_ptr": "*i64", "order_ptr": "*i64", "z_ptr": "*fp32"}
 
 
 class Launch(NamedTuple):
@@ -19,13 +20,25 @@ class Launch(NamedTuple):
 
 
 def launches(whole: bool) -> Iterator[Launch]:
-    """Those of rank 16 for q, k and v of Qwen3-8B; with `whole` also of one matrix of another rank
-    and in fp32."""
-    cases = (((4096, 1024, 1024), 16, 512, 8, "bf16"), ((4096,), 64, 4096, 3, "fp32"))
-    for rows, rank, split, num_splits, dtype in cases if whole else cases[:1]:
-        upcast = {"UPCAST": False}
-        constants = lora.shrink_constants(len(rows) * rank, 4096, split) | upcast
-        name = f"lora rank {rank} {dtype}"
-        yield Launch(f"{name}: shrink", lora.lora_shrink_kernel, constants, 4, dtype)
-        constants = lora.expand_constants(rows, rank, num_splits) | upcast
-        yield Launch(f"{name}: expand", lora.lora_expand_kernel, constants, 4, dtype)
+    """Those of rank 16 for q, k and v of Qwen3-8B and for SiLU of gate and up, and of one row; with
+    `whole` also of other sizes and in fp32."""
+    cases = [
+        ("qkv", (4096, 1024, 1024), 16, 4096, 256, "bf16", False),
+        ("gate and up", (12288, 12288), 16, 4096, 1, "bf16", True),
+        ("many tokens", (4096, 1024, 1024), 16, 4096, 8192, "bf16", False),
+        ("down", (4096,), 64, 12288, 256, "fp32", False),
+        ("largest rank", (4096,), 512, 4096, 256, "bf16", False),
+    ]
+    for name, rows, rank, depth, num_tokens, dtype, silu_mul in cases if whole else cases[:2]:
+        upcast, num_bytes = {"UPCAST": False}, 4 if dtype == "fp32" else 2
+        num_inner = len(rows) * rank
+        sizes = lora.sizes_of(num_tokens, num_inner, depth, 132, num_bytes)
+        constants = lora.shrink_constants(num_inner, depth, sizes, num_bytes) | upcast
+        yield Launch(f"lora {name}: shrink", lora.lora_shrink_kernel, constants, 4, dtype)
+        constants = lora.expand_constants(rows, rank, sizes, num_bytes, silu_mul) | upcast
+        yield Launch(f"lora {name}: expand", lora.lora_expand_kernel, constants, 4, dtype)
+    constants = lora_row.row_constants(48, 4096, True)
+    yield Launch("lora row: shrink", lora_row.lora_row_kernel, constants, 4, "bf16")
+    _, constants, num_warps = kernel_for(1, 12288, 4096, True, False, False, True, False)
+    constants = constants | lora_row.end_constants((12288, 12288), 16)
+    yield Launch("lora row: product", lora_row.lora_gemv_kernel, constants, num_warps, "bf16")

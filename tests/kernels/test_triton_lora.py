@@ -18,6 +18,7 @@ class Inputs(NamedTuple):
     y_TO: Tensor
     x_TD: Tensor
     adapter_T: Tensor
+    sorted_T: Tensor
     order_T: Tensor
     a_NLD: Tensor
     b_NOR: Tensor
@@ -81,7 +82,16 @@ def test_tokens_get_what_their_adapters_add(rank: int, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(
-    "numbers", [[0], [2], [1] * 16, [0] * 33, [1] * 40 + [0] * 9 + [4] * 50, SEVERAL * 5]
+    "numbers",
+    [
+        [0],
+        [2],
+        [1] * 16,
+        [0] * 33,
+        [1] * 40 + [0] * 9 + [4] * 50,
+        SEVERAL * 5,
+        [3] * 300 + [0] * 200 + [2] * 19,
+    ],
 )
 def test_each_number_of_tokens_matches_the_formula(numbers: list[int]) -> None:
     check(inputs(numbers, (48,), 64, 8, torch.float32))
@@ -110,6 +120,73 @@ def test_the_result_does_not_depend_on_the_other_tokens() -> None:
         at = slice(token, token + 1)
         alone = given._replace(
             y_TO=given.y_TO[at], x_TD=given.x_TD[at], adapter_T=given.adapter_T[at],
-            order_T=torch.zeros(1, dtype=torch.int64, device=device),
+            sorted_T=given.adapter_T[at], order_T=torch.zeros(1, dtype=torch.int64, device=device),
         )  # fmt: skip
         assert torch.equal(lora.add_lora(*alone), whole[at])
+
+
+@pytest.mark.parametrize("numbers", [SEVERAL, [0] * 3, [2]])
+def test_silu_and_up_follow(numbers: list[int]) -> None:
+    from nanovllm.kernels.triton import lora
+
+    given = inputs(numbers, (48, 48), 99, 8, torch.float32)
+    torch.testing.assert_close(lora.add_lora_silu(*given), reference.lora.add_lora_silu(*given))
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize("rows", [(32, 16, 16), (48, 48)])
+def test_one_row_is_multiplied_with_its_neighbours(
+    rows: tuple[int, ...], has_norm: bool, number: int
+) -> None:
+    """Not rounded between, so its error is at most that of the formula in parts."""
+    from nanovllm.kernels.triton import lora_row
+
+    depth, total = 320, sum(rows)
+    given = inputs([number], rows, depth, 19, torch.float16)
+    silu_mul = len(rows) == 2
+    residual_TO = None if silu_mul else given.y_TO
+    norm_weight_D = torch.randn(depth, device=device).half() if has_norm else None
+    weight_OD = (torch.randn(total, depth, device=device) / depth**0.5).half()
+    bias_O = torch.randn(total, device=device).half()
+    product = (given.x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, 1e-6, silu_mul)
+    found = lora_row.lora_linear(*product, *given[2:])
+    wide = [one.double() if isinstance(one, Tensor) and one.is_floating_point() else one
+            for one in (*product, *given[2:])]  # fmt: skip
+    torch.testing.assert_close(
+        found.double(), reference.lora.lora_linear(*wide), rtol=4e-3, atol=4e-3
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 17, 64, 256, 1000])
+@pytest.mark.parametrize("case", [((4096, 1024, 1024), 4096, 16), ((4096,), 12288, 64)])
+def test_sizes_of_an_8b_model_in_bf16(
+    case: tuple[tuple[int, ...], int, int], num_tokens: int
+) -> None:
+    """Sorted and mixed adapters, and none."""
+    mixed = [(7 * i + i // 5) % (SLOTS + 1) for i in range(num_tokens)]
+    for numbers in (mixed, sorted(mixed), [0] * num_tokens, [3] * num_tokens):
+        check(inputs(numbers, *case, torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize(
+    ("rows", "depth"),
+    [((4096, 1024, 1024), 4096), ((4096,), 4096), ((12288, 12288), 4096), ((4096,), 12288)],
+)
+def test_one_row_of_an_8b_model(rows: tuple[int, ...], depth: int, number: int) -> None:
+    from nanovllm.kernels.triton import lora_row
+
+    given = inputs([number], rows, depth, 16, torch.bfloat16)
+    is_out, silu_mul = len(rows) == 1, len(rows) == 2
+    norm_weight_D = None if is_out else torch.randn(depth, device=device).bfloat16()
+    weight_OD = (torch.randn(sum(rows), depth, device=device) / depth**0.5).bfloat16()
+    residual_TO = given.y_TO if is_out else None
+    product = (given.x_TD, norm_weight_D, weight_OD, None, residual_TO, 1e-6, silu_mul)
+    found = lora_row.lora_linear(*product, *given[2:]).double()
+    wide = [one.double() if isinstance(one, Tensor) and one.is_floating_point() else one
+            for one in (*product, *given[2:])]  # fmt: skip
+    wanted = reference.lora.lora_linear(*wide)
+    assert (found - wanted).norm() < 4e-3 * wanted.norm()

@@ -38,6 +38,7 @@ ALL_SOURCES = -1  # in place of a source's number
 ALIGNMENT = 64  # bytes between the beginnings of two matrices are a multiple of this
 
 Buffer = Callable[[int], Tensor]
+Places = list[tuple[int, tuple[int, ...]]]
 
 
 class HostAdapter(NamedTuple):
@@ -45,13 +46,29 @@ class HostAdapter(NamedTuple):
     begins, with its shape. Two for each of `targets(model)`: a [L, D] and b [O, X]."""
 
     numbers: Tensor
-    places: list[tuple[int, tuple[int, ...]]]
+    places: Places
 
     def matrices(self, numbers: Tensor) -> list[Tensor]:
         """The matrices in a copy of the numbers."""
         return [
             numbers[start : start + math.prod(shape)].view(shape) for start, shape in self.places
         ]
+
+
+def layout(model: Model, known: Sequence[Target], num_ranks: int) -> tuple[Places, int]:
+    """Where the matrices of adapters begin in a rank's block of numbers, with their shapes, and the
+    block's bytes. `known` are the model's targets."""
+    assert model.lora is not None
+    dtype, rank = model.config.dtype, model.lora.max_rank
+    places: Places = []
+    size = 0
+    for target in known:
+        small = target.param.local(num_ranks)
+        for shape in ((len(target.parts) * rank, small.shape[1]), (small.shape[0], rank)):
+            places.append((size, shape))
+            unit = ALIGNMENT // dtype.itemsize
+            size += -(-math.prod(shape) // unit) * unit
+    return places, size * dtype.itemsize
 
 
 class _Pair(NamedTuple):
@@ -89,16 +106,8 @@ class AdapterFile:
     def read(self, shard: Shard, buffer: Buffer) -> HostAdapter:
         """The matrices of a rank. `buffer` makes host memory of so many bytes. Raises
         AdapterError for numbers that are not finite."""
-        dtype, rank = self._model.config.dtype, self._slots.max_rank
-        places: list[tuple[int, tuple[int, ...]]] = []
-        size = 0
-        for target in self._targets:
-            small = target.param.local(shard.size)
-            for shape in ((len(target.parts) * rank, small.shape[1]), (small.shape[0], rank)):
-                places.append((size, shape))
-                unit = ALIGNMENT // dtype.itemsize
-                size += -(-math.prod(shape) // unit) * unit
-        found = HostAdapter(buffer(size * dtype.itemsize).view(dtype).zero_(), places)
+        places, num_bytes = layout(self._model, self._targets, shard.size)
+        found = HostAdapter(buffer(num_bytes).view(self._model.config.dtype).zero_(), places)
         matrices = found.matrices(found.numbers)
         with self._opened() as file:
             for i, target in enumerate(self._targets):

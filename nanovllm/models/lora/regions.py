@@ -16,7 +16,7 @@ from nanovllm.kernels import ops
 from nanovllm.models import formats
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight
-from nanovllm.models.model import AdapterRows, LayerCall, LoraSlots, Model
+from nanovllm.models.model import AdapterRows, LayerCall, LoraSlots, Model, Params
 
 
 class Adapted(NamedTuple):
@@ -75,6 +75,18 @@ def layer(
         if isinstance(weight, Adapted)
     }
     return inner(cfg, call, w._replace(**bound), kv, cos_sin_MH, batch, h_TD)
+
+
+def without_slots(model: Model, params: Params) -> tuple[Model, Params]:
+    """A model of `with_lora` and its weights as they are without adapters, in the same memory."""
+    assert isinstance(model.layer, partial)
+    (inner,) = model.layer.args
+    bases = (
+        {name: one.base for name, one in w._asdict().items() if isinstance(one, Adapted)}
+        for w in params.layers
+    )
+    layers = tuple(w._replace(**base) for w, base in zip(params.layers, bases))
+    return replace(model, layer=inner, lora=None), params._replace(layers=layers)
 
 
 def with_lora(model: Model, slots: LoraSlots) -> Model:

@@ -1,0 +1,232 @@
+"""A product with one row and what the row's adapter adds to it, in two launches.
+
+The first computes the inner values, with the norm. The second is `gemv.py`, which adds them at its
+end; its weights load while the first runs.
+
+Shapes: D depth | L inner values | R rank | A outputs of a warp | W warps
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.triton.common import finish, launch_options, wait_for_earlier_kernels
+from nanovllm.kernels.triton.gemv import gemv_begin, gemv_kernel, gemv_products
+from nanovllm.kernels.triton.lora import MAX_PARTS, part_ends, part_of
+from nanovllm.kernels.triton.skinny_gemm import kernel_for
+
+COLUMNS = 4096  # at a time, of the first launch
+MAX_DEPTH = 8 * COLUMNS
+
+
+@triton.jit
+def lora_row_kernel(
+    x_ptr,  # [DEPTH]
+    norm_ptr,  # [DEPTH], read if HAS_NORM
+    adapter_ptr,  # [1]; 0: none
+    a_ptr,  # [slots, NUM_INNER, DEPTH]
+    z_ptr,  # [NUM_INNER] fp32, written if there is an adapter
+    eps,
+    NUM_INNER: tl.constexpr,
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """z[l] = a[adapter − 1, l] · x, or · the normed x. A program computes one."""
+    wait_for_earlier_kernels(PDL, EARLY=True)
+    number = tl.load(adapter_ptr).to(tl.int64)
+    if number > 0:
+        inner = tl.program_id(0)
+        a_at = a_ptr + ((number - 1) * NUM_INNER + inner) * DEPTH
+        acc_C = tl.zeros((COLUMNS,), tl.float32)
+        square_C = tl.zeros((COLUMNS,), tl.float32)
+        for start in tl.static_range(0, DEPTH, COLUMNS):
+            d_C = start + tl.arange(0, COLUMNS)
+            x_C = tl.load(x_ptr + d_C, mask=d_C < DEPTH, other=0.0).to(tl.float32)
+            a_C = tl.load(a_at + d_C, mask=d_C < DEPTH, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                square_C += x_C * x_C
+                x_C *= tl.load(norm_ptr + d_C, mask=d_C < DEPTH, other=0.0).to(tl.float32)
+            acc_C += a_C * x_C
+        z = tl.sum(acc_C, 0)
+        if HAS_NORM:
+            z *= tl.rsqrt(tl.sum(square_C, 0) / DEPTH + eps)
+        tl.store(z_ptr + inner, z)
+
+
+@triton.jit
+def _added(
+    number, z_ptr, b_ptr, row_AW, TOTAL: tl.constexpr, RANK: tl.constexpr, RANK_P: tl.constexpr,
+    END_0: tl.constexpr, END_1: tl.constexpr, END_2: tl.constexpr, END_3: tl.constexpr,
+    END_4: tl.constexpr, END_5: tl.constexpr, END_6: tl.constexpr,
+):  # fmt: skip
+    """What the adapter adds to outputs, [A, W] in fp32; zeros without one."""
+    part_AW = part_of(row_AW, END_0, END_1, END_2, END_3, END_4, END_5, END_6)
+    r_R = tl.arange(0, RANK_P)[None, None, :]
+    mask = (r_R < RANK) & (number > 0)
+    b_at = b_ptr + ((number - 1) * TOTAL + row_AW)[:, :, None] * RANK + r_R
+    b_AWR = tl.load(b_at, mask=mask, other=0.0).to(tl.float32)
+    z_AWR = tl.load(z_ptr + part_AW[:, :, None] * RANK + r_R, mask=mask, other=0.0)
+    return tl.sum(b_AWR * z_AWR, 2)
+
+
+@triton.jit
+def lora_gemv_kernel(
+    x_ptr,  # [D]
+    norm_ptr,  # [D], read if HAS_NORM
+    weight_ptr,  # [outputs, D]
+    bias_ptr,  # [outputs], read if HAS_BIAS
+    residual_ptr,  # [NUM_OUTS], read if HAS_RESIDUAL
+    out_ptr,  # [NUM_OUTS], written
+    adapter_ptr,  # [1]; 0: none
+    z_ptr,  # [parts · RANK] fp32, read if there is an adapter
+    b_ptr,  # [slots, outputs, RANK]
+    weight_stride,
+    eps,
+    NUM_OUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OUTS: tl.constexpr,
+    WARPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PREFETCH_P: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SILU_MUL: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_P: tl.constexpr,
+    END_0: tl.constexpr,
+    END_1: tl.constexpr,
+    END_2: tl.constexpr,
+    END_3: tl.constexpr,
+    END_4: tl.constexpr,
+    END_5: tl.constexpr,
+    END_6: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`gemv_kernel` whose products have b[adapter − 1] · z."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    TOTAL: tl.constexpr = 2 * NUM_OUTS if SILU_MUL else NUM_OUTS
+    o_AW, row_AW, w_at, up_at, d_1WC, w, up, norm = gemv_begin(
+        norm_ptr, weight_ptr, weight_stride, NUM_OUTS, DEPTH, OUTS, WARPS, COLUMNS, AHEAD,
+        PREFETCH_P, HAS_NORM, SILU_MUL, PDL,
+    )  # fmt: skip
+    number = tl.load(adapter_ptr).to(tl.int64)
+    added_AW = _added(
+        number, z_ptr, b_ptr, row_AW, TOTAL, RANK, RANK_P, END_0, END_1, END_2, END_3, END_4,
+        END_5, END_6,
+    )  # fmt: skip
+    if SILU_MUL:
+        added_up_AW = _added(
+            number, z_ptr, b_ptr, row_AW + NUM_OUTS, TOTAL, RANK, RANK_P, END_0, END_1, END_2,
+            END_3, END_4, END_5, END_6,
+        )  # fmt: skip
+    if HAS_RESIDUAL:
+        residual_AW = tl.load(residual_ptr + row_AW)
+    y_AW, up_AW = gemv_products(
+        x_ptr, norm_ptr, bias_ptr, row_AW, w_at, up_at, d_1WC, w, up, norm, eps, NUM_OUTS, DEPTH,
+        OUTS, WARPS, COLUMNS, AHEAD, HAS_NORM, HAS_BIAS, SILU_MUL,
+    )  # fmt: skip
+    y_AW += added_AW
+    if SILU_MUL:
+        up_AW += added_up_AW
+    y_AW = finish(y_AW, up_AW, dtype, SILU_MUL)
+    if HAS_RESIDUAL:
+        y_AW = (y_AW.to(tl.float32) + residual_AW.to(tl.float32)).to(dtype)
+    tl.store(out_ptr + o_AW, y_AW, mask=o_AW < NUM_OUTS)
+
+
+def takes(x_TD: Tensor, weight_OD: Tensor) -> bool:
+    """True if `lora_linear` has kernels for a product."""
+    num_rows, depth = x_TD.shape
+    is_half = x_TD.dtype in (torch.float16, torch.bfloat16) and weight_OD.dtype is x_TD.dtype
+    return num_rows == 1 and is_half and weight_OD.stride(1) == 1 and depth <= MAX_DEPTH
+
+
+def row_constants(num_inner: int, depth: int, has_norm: bool) -> dict[str, int]:
+    """The first kernel's compile-time constants."""
+    columns = min(COLUMNS, triton.next_power_of_2(depth))
+    return {"NUM_INNER": num_inner, "DEPTH": depth, "COLUMNS": columns, "HAS_NORM": has_norm}
+
+
+def end_constants(rows: Sequence[int], rank: int) -> dict[str, int]:
+    """The second kernel's compile-time constants that `gemv_kernel` lacks."""
+    return {"RANK": rank, "RANK_P": triton.next_power_of_2(rank), **part_ends(rows)}
+
+
+def lora_linear(
+    x_TD: Tensor,
+    norm_weight_D: Tensor | None,
+    weight_OD: Tensor,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
+    silu_mul: bool,
+    adapter_T: Tensor,
+    sorted_T: Tensor,
+    order_T: Tensor,
+    a_NLD: Tensor,
+    b_NOR: Tensor,
+    rows: Sequence[int],
+) -> Tensor:
+    """`reference.lora.lora_linear`. The inner values are not rounded, and sums are rounded once."""
+    has_norm, has_bias, has_residual = (
+        one is not None for one in (norm_weight_D, bias_O, residual_TO)
+    )
+    num_outs = weight_OD.shape[0] // 2 if silu_mul else weight_OD.shape[0]
+    depth, device, rank = x_TD.shape[1], x_TD.device, b_NOR.shape[2]
+    kernel, constants, num_warps = kernel_for(
+        1, num_outs, depth, has_norm, has_bias, has_residual, silu_mul, device.type != "cuda"
+    )
+    are_plain = a_NLD.is_contiguous() and b_NOR.is_contiguous() and a_NLD.dtype is x_TD.dtype
+    if (
+        not takes(x_TD, weight_OD)
+        or kernel is not gemv_kernel
+        or len(rows) > MAX_PARTS
+        or not are_plain
+    ):
+        return reference.lora.lora_linear(
+            x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul,
+            adapter_T, sorted_T, order_T, a_NLD, b_NOR, list(rows),
+        )  # fmt: skip
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    z_L = torch.empty(a_NLD.shape[1], dtype=torch.float32, device=device)
+    lora_row_kernel[(a_NLD.shape[1],)](
+        x_TD,
+        x_TD if norm_weight_D is None else norm_weight_D,
+        adapter_T,
+        a_NLD,
+        z_L,
+        eps,
+        **row_constants(a_NLD.shape[1], depth, has_norm),
+        num_warps=4,
+        **launch_options(device),
+    )
+    out_TO = torch.empty((1, num_outs), dtype=x_TD.dtype, device=device)
+    lora_gemv_kernel[(math.ceil(num_outs / constants["OUTS"]),)](
+        x_TD,
+        x_TD if norm_weight_D is None else norm_weight_D,
+        weight_OD,
+        x_TD if bias_O is None else bias_O,
+        x_TD if residual_TO is None else residual_TO,
+        out_TO,
+        adapter_T,
+        z_L,
+        b_NOR,
+        weight_OD.stride(0),
+        eps,
+        **constants,
+        **end_constants(rows, rank),
+        num_warps=num_warps,
+        **launch_options(device),
+    )
+    return out_TO
