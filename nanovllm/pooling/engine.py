@@ -22,9 +22,9 @@ from nanovllm.media.mm_inputs import MMInput
 from nanovllm.platforms.base import HostCopy
 from nanovllm.pooling.load import LoadedPooling
 from nanovllm.pooling.results import result
-from nanovllm.pooling.runner import BLOCK, PoolRunner, PoolSequence
 from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
+from nanovllm.runner.pool_runner import PoolRunner, PoolSequence
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import FinishedOutput, Outbox, OutputDelta
 
@@ -92,8 +92,9 @@ class PoolingEngine:
         """The facts that clients need, except the digest of the checkpoint."""
         layout, cfg = self._runner.layout, self.model_config
         return EngineInfo(
-            "", self.max_model_len, self.max_num_seqs, cfg.vocab_size, cfg.hidden_size, BLOCK,
-            layout.tokens[-1] // BLOCK, [], {}, pooling=self.pooling,
+            "", self.max_model_len, self.max_num_seqs, cfg.vocab_size, cfg.hidden_size,
+            layout.block_size, layout.prefill_tokens[-1] // layout.block_size, [], {},
+            pooling=self.pooling,
         )  # fmt: skip
 
     @property
@@ -107,7 +108,7 @@ class PoolingEngine:
     @property
     def max_num_seqs(self) -> int:
         """The most prompts of one step."""
-        return self._runner.layout.max_rows
+        return self._runner.layout.max_num_seqs
 
     @property
     def is_sleeping(self) -> bool:
@@ -222,10 +223,10 @@ class PoolingEngine:
     def _next(self) -> list[tuple[int, EngineRequest]]:
         """The requests of the next step: the first ones, in their order. Where the next does not
         fit, later ones may, up to LOOKAHEAD: padding costs as much as their tokens."""
-        layout, room = self._runner.layout, self._runner.layout.tokens[-1]
+        max_rows, room = self.max_num_seqs, self._runner.layout.prefill_tokens[-1]
         chosen: list[tuple[int, EngineRequest]] = []
         skipped: list[tuple[int, int]] = []
-        while self._queue and room and len(chosen) < layout.max_rows and len(skipped) < LOOKAHEAD:
+        while self._queue and room and len(chosen) < max_rows and len(skipped) < LOOKAHEAD:
             entry = heapq.heappop(self._queue)
             asked = self._requests.get(entry[1])
             if asked is None:
