@@ -54,6 +54,8 @@ from tests.models import tower_cases
 Stage = Callable[[Any, dict[str, Any]], Any]  # of a compile: from module and metadata to a module
 SHORT = "advance_kernel"
 DEVICE = torch.device("cuda", 0)
+POOLS = "pools"  # the option of a model that pools
+POOLING_BUCKETS = (("prefill", 256), ("prefill", 64))
 NAMES = {"qwen3_vl": "Qwen3VLForConditionalGeneration", "mixtral": "MixtralForCausalLM"}
 BUCKETS = (
     ("prefill", 256),
