@@ -181,7 +181,7 @@ class PoolRunner:
             return Batch(inputs.pos_T, inputs.pos_T, none_R0, len_R, inputs.start_S)
         longest = min(len(inputs.token_T), self.layout.max_model_len)
         num_blocks = -(-longest // self.layout.block_size)
-        table_RP = inputs.block_R[:, None] + self._block_P[:num_blocks]
+        table_RP = inputs.block_R.unsqueeze(1) + self._block_P.narrow(0, 0, num_blocks)
         return Batch(inputs.pos_T, inputs.slot_T, table_RP, len_R, inputs.start_S)
 
     def _memory_of(self, layer_idx: int) -> LayerCache | None:
@@ -212,7 +212,7 @@ class PoolStep:
         )
         self._buffer = torch.zeros(self._shape.num_bytes, dtype=torch.uint8, device=device)
         self.inputs = PoolInputs(**{
-            name: self._buffer[first : first + size * dtype.itemsize].view(dtype)
+            name: self._buffer.narrow(0, first, size * dtype.itemsize).view(dtype)
             for name, (first, size, dtype) in self._shape.fields.items()
         })  # fmt: skip
         size = (num_rows, pooler.size)
