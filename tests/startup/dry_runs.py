@@ -2,7 +2,8 @@
 
 `python dry_runs.py FOLDER CASE …` prints a line of JSON for each case: its name and what was
 found, or why it failed. A case is an architecture. "mixtral:2" has two resident experts in each
-layer, "mixtral:int4" quantized weights, "bert:pools" makes embeddings. Of a model with experts, half of the buckets are dry-run.
+layer, "mixtral:int4" quantized weights, "bert:pools" makes embeddings. Of a model with experts,
+half of the buckets are dry-run.
 
 It runs in its own process: the other tests use Triton's interpreter, which replaces the compiler,
 and this file replaces the device queries of torch and Triton. Each case has a fork, so everything

@@ -184,7 +184,7 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "mixtral:int4",
             "qwen3:pools",
             "bert:pools",
-        ],  # fmt: skip
+        ],
         env=environment,
         cwd=ROOT,
         capture_output=True,
