@@ -205,13 +205,7 @@ class PoolingEngine:
         """
         self._check_open()
         try:
-            chosen = self._next()
-            if chosen:
-                sequences = [PoolSequence(one.prompt_ids, one.second_at) for _, one in chosen]
-                launched = self._runner.launch(sequences)
-                self._in_flight.append(InFlight([one for one, _ in chosen], launched))
-                self.metrics.num_steps += 1
-            num_to_leave = self.run_ahead if chosen else 0
+            num_to_leave = self.run_ahead if self._launch() else 0
             while len(self._in_flight) > num_to_leave:
                 self._collect(self._in_flight.popleft())
         except BaseException:
@@ -219,6 +213,31 @@ class PoolingEngine:
             raise
         self.metrics.num_waiting = len(self._queue)
         self.metrics.num_running = sum(len(one.request_ids) for one in self._in_flight)
+
+    def run_full_steps(self) -> None:
+        """Advance while the waiting requests fill a step. A caller that adds many requests, some at
+        a time, calls it between: the device then computes while the next ones are encoded."""
+        while self._fills_step():
+            self.advance()
+
+    def _fills_step(self) -> bool:
+        size = self._runner.layout.prefill_tokens[-1]
+        for num, (_, request_id) in enumerate(self._queue, start=1):
+            asked = self._requests.get(request_id)
+            size -= 0 if asked is None else len(asked.prompt_ids)
+            if size <= 0 or num >= self.max_num_seqs:
+                return True
+        return False
+
+    def _launch(self) -> bool:
+        """Launch the next step, if any request waits."""
+        chosen = self._next()
+        if chosen:
+            sequences = [PoolSequence(one.prompt_ids, one.second_at) for _, one in chosen]
+            launched = self._runner.launch(sequences)
+            self._in_flight.append(InFlight([one for one, _ in chosen], launched))
+            self.metrics.num_steps += 1
+        return bool(chosen)
 
     def _next(self) -> list[tuple[int, EngineRequest]]:
         """The requests of the next step: the first ones, in their order. Where the next does not
