@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nanovllm.compile import buckets
 from nanovllm.config import EngineConfig
 from nanovllm.models.checkpoint import Checkpoint
 from nanovllm.models.gguf.header import is_gguf
@@ -29,7 +28,8 @@ TYPES: dict[str, Pooling] = {"LAST": "last", "CLS": "cls", "MEAN": "mean"}
 RERANKER_LABELS = ("no", "yes")  # of Qwen3-Reranker, as published
 MAX_LABELS = 1 << 16
 MAX_ROWS = 256  # prompts of a step, unless the options have max_num_seqs
-GROWTH = 2  # of adjacent buckets
+LEAST_TOKENS = 2048  # of the largest step by default: several prompts fill it better than one
+SMALLEST_TOKENS = 32  # of the smallest step
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,27 @@ def with_pooling(resolved: ResolvedConfig) -> ResolvedConfig:
     resolved = replace(resolved, model=chosen.model, pooling=chosen)
     length = _longest(resolved)
     longest = -(-length // STEP) * STEP
-    asked = config.max_num_batched_tokens or resolved.platform.traits.batched_tokens
+    default = max(LEAST_TOKENS, resolved.platform.traits.batched_tokens)
+    asked = config.max_num_batched_tokens or default
     max_rows = config.max_num_seqs or MAX_ROWS
     layout = replace(
         resolved.spec.layout,
         max_num_seqs=max_rows,
         max_model_len=length,
         decode_rows=(),
-        prefill_tokens=buckets.prefill_ladder(max(longest, asked // STEP * STEP), GROWTH),
+        prefill_tokens=_ladder(max(longest, asked // STEP * STEP)),
         max_prefill_rows=max_rows,
         pad=not config.enforce_eager,
     )
     return replace(resolved, spec=replace(resolved.spec, layout=layout))
+
+
+def _ladder(largest: int) -> tuple[int, ...]:
+    """The tokens of steps: half as many each time, since a step's padding costs what tokens do."""
+    ladder = [largest]
+    while ladder[0] // 2 >= SMALLEST_TOKENS:
+        ladder.insert(0, ladder[0] // 2 // STEP * STEP)
+    return tuple(ladder)
 
 
 def _longest(resolved: ResolvedConfig) -> int:
