@@ -168,7 +168,7 @@ def label_logits(
     that is the second's share of both."""
     table_VD = params.embed_VD if params.head_VD is None else params.head_VD
     assert isinstance(table_VD, Tensor) and params.label_C is not None
-    rows_CD = table_VD.index_select(0, params.label_C)
+    rows_CD = dense.embed(cfg, table_VD, params.label_C)
     logits_RC = head(cfg, params.final_norm_D, rows_CD, h_RD).float()
     return logits_RC[:, 1:] - logits_RC[:, :1] if rows_CD.shape[0] == 2 else logits_RC
 

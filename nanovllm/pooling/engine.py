@@ -20,13 +20,13 @@ from nanovllm.lora_request import LoRARequest
 from nanovllm.media import mm_inputs as media_given
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.platforms.base import HostCopy
-from nanovllm.pooling.load import LoadedPooling
 from nanovllm.pooling.results import result
 from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.runner.pool_runner import PoolRunner, PoolSequence
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import FinishedOutput, Outbox, OutputDelta
+from nanovllm.startup.pooling_load import LoadedPooling
 
 LOOKAHEAD = 64  # requests that a step may leave for the next one
 REASONS = ("stop", "abort", "error")

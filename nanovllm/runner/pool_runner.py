@@ -17,13 +17,14 @@ from torch import Tensor
 
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
+from nanovllm.kernels.collectives import Communicator
 from nanovllm.models.layer_state import PagedKV
 from nanovllm.models.model import Batch, LayerCache, LayerCall, Model
 from nanovllm.models.pooling import Pooler, PoolInputs, PoolWeights, pool
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import DryRun, HostCopy, Platform, Replay
-from nanovllm.runner.no_grad import without_grad
+from nanovllm.runner.no_grad import in_group
 from nanovllm.runner.spec import EngineSpec
 
 STEP = 16  # the tokens of every step are a multiple of it
@@ -38,7 +39,8 @@ class PoolSequence(NamedTuple):
 
 
 class PoolRunner:
-    """Runs steps of a model that pools. Programs are built on first use; `warm_up` uses every
+    """Runs steps of a model that pools, or one rank's part of them: all ranks must call the same
+    methods. Programs are built on first use; `warm_up` uses every
     bucket. The buckets are those of prefill in the layout of `spec`."""
 
     def __init__(
@@ -50,8 +52,10 @@ class PoolRunner:
         compiler: Compiler,
         *,
         capture: bool = True,
+        group: Communicator | None = None,
     ) -> None:
-        self.model, self.params, self.spec = model, params, spec
+        """`group` communicates with the other ranks, if there are any."""
+        self.model, self.params, self.spec, self.group = model, params, spec, group
         self.platform, self.compiler, self.layout = platform, compiler, spec.layout
         self.pooler: Pooler = model.pooler
         is_recordable = not self.pooler.is_causal or attention.recordable(spec.attention)[1]
@@ -87,7 +91,7 @@ class PoolRunner:
         unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors(self.params)}
         return sum(unique.values())
 
-    @without_grad
+    @in_group
     def warm_up(self, progress: Callable[[str], object]) -> None:
         """Build, run and capture the step of every bucket, and seal the compiler."""
         if not self.layout.pad:
@@ -99,7 +103,7 @@ class PoolRunner:
         self.platform.synchronize()
         self.compiler.seal()
 
-    @without_grad
+    @in_group
     def run_bucket(self, kind: str, size: int) -> None:
         """Build and run the programs of one bucket on padding, and capture nothing. `kind` is
         "prefill"."""
@@ -107,7 +111,7 @@ class PoolRunner:
         PoolStep(self, *self.layout.prefill_bucket(size, 1)).launch()
         self.platform.synchronize()
 
-    @without_grad
+    @in_group
     def dry_run_bucket(self, size: int, dry_run: DryRun) -> None:
         """Build the programs of one bucket and call them with fake tensors: see
         `warmup.dry_run_bucket`."""
@@ -115,7 +119,7 @@ class PoolRunner:
             step = PoolStep(self, *self.layout.prefill_bucket(size, 1))
         self.run(step.inputs)
 
-    @without_grad
+    @in_group
     def launch(self, sequences: Sequence[PoolSequence]) -> HostCopy:
         """Start a step; returns the copy of its results [R, O], in fp32, R the number of
         sequences."""
@@ -131,7 +135,7 @@ class PoolRunner:
         for step in self._steps.values():
             step.__dict__.clear()
         self._steps.clear()
-        for name in ("params", "compiler", "_memory", "_tables", "_block_P"):
+        for name in ("params", "compiler", "_memory", "_tables", "_block_P", "group"):
             self.__dict__.pop(name, None)
         self.platform.release()
 

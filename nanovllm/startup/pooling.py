@@ -101,6 +101,11 @@ def plan(resolved: ResolvedConfig) -> PoolingPlan:
         raise ValueError(
             f"task={config.task!r} is not supported on a {resolved.platform.traits.name} device"
         )
+    if config.tensor_parallel_size > 1 and resolved.model.pooler is not None:
+        raise ValueError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, but encoders such as "
+            f"{resolved.model.config.architecture} run on one device: use data_parallel_size"
+        )
     given = None if is_gguf(folder) else modules.read(folder)
     fields = overridden(read_stored(folder), config.hf_overrides or {})
     name = str(next(iter(hf.architectures), ""))

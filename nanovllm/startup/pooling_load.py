@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,12 @@ import torch
 from nanovllm import env, progress
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.code_files import BUILDING
+from nanovllm.kernels.collectives import Communicator
 from nanovllm.models import loader
 from nanovllm.models.pooling import PoolWeights
 from nanovllm.pooling_params import PoolingInfo
 from nanovllm.runner.pool_runner import PoolRunner
+from nanovllm.startup import ranks
 from nanovllm.startup.artifacts import finish
 from nanovllm.startup.build import make_compiler
 from nanovllm.startup.checkpoint_cache import read_tokenizer_of
@@ -57,8 +60,31 @@ def load(
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))
         resolved = with_pooling(resolve(config, farm, laps))
-        chosen, count = resolved.pooling, num_workers(resolved)
-        assert chosen is not None
+        resolved = replace(resolved, num_workers=num_workers(resolved))
+        if resolved.shard.size == 1:
+            return load_chosen(resolved, farm, laps, show_progress=show_progress)
+        team = ranks.start(resolved)
+        connect, make = team.connect, team.make_pool_runner
+        try:
+            return load_chosen(resolved, farm, laps, connect, make, show_progress=show_progress)
+        except BaseException:
+            team.close()
+            raise
+
+
+def load_chosen(
+    resolved: ResolvedConfig,
+    farm: CompileFarm,
+    laps: StartupTimer,
+    connect: Callable[[], Communicator | None] = lambda: None,
+    make: Callable[..., PoolRunner] = PoolRunner,
+    *,
+    show_progress: bool = True,
+) -> LoadedPooling:
+    """The rest of `load`, for one rank: see `startup.load.load_chosen`."""
+    config, chosen, count = resolved.config, resolved.pooling, resolved.num_workers
+    assert chosen is not None
+    with ExitStack() as stack:
         if count:
             farm.build(resolved.spec.layout.buckets, count, dry_run=True)
         else:
@@ -74,7 +100,7 @@ def load(
             wait_for_workers(farm)
             laps.end("compile")
         stack.enter_context(env.folder_of_compilers(resolved.store.folder / "cpp", BUILDING))
-        runner = _build(resolved, params, bar)
+        runner = _build(resolved, params, bar, connect(), make)
         laps.end("pooling")
     seconds, length = sum(laps.seconds.values()), resolved.spec.layout.max_model_len
     logger.info(
@@ -94,7 +120,7 @@ def _bar(num_layers: int, show_progress: bool) -> tqdm[Any]:
 
 def _read_weights(resolved: ResolvedConfig, bar: tqdm[Any]) -> PoolWeights:
     platform, model = resolved.platform, resolved.model
-    target = loader.Target(platform.device, buffer=platform.host_buffer)
+    target = loader.Target(platform.device, buffer=platform.host_buffer, shard=resolved.shard)
     if resolved.config.random_weights:
         params = loader.random(model, target, resolved.config.seed, bar.update)
     else:
@@ -122,13 +148,20 @@ def _with_labels(
     return params._replace(outer=params.outer._replace(label_C=label_C))
 
 
-def _build(resolved: ResolvedConfig, params: PoolWeights, bar: tqdm[Any]) -> PoolRunner:
-    """A warm runner. Marks the store as ready."""
+def _build(
+    resolved: ResolvedConfig,
+    params: PoolWeights,
+    bar: tqdm[Any],
+    group: Communicator | None,
+    make: Callable[..., PoolRunner],
+) -> PoolRunner:
+    """A warm runner. The first rank marks the store as ready."""
     platform, layout = resolved.platform, resolved.spec.layout
     num_kernels = len(platform.kernels_compiled())
-    runner = PoolRunner(
-        resolved.model, params, resolved.spec, platform, make_compiler(resolved),
-        capture=resolved.config.tuned.capture,
+    compiler = make_compiler(resolved, group)
+    runner = make(
+        resolved.model, params, resolved.spec, platform, compiler,
+        capture=resolved.config.tuned.capture, group=group,
     )  # fmt: skip
     bar.unit = " buckets"
     bar.reset(len(layout.buckets) if layout.pad else 0)
@@ -138,6 +171,6 @@ def _build(resolved: ResolvedConfig, params: PoolWeights, bar: tqdm[Any]) -> Poo
         bar.update()
 
     runner.warm_up(building)
-    if not resolved.config.enforce_eager:
+    if not resolved.config.enforce_eager and resolved.shard.rank == 0:
         finish(resolved, platform.kernels_compiled()[num_kernels:])
     return runner
