@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
 from nanovllm.kernels.collectives import Communicator
@@ -28,6 +29,9 @@ from nanovllm.runner.no_grad import in_group
 from nanovllm.runner.spec import EngineSpec
 
 STEP = 16  # the tokens of every step are a multiple of it
+# Steps of the same tokens for few rows, which have so many tokens or more on average, and for many:
+# kernels of attention start programs for each row.
+LONG = 128
 ALIGNED = 16  # bytes, of each input
 
 
@@ -68,7 +72,7 @@ class PoolRunner:
         self._memory = self._new_memory() if self.pooler.is_causal else {}
         num_blocks = -(-min(length, self.layout.prefill_tokens[-1]) // self.layout.block_size)
         self._block_P = torch.arange(num_blocks, dtype=torch.int32, device=platform.device)
-        self._steps: dict[int, PoolStep] = {}
+        self._steps: dict[tuple[int, int], PoolStep] = {}
 
     def _new_memory(self) -> dict[tuple[int, ...], LayerCache]:
         """Memory for the keys and values of a step, which all layers of one shape share, by their
@@ -99,7 +103,8 @@ class PoolRunner:
         # from the largest down: captured steps share one memory pool, and the first one sizes it
         for num_tokens in reversed(self.layout.prefill_tokens):
             progress(f"pooling {num_tokens}")
-            self._step(num_tokens, 1)
+            for num_rows in self.row_counts(num_tokens):
+                self._step(num_tokens, num_rows)
         self.platform.synchronize()
         self.compiler.seal()
 
@@ -108,16 +113,26 @@ class PoolRunner:
         """Build and run the programs of one bucket on padding, and capture nothing. `kind` is
         "prefill"."""
         assert kind == "prefill", kind
-        PoolStep(self, *self.layout.prefill_bucket(size, 1)).launch()
+        for num_rows in self.row_counts(size):
+            PoolStep(self, size, num_rows).launch()
         self.platform.synchronize()
 
     @in_group
     def dry_run_bucket(self, size: int, dry_run: DryRun) -> None:
         """Build the programs of one bucket and call them with fake tensors: see
         `warmup.dry_run_bucket`."""
-        with dry_run.mode:
-            step = PoolStep(self, *self.layout.prefill_bucket(size, 1))
-        self.run(step.inputs)
+        for num_rows in self.row_counts(size):
+            with dry_run.mode:
+                step = PoolStep(self, size, num_rows)
+            self.run(step.inputs)
+
+    def row_counts(self, num_tokens: int) -> list[int]:
+        """The rows of the steps of a bucket, ascending. A device that runs steps one by one, for the
+        host, has attention in the rows that there are."""
+        most = min(num_tokens, self.layout.max_prefill_rows)
+        if not self.platform.traits.run_ahead:
+            return [most]
+        return sorted({min(most, max(1, num_tokens // LONG)), most})
 
     @in_group
     def launch(self, sequences: Sequence[PoolSequence]) -> HostCopy:
@@ -141,14 +156,16 @@ class PoolRunner:
 
     def _step(self, num_tokens: int, num_rows: int) -> PoolStep:
         """The step of a bucket; without padding, a new one."""
-        num_tokens, num_rows = self.layout.prefill_bucket(num_tokens, num_rows)
-        found = self._steps.get(num_tokens)
+        if self.layout.pad:
+            num_tokens = buckets.smallest_fit(self.layout.prefill_tokens, num_tokens)
+            num_rows = buckets.smallest_fit(self.row_counts(num_tokens), num_rows)
+        found = self._steps.get((num_tokens, num_rows))
         if found is not None:
             return found
         made = PoolStep(self, num_tokens, num_rows)
         if self.layout.pad:
             made.capture(self.platform.capture if self.captures else None)
-            self._steps[num_tokens] = made
+            self._steps[num_tokens, num_rows] = made
         return made
 
     # regions ----------------------------------------------------------------------------------

@@ -63,7 +63,11 @@ def assert_parity(found: list[Tensor], wanted: list[Tensor], dtype: str) -> None
 def test_captured_steps_give_the_embeddings_of_transformers(made: Made) -> None:
     runner = made.llm.engine.runner
     assert isinstance(runner, PoolRunner) and runner.captures
-    assert sorted(runner._steps) == list(runner.layout.prefill_tokens), "one for each bucket"
+    assert sorted(runner._steps) == [
+        (num_tokens, num_rows)
+        for num_tokens in runner.layout.prefill_tokens
+        for num_rows in runner.row_counts(num_tokens)
+    ]
     assert all(step.replay != step.launch for step in runner._steps.values())
     num = runner.compiler.num_compiled + runner.compiler.num_loaded
     assert_parity(embeddings(made.llm, PROMPTS), made.wanted, made.dtype)
@@ -80,7 +84,7 @@ def test_a_replay_is_the_step_op_by_op(made: Made) -> None:
         for sizes in ([min(num_tokens, MAX_LEN)], [size - 3, 1, size]):
             sequences = [PoolSequence(one) for one in random_prompts(sizes)]
             found = torch.from_numpy(runner.launch(sequences).numpy().copy())
-            step = runner._steps[num_tokens]
+            step = runner._step(num_tokens, len(sizes))
             with torch.no_grad():
                 step.launch()
             torch.cuda.synchronize()
