@@ -119,33 +119,6 @@ segment_attention = _define(
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
 )
 
-
-def _attention_in_step(
-    q_TNH: Tensor,
-    k_cache_CBKH: Tensor,
-    v_cache_CBKH: Tensor,
-    block_table_RP: Tensor,
-    seq_len_R: Tensor,
-    q_start_S: Tensor,
-    max_q_len: int,
-    scale: float,
-    window: int,
-    k_scale_K: Tensor | None = None,
-    v_scale_K: Tensor | None = None,
-    sinks_N: Tensor | None = None,
-) -> Tensor:
-    """`paged_attention` of rows without earlier tokens: the step's own keys and values, which the
-    layer has just written, are token t of the step in slot t. The block table is not read."""
-    assert k_scale_K is None and sinks_N is None
-    k_TKH, v_TKH = k_cache_CBKH.flatten(0, 1), v_cache_CBKH.flatten(0, 1)
-    left = window - 1 if window > 0 else -1
-    result: Tensor = segment_attention(q_TNH, k_TKH, v_TKH, q_start_S, max_q_len, scale, left, 0)
-    return result
-
-
-IN_STEP = "in_step"  # the key of the attention of steps that keep nothing
-ATTENTION[IN_STEP] = _attention_in_step
-
 latent_inputs = _define(
     "latent_inputs(Tensor q, Tensor key, Tensor kv, Tensor norm, Tensor cos_sin, Tensor pos, "
     "Tensor slot, Tensor(a!) cache, float eps) -> (Tensor, Tensor)",
@@ -629,7 +602,6 @@ def op_name(target: object) -> str | None:
 __all__ = [
     "ASKED_FOR",
     "ATTENTION",
-    "IN_STEP",
     "PRODUCTS",
     "Product",
     "accept",

@@ -11,7 +11,8 @@ beyond a segment's end stop at once.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -43,19 +44,34 @@ def segment_attention_cpu(
     left: int,
     right: int,
 ) -> Tensor:
-    """`reference.attention.segment_attention`, segment by segment."""
-    out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype)
-    group = q_TNH.shape[1] // k_TKH.shape[1]
-    for start, end in pairwise(start_S.tolist()):
-        if start == end:
-            continue
-        q, k, v = (x_TNH[None, start:end].transpose(1, 2) for x_TNH in (q_TNH, k_TKH, v_TKH))
-        mask, is_causal = _mask(end - start, left, right)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=group > 1
+    """`reference.attention.segment_attention`; neighbours of one length are one call."""
+    has_groups = q_TNH.shape[1] > k_TKH.shape[1]
+    starts = start_S.tolist()
+    parts = [q_TNH.new_zeros((starts[0], *q_TNH.shape[1:]))] if starts[0] else []
+    for start, end, length in _runs(starts):
+        q, k, v = (
+            x_TNH[start:end].unflatten(0, (-1, length)).transpose(1, 2)
+            for x_TNH in (q_TNH, k_TKH, v_TKH)
         )
-        out_TNH[start:end] = out[0].transpose(0, 1)
-    return out_TNH
+        mask, is_causal = _mask(length, left, right)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=has_groups
+        )
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    num_left = q_TNH.shape[0] - starts[-1]
+    if num_left or not parts:
+        parts.append(q_TNH.new_zeros((num_left, *q_TNH.shape[1:])))
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+def _runs(starts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Runs of segments of one length: begin, end, and the length. Empty ones are left out."""
+    lengths = [end - start for start, end in pairwise(starts)]
+    at = starts[0]
+    for length, run in groupby(filter(None, lengths)):
+        end = at + length * len(list(run))
+        yield at, end, length
+        at = end
 
 
 def _mask(length: int, left: int, right: int) -> tuple[Tensor | None, bool]:

@@ -426,7 +426,6 @@ class EngineConfig:
 
     def _check_pooling(self) -> None:
         unsupported = {
-            f"tensor_parallel_size={self.tensor_parallel_size}": self.tensor_parallel_size > 1,
             "enable_lora=True": self.enable_lora,
             "enable_sleep_mode=True": self.enable_sleep_mode,
             f"draft_lengths={list(self.draft_lengths)}": bool(self.draft_lengths),

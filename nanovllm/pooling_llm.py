@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm import pairs, progress
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from nanovllm.schedule.outputs import FinishedOutput
 
 T = TypeVar("T")
+CHUNK = 32  # prompts that are encoded at once, while the device computes earlier ones
 Params = PoolingParams | Sequence[PoolingParams] | None
 
 
 class PoolingMethods:
-    """All raise ValueError, and queue nothing, if a prompt is invalid or the model does not do
-    what is asked, and `PoolingFailed` for a prompt without a result."""
+    """All raise ValueError, and leave nothing queued, if a prompt is invalid or the model does not
+    do what is asked, and `PoolingFailed` for a prompt without a result."""
 
     engine: AnyEngine
     shared: LockedEngine
@@ -185,21 +187,35 @@ class PoolingMethods:
         lora_request: object,
         output: Callable[[str, FinishedOutput], T],
     ) -> list[T]:
-        """The outputs of prompts, in order. Queues all of them, or none if one is invalid."""
+        """The outputs of prompts, in order. If one is invalid, none stays queued."""
         if lora_request is not None:
             raise ValueError("lora_request is not supported by models that pool")
         assert self._info
         each = _one_each(params, len(prompts))
         ids: list[int] = []
         try:
-            with self.shared.exclusive() as engine:
-                for prompt, one in zip(prompts, each):
-                    ids.append(engine.add_request(prompt, one, incremental=False))
+            for begin in range(0, len(prompts), CHUNK):
+                chunk = self._encoded(prompts[begin : begin + CHUNK], each[begin : begin + CHUNK])
+                with self.shared.exclusive() as engine:
+                    for prompt, one in zip(chunk, each[begin:]):
+                        ids.append(engine.add_request(prompt, one, incremental=False))
+                    engine.run_full_steps()
             done = self._results(ids, use_tqdm)
         except BaseException:
             self.shared.drop(ids)
             raise
         return [output(str(i), done[request_id]) for i, request_id in enumerate(ids)]
+
+    def _encoded(self, prompts: Sequence[Prompt], each: Sequence[PoolingParams]) -> list[Prompt]:
+        """The prompts with token ids, if all are texts with the same limit of tokens."""
+        tokenizer, limits = self.engine.tokenizer, {one.truncate_prompt_tokens for one in each}
+        texts = [one.text for one in prompts if one.token_ids is None and one.text]
+        if tokenizer is None or len(limits) > 1 or len(texts) < len(prompts):
+            return list(prompts)
+        limit = limits.pop()
+        limit = self.engine.max_model_len if limit == -1 else limit
+        ids = tokenizer.encode_many(texts, limit)
+        return [replace(one, token_ids=found) for one, found in zip(prompts, ids)]
 
     def _results(self, ids: Sequence[int], use_tqdm: UseTqdm) -> Mapping[int, FinishedOutput]:
         """The finished outputs of requests, with a progress bar."""

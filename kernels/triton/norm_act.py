@@ -65,7 +65,7 @@ def norm_tile(dim: int) -> tuple[int, int]:
     return max(1, min(32, 2048 // dim_p)), min(16, max(4, dim_p // 512))
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """x as [rows, last dimension] with a last stride of 1; copies only if strides require it."""
     x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
@@ -74,8 +74,8 @@ def _rows(x: Tensor) -> Tensor:
 def _norm(
     x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    x_TD = _rows(x)
-    residual_TD = x_TD if residual is None else _rows(residual)
+    x_TD = as_rows(x)
+    residual_TD = x_TD if residual is None else as_rows(residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
@@ -139,7 +139,7 @@ def silu_mul_kernel(
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) · up of [gate | up]; see `reference.norm_act.silu_mul`."""
-    gate_up_TG = _rows(gate_up)
+    gate_up_TG = as_rows(gate_up)
     ffn = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], ffn), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel() == 0:

@@ -31,6 +31,7 @@ from nanovllm.kernels.triton.group_topk import group_topk
 from nanovllm.kernels.triton.latent_decode import latent_attention_decode
 from nanovllm.kernels.triton.latent_inputs import head_linear, latent_inputs
 from nanovllm.kernels.triton.latent_prefill import latent_attention_prefill
+from nanovllm.kernels.triton.layer_norm import layer_norm
 from nanovllm.kernels.triton.linear import fused_linear, linear_
 from nanovllm.kernels.triton.lora import add_lora, add_lora_, add_lora_silu
 from nanovllm.kernels.triton.lora_row import lora_linear
@@ -136,6 +137,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "gather_columns": gather_columns,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
+    "layer_norm": layer_norm,
     "silu_mul": silu_mul,
     "rope": rope,
     "store_kv": store_kv,

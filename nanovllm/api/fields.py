@@ -91,7 +91,6 @@ REFUSED_MESSAGES: dict[str, RefusedField] = REFUSED_COUNT_TOKENS | {
     "service_tier": RefusedField("there is one tier", ("auto", "standard_only")),
 }
 REFUSED_POOLING: dict[str, RefusedField] = {
-    "messages": RefusedField(NOT_BUILT),
     "embed_dtype": RefusedField("numbers are float32", ("float32",)),
     "endianness": RefusedField("bytes are little-endian", ("native", "little")),
 }
@@ -105,7 +104,7 @@ REFUSED: dict[type[msgspec.Struct], Mapping[str, RefusedField]] = {
     anthropic_schemas.CountTokensBody: REFUSED_COUNT_TOKENS,
     pooling_schemas.EmbeddingBody: REFUSED_POOLING,
     pooling_schemas.PoolingBody: REFUSED_POOLING,
-    pooling_schemas.ClassifyBody: REFUSED_POOLING,
+    pooling_schemas.ClassifyBody: REFUSED_POOLING | {"messages": RefusedField(NOT_BUILT)},
     pooling_schemas.ScoreBody: {"items": RefusedField("use documents")},
     pooling_schemas.RerankBody: {
         "max_tokens_per_doc": RefusedField("use truncate_prompt_tokens"),

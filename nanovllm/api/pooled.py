@@ -82,7 +82,7 @@ def _encoded(service: Service, texts: Sequence[str], params: PoolingParams) -> l
     if tokenizer is None:
         return [Prompt(text, None) for text in texts]
     limit = limit_of(service, params)
-    return [Prompt(text, tokenizer.encode_first(text, limit)) for text in texts]
+    return list(map(Prompt, texts, tokenizer.encode_many(texts, limit)))
 
 
 def limit_of(service: Service, params: PoolingParams) -> int | None:

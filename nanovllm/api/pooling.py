@@ -26,13 +26,16 @@ from nanovllm.api.pooled import (
 from nanovllm.api.pooling_schemas import (
     ClassifyBody,
     EmbeddingBody,
+    Input,
     PoolingBody,
     RerankBody,
     ScoreBody,
 )
 from nanovllm.api.prompts import beside
 from nanovllm.api.service import Service, response_id
+from nanovllm.prompts import Prompt
 
+OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 SIDES = (("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documents"))
 TEXT = "text"  # the field of a document that is an object
 
@@ -66,8 +69,35 @@ async def _results(
         body, task, dimensions=body.dimensions, normalize=body.normalize,
         use_activation=body.use_activation,
     )  # fmt: skip
-    prompts = await prompts_of(service, body.input, params)
+    if body.messages is None:
+        prompts = await prompts_of(service, _input_of(body), params)
+    else:
+        prompts = [await _conversation(service, body)]
     return await results(service, exchange, prompts, params, body.priority)
+
+
+def _input_of(body: EmbeddingBody) -> Input:
+    if body.input is None:
+        raise invalid("input", "input is missing: give it, or messages")
+    for name in OF_MESSAGES:
+        if getattr(body, name) is not None:
+            raise invalid(name, f"{name} needs messages, not input")
+    return body.input
+
+
+async def _conversation(service: Service, body: EmbeddingBody) -> Prompt:
+    """The prompt of messages; by default nothing follows the last one."""
+    assert body.messages is not None
+    if body.input is not None:
+        raise invalid("messages", "both input and messages are given: give one of them")
+    begins = bool(body.add_generation_prompt)
+    if begins and body.continue_final_message:
+        words = "add_generation_prompt and continue_final_message do not go together"
+        raise invalid("add_generation_prompt", words)
+    return await service.prompts.conversation(
+        body.messages, begins, body.continue_final_message, None,
+        dict(body.chat_template_kwargs or {}),
+    )  # fmt: skip
 
 
 def _numbers(body: EmbeddingBody, row: np.ndarray) -> list[float] | str:

@@ -8,6 +8,7 @@ import msgspec
 
 Input = str | list[str | int | list[int]]
 Texts = str | list[str]
+Json = dict[str, Any]
 
 
 class Pooled(msgspec.Struct, kw_only=True):
@@ -20,9 +21,14 @@ class Pooled(msgspec.Struct, kw_only=True):
 
 
 class EmbeddingBody(Pooled, kw_only=True):
-    """POST /v1/embeddings."""
+    """POST /v1/embeddings. In place of `input` there may be a conversation, which the chat template
+    makes one text of."""
 
-    input: Input
+    input: Input | None = None
+    messages: list[Json] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Json | None = None
     dimensions: int | None = None
     encoding_format: Literal["float", "base64"] | None = None
     normalize: bool | None = None

@@ -428,6 +428,9 @@ class Engine:
         """
         self._grammars.prepare()
 
+    def run_full_steps(self) -> None:
+        """Does nothing: requests wait for each other, so that they share steps."""
+
     def forget_prefixes(self) -> None:
         """Empty the prefix cache."""
         self.scheduler.cache.evict()

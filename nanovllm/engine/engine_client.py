@@ -76,6 +76,8 @@ class AnyEngine(Protocol):
 
     def prepare_grammars(self) -> None: ...
 
+    def run_full_steps(self) -> None: ...
+
     def add_request(
         self,
         prompt: AnyPrompt | Prompt | MediaPrompt,

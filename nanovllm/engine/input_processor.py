@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 Embeddings = Sequence[tuple[int, "Tensor"]]  # (position, [n, D]) pairs
 
 
+NO_SAMPLING = SamplingParams(detokenize=False)  # of requests that pool
+
+
 @dataclass(frozen=True)
 class InputProcessor:
     """Checks requests against the limits of a model. All methods raise ValueError."""
@@ -160,7 +163,7 @@ class InputProcessor:
             )
         return EngineRequest(
             prompt_ids,
-            SamplingParams(detokenize=False),
+            NO_SAMPLING,
             incremental,
             checked_priority(priority),
             pooling=params,

@@ -123,11 +123,12 @@ def _unread(prefix: str) -> tuple[str, ...]:
 def embed(cfg: EncoderConfig, params: BertOuter, inputs: PoolInputs) -> Tensor:
     """The normalised sum of the embeddings of tokens, positions and types: [T, D]."""
     token_TD = lookup(params.embed_VD, inputs.token_T, cfg.dtype)
-    pos_T = inputs.pos_T + cfg.first_position
-    type_TD = params.type_UD[:1]
+    num_positions = params.position_MD.shape[0] - cfg.first_position
+    position_MD = params.position_MD.narrow(0, cfg.first_position, num_positions)
+    type_TD = params.type_UD.narrow(0, 0, 1)
     if inputs.type_T is not None:
         type_TD = torch.nn.functional.embedding(inputs.type_T, params.type_UD)
-    h_TD = token_TD + type_TD + torch.nn.functional.embedding(pos_T, params.position_MD)
+    h_TD = token_TD + type_TD + torch.nn.functional.embedding(inputs.pos_T, position_MD)
     normed: Tensor = ops.layer_norm(
         h_TD, params.embed_norm_D, params.embed_norm_bias_D, cfg.norm_eps
     )

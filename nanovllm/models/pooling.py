@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ class PoolInputs(NamedTuple):
     start_S: Tensor  # int32: row r owns tokens start[r] .. start[r + 1] − 1, S = R + 1
     chosen_R: Tensor  # the token whose state is the row's result
     type_T: Tensor | None = None  # 1 for tokens of the second of two texts
+    # of decoders: the place of each token's key and value, and the first block of each row
+    slot_T: Tensor | None = None
+    block_R: Tensor | None = None  # int32
 
 
 class PoolWeights(NamedTuple):
@@ -64,6 +67,10 @@ class Pooler:
     without a head, all lack it. `num_labels` tokens have logits if the head is a vocabulary's.
     `scored(model, num)` gives an encoder the checkpoint's head of `num` classes.
     """
+
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
+        "pooling", "embed", "norm", "head", "size", "is_causal", "has_types", "num_labels",
+    )  # fmt: skip
 
     pooling: Pooling
     embed: Callable[..., Tensor]
@@ -161,7 +168,7 @@ def label_logits(
     that is the second's share of both."""
     table_VD = params.embed_VD if params.head_VD is None else params.head_VD
     assert isinstance(table_VD, Tensor) and params.label_C is not None
-    rows_CD = table_VD.index_select(0, params.label_C)
+    rows_CD = dense.embed(cfg, table_VD, params.label_C)
     logits_RC = head(cfg, params.final_norm_D, rows_CD, h_RD).float()
     return logits_RC[:, 1:] - logits_RC[:, :1] if rows_CD.shape[0] == 2 else logits_RC
 

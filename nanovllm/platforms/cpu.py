@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from nanovllm.compile.lower import inductor
@@ -129,6 +130,13 @@ class CpuPlatform(Platform):
 
     def kernels_compiled(self) -> list[str]:
         return cpp_build.compiled()
+
+    def write(self, target: Tensor, values: Any) -> None:
+        """By NumPy: torch would divide the copy among threads, whose start takes longer."""
+        if target.is_floating_point():
+            super().write(target, values)
+        else:
+            target.numpy()[...] = values
 
     def memory_budget(self, utilization: float) -> MemoryBudget:
         cache_bytes = min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES)

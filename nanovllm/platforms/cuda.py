@@ -37,8 +37,8 @@ from nanovllm.platforms.regions import Region, SplitRegion
 # Ops with our Triton kernels. Inductor could fuse norms and activations too, but it has no
 # programmatic dependent launch and takes seconds per bucket.
 KERNEL_OPS = STEP_OPS | {
-    "fp8_linear", "fused_fp8_linear", "fused_linear", "fused_packed_linear", "linear_",
-    "norm_router_topk", "packed_linear",
+    "fp8_linear", "fused_fp8_linear", "fused_linear", "fused_packed_linear", "layer_norm",
+    "linear_", "norm_router_topk", "packed_linear",
 }  # fmt: skip
 
 

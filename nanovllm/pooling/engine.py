@@ -20,13 +20,13 @@ from nanovllm.lora_request import LoRARequest
 from nanovllm.media import mm_inputs as media_given
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.platforms.base import HostCopy
-from nanovllm.pooling.load import LoadedPooling
 from nanovllm.pooling.results import result
-from nanovllm.pooling.runner import BLOCK, PoolRunner, PoolSequence
 from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
+from nanovllm.runner.pool_runner import PoolRunner, PoolSequence
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import FinishedOutput, Outbox, OutputDelta
+from nanovllm.startup.pooling_load import LoadedPooling
 
 LOOKAHEAD = 64  # requests that a step may leave for the next one
 REASONS = ("stop", "abort", "error")
@@ -92,8 +92,9 @@ class PoolingEngine:
         """The facts that clients need, except the digest of the checkpoint."""
         layout, cfg = self._runner.layout, self.model_config
         return EngineInfo(
-            "", self.max_model_len, self.max_num_seqs, cfg.vocab_size, cfg.hidden_size, BLOCK,
-            layout.tokens[-1] // BLOCK, [], {}, pooling=self.pooling,
+            "", self.max_model_len, self.max_num_seqs, cfg.vocab_size, cfg.hidden_size,
+            layout.block_size, layout.prefill_tokens[-1] // layout.block_size, [], {},
+            pooling=self.pooling,
         )  # fmt: skip
 
     @property
@@ -107,7 +108,7 @@ class PoolingEngine:
     @property
     def max_num_seqs(self) -> int:
         """The most prompts of one step."""
-        return self._runner.layout.max_rows
+        return self._runner.layout.max_num_seqs
 
     @property
     def is_sleeping(self) -> bool:
@@ -204,13 +205,7 @@ class PoolingEngine:
         """
         self._check_open()
         try:
-            chosen = self._next()
-            if chosen:
-                sequences = [PoolSequence(one.prompt_ids, one.second_at) for _, one in chosen]
-                launched = self._runner.launch(sequences)
-                self._in_flight.append(InFlight([one for one, _ in chosen], launched))
-                self.metrics.num_steps += 1
-            num_to_leave = self.run_ahead if chosen else 0
+            num_to_leave = self.run_ahead if self._launch() else 0
             while len(self._in_flight) > num_to_leave:
                 self._collect(self._in_flight.popleft())
         except BaseException:
@@ -219,13 +214,38 @@ class PoolingEngine:
         self.metrics.num_waiting = len(self._queue)
         self.metrics.num_running = sum(len(one.request_ids) for one in self._in_flight)
 
+    def run_full_steps(self) -> None:
+        """Advance while the waiting requests fill a step. A caller that adds many requests, some at
+        a time, calls it between: the device then computes while the next ones are encoded."""
+        while self._fills_step():
+            self.advance()
+
+    def _fills_step(self) -> bool:
+        size = self._runner.layout.prefill_tokens[-1]
+        for num, (_, request_id) in enumerate(self._queue, start=1):
+            asked = self._requests.get(request_id)
+            size -= 0 if asked is None else len(asked.prompt_ids)
+            if size <= 0 or num >= self.max_num_seqs:
+                return True
+        return False
+
+    def _launch(self) -> bool:
+        """Launch the next step, if any request waits."""
+        chosen = self._next()
+        if chosen:
+            sequences = [PoolSequence(one.prompt_ids, one.second_at) for _, one in chosen]
+            launched = self._runner.launch(sequences)
+            self._in_flight.append(InFlight([one for one, _ in chosen], launched))
+            self.metrics.num_steps += 1
+        return bool(chosen)
+
     def _next(self) -> list[tuple[int, EngineRequest]]:
         """The requests of the next step: the first ones, in their order. Where the next does not
         fit, later ones may, up to LOOKAHEAD: padding costs as much as their tokens."""
-        layout, room = self._runner.layout, self._runner.layout.tokens[-1]
+        max_rows, room = self.max_num_seqs, self._runner.layout.prefill_tokens[-1]
         chosen: list[tuple[int, EngineRequest]] = []
         skipped: list[tuple[int, int]] = []
-        while self._queue and room and len(chosen) < layout.max_rows and len(skipped) < LOOKAHEAD:
+        while self._queue and room and len(chosen) < max_rows and len(skipped) < LOOKAHEAD:
             entry = heapq.heappop(self._queue)
             asked = self._requests.get(entry[1])
             if asked is None:

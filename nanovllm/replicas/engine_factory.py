@@ -46,7 +46,7 @@ def one_engine(config: EngineConfig, *, show_progress: bool = True) -> AnyEngine
         # Importing torch takes long: the farm and the device start in the meantime.
         if config.pools:
             from nanovllm.pooling import engine as pooling
-            from nanovllm.pooling.load import load as load_pooling
+            from nanovllm.startup.pooling_load import load as load_pooling
 
             wait()
             return pooling.PoolingEngine(load_pooling(config, farm, show_progress=show_progress))

@@ -149,9 +149,10 @@ def wait_for_programs(config: EngineConfig, channel: Channel) -> None:
         return
     from nanovllm.replicas.messages import GO
     from nanovllm.startup.artifacts import is_ready
+    from nanovllm.startup.pooling import for_task
     from nanovllm.startup.resolve import resolve_without_weights
 
-    if is_ready(resolve_without_weights(config)):
+    if is_ready(for_task(resolve_without_weights(config))):
         return
     while channel.receive()[0] != GO:
         pass

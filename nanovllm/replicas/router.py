@@ -145,6 +145,9 @@ class Router:
         else:
             self._media.check_media(media)
 
+    def run_full_steps(self) -> None:
+        """Does nothing: replicas run what they have."""
+
     def forget_prefixes(self) -> None:
         """Invalidate the prefix caches for later requests."""
         with deferred_interrupts():

@@ -1,15 +1,27 @@
-"""Turns gradients off while the engine works on the device."""
+"""Decorators of what works on the device: without gradients, and in the group of the ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from nanovllm.kernels import collectives
+from nanovllm.kernels.collectives import Communicator
+
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
+
+
+class OfRank(Protocol):
+    """What has a group: None on one rank."""
+
+    group: Communicator | None
+
+
+Owner = TypeVar("Owner", bound=OfRank)
 
 
 def without_grad(function: Callable[Args, Result]) -> Callable[Args, Result]:
@@ -28,5 +40,21 @@ def without_grad(function: Callable[Args, Result]) -> Callable[Args, Result]:
             return function(*args, **kwargs)
         finally:
             torch._C._set_grad_enabled(before)
+
+    return run
+
+
+def in_group(
+    method: Callable[Concatenate[Owner, Args], Result],
+) -> Callable[Concatenate[Owner, Args], Result]:
+    """A method without gradients whose steps communicate with the other ranks, if there are any."""
+
+    @wraps(method)
+    @without_grad
+    def run(self: Owner, /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
+        if self.group is None:
+            return method(self, *args, **kwargs)
+        with collectives.using(self.group):
+            return method(self, *args, **kwargs)
 
     return run

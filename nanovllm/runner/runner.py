@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import wraps
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
-from nanovllm.kernels import collectives
 from nanovllm.kernels.collectives import Communicator
 from nanovllm.models import shards
 from nanovllm.models.experts import offloaded
@@ -40,32 +38,13 @@ from nanovllm.runner.embeddings import Embeddings
 from nanovllm.runner.encoders import Encoders, MMItem
 from nanovllm.runner.graph_cache import Captures, GraphCache
 from nanovllm.runner.mm_embeds import MMEmbedInputs, fill
-from nanovllm.runner.no_grad import without_grad
+from nanovllm.runner.no_grad import in_group, without_grad
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import Span, new_state
 from nanovllm.runner.state_update import write
 from nanovllm.runner.steps import ALONE, Steps, Table
 from nanovllm.schedule.plan import DraftReading, LogitEdits, PromptLogprobs, StepPlan
-
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
-
-
-def _in_group(
-    method: Callable[Concatenate[Runner, Args], Result],
-) -> Callable[Concatenate[Runner, Args], Result]:
-    """A method without gradients whose steps communicate with the other ranks, if there are any."""
-
-    @wraps(method)
-    @without_grad
-    def run(self: Runner, /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
-        if self.group is None:
-            return method(self, *args, **kwargs)
-        with collectives.using(self.group):
-            return method(self, *args, **kwargs)
-
-    return run
 
 
 class Runner:
@@ -164,7 +143,7 @@ class Runner:
         counters = torch.stack([one.counters_C for one in self.offloaded])
         return self.platform.read_back(counters.sum(0)).tolist()
 
-    @_in_group
+    @in_group
     def measure_budget(self, utilization: float) -> MemoryBudget:
         """Run the largest prefill step and the largest call of each encoder once. Returns the
         memory left after them, the weights and the cache of embeddings."""
@@ -192,7 +171,7 @@ class Runner:
         """The smallest of the ranks' numbers."""
         return value if self.group is None else self.group.min_int(value)
 
-    @_in_group
+    @in_group
     def warm_up(self, progress: Callable[[str], object]) -> None:
         """Build, run and capture the steps of every bucket, and seal the compiler."""
         if not self.layout.pad:
@@ -217,7 +196,7 @@ class Runner:
         self.graphs_bytes = self.platform.used_bytes() - used_bytes
         self.compiler.seal()
 
-    @_in_group
+    @in_group
     def run_bucket(self, kind: str, size: int) -> None:
         """Build and run the programs of one bucket on padding, and capture nothing.
 
@@ -242,7 +221,7 @@ class Runner:
                 self.sampler.warm_up()
         self.platform.synchronize()
 
-    @_in_group
+    @in_group
     def decode_uncaptured(
         self, num_rows: int, watch: AbstractContextManager[object], rows: Sequence[int] = ()
     ) -> None:
@@ -331,7 +310,7 @@ class Runner:
 
     # steps ------------------------------------------------------------------------------------
 
-    @_in_group
+    @in_group
     def launch(self, plan: StepPlan) -> AsyncOutput:
         """Start a step; returns at once on devices that work asynchronously.
 

@@ -22,7 +22,16 @@ from nanovllm.models import draft_head as head_model
 from nanovllm.models import model as model_module
 from nanovllm.models.model import Model
 from nanovllm.platforms.base import Platform
-from nanovllm.runner import draft_block, draft_head, mm_embeds, state, steps, tower, vocab_parallel
+from nanovllm.runner import (
+    draft_block,
+    draft_head,
+    mm_embeds,
+    pool_runner,
+    state,
+    steps,
+    tower,
+    vocab_parallel,
+)
 
 if TYPE_CHECKING:
     from nanovllm.startup.resolve import ResolvedConfig
@@ -34,7 +43,9 @@ SHARED_MODULES = (
     "config", "dense", "encoders", "group_router", "latent", "layer_state", "model", "moe",
     "pooling",
 )  # fmt: skip
-STEP_MODULES = (vocab_parallel, mm_embeds, state, steps, tower, draft_head, draft_block)
+STEP_MODULES = (
+    vocab_parallel, mm_embeds, state, steps, tower, draft_head, draft_block, pool_runner,
+)  # fmt: skip
 # The folders of models whose modules regions of several architectures may use.
 SHARED_FOLDERS = ("audio", "formats", "experts", "vision")
 
@@ -120,6 +131,8 @@ def _ready_key(resolved: ResolvedConfig) -> Key:
     facts = [keys.describe(reduced), shapes, str(model.config.dtype), num_groups]
     if model.lora is not None:
         facts.append(list(model.lora))
+    if model.pooler is not None:
+        facts.append(keys.describe(model.pooler))
     described = json.dumps(facts)
     common = common_ingredients(platform, passes, model)
     towers = {

@@ -199,7 +199,7 @@ def _load_weights(
         tokenizer = tokenizer or read()
         if resolved.num_workers:
             bar.set_description("compiling kernels")
-            _wait(farm)
+            wait_for_workers(farm)
             laps.end("compile")
         found = tokenizer.result()
     laps.end("tokenizer")
@@ -228,7 +228,7 @@ def _read_weights(resolved: ResolvedConfig, progress: loader.Progress, place: Pl
     return weights.with_towers(params, model, make)
 
 
-def _wait(farm: CompileFarm) -> None:
+def wait_for_workers(farm: CompileFarm) -> None:
     """Wait until workers have filled the store and released their device memory."""
     try:
         farm.wait(lambda outcome: None, PATIENCE_S)

@@ -10,8 +10,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.startup.artifacts import mark_ready
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.compile_farm.tasks import BuildOutcome
+from nanovllm.startup.pooling import for_task
 from nanovllm.startup.resolve import ResolvedConfig, resolve_without_weights
-from nanovllm.startup.speculation import with_speculation
 
 
 def fill(
@@ -30,7 +30,7 @@ def fill(
     a store that cannot be made or written.
     """
     # compiles C++ libraries, which workers then find
-    resolved = with_speculation(resolve_without_weights(config, must_keep=True))
+    resolved = for_task(resolve_without_weights(config, must_keep=True))
     buckets = resolved.spec.layout.buckets
     begin(resolved)
     if count is None:

@@ -9,14 +9,11 @@ import os
 import sys
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanovllm import env, hub, log
-from nanovllm.parallel.serve import RankConnection, connect, serve
+from nanovllm.parallel.serve import Handler, RankConnection, connect, serve
 from nanovllm.startup.ranks import checkpoint_digest
-
-if TYPE_CHECKING:
-    from nanovllm.runner.runner import Runner
 
 
 def main() -> None:
@@ -26,26 +23,26 @@ def main() -> None:
     env.replace(setup["environments"][connection.rank])
     log.configure()
     logging.getLogger("nanovllm").setLevel(logging.WARNING)  # the first rank logs the same
-    runner = load_rank(connection, setup)
-    from nanovllm.runner.tp_driver import handlers
-
+    handlers = load_rank(connection, setup)
     gc.freeze()  # a garbage collection of all objects takes 0.1 s, during which all ranks wait
-    serve(connection.channel, handlers(runner))
+    serve(connection.channel, handlers)
     sys.stderr.flush()
     os._exit(0)  # a regular shutdown of torch and the device's libraries would take a second
 
 
-def load_rank(connection: RankConnection, setup: dict[str, Any]) -> Runner:
-    """This rank's part of the model, warm. Raises ValueError for another checkpoint."""
+def load_rank(connection: RankConnection, setup: dict[str, Any]) -> dict[str, Handler]:
+    """The handlers of this rank's part of the model, which is warm. Raises ValueError for another
+    checkpoint."""
     from contextlib import closing
 
     from nanovllm.config import EngineConfig
     from nanovllm.models.shards import Shard
     from nanovllm.parallel.group import Group
+    from nanovllm.runner import pool_driver, tp_driver
+    from nanovllm.startup import load, pooling_load
     from nanovllm.startup.compile_farm.farm import CompileFarm
-    from nanovllm.startup.load import load_chosen
+    from nanovllm.startup.pooling import for_task
     from nanovllm.startup.resolve import resolve_model, select_platform
-    from nanovllm.startup.speculation import with_speculation
     from nanovllm.startup.startup_timer import StartupTimer
     from nanovllm.startup.store_folder import open_store
 
@@ -57,14 +54,18 @@ def load_rank(connection: RankConnection, setup: dict[str, Any]) -> Runner:
         raise ValueError(f"rank {rank} has another checkpoint than rank 0 in {folder}")
     platform, store = select_platform(config), open_store(config)
     resolved = resolve_model(config, platform, store, folder, weights=has_weights)
-    resolved = with_speculation(replace(resolved, shard=Shard(rank, size)))
+    resolved = for_task(replace(resolved, shard=Shard(rank, size)))
     resolved.prepare_kernels()
     platform.share_cores(size)
     connect = partial(
         Group, rank, size, platform.device, connection.folder, connect_peers=platform.connect_peers
     )
     with closing(CompileFarm(config)) as farm:
-        return load_chosen(resolved, farm, StartupTimer(), connect, show_progress=False).runner
+        parts = resolved, farm, StartupTimer(), connect
+        if config.pools:
+            pools = pooling_load.load_chosen(*parts, show_progress=False)
+            return pool_driver.handlers(pools.runner)
+        return tp_driver.handlers(load.load_chosen(*parts, show_progress=False).runner)
 
 
 if __name__ == "__main__":

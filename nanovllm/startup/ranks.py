@@ -13,6 +13,7 @@ from nanovllm.models.gguf.header import is_gguf, read
 if TYPE_CHECKING:
     from nanovllm.parallel.group import Group
     from nanovllm.parallel.ranks import WorkerGroup
+    from nanovllm.runner.pool_runner import PoolRunner
     from nanovllm.runner.runner import Runner
     from nanovllm.startup.resolve import ResolvedConfig
 
@@ -48,6 +49,11 @@ class TPWorkerGroup:
         from nanovllm.runner.tp_driver import TPDriver
 
         return TPDriver(*args, followers=self, **kwargs)
+
+    def make_pool_runner(self, *args: Any, **kwargs: Any) -> PoolRunner:
+        from nanovllm.runner.pool_driver import PoolDriver
+
+        return PoolDriver(*args, followers=self, **kwargs)
 
     def close(self) -> None:
         """End the other ranks and their processes."""

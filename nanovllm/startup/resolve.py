@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +35,9 @@ from nanovllm.startup.offload import choose_offload
 from nanovllm.startup.startup_timer import StartupTimer
 from nanovllm.startup.store_folder import open_store
 
+if TYPE_CHECKING:
+    from nanovllm.startup.pooling import PoolingPlan
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +48,7 @@ class ResolvedConfig:
     `folder` is the checkpoint's, `hf` transformers' config of it or the store's copy of that.
     `eos_ids` end an answer. `num_workers` processes compile while this one reads weights. `shard`
     is this process's part of the weights. `draft_folder` is the checkpoint of a second model.
+    `pooling` is how the model pools (`startup.pooling.with_pooling`).
     """
 
     config: EngineConfig
@@ -58,6 +62,7 @@ class ResolvedConfig:
     num_workers: int = 0
     shard: Shard = ALL
     draft_folder: Path | None = None
+    pooling: PoolingPlan | None = None
 
     def shortened(self, max_model_len: int) -> ResolvedConfig:
         """The same for shorter requests: other sizes, and perhaps another rotary table."""

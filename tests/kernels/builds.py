@@ -288,7 +288,7 @@ def stores(name: str, model: Model, has_fp8_cache: bool = False) -> Iterator[Bui
 def pointwise(name: str, model: Model) -> Iterator[Build]:
     import triton
 
-    from nanovllm.kernels.triton import norm_act, rope_store
+    from nanovllm.kernels.triton import layer_norm, norm_act, rope_store
 
     yield from stores(name, model)
     num_heads, num_kv_heads, head_dim, _, dtype = model
@@ -305,6 +305,9 @@ def pointwise(name: str, model: Model) -> Iterator[Build]:
     silu_mul = {"FFN": 12288, "PIECE": 1024}
     yield Build(f"{name}: rope", rope_store.rope_kernel, rope, num_warps, dtype=dtype)
     yield Build(f"{name}: add_rms_norm", norm_act.rms_norm_kernel, norm, norm_warps, dtype=dtype)
+    plain = {"DIM": dim, "DIM_P": dim, "ROWS": rows, "WEIGHT_ROWS": 1, "HAS_BIAS": True}
+    kernel = layer_norm.layer_norm_kernel
+    yield Build(f"{name}: layer_norm", kernel, plain, norm_warps, dtype=dtype)
     yield Build(f"{name}: silu_mul", norm_act.silu_mul_kernel, silu_mul, 4, dtype=dtype)
 
 

@@ -145,6 +145,7 @@ CHOSEN: dict[str, dict[str, str]] = {
     "linear_": {},
     "rms_norm": {"rms_norm_kernel": "always"},
     "add_rms_norm": {"rms_norm_kernel": "always"},
+    "layer_norm": {"layer_norm_kernel": "always"},
     "silu_mul": {"silu_mul_kernel": "always"},
     "rope": {"rope_kernel": "always"},
     "store_kv": {"store_kv_kernel": "always"},

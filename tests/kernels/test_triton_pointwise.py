@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops, reference
 from nanovllm.kernels.triton import register as triton_kernels
+from nanovllm.kernels.triton.layer_norm import layer_norm
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
 
@@ -123,6 +124,16 @@ def test_norms_match_the_reference(dtype: torch.dtype, shape: tuple[int, ...]) -
     expected = reference.norm_act.add_rms_norm(x, residual, weight_D, 1e-6)
     for actual, wanted in zip(add_rms_norm(x, residual, weight_D, 1e-6), expected, strict=True):
         assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (19, 989), (3, 5, 96)])
+def test_layer_norms_match_the_reference(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = (torch.randn(2, *shape, device=device) + 3).to(dtype)[1]
+    weight_D, bias_D = torch.randn(2, shape[-1], device=device).to(dtype)
+    for weight, bias in ((weight_D, bias_D), (torch.randn(x.shape[1:], device=device), None)):
+        wanted = reference.norm_act.layer_norm(x, weight, bias, 1e-6)
+        assert_close(layer_norm(x, weight, bias, 1e-6), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

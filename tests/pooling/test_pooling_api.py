@@ -102,6 +102,23 @@ def test_base64_holds_the_same_numbers(llm: LLM) -> None:
     np.testing.assert_allclose(np.frombuffer(raw, "<f4"), numbers, atol=1e-6)
 
 
+def test_messages_are_one_text_by_the_chat_template(folder: Path) -> None:
+    template = folder / "template.jinja"
+    template.write_text(
+        "{% for one in messages %}{{ one.role }}: {{ one.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    llm = pooling_llm(folder, chat_template=str(template))
+    messages = [{"role": "user", "content": "the cat"}]
+    wanted = embeddings(llm, ["user: the cat\n", "user: the cat\nassistant:"])
+    for path, key in (("/v1/embeddings", "embedding"), ("/pooling", "data")):
+        bodies = ({"messages": messages}, {"messages": messages, "add_generation_prompt": True})
+        answers = through_http(llm, posts(path, *bodies))
+        found = [torch.tensor(one.json()["data"][0][key]) for one in answers]
+        assert_near(found, wanted, atol=1e-5)
+    llm.close()
+
+
 def test_pooling_gives_what_the_model_makes(llm: LLM, classifier: LLM) -> None:
     (one,) = answered(llm, "/pooling", input=TEXTS[0], normalize=False)["data"]
     wanted = embeddings(llm, TEXTS[:1], pooling_params=PoolingParams(normalize=False))
@@ -159,7 +176,11 @@ def test_documents_are_ranked_by_their_scores(path: str, reranker: LLM) -> None:
         ("/v1/embeddings", {"input": "x" * 9000}, "input", "9000 characters: at most 8192"),
         ("/v1/embeddings", {"input": ["a"] * 2049}, "input", "2049 texts: at most 2048"),
         ("/v1/embeddings", {"input": "a", "dimensions": 65}, "dimensions", "dimensions is 65"),
-        ("/v1/embeddings", {"input": "a", "messages": []}, "messages", "is not implemented"),
+        ("/v1/embeddings", {"input": "a", "messages": []}, "messages", "both input and messages"),
+        ("/v1/embeddings", {}, "input", "input is missing: give it, or messages"),
+        ("/v1/embeddings", {"input": "a", "add_generation_prompt": True}, "add_generation_prompt",
+         "needs messages"),
+        ("/pooling", {"messages": [{"role": "user"}]}, "messages[0].content", "content"),
         ("/classify", {"input": "a"}, "model", "makes embeddings, not scores of classes"),
         ("/score", {"text_1": "a"}, "text_2", "text_2 is missing"),
         ("/score", {}, "text_1", "give text_1 and text_2"),

@@ -2,7 +2,8 @@
 
 `python dry_runs.py FOLDER CASE …` prints a line of JSON for each case: its name and what was
 found, or why it failed. A case is an architecture. "mixtral:2" has two resident experts in each
-layer, "mixtral:int4" quantized weights. Of a model with experts, half of the buckets are dry-run.
+layer, "mixtral:int4" quantized weights, "bert:pools" makes embeddings. Of a model with experts,
+half of the buckets are dry-run.
 
 It runs in its own process: the other tests use Triton's interpreter, which replaces the compiler,
 and this file replaces the device queries of torch and Triton. Each case has a fork, so everything
@@ -54,7 +55,9 @@ from tests.models import tower_cases
 Stage = Callable[[Any, dict[str, Any]], Any]  # of a compile: from module and metadata to a module
 SHORT = "advance_kernel"
 DEVICE = torch.device("cuda", 0)
-NAMES = {"qwen3_vl": "Qwen3VLForConditionalGeneration", "mixtral": "MixtralForCausalLM"}
+POOLS = "pools"  # the option of a model that pools
+NAMES = {"qwen3_vl": "Qwen3VLForConditionalGeneration", "mixtral": "MixtralForCausalLM",
+         "qwen3": "Qwen3ForCausalLM", "bert": "BertModel"}  # fmt: skip
 BUCKETS = (
     ("prefill", 256),
     ("prefill", 64),
@@ -171,7 +174,7 @@ def save_config(folder: Path, name: str) -> Path:
         text.rope_parameters["mrope_section"] = [32, 16, 16]
         config.vision_config.out_hidden_size = text.hidden_size
     else:
-        config = tiny_config(name, head_dim=64, dtype="bfloat16")
+        config = tiny_config(name, head_dim=128 if name == "qwen3" else 64, dtype="bfloat16")
     config.architectures = [NAMES[name]]
     config.save_pretrained(folder)
     return folder
@@ -198,11 +201,13 @@ def dry_run(folder: Path, architecture: str, option: str = "") -> dict[str, Any]
         str(folder / "model"), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
         max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
         expert_offload=int(option) if option.isdigit() else None,
-        quantization=None if option.isdigit() else option or None,
+        quantization=None if option.isdigit() or option == POOLS else option or None,
+        task="embed" if option == POOLS else "generate",
     )  # fmt: skip
     builder = Builder(config, Platform())
     # of offloaded experts, prefill streams and the smaller decode buckets fetch
     buckets = BUCKETS if architecture in tower_cases.TOWERS else (BUCKETS[1], *BUCKETS[-2:])
+    buckets = BUCKETS[:1] if option == POOLS else buckets
     answers = [builder.do("dry_run", bucket) for bucket in buckets]
     lengths = {name: length for answer in answers for name, length in answer["kernels"].items()}
     requests = sorted(lengths)

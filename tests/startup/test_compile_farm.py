@@ -180,7 +180,17 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     script = Path(__file__).with_name("dry_runs.py")
     done = subprocess.run(
-        [sys.executable, script, folder, "qwen3_vl", "mixtral", "mixtral:2", "mixtral:int4"],
+        [
+            sys.executable,
+            script,
+            folder,
+            "qwen3_vl",
+            "mixtral",
+            "mixtral:2",
+            "mixtral:int4",
+            "qwen3:pools",
+            "bert:pools",
+        ],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -253,3 +263,18 @@ def test_products_of_quantized_weights_are_found_by_a_dry_run(dry_runs: dict[str
     assert found["problems"] == [None, None, None]
     assert {"packed_linear.cu", "packed_grouped_kernel"} <= set(found["names"])
     assert found["in_cuda"] == found["requests"] - found["compiled"] > 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
+@pytest.mark.parametrize(
+    ("architecture", "kernels"),
+    [("qwen3", {"prefill_hopper_kernel", "qk_norm_rope_store_kernel", "rms_norm_kernel"}),
+     ("bert", {"varlen_attention_kernel", "layer_norm_kernel"})],
+)  # fmt: skip
+def test_steps_of_models_that_pool_are_dry_run(
+    architecture: str, kernels: set[str], dry_runs: dict[str, Any]
+) -> None:
+    found = dry_runs[f"{architecture}:pools"]
+    assert isinstance(found, dict), found
+    assert found["problems"] == [None] and set(found["names"]) >= kernels
+    assert found["compiled_after_launches"] == found["compiled"] == found["requests"]

@@ -26,13 +26,14 @@ from nanovllm.models.loader import Target
 from nanovllm.models.model import Model, Params
 from nanovllm.models.shards import Shard
 from nanovllm.models.vision import weights
-from nanovllm.platforms.base import Platform
+from nanovllm.platforms.base import DryRun, Platform
 from nanovllm.platforms.regions import SplitRegion
+from nanovllm.runner.pool_runner import PoolRunner
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.warmup import dry_run_bucket
 from nanovllm.startup.build import make_compiler, with_cache
+from nanovllm.startup.pooling import for_task
 from nanovllm.startup.resolve import ResolvedConfig, resolve_without_weights
-from nanovllm.startup.speculation import with_speculation
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,7 @@ def small_runner(
     if spec.draft is not None and spec.draft.model is not None:
         spec = replace(spec, draft=replace(spec.draft, model=spec.draft.model.reduced()))
     model = resolved.model if platform.traits.whole_steps else resolved.model.reduced()
-    compiler = make_compiler(resolved)
-    if compiler.lowering is None:
-        raise CompileRequired(platform.lowering()[1])
-    for name, value in (compiler_options or {}).items():
-        setattr(compiler, name, value)
+    compiler = _compiler(resolved, compiler_options)
     with mode or nullcontext():
         target = Target(platform.device, shard=Shard(0, model.config.num_ranks))
         if (
@@ -67,9 +64,7 @@ def small_runner(
             target = target._replace(place=Offloader(spec.offload, host, platform.device))
 
         def make(one: Model) -> Params:
-            if mode is None:
-                return loader.random(one, target, 0, lambda _: None)
-            return loader.undefined(one, target)
+            return _weights(one, target, has_numbers=mode is None)
 
         params = make(model)
         if spec.draft is not None and spec.draft.model is not None:
@@ -77,6 +72,43 @@ def small_runner(
         params = weights.with_towers(params, model, partial(weights.random, target=target, seed=0))
         runner = Runner(model, params, spec, platform, compiler)
     return with_cache(resolved, lambda _: runner)[0] if platform.traits.whole_steps else runner
+
+
+def small_pool_runner(
+    resolved: ResolvedConfig,
+    compiler_options: dict[str, Any] | None = None,
+    mode: AbstractContextManager[object] | None = None,
+) -> PoolRunner:
+    """`small_runner` of a model that pools."""
+    model, platform = resolved.model.reduced(), resolved.platform
+    compiler = _compiler(resolved, compiler_options)
+    with mode or nullcontext():
+        target = Target(platform.device, shard=Shard(0, model.config.num_ranks))
+        params = _weights(model, target, has_numbers=mode is None)
+        return PoolRunner(model, params, resolved.spec, platform, compiler)
+
+
+def _compiler(resolved: ResolvedConfig, options: dict[str, Any] | None) -> Compiler:
+    compiler = make_compiler(resolved)
+    if compiler.lowering is None:
+        raise CompileRequired(resolved.platform.lowering()[1])
+    for name, value in (options or {}).items():
+        setattr(compiler, name, value)
+    return compiler
+
+
+def _weights(model: Model, target: Target, *, has_numbers: bool) -> Any:
+    """Random weights, or ones without numbers."""
+    if has_numbers:
+        return loader.random(model, target, 0, lambda _: None)
+    return loader.undefined(model, target)
+
+
+def _dry_run_bucket(runner: Runner | PoolRunner, kind: str, size: int, dry_run: DryRun) -> None:
+    if isinstance(runner, PoolRunner):
+        runner.dry_run_bucket(size, dry_run)
+    else:
+        dry_run_bucket(runner, kind, size, dry_run)
 
 
 class Builder:
@@ -117,7 +149,7 @@ class Builder:
         try:
             fakes = self._fakes
             numbers = self._counted(
-                fakes.compiler, lambda: dry_run_bucket(fakes, kind, size, dry_run)
+                fakes.compiler, lambda: _dry_run_bucket(fakes, kind, size, dry_run)
             )
         except Exception as error:  # code that fails on fake tensors may work on real ones
             logger.debug("%s %d is run, since it cannot be dry-run", kind, size, exc_info=True)
@@ -144,16 +176,24 @@ class Builder:
 
     @cached_property
     def _choice(self) -> ResolvedConfig:
-        return with_speculation(resolve_without_weights(self._config, self._platform))
+        return for_task(resolve_without_weights(self._config, self._platform))
 
     @cached_property
-    def _runner(self) -> Runner:
-        return small_runner(self._choice)
+    def _runner(self) -> Runner | PoolRunner:
+        return self._small()
 
     @cached_property
-    def _fakes(self) -> Runner:
+    def _fakes(self) -> Runner | PoolRunner:
         assert self._dry_run is not None
-        return small_runner(self._choice, {"instead": self._call}, self._dry_run.mode)
+        return self._small({"instead": self._call}, self._dry_run.mode)
+
+    def _small(
+        self,
+        options: dict[str, Any] | None = None,
+        mode: AbstractContextManager[object] | None = None,
+    ) -> Runner | PoolRunner:
+        make = small_runner if self._choice.pooling is None else small_pool_runner
+        return make(self._choice, options, mode)
 
     def _call(self, program: Program, *inputs: object) -> Any:
         """A program's fake result. Raises TypeError if it is not a list of known calls."""

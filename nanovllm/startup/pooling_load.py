@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nanovllm import env, progress
-from nanovllm.compile import buckets, keys
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.code_files import BUILDING
+from nanovllm.kernels.collectives import Communicator
 from nanovllm.models import loader
 from nanovllm.models.pooling import PoolWeights
-from nanovllm.pooling import runner as runner_module
-from nanovllm.pooling.resolve import PoolingPlan, plan
-from nanovllm.pooling.runner import BLOCK, PoolLayout, PoolRunner
 from nanovllm.pooling_params import PoolingInfo
+from nanovllm.runner.pool_runner import PoolRunner
+from nanovllm.startup import ranks
 from nanovllm.startup.artifacts import finish
 from nanovllm.startup.build import make_compiler
 from nanovllm.startup.checkpoint_cache import read_tokenizer_of
 from nanovllm.startup.compile_farm.farm import CompileFarm
+from nanovllm.startup.compile_workers import num_workers
+from nanovllm.startup.load import wait_for_workers
+from nanovllm.startup.pooling import PoolingPlan, with_names, with_pooling
 from nanovllm.startup.resolve import ResolvedConfig, resolve
 from nanovllm.startup.startup_timer import StartupTimer
 from nanovllm.tokenizer import Tokenizer
@@ -32,9 +34,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
-
-MAX_ROWS = 256  # sequences of a step, unless the options have max_num_seqs
-GROWTH = 2  # of adjacent buckets
 
 
 @dataclass(frozen=True)
@@ -60,27 +59,56 @@ def load(
     laps = StartupTimer()
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))
-        resolved = resolve(config, farm, laps)
-        farm.close()  # this process compiles alone
-        chosen = plan(resolved)
-        resolved = replace(resolved, model=chosen.model)
-        bar = stack.enter_context(_bar(chosen.model.config.num_layers, show_progress))
+        resolved = with_pooling(resolve(config, farm, laps))
+        resolved = replace(resolved, num_workers=num_workers(resolved))
+        if resolved.shard.size == 1:
+            return load_chosen(resolved, farm, laps, show_progress=show_progress)
+        team = ranks.start(resolved)
+        connect, make = team.connect, team.make_pool_runner
+        try:
+            return load_chosen(resolved, farm, laps, connect, make, show_progress=show_progress)
+        except BaseException:
+            team.close()
+            raise
+
+
+def load_chosen(
+    resolved: ResolvedConfig,
+    farm: CompileFarm,
+    laps: StartupTimer,
+    connect: Callable[[], Communicator | None] = lambda: None,
+    make: Callable[..., PoolRunner] = PoolRunner,
+    *,
+    show_progress: bool = True,
+) -> LoadedPooling:
+    """The rest of `load`, for one rank: see `startup.load.load_chosen`."""
+    config, chosen, count = resolved.config, resolved.pooling, resolved.num_workers
+    assert chosen is not None
+    with ExitStack() as stack:
+        if count:
+            farm.build(resolved.spec.layout.buckets, count, dry_run=True)
+        else:
+            farm.close()
+        bar = stack.enter_context(_bar(resolved.model.config.num_layers, show_progress))
         params = _read_weights(resolved, bar)
         laps.end("weights")
         tokenizer = read_tokenizer_of(config, resolved.folder, resolved.store)
         params = _with_labels(chosen, params, tokenizer, resolved)
         laps.end("tokenizer")
+        if count:
+            bar.set_description("compiling kernels")
+            wait_for_workers(farm)
+            laps.end("compile")
         stack.enter_context(env.folder_of_compilers(resolved.store.folder / "cpp", BUILDING))
-        length = _longest(resolved)
-        built = _build(resolved, params, length, bar)
+        runner = _build(resolved, params, bar, connect(), make)
         laps.end("pooling")
-    seconds = sum(laps.seconds.values())
+    seconds, length = sum(laps.seconds.values()), resolved.spec.layout.max_model_len
     logger.info(
         "%s on %s: %s of %d numbers, up to %d tokens a prompt, ready in %.1f s",
-        chosen.model.config.architecture, resolved.platform.device, chosen.info.makes,
+        resolved.model.config.architecture, resolved.platform.device, chosen.info.makes,
         chosen.info.size, length, seconds,
     )  # fmt: skip
-    return LoadedPooling(config, built, chosen.info, tokenizer, length, laps.seconds)
+    return LoadedPooling(config, runner, chosen.info, tokenizer, length, laps.seconds)
 
 
 def _bar(num_layers: int, show_progress: bool) -> tqdm[Any]:
@@ -92,11 +120,12 @@ def _bar(num_layers: int, show_progress: bool) -> tqdm[Any]:
 
 def _read_weights(resolved: ResolvedConfig, bar: tqdm[Any]) -> PoolWeights:
     platform, model = resolved.platform, resolved.model
-    target = loader.Target(platform.device, buffer=platform.host_buffer)
+    target = loader.Target(platform.device, buffer=platform.host_buffer, shard=resolved.shard)
     if resolved.config.random_weights:
         params = loader.random(model, target, resolved.config.seed, bar.update)
     else:
-        params = loader.load(model, resolved.folder, target, bar.update)
+        named = with_names(model, resolved.folder)
+        params = loader.load(named, resolved.folder, target, bar.update)
     platform.synchronize()
     assert isinstance(params, PoolWeights)
     return params
@@ -119,51 +148,29 @@ def _with_labels(
     return params._replace(outer=params.outer._replace(label_C=label_C))
 
 
-def _longest(resolved: ResolvedConfig) -> int:
-    """The most tokens of a prompt: a step takes it as a whole."""
-    config, folder = resolved.config, resolved.folder
-    found = config.max_model_len or resolved.model.config.max_position
-    from nanovllm.pooling.modules import read
-
-    given = read(Path(folder))
-    if given is not None and given.max_length is not None and config.max_model_len is None:
-        found = min(found, given.max_length)
-    return found
-
-
-def _layout(resolved: ResolvedConfig, max_model_len: int) -> PoolLayout:
-    config, traits = resolved.config, resolved.platform.traits
-    longest = -(-max_model_len // BLOCK) * BLOCK
-    asked = config.max_num_batched_tokens or traits.batched_tokens
-    largest = max(longest, asked // BLOCK * BLOCK)
-    ladder = buckets.prefill_ladder(largest, GROWTH)
-    return PoolLayout(ladder, config.max_num_seqs or MAX_ROWS, not config.enforce_eager)
-
-
 def _build(
-    resolved: ResolvedConfig, params: PoolWeights, max_model_len: int, bar: tqdm[Any]
+    resolved: ResolvedConfig,
+    params: PoolWeights,
+    bar: tqdm[Any],
+    group: Communicator | None,
+    make: Callable[..., PoolRunner],
 ) -> PoolRunner:
-    """A warm runner. Marks no store as complete: that is for the programs of text."""
-    layout, platform = _layout(resolved, max_model_len), resolved.platform
-    compiler = make_compiler(resolved)
-    source = Path(runner_module.__file__)
-    compiler.ingredients = {
-        **compiler.ingredients, "source pooling": keys.source_digest([source], source.parent)
-    }  # fmt: skip
+    """A warm runner. The first rank marks the store as ready."""
+    platform, layout = resolved.platform, resolved.spec.layout
     num_kernels = len(platform.kernels_compiled())
-    made = PoolRunner(
-        resolved.model, params, layout, platform, compiler, max_model_len=max_model_len,
-        capture=resolved.config.tuned.capture,
+    compiler = make_compiler(resolved, group)
+    runner = make(
+        resolved.model, params, resolved.spec, platform, compiler,
+        capture=resolved.config.tuned.capture, group=group,
     )  # fmt: skip
     bar.unit = " buckets"
-    bar.reset(len(layout.tokens) if layout.pad else 0)
+    bar.reset(len(layout.buckets) if layout.pad else 0)
 
     def building(what: str) -> None:
         bar.set_description(f"building {what}")
         bar.update()
 
-    made.warm_up(building)
-    if not resolved.config.enforce_eager:
-        spec = replace(resolved.spec, layout=replace(resolved.spec.layout, pad=False))
-        finish(replace(resolved, spec=spec), platform.kernels_compiled()[num_kernels:])
-    return made
+    runner.warm_up(building)
+    if not resolved.config.enforce_eager and resolved.shard.rank == 0:
+        finish(resolved, platform.kernels_compiled()[num_kernels:])
+    return runner

@@ -14,17 +14,22 @@ from nanovllm.models.gguf.header import is_gguf
 from nanovllm.models.model import Model
 from nanovllm.models.pooling import Pooler, Pooling, of_decoder, without_prefix
 from nanovllm.models.registry import CAUSAL, REWARD, SCORES
-from nanovllm.pooling import modules
-from nanovllm.pooling.modules import Modules
 from nanovllm.pooling_params import PoolingInfo
+from nanovllm.runner.pool_runner import STEP
+from nanovllm.startup import pooling_modules as modules
 from nanovllm.startup.config_file import overridden, read_stored
+from nanovllm.startup.pooling_modules import Modules
 from nanovllm.startup.resolve import ResolvedConfig
+from nanovllm.startup.speculation import with_speculation
 
 logger = logging.getLogger(__name__)
 
 TYPES: dict[str, Pooling] = {"LAST": "last", "CLS": "cls", "MEAN": "mean"}
 RERANKER_LABELS = ("no", "yes")  # of Qwen3-Reranker, as published
 MAX_LABELS = 1 << 16
+MAX_ROWS = 256  # prompts of a step, unless the options have max_num_seqs
+LEAST_TOKENS = 2048  # of the largest step by default: several prompts fill it better than one
+SMALLEST_TOKENS = 32  # of the smallest step
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,51 @@ class PoolingPlan:
         return pooler
 
 
+def for_task(resolved: ResolvedConfig) -> ResolvedConfig:
+    """`with_pooling` for a model that pools, else `with_speculation`."""
+    return with_pooling(resolved) if resolved.config.pools else with_speculation(resolved)
+
+
+def with_pooling(resolved: ResolvedConfig) -> ResolvedConfig:
+    """The choices for a model that pools: its head and the sizes of its steps, which take whole
+    prompts. Raises ValueError as `plan`."""
+    chosen, config = plan(resolved), resolved.config
+    resolved = replace(resolved, model=chosen.model, pooling=chosen)
+    length = _longest(resolved)
+    longest = -(-length // STEP) * STEP
+    default = max(LEAST_TOKENS, resolved.platform.traits.batched_tokens)
+    asked = config.max_num_batched_tokens or default
+    max_rows = config.max_num_seqs or MAX_ROWS
+    layout = replace(
+        resolved.spec.layout,
+        max_num_seqs=max_rows,
+        max_model_len=length,
+        decode_rows=(),
+        prefill_tokens=_ladder(max(longest, asked // STEP * STEP)),
+        max_prefill_rows=max_rows,
+        pad=not config.enforce_eager,
+    )
+    return replace(resolved, spec=replace(resolved.spec, layout=layout))
+
+
+def _ladder(largest: int) -> tuple[int, ...]:
+    """The tokens of steps: half as many each time, since a step's padding costs what tokens do."""
+    ladder = [largest]
+    while ladder[0] // 2 >= SMALLEST_TOKENS:
+        ladder.insert(0, ladder[0] // 2 // STEP * STEP)
+    return tuple(ladder)
+
+
+def _longest(resolved: ResolvedConfig) -> int:
+    """The most tokens of a prompt: a step takes it as a whole."""
+    config = resolved.config
+    found = config.max_model_len or resolved.model.config.max_position
+    given = modules.read(resolved.folder)
+    if given is not None and given.max_length is not None and config.max_model_len is None:
+        found = min(found, given.max_length)
+    return found
+
+
 def plan(resolved: ResolvedConfig) -> PoolingPlan:
     """How the model of a checkpoint pools. Raises ValueError if it does not, or not for the
     task."""
@@ -50,6 +100,11 @@ def plan(resolved: ResolvedConfig) -> PoolingPlan:
     if resolved.platform.traits.whole_steps:
         raise ValueError(
             f"task={config.task!r} is not supported on a {resolved.platform.traits.name} device"
+        )
+    if config.tensor_parallel_size > 1 and resolved.model.pooler is not None:
+        raise ValueError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, but encoders such as "
+            f"{resolved.model.config.architecture} run on one device: use data_parallel_size"
         )
     given = None if is_gguf(folder) else modules.read(folder)
     fields = overridden(read_stored(folder), config.hf_overrides or {})
@@ -64,7 +119,6 @@ def plan(resolved: ResolvedConfig) -> PoolingPlan:
         model = of_decoder(
             model, num_scores=num_scores, num_labels=len(labels), inner=name.endswith(REWARD)
         )
-    model = _with_names(config, folder, model)
     pooler = replace(model.pooler, pooling=_pooling(config, given, model.pooler, makes))
     return PoolingPlan(
         replace(model, pooler=pooler), _info(config, fields, given, pooler, labels, makes), labels
@@ -109,11 +163,9 @@ def _class_names(fields: Mapping[str, Any]) -> list[str]:
     return [f"LABEL_{i}" for i in range(num)]
 
 
-def _with_names(config: EngineConfig, folder: Path, model: Model) -> Model:
+def with_names(model: Model, folder: Path) -> Model:
     """The model with the tensors' names of its checkpoint."""
     prefix = model.pooler.prefix
-    if config.random_weights:
-        return model
     with Checkpoint(folder) as checkpoint:
         has_prefix = any(name.startswith(prefix) for name in checkpoint)
     return model if has_prefix else without_prefix(model, prefix)
