@@ -31,7 +31,7 @@ from nanovllm.kernels.triton.common import (
     shared_memory_bytes,
     wait_for_earlier_kernels,
 )
-from nanovllm.kernels.triton.packed_codes import CODE, FP8, TABLE, Codes
+from nanovllm.kernels.triton.packed_codes import CODE, E2M1, FP8, TABLE, Codes
 from nanovllm.kernels.triton.packed_tiles import PackedGemmTile, gemm_tile
 
 
@@ -97,10 +97,35 @@ def _of_pairs(code, scale, offset, dtype: tl.constexpr, IS_PURE: tl.constexpr):
 
 
 @triton.jit
+def _of_e2m1_pairs(code, scale, IS_PURE: tl.constexpr):
+    """e2m1 · scale of the lower and the upper codes of bytes, in bf16, times 2⁻²⁰.
+
+    The exponent and the mantissa move to the lowest bits of a number's exponent and the highest of
+    its mantissa, where they are e2m1 times 2⁻¹²⁶, or a denormal number; scales correct this. In a
+    half of p a byte is the upper one.
+    """
+    factor = (scale.to(tl.float32) * 2.0**106).to(tl.bfloat16)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 p, q, a, b, c, d, m, n, zero; mov.b32 zero, 0x80008000;"
+        " prmt.b32 p, $4, 0, 0x1404; prmt.b32 q, $4, 0, 0x3424;"
+        " shl.b32 a, p, 4; shl.b32 b, q, 4; and.b32 a, a, zero; and.b32 b, b, zero;"
+        " shr.u32 m, p, 2; shr.u32 n, q, 2;"
+        " lop3.b32 m, m, 0x01c001c0, a, 0xea; lop3.b32 n, n, 0x01c001c0, b, 0xea;"
+        " fma.rn.bf16x2 $0, m, $5, zero; fma.rn.bf16x2 $1, n, $6, zero;"
+        " and.b32 c, p, zero; and.b32 d, q, zero; shr.u32 m, p, 6; shr.u32 n, q, 6;"
+        " lop3.b32 m, m, 0x01c001c0, c, 0xea; lop3.b32 n, n, 0x01c001c0, d, 0xea;"
+        " fma.rn.bf16x2 $2, m, $5, zero; fma.rn.bf16x2 $3, n, $6, zero; }",
+        "=&r,=&r,=&r,=&r,r,r,r", [code, factor],
+        dtype=(tl.bfloat16, tl.bfloat16), is_pure=IS_PURE, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
 def times(dtype: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr,
           UPCAST: tl.constexpr):  # fmt: skip
     """What the results of `numbers` are multiplied by to be the real values."""
-    is_fast = FORM == CODE and BITS == 4 and GROUP != 16 and target_info.is_cuda() and not UPCAST
+    is_fast = (FORM == CODE or FORM == E2M1) and BITS == 4 and GROUP != 16
+    is_fast = is_fast and target_info.is_cuda() and not UPCAST
     return 2.0**20 if is_fast and dtype == tl.bfloat16 else 1.0
 
 
@@ -109,6 +134,9 @@ def _real(code, scale, offset, table_ptr, dtype: tl.constexpr, FORM: tl.constexp
     """level · scale + offset of codes, in `dtype`."""
     if FORM == TABLE:
         level = tl.load(table_ptr + code.to(tl.int32)).to(tl.float32)
+    elif FORM == E2M1:
+        bits = ((code.to(tl.int32) & 8) << 28) | ((code.to(tl.int32) & 7) << 22)
+        level = bits.to(tl.float32, bitcast=True) * 2.0**126
     else:  # 2²³ + code is the code in the mantissa of 2²³
         level = (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     return (level * scale.to(tl.float32) + offset.to(tl.float32)).to(dtype)
@@ -125,6 +153,9 @@ def numbers(code_LH, scales, offsets, table_ptr, dtype: tl.constexpr, BITS: tl.c
         return (_real(code_LH, scales[0], offsets[0], table_ptr, dtype, FORM),)
     elif FORM == CODE and len(scales) == 1 and target_info.is_cuda() and not UPCAST:
         return _of_pairs(code_LH, scales[0], offsets[0], dtype, IS_PURE)
+    elif (FORM == E2M1 and dtype == tl.bfloat16 and len(scales) == 1 and target_info.is_cuda()
+          and not UPCAST):  # fmt: skip
+        return _of_e2m1_pairs(code_LH, scales[0], IS_PURE)
     else:
         return (
             _real(code_LH & 15, scales[0], offsets[0], table_ptr, dtype, FORM),

@@ -49,8 +49,8 @@ def gemv_tile(
     pieces = depth * codes.bits // 64
     num_warps = 1 if pieces <= 96 else 2 if pieces <= 192 else 4
     # a thread has the codes of 8 weight rows, or of 4 with a table, which takes registers
-    outs = (4 if silu_mul else 8) // (1 if codes.table is None else 2)
-    if codes.table is not None and pairs > 1:  # all pairs are unrolled: no value spills
+    outs = (4 if silu_mul else 8) // (2 if codes.reads_table else 1)
+    if codes.reads_table and pairs > 1:  # all pairs are unrolled: no value spills
         outs, num_warps = min(outs, 2), min(4, 2 * num_warps)
     lines = num_rows * codes.num_rows // (1 + silu_mul)
     while outs > 1 and lines < 2 * outs * multiprocessors:

@@ -17,6 +17,7 @@ class Kind(NamedTuple):
     group: int
     has_offset: bool = False
     has_table: bool = False
+    is_e2m1: bool = False
 
     @property
     def is_fp8(self) -> bool:
@@ -27,7 +28,7 @@ KINDS = {
     "int4": Kind(4, 1, 128, True),
     "fp8": Kind(8, 128, 128),
     "nf4": Kind(4, 1, 64, has_table=True),
-    "mxfp4": Kind(4, 1, 32, has_table=True),
+    "mxfp4": Kind(4, 1, 32, is_e2m1=True),
 }
 TYPES = {
     "table_ptr": "*fp32", "part_ptr": "*fp32", "arrived_ptr": "*i32", "expert_ptr": "*i32",
@@ -43,7 +44,9 @@ def weight(kind: Kind, num_lines: int, depth: int, num_experts: int = 0) -> Any:
     num_scales = (*outer, -(-num_lines // kind.group_rows), -(-depth // kind.group))
     code = torch.empty(*outer, num_lines, depth * kind.bits // 8, dtype=torch.uint8, device="meta")
     scale = torch.empty(num_scales, device="meta")
-    offset, table = scale if kind.has_offset else None, scale if kind.has_table else None
+    offset = scale if kind.has_offset else None
+    table = torch.empty(16, device="meta", dtype=torch.float16 if kind.is_e2m1 else None)
+    table = table if kind.has_table or kind.is_e2m1 else None
     return Codes(code, scale, offset, table, kind.bits, kind.group_rows, kind.group, kind.is_fp8)
 
 
