@@ -124,8 +124,8 @@ def _of_e2m1_pairs(code, scale, IS_PURE: tl.constexpr):
 def times(dtype: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr,
           UPCAST: tl.constexpr):  # fmt: skip
     """What the results of `numbers` are multiplied by to be the real values."""
-    is_fast = (FORM == CODE or FORM == E2M1) and BITS == 4 and GROUP != 16
-    is_fast = is_fast and target_info.is_cuda() and not UPCAST
+    has_pairs: tl.constexpr = FORM == CODE or FORM == E2M1  # noqa: SIM109: a kernel has no `in`
+    is_fast = has_pairs and BITS == 4 and GROUP != 16 and target_info.is_cuda() and not UPCAST
     return 2.0**20 if is_fast and dtype == tl.bfloat16 else 1.0
 
 
@@ -143,6 +143,17 @@ def _real(code, scale, offset, table_ptr, dtype: tl.constexpr, FORM: tl.constexp
 
 
 @triton.jit
+def _of_bytes(scale, code_LH):
+    """A chunk's scales for its bytes: [L, 1] as it is, and [L, n] each for 16 bytes."""
+    L: tl.constexpr = code_LH.shape[0]
+    n: tl.constexpr = scale.shape[1]
+    if n == 1:
+        return scale
+    else:
+        return tl.reshape(tl.broadcast_to(scale[:, :, None], (L, n, 16)), code_LH.shape)
+
+
+@triton.jit
 def numbers(code_LH, scales, offsets, table_ptr, dtype: tl.constexpr, BITS: tl.constexpr,
             FORM: tl.constexpr, IS_PURE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """The real values of the codes of bytes in `dtype`: of the lower and of the upper codes, or of
@@ -155,11 +166,12 @@ def numbers(code_LH, scales, offsets, table_ptr, dtype: tl.constexpr, BITS: tl.c
         return _of_pairs(code_LH, scales[0], offsets[0], dtype, IS_PURE)
     elif (FORM == E2M1 and dtype == tl.bfloat16 and len(scales) == 1 and target_info.is_cuda()
           and not UPCAST):  # fmt: skip
-        return _of_e2m1_pairs(code_LH, scales[0], IS_PURE)
+        return _of_e2m1_pairs(code_LH, _of_bytes(scales[0], code_LH), IS_PURE)
     else:
+        low, high = _of_bytes(scales[0], code_LH), _of_bytes(scales[-1], code_LH)
         return (
-            _real(code_LH & 15, scales[0], offsets[0], table_ptr, dtype, FORM),
-            _real(code_LH >> 4, scales[-1], offsets[-1], table_ptr, dtype, FORM),
+            _real(code_LH & 15, low, offsets[0], table_ptr, dtype, FORM),
+            _real(code_LH >> 4, high, offsets[-1], table_ptr, dtype, FORM),
         )
 
 
@@ -192,7 +204,8 @@ def scales_of(at, first_line, line_L, column, end_column, COLUMNS: tl.constexpr,
               NUM_GROUPS: tl.constexpr, EACH: tl.constexpr, UP: tl.constexpr,
               OUTS: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """The scales, or the offsets, of the EACH chunks from `column` on: [L, 1] for each of them, or
-    for each half of its columns if those have groups of their own. Behind the end: the last ones.
+    for each half of its columns if those have groups of their own, or [L, n] for n groups of 32.
+    Behind the end: the last ones.
 
     If all outputs of a tile share a block of rows, one number is loaded, or one for gate and one
     for up, whose rows are UP rows further on.
@@ -207,6 +220,10 @@ def scales_of(at, first_line, line_L, column, end_column, COLUMNS: tl.constexpr,
                     up = tl.load(at + (first_line + UP) // GROUP_ROWS * NUM_GROUPS + group)
                     is_up_L1 = (tl.arange(0, line_L.shape[0]) // 8 % 2 == 1)[:, None]
                     one = tl.where(is_up_L1, up.to(tl.float32), one)
+            elif GROUP == 32 and COLUMNS > 32:
+                last = tl.minimum(column + i * COLUMNS, end_column + 1 - COLUMNS) // GROUP
+                group_1n = last + tl.arange(0, COLUMNS // GROUP)[None, :]
+                one = _load_scale(at + line_L[:, None] * NUM_GROUPS + group_1n, UPCAST)
             else:
                 one = _load_scale(at + (line_L // GROUP_ROWS)[:, None] * NUM_GROUPS + group, UPCAST)
             found += (one,)

@@ -36,8 +36,11 @@ RUNGS = (8, 16, 32, 64)
 
 
 def chunk_columns(codes: Codes, depth: int) -> int:
-    """The most columns, up to 128, of a chunk with one scale, or with two for groups of 16."""
+    """The most columns, up to 128, of a chunk with one scale, or with two for groups of 16. Numbers
+    in e2m1 have chunks with two scales: the 16 bytes of a group are half of what memory moves."""
     least = 32 if codes.bits == 4 else 16
+    if codes.form == E2M1.value and codes.group == 32 and codes.group_rows == 1 and depth % 64 == 0:
+        return 64
     group = depth if codes.group >= depth else max(codes.group, least)
     return next(c for c in (128, 64, 32, 16) if group % c == 0 and depth % c == 0)
 
@@ -118,9 +121,8 @@ def grouped_tile(pairs_each: float, codes: Codes, depth: int, shared_bytes: int)
     lines, num_warps = (64, 4) if rows < 64 else (128, 8)
     each = next(n for n in (8, 4, 2, 1) if n * columns <= 128 and depth % (n * columns) == 0)
     num_stages = 4
-    if codes.form == E2M1.value and columns * each < 128 and depth % (5 * columns) == 0 and rows < 64:
-        # Widths such as 2880 have no steps of 128 columns. What a step takes beside its chunks is a
-        # fifth of the instructions of steps of 64, and instructions take the time of few rows.
-        each, num_stages = 5, 3
+    if codes.form == E2M1.value and rows < 64 and columns * each < 128 and depth % 192 == 0:
+        # Widths such as 2880 have no steps of 128 columns, and short steps take more instructions.
+        each, num_stages = 192 // columns, 3
     tile = PackedGemmTile(rows, lines, columns, each, 1, num_stages, num_warps)
     return fitted(tile, codes, depth, shared_bytes)

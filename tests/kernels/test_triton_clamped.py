@@ -1,7 +1,9 @@
-"""Experts with biases and a clamped SwiGLU in Triton, for few and for many tokens, and in MXFP4."""
+"""Experts with biases and a clamped SwiGLU, also in MXFP4, or with GELU, in Triton, for few and for
+many tokens."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,11 +12,12 @@ from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.triton import clamped
+from nanovllm.kernels.triton.experts import gelu_experts
 from tests.kernels.test_triton_packed import packed_weight
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 ALPHA, LIMIT = 1.702, 7.0
-EXPERTS, TOP_K, HIDDEN, SIZE = 6, 2, 160, 32
+EXPERTS, TOP_K, HIDDEN, SIZE = 6, 2, 192, 32
 # Places that round: gate, up, the activation, the sum, the residual.
 ERROR = 6 * torch.finfo(torch.float16).eps / 2
 # pair by pair; sorted by expert
@@ -80,9 +83,7 @@ def test_experts(num_tokens: int, is_parallel: bool) -> None:
      (32, 7, True, torch.float16), (16, 1, False, torch.float16), (16, 7, True, torch.bfloat16),
      (8, 7, True, torch.float16)],
 )  # fmt: skip
-def test_packed_experts(
-    group: int, num_tokens: int, is_parallel: bool, dtype: torch.dtype
-) -> None:
+def test_packed_experts(group: int, num_tokens: int, is_parallel: bool, dtype: torch.dtype) -> None:
     """Groups of 16 are those of a rank that cuts blocks of 32; no kernel takes groups of 8."""
     given = inputs(num_tokens, is_parallel, dtype)
     x_TD, weight_TK, expert_TK, (gate_up_bias, down_bias), residual, places = given
@@ -98,6 +99,24 @@ def test_packed_experts(
     wanted = exact(given, *real)
     check(clamped.packed_clamped_experts(x_TD, weight_TK, expert_TK, *args), wanted)
     check(reference.clamped.packed_clamped_experts(x_TD, weight_TK, expert_TK, *args), wanted)
+
+
+@TOKENS
+@FORMS
+def test_experts_with_gelu(num_tokens: int, is_parallel: bool) -> None:
+    x_TD, weight_TK, expert_TK, (_, bias), residual, places = inputs(num_tokens, is_parallel)
+    gate_up = (2 * torch.randn(len(bias), 2 * SIZE, HIDDEN, device=device) / HIDDEN**0.5).half()
+    down = (torch.randn(len(bias), HIDDEN, SIZE, device=device) / SIZE**0.5).half()
+    wanted = residual.double()
+    for t, k in product(range(num_tokens), range(TOP_K)):
+        e = int(expert_TK[t, k])
+        e = e if places is None else int(places[e])
+        if e >= 0:
+            inner = reference.norm_act.gelu_mul(gate_up[e].double() @ x_TD[t].double())
+            wanted[t] += weight_TK[t, k].double() * (down[e].double() @ inner)
+    args = (x_TD, weight_TK, expert_TK, gate_up, down, residual, places)
+    check(gelu_experts(*args), wanted)
+    check(reference.experts.gelu_experts(*args), wanted)
 
 
 def test_nan_stays_where_it_is() -> None:
