@@ -64,7 +64,8 @@ class Codes(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """(scale, offset, table), each one replaced if it is not read."""
         offset = self.scale if self.offset is None else self.offset
-        return self.scale, offset, self.table if self.reads_table else self.scale
+        table = self.table if self.table is not None and self.reads_table else self.scale
+        return self.scale, offset, table
 
 
 def of_packed(
