@@ -401,6 +401,12 @@ experts = _define(
     reference.experts.experts,
     lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
+gelu_experts = _define(
+    "gelu_experts(Tensor x, Tensor weight, Tensor expert, Tensor gate_up, Tensor down, "
+    "Tensor? residual=None, Tensor? local=None) -> Tensor",
+    reference.experts.gelu_experts,
+    lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
 expert_linear = _define(
     "expert_linear(Tensor x, Tensor expert, Tensor weight) -> Tensor",
     reference.experts.expert_linear,
@@ -631,6 +637,7 @@ __all__ = [
     "gated_delta",
     "gated_delta_step",
     "gather_columns",
+    "gelu_experts",
     "ggml_expert_linear",
     "ggml_linear",
     "ggml_lookup",

@@ -5,11 +5,13 @@ Shapes: see the package.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from nanovllm.kernels.reference.linear import linear
-from nanovllm.kernels.reference.norm_act import rms_norm, silu_mul
+from nanovllm.kernels.reference.norm_act import gelu_mul, rms_norm, silu_mul
 
 
 def topk_softmax(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -99,9 +101,39 @@ def experts(
     With local_X, int32, the E matrices are those of some of X experts: expert e has the matrices
     local_X[e], and is left out of the sum where that is negative, whatever its weight is.
     """
+    return _by_activation(
+        silu_mul, x_TD, weight_TK, expert_TK, (gate_up_EGD, down_EDF), residual_TD, local_X
+    )
+
+
+def gelu_experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
+) -> Tensor:
+    """`experts` with `norm_act.gelu_mul` in place of SiLU."""
+    return _by_activation(
+        gelu_mul, x_TD, weight_TK, expert_TK, (gate_up_EGD, down_EDF), residual_TD, local_X
+    )
+
+
+def _by_activation(
+    activation: Callable[[Tensor], Tensor],
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    matrices: tuple[Tensor, Tensor],
+    residual_TD: Tensor | None,
+    local_X: Tensor | None,
+) -> Tensor:
+    gate_up_EGD, down_EDF = matrices
     if local_X is not None:
         expert_TK = local_X[expert_TK.long()]
-    inner_TKF = silu_mul(expert_linear(x_TD, expert_TK, gate_up_EGD))
+    inner_TKF = activation(expert_linear(x_TD, expert_TK, gate_up_EGD))
     y_TKD = _expert_products(inner_TKF.flatten(0, 1), expert_TK.flatten(), down_EDF)
     y_TKD = y_TKD.view(*expert_TK.shape, -1) * weight_TK.unsqueeze(-1)
     if local_X is not None:

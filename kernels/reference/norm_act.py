@@ -47,6 +47,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return (normed if bias is None else normed + bias.float()).to(x.dtype)
 
 
+def gelu_mul(gate_up_TG: Tensor) -> Tensor:
+    """gelu(gate) · up, with GELU's approximation by tanh; [.., 2F] -> [.., F]."""
+    gate_TF, up_TF = gate_up_TG.chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate_TF, approximate="tanh") * up_TF
+
+
 def silu_mul(gate_up_TG: Tensor) -> Tensor:
     """silu(gate) · up of an input [gate | up] along the last dimension; [T, 2F] -> [T, F]."""
     gate_TF, up_TF = gate_up_TG.chunk(2, dim=-1)

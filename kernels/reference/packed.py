@@ -7,6 +7,7 @@ scale and offset are those of the column's group, and there may be no offset. A 
 of 8 bits. Codes of 4 bits are in blocks of 32 columns, 16 bytes each: byte j has the code of column
 j in its lower half and that of column j + 16 in its upper half, as GGUF has them. The last block of
 a row may have columns behind the weight's depth, which no product reads.
+A table in fp16 is that of e2m1 (`e2m1_table`), whose levels kernels compute; others are in fp32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,18 @@ from nanovllm.kernels.reference.experts import expert_linear, experts
 from nanovllm.kernels.reference.linear import linear
 
 BLOCK = 32  # columns in a block of codes of 4 bits
+E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (*E2M1_MAGNITUDES, *(-one for one in E2M1_MAGNITUDES))
+
+
+def e2m1_table(device: torch.device | str) -> Tensor:
+    """The levels of e2m1, [16]: 4-bit floating point with two bits of exponent."""
+    return torch.tensor(E2M1, dtype=torch.float16, device=device)
+
+
+def is_e2m1(table: Tensor | None) -> bool:
+    """True if the levels are those of e2m1: see the module."""
+    return table is not None and table.dtype is torch.float16
 
 
 def unpack(code: Tensor, bits: int) -> Tensor:

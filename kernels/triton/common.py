@@ -168,9 +168,15 @@ def finish(y, up, dtype: tl.constexpr, SILU_MUL: tl.constexpr, ALPHA: tl.constex
            LIMIT: tl.constexpr = 0.0):  # fmt: skip
     """A product's result in its dtype: y, or silu(y) · up. Rounds where the reference rounds.
 
-    With a LIMIT it is `reference.norm_act.clamped_swiglu` in place of SiLU.
+    With a LIMIT above 0 it is `reference.norm_act.clamped_swiglu` in place of SiLU, and below 0
+    `reference.norm_act.gelu_mul`.
     """
-    if LIMIT > 0:
+    if LIMIT < 0:
+        y = y.to(dtype).to(tl.float32)
+        # y/2 · (1 + tanh(u)) is y · sigmoid(2u)
+        twice_u = 1.5957691216057308 * (y + 0.044715 * y * y * y)
+        y = (y / (1.0 + tl.exp(-twice_u))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
+    elif LIMIT > 0:
         y = tl.minimum(y.to(dtype).to(tl.float32), LIMIT, propagate_nan=tl.PropagateNan.ALL)
         up = tl.clamp(up.to(dtype).to(tl.float32), -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         y = (up + 1.0) * y / (1.0 + tl.exp(-ALPHA * y))
@@ -181,7 +187,8 @@ def finish(y, up, dtype: tl.constexpr, SILU_MUL: tl.constexpr, ALPHA: tl.constex
 
 
 class Clamp(NamedTuple):
-    """What `reference.clamped` adds to the products of experts: biases, and an activation."""
+    """What replaces SiLU between the products of experts, and their biases: see `finish`. There may
+    be no biases."""
 
     gate_up_bias_EG: Tensor
     down_bias_ED: Tensor
@@ -190,6 +197,7 @@ class Clamp(NamedTuple):
 
 
 NO_CLAMP = Clamp(None, None, 0.0, 0.0)  # type: ignore[arg-type]
+GELU = Clamp(None, None, 0.0, -1.0)  # type: ignore[arg-type]
 
 
 class Places(NamedTuple):

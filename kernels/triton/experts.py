@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.triton import grouped_gemm, moe_gemv, moe_sort, offload
-from nanovllm.kernels.triton.common import NO_CLAMP, Clamp, Places
+from nanovllm.kernels.triton.common import GELU, NO_CLAMP, Clamp, Places
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Pairs are sorted where more than a quarter as many pairs as experts make sharing likely.
@@ -29,6 +29,22 @@ def experts(
             x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X
         )
     return run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X=local_X)
+
+
+def gelu_experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
+) -> Tensor:
+    """See `reference.experts.gelu_experts`."""
+    arguments = (x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD)
+    if not takes(*arguments[:5]):
+        return reference.experts.gelu_experts(*arguments, local_X)
+    return run(*arguments, local_X=local_X, clamp=GELU)
 
 
 def offloaded_experts(

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# What a code stands for: itself, an entry of a table, or a number in float8_e4m3fn.
-CODE, TABLE, FP8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+from nanovllm.kernels.reference.packed import is_e2m1
+
+# What a code stands for: itself, an entry of a table, a number in float8_e4m3fn, or one in e2m1.
+CODE, TABLE, FP8, E2M1 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 BLOCK = 32  # columns in a block of codes of 4 bits
 
 
@@ -42,7 +44,11 @@ class Codes(NamedTuple):
     @property
     def form(self) -> int:
         found = FP8 if self.is_fp8 else CODE if self.table is None else TABLE
-        return int(found.value)
+        return int((E2M1 if is_e2m1(self.table) and self.offset is None else found).value)
+
+    @property
+    def reads_table(self) -> bool:
+        return self.form == TABLE.value
 
     def constants(self) -> dict[str, int]:
         """The kernels' constants."""
@@ -58,7 +64,8 @@ class Codes(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """(scale, offset, table), each one replaced if it is not read."""
         offset = self.scale if self.offset is None else self.offset
-        return self.scale, offset, self.scale if self.table is None else self.table
+        table = self.table if self.table is not None and self.reads_table else self.scale
+        return self.scale, offset, table
 
 
 def of_packed(
@@ -110,6 +117,9 @@ def scaled_level(word, K: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, 
         signed = (word << (24 - 8 * K)).to(tl.int32, bitcast=True)
         # the arithmetic shift keeps the sign and moves the exponent behind it
         return ((signed >> 4) & -0x78100000).to(tl.float32, bitcast=True)
+    elif FORM == E2M1:
+        signed = (word << (28 - 4 * K)).to(tl.int32, bitcast=True)
+        return ((signed >> 6) & -0x7E400000).to(tl.float32, bitcast=True)
     elif BITS == 8:
         if K == 3:
             return (word >> 24).to(tl.float32, bitcast=True)
@@ -128,6 +138,8 @@ def x_factor(K: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr):
         return 1.0
     elif FORM == FP8:
         return 2.0**60
+    elif FORM == E2M1:
+        return 2.0**63
     elif BITS == 8:
         return 2.0**80 if K == 3 else 2.0 ** (80 - 8 * K)
     else:
@@ -141,5 +153,7 @@ def unit(FORM: tl.constexpr):
         return 1.0
     elif FORM == FP8:
         return 2.0**60
+    elif FORM == E2M1:
+        return 2.0**63
     else:
         return 2.0**69

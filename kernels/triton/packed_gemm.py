@@ -31,7 +31,7 @@ from nanovllm.kernels.triton.common import (
     shared_memory_bytes,
     wait_for_earlier_kernels,
 )
-from nanovllm.kernels.triton.packed_codes import CODE, FP8, TABLE, Codes
+from nanovllm.kernels.triton.packed_codes import CODE, E2M1, FP8, TABLE, Codes
 from nanovllm.kernels.triton.packed_tiles import PackedGemmTile, gemm_tile
 
 
@@ -97,10 +97,35 @@ def _of_pairs(code, scale, offset, dtype: tl.constexpr, IS_PURE: tl.constexpr):
 
 
 @triton.jit
+def _of_e2m1_pairs(code, scale, IS_PURE: tl.constexpr):
+    """e2m1 · scale of the lower and the upper codes of bytes, in bf16, times 2⁻²⁰.
+
+    The exponent and the mantissa move to the lowest bits of a number's exponent and the highest of
+    its mantissa, where they are e2m1 times 2⁻¹²⁶, or a denormal number; scales correct this. In a
+    half of p a byte is the upper one.
+    """
+    factor = (scale.to(tl.float32) * 2.0**106).to(tl.bfloat16)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 p, q, a, b, c, d, m, n, zero; mov.b32 zero, 0x80008000;"
+        " prmt.b32 p, $4, 0, 0x1404; prmt.b32 q, $4, 0, 0x3424;"
+        " shl.b32 a, p, 4; shl.b32 b, q, 4; and.b32 a, a, zero; and.b32 b, b, zero;"
+        " shr.u32 m, p, 2; shr.u32 n, q, 2;"
+        " lop3.b32 m, m, 0x01c001c0, a, 0xea; lop3.b32 n, n, 0x01c001c0, b, 0xea;"
+        " fma.rn.bf16x2 $0, m, $5, zero; fma.rn.bf16x2 $1, n, $6, zero;"
+        " and.b32 c, p, zero; and.b32 d, q, zero; shr.u32 m, p, 6; shr.u32 n, q, 6;"
+        " lop3.b32 m, m, 0x01c001c0, c, 0xea; lop3.b32 n, n, 0x01c001c0, d, 0xea;"
+        " fma.rn.bf16x2 $2, m, $5, zero; fma.rn.bf16x2 $3, n, $6, zero; }",
+        "=&r,=&r,=&r,=&r,r,r,r", [code, factor],
+        dtype=(tl.bfloat16, tl.bfloat16), is_pure=IS_PURE, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
 def times(dtype: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr,
           UPCAST: tl.constexpr):  # fmt: skip
     """What the results of `numbers` are multiplied by to be the real values."""
-    is_fast = FORM == CODE and BITS == 4 and GROUP != 16 and target_info.is_cuda() and not UPCAST
+    has_pairs: tl.constexpr = FORM == CODE or FORM == E2M1  # noqa: SIM109: a kernel has no `in`
+    is_fast = has_pairs and BITS == 4 and GROUP != 16 and target_info.is_cuda() and not UPCAST
     return 2.0**20 if is_fast and dtype == tl.bfloat16 else 1.0
 
 
@@ -109,9 +134,23 @@ def _real(code, scale, offset, table_ptr, dtype: tl.constexpr, FORM: tl.constexp
     """level · scale + offset of codes, in `dtype`."""
     if FORM == TABLE:
         level = tl.load(table_ptr + code.to(tl.int32)).to(tl.float32)
+    elif FORM == E2M1:
+        bits = ((code.to(tl.int32) & 8) << 28) | ((code.to(tl.int32) & 7) << 22)
+        level = bits.to(tl.float32, bitcast=True) * 2.0**126
     else:  # 2²³ + code is the code in the mantissa of 2²³
         level = (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     return (level * scale.to(tl.float32) + offset.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _of_bytes(scale, code_LH):
+    """A chunk's scales for its bytes: [L, 1] as it is, and [L, n] each for 16 bytes."""
+    L: tl.constexpr = code_LH.shape[0]
+    n: tl.constexpr = scale.shape[1]
+    if n == 1:
+        return scale
+    else:
+        return tl.reshape(tl.broadcast_to(scale[:, :, None], (L, n, 16)), code_LH.shape)
 
 
 @triton.jit
@@ -125,10 +164,14 @@ def numbers(code_LH, scales, offsets, table_ptr, dtype: tl.constexpr, BITS: tl.c
         return (_real(code_LH, scales[0], offsets[0], table_ptr, dtype, FORM),)
     elif FORM == CODE and len(scales) == 1 and target_info.is_cuda() and not UPCAST:
         return _of_pairs(code_LH, scales[0], offsets[0], dtype, IS_PURE)
+    elif (FORM == E2M1 and dtype == tl.bfloat16 and len(scales) == 1 and target_info.is_cuda()
+          and not UPCAST):  # fmt: skip
+        return _of_e2m1_pairs(code_LH, _of_bytes(scales[0], code_LH), IS_PURE)
     else:
+        low, high = _of_bytes(scales[0], code_LH), _of_bytes(scales[-1], code_LH)
         return (
-            _real(code_LH & 15, scales[0], offsets[0], table_ptr, dtype, FORM),
-            _real(code_LH >> 4, scales[-1], offsets[-1], table_ptr, dtype, FORM),
+            _real(code_LH & 15, low, offsets[0], table_ptr, dtype, FORM),
+            _real(code_LH >> 4, high, offsets[-1], table_ptr, dtype, FORM),
         )
 
 
@@ -161,7 +204,8 @@ def scales_of(at, first_line, line_L, column, end_column, COLUMNS: tl.constexpr,
               NUM_GROUPS: tl.constexpr, EACH: tl.constexpr, UP: tl.constexpr,
               OUTS: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """The scales, or the offsets, of the EACH chunks from `column` on: [L, 1] for each of them, or
-    for each half of its columns if those have groups of their own. Behind the end: the last ones.
+    for each half of its columns if those have groups of their own, or [L, n] for n groups of 32.
+    Behind the end: the last ones.
 
     If all outputs of a tile share a block of rows, one number is loaded, or one for gate and one
     for up, whose rows are UP rows further on.
@@ -176,6 +220,10 @@ def scales_of(at, first_line, line_L, column, end_column, COLUMNS: tl.constexpr,
                     up = tl.load(at + (first_line + UP) // GROUP_ROWS * NUM_GROUPS + group)
                     is_up_L1 = (tl.arange(0, line_L.shape[0]) // 8 % 2 == 1)[:, None]
                     one = tl.where(is_up_L1, up.to(tl.float32), one)
+            elif GROUP == 32 and COLUMNS > 32:
+                last = tl.minimum(column + i * COLUMNS, end_column + 1 - COLUMNS) // GROUP
+                group_1n = last + tl.arange(0, COLUMNS // GROUP)[None, :]
+                one = _load_scale(at + line_L[:, None] * NUM_GROUPS + group_1n, UPCAST)
             else:
                 one = _load_scale(at + (line_L // GROUP_ROWS)[:, None] * NUM_GROUPS + group, UPCAST)
             found += (one,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nanovllm.kernels.triton.packed_codes import Codes
+from nanovllm.kernels.triton.packed_codes import E2M1, Codes
 
 MAX_ROWS = 64  # more rows are multiplied by cuBLAS
 
@@ -36,8 +36,11 @@ RUNGS = (8, 16, 32, 64)
 
 
 def chunk_columns(codes: Codes, depth: int) -> int:
-    """The most columns, up to 128, of a chunk with one scale, or with two for groups of 16."""
+    """The most columns, up to 128, of a chunk with one scale, or with two for groups of 16. Numbers
+    in e2m1 have chunks with two scales: the 16 bytes of a group are half of what memory moves."""
     least = 32 if codes.bits == 4 else 16
+    if codes.form == E2M1.value and codes.group == 32 and codes.group_rows == 1 and depth % 64 == 0:
+        return 64
     group = depth if codes.group >= depth else max(codes.group, least)
     return next(c for c in (128, 64, 32, 16) if group % c == 0 and depth % c == 0)
 
@@ -49,13 +52,18 @@ def gemv_tile(
     pieces = depth * codes.bits // 64
     num_warps = 1 if pieces <= 96 else 2 if pieces <= 192 else 4
     # a thread has the codes of 8 weight rows, or of 4 with a table, which takes registers
-    outs = (4 if silu_mul else 8) // (1 if codes.table is None else 2)
-    if codes.table is not None and pairs > 1:  # all pairs are unrolled: no value spills
+    outs = (4 if silu_mul else 8) // (2 if codes.reads_table else 1)
+    each = 2 if pieces >= 64 else 1
+    if codes.reads_table and pairs > 1:  # all pairs are unrolled: no value spills
         outs, num_warps = min(outs, 2), min(4, 2 * num_warps)
+    if codes.form == E2M1.value:
+        # The time is that of instructions, not of loads, also for lanes behind the end of a row.
+        outs, step = min(outs, 4), 64 * num_warps
+        each = each if -(-pieces // step) * step <= 1.2 * pieces else 1
     lines = num_rows * codes.num_rows // (1 + silu_mul)
     while outs > 1 and lines < 2 * outs * multiprocessors:
         outs //= 2
-    return PackedGemvTile(outs, num_warps, 2 if pieces >= 64 else 1, 2 if pairs > 1 else 1)
+    return PackedGemvTile(outs, num_warps, each, 2 if pairs > 1 else 1)
 
 
 def gemm_tile(num_rows: int, codes: Codes, depth: int, shared_bytes: int) -> PackedGemmTile:
@@ -109,8 +117,12 @@ def few_pairs(num_tokens: int, top_k: int, num_experts: int) -> bool:
 def grouped_tile(pairs_each: float, codes: Codes, depth: int, shared_bytes: int) -> PackedGemmTile:
     """The tile for experts with so many pairs each."""
     columns = chunk_columns(codes, depth)
-    each = next(n for n in (8, 4, 2, 1) if n * columns <= 128 and depth % (n * columns) == 0)
     rows = next((rows for most, rows in ((8, 16), (24, 32), (96, 64)) if pairs_each <= most), 128)
     lines, num_warps = (64, 4) if rows < 64 else (128, 8)
-    tile = PackedGemmTile(rows, lines, columns, each, 1, 4, num_warps)
+    each = next(n for n in (8, 4, 2, 1) if n * columns <= 128 and depth % (n * columns) == 0)
+    num_stages = 4
+    if codes.form == E2M1.value and rows < 64 and columns * each < 128 and depth % 192 == 0:
+        # Widths such as 2880 have no steps of 128 columns, and short steps take more instructions.
+        each, num_stages = 192 // columns, 3
+    tile = PackedGemmTile(rows, lines, columns, each, 1, num_stages, num_warps)
     return fitted(tile, codes, depth, shared_bytes)

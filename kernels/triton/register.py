@@ -24,7 +24,7 @@ from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton.attention_prefill_hopper import paged_attention_prefill_hopper, suits
 from nanovllm.kernels.triton.causal_conv import causal_conv
 from nanovllm.kernels.triton.clamped import clamped_experts
-from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_experts
+from nanovllm.kernels.triton.experts import expert_linear, experts, gelu_experts, offloaded_experts
 from nanovllm.kernels.triton.gated_delta import gated_delta
 from nanovllm.kernels.triton.gated_delta_step import gated_delta_step
 from nanovllm.kernels.triton.group_topk import group_topk
@@ -167,6 +167,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "group_topk": group_topk,
     "norm_router_topk": norm_router_topk,
     "clamped_experts": clamped_experts,
+    "gelu_experts": gelu_experts,
     "experts": experts,
     "expert_linear": expert_linear,
     "fetch_experts": fetch_experts,

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
+from nanovllm.kernels.reference.norm_act import gelu_mul
 from nanovllm.models import dense, gemma3, moe
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import Experts, gelu
 from nanovllm.models.experts.expert_parallel import ExpertParallel
-from nanovllm.models.experts.gelu import gelu_mul
 from nanovllm.models.experts.stacked import Stacked
 from nanovllm.models.formats import Weight, linear, lookup, own_lookup
 from nanovllm.models.layer_state import PagedKV

@@ -27,7 +27,7 @@ from nanovllm.platforms.regions import Region, SplitRegion
 
 # Ops whose reference reads the routing on the host, so that it cannot be traced.
 OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
-CLAMPED_EXPERT_OPS = ("clamped_experts", "packed_clamped_experts")  # the same
+OTHER_EXPERT_OPS = ("clamped_experts", "gelu_experts", "packed_clamped_experts")  # the same
 PACKED_EXPERT_OPS = (  # the same
     "fp8_expert_linear", "fp8_experts", "ggml_expert_linear", "packed_expert_linear",
     "packed_experts",
@@ -41,14 +41,14 @@ STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
     "group_topk", "paged_attention", "qk_norm_rope_store", "rms_norm", "sample", "sampling_inputs",
     "segment_attention", "silu_mul", "span_inputs", "topk_softmax", "varlen_attention",
-    *LATENT_OPS, *DELTA_OPS, *LORA_OPS, *OFFLOAD_OPS, *CLAMPED_EXPERT_OPS, *PACKED_EXPERT_OPS,
+    *LATENT_OPS, *DELTA_OPS, *LORA_OPS, *OFFLOAD_OPS, *OTHER_EXPERT_OPS, *PACKED_EXPERT_OPS,
     *COLLECTIVES,
 })  # fmt: skip
 # The passes of fuse=False: our kernels are used only for ops that no lowering can generate.
 UNFUSED_OPS = frozenset({
     "paged_attention", "segment_attention", "varlen_attention", "store_kv", "sample", "group_topk",
     "topk_softmax", "experts", "expert_linear", *LATENT_OPS, *DELTA_OPS, *OFFLOAD_OPS,
-    *CLAMPED_EXPERT_OPS, *LORA_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
+    *OTHER_EXPERT_OPS, *LORA_OPS, *PACKED_EXPERT_OPS, *COLLECTIVES,
 })  # fmt: skip
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
     ("replace_ops", partial(replace_ops, keep=lambda name, node: name in UNFUSED_OPS)),

@@ -190,13 +190,6 @@ CHOSEN: dict[str, dict[str, str]] = {
         "grouped_gemm_kernel": "more pairs, twice",
         "combine_kernel": "more pairs",
     },
-    "clamped_experts": {
-        "moe_gemv_gate_up_kernel": _FEW,
-        "moe_gemv_down_kernel": _FEW,
-        "sort_pairs_kernel": "more pairs",
-        "grouped_gemm_kernel": "more pairs, twice",
-        "combine_kernel": "more pairs",
-    },
     "expert_linear": {"sort_pairs_kernel": "always", "grouped_gemm_kernel": "always"},
     "fetch_experts": {"fetch_plan_kernel": "always", "copy_kernel": "always"},
     "stream_experts": {"stream_plan_kernel": "always", "copy_kernel": "always"},
@@ -209,7 +202,8 @@ CHOSEN: dict[str, dict[str, str]] = {
     "advance": {"advance_kernel": "always"},
     "ngram_propose": {"ngram_propose_kernel": "always: a program for each row"},
 }
-CHOSEN["offloaded_experts"] = CHOSEN["experts"]
+for _name in ("clamped_experts", "gelu_experts", "offloaded_experts"):
+    CHOSEN[_name] = CHOSEN["experts"]
 _CUDA_PACKED = (
     "bf16 on NVIDIA GPUs from sm_80 on, with codes that are integers or fp8 (`packed_linear.takes`)"
 )

@@ -17,6 +17,7 @@ class Kind(NamedTuple):
     group: int
     has_offset: bool = False
     has_table: bool = False
+    is_e2m1: bool = False
 
     @property
     def is_fp8(self) -> bool:
@@ -27,7 +28,7 @@ KINDS = {
     "int4": Kind(4, 1, 128, True),
     "fp8": Kind(8, 128, 128),
     "nf4": Kind(4, 1, 64, has_table=True),
-    "mxfp4": Kind(4, 1, 32, has_table=True),
+    "mxfp4": Kind(4, 1, 32, is_e2m1=True),
 }
 TYPES = {
     "table_ptr": "*fp32", "part_ptr": "*fp32", "arrived_ptr": "*i32", "expert_ptr": "*i32",
@@ -43,7 +44,9 @@ def weight(kind: Kind, num_lines: int, depth: int, num_experts: int = 0) -> Any:
     num_scales = (*outer, -(-num_lines // kind.group_rows), -(-depth // kind.group))
     code = torch.empty(*outer, num_lines, depth * kind.bits // 8, dtype=torch.uint8, device="meta")
     scale = torch.empty(num_scales, device="meta")
-    offset, table = scale if kind.has_offset else None, scale if kind.has_table else None
+    offset = scale if kind.has_offset else None
+    table = torch.empty(16, device="meta", dtype=torch.float16 if kind.is_e2m1 else None)
+    table = table if kind.has_table or kind.is_e2m1 else None
     return Codes(code, scale, offset, table, kind.bits, kind.group_rows, kind.group, kind.is_fp8)
 
 
@@ -69,7 +72,8 @@ def launches(shared_bytes: int, has_matrix_units: bool, whole: bool) -> Iterator
         yield some_rows("nf4", KINDS["nf4"], *size, 16, False, shared_bytes)
         yield dequantized(*fp8)
         yield experts("fp8", KINDS["fp8"], shared_bytes)
-        yield clamped_experts("mxfp4", KINDS["mxfp4"], shared_bytes)
+        for pairs_each in (2.0, 32.0):
+            yield clamped_experts("mxfp4", KINDS["mxfp4"], shared_bytes, pairs_each)
         yield clamped_pair("mxfp4", KINDS["mxfp4"])
 
 
@@ -134,18 +138,18 @@ SIZE, NUM_EXPERTS, TOP_K = 2880, 32, 4  # of gpt-oss-20b
 CLAMP: dict[str, Any] = {"HAS_BIAS": True, "ALPHA": 1.702, "LIMIT": 7.0}
 
 
-def clamped_experts(name: str, kind: Kind, shared_bytes: int) -> Launch:
-    """gate and up of gpt-oss-20b for groups of 32 pairs."""
+def clamped_experts(name: str, kind: Kind, shared_bytes: int, pairs_each: float) -> Launch:
+    """gate and up of gpt-oss-20b for groups of so many pairs."""
     from nanovllm.kernels.triton import grouped_gemm, packed_experts, packed_tiles
 
     codes = weight(kind, 2 * SIZE, SIZE, NUM_EXPERTS)
-    tile = packed_tiles.grouped_tile(32.0, codes, SIZE, shared_bytes)
+    tile = packed_tiles.grouped_tile(pairs_each, codes, SIZE, shared_bytes)
     constants = packed_experts.grouped_constants(SIZE, SIZE, codes, True, tile, TOP_K) | {
         "X_BY": grouped_gemm.BY_TOKEN.value, "OUT_BY": grouped_gemm.BY_PLACE.value,
         "HAS_FACTOR": False, "UPCAST": False, **CLAMP,
     }  # fmt: skip
     kernel, types = packed_experts.packed_grouped_kernel, types_of(kind, False)
-    label = f"packed {name} group clamped"
+    label = f"packed {name} group of {pairs_each:g} clamped"
     return label, kernel, constants, tile.num_warps, tile.num_stages, types
 
 

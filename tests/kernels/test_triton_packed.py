@@ -35,6 +35,7 @@ def packed_weight(
     scale = torch.rand(*outer, num_outs, num_groups, device=device) / depth**0.5 / 2**bits
     offset = -scale * 2 ** (bits - 1) if "offset" in form else None
     table = torch.randn(2**bits, device=device) * 2 ** (bits - 1) if "table" in form else None
+    table = reference.packed.e2m1_table(device) if "e2m1" in form else table
     if "narrow" in form:  # scales of 16 bits
         scale = scale.half()
         offset = None if offset is None else offset.half()
@@ -103,6 +104,7 @@ def check(
 @pytest.mark.parametrize("bits, group, form", [
     (4, 16, "offset"), (4, 16, "table"), (4, 32, "plain"), (4, 32, "table"),
     (4, 64, "offset table"), (4, 128, "offset narrow"), (4, 320, "offset"),
+    (4, 32, "e2m1"), (4, 16, "e2m1"), (4, 64, "offset e2m1"),
     (8, 16, "offset"), (8, 32, "offset narrow"), (8, 64, "table"), (8, 128, "plain"),
     (8, 320, "offset"),
 ])  # fmt: skip
@@ -278,6 +280,27 @@ def test_all_codes_are_exact_for_large_and_small_inputs(bits: int, num_rows: int
             x_TD[:, column] = size
             y_TO = packed.packed_linear(x_TD, pack(code, bits), scale, None, None, bits, 32, None)
             assert torch.equal(y_TO.float() / size, code[:, 0].float().expand(num_rows, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_all_levels_of_e2m1_are_exact(dtype: torch.dtype) -> None:
+    """For one row, for some, and dequantized; with the scales of MXFP4, from small to large."""
+    code_OD = torch.arange(16, device=device).expand(64, 16).T
+    table = reference.packed.e2m1_table(device)
+    for power in (-9, 0, 7):
+        scale = torch.full((16, 2), 2.0**power, device=device).bfloat16()
+        scale[:, 1] *= 4
+        weight = pack(code_OD, 4), scale, None, table, 4, 32
+        wanted = 2.0**power * table.float()
+        found = packed_gemm.dequantize(packed_codes.of_packed(*weight), 64, dtype).float()
+        assert torch.equal(found[:, :32], wanted.unsqueeze(1).expand(-1, 32))
+        assert torch.equal(found[:, 32:], 4 * found[:, :32])
+        for num_rows in (1, 2, 9):
+            for column, factor in ((2, 1.0), (21, 1.0), (37, 4.0), (63, 4.0)):
+                x_TD = torch.zeros(num_rows, 64, device=device, dtype=dtype)
+                x_TD[:, column] = 1.0
+                y_TO = packed.packed_linear(x_TD, *weight, None)
+                assert torch.equal(y_TO.float(), factor * wanted.expand(num_rows, -1))
 
 
 def moe(kind: str, num_experts: int, hidden: int, size: int) -> tuple[Any, ...]:

@@ -14,13 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.reference.packed import E2M1
 from nanovllm.models.formats.compressed import unread
 from nanovllm.models.formats.format import Axis, Companion, Extent, Piece
 from nanovllm.models.formats.packed_format import Layout, PackedFormat, nibbles, some_columns
 from nanovllm.models.formats.packed_weight import PackedWeight
 
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1 = (*MAGNITUDES, *(-one for one in MAGNITUDES))
 NV_GROUP, MX_GROUP = 16, 32
 BYTES = Axis("columns", 2)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.reference.ggml import half, six_bits
-from nanovllm.kernels.reference.packed import pack
+from nanovllm.kernels.reference.packed import E2M1, e2m1_table, pack
+from nanovllm.models.formats.fp4 import powers
 from nanovllm.models.formats.packed_weight import PackedWeight
 
 GROUP = 32
@@ -22,7 +23,6 @@ Q4_0, Q4_1, Q8_0, Q4_K, IQ4_NL, MXFP4 = 2, 3, 8, 12, 20, 39
 IQ4_LEVELS = (
     -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
 )  # fmt: skip
-E2M1_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # in halves
 
 
 class Codes(NamedTuple):
@@ -31,7 +31,7 @@ class Codes(NamedTuple):
     bits: int
     zero: int | None = None
     has_minimum: bool = False
-    levels: tuple[int, ...] = ()
+    levels: tuple[float, ...] = ()
     scale_dtype: torch.dtype = torch.float16
 
     @property
@@ -41,6 +41,8 @@ class Codes(NamedTuple):
     def table(self, device: torch.device | str) -> Tensor | None:
         if not self.levels:
             return None
+        if self.levels == E2M1:
+            return e2m1_table(device)
         return torch.tensor(self.levels, dtype=torch.float32, device=device)
 
 
@@ -50,7 +52,7 @@ CODES: dict[int, Codes] = {
     Q8_0: Codes(8, zero=128),
     Q4_K: Codes(4, has_minimum=True),
     IQ4_NL: Codes(4, levels=IQ4_LEVELS),
-    MXFP4: Codes(4, levels=E2M1_LEVELS, scale_dtype=torch.bfloat16),  # powers of 2, from 2^-128
+    MXFP4: Codes(4, levels=E2M1, scale_dtype=torch.bfloat16),  # powers of 2, from 2^-127
 }
 
 
@@ -60,7 +62,7 @@ def of_blocks(block: Tensor, ggml_type: int) -> PackedWeight:
     if ggml_type == Q4_K:
         code, scale, minimum = _q4_k(block)
     elif ggml_type == MXFP4:
-        code, scale = block[..., 1:].flatten(-2), _power_of_2(block[..., 0])
+        code, scale = block[..., 1:].flatten(-2), powers(block[..., 0])
     else:
         num = 4 if codes.has_minimum else 2
         scale = half(block[..., :2]).squeeze(-1)
@@ -123,15 +125,6 @@ def _q4_k(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     code = torch.stack((first, second), -2).flatten(-4)
     scales = (half(d) * scale.float()).flatten(-2)
     return code, scales, -(half(d_min) * minimum.float()).flatten(-2)
-
-
-def _power_of_2(exponent: Tensor) -> Tensor:
-    """2^(exponent − 128) in bf16; its bits are those of fp32 without the lower half."""
-    if (exponent == 255).any():
-        raise ValueError("a scale is NaN, infinite or too large")
-    wide = exponent.to(torch.int16)
-    small = torch.where(wide == 0, 0x20, 0x40).to(torch.int16)  # below the smallest normal number
-    return torch.where(wide < 2, small, (wide - 1) << 7).view(torch.bfloat16)
 
 
 def _above_0(scale: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.reference.packed import BLOCK, pack
+from nanovllm.kernels.reference.packed import BLOCK, E2M1, e2m1_table, pack
 from nanovllm.models.formats.format import Axis, Extent, Format, Piece, spread
 from nanovllm.models.formats.packed_weight import PackedWeight
 
@@ -74,6 +74,8 @@ class PackedFormat(Format):
 
     def table(self, device: torch.device | str) -> Tensor | None:
         levels = self.layout.levels
+        if levels == E2M1:
+            return e2m1_table(device)
         return None if levels is None else torch.tensor(levels, device=device)
 
     def empty(self, extent: Extent, device: torch.device | str) -> PackedWeight:

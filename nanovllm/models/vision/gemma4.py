@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from nanovllm.kernels import ops
-from nanovllm.models.experts.gelu import gelu_mul
+from nanovllm.kernels.reference.norm_act import gelu_mul
 from nanovllm.models.model import Param
 from nanovllm.models.vision.vision_encoder import FrameLayout, Tower, TowerConfig
 
