@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without ins
 
 from nanovllm import LLM
 from nanovllm.cli.bench.engines import engine_of, versions
+from nanovllm.kernels.cuda import packed_stream
 from nanovllm.runner.runner import Runner
 from nanovllm.tools import command_line
 from nanovllm.tools.device_limits import measure_limits
@@ -53,6 +54,8 @@ DEVICE = {ProfilerActivity.CUDA}
 
 def main() -> None:
     args = arguments()
+    if args.no_stream:
+        packed_stream.MAX_ROWS = 0
     report: dict[str, Any] = {"versions": versions()}
     if torch.cuda.is_available():
         report["device"] = torch.cuda.get_device_name()
@@ -193,6 +196,7 @@ def arguments() -> argparse.Namespace:
     add("--rows", nargs="+", type=int, default=[1, 16, 64, 256])
     add("--layers", type=int, help="in place of the models' own choice here")
     add("--overrides", default="{}", help="fields of config.json, as JSON")
+    add("--no-stream", action="store_true", help="without packed_stream.cu, for a comparison")
     add("--device", default="auto")
     add("--seconds", type=float, default=240.0, help="no engine starts later than that")
     return parser.parse_args()

@@ -1,0 +1,145 @@
+"""Products of one or a few rows in bf16 with packed weights that stream through shared memory, by
+packed_stream.cu.
+
+Shapes: T tokens | D depth | O weight rows
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.cuda import nvrtc, packed_linear
+from nanovllm.kernels.cuda.nvrtc import Function, Launch
+from nanovllm.kernels.cuda.packed_linear import ONE_GROUP, SCALES, aligned
+from nanovllm.kernels.triton.common import launch_options, num_multiprocessors
+from nanovllm.kernels.triton.packed_codes import Codes
+
+MAX_ROWS = 8  # of x: the matrix units take so many
+# Half of a multiprocessor's, so that a program of the next kernel fits beside one of this.
+MAX_SHARED_BYTES = 112 << 10
+MAX_X_BYTES = 33 << 10
+MIN_ROW_BYTES = 1024  # of codes: below, most warps have nothing to do
+WARPS, SEGMENT = 8, 512  # as in packed_stream.cu
+STAGE_BYTES = 16 * (SEGMENT + 64)
+MIN_STAGES, MAX_STAGES = 4, 12
+# Args in packed_stream.cu: eight pointers, the stride of x, three sizes, eps
+_ARGUMENTS = struct.Struct("8PQ3If")
+
+
+class Rings(NamedTuple):
+    """How many stages of codes, and tiles' scales, are on their way in a program."""
+
+    num_stages: int
+    num_slots: int
+    shared_bytes: int
+
+
+def takes(x_TD: Tensor, codes: Codes) -> bool:
+    """True if the kernel can multiply rows of the dtype of x with the weight: integers of 4 or 8
+    bits, or fp8, and x in bf16."""
+    if not is_supported(x_TD.device) or not packed_linear.takes(x_TD, codes):
+        return False
+    num_rows, depth = x_TD.shape
+    scales = [codes.scale] + ([] if codes.offset is None else [codes.offset])
+    scale_bytes = codes.scale.shape[-1] * codes.scale.element_size()
+    return (
+        num_rows <= MAX_ROWS
+        and codes.code.dim() == 2
+        and codes.code.shape[-1] >= MIN_ROW_BYTES
+        and codes.num_rows % 16 == 0
+        and all(one.storage_offset() * one.element_size() % 16 == 0 for one in scales)
+        and (codes.group_rows == 1 or (codes.group_rows >= 8 and scale_bytes % 16 == 0))
+        and num_rows * _x_pitch(depth) <= MAX_X_BYTES
+        and rings(num_rows, codes, depth).num_stages >= MIN_STAGES
+    )
+
+
+@functools.cache
+def is_supported(device: torch.device) -> bool:
+    """True for NVIDIA GPUs of compute capability 9.x and 10.x, whose shared memory is large."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def _x_pitch(depth: int) -> int:
+    return depth * 2 + 32
+
+
+def rings(num_rows: int, codes: Codes, depth: int) -> Rings:
+    """As many stages as there is room for, and scales for the tiles that they cover."""
+    half = codes.scale.shape[-1] * codes.scale.element_size() * (8 if codes.group_rows == 1 else 1)
+    slot = half * (2 if codes.offset is None else 4)
+    steps = -(-codes.code.shape[-1] // SEGMENT)
+    others = 2 * WARPS * 32 * 16 + num_rows * _x_pitch(depth)  # sums of two tiles, and x
+
+    def used(num_stages: int) -> tuple[int, int]:
+        num_slots = 2 + (num_stages - 1) // steps
+        barriers = (2 * num_stages + 2 * num_slots + 1) // 2 * 16
+        return num_slots, num_stages * STAGE_BYTES + num_slots * slot + barriers + others
+
+    fitting = (num for num in range(MAX_STAGES, 0, -1) if used(num)[1] <= MAX_SHARED_BYTES)
+    num_stages = next(fitting, 0)
+    return Rings(num_stages, *used(num_stages))
+
+
+def packed_stream(
+    x_TD: Tensor,
+    codes: Codes,
+    *,
+    norm_D: Tensor | None = None,
+    eps: float = 0.0,
+    bias_O: Tensor | None = None,
+    residual_TO: Tensor | None = None,
+    silu_mul: bool = False,
+) -> Tensor:
+    """silu_mul(rms_norm(x) · weightᵀ + bias) + residual; see `reference.packed`.
+
+    `takes` is true; only one row may be normed.
+    """
+    num_rows, depth = x_TD.shape
+    num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
+    out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=x_TD.device)
+    x_TD = aligned(x_TD)
+    num_tiles, ring = codes.num_rows // 16, rings(num_rows, codes, depth)
+    num_programs = min(num_tiles, num_multiprocessors(x_TD.device))
+    how = Launch(
+        (num_programs, 1, 1), WARPS * 32 + 32, ring.shared_bytes,
+        launch_options(x_TD.device)["PDL"],
+    )  # fmt: skip
+
+    def arguments() -> bytes:
+        tensors = (
+            x_TD, codes.code, codes.scale, codes.offset, norm_D, bias_O, residual_TO, out_TO
+        )  # fmt: skip
+        pointers = (0 if one is None else one.data_ptr() for one in tensors)
+        return _ARGUMENTS.pack(*pointers, x_TD.stride(0), num_rows, num_outs, num_tiles, eps)
+
+    function = _function(x_TD, codes, silu_mul, norm_D is not None)
+    nvrtc.launch(function, how, arguments, x_TD.device)
+    return out_TO
+
+
+def _function(x_TD: Tensor, codes: Codes, silu_mul: bool, norm: bool) -> Function:
+    num_rows, depth = x_TD.shape
+    ring = rings(num_rows, codes, depth)
+    values = {
+        "BITS": codes.bits,
+        "FP8": codes.is_fp8,
+        "OFFSET": codes.offset is not None,
+        "SCALE": SCALES[codes.scale.dtype],
+        "DEPTH": depth,
+        "GROUP_SHIFT": ONE_GROUP if codes.group >= depth else codes.group.bit_length() - 1,
+        "ROWS_SHIFT": codes.group_rows.bit_length() - 1,
+        "NUM_GROUPS": codes.scale.shape[-1],
+        "STAGES": ring.num_stages,
+        "SLOTS": ring.num_slots,
+        "SILU": silu_mul,
+        "NORM": norm,
+        "PDL": launch_options(x_TD.device)["PDL"],
+    }
+    return Function("packed_stream", nvrtc.constants(values))
