@@ -18,9 +18,11 @@
 
 #include "packed_codes.cuh"
 
+struct __align__(64) Map { u64 words[16]; };  // CUtensorMap
+
 struct Args {
+  Map code_map;          // [O, D · BITS / 8] bytes in boxes of 8 rows and SEGMENT bytes, in lines of 128
   const u16* x;          // [T, D] bf16
-  const u8* code;        // [O, D · BITS / 8]
   const u8* scale;       // [R, G]
   const u8* offset;      // [O, G]
   const u16* norm;       // [D]
@@ -35,11 +37,10 @@ struct Args {
 #define WARPS 8
 #define WORKERS (32 * WARPS)
 #define SEGMENT 512                            // bytes of a weight row in a stage
-#define PITCH (SEGMENT + 64)                   // so that rows g and g + 1 are in different banks
-#define STAGE_BYTES (16 * PITCH)
+#define BOX_BYTES (8 * SEGMENT)                // a half of a tile
+#define STAGE_BYTES (2 * BOX_BYTES)
 #define ROW_BYTES (DEPTH * BITS / 8)
 #define STEPS ((ROW_BYTES + SEGMENT - 1) / SEGMENT)
-#define LAST_BYTES (ROW_BYTES - (STEPS - 1) * SEGMENT)
 #define CHUNK (512 / BITS)                     // columns of a warp in a stage
 #define EACH (CHUNK / 4)                       // of a thread
 #define XS (EACH / 8)                          // its pieces of 16 bytes of x
@@ -63,6 +64,20 @@ __device__ __forceinline__ void copy(u32 to, const u8* from, u32 num_bytes, u32 
           to),
       "l"(from), "r"(num_bytes), "r"(barrier)
       : "memory");
+}
+
+__device__ __forceinline__ void copy_box(const Map* map, u32 to, u32 barrier, u32 line, u32 row) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to), "l"(map), "r"(barrier), "r"(0), "r"(line), "r"(row)
+      : "memory");
+}
+
+// Where the copy unit puts a piece of 16 bytes of a row of a box: it exchanges those of a line of 128
+// bytes by the number of the line in the box, so that rows g and g + 1 are in different banks.
+__device__ __forceinline__ u32 place_of_code(u32 row, u32 piece) {
+  const u32 line = row * (SEGMENT / 128) + piece / 8;
+  return line * 128 + ((piece ^ line) & 7) * 16;
 }
 
 // The place of a piece of 16 bytes in a row of x: neighbours are exchanged against bank conflicts.
@@ -93,33 +108,32 @@ __device__ __forceinline__ u32 weight_row(const Args& a, u32 tile, u32 row) {
 #endif
 }
 
-// Copies all tiles of this program. `ring` and `slots` are the places of codes and scales.
-__device__ __forceinline__ void produce(const Args& a, u32 ring, u32 slots, u32 barriers, int lane) {
+// Copies all tiles of this program, by one thread. `ring` and `slots` are the places of codes and
+// scales.
+__device__ __forceinline__ void produce(const Args& a, u32 ring, u32 slots, u32 barriers) {
   const u32 full = barriers, empty = full + 8 * STAGES;
   const u32 slot_full = empty + 8 * STAGES, slot_empty = slot_full + 8 * SLOTS;
   Ring stage, slot;
   stage.parity = slot.parity = 1;  // a first pass finds every place empty
   for (u32 tile = blockIdx.x; tile < a.num_tiles; tile += gridDim.x) {
     wait_for(slot_empty + 8 * slot.at, slot.parity);
-    if (lane == 0) expect(slot_full + 8 * slot.at, SLOT_BYTES);
-    __syncwarp();
-    if (lane < (OFFSET ? 4 : 2)) {
-      const u32 row = weight_row(a, tile, 8 * (lane & 1));
-      const u8* from = lane < 2 ? a.scale : a.offset;
-      copy(slots + slot.at * SLOT_BYTES + lane * HALF_BYTES,
-           from + (u64)(row >> ROWS_SHIFT) * (NUM_GROUPS * SCALE_BYTES), HALF_BYTES,
+    expect(slot_full + 8 * slot.at, SLOT_BYTES);
+#pragma unroll
+    for (int i = 0; i < (OFFSET ? 4 : 2); i++) {
+      const u32 row = weight_row(a, tile, 8 * (i & 1)) >> ROWS_SHIFT;
+      copy(slots + slot.at * SLOT_BYTES + i * HALF_BYTES,
+           (i < 2 ? a.scale : a.offset) + (u64)row * (NUM_GROUPS * SCALE_BYTES), HALF_BYTES,
            slot_full + 8 * slot.at);
     }
     slot.advance(SLOTS);
-    const u8* const from = a.code + (u64)weight_row(a, tile, lane & 15) * ROW_BYTES;
+    const u32 rows[2] = {weight_row(a, tile, 0), weight_row(a, tile, 8)};
     for (u32 step = 0; step < STEPS; step++) {
-      const u32 num_bytes = step + 1 < STEPS ? SEGMENT : LAST_BYTES;
+      const u32 barrier = full + 8 * stage.at, to = ring + stage.at * STAGE_BYTES;
       wait_for(empty + 8 * stage.at, stage.parity);
-      if (lane == 0) expect(full + 8 * stage.at, 16 * num_bytes);
-      __syncwarp();
-      if (lane < 16)
-        copy(ring + stage.at * STAGE_BYTES + lane * PITCH, from + step * SEGMENT, num_bytes,
-             full + 8 * stage.at);
+      expect(barrier, STAGE_BYTES);
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+        copy_box(&a.code_map, to + h * BOX_BYTES, barrier, step * (SEGMENT / 128), rows[h]);
       stage.advance(STAGES);
     }
   }
@@ -231,8 +245,10 @@ __device__ __forceinline__ void finish(const Args& a, const float (&sum)[4], con
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) packed_stream(const Args a) {
-  extern __shared__ __align__(128) u8 shared[];
+extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) packed_stream(
+    const __grid_constant__ Args a) {
+  extern __shared__ u8 unaligned[];
+  u8* const shared = unaligned + (-shared_address(unaligned) & 1023u);
   // the ring | scales | barriers | sums of two tiles | x
   u8* const slots = shared + STAGES * STAGE_BYTES;
   u8* const after = slots + SLOTS * SLOT_BYTES;
@@ -253,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) packed_stream(cons
   }
   __syncthreads();
   if (warp == WARPS) {
-    produce(a, shared_address(shared), shared_address(slots), full, lane);
+    if (lane == 0) produce(a, shared_address(shared), shared_address(slots), full);
     return;
   }
 
@@ -285,8 +301,8 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) packed_stream(cons
         offset[h] = OFFSET ? own_scale(scales + (2 + h) * HALF_BYTES, g, at) : 0;
       }
       wait_for(full + 8 * stage.at, stage.parity);
-      const u8* const codes = shared + stage.at * STAGE_BYTES + g * PITCH + warp * 64 + t * 16;
-      const Four code[2] = {load_four(codes), load_four(codes + 8 * PITCH)};
+      const u8* const codes = shared + stage.at * STAGE_BYTES + place_of_code(g, warp * 4 + t);
+      const Four code[2] = {load_four(codes), load_four(codes + BOX_BYTES)};
       __syncwarp();
       if (lane == 0) arrive(empty + 8 * stage.at);
       stage.advance(STAGES);

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.cuda import nvrtc, packed_linear
+from nanovllm.kernels.cuda import nvrtc, packed_linear, tensor_map
 from nanovllm.kernels.cuda.nvrtc import Function, Launch
 from nanovllm.kernels.cuda.packed_linear import ONE_GROUP, SCALES, aligned
 from nanovllm.kernels.triton.common import launch_options, num_multiprocessors
@@ -24,11 +24,11 @@ MAX_ROWS = 8  # of x: the matrix units take so many
 MAX_SHARED_BYTES = 112 << 10
 MAX_X_BYTES = 33 << 10
 MIN_ROW_BYTES = 1024  # of codes: below, most warps have nothing to do
-WARPS, SEGMENT = 8, 512  # as in packed_stream.cu
-STAGE_BYTES = 16 * (SEGMENT + 64)
+WARPS, SEGMENT, LINE = 8, 512, 128  # as in packed_stream.cu
+STAGE_BYTES = 16 * SEGMENT
 MIN_STAGES, MAX_STAGES = 4, 12
-# Args in packed_stream.cu: eight pointers, the stride of x, three sizes, eps
-_ARGUMENTS = struct.Struct("8PQ3If")
+# Args in packed_stream.cu: a map, seven pointers, a stride, three sizes, eps; aligned to 64 bytes
+_ARGUMENTS = struct.Struct(f"{tensor_map.NUM_BYTES}s7PQ3If48x")
 
 
 class Rings(NamedTuple):
@@ -51,6 +51,7 @@ def takes(x_TD: Tensor, codes: Codes) -> bool:
         num_rows <= MAX_ROWS
         and codes.code.dim() == 2
         and codes.code.shape[-1] >= MIN_ROW_BYTES
+        and codes.code.shape[-1] % LINE == 0
         and codes.num_rows % 16 == 0
         and all(one.storage_offset() * one.element_size() % 16 == 0 for one in scales)
         and (codes.group_rows == 1 or (codes.group_rows >= 8 and scale_bytes % 16 == 0))
@@ -75,7 +76,8 @@ def rings(num_rows: int, codes: Codes, depth: int) -> Rings:
     half = codes.scale.shape[-1] * codes.scale.element_size() * (8 if codes.group_rows == 1 else 1)
     slot = half * (2 if codes.offset is None else 4)
     steps = -(-codes.code.shape[-1] // SEGMENT)
-    others = 2 * WARPS * 32 * 16 + num_rows * _x_pitch(depth)  # sums of two tiles, and x
+    # sums of two tiles, x, and up to 1,024 bytes for the alignment
+    others = 2 * WARPS * 32 * 16 + num_rows * _x_pitch(depth) + 1024
 
     def used(num_stages: int) -> tuple[int, int]:
         num_slots = 2 + (num_stages - 1) // steps
@@ -113,11 +115,14 @@ def packed_stream(
     )  # fmt: skip
 
     def arguments() -> bytes:
-        tensors = (
-            x_TD, codes.code, codes.scale, codes.offset, norm_D, bias_O, residual_TO, out_TO
-        )  # fmt: skip
+        tensors = x_TD, codes.scale, codes.offset, norm_D, bias_O, residual_TO, out_TO
         pointers = (0 if one is None else one.data_ptr() for one in tensors)
-        return _ARGUMENTS.pack(*pointers, x_TD.stride(0), num_rows, num_outs, num_tiles, eps)
+        code_map = tensor_map.encode(
+            codes.code.unflatten(1, (-1, LINE)), (8, SEGMENT // LINE, LINE)
+        )
+        return _ARGUMENTS.pack(
+            code_map, *pointers, x_TD.stride(0), num_rows, num_outs, num_tiles, eps
+        )
 
     function = _function(x_TD, codes, silu_mul, norm_D is not None)
     nvrtc.launch(function, how, arguments, x_TD.device)

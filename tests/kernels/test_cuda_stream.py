@@ -22,7 +22,7 @@ from tests.kernels.test_cuda_packed import (
 
 __all__ = ["folder"]  # a fixture
 # tiles for several turns of each program, and depths that end within a stage and a warp's part
-SIZES = ((4864, 4096), (48, 2144), (8448, 2048), (320, 12288))
+SIZES = ((4864, 4096), (48, 2304), (8448, 2048), (320, 12288))
 
 
 @pytest.mark.gpu
