@@ -1,6 +1,6 @@
 // Products of one or a few rows in bf16 with packed weights, which stream through shared memory.
 //
-//   y = silu_mul(rms_norm(x) · weightᵀ + bias) + residual
+//   y = silu_mul(rms_norm(x) · weightᵀ + bias) + residual, and the same for a token's experts
 //
 // A program stays on its multiprocessor and takes one tile of 16 weight rows after the other. One
 // warp copies: the copy unit fills a ring of STAGES, each with SEGMENT bytes of the tile's rows, and
@@ -12,7 +12,8 @@
 // Constants, by -D: BITS (4 or 8), FP8 (codes are float8_e4m3fn), OFFSET, SCALE (0 fp32, 1 bf16,
 // 2 fp16), DEPTH, GROUP_SHIFT and ROWS_SHIFT (a scale is for so many columns and weight rows, as
 // powers of two), NUM_GROUPS, STAGES, SLOTS (scales of tiles on their way), SILU, NORM (one row of x
-// is normed first), PDL.
+// is normed first), PAIRS (0 a product, 1 a product for each of a token's experts, 2 the sum over them),
+// TOP_K (experts of a token), PDL.
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 
@@ -21,16 +22,20 @@
 struct __align__(64) Map { u64 words[16]; };  // CUtensorMap
 
 struct Args {
-  Map code_map;          // [O, D · BITS / 8] bytes in boxes of 8 rows and SEGMENT bytes, in lines of 128
+  Map code_map;          // [(E ·) O, D · BITS / 8] bytes in boxes of 8 rows and SEGMENT bytes, in lines of 128
   const u16* x;          // [T, D] bf16
-  const u8* scale;       // [R, G]
-  const u8* offset;      // [O, G]
+  const u8* scale;       // [(E,) R, G]
+  const u8* offset;      // [(E,) O, G]
   const u16* norm;       // [D]
   const u16* bias;       // [O]
   const u16* residual;   // [T, num_outs]
-  u16* out;              // [T, num_outs]
+  const int* expert;     // [K]
+  const float* factor;   // [K]
+  u16* out;              // [T, num_outs], or [K, num_outs]
   u64 x_stride;
-  u32 num_rows, num_outs, num_tiles;
+  u32 num_rows;          // of x
+  u32 num_outs;
+  u32 num_tiles, tiles_each;  // of all experts, and of one
   float eps;
 };
 
@@ -51,6 +56,7 @@ struct Args {
 #define BARRIER_BYTES ((2 * STAGES + 2 * SLOTS + 1) / 2 * 16)
 #define X_PIECES (DEPTH / 8)
 #define X_PITCH (DEPTH * 2 + 32)
+#define PARTS (PAIRS == 2 ? TOP_K : 1)         // products that a tile adds
 #define MINE ((X_PIECES + WORKERS - 1) / WORKERS)  // pieces that a thread norms
 
 __device__ __forceinline__ void expect(u32 barrier, u32 num_bytes) {
@@ -108,35 +114,54 @@ __device__ __forceinline__ u32 weight_row(const Args& a, u32 tile, u32 row) {
 #endif
 }
 
+// The expert of a part of a tile, and where its weight rows begin.
+__device__ __forceinline__ u32 expert_of(const Args& a, u32 tile, u32 part) {
+  return PAIRS == 0 ? 0 : a.expert[PAIRS == 1 ? tile / a.tiles_each : part];
+}
+
+__device__ __forceinline__ u32 tile_of(const Args& a, u32 tile) {  // of its expert
+  return PAIRS == 1 ? tile % a.tiles_each : tile;
+}
+
+// Copies a part of a tile.
+__device__ __forceinline__ void copy_part(const Args& a, u32 tile, u32 expert, u32 ring, u32 slots,
+                                          u32 barriers, Ring& stage, Ring& slot) {
+  const u32 full = barriers, empty = full + 8 * STAGES;
+  const u32 slot_full = empty + 8 * STAGES, slot_empty = slot_full + 8 * SLOTS;
+  const u32 num_lines = SILU ? 2 * a.num_outs : a.num_outs;
+  const u32 first_scale = expert * (((num_lines - 1) >> ROWS_SHIFT) + 1);
+  wait_for(slot_empty + 8 * slot.at, slot.parity);
+  expect(slot_full + 8 * slot.at, SLOT_BYTES);
+#pragma unroll
+  for (int i = 0; i < (OFFSET ? 4 : 2); i++) {
+    const u32 row = first_scale + (weight_row(a, tile, 8 * (i & 1)) >> ROWS_SHIFT);
+    copy(slots + slot.at * SLOT_BYTES + i * HALF_BYTES,
+         (i < 2 ? a.scale : a.offset) + (u64)row * (NUM_GROUPS * SCALE_BYTES), HALF_BYTES,
+         slot_full + 8 * slot.at);
+  }
+  slot.advance(SLOTS);
+  const u32 first_row = expert * num_lines;
+  const u32 rows[2] = {first_row + weight_row(a, tile, 0), first_row + weight_row(a, tile, 8)};
+  for (u32 step = 0; step < STEPS; step++) {
+    const u32 barrier = full + 8 * stage.at, to = ring + stage.at * STAGE_BYTES;
+    wait_for(empty + 8 * stage.at, stage.parity);
+    expect(barrier, STAGE_BYTES);
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      copy_box(&a.code_map, to + h * BOX_BYTES, barrier, step * (SEGMENT / 128), rows[h]);
+    stage.advance(STAGES);
+  }
+}
+
 // Copies all tiles of this program, by one thread. `ring` and `slots` are the places of codes and
 // scales.
 __device__ __forceinline__ void produce(const Args& a, u32 ring, u32 slots, u32 barriers) {
-  const u32 full = barriers, empty = full + 8 * STAGES;
-  const u32 slot_full = empty + 8 * STAGES, slot_empty = slot_full + 8 * SLOTS;
   Ring stage, slot;
   stage.parity = slot.parity = 1;  // a first pass finds every place empty
-  for (u32 tile = blockIdx.x; tile < a.num_tiles; tile += gridDim.x) {
-    wait_for(slot_empty + 8 * slot.at, slot.parity);
-    expect(slot_full + 8 * slot.at, SLOT_BYTES);
-#pragma unroll
-    for (int i = 0; i < (OFFSET ? 4 : 2); i++) {
-      const u32 row = weight_row(a, tile, 8 * (i & 1)) >> ROWS_SHIFT;
-      copy(slots + slot.at * SLOT_BYTES + i * HALF_BYTES,
-           (i < 2 ? a.scale : a.offset) + (u64)row * (NUM_GROUPS * SCALE_BYTES), HALF_BYTES,
-           slot_full + 8 * slot.at);
-    }
-    slot.advance(SLOTS);
-    const u32 rows[2] = {weight_row(a, tile, 0), weight_row(a, tile, 8)};
-    for (u32 step = 0; step < STEPS; step++) {
-      const u32 barrier = full + 8 * stage.at, to = ring + stage.at * STAGE_BYTES;
-      wait_for(empty + 8 * stage.at, stage.parity);
-      expect(barrier, STAGE_BYTES);
-#pragma unroll
-      for (int h = 0; h < 2; h++)
-        copy_box(&a.code_map, to + h * BOX_BYTES, barrier, step * (SEGMENT / 128), rows[h]);
-      stage.advance(STAGES);
-    }
-  }
+  if (PAIRS) wait_for_earlier_kernels();  // that choose the experts
+  for (u32 tile = blockIdx.x; tile < a.num_tiles; tile += gridDim.x)
+    for (u32 part = 0; part < PARTS; part++)
+      copy_part(a, tile_of(a, tile), expert_of(a, tile, part), ring, slots, barriers, stage, slot);
 }
 
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
@@ -204,6 +229,8 @@ struct Outs {
   float of[2][2];
 };
 
+__device__ __forceinline__ u32 num_tokens(const Args& a) { return PAIRS ? 1 : a.num_rows; }
+
 __device__ __forceinline__ u32 out_of(u32 tile, int g, int h) {
   return SILU ? tile * 8 + g : tile * 16 + g + 8 * h;
 }
@@ -215,18 +242,18 @@ __device__ __forceinline__ Outs read_residual(const Args& a, u32 tile, int g, in
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const u32 token = 2 * t + j;
-      const bool is_real = a.residual && token < a.num_rows && (!SILU || h == 0);
+      const bool is_real = a.residual && token < num_tokens(a) && (!SILU || h == 0);
       r.of[h][j] = is_real ? of_bf16(a.residual[(u64)token * a.num_outs + out_of(tile, g, h)]) : 0;
     }
   return r;
 }
 
 __device__ __forceinline__ void finish(const Args& a, const float (&sum)[4], const Outs& residual,
-                                       u32 tile, int g, int t) {
+                                       u32 tile, u32 out_row, int g, int t) {
 #pragma unroll
   for (int j = 0; j < 2; j++) {
     const u32 token = 2 * t + j;
-    if (token >= a.num_rows) continue;
+    if (token >= num_tokens(a)) continue;
     const float values[2] = {FP8 ? sum[j] : sum[j] * 0x1p20f, FP8 ? sum[2 + j] : sum[2 + j] * 0x1p20f};
 #pragma unroll
     for (int h = 0; h < (SILU ? 1 : 2); h++) {
@@ -240,7 +267,7 @@ __device__ __forceinline__ void finish(const Args& a, const float (&sum)[4], con
       y = rounded(y / (1.0f + __expf(-y))) * rounded(up);
 #endif
       if (a.residual) y = rounded(y) + residual.of[h][j];
-      a.out[(u64)token * a.num_outs + out] = to_bf16(y);
+      a.out[(u64)(out_row + token) * a.num_outs + out] = to_bf16(y);
     }
   }
 }
@@ -274,67 +301,83 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) packed_stream(
   }
 
   read_x(a, x_at, reinterpret_cast<float*>(parts));
-  const bool has_x = g < (NORM ? 1 : a.num_rows);
-  const u8* const my_x = x_at + g * X_PITCH;
+  const bool has_x = g < num_tokens(a);
   Ring stage, slot;
   u32 count = 0;
   for (u32 tile = blockIdx.x; tile < a.num_tiles; tile += gridDim.x, count++) {
     const bool is_mine = warp == (int)(count % WARPS);  // this warp finishes the tile
     Outs residual = {};
-    if (is_mine) residual = read_residual(a, tile, g, t);
-    wait_for(slot_full + 8 * slot.at, slot.parity);
-    const u8* const scales = slots + slot.at * SLOT_BYTES;
-    float acc[2][4] = {};
+    if (is_mine) residual = read_residual(a, tile_of(a, tile), g, t);
+    float acc[2][4] = {}, total[4] = {};
 #pragma unroll 1
-    for (u32 step = 0; step < STEPS; step++) {
-      const u32 column = (step * WARPS + warp) * CHUNK + t * EACH;
-      const bool is_real = column < DEPTH;
-      const u32 at = is_real ? column : 0;
-      Four x[XS];
-#pragma unroll
-      for (int i = 0; i < XS; i++)
-        x[i] = is_real && has_x ? load_four(my_x + place(at / 8 + i)) : Four{0, 0, 0, 0};
-      float scale[2], offset[2];
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        scale[h] = own_scale(scales + h * HALF_BYTES, g, at);
-        offset[h] = OFFSET ? own_scale(scales + (2 + h) * HALF_BYTES, g, at) : 0;
-      }
-      wait_for(full + 8 * stage.at, stage.parity);
-      const u8* const codes = shared + stage.at * STAGE_BYTES + place_of_code(g, warp * 4 + t);
-      const Four code[2] = {load_four(codes), load_four(codes + BOX_BYTES)};
-      __syncwarp();
-      if (lane == 0) arrive(empty + 8 * stage.at);
-      stage.advance(STAGES);
-
-      u32 low[2], high[2], less[2];
-#pragma unroll
-      for (int h = 0; h < 2; h++) factors(scale[h], offset[h], low[h], high[h], less[h]);
-      float part[2][4] = {};
-      float(&sums)[2][4] = FP8 ? part : acc;
-#pragma unroll
-      for (int w = 0; w < 4; w++) {
-        const Pairs p = numbers(word_of(code[0], w), low[0], high[0], less[0]);
-        const Pairs q = numbers(word_of(code[1], w), low[1], high[1], less[1]);
-        // the columns of the lower and of the upper halves of bytes, for codes of 4 bits
-        multiply(sums[w & 1], p.of[0], q.of[0], p.of[1], q.of[1], word_of(x[w / 2], 2 * (w & 1)),
-                 word_of(x[w / 2], 2 * (w & 1) + 1));
-#if BITS == 4
-        multiply(sums[w & 1], p.of[2], q.of[2], p.of[3], q.of[3],
-                 word_of(x[2 + w / 2], 2 * (w & 1)), word_of(x[2 + w / 2], 2 * (w & 1) + 1));
+    for (u32 part = 0; part < PARTS; part++) {
+#if PAIRS == 2
+      const float factor = a.factor[part];
 #endif
-      }
-      if (FP8)
+      const u8* const row_of_x = x_at + (PAIRS == 2 ? part : PAIRS ? 0 : g) * X_PITCH;
+      wait_for(slot_full + 8 * slot.at, slot.parity);
+      const u8* const scales = slots + slot.at * SLOT_BYTES;
+#pragma unroll 1
+      for (u32 step = 0; step < STEPS; step++) {
+        const u32 column = (step * WARPS + warp) * CHUNK + t * EACH;
+        const bool is_real = column < DEPTH;
+        const u32 at = is_real ? column : 0;
+        Four x[XS];
 #pragma unroll
-        for (int i = 0; i < 4; i++) acc[0][i] += (part[0][i] + part[1][i]) * scale[i / 2];
+        for (int i = 0; i < XS; i++)
+          x[i] = is_real && has_x ? load_four(row_of_x + place(at / 8 + i)) : Four{0, 0, 0, 0};
+        float scale[2], offset[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          scale[h] = own_scale(scales + h * HALF_BYTES, g, at);
+          offset[h] = OFFSET ? own_scale(scales + (2 + h) * HALF_BYTES, g, at) : 0;
+        }
+        wait_for(full + 8 * stage.at, stage.parity);
+        const u8* const codes = shared + stage.at * STAGE_BYTES + place_of_code(g, warp * 4 + t);
+        const Four code[2] = {load_four(codes), load_four(codes + BOX_BYTES)};
+        __syncwarp();
+        if (lane == 0) arrive(empty + 8 * stage.at);
+        stage.advance(STAGES);
+
+        u32 low[2], high[2], less[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) factors(scale[h], offset[h], low[h], high[h], less[h]);
+        float product[2][4] = {};
+        float(&sums)[2][4] = FP8 ? product : acc;
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+          const Pairs p = numbers(word_of(code[0], w), low[0], high[0], less[0]);
+          const Pairs q = numbers(word_of(code[1], w), low[1], high[1], less[1]);
+          // the columns of the lower and of the upper halves of bytes, for codes of 4 bits
+          multiply(sums[w & 1], p.of[0], q.of[0], p.of[1], q.of[1], word_of(x[w / 2], 2 * (w & 1)),
+                   word_of(x[w / 2], 2 * (w & 1) + 1));
+#if BITS == 4
+          multiply(sums[w & 1], p.of[2], q.of[2], p.of[3], q.of[3],
+                   word_of(x[2 + w / 2], 2 * (w & 1)), word_of(x[2 + w / 2], 2 * (w & 1) + 1));
+#endif
+        }
+        if (FP8)
+#pragma unroll
+          for (int i = 0; i < 4; i++) acc[0][i] += (product[0][i] + product[1][i]) * scale[i / 2];
+      }
+      __syncwarp();
+      if (lane == 0) arrive(slot_empty + 8 * slot.at);
+      slot.advance(SLOTS);
+#if PAIRS == 2
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        total[i] += factor * (acc[0][i] + acc[1][i]);
+        acc[0][i] = acc[1][i] = 0;
+      }
+#endif
     }
-    __syncwarp();
-    if (lane == 0) arrive(slot_empty + 8 * slot.at);
-    slot.advance(SLOTS);
+#if PAIRS != 2
+#pragma unroll
+    for (int i = 0; i < 4; i++) total[i] = acc[0][i] + acc[1][i];
+#endif
 
     float4* const sums = parts + (count & 1) * WORKERS;
-    sums[warp * 32 + lane] = make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1],
-                                         acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
+    sums[warp * 32 + lane] = make_float4(total[0], total[1], total[2], total[3]);
     meet();
     if (is_mine) {
       float sum[4] = {0, 0, 0, 0};
@@ -343,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) packed_stream(
         const float4 one = sums[k * 32 + lane];
         sum[0] += one.x, sum[1] += one.y, sum[2] += one.z, sum[3] += one.w;
       }
-      finish(a, sum, residual, tile, g, t);
+      finish(a, sum, residual, tile_of(a, tile), PAIRS == 1 ? tile / a.tiles_each : 0, g, t);
     }
   }
 }

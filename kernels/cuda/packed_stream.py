@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,11 +25,12 @@ MAX_ROWS = 8  # of x: the matrix units take so many
 MAX_SHARED_BYTES = 112 << 10
 MAX_X_BYTES = 33 << 10
 MIN_ROW_BYTES = 1024  # of codes: below, most warps have nothing to do
+MIN_EXPERT_BYTES = 384  # of a row of an expert
 WARPS, SEGMENT, LINE = 8, 512, 128  # as in packed_stream.cu
 STAGE_BYTES = 16 * SEGMENT
 MIN_STAGES, MAX_STAGES = 4, 12
-# Args in packed_stream.cu: a map, seven pointers, a stride, three sizes, eps; aligned to 64 bytes
-_ARGUMENTS = struct.Struct(f"{tensor_map.NUM_BYTES}s7PQ3If48x")
+# Args in packed_stream.cu: a map, nine pointers, a stride, four sizes, eps; aligned to 64 bytes
+_ARGUMENTS = struct.Struct(f"{tensor_map.NUM_BYTES}s9PQ4If28x")
 
 
 class Rings(NamedTuple):
@@ -42,15 +44,23 @@ class Rings(NamedTuple):
 def takes(x_TD: Tensor, codes: Codes) -> bool:
     """True if the kernel can multiply rows of the dtype of x with the weight: integers of 4 or 8
     bits, or fp8, and x in bf16."""
+    return codes.code.dim() == 2 and _takes(x_TD, len(x_TD), codes, MIN_ROW_BYTES)
+
+
+def takes_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
+    """The same for the experts of one token, which have so many rows of the dtype of x."""
+    return codes.code.dim() == 3 and _takes(x_TD, num_rows, codes, MIN_EXPERT_BYTES)
+
+
+def _takes(x_TD: Tensor, num_rows: int, codes: Codes, row_bytes: int) -> bool:
     if not is_supported(x_TD.device) or not packed_linear.takes(x_TD, codes):
         return False
-    num_rows, depth = x_TD.shape
+    depth = codes.code.shape[-1] * 8 // codes.bits
     scales = [codes.scale] + ([] if codes.offset is None else [codes.offset])
     scale_bytes = codes.scale.shape[-1] * codes.scale.element_size()
     return (
         num_rows <= MAX_ROWS
-        and codes.code.dim() == 2
-        and codes.code.shape[-1] >= MIN_ROW_BYTES
+        and codes.code.shape[-1] >= row_bytes
         and codes.code.shape[-1] % LINE == 0
         and codes.num_rows % 16 == 0
         and all(one.storage_offset() * one.element_size() % 16 == 0 for one in scales)
@@ -103,33 +113,74 @@ def packed_stream(
 
     `takes` is true; only one row may be normed.
     """
-    num_rows, depth = x_TD.shape
+    num_rows = x_TD.shape[0]
     num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
     out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=x_TD.device)
-    x_TD = aligned(x_TD)
-    num_tiles, ring = codes.num_rows // 16, rings(num_rows, codes, depth)
+    tensors = norm_D, bias_O, residual_TO, None, None, out_TO
+    _launch(x_TD, codes, tensors, codes.num_rows // 16, eps, silu_mul, 0)
+    return out_TO
+
+
+def packed_stream_experts(
+    x_PD: Tensor,
+    codes: Codes,
+    expert_1K: Tensor,
+    *,
+    silu_mul: bool = False,
+    factor_1K: Tensor | None = None,
+    residual_1O: Tensor | None = None,
+) -> Tensor:
+    """x · weightᵀ of each expert of one token [K, O], whose x is one row.
+
+    With `factor_1K` x has a row for each expert, and the result is the sum of products times
+    factors, [1, O], + residual. `takes_experts` is true.
+    """
+    top_k, adds = expert_1K.shape[1], factor_1K is not None
+    num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
+    size = (1 if adds else top_k, num_outs)
+    out = torch.empty(size, dtype=x_PD.dtype, device=x_PD.device)
+    num_tiles = codes.num_rows // 16 * (1 if adds else top_k)
+    tensors = None, None, residual_1O, expert_1K, factor_1K, out
+    _launch(x_PD, codes, tensors, num_tiles, 0.0, silu_mul, top_k)
+    return out
+
+
+def _launch(
+    x_TD: Tensor,
+    codes: Codes,
+    tensors: Sequence[Tensor | None],
+    num_tiles: int,
+    eps: float,
+    silu_mul: bool,
+    top_k: int,
+) -> None:
+    """`tensors` are norm, bias, residual, the experts and their factors, and the result."""
+    norm, *_, factor, out = tensors
+    (num_rows, depth), x_TD = x_TD.shape, aligned(x_TD)
     num_programs = min(num_tiles, num_multiprocessors(x_TD.device))
     how = Launch(
-        (num_programs, 1, 1), WARPS * 32 + 32, ring.shared_bytes,
+        (num_programs, 1, 1), WARPS * 32 + 32, rings(num_rows, codes, depth).shared_bytes,
         launch_options(x_TD.device)["PDL"],
     )  # fmt: skip
 
     def arguments() -> bytes:
-        tensors = x_TD, codes.scale, codes.offset, norm_D, bias_O, residual_TO, out_TO
-        pointers = (0 if one is None else one.data_ptr() for one in tensors)
-        code_map = tensor_map.encode(
-            codes.code.unflatten(1, (-1, LINE)), (8, SEGMENT // LINE, LINE)
-        )
+        assert out is not None
+        every = x_TD, codes.scale, codes.offset, *tensors
+        lines = codes.code.view(-1, codes.code.shape[-1] // LINE, LINE)
         return _ARGUMENTS.pack(
-            code_map, *pointers, x_TD.stride(0), num_rows, num_outs, num_tiles, eps
-        )
+            tensor_map.encode(lines, (8, SEGMENT // LINE, LINE)),
+            *(0 if one is None else one.data_ptr() for one in every),
+            x_TD.stride(0), num_rows, out.shape[1], num_tiles, codes.num_rows // 16, eps,
+        )  # fmt: skip
 
-    function = _function(x_TD, codes, silu_mul, norm_D is not None)
+    pairs = 0 if not top_k else 1 if factor is None else 2
+    function = _function(x_TD, codes, silu_mul, norm is not None, pairs, top_k)
     nvrtc.launch(function, how, arguments, x_TD.device)
-    return out_TO
 
 
-def _function(x_TD: Tensor, codes: Codes, silu_mul: bool, norm: bool) -> Function:
+def _function(
+    x_TD: Tensor, codes: Codes, silu_mul: bool, norm: bool, pairs: int = 0, top_k: int = 0
+) -> Function:
     num_rows, depth = x_TD.shape
     ring = rings(num_rows, codes, depth)
     values = {
@@ -145,6 +196,8 @@ def _function(x_TD: Tensor, codes: Codes, silu_mul: bool, norm: bool) -> Functio
         "SLOTS": ring.num_slots,
         "SILU": silu_mul,
         "NORM": norm,
+        "PAIRS": pairs,
+        "TOP_K": top_k,
         "PDL": launch_options(x_TD.device)["PDL"],
     }
     return Function("packed_stream", nvrtc.constants(values))

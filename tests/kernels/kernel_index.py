@@ -231,7 +231,8 @@ _PACKED_ROWS = {
 }
 _PACKED_FEW = f"one token, or at most {packed_tiles.PAIRS_PER_EXPERT:g} pairs per expert"
 _PACKED_GROUPS = {
-    "packed_linear.cu": f"{_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
+    "packed_stream.cu": "one token, as above, without biases and expert parallelism",
+    "packed_linear.cu": f"else {_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
     "packed_gemv_kernel": f"else {_PACKED_FEW}",
     "sort_pairs_kernel": "more pairs",
     "packed_grouped_kernel": "more pairs",

@@ -86,6 +86,33 @@ def test_a_chain_of_products_waits_for_each_result() -> None:
     assert all(torch.equal(run(False), expected) for _ in range(20))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, group, dtype", [KINDS[1], KINDS[-2], KINDS[-1]])
+def test_the_experts_of_a_token_match_the_formula(
+    kind: str, group: int, dtype: torch.dtype
+) -> None:
+    num_experts, size, hidden, top_k = 16, 1536, 2048, 6
+    if not packed_stream.is_supported(torch.device("cuda")):
+        pytest.skip("the copy unit is that of sm_90 on")
+    gate_up = random_codes(kind, group, dtype, (num_experts, 2 * size, hidden), "cuda")
+    down = random_codes(kind, group, dtype, (num_experts, hidden, size), "cuda")
+    logits = torch.randn(1, num_experts, device="cuda")
+    weight_1K, expert_1K = reference.experts.topk_softmax(logits, top_k, True)
+    x_1D, residual_1D = torch.randn(2, 1, hidden, device="cuda").to(DTYPE)
+    assert packed_stream.takes_experts(x_1D, 1, gate_up)
+    assert packed_stream.takes_experts(x_1D, top_k, down)
+    inner_KF = packed_stream.packed_stream_experts(x_1D, gate_up, expert_1K, silu_mul=True)
+    chosen = real(gate_up, hidden)[expert_1K[0].long()]
+    exact = reference.norm_act.silu_mul(torch.einsum("d,kod->ko", x_1D[0].double(), chosen))
+    assert error(inner_KF, exact) < LIMIT
+    y_1D = packed_stream.packed_stream_experts(
+        inner_KF, down, expert_1K, factor_1K=weight_1K, residual_1O=residual_1D
+    )
+    exact = torch.einsum("kf,kof->ko", inner_KF.double(), real(down, size)[expert_1K[0].long()])
+    exact = (exact * weight_1K.double().T).sum(0, keepdim=True) + residual_1D.double()
+    assert error(y_1D, exact) < LIMIT
+
+
 @pytest.mark.parametrize("i", range(4))
 def test_the_kernel_compiles(i: int, folder: Path) -> None:
     """With a program of the next kernel beside it, so within half of the registers."""
