@@ -231,8 +231,7 @@ _PACKED_ROWS = {
 }
 _PACKED_FEW = f"one token, or at most {packed_tiles.PAIRS_PER_EXPERT:g} pairs per expert"
 _PACKED_GROUPS = {
-    "packed_stream.cu": "one token, as above, without biases and expert parallelism",
-    "packed_linear.cu": f"else {_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
+    "packed_linear.cu": f"{_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
     "packed_gemv_kernel": f"else {_PACKED_FEW}",
     "sort_pairs_kernel": "more pairs",
     "packed_grouped_kernel": "more pairs",
@@ -242,7 +241,12 @@ for _name in ("packed_linear", "fp8_linear", "fused_packed_linear", "fused_fp8_l
 for _name in ("packed_expert_linear", "fp8_expert_linear"):
     CHOSEN[_name] = _PACKED_GROUPS
 for _name in ("packed_experts", "fp8_experts", "packed_clamped_experts"):
-    CHOSEN[_name] = _PACKED_GROUPS | {"combine_kernel": "more pairs"}
+    CHOSEN[_name] = {
+        "packed_stream.cu": "one token, as for products, without biases and expert parallelism",
+        **_PACKED_GROUPS,
+        "packed_linear.cu": f"else {_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
+        "combine_kernel": "more pairs",
+    }
 
 
 HEAD = """
@@ -299,7 +303,7 @@ def _is_of_cuda(value: Any) -> bool:
     return (
         isinstance(value, types.FunctionType)
         and value.__module__.startswith(f"{ROOT}cuda.")
-        and "nvrtc.launch(" in inspect.getsource(value)
+        and "launch(" in inspect.getsource(value)
     )
 
 
