@@ -104,7 +104,7 @@ setup(
     entry_points={"console_scripts": ["nanovllm = nanovllm.cli.main:entry"]},
     package_data={
         "nanovllm": ["assets/*/*", "py.typed"],
-        "nanovllm.kernels": ["cpu/*.cpp", "cpu/*.h", "cuda/*.cu"],
+        "nanovllm.kernels": ["cpu/*.cpp", "cpu/*.h", "cuda/*.cu", "cuda/*.cuh"],
         "nanovllm.api.page": ["*.css", "*.html", "*.js", "*.svg"],
         "nanovllm.tools": ["*.css", "*.js"],
     },

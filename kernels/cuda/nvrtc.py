@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import torch
 from nanovllm.kernels.code_files import CodeFolder
 
 HERE = Path(__file__).parent
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 FLAGS = ("--std=c++17", "-default-device")
 # cuda.h: attributes of launches and functions
 _PROGRAMMATIC_STREAM_SERIALIZATION, _MAX_DYNAMIC_SHARED_BYTES = 6, 8
@@ -67,7 +69,9 @@ def compiled() -> list[str]:
 
 
 def source_of(function: Function) -> str:
-    return (HERE / f"{function.source}.cu").read_text()
+    """The source, with the headers of ours that it includes in their places."""
+    text = (HERE / f"{function.source}.cu").read_text()
+    return _INCLUDE.sub(lambda found: (HERE / found[1]).read_text(), text)
 
 
 def compile_function(function: Function, capability: tuple[int, int]) -> bytes:

@@ -15,10 +15,7 @@
 //
 // t thread of four | g group of four threads: the weight row in a tile of 8, and the row of x
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef unsigned long long u64;
+#include "packed_codes.cuh"
 
 struct Args {
   const u16* x;          // [T, D] bf16
@@ -39,8 +36,6 @@ struct Args {
   float eps;
 };
 
-struct __align__(16) Four { u32 a, b, c, d; };
-
 #define CHUNK (BITS == 4 ? 128 : 64)           // columns of a chunk
 #define WORDS (CHUNK / 16)                     // products of a tile and a chunk
 #define EACH (CHUNK / 4)                       // columns of a thread
@@ -55,95 +50,10 @@ __device__ __forceinline__ Four load_once(const void* at) {
   return v;
 }
 
-__device__ __forceinline__ Four load_four(const void* at) {
-  return *reinterpret_cast<const Four*>(at);
-}
-
-__device__ __forceinline__ float of_bf16(u32 bits) { return __uint_as_float(bits << 16); }
-
-__device__ __forceinline__ u32 to_bf16(float v) {
-  u16 r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-  return r;
-}
-
-__device__ __forceinline__ float rounded(float v) { return of_bf16(to_bf16(v)); }
-
-__device__ __forceinline__ u32 twice(float v) {  // v in both halves
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(v));
-  return r;
-}
-
-__device__ __forceinline__ u32 spread(u32 word, u32 selector) {
-  return __byte_perm(word, 0, selector);
-}
-
-__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
-  u32 r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
-
-__device__ __forceinline__ void multiply(float (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
-                                         u32 b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ float load_scale(const u8* at, u32 idx) {
-#if SCALE == 0
-  return __ldg(reinterpret_cast<const float*>(at) + idx);
-#else
-  u16 bits = __ldg(reinterpret_cast<const u16*>(at) + idx);
-#if SCALE == 1
-  return of_bf16(bits);
-#else
-  float r;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(bits));
-  return r;
-#endif
-#endif
-}
-
-// The codes of a word as numbers in bf16, in pairs. The bits of a code are a denormal number or one
-// of the smallest normal numbers, code · 2⁻¹³³ or, for upper codes, 2⁻¹²⁹. `low` and `high` are the
-// scale times 2¹¹³ and 2¹⁰⁹, `less` is the offset times 2⁻²⁰, and sums are multiplied by 2²⁰.
-// Numbers in fp8 are exact, and without their scales.
-struct Pairs { u32 of[8 / (BITS / 4) / 2]; };
-
-__device__ __forceinline__ Pairs numbers(u32 word, u32 low, u32 high, u32 less) {
-  Pairs r;
-#if FP8
-  u32 p = spread(word, 0x1404), q = spread(word, 0x3424);
-  u32 m = ((p >> 4) & 0x07f007f0) | (p & 0x80008000);
-  u32 n = ((q >> 4) & 0x07f007f0) | (q & 0x80008000);
-  r.of[0] = fma2(m, 0x7b807b80, 0x80008000);
-  r.of[1] = fma2(n, 0x7b807b80, 0x80008000);
-#elif BITS == 8
-  r.of[0] = fma2(spread(word, 0x4140), low, less);
-  r.of[1] = fma2(spread(word, 0x4342), low, less);
-#else
-  u32 p = spread(word, 0x4140), q = spread(word, 0x4342);
-  r.of[0] = fma2(p & 0x000f000f, low, less);
-  r.of[1] = fma2(q & 0x000f000f, low, less);
-  r.of[2] = fma2(p & 0x00f000f0, high, less);
-  r.of[3] = fma2(q & 0x00f000f0, high, less);
-#endif
-  return r;
-}
-
 struct Slot {  // a chunk of a warp on its way
   Four code[M][2];
   float scale[M][2], offset[M][2];
 };
-
-__device__ __forceinline__ u32 word_of(const Four& v, int w) {
-  return w == 0 ? v.a : w == 1 ? v.b : w == 2 ? v.c : v.d;
-}
 
 __device__ __forceinline__ void flatten(u32 (&flat)[XS * 4], const Four (&x)[XS]) {
 #pragma unroll
@@ -154,11 +64,8 @@ __device__ __forceinline__ void flatten(u32 (&flat)[XS * 4], const Four (&x)[XS]
 __device__ __forceinline__ void factors(const Slot& slot, int m, u32 (&low)[2], u32 (&high)[2],
                                         u32 (&less)[2]) {
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    low[h] = FP8 ? 0 : twice(slot.scale[m][h] * 0x1p113f);
-    high[h] = FP8 || BITS == 8 ? 0 : twice(slot.scale[m][h] * 0x1p109f);
-    less[h] = OFFSET ? twice(slot.offset[m][h] * 0x1p-20f) : 0x80008000;
-  }
+  for (int h = 0; h < 2; h++)
+    factors(slot.scale[m][h], slot.offset[m][h], low[h], high[h], less[h]);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_linear(const Args a) {

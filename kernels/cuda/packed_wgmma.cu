@@ -14,10 +14,7 @@
 //
 // t thread of four | g group of four threads: the weight row in a tile of 8
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef unsigned long long u64;
+#include "packed_codes.cuh"
 
 struct __align__(64) Map { u64 words[16]; };  // CUtensorMap
 
@@ -46,70 +43,11 @@ struct Args {
 #define NUM_ACC (NR / 2)
 #define SCALE_BYTES (SCALE == 0 ? 4 : 2)
 
-__device__ __forceinline__ float of_bf16(u32 bits) { return __uint_as_float(bits << 16); }
-
-__device__ __forceinline__ u32 to_bf16(float v) {
-  u16 r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-  return r;
-}
-
-__device__ __forceinline__ float rounded(float v) { return of_bf16(to_bf16(v)); }
-
-__device__ __forceinline__ u32 twice(float v) {  // v in both halves
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(v));
-  return r;
-}
-
-__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
-  u32 r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
-
-__device__ __forceinline__ float load_scale(const u8* at, u32 idx) {
-#if SCALE == 0
-  return __ldg(reinterpret_cast<const float*>(at) + idx);
-#else
-  u16 bits = __ldg(reinterpret_cast<const u16*>(at) + idx);
-#if SCALE == 1
-  return of_bf16(bits);
-#else
-  float r;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(bits));
-  return r;
-#endif
-#endif
-}
-
-__device__ __forceinline__ u32 shared_address(const void* at) {
-  return (u32)__cvta_generic_to_shared(at);
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
-  asm volatile(
-      "{ .reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again; }" ::"r"(barrier), "r"(parity)
-      : "memory");
-}
-
 __device__ __forceinline__ void copy_box(const Map* map, u32 to, u32 barrier, u32 column, u32 row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row)
       : "memory");
-}
-
-__device__ __forceinline__ void wait_for_earlier_kernels() {
-#if PDL
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 // acc += left · x of 16 columns. The left operand is in registers, x in shared memory.
@@ -145,24 +83,6 @@ __device__ __forceinline__ void multiply(float (&acc)[NUM_ACC], const u32 (&left
 __device__ __forceinline__ void hold(float (&acc)[NUM_ACC]) {
 #pragma unroll
   for (int i = 0; i < NUM_ACC; i++) asm volatile("" : "+f"(acc[i])::"memory");
-}
-
-// The codes of a word as numbers in bf16, in pairs: see packed_linear.cu.
-struct Pairs { u32 of[8 / (BITS / 4) / 2]; };
-
-__device__ __forceinline__ Pairs numbers(u32 word, u32 low, u32 high, u32 less) {
-  Pairs r;
-#if BITS == 8
-  r.of[0] = fma2(__byte_perm(word, 0, 0x4140), low, less);
-  r.of[1] = fma2(__byte_perm(word, 0, 0x4342), low, less);
-#else
-  u32 p = __byte_perm(word, 0, 0x4140), q = __byte_perm(word, 0, 0x4342);
-  r.of[0] = fma2(p & 0x000f000f, low, less);
-  r.of[1] = fma2(q & 0x000f000f, low, less);
-  r.of[2] = fma2(p & 0x00f000f0, high, less);
-  r.of[3] = fma2(q & 0x00f000f0, high, less);
-#endif
-  return r;
 }
 
 // Bytes 2t, 2t + 1, 2t + 8 and 2t + 9 of a piece of 16 bytes: two columns and those 8 after them.
@@ -312,11 +232,8 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
 #pragma unroll
       for (int i = 0; i < SCALES; i++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          low[i][h] = twice(now.scale[i][h] * 0x1p113f);
-          high[i][h] = BITS == 8 ? 0 : twice(now.scale[i][h] * 0x1p109f);
-          less[i][h] = OFFSET ? twice(now.offset[i][h] * 0x1p-20f) : 0x80008000;
-        }
+        for (int h = 0; h < 2; h++)
+          factors(now.scale[i][h], now.offset[i][h], low[i][h], high[i][h], less[i][h]);
       // of a descriptor: the address and strides in units of 16 bytes, and pieces exchanged by 128 bytes
       const u64 x = (u64)(((shared_address(shared) + stage * STAGE_BYTES) & 0x3ffff) >> 4) |
                     (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;

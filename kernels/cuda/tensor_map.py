@@ -18,22 +18,24 @@ _SWIZZLES = {64: 2, 128: 3}
 _PROMOTION_256 = 3
 
 
-def encode(matrix: Tensor, box: tuple[int, int]) -> bytes:
-    """The CUtensorMap of a matrix [rows, columns] in boxes [rows, columns], whose rows have 64 or
-    128 bytes and are exchanged in shared memory in pieces of 16 bytes. Outside there are zeros.
+def encode(tensor: Tensor, box: tuple[int, ...]) -> bytes:
+    """The CUtensorMap of a tensor in boxes with as many dimensions, whose last one has 64 or 128
+    bytes. In shared memory pieces of 16 bytes of a line are exchanged. Outside there are zeros.
 
-    Rows begin at multiples of 16 bytes. Raises RuntimeError if the driver refuses it.
+    Lines begin at multiples of 16 bytes. Raises RuntimeError if the driver refuses it.
     """
-    size = matrix.element_size()
+    size, num_dims = tensor.element_size(), tensor.dim()
     room = ctypes.create_string_buffer(NUM_BYTES + _ALIGNMENT)
     at = -(-ctypes.addressof(room) // _ALIGNMENT) * _ALIGNMENT
-    sizes = (ctypes.c_uint64 * 2)(matrix.shape[1], matrix.shape[0])
-    strides = (ctypes.c_uint64 * 1)(matrix.stride(0) * size)
-    boxes, ones = (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1)
+    sizes = (ctypes.c_uint64 * num_dims)(*reversed(tensor.shape))
+    strides = [stride * size for stride in reversed(tensor.stride()[:-1])]
+    boxes = (ctypes.c_uint32 * num_dims)(*reversed(box))
+    ones = (ctypes.c_uint32 * num_dims)(*(1 for _ in box))
     nvrtc.check(
         nvrtc.driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(at), _TYPES[matrix.dtype], 2, ctypes.c_void_p(matrix.data_ptr()),
-            sizes, strides, boxes, ones, 0, _SWIZZLES[box[1] * size], _PROMOTION_256, 0,
+            ctypes.c_void_p(at), _TYPES[tensor.dtype], num_dims, ctypes.c_void_p(tensor.data_ptr()),
+            sizes, (ctypes.c_uint64 * len(strides))(*strides), boxes, ones, 0,
+            _SWIZZLES[box[-1] * size], _PROMOTION_256, 0,
         )
     )  # fmt: skip
     return ctypes.string_at(at, NUM_BYTES)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanovllm.kernels import dequantized, ops, reference
 from nanovllm.kernels.cuda import packed_linear as cuda_packed
+from nanovllm.kernels.cuda import packed_stream
 from nanovllm.kernels.triton import packed_codes
 from nanovllm.kernels.triton.common import (
     NO_CLAMP,
@@ -204,6 +205,15 @@ def _expert_linear(x: Tensor, expert_TK: Tensor, codes: Codes) -> Tensor | None:
     return y_PO.view(*expert_TK.shape, -1)
 
 
+def _streams(x_TD: Tensor, gate_up: Codes, down: Codes, top_k: int) -> bool:
+    """True if packed_stream.cu takes both products of the experts of a single token."""
+    return (
+        len(x_TD) == 1
+        and packed_stream.takes_experts(x_TD, 1, gate_up)
+        and packed_stream.takes_experts(x_TD, top_k, down)
+    )
+
+
 def takes(x_PD: Tensor, codes: Codes) -> bool:
     """True if the kernels of experts can multiply these rows."""
     return x_PD.dtype in DTYPES and x_PD.shape[0] > 0 and packed_codes.takes(codes, x_PD.shape[-1])
@@ -277,6 +287,11 @@ def run_experts(
     num_experts = num_here if local_X is None else len(local_X)
     if few_pairs(num_tokens, top_k, num_experts) or not has_units(x_TD.device):
         is_plain = local_X is None and clamp is NO_CLAMP
+        if is_plain and _streams(x_TD, gate_up, down, top_k):
+            inner_PF = packed_stream.packed_stream_experts(x_TD, gate_up, expert_TK, silu_mul=True)
+            return packed_stream.packed_stream_experts(
+                inner_PF, down, expert_TK, factor_1K=weight_TK, residual_1O=residual_TD
+            )
         if is_plain and all(cuda_packed.takes(x_TD, one) for one in (gate_up, down)):
             inner_PF = cuda_packed.packed_pairs(
                 x_TD, gate_up, expert_TK, x_shared_by=top_k, silu_mul=True

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanovllm.kernels import dequantized, reference
 from nanovllm.kernels.cuda import packed_linear as cuda_packed
-from nanovllm.kernels.cuda import packed_wgmma
+from nanovllm.kernels.cuda import packed_stream, packed_wgmma
 from nanovllm.kernels.triton import fp8_products, packed_codes, packed_tiles
 from nanovllm.kernels.triton.norm_act import rms_norm, silu_mul
 from nanovllm.kernels.triton.packed_codes import Codes
@@ -104,6 +104,11 @@ def _product(
         x_TD, norm_D = rms_norm(x_TD, norm_D, eps), None
     if (tile := _wgmma_tile(x_TD, codes)) is not None:
         return packed_wgmma.packed_wgmma(x_TD, codes, tile, bias_O, residual_TO, silu)
+    if packed_stream.takes(x_TD, codes):
+        return packed_stream.packed_stream(
+            x_TD, codes, norm_D=norm_D, eps=eps, bias_O=bias_O, residual_TO=residual_TO,
+            silu_mul=silu,
+        )  # fmt: skip
     if num_rows <= packed_tiles.MAX_ROWS and not _is_by_fp8(x_TD, codes):
         if cuda_packed.takes(x_TD, codes):
             return cuda_packed.packed_linear(

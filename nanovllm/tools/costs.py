@@ -17,7 +17,13 @@ _PICKING = {
 }  # fmt: skip
 
 # arguments with the matrices of experts, and those with the experts that are not resident
-_STACKS = {"gate_up", "down", "weight", "slots_gate_up", "slots_down"}
+_STACKS = {
+    "gate_up", "down", "weight", "slots_gate_up", "slots_down", "code", "scale", "offset",
+    "down_code", "down_scale", "down_offset",
+}  # fmt: skip
+# of these: codes of so many bits, and what is not multiplied
+_CODES = {"code": "bits", "down_code": "down_bits"}
+_SCALES = {"scale", "offset", "down_scale", "down_offset"}
 _ELSEWHERE = {"others_gate_up", "others_down"}
 
 
@@ -112,7 +118,11 @@ def _experts(named: dict[str, Any], out_bytes: int) -> tuple[int, int]:
         local_P = named["local"][expert_P.long()]
         expert_P = local_P[local_P >= 0]
     rest = [one for name, one in named.items() if name not in {*stacks, *_ELSEWHERE}]
-    numbers = sum(stack[0].numel() for stack in stacks.values())
+    numbers = sum(
+        stack[0].numel() * (8 // named[_CODES[name]] if name in _CODES else 1)
+        for name, stack in stacks.items()
+        if name not in _SCALES
+    )
     matrices_bytes = sum(stack[0].nbytes for stack in stacks.values())
     others_bytes = sum(tensor.nbytes for tensor in _tensors(rest))
     num_bytes = others_bytes + len(expert_P.unique()) * matrices_bytes + out_bytes

@@ -161,7 +161,7 @@ class OpBytes(TorchDispatchMode):
         with record_function(f"{MARK}{len(self.ops)}"):
             result = func(*args, **(kwargs or {}))
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args)}
-        weight: Any = named.get("mat2", named.get("weight"))
+        weight: Any = named.get("mat2", named.get("weight", named.get("code")))
         label = func._schema.name.split("::")[1]
         if isinstance(weight, Tensor) and weight.dim() == 2:
             label += " " + "×".join(map(str, weight.shape))

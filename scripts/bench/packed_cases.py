@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.cuda.packed_linear import Tile, packed_linear
+from nanovllm.kernels.cuda.packed_stream import packed_stream
 from nanovllm.kernels.triton import linear as triton_linear
 from nanovllm.kernels.triton import packed_codes
 from nanovllm.kernels.triton.norm_act import rms_norm, silu_mul
@@ -106,6 +107,17 @@ class Case:
             residual_TO=self.residual,
             silu_mul=self.shape.silu,
             tile=tile,
+        )
+
+    def stream(self, idx: int) -> Tensor:
+        """The same by packed_stream.cu, where `packed_stream.takes` is true."""
+        return packed_stream(
+            self.x,
+            self.codes[idx],
+            norm_D=self.norm if self.shape.norm and len(self.x) == 1 else None,
+            eps=EPS,
+            residual_TO=self.residual,
+            silu_mul=self.shape.silu,
         )
 
     def launches(self) -> list[int]:

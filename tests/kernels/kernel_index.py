@@ -26,7 +26,7 @@ from nanovllm.kernels.cpu import ggml as cpu_ggml
 from nanovllm.kernels.cpu import packed as cpu_packed
 from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.kernels.cpu import step as cpu_step
-from nanovllm.kernels.cuda import packed_wgmma
+from nanovllm.kernels.cuda import packed_stream, packed_wgmma
 from nanovllm.kernels.npu import kernels as npu_kernels
 from nanovllm.kernels.triton import (
     all_reduce,
@@ -212,6 +212,10 @@ _PACKED_ROWS = {
         f"bf16 on sm_90 with codes that are integers, {packed_wgmma.MIN_ROWS} to "
         f"{packed_wgmma.MAX_ROWS} rows: where it is the fastest (`packed_wgmma.TILES`)"
     ),
+    "packed_stream.cu": (
+        f"bf16 on sm_90 and sm_100, integers or fp8: up to {packed_stream.MAX_ROWS} rows that fit "
+        "the shared memory (`packed_stream.takes`)"
+    ),
     "packed_linear.cu": f"else up to {packed_tiles.MAX_ROWS} rows: {_CUDA_PACKED}",
     "packed_gemv_kernel": (
         "else one row; without matrix units up to "
@@ -238,7 +242,12 @@ for _name in ("packed_linear", "fp8_linear", "fused_packed_linear", "fused_fp8_l
 for _name in ("packed_expert_linear", "fp8_expert_linear"):
     CHOSEN[_name] = _PACKED_GROUPS
 for _name in ("packed_experts", "fp8_experts", "packed_clamped_experts"):
-    CHOSEN[_name] = _PACKED_GROUPS | {"combine_kernel": "more pairs"}
+    CHOSEN[_name] = {
+        "packed_stream.cu": "one token, as for products, without biases and expert parallelism",
+        **_PACKED_GROUPS,
+        "packed_linear.cu": f"else {_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
+        "combine_kernel": "more pairs",
+    }
 
 
 HEAD = """
@@ -295,7 +304,7 @@ def _is_of_cuda(value: Any) -> bool:
     return (
         isinstance(value, types.FunctionType)
         and value.__module__.startswith(f"{ROOT}cuda.")
-        and "nvrtc.launch(" in inspect.getsource(value)
+        and "launch(" in inspect.getsource(value)
     )
 
 
