@@ -131,7 +131,7 @@ POINTERS = {
         "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr",
         "segment_start_ptr",
         "out_table_ptr", "out_seq_len_ptr", "out_q_start_ptr", "few_token_ptr",
-        "allowed_ptr", "end_ptr", "history_ptr",
+        "allowed_ptr", "end_ptr", "history_ptr", "past_ptr",
     },
     "*i64": {
         "pos_ptr", "slot_ptr", "seed_ptr", "token_ptr", "row_idx_ptr", "new_token_ptr",
