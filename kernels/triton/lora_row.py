@@ -18,9 +18,10 @@ from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.triton.common import finish, launch_options, wait_for_earlier_kernels
-from nanovllm.kernels.triton.gemv import gemv_begin, gemv_kernel, gemv_products
+from nanovllm.kernels.triton.gemv import gemv_begin, gemv_products
 from nanovllm.kernels.triton.lora import MAX_PARTS, part_ends, part_of
-from nanovllm.kernels.triton.skinny_gemm import kernel_for
+from nanovllm.kernels.triton.skinny_gemm import tile_constants
+from nanovllm.kernels.triton.skinny_tiles import skinny_tile
 
 COLUMNS = 4096  # at a time, of the first launch
 MAX_DEPTH = 8 * COLUMNS
@@ -179,21 +180,11 @@ def lora_linear(
     rows: Sequence[int],
 ) -> Tensor:
     """`reference.lora.lora_linear`. The inner values are not rounded, and sums are rounded once."""
-    has_norm, has_bias, has_residual = (
-        one is not None for one in (norm_weight_D, bias_O, residual_TO)
-    )
     num_outs = weight_OD.shape[0] // 2 if silu_mul else weight_OD.shape[0]
     depth, device, rank = x_TD.shape[1], x_TD.device, b_NOR.shape[2]
-    kernel, constants, num_warps = kernel_for(
-        1, num_outs, depth, has_norm, has_bias, has_residual, silu_mul, device.type != "cuda"
-    )
+    tile = skinny_tile(1, num_outs, depth, silu_mul)
     are_plain = a_NLD.is_contiguous() and b_NOR.is_contiguous() and a_NLD.dtype is x_TD.dtype
-    if (
-        not takes(x_TD, weight_OD)
-        or kernel is not gemv_kernel
-        or len(rows) > MAX_PARTS
-        or not are_plain
-    ):
+    if not takes(x_TD, weight_OD) or tile.slices != 1 or len(rows) > MAX_PARTS or not are_plain:
         return reference.lora.lora_linear(
             x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul,
             adapter_T, sorted_T, order_T, a_NLD, b_NOR, list(rows),
@@ -207,12 +198,12 @@ def lora_linear(
         a_NLD,
         z_L,
         eps,
-        **row_constants(a_NLD.shape[1], depth, has_norm),
+        **row_constants(a_NLD.shape[1], depth, norm_weight_D is not None),
         num_warps=4,
         **launch_options(device),
     )
     out_TO = torch.empty((1, num_outs), dtype=x_TD.dtype, device=device)
-    lora_gemv_kernel[(math.ceil(num_outs / constants["OUTS"]),)](
+    lora_gemv_kernel[(math.ceil(num_outs / tile.outs),)](
         x_TD,
         x_TD if norm_weight_D is None else norm_weight_D,
         weight_OD,
@@ -224,9 +215,14 @@ def lora_linear(
         b_NOR,
         weight_OD.stride(0),
         eps,
-        **constants,
+        **tile_constants(tile, num_outs, depth),
+        WARPS=tile.num_warps,
+        HAS_NORM=norm_weight_D is not None,
+        HAS_BIAS=bias_O is not None,
+        HAS_RESIDUAL=residual_TO is not None,
+        SILU_MUL=silu_mul,
         **end_constants(rows, rank),
-        num_warps=num_warps,
+        num_warps=tile.num_warps,
         **launch_options(device),
     )
     return out_TO

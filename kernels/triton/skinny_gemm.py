@@ -198,6 +198,19 @@ def skinny_gemm_kernel(
     tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
+def tile_constants(tile: SkinnyTile, num_outs: int, depth: int) -> dict[str, Any]:
+    """The constants that all kernels of a tile have."""
+    rest = max(0, depth - tile.ahead * tile.slices * tile.columns)
+    return {
+        "NUM_OUTS": num_outs,
+        "DEPTH": depth,
+        "OUTS": tile.outs,
+        "COLUMNS": tile.columns,
+        "AHEAD": tile.ahead,
+        "PREFETCH_P": triton.next_power_of_2(-(-rest // 64)) if tile.prefetch and rest else 0,
+    }
+
+
 def kernel_for(
     num_rows: int,
     num_outs: int,
@@ -211,14 +224,8 @@ def kernel_for(
 ) -> tuple[Any, dict[str, Any], int]:
     """(kernel, its constants, warps) for one case."""
     tile = launch or skinny_tile(num_rows, num_outs, depth, silu_mul)
-    rest = max(0, depth - tile.ahead * tile.slices * tile.columns)
     constants = {
-        "NUM_OUTS": num_outs,
-        "DEPTH": depth,
-        "OUTS": tile.outs,
-        "COLUMNS": tile.columns,
-        "AHEAD": tile.ahead,
-        "PREFETCH_P": triton.next_power_of_2(-(-rest // 64)) if tile.prefetch and rest else 0,
+        **tile_constants(tile, num_outs, depth),
         "HAS_NORM": has_norm,
         "HAS_BIAS": has_bias,
         "HAS_RESIDUAL": has_residual,

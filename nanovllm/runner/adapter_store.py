@@ -47,8 +47,8 @@ class AdapterStore:
         ]
 
     def _reserve(self, num_bytes: int, num: int) -> None:
-        """Let the allocator of host memory have blocks for adapters: to pin memory takes tens of
-        milliseconds, during which steps may wait."""
+        """Let the allocator of host memory have blocks for adapters: to pin memory is slow,
+        and steps may wait meanwhile."""
         num = min(num + 1, max(1, MAX_RESERVED_BYTES // num_bytes))
         buffers = [self._platform.host_buffer(num_bytes) for _ in range(num)]
         buffers.clear()

@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "parameters": ({"target_parameters": ["x"]}, "target_parameters is .*: LoRA of parameters"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices .*: trained embeddings"),
-    "bias": ({"bias": "all"}, "bias is 'all': only 'none' is supported"),
+    "bias": ({"bias": "some"}, "bias is 'some': it must be one of none, all, lora_only"),
     "bias of B": ({"lora_bias": True}, "lora_bias is True: a bias of B is not supported"),
     "pissa": ({"init_lora_weights": "pissa"}, "'pissa', which changes the base model: convert"),
     "other": ({"peft_type": "IA3"}, "peft_type is 'IA3': only 'LORA' is supported"),
@@ -185,6 +185,10 @@ EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "table": (
         lambda all: all.update({"model.embed_tokens.lora_embedding_A": torch.ones(4, 4)}),
         "is LoRA of embedding tables, which is not supported",
+    ),
+    "bias": (
+        lambda all: all.update({Q.removesuffix("lora_") + "base_layer.bias": torch.ones(4)}),
+        "q_proj.base_layer.bias is a bias, which is not supported",
     ),
     "copy": (lambda all: all.update({"x.weight": torch.ones(4)}), "is not a matrix of LoRA"),
     "nothing": (lambda all: all.clear(), "adapter_model.safetensors has no tensors"),

@@ -38,6 +38,8 @@ REFUSED = {
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
 }
+# Which biases of the base were trained. If it has some, the file has them, and is refused then.
+BIASES = ("none", "all", "lora_only")
 # Values of `init_lora_weights` with which PEFT changes the base model as it loads an adapter.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -136,8 +138,8 @@ def _refuse(found: Mapping[str, Any]) -> None:
     for name, what in REFUSED.items():
         if found.get(name):
             raise AdapterError(f"{name} is {found[name]!r}: {what} is not supported")
-    if found.get("bias", "none") != "none":
-        raise AdapterError(f"bias is {found['bias']!r}: only 'none' is supported")
+    if found.get("bias", "none") not in BIASES:
+        raise AdapterError(f"bias is {found['bias']!r}: it must be one of {', '.join(BIASES)}")
     made = found.get("init_lora_weights")
     if isinstance(made, str) and made.startswith(CHANGES_BASE):
         raise AdapterError(
