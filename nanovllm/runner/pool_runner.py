@@ -127,8 +127,8 @@ class PoolRunner:
             self.run(step.inputs)
 
     def row_counts(self, num_tokens: int) -> list[int]:
-        """The rows of the steps of a bucket, ascending. A device that runs steps one by one, for the
-        host, has attention in the rows that there are."""
+        """The rows of the steps of a bucket, ascending: one number where steps are synchronous, and
+        attention visits only the rows that there are."""
         most = min(num_tokens, self.layout.max_prefill_rows)
         if not self.platform.traits.run_ahead:
             return [most]

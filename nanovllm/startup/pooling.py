@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from nanovllm.pooling_params import PoolingInfo
 from nanovllm.runner.pool_runner import STEP
 from nanovllm.startup import pooling_modules as modules
 from nanovllm.startup.config_file import overridden, read_stored
-from nanovllm.startup.pooling_modules import Modules
+from nanovllm.startup.pooling_modules import Modules, PoolingPlan
 from nanovllm.startup.resolve import ResolvedConfig
 from nanovllm.startup.speculation import with_speculation
 
@@ -30,20 +30,6 @@ MAX_LABELS = 1 << 16
 MAX_ROWS = 256  # prompts of a step, unless the options have max_num_seqs
 LEAST_TOKENS = 2048  # of the largest step by default: several prompts fill it better than one
 SMALLEST_TOKENS = 32  # of the smallest step
-
-
-@dataclass(frozen=True)
-class PoolingPlan:
-    """A model that pools. labels: texts of tokens whose logits are the results, none for a head."""
-
-    model: Model
-    info: PoolingInfo
-    labels: tuple[str, ...] = ()
-
-    @property
-    def pooler(self) -> Pooler:
-        pooler: Pooler = self.model.pooler
-        return pooler
 
 
 def for_task(resolved: ResolvedConfig) -> ResolvedConfig:

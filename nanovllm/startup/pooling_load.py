@@ -25,7 +25,8 @@ from nanovllm.startup.checkpoint_cache import read_tokenizer_of
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.compile_workers import num_workers
 from nanovllm.startup.load import wait_for_workers
-from nanovllm.startup.pooling import PoolingPlan, with_names, with_pooling
+from nanovllm.startup.pooling import with_names, with_pooling
+from nanovllm.startup.pooling_modules import PoolingPlan
 from nanovllm.startup.resolve import ResolvedConfig, resolve
 from nanovllm.startup.startup_timer import StartupTimer
 from nanovllm.tokenizer import Tokenizer

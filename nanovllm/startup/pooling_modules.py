@@ -1,4 +1,4 @@
-"""The files of sentence-transformers beside a checkpoint: how its authors pool."""
+"""How a checkpoint pools, and what the files of sentence-transformers beside it say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanovllm.models.pooling import Pooling
+from nanovllm.models.model import Model
+from nanovllm.models.pooling import Pooler, Pooling
+from nanovllm.pooling_params import PoolingInfo
 from nanovllm.startup.config_file import read_object
 
 MODES: dict[str, Pooling] = {"lasttoken": "last", "cls": "cls", "mean": "mean"}
@@ -21,6 +23,20 @@ class Modules:
     pooling: Pooling | None
     normalizes: bool
     max_length: int | None
+
+
+@dataclass(frozen=True)
+class PoolingPlan:
+    """A model that pools. labels: texts of tokens whose logits are the results, none for a head."""
+
+    model: Model
+    info: PoolingInfo
+    labels: tuple[str, ...] = ()
+
+    @property
+    def pooler(self) -> Pooler:
+        pooler: Pooler = self.model.pooler
+        return pooler
 
 
 def read(folder: Path) -> Modules | None:

@@ -36,7 +36,7 @@ from nanovllm.startup.startup_timer import StartupTimer
 from nanovllm.startup.store_folder import open_store
 
 if TYPE_CHECKING:
-    from nanovllm.startup.pooling import PoolingPlan
+    from nanovllm.startup.pooling_modules import PoolingPlan
 
 logger = logging.getLogger(__name__)
 

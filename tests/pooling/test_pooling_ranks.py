@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engines import VOCAB_SIZE, random_prompts
 from tests.pooling.pooling_cases import pooling_llm, save_decoder
 from tests.pooling.test_encoders import save_encoder
 
-PROMPTS = random_prompts([1, 19, 99, 33])
+NUM_TOKENS = 160  # of the model
+PROMPTS = [[(7 * i) % NUM_TOKENS for i in range(length)] for length in (1, 19, 99, 33)]
 
 
 def test_two_ranks_give_the_scores_of_transformers(tmp_path: Path) -> None:
     """The rows of the labels' tokens are on different ranks."""
-    hf = save_decoder(tmp_path, num_key_value_heads=2, tie_word_embeddings=False)
-    labels = {"hf_overrides": {"classifier_from_token": ["a", "<filler200>"]}}
+    hf = save_decoder(tmp_path, vocab_size=NUM_TOKENS, tie_word_embeddings=False)
+    labels = {"hf_overrides": {"classifier_from_token": ["a", "~"]}}
     llm = pooling_llm(tmp_path, "classify", tensor_parallel_size=2, **labels)
     assert llm.engine.tokenizer is not None
-    ids = [llm.engine.tokenizer.encode(one)[0] for one in ("a", "<filler200>")]
-    assert ids[0] < VOCAB_SIZE // 2 <= ids[1]
+    ids = [llm.engine.tokenizer.encode(one)[0] for one in "a~"]
+    assert ids[0] < NUM_TOKENS // 2 <= ids[1]
     for prompt, found in zip(PROMPTS, llm.classify(PROMPTS, use_tqdm=False), strict=True):
         with torch.no_grad():
             both = hf(torch.tensor([prompt])).logits[0, -1, ids]
