@@ -96,7 +96,7 @@ def test_experts_in_mxfp4_are_read_as_they_are_stored(
     qkv, out = (size + 1) * (heads + 2 * kv), (heads + 1) * size
     others = 2 * (qkv + out + 64 + 2 * size + (size + 1) * num_experts)
     one_expert = 3 * size * size * 18 // 32 + 2 * 3 * size
-    tables = num_layers * 2 * 16 * 4  # of levels
+    tables = num_layers * 2 * 16 * 2  # of levels, in fp16
     assert model.expert_bytes == num_layers * num_experts * one_expert + tables
     distinct = num_experts * (1 - (1 - 4 / num_experts) ** num_rows)
     cached = 2 * num_rows * num_layers * 2 * 2 * kv  # two tokens of a row, within the window
