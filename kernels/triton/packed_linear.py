@@ -1,6 +1,6 @@
 """Selects the kernel of each product with packed weights on a GPU.
 
-bf16 goes to kernels/cuda on NVIDIA GPUs of sm_80 on, there up to 64 rows and on sm_90 up to 256;
+bf16 goes to kernels/cuda on NVIDIA GPUs of sm_80 on: there up to 64 rows and on sm_90 up to 256;
 other dtypes, GPUs and forms of codes to Triton, and more rows to cuBLAS: in fp8, or with the real
 values.
 """

@@ -107,7 +107,8 @@ def tokens_per_expert(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> t
 
 def _stacks(named: dict[str, Any]) -> dict[str, Tensor]:
     """The arguments that hold matrices of experts, [E, O, D]."""
-    return {name: one for name, one in named.items() if name in _STACKS and one.dim() == 3}
+    given = {name: named[name] for name in named if name in _STACKS}
+    return {name: one for name, one in given.items() if isinstance(one, Tensor) and one.dim() == 3}
 
 
 def _experts(named: dict[str, Any], out_bytes: int) -> tuple[int, int]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.cuda import nvrtc, packed_stream
+from nanovllm.kernels.triton.packed_codes import Codes
+from tests.kernels import cuda_on_host
 from tests.kernels.test_cuda_packed import (
     DTYPE,
     EPS,
@@ -111,6 +116,64 @@ def test_the_experts_of_a_token_match_the_formula(
     exact = torch.einsum("kf,kof->ko", inner_KF.double(), real(down, size)[expert_1K[0].long()])
     exact = (exact * weight_1K.double().T).sum(0, keepdim=True) + residual_1D.double()
     assert error(y_1D, exact) < LIMIT
+
+
+def run_on_host(
+    x_TD: Tensor, codes: Codes, tensors: Sequence[Tensor | None], top_k: int, folder: Path
+) -> None:
+    """`tensors` are norm, bias, residual, experts, factors and the result, as in `_launch`."""
+    norm, *_, factor, out = tensors
+    assert out is not None
+    silu_mul = codes.num_rows != out.shape[1]
+    pairs = 0 if not top_k else 1 if factor is None else 2
+    function = packed_stream._function(x_TD, codes, silu_mul, norm is not None, pairs, top_k)
+    num_bytes, num_each = codes.code.shape[-1], codes.num_rows // 16
+    code_map = struct.pack(
+        "3Q104x", codes.code.data_ptr(), num_bytes, codes.code.numel() // num_bytes
+    )
+    every = x_TD, codes.scale, codes.offset, *tensors
+    arguments = packed_stream._ARGUMENTS.pack(
+        code_map, *(0 if one is None else one.data_ptr() for one in every), x_TD.stride(0),
+        len(x_TD), out.shape[1], num_each * (top_k if pairs == 1 else 1), num_each, EPS,
+    )  # fmt: skip
+    cuda_on_host.run(function, arguments, 2, folder)
+
+
+@pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("i", [0, 1])
+def test_the_arithmetic_is_right_on_a_cpu(i: int, tmp_path: Path) -> None:
+    """One row with its norm and SiLU; and three with a bias and a residual, in fp8 by rows, whose
+    depth ends within a stage."""
+    kind, group, dtype = (KINDS[1], KINDS[-1])[i]
+    depth, num_rows, num_lines = (2048, 1, 64) if i == 0 else (1152, 3, 64)
+    codes = random_codes(kind, group, dtype, (num_lines, depth), "cpu")
+    x_TD = torch.randn(num_rows, depth + 8).to(DTYPE)[:, :depth]
+    exact_TD = x_TD.double()
+    if i == 0:
+        norm_D, out_TO = (torch.rand(depth) + 0.5).to(DTYPE), torch.empty(1, 32, dtype=DTYPE)
+        run_on_host(x_TD, codes, (norm_D, None, None, None, None, out_TO), 0, tmp_path)
+        exact_TD = exact_TD * torch.rsqrt(exact_TD.square().mean(-1, keepdim=True) + EPS)
+        exact_TO = reference.norm_act.silu_mul((exact_TD * norm_D.double()) @ real(codes, depth).T)
+    else:
+        bias_O, residual_TO = torch.randn(64).to(DTYPE), torch.randn(3, 64).to(DTYPE)
+        out_TO = torch.empty(3, 64, dtype=DTYPE)
+        run_on_host(x_TD, codes, (None, bias_O, residual_TO, None, None, out_TO), 0, tmp_path)
+        exact_TO = exact_TD @ real(codes, depth).T + bias_O.double() + residual_TO.double()
+    assert error(out_TO, exact_TO) < LIMIT
+
+
+@pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
+def test_the_arithmetic_of_experts_is_right_on_a_cpu(tmp_path: Path) -> None:
+    """The sum over two experts of four."""
+    down = random_codes(*KINDS[0], (4, 128, 768), "cpu")
+    inner_KF, residual_1D = torch.randn(2, 768).to(DTYPE), torch.randn(1, 128).to(DTYPE)
+    expert_1K, weight_1K = torch.tensor([[3, 1]], dtype=torch.int32), torch.tensor([[0.75, 0.25]])
+    out_1D = torch.empty(1, 128, dtype=DTYPE)
+    tensors = None, None, residual_1D, expert_1K, weight_1K, out_1D
+    run_on_host(inner_KF, down, tensors, 2, tmp_path)
+    products = torch.einsum("kf,kof->ko", inner_KF.double(), real(down, 768)[[3, 1]])
+    exact_1D = (products * weight_1K.double().T).sum(0, keepdim=True) + residual_1D.double()
+    assert error(out_1D, exact_1D) < LIMIT
 
 
 @pytest.mark.parametrize("i", range(4))

@@ -200,7 +200,9 @@ def test_experts_alone_and_on_two_ranks(kind: Kind, tmp_path: Path) -> None:
     check_ranks(folder, 2, 96)
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", "gptq ordered", "awq"])
+@pytest.mark.parametrize(
+    "name", ["fp8 blocks", "fp8 tensors", "fp8 channels", "gptq", "gptq ordered", "awq"]
+)
 def test_graphs(name: str, tmp_path: Path) -> None:
     folder = pack(BY_NAME[name], save_tiny(tmp_path, vocab_size=99, num_hidden_layers=1))
     check(folder, 99, enforce_eager=False, graph_batch_sizes=[4])

@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.tools.costs import cost
 from nanovllm.tools.kernel_table import (
     MARK,
     Kernel,
@@ -308,3 +309,20 @@ def test_the_step_op_by_op_touches_no_request(
         llm.engine.runner.decode_uncaptured(1, mode, rows)
         assert any(name == "paged_attention" for name, _ in mode.ops)
     assert found == expected
+
+
+def test_bytes_of_packed_experts_are_those_of_the_chosen() -> None:
+    """Codes, scales and offsets of two of four experts; flops are those of their numbers."""
+    code, scale = torch.zeros(4, 32, 32, dtype=torch.uint8), torch.zeros(4, 32, 2)
+    down, down_scale = torch.zeros(4, 64, 8, dtype=torch.uint8), torch.zeros(4, 64, 1)
+    x, weight = torch.zeros(1, 64), torch.ones(1, 2)
+    expert = torch.tensor([[3, 1]], dtype=torch.int32)
+    args = (
+        x, weight, expert, code, scale, scale.clone(), None, 4, 32,
+        down, down_scale, None, None, 4, 16,
+    )  # fmt: skip
+    num_bytes, flops = cost(torch.ops.nanovllm.packed_experts.default, args, {}, x.clone())
+    stacks = (code, scale, scale, down, down_scale)
+    matrices = sum(2 * one[0].nbytes for one in stacks)
+    assert num_bytes == matrices + 2 * x.nbytes + weight.nbytes + expert.nbytes
+    assert flops == 2 * 2 * (32 * 64 + 64 * 16)

@@ -1,0 +1,186 @@
+// Runs a kernel in CUDA C++ on a CPU: a thread for each thread of a program, one program after the
+// other. Barriers, copies, warps' exchanges and matrix products are done by locks and loops.
+//
+// What follows a line "// in place of NAME" replaces the device function of that name, which holds
+// instructions of a GPU.
+#include <barrier>
+#include <cmath>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+#define rsqrtf(x) (1.0f / sqrtf(x))
+#define __expf expf
+
+struct Index { unsigned x = 0, y = 0, z = 0; };
+static thread_local Index threadIdx, blockIdx;
+static Index gridDim;
+struct float4 { float x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+alignas(1024) static unsigned char all_shared[256 << 10];
+static unsigned char* const dynamic_shared = all_shared + 16;  // not aligned to more
+static std::unique_ptr<std::barrier<>> all_threads, all_workers;
+static std::vector<std::unique_ptr<std::barrier<>>> warps;
+static float exchanged[32][32];
+static unsigned operands[32][32][6];
+static int warp() { return threadIdx.x / 32; }
+static int lane() { return threadIdx.x % 32; }
+static void __syncthreads() { all_threads->arrive_and_wait(); }
+static void __syncwarp() { warps[warp()]->arrive_and_wait(); }
+
+static float __shfl_xor_sync(unsigned, float v, int mask) {
+  exchanged[warp()][lane()] = v;
+  __syncwarp();
+  const float r = exchanged[warp()][lane() ^ mask];
+  __syncwarp();
+  return r;
+}
+
+static float __uint_as_float(unsigned v) { float r; memcpy(&r, &v, 4); return r; }
+template <class T> static T __ldg(const T* at) { return *at; }
+
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long both = (unsigned long long)b << 32 | a;
+  unsigned r = 0;
+  for (int i = 0; i < 4; i++) r |= (both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return r;
+}
+
+static unsigned bits_of_bf16(float v) {
+  unsigned r;
+  memcpy(&r, &v, 4);
+  return (r + 0x7fff + (r >> 16 & 1)) >> 16;
+}
+static float half_of(unsigned word, int upper) {
+  return __uint_as_float(upper ? word & 0xffff0000 : word << 16);
+}
+
+struct Barrier {
+  int num_arrivals, num_missing;
+  long num_bytes;
+  unsigned phase;
+};
+static std::mutex lock;
+static std::condition_variable changed;
+static std::map<unsigned, Barrier> barriers_at;
+
+static void change(unsigned barrier, int num_arrivals, long num_bytes) {
+  std::lock_guard<std::mutex> held(lock);
+  Barrier& b = barriers_at.at(barrier);
+  b.num_missing -= num_arrivals, b.num_bytes += num_bytes;
+  if (b.num_missing == 0 && b.num_bytes == 0) {
+    b.phase++, b.num_missing = b.num_arrivals;
+    changed.notify_all();
+  }
+}
+
+// in place of to_bf16
+static unsigned to_bf16(float v) { return bits_of_bf16(v); }
+// in place of twice
+static unsigned twice(float v) { return bits_of_bf16(v) * 0x10001; }
+// in place of fma2
+static unsigned fma2(unsigned a, unsigned b, unsigned c) {
+  unsigned r[2];
+  for (int i = 0; i < 2; i++)
+    r[i] = bits_of_bf16((double)half_of(a, i) * half_of(b, i) + half_of(c, i));
+  return r[0] | r[1] << 16;
+}
+// in place of multiply
+static void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                     unsigned b1) {
+  const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(operands[warp()][lane()], mine, sizeof mine);
+  __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; k++) {
+      const unsigned left = operands[warp()][row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
+      const unsigned right = operands[warp()][column * 4 + k % 8 / 2][4 + k / 8];
+      acc[i] += half_of(left, k % 2) * half_of(right, k % 2);
+    }
+  }
+  __syncwarp();
+}
+// in place of scale_of_bits
+static float scale_of_bits(u16 bits) {
+  if (SCALE == 1) return of_bf16(bits);
+  _Float16 r;
+  memcpy(&r, &bits, 2);
+  return r;
+}
+// in place of shared_address
+static unsigned shared_address(const void* at) { return (const unsigned char*)at - all_shared; }
+// in place of init_barrier
+static void init_barrier(unsigned barrier, unsigned num_arrivals) {
+  barriers_at[barrier] = {(int)num_arrivals, (int)num_arrivals, 0, 0};
+}
+// in place of arrive
+static void arrive(unsigned barrier) { change(barrier, 1, 0); }
+// in place of expect
+static void expect(unsigned barrier, unsigned num_bytes) { change(barrier, 1, num_bytes); }
+// in place of wait_for
+static void wait_for(unsigned barrier, unsigned parity) {
+  std::unique_lock<std::mutex> held(lock);
+  changed.wait(held, [&] { return (barriers_at.at(barrier).phase & 1) != parity; });
+}
+// in place of wait_for_earlier_kernels
+static void wait_for_earlier_kernels() {}
+// in place of meet
+static void meet() { all_workers->arrive_and_wait(); }
+// in place of copy
+static void copy(unsigned to, const u8* from, unsigned num_bytes, unsigned barrier) {
+  if (num_bytes % 16 || to % 16 || (size_t)from % 16) abort();
+  memcpy(all_shared + to, from, num_bytes);
+  change(barrier, 0, -(long)num_bytes);
+}
+// in place of copy_box
+static void copy_box(const Map* map, unsigned to, unsigned barrier, unsigned line, unsigned row) {
+  // the map has the address, the bytes of a row and the number of rows
+  const u8* const from = (const u8*)map->words[0];
+  const unsigned num_lines = map->words[1] / 128, per_row = SEGMENT / 128;
+  if (to % 1024) abort();
+  for (unsigned i = 0; i < 8 * per_row; i++)
+    for (unsigned piece = 0; piece < 8; piece++) {
+      const unsigned r = row + i / per_row, l = line + i % per_row, at = to + i * 128;
+      u8* const target = all_shared + at + (piece ^ (at >> 7 & 7)) * 16;
+      if (l < num_lines && r < map->words[2])
+        memcpy(target, from + r * map->words[1] + l * 128 + piece * 16, 16);
+      else
+        memset(target, 0, 16);
+    }
+  change(barrier, 0, -(long)BOX_BYTES);
+}
+// the end
+extern "C" int run(const void* arguments, unsigned num_bytes, unsigned num_programs) {
+  Args a;
+  if (num_bytes != sizeof a) return 1;
+  memcpy(&a, arguments, sizeof a);
+  gridDim.x = num_programs;
+  for (unsigned program = 0; program < num_programs; program++) {
+    memset(all_shared, 0x7f, sizeof all_shared);
+    all_threads = std::make_unique<std::barrier<>>(WORKERS + 32);
+    all_workers = std::make_unique<std::barrier<>>(WORKERS);
+    warps.clear();
+    for (int i = 0; i <= WORKERS / 32; i++) warps.push_back(std::make_unique<std::barrier<>>(32));
+    std::vector<std::thread> threads;
+    for (unsigned i = 0; i < WORKERS + 32; i++)
+      threads.emplace_back([&, i] {
+        threadIdx.x = i, blockIdx.x = program;
+        KERNEL(a);
+      });
+    for (auto& one : threads) one.join();
+  }
+  return 0;
+}
