@@ -21,6 +21,7 @@ from nanovllm.kernels.triton.common import launch_options, num_multiprocessors
 from nanovllm.kernels.triton.packed_codes import Codes
 
 MAX_ROWS = 8  # of x: the matrix units take so many
+FASTER_BITS = 8  # with codes of 4 bits, packed_linear.cu was faster (docs/log.md)
 # Half of a multiprocessor's, so that a program of the next kernel fits beside one of this.
 MAX_SHARED_BYTES = 112 << 10
 MAX_X_BYTES = 33 << 10
@@ -42,17 +43,27 @@ class Rings(NamedTuple):
 
 
 def takes(x_TD: Tensor, codes: Codes) -> bool:
-    """True if the kernel can multiply rows of the dtype of x with the weight: integers of 4 or 8
-    bits, or fp8, and x in bf16."""
-    return codes.code.dim() == 2 and _takes(x_TD, len(x_TD), codes, MIN_ROW_BYTES)
+    """True where the kernel fits and is the faster one."""
+    return codes.bits == FASTER_BITS and fits(x_TD, codes)
 
 
 def takes_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
     """The same for the experts of one token, which have so many rows of the dtype of x."""
-    return codes.code.dim() == 3 and _takes(x_TD, num_rows, codes, MIN_EXPERT_BYTES)
+    return codes.bits == FASTER_BITS and fits_experts(x_TD, num_rows, codes)
 
 
-def _takes(x_TD: Tensor, num_rows: int, codes: Codes, row_bytes: int) -> bool:
+def fits(x_TD: Tensor, codes: Codes) -> bool:
+    """True if the kernel can multiply rows of the dtype of x with the weight: integers of 4 or 8
+    bits, or fp8, and x in bf16."""
+    return codes.code.dim() == 2 and _fits(x_TD, len(x_TD), codes, MIN_ROW_BYTES)
+
+
+def fits_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
+    """The same for the experts of one token, which have so many rows of the dtype of x."""
+    return codes.code.dim() == 3 and _fits(x_TD, num_rows, codes, MIN_EXPERT_BYTES)
+
+
+def _fits(x_TD: Tensor, num_rows: int, codes: Codes, row_bytes: int) -> bool:
     if not is_supported(x_TD.device) or not packed_linear.takes(x_TD, codes):
         return False
     depth = codes.code.shape[-1] * 8 // codes.bits

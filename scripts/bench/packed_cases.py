@@ -110,7 +110,7 @@ class Case:
         )
 
     def stream(self, idx: int) -> Tensor:
-        """The same by packed_stream.cu, where `packed_stream.takes` is true."""
+        """The same by packed_stream.cu, where `packed_stream.fits` is true."""
         return packed_stream(
             self.x,
             self.codes[idx],

@@ -94,7 +94,7 @@ def bench_shape(
 
 def _time_stream(name: str, case: Case) -> float | None:
     """None where packed_stream.cu does not take the rows, or is wrong."""
-    if not packed_stream.takes(case.x, case.codes[0]):
+    if not packed_stream.fits(case.x, case.codes[0]):
         return None
     error = case.error(case.stream(0))
     if not error < MOST_ERROR:

@@ -213,7 +213,7 @@ _PACKED_ROWS = {
         f"{packed_wgmma.MAX_ROWS} rows: where it is the fastest (`packed_wgmma.TILES`)"
     ),
     "packed_stream.cu": (
-        f"bf16 on sm_90 and sm_100, integers or fp8: up to {packed_stream.MAX_ROWS} rows that fit "
+        f"bf16 on sm_90 and sm_100, codes of 8 bits: up to {packed_stream.MAX_ROWS} rows that fit "
         "the shared memory (`packed_stream.takes`)"
     ),
     "packed_linear.cu": f"else up to {packed_tiles.MAX_ROWS} rows: {_CUDA_PACKED}",
@@ -243,7 +243,9 @@ for _name in ("packed_expert_linear", "fp8_expert_linear"):
     CHOSEN[_name] = _PACKED_GROUPS
 for _name in ("packed_experts", "fp8_experts", "packed_clamped_experts"):
     CHOSEN[_name] = {
-        "packed_stream.cu": "one token, as for products, without biases and expert parallelism",
+        "packed_stream.cu": (
+            "one token and codes of 8 bits, as for products, without biases and expert parallelism"
+        ),
         **_PACKED_GROUPS,
         "packed_linear.cu": f"else {_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
         "combine_kernel": "more pairs",

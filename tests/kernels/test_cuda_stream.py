@@ -43,7 +43,7 @@ def test_each_form_of_codes_matches_the_formula(
     for num_lines, depth in SIZES:
         codes = random_codes(kind, group, dtype, (num_lines, depth), "cuda")
         x_TD = torch.randn(num_rows, depth + 8, device="cuda").to(DTYPE)[:, :depth]
-        if not packed_stream.takes(x_TD, codes):
+        if not packed_stream.fits(x_TD, codes):
             continue
         taken += 1
         bias_O = torch.randn(num_lines, device="cuda").to(DTYPE)
@@ -104,8 +104,8 @@ def test_the_experts_of_a_token_match_the_formula(
     logits = torch.randn(1, num_experts, device="cuda")
     weight_1K, expert_1K = reference.experts.topk_softmax(logits, top_k, True)
     x_1D, residual_1D = torch.randn(2, 1, hidden, device="cuda").to(DTYPE)
-    assert packed_stream.takes_experts(x_1D, 1, gate_up)
-    assert packed_stream.takes_experts(x_1D, top_k, down)
+    assert packed_stream.fits_experts(x_1D, 1, gate_up)
+    assert packed_stream.fits_experts(x_1D, top_k, down)
     inner_KF = packed_stream.packed_stream_experts(x_1D, gate_up, expert_1K, silu_mul=True)
     chosen = real(gate_up, hidden)[expert_1K[0].long()]
     exact = reference.norm_act.silu_mul(torch.einsum("d,kod->ko", x_1D[0].double(), chosen))

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.gpu
 class Made(NamedTuple):
     llm: LLM
     wanted: list[Tensor]  # of transformers in fp32
+    cosines: list[float]  # the least that ours may have with these
     dtype: str
 
 
@@ -48,19 +49,23 @@ def made(
         model = save_encoder(folder, kind, **SIZES, max_position_embeddings=MAX_LEN)
     chosen = -1 if kind == "qwen3" else 0
     wanted = [unit(hidden(model, prompt)[chosen]) for prompt in PROMPTS]
+    model.to(torch.bfloat16)  # its own rounding, which for long prompts costs more than 1e-4
+    rounded = [unit(hidden(model, prompt)[chosen].float()) for prompt in PROMPTS]
+    cosines = [min(0.9999, float(one @ other)) for one, other in zip(wanted, rounded)]
     llm = pooling_llm(
         folder, device="cuda", dtype=dtype, enforce_eager=False, max_model_len=MAX_LEN,
         max_num_batched_tokens=1024, max_num_seqs=6, compile_cache=folder / "store",
     )  # fmt: skip
-    yield Made(llm, wanted, dtype)
+    yield Made(llm, wanted, cosines, dtype)
     llm.close()
 
 
-def assert_parity(found: list[Tensor], wanted: list[Tensor], dtype: str) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        if dtype == "float32":
+def assert_parity(found: list[Tensor], made: Made) -> None:
+    for one, other, cosine in zip(found, made.wanted, made.cosines, strict=True):
+        if made.dtype == "float32":
             torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
-        assert float(one @ other / one.norm() / other.norm()) >= 0.9999
+        least = 0.9999 if made.dtype == "float32" else cosine
+        assert float(one @ other / one.norm() / other.norm()) >= least
 
 
 def test_captured_steps_give_the_embeddings_of_transformers(made: Made) -> None:
@@ -73,13 +78,14 @@ def test_captured_steps_give_the_embeddings_of_transformers(made: Made) -> None:
     ]
     assert all(step.replay != step.launch for step in runner._steps.values())
     num = runner.compiler.num_compiled + runner.compiler.num_loaded
-    assert_parity(embeddings(made.llm, PROMPTS), made.wanted, made.dtype)
-    assert_parity(embeddings(made.llm, PROMPTS[::-1]), made.wanted[::-1], made.dtype)
+    assert_parity(embeddings(made.llm, PROMPTS), made)
+    assert_parity(embeddings(made.llm, PROMPTS[::-1])[::-1], made)
     assert runner.compiler.num_compiled + runner.compiler.num_loaded == num
 
 
 def test_a_replay_is_the_step_op_by_op(made: Made) -> None:
-    """Of every bucket, with several sequences and with one."""
+    """Of every bucket, with several sequences and with one. In a capture cuBLAS may sum in another
+    order."""
     runner = made.llm.engine.runner
     assert isinstance(runner, PoolRunner)
     for num_tokens in runner.layout.prefill_tokens:
@@ -91,7 +97,12 @@ def test_a_replay_is_the_step_op_by_op(made: Made) -> None:
             with torch.no_grad():
                 step.launch()
             torch.cuda.synchronize()
-            assert torch.equal(step.result_RO[: len(sizes)].cpu(), found)
+            again = step.result_RO[: len(sizes)].cpu()
+            if made.dtype == "float32":
+                torch.testing.assert_close(again, found, atol=1e-5, rtol=0)
+            else:
+                cosine = torch.nn.functional.cosine_similarity(again.float(), found.float())
+                assert float(cosine.min()) >= min(made.cosines)
 
 
 def test_a_second_start_compiles_nothing(made: Made) -> None:
@@ -103,5 +114,5 @@ def test_a_second_start_compiles_nothing(made: Made) -> None:
     )  # fmt: skip
     runner = second.engine.runner
     assert isinstance(runner, PoolRunner) and runner.compiler.num_compiled == 0
-    assert_parity(embeddings(second, PROMPTS), made.wanted, made.dtype)
+    assert_parity(embeddings(second, PROMPTS), made)
     second.close()
