@@ -39,6 +39,7 @@ class AdapterStore:
             getattr(params.layers[one.layer_idx], one.field) for one in self._targets
         ]
         if model.lora is not None:
+            _stay_alone(self._reader)
             self._reserve(layout(model, self._targets, shard.size)[1], model.lora.num)
         # of each slot, in the order of `HostAdapter.places`
         self._slots: list[list[Tensor]] = [
@@ -101,3 +102,19 @@ class AdapterStore:
         self._files.clear()
         self._host.clear()
         self._slots.clear()
+
+
+def _stay_alone(reader: ThreadPoolExecutor) -> None:
+    """Let torch's ops of the reader's thread run in that thread alone.
+
+    An adapter has hundreds of small matrices. For each op on one, OpenMP would start as many threads
+    as there are cores, which then spin for a while on the cores that steps need.
+    """
+
+    def use_one_thread() -> None:
+        torch.get_num_threads()  # the first call in a thread takes torch's number
+        torch.set_num_threads(1)  # of the calling thread, and of threads that begin later
+
+    num_threads = torch.get_num_threads()
+    reader.submit(use_one_thread).result()
+    torch.set_num_threads(num_threads)

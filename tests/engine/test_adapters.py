@@ -313,6 +313,13 @@ def test_adapters_are_there_after_sleep(level: int, eager: LLM, asked: Asked) ->
     assert asked.tokens(eager, PROMPTS[:2], ["french", "german"]) == before
 
 
+def test_reading_an_adapter_starts_no_other_threads(eager: LLM) -> None:
+    own = torch.get_num_threads()
+    store = eager.engine.runner.adapters
+    assert store._reader.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == own
+
+
 def test_the_plans_bytes_are_all_that_another_rank_needs(
     checkpoint: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
