@@ -43,7 +43,7 @@ class AdapterStore:
             self._reserve(layout(model, self._targets, shard.size)[1], model.lora.num)
         # of each slot, in the order of `HostAdapter.places`
         self._slots: list[list[Tensor]] = [
-            [matrices[slot] for one in weights for matrices in (one.a_NLD, one.b_NOX)]
+            [matrices.select(0, slot) for one in weights for matrices in (one.a_NLD, one.b_NOX)]
             for slot in range(0 if model.lora is None else model.lora.num)
         ]
 

@@ -56,6 +56,7 @@ Stage = Callable[[Any, dict[str, Any]], Any]  # of a compile: from module and me
 SHORT = "advance_kernel"
 DEVICE = torch.device("cuda", 0)
 POOLS = "pools"  # the option of a model that pools
+ADAPTERS = "adapters"  # and of one with slots for adapters
 NAMES = {"qwen3_vl": "Qwen3VLForConditionalGeneration", "mixtral": "MixtralForCausalLM",
          "qwen3": "Qwen3ForCausalLM", "bert": "BertModel"}  # fmt: skip
 BUCKETS = (
@@ -180,6 +181,13 @@ def save_config(folder: Path, name: str) -> Path:
     return folder
 
 
+def options_of(option: str) -> dict[str, Any]:
+    if option.isdigit():
+        return {"expert_offload": int(option)}
+    named = {"": {}, POOLS: {"task": "embed"}, ADAPTERS: {"enable_lora": True}}
+    return named.get(option, {"quantization": option})
+
+
 def dry_run(folder: Path, architecture: str, option: str = "") -> dict[str, Any]:
     make_up_device()
     shorten_compiles()
@@ -200,9 +208,7 @@ def dry_run(folder: Path, architecture: str, option: str = "") -> dict[str, Any]
     config = EngineConfig(
         str(folder / "model"), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
         max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
-        expert_offload=int(option) if option.isdigit() else None,
-        quantization=None if option.isdigit() or option == POOLS else option or None,
-        task="embed" if option == POOLS else "generate",
+        **options_of(option),
     )  # fmt: skip
     builder = Builder(config, Platform())
     # of offloaded experts, prefill streams and the smaller decode buckets fetch

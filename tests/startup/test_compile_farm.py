@@ -188,6 +188,7 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "mixtral",
             "mixtral:2",
             "mixtral:int4",
+            "qwen3:adapters",
             "qwen3:pools",
             "bert:pools",
         ],
@@ -263,6 +264,15 @@ def test_products_of_quantized_weights_are_found_by_a_dry_run(dry_runs: dict[str
     assert found["problems"] == [None, None, None]
     assert {"packed_linear.cu", "packed_grouped_kernel"} <= set(found["names"])
     assert found["in_cuda"] == found["requests"] - found["compiled"] > 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
+def test_steps_with_adapters_are_dry_run_with_and_without_slots(dry_runs: dict[str, Any]) -> None:
+    found = dry_runs["qwen3:adapters"]
+    assert isinstance(found, dict), found
+    assert found["problems"] == [None, None, None]
+    assert set(found["names"]) >= {"lora_row_kernel", "lora_expand_kernel", "gemv_kernel"}
+    assert found["compiled_after_launches"] == found["compiled"] == found["requests"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Triton")

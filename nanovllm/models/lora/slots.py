@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from nanovllm.models.formats import Weight
 from nanovllm.models.lora.regions import Adapted
@@ -41,10 +42,13 @@ class Target(NamedTuple):
 def parts_of(param: Param, num_ranks: int) -> tuple[Part, ...]:
     """The parts of a linear layer's outputs on each rank; none if its rows are too mixed."""
     small = param.local(num_ranks)
-    source_O1 = torch.cat([torch.full((num, 1), idx) for idx, num in enumerate(small.parts)])
-    if isinstance(param.adapt, RowOrder):
+    if not isinstance(param.adapt, RowOrder):
+        return tuple(Part(*part) for part in enumerate(small.parts))
+    with unset_fake_temporarily():  # a dry run makes weights without numbers
+        source_O1 = torch.cat([torch.full((num, 1), idx) for idx, num in enumerate(small.parts)])
         param.adapt(source_O1, small.parts)
-    runs = [Part(source, len(list(rows))) for source, rows in groupby(source_O1.flatten().tolist())]
+        sources = source_O1.flatten().tolist()
+    runs = [Part(source, len(list(rows))) for source, rows in groupby(sources)]
     return tuple(runs) if len(runs) <= MAX_PARTS else ()
 
 
