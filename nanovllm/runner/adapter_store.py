@@ -107,8 +107,8 @@ class AdapterStore:
 def _stay_alone(reader: ThreadPoolExecutor) -> None:
     """Let torch's ops of the reader's thread run in that thread alone.
 
-    An adapter has hundreds of small matrices. For each op on one, OpenMP would start as many threads
-    as there are cores, which then spin for a while on the cores that steps need.
+    An adapter has hundreds of small matrices. For each op on one, OpenMP would start as many
+    threads as there are cores, which then spin for a while on the cores that steps need.
     """
 
     def use_one_thread() -> None:
