@@ -329,7 +329,7 @@ def test_the_wait_for_masks_finds_what_has_finished_and_keeps_no_masks(
     assert not masks._begun
 
 
-def test_steps_with_constrained_rows_verify_no_proposals(
+def test_constrained_rows_verify_no_proposals_and_others_beside_them_do(
     make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = make(draft_lengths=(2,), run_ahead=0)  # proposals follow known tokens
@@ -339,9 +339,9 @@ def test_steps_with_constrained_rows_verify_no_proposals(
     plans = plans_of(llm, monkeypatch)
     assert answers(llm, asked) == expected
     steps = [plan for plan in plans if not plan.is_prefill]
-    assert any(len(plan.token_T) for plan in steps), "proposals were made"
-    assert any(plan.sampling.masked for plan in steps)
-    assert not any(plan.sampling.masked and len(plan.token_T) for plan in steps)
+    masked = [plan for plan in steps if plan.sampling.masked]
+    assert any(max(plan.num_tokens) > 1 for plan in masked), "proposals of rows beside them"
+    assert all(plan.num_tokens[row] == 1 for plan in masked for row in plan.sampling.masked)
 
 
 def test_an_error_in_a_step_leaves_answers_as_they_are(
