@@ -218,18 +218,37 @@ def _damaged_kernels(folder: Path) -> list[Path]:
 def _is_whole(kernel: Path) -> bool:
     """True if the files are ours and match their digests, or if there are no digests.
 
-    The modes of these files are Triton's choice; the folder above keeps other users out.
+    The modes of these files are Triton's choice; the folder above keeps other users out. Files that
+    this process has checked are read again only once they have changed.
     """
     try:
         sealed = json.loads((kernel / KERNEL_SEAL).read_text())
-        return all(
+        state = _state(kernel)
+        if _checked.get(kernel) == state:
+            return True
+        is_whole = all(
             digest((kernel / name).read_bytes()) == found and foreign_owner(kernel / name) is None
             for name, found in sealed.items()
         )
+        if is_whole:
+            _checked[kernel] = state
+        return is_whole
     except FileNotFoundError as error:
         return bool(error.filename == str(kernel / KERNEL_SEAL))
     except (OSError, ValueError, AttributeError):
         return False
+
+
+_checked: dict[Path, object] = {}  # kernels whose digests were right, and their files' state
+
+
+def _state(kernel: Path) -> object:
+    """This changes when one of a kernel's files does, and for another user."""
+    stats = [(entry.name, entry.stat()) for entry in os.scandir(kernel)]
+    return os.getuid() if hasattr(os, "getuid") else None, sorted(
+        (name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        for name, stat in stats
+    )
 
 
 def _kernel_folders(folder: Path) -> list[Path]:

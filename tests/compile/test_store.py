@@ -381,3 +381,20 @@ def test_damaged_kernels_are_dropped_and_unsealed_ones_left(folder: Path) -> Non
     assert store.drop_damaged_kernels(folder) == 1 and store.num_kernels(folder) == 0
     (kernel / "__grp__kernel.json").write_text("{}")
     assert store.drop_damaged_kernels(folder) == 0
+
+
+def test_a_kernel_is_read_again_only_once_it_has_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(folder)
+    read: list[bytes] = []
+    monkeypatch.setattr(
+        store, "digest", lambda content: (read.append(content), code_files.digest(content))[1]
+    )
+    assert store.drop_damaged_kernels(folder) == 0 and len(read) == 2
+    assert store.drop_damaged_kernels(folder) == 0 and len(read) == 2
+    cubin = folder / "triton" / "HASH" / "kernel.cubin"
+    stat = cubin.stat()
+    cubin.write_bytes(bytes(stat.st_size))
+    os.utime(cubin, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the time of change stays new
+    assert store.drop_damaged_kernels(folder) == 1
