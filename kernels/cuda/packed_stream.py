@@ -21,7 +21,7 @@ from nanovllm.kernels.triton.common import launch_options, num_multiprocessors
 from nanovllm.kernels.triton.packed_codes import Codes
 
 MAX_ROWS = 8  # of x: the matrix units take so many
-FASTER_BITS = 8  # with codes of 4 bits, packed_linear.cu was faster (docs/log.md)
+FASTER_BITS = (8,)  # with codes of 4 bits, packed_linear.cu was faster (docs/log.md)
 # Half of a multiprocessor's, so that a program of the next kernel fits beside one of this.
 MAX_SHARED_BYTES = 112 << 10
 MAX_X_BYTES = 33 << 10
@@ -44,12 +44,12 @@ class Rings(NamedTuple):
 
 def takes(x_TD: Tensor, codes: Codes) -> bool:
     """True where the kernel fits and is the faster one."""
-    return codes.bits == FASTER_BITS and fits(x_TD, codes)
+    return codes.bits in FASTER_BITS and fits(x_TD, codes)
 
 
 def takes_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
     """The same for the experts of one token, which have so many rows of the dtype of x."""
-    return codes.bits == FASTER_BITS and fits_experts(x_TD, num_rows, codes)
+    return codes.bits in FASTER_BITS and fits_experts(x_TD, num_rows, codes)
 
 
 def fits(x_TD: Tensor, codes: Codes) -> bool:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without ins
 
 from nanovllm import LLM
 from nanovllm.cli.bench.engines import engine_of, versions
-from nanovllm.kernels.cuda import packed_stream
+from nanovllm.kernels.cuda import nvrtc, packed_stream
 from nanovllm.runner.runner import Runner
 from nanovllm.tools import command_line
 from nanovllm.tools.device_limits import measure_limits
@@ -49,19 +49,21 @@ from nanovllm.tools.shapes import CONFIGS
 MODELS = {"8b": ("Qwen3-8B", 8), "30b": ("Qwen3-30B-A3B", 4)}  # and layers
 KINDS = {"int4": "int4", "fp8": "fp8", "bf16": None}
 NUM_STEPS = 5
+PREFER_SHARED = 1  # cuda.h: CU_FUNC_CACHE_PREFER_SHARED
 DEVICE = {ProfilerActivity.CUDA}
 
 
 def main() -> None:
     args = arguments()
-    if args.no_stream:
-        packed_stream.MAX_ROWS = 0
+    packed_stream.FASTER_BITS = tuple(args.stream_bits)
     report: dict[str, Any] = {"versions": versions()}
     if torch.cuda.is_available():
         report["device"] = torch.cuda.get_device_name()
         limits = measure_limits(torch.device("cuda"), torch.bfloat16, torch.cuda.synchronize)
         report["copy"] = limits.bandwidth
         torch.cuda.empty_cache()
+        if args.prefer_shared:
+            nvrtc.check(nvrtc.driver().cuCtxSetCacheConfig(PREFER_SHARED))
         with profile(activities=DEVICE):  # the profiler's first start takes seconds
             torch.cuda.synchronize()
     ends = time.perf_counter() + args.seconds
@@ -196,7 +198,11 @@ def arguments() -> argparse.Namespace:
     add("--rows", nargs="+", type=int, default=[1, 16, 64, 256])
     add("--layers", type=int, help="in place of the models' own choice here")
     add("--overrides", default="{}", help="fields of config.json, as JSON")
-    add("--no-stream", action="store_true", help="without packed_stream.cu, for a comparison")
+    add(
+        "--stream-bits", nargs="*", type=int, default=list(packed_stream.FASTER_BITS),
+        help="codes that packed_stream.cu takes, for a comparison",
+    )  # fmt: skip
+    add("--prefer-shared", action="store_true", help="all kernels leave the L1 little memory")
     add("--device", default="auto")
     add("--seconds", type=float, default=240.0, help="no engine starts later than that")
     return parser.parse_args()
