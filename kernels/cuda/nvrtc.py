@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 FLAGS = ("--std=c++17", "-default-device")
 # cuda.h: attributes of launches and functions
-_PROGRAMMATIC_STREAM_SERIALIZATION, _MAX_DYNAMIC_SHARED_BYTES = 6, 8
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_MAX_DYNAMIC_SHARED_BYTES, _SHARED_CARVEOUT = 8, 9
 _SHARED_BYTES = 48 << 10  # that a launch may use without asking
 
 
@@ -150,6 +151,8 @@ def _allow_shared(function: Function, device_index: int, num_bytes: int) -> None
     if num_bytes > _allowed.get((function, device_index), 0):
         handle = _loaded(function, device_index)
         check(driver().cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED_BYTES, num_bytes))
+        # in percent: the multiprocessor's memory, so that programs of two kernels can fit it
+        check(driver().cuFuncSetAttribute(handle, _SHARED_CARVEOUT, 100))
         _allowed[function, device_index] = num_bytes
 
 

@@ -6,8 +6,14 @@
 // warp copies: the copy unit fills a ring of STAGES, each with SEGMENT bytes of the tile's rows, and
 // goes on to the next tile. The ring is full before the kernel that makes x has ended, so memory is
 // not idle while kernels wait for each other. Eight warps share the depth: each multiplies 64 bytes
-// of every row of a stage as in packed_linear.cu, and they add their sums in shared memory, in their
-// order.
+// of every row of a stage, and they add their sums in shared memory, in their order.
+//
+// Instructions, not bytes, would decide the time if each code became a number in bf16. So codes are
+// multiplied as they are. Integers are the left operand of the matrix units in 8 bits: codes of 4
+// bits take an `and`, those of 8 bits nothing. Each 128 or 64 columns of x are integers of 16 bits,
+// relative to their largest magnitude, and their two bytes are two columns of the right operand,
+// which has eight. So sums of a chunk are exact, and x is rounded to 2⁻¹⁶ of the largest. Codes in
+// fp8 become fp16, an instruction for two; a chunk of x times a power of two fits fp16, too.
 //
 // Constants, by -D: BITS (4 or 8), FP8 (codes are float8_e4m3fn), OFFSET, SCALE (0 fp32, 1 bf16,
 // 2 fp16), DEPTH, GROUP_SHIFT and ROWS_SHIFT (a scale is for so many columns and weight rows, as
@@ -15,9 +21,11 @@
 // is normed first), PAIRS (0 a product, 1 a product for each of a token's experts, 2 the sum over them),
 // TOP_K (experts of a token), PDL.
 //
-// t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
+// t thread of four | g group of four threads: the weight row in a half of a tile, and the column of the right operand
 
 #include "packed_codes.cuh"
+
+struct __align__(8) Two { u32 a, b; };
 
 struct __align__(64) Map { u64 words[16]; };  // CUtensorMap
 
@@ -47,17 +55,23 @@ struct Args {
 #define ROW_BYTES (DEPTH * BITS / 8)
 #define STEPS ((ROW_BYTES + SEGMENT - 1) / SEGMENT)
 #define CHUNK (512 / BITS)                     // columns of a warp in a stage
-#define EACH (CHUNK / 4)                       // of a thread
-#define XS (EACH / 8)                          // its pieces of 16 bytes of x
+#define NUM_CHUNKS (DEPTH / CHUNK)
+#define DIGITS (FP8 ? 1 : 2)                   // columns of the right operand that make a row of x
+#define TOKENS (2 / DIGITS)                    // of a thread's sums
+#define X_SIZE (FP8 ? 2 : 1)                   // bytes of a digit
+#define EACH (CHUNK / 4 * X_SIZE)              // bytes of x of a thread
+#define XS (EACH / 16)
+#define LARGEST 32639.0f                       // integer of 16 bits whose digits have a sign
 #define SCALE_BYTES (SCALE == 0 ? 4 : 2)
 #define SCALE_ROWS (ROWS_SHIFT ? 1 : 8)        // of a half of a tile
 #define HALF_BYTES (SCALE_ROWS * NUM_GROUPS * SCALE_BYTES)
 #define SLOT_BYTES ((OFFSET ? 4 : 2) * HALF_BYTES)
 #define BARRIER_BYTES ((2 * STAGES + 2 * SLOTS + 1) / 2 * 16)
 #define X_PIECES (DEPTH / 8)
-#define X_PITCH (DEPTH * 2 + 32)
+#define X_PITCH (DEPTH * X_SIZE + 16)
 #define PARTS (PAIRS == 2 ? TOP_K : 1)         // products that a tile adds
-#define MINE ((X_PIECES + WORKERS - 1) / WORKERS)  // pieces that a thread norms
+#define MINE ((X_PIECES + WORKERS - 1) / WORKERS)  // pieces of a row that a thread stores
+#define UNROLLED 2
 
 __device__ __forceinline__ void expect(u32 barrier, u32 num_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes)
@@ -85,9 +99,6 @@ __device__ __forceinline__ u32 place_of_code(u32 row, u32 piece) {
   const u32 line = row * (SEGMENT / 128) + piece / 8;
   return line * 128 + ((piece ^ line) & 7) * 16;
 }
-
-// The place of a piece of 16 bytes in a row of x: neighbours are exchanged against bank conflicts.
-__device__ __forceinline__ u32 place(u32 piece) { return (piece ^ (piece >> 3 & 1)) * 16; }
 
 // The number of a scale of a half of a tile, of a thread's columns.
 __device__ __forceinline__ float own_scale(const u8* half, int g, u32 column) {
@@ -166,67 +177,159 @@ __device__ __forceinline__ void produce(const Args& a, u32 ring, u32 slots, u32 
 
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
 
-// Copies x to shared memory, one row normed if NORM. It waits for the kernel that makes x.
-__device__ __forceinline__ void read_x(const Args& a, u8* to, float* squares) {
+// acc += left · right of 32 columns, unsigned by signed bytes.
+__device__ __forceinline__ void multiply_bytes(int (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
+                                               u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// acc += left · right of 16 columns in fp16.
+__device__ __forceinline__ void multiply_halves(float (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3,
+                                                u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 of_fp8(u32 two) {  // two codes in fp16
+  u32 r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((u16)two));
+  return r;
+}
+
+__device__ __forceinline__ u32 in_fp16(float low, float high) {
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+// Of a column of the right operand in a chunk: what its sums are multiplied by, and the sum of x.
+struct __align__(8) Column { float scale, sum; };
+
+// Where x is in shared memory: rows of digits, and the columns of chunks.
+struct X {
+  u8* digits;
+  Column* columns;
+  u32 each;  // columns of a chunk
+};
+
+// Stores 8 numbers of a row of x. Neighbouring threads have the others of their chunk.
+__device__ __forceinline__ void store_piece(const X& to, const float (&v)[8], u32 row, u32 piece) {
+  const bool is_real = piece < X_PIECES;
+  u32 most = 0;  // the bits of numbers without sign have their order, and NaN is the largest
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const u32 bits = __float_as_uint(v[i]) & 0x7fffffff;
+    most = bits > most ? bits : most;
+    sum += v[i];
+  }
+#pragma unroll
+  for (int i = 1; i < CHUNK / 8; i *= 2) {
+    const u32 other = __float_as_uint(__shfl_xor_sync(0xffffffff, __uint_as_float(most), i));
+    most = other > most ? other : most;
+    if (OFFSET) sum += __shfl_xor_sync(0xffffffff, sum, i);
+  }
+  u8* const at = to.digits + row * (DIGITS * X_PITCH) + piece * (8 * X_SIZE);
+#if FP8
+  // the largest is made 2¹⁴ to 2¹⁵
+  const u32 exponent = most >> 23 < 20 ? 20 : most >> 23;
+  const float by = __uint_as_float((exponent > 254 ? 1 : 268 - exponent) << 23);
+  const float scale = __uint_as_float(exponent > 254 ? 0x7fc00000 : exponent - 14 << 23);
+  if (is_real)
+    *reinterpret_cast<Four*>(at) =
+        Four{in_fp16(v[0] * by, v[1] * by), in_fp16(v[2] * by, v[3] * by),
+             in_fp16(v[4] * by, v[5] * by), in_fp16(v[6] * by, v[7] * by)};
+#else
+  most = most < 0x0da24260 ? 0x0da24260 : most;  // 1e-30
+  const float largest = __uint_as_float(most), by = __fdividef(LARGEST, largest);
+  const float scale = largest * (1 / LARGEST / (BITS == 4 ? 16 : 1));
+  u32 low[2], high[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    u32 w[4];  // 0x8080 + an integer, in the lower two bytes
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      w[j] = __float_as_uint(fmaf(v[4 * i + j], by, 12582912.0f + 0x8080));
+    const u32 p = __byte_perm(w[0], w[1], 0x5140), q = __byte_perm(w[2], w[3], 0x5140);
+    low[i] = __byte_perm(p, q, 0x5410) ^ 0x80808080;
+    high[i] = __byte_perm(p, q, 0x7632) ^ 0x80808080;
+  }
+  if (is_real) {
+    *reinterpret_cast<Two*>(at) = Two{low[0], low[1]};
+    *reinterpret_cast<Two*>(at + X_PITCH) = Two{high[0], high[1]};
+  }
+#endif
+  if (is_real && piece % (CHUNK / 8) == 0) {
+    const u32 chunk = piece / (CHUNK / 8);
+    Column* const column = to.columns + (PAIRS == 2 ? (row * NUM_CHUNKS + chunk) * to.each
+                                                    : chunk * to.each + row * DIGITS);
+    column[0] = Column{scale, sum};
+    if (DIGITS == 2) column[1] = Column{scale * 256, 0};
+  }
+}
+
+__device__ __forceinline__ float low_of(u32 word) { return of_bf16(word & 0xffff); }
+__device__ __forceinline__ float high_of(u32 word) { return __uint_as_float(word & 0xffff0000); }
+
+// Reads x, when the kernel that makes it has ended. Returns what the results are multiplied by: with
+// NORM x is multiplied by the norm's weight here, and its size is known at the end.
+__device__ __forceinline__ float read_x(const Args& a, const X& to, float* squares) {
+  Four weight[NORM ? MINE : 1];
 #if NORM
-  Four weight[MINE], x[MINE];
 #pragma unroll
   for (int i = 0; i < MINE; i++) {
     const u32 piece = threadIdx.x + i * WORKERS;
     weight[i] = piece < X_PIECES ? load_four(a.norm + piece * 8) : Four{0, 0, 0, 0};
   }
+#endif
   wait_for_earlier_kernels();
   float square = 0;
+  for (u32 row = 0; row < (NORM ? 1 : a.num_rows); row++) {
+    Four x[MINE];
 #pragma unroll
-  for (int i = 0; i < MINE; i++) {
-    const u32 piece = threadIdx.x + i * WORKERS;
-    x[i] = piece < X_PIECES ? load_four(a.x + piece * 8) : Four{0, 0, 0, 0};
-  }
-#pragma unroll
-  for (int i = 0; i < MINE; i++)
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const u32 word = word_of(x[i], j);
-      const float low = of_bf16(word & 0xffff), high = __uint_as_float(word & 0xffff0000);
-      square += low * low + high * high;
+    for (int i = 0; i < MINE; i++) {
+      const u32 piece = threadIdx.x + i * WORKERS;
+      x[i] = piece < X_PIECES ? load_four(a.x + row * a.x_stride + piece * 8) : Four{0, 0, 0, 0};
     }
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+      float v[8];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const u32 word = word_of(x[i], j);
+        v[2 * j] = low_of(word), v[2 * j + 1] = high_of(word);
+#if NORM
+        square += v[2 * j] * v[2 * j] + v[2 * j + 1] * v[2 * j + 1];
+        v[2 * j] *= low_of(word_of(weight[i], j)), v[2 * j + 1] *= high_of(word_of(weight[i], j));
+#endif
+      }
+      store_piece(to, v, row, threadIdx.x + i * WORKERS);
+    }
+  }
+  float factor = 1;
+#if NORM
 #pragma unroll
   for (int i = 16; i; i /= 2) square += __shfl_xor_sync(0xffffffff, square, i);
   if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = square;
+#endif
   meet();
+#if NORM
   square = 0;
 #pragma unroll
   for (int i = 0; i < WARPS; i++) square += squares[i];
-  const float factor = rsqrtf(square / DEPTH + a.eps);
-#pragma unroll
-  for (int i = 0; i < MINE; i++) {
-    const u32 piece = threadIdx.x + i * WORKERS;
-    u32 found[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const u32 word = word_of(x[i], j), by = word_of(weight[i], j);
-      const float low = of_bf16(word & 0xffff) * factor * of_bf16(by & 0xffff);
-      const float high =
-          __uint_as_float(word & 0xffff0000) * factor * __uint_as_float(by & 0xffff0000);
-      found[j] = to_bf16(low) | to_bf16(high) << 16;
-    }
-    if (piece < X_PIECES)
-      *reinterpret_cast<Four*>(to + place(piece)) = Four{found[0], found[1], found[2], found[3]};
-  }
-#else
-  wait_for_earlier_kernels();
-  for (u32 i = threadIdx.x; i < a.num_rows * X_PIECES; i += WORKERS) {
-    const u32 row = i / X_PIECES, piece = i % X_PIECES;
-    *reinterpret_cast<Four*>(to + row * X_PITCH + place(piece)) =
-        load_four(a.x + row * a.x_stride + piece * 8);
-  }
+  factor = rsqrtf(square / DEPTH + a.eps);
 #endif
-  meet();
+  return factor;
 }
 
-// Of a thread: weight rows g and g + 8 of the tile, for rows 2t and 2t + 1 of x.
+// Of a thread: weight rows g and g + 8 of the tile, for its rows of x.
 struct Outs {
-  float of[2][2];
+  float of[2][TOKENS];
 };
 
 __device__ __forceinline__ u32 num_tokens(const Args& a) { return PAIRS ? 1 : a.num_rows; }
@@ -240,8 +343,8 @@ __device__ __forceinline__ Outs read_residual(const Args& a, u32 tile, int g, in
 #pragma unroll
   for (int h = 0; h < 2; h++)
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const u32 token = 2 * t + j;
+    for (int j = 0; j < TOKENS; j++) {
+      const u32 token = TOKENS * t + j;
       const bool is_real = a.residual && token < num_tokens(a) && (!SILU || h == 0);
       r.of[h][j] = is_real ? of_bf16(a.residual[(u64)token * a.num_outs + out_of(tile, g, h)]) : 0;
     }
@@ -251,20 +354,19 @@ __device__ __forceinline__ Outs read_residual(const Args& a, u32 tile, int g, in
 __device__ __forceinline__ void finish(const Args& a, const float (&sum)[4], const Outs& residual,
                                        u32 tile, u32 out_row, int g, int t) {
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
-    const u32 token = 2 * t + j;
+  for (int j = 0; j < TOKENS; j++) {
+    const u32 token = TOKENS * t + j;
     if (token >= num_tokens(a)) continue;
-    const float values[2] = {FP8 ? sum[j] : sum[j] * 0x1p20f, FP8 ? sum[2 + j] : sum[2 + j] * 0x1p20f};
 #pragma unroll
     for (int h = 0; h < (SILU ? 1 : 2); h++) {
       const u32 out = out_of(tile, g, h);
-      float y = values[h];
+      float y = DIGITS == 2 ? sum[2 * h] + sum[2 * h + 1] : sum[2 * h + j];
       if (a.bias) y += of_bf16(a.bias[out]);
       y = rounded(y);
 #if SILU
-      float up = values[1];
+      float up = DIGITS == 2 ? sum[2] + sum[3] : sum[2 + j];
       if (a.bias) up += of_bf16(a.bias[out + a.num_outs]);
-      y = rounded(y / (1.0f + __expf(-y))) * rounded(up);
+      y = rounded(__fdividef(y, 1.0f + __expf(-y))) * rounded(up);
 #endif
       if (a.residual) y = rounded(y) + residual.of[h][j];
       a.out[(u64)(out_row + token) * a.num_outs + out] = to_bf16(y);
@@ -272,15 +374,62 @@ __device__ __forceinline__ void finish(const Args& a, const float (&sum)[4], con
   }
 }
 
+// The sums of a chunk of a tile: of its codes of a thread's two weight rows.
+__device__ __forceinline__ void add_chunk(float (&total)[4], const Four (&code)[2],
+                                          const Four (&x)[XS], const float (&scale)[2],
+                                          const float (&offset)[2], const float4& columns) {
+#if FP8
+  float sums[4] = {};
+#pragma unroll
+  for (int w = 0; w < 4; w++) {
+    const u32 p = word_of(code[0], w), q = word_of(code[1], w);
+    multiply_halves(sums, of_fp8(p), of_fp8(q), of_fp8(p >> 16), of_fp8(q >> 16),
+                    word_of(x[w / 2], 2 * (w & 1)), word_of(x[w / 2], 2 * (w & 1) + 1));
+  }
+#else
+  int sums[4] = {};
+#if BITS == 4
+  int high[4] = {};  // sums of 16 · code
+#endif
+#pragma unroll
+  for (int w = 0; w < 4; w += 2) {
+    const u32 p = word_of(code[0], w), q = word_of(code[1], w);
+    const u32 r = word_of(code[0], w + 1), s = word_of(code[1], w + 1);
+#if BITS == 4
+    multiply_bytes(sums, p & 0x0f0f0f0f, q & 0x0f0f0f0f, r & 0x0f0f0f0f, s & 0x0f0f0f0f,
+                   word_of(x[0], w), word_of(x[0], w + 1));
+    multiply_bytes(high, p & 0xf0f0f0f0, q & 0xf0f0f0f0, r & 0xf0f0f0f0, s & 0xf0f0f0f0,
+                   word_of(x[XS - 1], w), word_of(x[XS - 1], w + 1));
+#else
+    multiply_bytes(sums, p, q, r, s, word_of(x[0], w), word_of(x[0], w + 1));
+#endif
+  }
+#if BITS == 4
+#pragma unroll
+  for (int i = 0; i < 4; i++) sums[i] = sums[i] * 16 + high[i];
+#endif
+#endif
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    total[i] += (float)sums[i] * (scale[i / 2] * (i & 1 ? columns.z : columns.x));
+    if (OFFSET) total[i] += offset[i / 2] * (i & 1 ? columns.w : columns.y);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) packed_stream(
     const __grid_constant__ Args a) {
   extern __shared__ u8 unaligned[];
   u8* const shared = unaligned + (-shared_address(unaligned) & 1023u);
-  // the ring | scales | barriers | sums of two tiles | x
+  // the ring | scales | barriers | sums of two tiles | columns of chunks | digits of x
   u8* const slots = shared + STAGES * STAGE_BYTES;
   u8* const after = slots + SLOTS * SLOT_BYTES;
   float4* const parts = reinterpret_cast<float4*>(after + BARRIER_BYTES);
-  u8* const x_at = reinterpret_cast<u8*>(parts + 2 * WORKERS);
+  X x_at;
+  x_at.columns = reinterpret_cast<Column*>(parts + 2 * WORKERS);
+  x_at.each = PAIRS ? 2 : (a.num_rows * DIGITS + 1) / 2 * 2;
+  // a thread without a column reads behind those of its chunk
+  x_at.digits = reinterpret_cast<u8*>(
+      x_at.columns + (PAIRS == 2 ? TOP_K : 1) * NUM_CHUNKS * x_at.each + 8);
   const u32 full = shared_address(after), empty = full + 8 * STAGES;
   const u32 slot_full = empty + 8 * STAGES, slot_empty = slot_full + 8 * SLOTS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -300,81 +449,60 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) packed_stream(
     return;
   }
 
-  read_x(a, x_at, reinterpret_cast<float*>(parts));
-  const bool has_x = g < num_tokens(a);
+  const float norm_factor = read_x(a, x_at, reinterpret_cast<float*>(parts));
+  const bool has_x = g < num_tokens(a) * DIGITS;
   Ring stage, slot;
   u32 count = 0;
   for (u32 tile = blockIdx.x; tile < a.num_tiles; tile += gridDim.x, count++) {
     const bool is_mine = warp == (int)(count % WARPS);  // this warp finishes the tile
     Outs residual = {};
     if (is_mine) residual = read_residual(a, tile_of(a, tile), g, t);
-    float acc[2][4] = {}, total[4] = {};
+    float total[4] = {};
 #pragma unroll 1
     for (u32 part = 0; part < PARTS; part++) {
 #if PAIRS == 2
       const float factor = a.factor[part];
 #endif
-      const u8* const row_of_x = x_at + (PAIRS == 2 ? part : PAIRS ? 0 : g) * X_PITCH;
+      const u8* const digits = x_at.digits + (part * DIGITS + g) * X_PITCH + t * EACH;
+      const Column* const columns = x_at.columns + part * NUM_CHUNKS * x_at.each + 2 * t;
       wait_for(slot_full + 8 * slot.at, slot.parity);
       const u8* const scales = slots + slot.at * SLOT_BYTES;
-#pragma unroll 1
+      float acc[4] = {};
+#pragma unroll UNROLLED
       for (u32 step = 0; step < STEPS; step++) {
-        const u32 column = (step * WARPS + warp) * CHUNK + t * EACH;
-        const bool is_real = column < DEPTH;
-        const u32 at = is_real ? column : 0;
+        const u32 chunk = step * WARPS + warp;
+        const bool is_real = NUM_CHUNKS % WARPS == 0 || chunk < NUM_CHUNKS;
+        const u32 at = is_real ? chunk : 0;
         Four x[XS];
 #pragma unroll
         for (int i = 0; i < XS; i++)
-          x[i] = is_real && has_x ? load_four(row_of_x + place(at / 8 + i)) : Four{0, 0, 0, 0};
+          x[i] = has_x ? load_four(digits + at * (CHUNK * X_SIZE) + 16 * i) : Four{0, 0, 0, 0};
         float scale[2], offset[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          scale[h] = own_scale(scales + h * HALF_BYTES, g, at);
-          offset[h] = OFFSET ? own_scale(scales + (2 + h) * HALF_BYTES, g, at) : 0;
+          scale[h] = own_scale(scales + h * HALF_BYTES, g, at * CHUNK);
+          offset[h] = OFFSET ? own_scale(scales + (2 + h) * HALF_BYTES, g, at * CHUNK) : 0;
         }
+        const float4 mine = *reinterpret_cast<const float4*>(columns + at * x_at.each);
         wait_for(full + 8 * stage.at, stage.parity);
         const u8* const codes = shared + stage.at * STAGE_BYTES + place_of_code(g, warp * 4 + t);
         const Four code[2] = {load_four(codes), load_four(codes + BOX_BYTES)};
         __syncwarp();
         if (lane == 0) arrive(empty + 8 * stage.at);
         stage.advance(STAGES);
-
-        u32 low[2], high[2], less[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) factors(scale[h], offset[h], low[h], high[h], less[h]);
-        float product[2][4] = {};
-        float(&sums)[2][4] = FP8 ? product : acc;
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-          const Pairs p = numbers(word_of(code[0], w), low[0], high[0], less[0]);
-          const Pairs q = numbers(word_of(code[1], w), low[1], high[1], less[1]);
-          // the columns of the lower and of the upper halves of bytes, for codes of 4 bits
-          multiply(sums[w & 1], p.of[0], q.of[0], p.of[1], q.of[1], word_of(x[w / 2], 2 * (w & 1)),
-                   word_of(x[w / 2], 2 * (w & 1) + 1));
-#if BITS == 4
-          multiply(sums[w & 1], p.of[2], q.of[2], p.of[3], q.of[3],
-                   word_of(x[2 + w / 2], 2 * (w & 1)), word_of(x[2 + w / 2], 2 * (w & 1) + 1));
-#endif
-        }
-        if (FP8)
-#pragma unroll
-          for (int i = 0; i < 4; i++) acc[0][i] += (product[0][i] + product[1][i]) * scale[i / 2];
+        if (is_real) add_chunk(acc, code, x, scale, offset, mine);
       }
       __syncwarp();
       if (lane == 0) arrive(slot_empty + 8 * slot.at);
       slot.advance(SLOTS);
-#if PAIRS == 2
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        total[i] += factor * (acc[0][i] + acc[1][i]);
-        acc[0][i] = acc[1][i] = 0;
-      }
+      for (int i = 0; i < 4; i++)
+#if PAIRS == 2
+        total[i] += factor * acc[i];
+#else
+        total[i] = acc[i] * norm_factor;
 #endif
     }
-#if PAIRS != 2
-#pragma unroll
-    for (int i = 0; i < 4; i++) total[i] = acc[0][i] + acc[1][i];
-#endif
 
     float4* const sums = parts + (count & 1) * WORKERS;
     sums[warp * 32 + lane] = make_float4(total[0], total[1], total[2], total[3]);

@@ -20,11 +20,11 @@ from nanovllm.kernels.cuda.packed_linear import ONE_GROUP, SCALES, aligned
 from nanovllm.kernels.triton.common import launch_options, num_multiprocessors
 from nanovllm.kernels.triton.packed_codes import Codes
 
-MAX_ROWS = 8  # of x: the matrix units take so many
+COLUMNS = 8  # of the right operand of the matrix units
 FASTER_BITS = (8,)  # with codes of 4 bits, packed_linear.cu was faster (docs/log.md)
 # Half of a multiprocessor's, so that a program of the next kernel fits beside one of this.
 MAX_SHARED_BYTES = 112 << 10
-MAX_X_BYTES = 33 << 10
+MAX_X_BYTES = 36 << 10
 MIN_ROW_BYTES = 1024  # of codes: below, most warps have nothing to do
 MIN_EXPERT_BYTES = 384  # of a row of an expert
 WARPS, SEGMENT, LINE = 8, 512, 128  # as in packed_stream.cu
@@ -70,13 +70,14 @@ def _fits(x_TD: Tensor, num_rows: int, codes: Codes, row_bytes: int) -> bool:
     scales = [codes.scale] + ([] if codes.offset is None else [codes.offset])
     scale_bytes = codes.scale.shape[-1] * codes.scale.element_size()
     return (
-        num_rows <= MAX_ROWS
+        (codes.code.dim() == 3 or num_rows * _digits(codes) <= COLUMNS)
         and codes.code.shape[-1] >= row_bytes
         and codes.code.shape[-1] % LINE == 0
         and codes.num_rows % 16 == 0
         and all(one.storage_offset() * one.element_size() % 16 == 0 for one in scales)
         and (codes.group_rows == 1 or (codes.group_rows >= 8 and scale_bytes % 16 == 0))
-        and num_rows * _x_pitch(depth) <= MAX_X_BYTES
+        and (codes.group >= depth or codes.group % _chunk(codes) == 0)
+        and _x_bytes(num_rows, codes, depth) <= MAX_X_BYTES
         and rings(num_rows, codes, depth).num_stages >= MIN_STAGES
     )
 
@@ -88,8 +89,22 @@ def is_supported(device: torch.device) -> bool:
     return is_nvidia and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def _x_pitch(depth: int) -> int:
-    return depth * 2 + 32
+def _digits(codes: Codes) -> int:
+    """Columns of the right operand that make a row of x."""
+    return 1 if codes.is_fp8 else 2
+
+
+def _chunk(codes: Codes) -> int:
+    """Columns of a warp in a stage."""
+    return 512 // codes.bits
+
+
+def _x_bytes(num_rows: int, codes: Codes, depth: int) -> int:
+    """Digits of x and columns of chunks in shared memory; experts add the products of rows."""
+    num_digits, parts = _digits(codes), num_rows if codes.code.dim() == 3 else 1
+    digits = num_rows * num_digits * (depth * 2 // num_digits + 16)
+    each = 2 if codes.code.dim() == 3 else -(-num_rows * num_digits // 2) * 2
+    return digits + (parts * depth // _chunk(codes) * each + 8) * 8
 
 
 def rings(num_rows: int, codes: Codes, depth: int) -> Rings:
@@ -98,7 +113,7 @@ def rings(num_rows: int, codes: Codes, depth: int) -> Rings:
     slot = half * (2 if codes.offset is None else 4)
     steps = -(-codes.code.shape[-1] // SEGMENT)
     # sums of two tiles, x, and up to 1,024 bytes for the alignment
-    others = 2 * WARPS * 32 * 16 + num_rows * _x_pitch(depth) + 1024
+    others = 2 * WARPS * 32 * 16 + _x_bytes(num_rows, codes, depth) + 1024
 
     def used(num_stages: int) -> tuple[int, int]:
         num_slots = 2 + (num_stages - 1) // steps

@@ -49,6 +49,8 @@ static float __shfl_xor_sync(unsigned, float v, int mask) {
 }
 
 static float __uint_as_float(unsigned v) { float r; memcpy(&r, &v, 4); return r; }
+static unsigned __float_as_uint(float v) { unsigned r; memcpy(&r, &v, 4); return r; }
+static float __fdividef(float a, float b) { return a / b; }
 template <class T> static T __ldg(const T* at) { return *at; }
 
 static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
@@ -112,6 +114,60 @@ static void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, uns
     }
   }
   __syncwarp();
+}
+// in place of multiply_bytes
+static void multiply_bytes(int (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                           unsigned b0, unsigned b1) {
+  const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(operands[warp()][lane()], mine, sizeof mine);
+  __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    for (int k = 0; k < 32; k++) {
+      const unsigned left = operands[warp()][row % 8 * 4 + k % 16 / 4][k / 16 * 2 + row / 8];
+      const unsigned right = operands[warp()][column * 4 + k % 16 / 4][4 + k / 16];
+      acc[i] += (int)(left >> k % 4 * 8 & 255) * (signed char)(right >> k % 4 * 8 & 255);
+    }
+  }
+  __syncwarp();
+}
+// in place of multiply_halves
+static void multiply_halves(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                            unsigned b0, unsigned b1) {
+  const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(operands[warp()][lane()], mine, sizeof mine);
+  __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; k++) {
+      _Float16 left, right;
+      const unsigned* const mine_too = operands[warp()][column * 4 + k % 8 / 2];
+      memcpy(&left, (char*)&operands[warp()][row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8] + k % 2 * 2, 2);
+      memcpy(&right, (char*)&mine_too[4 + k / 8] + k % 2 * 2, 2);
+      acc[i] += (float)left * (float)right;
+    }
+  }
+  __syncwarp();
+}
+// in place of of_fp8
+static unsigned of_fp8(unsigned two) {
+  unsigned r = 0;
+  for (int i = 0; i < 2; i++) {
+    const unsigned code = two >> 8 * i & 255, exponent = code >> 3 & 15, mantissa = code & 7;
+    const float size = exponent ? ldexpf(8 + mantissa, (int)exponent - 10) : ldexpf(mantissa, -9);
+    const _Float16 v = code & 128 ? -size : size;
+    u16 bits;
+    memcpy(&bits, &v, 2);
+    r |= (unsigned)bits << 16 * i;
+  }
+  return r;
+}
+// in place of in_fp16
+static unsigned in_fp16(float low, float high) {
+  const _Float16 v[2] = {(_Float16)low, (_Float16)high};
+  unsigned r;
+  memcpy(&r, v, 4);
+  return r;
 }
 // in place of scale_of_bits
 static float scale_of_bits(u16 bits) {

@@ -32,7 +32,7 @@ SIZES = ((4864, 4096), (48, 2304), (8448, 2048), (320, 12288))
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [1, 2])
-@pytest.mark.parametrize("kind, group, dtype", KINDS)
+@pytest.mark.parametrize("kind, group, dtype", [one for one in KINDS if one[1] in (0, 128)])
 def test_each_form_of_codes_matches_the_formula(
     kind: str, group: int, dtype: torch.dtype, num_rows: int
 ) -> None:
@@ -92,7 +92,7 @@ def test_a_chain_of_products_waits_for_each_result() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind, group, dtype", [KINDS[1], KINDS[-2], KINDS[-1]])
+@pytest.mark.parametrize("kind, group, dtype", [KINDS[0], KINDS[-2], KINDS[-1]])
 def test_the_experts_of_a_token_match_the_formula(
     kind: str, group: int, dtype: torch.dtype
 ) -> None:
@@ -144,7 +144,7 @@ def run_on_host(
 def test_the_arithmetic_is_right_on_a_cpu(i: int, tmp_path: Path) -> None:
     """One row with its norm and SiLU; and three with a bias and a residual, in fp8 by rows, whose
     depth ends within a stage."""
-    kind, group, dtype = (KINDS[1], KINDS[-1])[i]
+    kind, group, dtype = (KINDS[0], KINDS[-1])[i]
     depth, num_rows, num_lines = (2048, 1, 64) if i == 0 else (1152, 3, 64)
     codes = random_codes(kind, group, dtype, (num_lines, depth), "cpu")
     x_TD = torch.randn(num_rows, depth + 8).to(DTYPE)[:, :depth]
