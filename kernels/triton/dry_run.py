@@ -65,8 +65,7 @@ class TritonDryRun:
         """
         asked = json.loads(request)
         if "constants" in asked:
-            function = Function(asked["source"], tuple(map(tuple, asked["constants"])))
-            nvrtc.compile_function(function, torch.cuda.get_device_capability())
+            nvrtc.compile_function(function_of(asked), torch.cuda.get_device_capability())
             return
         kernel = getattr(importlib.import_module(asked["module"]), asked["name"])
         arguments = {
@@ -95,6 +94,11 @@ class TritonDryRun:
         finally:
             JITFunction.run, triton_common.counters_are_fake = launch, False
             nvrtc.record(None)
+
+
+def function_of(written: dict[str, Any]) -> Function:
+    """The function whose fields were written as JSON."""
+    return Function(**written | {"constants": tuple(map(tuple, written["constants"]))})
 
 
 class _Pointer:

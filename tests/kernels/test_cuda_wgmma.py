@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from nanovllm.kernels import reference
 from nanovllm.kernels.cuda import nvrtc, packed_wgmma
 from nanovllm.kernels.cuda.packed_wgmma import MAX_ROWS, ROWS, TILES, Tile
+from nanovllm.kernels.triton.dry_run import function_of
 from tests.kernels.test_cuda_packed import DTYPE, KINDS, LIMIT, error, folder, random_codes, real
 
 __all__ = ["folder"]  # a fixture
@@ -46,11 +48,12 @@ def test_each_form_of_codes_matches_the_formula(
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_the_kernel_compiles(rows: int, folder: Path) -> None:
+def test_the_kernel_compiles_in_a_worker(rows: int, folder: Path) -> None:
     kind, group, dtype = INTEGERS[ROWS.index(rows)]
     codes = random_codes(kind, group, dtype, (256, 256), "cpu")
     x_TD = torch.empty(rows, 256, dtype=DTYPE)
     function = packed_wgmma._function(x_TD, codes, Tile(3, 1 + rows % 3, 2), rows, rows > 32)
+    function = function_of(json.loads(json.dumps(function._asdict())))  # as a worker reads it
     program = nvrtc.compile_function(function, (9, 0))
     assert program.startswith(b"\x7fELF") and b"packed_wgmma" in program
 
