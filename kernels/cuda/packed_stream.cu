@@ -9,16 +9,21 @@
 // of every row of a stage, and they add their sums in shared memory, in their order.
 //
 // Instructions, not bytes, would decide the time if each code became a number in bf16. So codes are
-// multiplied as they are. Integers are the left operand of the matrix units in 8 bits: codes of 4
-// bits take an `and`, those of 8 bits nothing. Each 128 or 64 columns of x are integers of 16 bits,
+// multiplied as they are, in one of two ways.
+//
+// For one or a few rows integers are the left operand of the matrix units in 8 bits: codes of 4 bits
+// take an `and`, those of 8 bits nothing. Each 128 or 64 columns of x are integers of 16 bits,
 // relative to their largest magnitude, and their two bytes are two columns of the right operand,
-// which has eight. So sums of a chunk are exact, and x is rounded to 2⁻¹⁶ of the largest. Codes in
-// fp8 become fp16, an instruction for two; a chunk of x times a power of two fits fp16, too.
+// which has eight. So sums of a chunk are exact, and x is rounded to 2⁻¹⁶ of the largest.
+//
+// With HALVES the operands are fp16: the bits of an integer are a number that is not normal, code ·
+// 2⁻²⁴, and codes in fp8 become fp16 by an instruction for two. A chunk of x times a power of two
+// fits fp16, which has more digits than bf16.
 //
 // Constants, by -D: BITS (4 or 8), FP8 (codes are float8_e4m3fn), OFFSET, SCALE (0 fp32, 1 bf16,
-// 2 fp16), DEPTH, GROUP_SHIFT and ROWS_SHIFT (a scale is for so many columns and weight rows, as
-// powers of two), NUM_GROUPS, STAGES, SLOTS (scales of tiles on their way), SILU, NORM (one row of x
-// is normed first), PAIRS (0 a product, 1 a product for each of a token's experts, 2 the sum over them),
+// 2 fp16), HALVES (always for FP8), TILES (of eight rows of x), DEPTH, GROUP_SHIFT and ROWS_SHIFT (a scale is for so many columns and weight rows, as
+// powers of two), NUM_GROUPS, STAGES, SLOTS (scales of tiles on their way), MIN_PROGRAMS (of a
+// multiprocessor), AT_ONCE (rows of x that are read together), SILU, NORM (x is normed first), PAIRS (0 a product, 1 a product for each of a token's experts, 2 the sum over them),
 // TOP_K (experts of a token), PDL.
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the column of the right operand
@@ -56,9 +61,8 @@ struct Args {
 #define STEPS ((ROW_BYTES + SEGMENT - 1) / SEGMENT)
 #define CHUNK (512 / BITS)                     // columns of a warp in a stage
 #define NUM_CHUNKS (DEPTH / CHUNK)
-#define DIGITS (FP8 ? 1 : 2)                   // columns of the right operand that make a row of x
-#define TOKENS (2 / DIGITS)                    // of a thread's sums
-#define X_SIZE (FP8 ? 2 : 1)                   // bytes of a digit
+#define DIGITS (HALVES ? 1 : 2)                // columns of the right operand that make a row of x
+#define X_SIZE (HALVES ? 2 : 1)                // bytes of a digit
 #define EACH (CHUNK / 4 * X_SIZE)              // bytes of x of a thread
 #define XS (EACH / 16)
 #define LARGEST 32639.0f                       // integer of 16 bits whose digits have a sign
@@ -71,7 +75,9 @@ struct Args {
 #define X_PITCH (DEPTH * X_SIZE + 16)
 #define PARTS (PAIRS == 2 ? TOP_K : 1)         // products that a tile adds
 #define MINE ((X_PIECES + WORKERS - 1) / WORKERS)  // pieces of a row that a thread stores
+#define OUTS (SILU ? 8 : 16)                   // of a tile, for each row of x
 #define UNROLLED 2
+#define MAX_TOKENS 16
 
 __device__ __forceinline__ void expect(u32 barrier, u32 num_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes)
@@ -217,6 +223,11 @@ struct X {
   u32 each;  // columns of a chunk
 };
 
+// Where a piece of 16 bytes of x is: threads t that read 64 bytes each would meet in banks.
+__device__ __forceinline__ u32 place_of_x(u32 piece) {
+  return EACH == 64 ? piece ^ (piece >> 2 & 2) : piece;
+}
+
 // Stores 8 numbers of a row of x. Neighbouring threads have the others of their chunk.
 __device__ __forceinline__ void store_piece(const X& to, const float (&v)[8], u32 row, u32 piece) {
   const bool is_real = piece < X_PIECES;
@@ -234,16 +245,23 @@ __device__ __forceinline__ void store_piece(const X& to, const float (&v)[8], u3
     most = other > most ? other : most;
     if (OFFSET) sum += __shfl_xor_sync(0xffffffff, sum, i);
   }
-  u8* const at = to.digits + row * (DIGITS * X_PITCH) + piece * (8 * X_SIZE);
-#if FP8
+  u8* const row_at = to.digits + row * (DIGITS * X_PITCH);
+#if HALVES
   // the largest is made 2¹⁴ to 2¹⁵
   const u32 exponent = most >> 23 < 20 ? 20 : most >> 23;
-  const float by = __uint_as_float((exponent > 254 ? 1 : 268 - exponent) << 23);
-  const float scale = __uint_as_float(exponent > 254 ? 0x7fc00000 : exponent - 14 << 23);
+  const bool is_upper = !FP8 && BITS == 4 && piece & 2;  // with codes times 16
+  const float by = __uint_as_float((exponent > 254 ? 1 : 268 - exponent - (is_upper ? 4 : 0)) << 23);
+  const float scale =
+      __uint_as_float(exponent > 254 ? 0x7fc00000 : exponent - 14 << 23) * (FP8 ? 1 : 0x1p24f);
+  // the columns of a word's bytes 0 and 2, then of bytes 1 and 3; in fp8 in their order
+  u32 w[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int first = FP8 ? 2 * i : i / 2 * 4 + i % 2;
+    w[i] = in_fp16(v[first] * by, v[first + (FP8 ? 1 : 2)] * by);
+  }
   if (is_real)
-    *reinterpret_cast<Four*>(at) =
-        Four{in_fp16(v[0] * by, v[1] * by), in_fp16(v[2] * by, v[3] * by),
-             in_fp16(v[4] * by, v[5] * by), in_fp16(v[6] * by, v[7] * by)};
+    *reinterpret_cast<Four*>(row_at + place_of_x(piece) * 16) = Four{w[0], w[1], w[2], w[3]};
 #else
   most = most < 0x0da24260 ? 0x0da24260 : most;  // 1e-30
   const float largest = __uint_as_float(most), by = __fdividef(LARGEST, largest);
@@ -260,8 +278,8 @@ __device__ __forceinline__ void store_piece(const X& to, const float (&v)[8], u3
     high[i] = __byte_perm(p, q, 0x7632) ^ 0x80808080;
   }
   if (is_real) {
-    *reinterpret_cast<Two*>(at) = Two{low[0], low[1]};
-    *reinterpret_cast<Two*>(at + X_PITCH) = Two{high[0], high[1]};
+    *reinterpret_cast<Two*>(row_at + piece * 8) = Two{low[0], low[1]};
+    *reinterpret_cast<Two*>(row_at + X_PITCH + piece * 8) = Two{high[0], high[1]};
   }
 #endif
   if (is_real && piece % (CHUNK / 8) == 0) {
@@ -276,9 +294,35 @@ __device__ __forceinline__ void store_piece(const X& to, const float (&v)[8], u3
 __device__ __forceinline__ float low_of(u32 word) { return of_bf16(word & 0xffff); }
 __device__ __forceinline__ float high_of(u32 word) { return __uint_as_float(word & 0xffff0000); }
 
-// Reads x, when the kernel that makes it has ended. Returns what the results are multiplied by: with
-// NORM x is multiplied by the norm's weight here, and its size is known at the end.
-__device__ __forceinline__ float read_x(const Args& a, const X& to, float* squares) {
+// Stores a row of x, times the norm's weight.
+__device__ __forceinline__ void store_row(const X& to, const Four (&x)[MINE],
+                                          const Four (&weight)[NORM ? MINE : 1], u32 row,
+                                          float* squares) {
+  float square = 0;
+#pragma unroll
+  for (int i = 0; i < MINE; i++) {
+    float v[8];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const u32 word = word_of(x[i], j);
+      v[2 * j] = low_of(word), v[2 * j + 1] = high_of(word);
+#if NORM
+      square += v[2 * j] * v[2 * j] + v[2 * j + 1] * v[2 * j + 1];
+      v[2 * j] *= low_of(word_of(weight[i], j)), v[2 * j + 1] *= high_of(word_of(weight[i], j));
+#endif
+    }
+    store_piece(to, v, row, threadIdx.x + i * WORKERS);
+  }
+#if NORM
+#pragma unroll
+  for (int i = 16; i; i /= 2) square += __shfl_xor_sync(0xffffffff, square, i);
+  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32 * MAX_TOKENS + row] = square;
+#endif
+}
+
+// Reads x, when the kernel that makes it has ended. With NORM x is multiplied by the norm's weight
+// here, and `squares` [WARPS, rows] has the sums of squares.
+__device__ __forceinline__ void read_x(const Args& a, const X& to, float* squares) {
   Four weight[NORM ? MINE : 1];
 #if NORM
 #pragma unroll
@@ -288,144 +332,153 @@ __device__ __forceinline__ float read_x(const Args& a, const X& to, float* squar
   }
 #endif
   wait_for_earlier_kernels();
-  float square = 0;
-  for (u32 row = 0; row < (NORM ? 1 : a.num_rows); row++) {
-    Four x[MINE];
+  for (u32 first = 0; first < a.num_rows; first += AT_ONCE) {
+    Four x[AT_ONCE][MINE];
 #pragma unroll
-    for (int i = 0; i < MINE; i++) {
-      const u32 piece = threadIdx.x + i * WORKERS;
-      x[i] = piece < X_PIECES ? load_four(a.x + row * a.x_stride + piece * 8) : Four{0, 0, 0, 0};
-    }
+    for (int r = 0; r < AT_ONCE; r++)
 #pragma unroll
-    for (int i = 0; i < MINE; i++) {
-      float v[8];
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const u32 word = word_of(x[i], j);
-        v[2 * j] = low_of(word), v[2 * j + 1] = high_of(word);
-#if NORM
-        square += v[2 * j] * v[2 * j] + v[2 * j + 1] * v[2 * j + 1];
-        v[2 * j] *= low_of(word_of(weight[i], j)), v[2 * j + 1] *= high_of(word_of(weight[i], j));
-#endif
+      for (int i = 0; i < MINE; i++) {
+        const u32 piece = threadIdx.x + i * WORKERS;
+        const bool is_real = piece < X_PIECES && first + r < a.num_rows;
+        x[r][i] = is_real ? load_four(a.x + (first + r) * a.x_stride + piece * 8) : Four{0, 0, 0, 0};
       }
-      store_piece(to, v, row, threadIdx.x + i * WORKERS);
-    }
+#pragma unroll
+    for (int r = 0; r < AT_ONCE; r++)
+      if (first + r < a.num_rows) store_row(to, x[r], weight, first + r, squares);
   }
-  float factor = 1;
-#if NORM
-#pragma unroll
-  for (int i = 16; i; i /= 2) square += __shfl_xor_sync(0xffffffff, square, i);
-  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = square;
-#endif
   meet();
-#if NORM
-  square = 0;
-#pragma unroll
-  for (int i = 0; i < WARPS; i++) square += squares[i];
-  factor = rsqrtf(square / DEPTH + a.eps);
-#endif
-  return factor;
 }
-
-// Of a thread: weight rows g and g + 8 of the tile, for its rows of x.
-struct Outs {
-  float of[2][TOKENS];
-};
 
 __device__ __forceinline__ u32 num_tokens(const Args& a) { return PAIRS ? 1 : a.num_rows; }
 
-__device__ __forceinline__ u32 out_of(u32 tile, int g, int h) {
-  return SILU ? tile * 8 + g : tile * 16 + g + 8 * h;
+// An output that a thread finishes, of a weight row of a tile and a row of x.
+struct Out {
+  bool is_real;
+  u32 row, token, out;
+};
+
+__device__ __forceinline__ Out out_of(const Args& a, u32 tile, u32 count) {
+  const u32 idx = (threadIdx.x - count % WARPS * 32) % WORKERS;  // the warps take turns
+  const u32 row = idx % OUTS, token = idx / OUTS;
+  return Out{token < num_tokens(a), row, token, tile * OUTS + row};
 }
 
-__device__ __forceinline__ Outs read_residual(const Args& a, u32 tile, int g, int t) {
-  Outs r;
-#pragma unroll
-  for (int h = 0; h < 2; h++)
-#pragma unroll
-    for (int j = 0; j < TOKENS; j++) {
-      const u32 token = TOKENS * t + j;
-      const bool is_real = a.residual && token < num_tokens(a) && (!SILU || h == 0);
-      r.of[h][j] = is_real ? of_bf16(a.residual[(u64)token * a.num_outs + out_of(tile, g, h)]) : 0;
-    }
-  return r;
+__device__ __forceinline__ float read_residual(const Args& a, const Out& o) {
+  const bool is_real = a.residual && o.is_real;
+  return is_real ? of_bf16(a.residual[(u64)o.token * a.num_outs + o.out]) : 0;
 }
 
-__device__ __forceinline__ void finish(const Args& a, const float (&sum)[4], const Outs& residual,
-                                       u32 tile, u32 out_row, int g, int t) {
+// The sum over warps for a weight row of a tile.
+__device__ __forceinline__ float sum_of(const float* sums, u32 row, u32 token) {
+  const u32 column = token * DIGITS, lane = row % 8 * 4 + column % 8 / 2;
+  const float* const at = sums + (column / 8 * 32 + lane) * 4 + row / 8 * 2 + column % 2;
+  float sum = 0;
 #pragma unroll
-  for (int j = 0; j < TOKENS; j++) {
-    const u32 token = TOKENS * t + j;
-    if (token >= num_tokens(a)) continue;
+  for (int k = 0; k < WARPS; k++) {
+    sum += at[k * TILES * 128];
+    if (DIGITS == 2) sum += at[k * TILES * 128 + 1];
+  }
+  return sum;
+}
+
+__device__ __forceinline__ void finish(const Args& a, const float* sums, const float* squares,
+                                       const Out& o, float residual, u32 out_row) {
+  float factor = 1;
+#if NORM
+  float square = 0;
 #pragma unroll
-    for (int h = 0; h < (SILU ? 1 : 2); h++) {
-      const u32 out = out_of(tile, g, h);
-      float y = DIGITS == 2 ? sum[2 * h] + sum[2 * h + 1] : sum[2 * h + j];
-      if (a.bias) y += of_bf16(a.bias[out]);
-      y = rounded(y);
+  for (int k = 0; k < WARPS; k++) square += squares[k * MAX_TOKENS + o.token];
+  factor = rsqrtf(square / DEPTH + a.eps);
+#endif
+  float y = sum_of(sums, o.row, o.token) * factor;
+  if (a.bias) y += of_bf16(a.bias[o.out]);
+  y = rounded(y);
 #if SILU
-      float up = DIGITS == 2 ? sum[2] + sum[3] : sum[2 + j];
-      if (a.bias) up += of_bf16(a.bias[out + a.num_outs]);
-      y = rounded(__fdividef(y, 1.0f + __expf(-y))) * rounded(up);
+  float up = sum_of(sums, o.row + 8, o.token) * factor;
+  if (a.bias) up += of_bf16(a.bias[o.out + a.num_outs]);
+  y = rounded(__fdividef(y, 1.0f + __expf(-y))) * rounded(up);
 #endif
-      if (a.residual) y = rounded(y) + residual.of[h][j];
-      a.out[(u64)(out_row + token) * a.num_outs + out] = to_bf16(y);
+  if (a.residual) y = rounded(y) + residual;
+  a.out[(u64)(out_row + o.token) * a.num_outs + o.out] = to_bf16(y);
+}
+
+// Adds the sums of a chunk: of its codes of a thread's two weight rows, and its columns of x, which
+// are [TILES][XS] pieces of 16 bytes at `digits`.
+__device__ __forceinline__ void add_chunk(float (&total)[TILES][4], const Four (&code)[2],
+                                          const u8* digits, const Column* columns,
+                                          u32 num_columns, int g, int t, const float (&scale)[2],
+                                          const float (&offset)[2]) {
+#pragma unroll
+  for (int n = 0; n < TILES; n++) {
+    Four right[XS];
+#pragma unroll
+    for (int i = 0; i < XS; i++) {
+      const int at = EACH == 64 ? i ^ (t & 2) : i;  // as place_of_x
+      right[i] = 8 * n + g < num_columns ? load_four(digits + n * (8 * X_PITCH) + 16 * at)
+                                         : Four{0, 0, 0, 0};
+    }
+#if HALVES
+    float sums[2][4] = {};
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      const u32 p = word_of(code[0], w), q = word_of(code[1], w);
+      const Four& one = right[w / 2];
+      const u32 b0 = word_of(one, 2 * (w & 1)), b1 = word_of(one, 2 * (w & 1) + 1);
+#if FP8
+      multiply_halves(sums[w & 1], of_fp8(p), of_fp8(q), of_fp8(p >> 16), of_fp8(q >> 16), b0, b1);
+#elif BITS == 8
+      multiply_halves(sums[w & 1], spread(p, 0x4240), spread(q, 0x4240), spread(p, 0x4341),
+                      spread(q, 0x4341), b0, b1);
+#else
+      const Four& two = right[2 + w / 2];  // of the upper halves of bytes
+      multiply_halves(sums[0], p & 0x000f000f, q & 0x000f000f, p >> 8 & 0x000f000f,
+                      q >> 8 & 0x000f000f, b0, b1);
+      multiply_halves(sums[1], p & 0x00f000f0, q & 0x00f000f0, p >> 8 & 0x00f000f0,
+                      q >> 8 & 0x00f000f0, word_of(two, 2 * (w & 1)), word_of(two, 2 * (w & 1) + 1));
+#endif
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[0][i] += sums[1][i];
+#else
+    int sums[2][4] = {};  // of codes, or of the lower half of bytes and of 16 · the upper half
+#pragma unroll
+    for (int w = 0; w < 4; w += 2) {
+      const u32 p = word_of(code[0], w), q = word_of(code[1], w);
+      const u32 r = word_of(code[0], w + 1), s = word_of(code[1], w + 1);
+      const Four &one = right[0], &two = right[XS - 1];
+#if BITS == 4
+      multiply_bytes(sums[0], p & 0x0f0f0f0f, q & 0x0f0f0f0f, r & 0x0f0f0f0f, s & 0x0f0f0f0f,
+                     word_of(one, w), word_of(one, w + 1));
+      multiply_bytes(sums[1], p & 0xf0f0f0f0, q & 0xf0f0f0f0, r & 0xf0f0f0f0, s & 0xf0f0f0f0,
+                     word_of(two, w), word_of(two, w + 1));
+#else
+      multiply_bytes(sums[0], p, q, r, s, word_of(one, w), word_of(one, w + 1));
+#endif
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (BITS == 4) sums[0][i] = sums[0][i] * 16 + sums[1][i];
+#endif
+    const float4 mine = *reinterpret_cast<const float4*>(columns + 8 * n);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      total[n][i] += (float)sums[0][i] * (scale[i / 2] * (i & 1 ? mine.z : mine.x));
+      if (OFFSET) total[n][i] += offset[i / 2] * (i & 1 ? mine.w : mine.y);
     }
   }
 }
 
-// The sums of a chunk of a tile: of its codes of a thread's two weight rows.
-__device__ __forceinline__ void add_chunk(float (&total)[4], const Four (&code)[2],
-                                          const Four (&x)[XS], const float (&scale)[2],
-                                          const float (&offset)[2], const float4& columns) {
-#if FP8
-  float sums[4] = {};
-#pragma unroll
-  for (int w = 0; w < 4; w++) {
-    const u32 p = word_of(code[0], w), q = word_of(code[1], w);
-    multiply_halves(sums, of_fp8(p), of_fp8(q), of_fp8(p >> 16), of_fp8(q >> 16),
-                    word_of(x[w / 2], 2 * (w & 1)), word_of(x[w / 2], 2 * (w & 1) + 1));
-  }
-#else
-  int sums[4] = {};
-#if BITS == 4
-  int high[4] = {};  // sums of 16 · code
-#endif
-#pragma unroll
-  for (int w = 0; w < 4; w += 2) {
-    const u32 p = word_of(code[0], w), q = word_of(code[1], w);
-    const u32 r = word_of(code[0], w + 1), s = word_of(code[1], w + 1);
-#if BITS == 4
-    multiply_bytes(sums, p & 0x0f0f0f0f, q & 0x0f0f0f0f, r & 0x0f0f0f0f, s & 0x0f0f0f0f,
-                   word_of(x[0], w), word_of(x[0], w + 1));
-    multiply_bytes(high, p & 0xf0f0f0f0, q & 0xf0f0f0f0, r & 0xf0f0f0f0, s & 0xf0f0f0f0,
-                   word_of(x[XS - 1], w), word_of(x[XS - 1], w + 1));
-#else
-    multiply_bytes(sums, p, q, r, s, word_of(x[0], w), word_of(x[0], w + 1));
-#endif
-  }
-#if BITS == 4
-#pragma unroll
-  for (int i = 0; i < 4; i++) sums[i] = sums[i] * 16 + high[i];
-#endif
-#endif
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    total[i] += (float)sums[i] * (scale[i / 2] * (i & 1 ? columns.z : columns.x));
-    if (OFFSET) total[i] += offset[i / 2] * (i & 1 ? columns.w : columns.y);
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) packed_stream(
+extern "C" __global__ void __launch_bounds__(WORKERS + 32, MIN_PROGRAMS) packed_stream(
     const __grid_constant__ Args a) {
   extern __shared__ u8 unaligned[];
   u8* const shared = unaligned + (-shared_address(unaligned) & 1023u);
-  // the ring | scales | barriers | sums of two tiles | columns of chunks | digits of x
+  // the ring | scales | barriers | sums of two tiles | squares | columns of chunks | digits of x
   u8* const slots = shared + STAGES * STAGE_BYTES;
   u8* const after = slots + SLOTS * SLOT_BYTES;
   float4* const parts = reinterpret_cast<float4*>(after + BARRIER_BYTES);
+  float* const squares = reinterpret_cast<float*>(parts + 2 * TILES * WORKERS);
   X x_at;
-  x_at.columns = reinterpret_cast<Column*>(parts + 2 * WORKERS);
+  x_at.columns = reinterpret_cast<Column*>(squares + WARPS * MAX_TOKENS);
   x_at.each = PAIRS ? 2 : (a.num_rows * DIGITS + 1) / 2 * 2;
   // a thread without a column reads behind those of its chunk
   x_at.digits = reinterpret_cast<u8*>(
@@ -449,15 +502,14 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) packed_stream(
     return;
   }
 
-  const float norm_factor = read_x(a, x_at, reinterpret_cast<float*>(parts));
-  const bool has_x = g < num_tokens(a) * DIGITS;
+  read_x(a, x_at, squares);
+  const u32 num_columns = num_tokens(a) * DIGITS;
   Ring stage, slot;
   u32 count = 0;
   for (u32 tile = blockIdx.x; tile < a.num_tiles; tile += gridDim.x, count++) {
-    const bool is_mine = warp == (int)(count % WARPS);  // this warp finishes the tile
-    Outs residual = {};
-    if (is_mine) residual = read_residual(a, tile_of(a, tile), g, t);
-    float total[4] = {};
+    const Out mine = out_of(a, tile_of(a, tile), count);
+    const float residual = read_residual(a, mine);
+    float total[TILES][4] = {};
 #pragma unroll 1
     for (u32 part = 0; part < PARTS; part++) {
 #if PAIRS == 2
@@ -467,54 +519,50 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) packed_stream(
       const Column* const columns = x_at.columns + part * NUM_CHUNKS * x_at.each + 2 * t;
       wait_for(slot_full + 8 * slot.at, slot.parity);
       const u8* const scales = slots + slot.at * SLOT_BYTES;
-      float acc[4] = {};
+      float acc[TILES][4] = {};
 #pragma unroll UNROLLED
       for (u32 step = 0; step < STEPS; step++) {
         const u32 chunk = step * WARPS + warp;
         const bool is_real = NUM_CHUNKS % WARPS == 0 || chunk < NUM_CHUNKS;
         const u32 at = is_real ? chunk : 0;
-        Four x[XS];
-#pragma unroll
-        for (int i = 0; i < XS; i++)
-          x[i] = has_x ? load_four(digits + at * (CHUNK * X_SIZE) + 16 * i) : Four{0, 0, 0, 0};
         float scale[2], offset[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           scale[h] = own_scale(scales + h * HALF_BYTES, g, at * CHUNK);
           offset[h] = OFFSET ? own_scale(scales + (2 + h) * HALF_BYTES, g, at * CHUNK) : 0;
         }
-        const float4 mine = *reinterpret_cast<const float4*>(columns + at * x_at.each);
         wait_for(full + 8 * stage.at, stage.parity);
         const u8* const codes = shared + stage.at * STAGE_BYTES + place_of_code(g, warp * 4 + t);
         const Four code[2] = {load_four(codes), load_four(codes + BOX_BYTES)};
         __syncwarp();
         if (lane == 0) arrive(empty + 8 * stage.at);
         stage.advance(STAGES);
-        if (is_real) add_chunk(acc, code, x, scale, offset, mine);
+        if (is_real)
+          add_chunk(acc, code, digits + at * (CHUNK * X_SIZE), columns + at * x_at.each,
+                    num_columns, g, t, scale, offset);
       }
       __syncwarp();
       if (lane == 0) arrive(slot_empty + 8 * slot.at);
       slot.advance(SLOTS);
 #pragma unroll
-      for (int i = 0; i < 4; i++)
+      for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
 #if PAIRS == 2
-        total[i] += factor * acc[i];
+          total[n][i] += factor * acc[n][i];
 #else
-        total[i] = acc[i] * norm_factor;
+          total[n][i] = acc[n][i];
 #endif
     }
 
-    float4* const sums = parts + (count & 1) * WORKERS;
-    sums[warp * 32 + lane] = make_float4(total[0], total[1], total[2], total[3]);
-    meet();
-    if (is_mine) {
-      float sum[4] = {0, 0, 0, 0};
+    float4* const sums = parts + (count & 1) * (TILES * WORKERS);
 #pragma unroll
-      for (int k = 0; k < WARPS; k++) {
-        const float4 one = sums[k * 32 + lane];
-        sum[0] += one.x, sum[1] += one.y, sum[2] += one.z, sum[3] += one.w;
-      }
-      finish(a, sum, residual, tile_of(a, tile), PAIRS == 1 ? tile / a.tiles_each : 0, g, t);
-    }
+    for (int n = 0; n < TILES; n++)
+      sums[(warp * TILES + n) * 32 + lane] =
+          make_float4(total[n][0], total[n][1], total[n][2], total[n][3]);
+    meet();
+    if (mine.is_real)
+      finish(a, reinterpret_cast<const float*>(sums), squares, mine, residual,
+             PAIRS == 1 ? tile / a.tiles_each : 0);
   }
 }

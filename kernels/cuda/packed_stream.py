@@ -20,11 +20,13 @@ from nanovllm.kernels.cuda.packed_linear import ONE_GROUP, SCALES, aligned
 from nanovllm.kernels.triton.common import launch_options, num_multiprocessors
 from nanovllm.kernels.triton.packed_codes import Codes
 
-COLUMNS = 8  # of the right operand of the matrix units
-FASTER_BITS = (8,)  # with codes of 4 bits, packed_linear.cu was faster (docs/log.md)
+# Up to so many rows of x the kernel is the fastest, by the bits of a code (docs/log.md).
+MOST_ROWS = {4: 0, 8: 4}
+MAX_ROWS = 16
+MAX_DIGIT_ROWS = 4  # with integers: two columns of the matrix units' eight for each row
 # Half of a multiprocessor's, so that a program of the next kernel fits beside one of this.
-MAX_SHARED_BYTES = 112 << 10
-MAX_X_BYTES = 36 << 10
+HALF_SHARED_BYTES = 112 << 10
+MAX_SHARED_BYTES = 226 << 10
 MIN_ROW_BYTES = 1024  # of codes: below, most warps have nothing to do
 MIN_EXPERT_BYTES = 384  # of a row of an expert
 WARPS, SEGMENT, LINE = 8, 512, 128  # as in packed_stream.cu
@@ -32,6 +34,14 @@ STAGE_BYTES = 16 * SEGMENT
 MIN_STAGES, MAX_STAGES = 4, 12
 # Args in packed_stream.cu: a map, nine pointers, a stride, four sizes, eps; aligned to 64 bytes
 _ARGUMENTS = struct.Struct(f"{tensor_map.NUM_BYTES}s9PQ4If28x")
+
+
+class Form(NamedTuple):
+    """How x is in shared memory: rows of fp16, or of two bytes for each number; and the tiles of
+    eight rows that are multiplied together."""
+
+    halves: bool
+    num_tiles: int
 
 
 class Rings(NamedTuple):
@@ -44,12 +54,12 @@ class Rings(NamedTuple):
 
 def takes(x_TD: Tensor, codes: Codes) -> bool:
     """True where the kernel fits and is the faster one."""
-    return codes.bits in FASTER_BITS and fits(x_TD, codes)
+    return len(x_TD) <= MOST_ROWS.get(codes.bits, 0) and fits(x_TD, codes)
 
 
 def takes_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
     """The same for the experts of one token, which have so many rows of the dtype of x."""
-    return codes.bits in FASTER_BITS and fits_experts(x_TD, num_rows, codes)
+    return MOST_ROWS.get(codes.bits, 0) > 0 and fits_experts(x_TD, num_rows, codes)
 
 
 def fits(x_TD: Tensor, codes: Codes) -> bool:
@@ -70,14 +80,13 @@ def _fits(x_TD: Tensor, num_rows: int, codes: Codes, row_bytes: int) -> bool:
     scales = [codes.scale] + ([] if codes.offset is None else [codes.offset])
     scale_bytes = codes.scale.shape[-1] * codes.scale.element_size()
     return (
-        (codes.code.dim() == 3 or num_rows * _digits(codes) <= COLUMNS)
+        num_rows <= MAX_ROWS
         and codes.code.shape[-1] >= row_bytes
         and codes.code.shape[-1] % LINE == 0
         and codes.num_rows % 16 == 0
         and all(one.storage_offset() * one.element_size() % 16 == 0 for one in scales)
         and (codes.group_rows == 1 or (codes.group_rows >= 8 and scale_bytes % 16 == 0))
         and (codes.group >= depth or codes.group % _chunk(codes) == 0)
-        and _x_bytes(num_rows, codes, depth) <= MAX_X_BYTES
         and rings(num_rows, codes, depth).num_stages >= MIN_STAGES
     )
 
@@ -89,9 +98,11 @@ def is_supported(device: torch.device) -> bool:
     return is_nvidia and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def _digits(codes: Codes) -> int:
-    """Columns of the right operand that make a row of x."""
-    return 1 if codes.is_fp8 else 2
+def form_of(num_rows: int, codes: Codes) -> Form:
+    """Experts have one row of x, and their parts of a token one after the other."""
+    rows = 1 if codes.code.dim() == 3 else num_rows
+    halves = codes.is_fp8 or rows > MAX_DIGIT_ROWS
+    return Form(halves, -(-rows // 8) if halves else 1)
 
 
 def _chunk(codes: Codes) -> int:
@@ -100,10 +111,13 @@ def _chunk(codes: Codes) -> int:
 
 
 def _x_bytes(num_rows: int, codes: Codes, depth: int) -> int:
-    """Digits of x and columns of chunks in shared memory; experts add the products of rows."""
-    num_digits, parts = _digits(codes), num_rows if codes.code.dim() == 3 else 1
+    """x in shared memory, and what sums of its chunks are multiplied by. Experts add the products
+    of rows."""
+    num_digits, parts = 1 if form_of(num_rows, codes).halves else 2, 1
+    each = -(-num_rows * num_digits // 2) * 2
+    if codes.code.dim() == 3:
+        parts, each = num_rows, 2
     digits = num_rows * num_digits * (depth * 2 // num_digits + 16)
-    each = 2 if codes.code.dim() == 3 else -(-num_rows * num_digits // 2) * 2
     return digits + (parts * depth // _chunk(codes) * each + 8) * 8
 
 
@@ -112,15 +126,17 @@ def rings(num_rows: int, codes: Codes, depth: int) -> Rings:
     half = codes.scale.shape[-1] * codes.scale.element_size() * (8 if codes.group_rows == 1 else 1)
     slot = half * (2 if codes.offset is None else 4)
     steps = -(-codes.code.shape[-1] // SEGMENT)
-    # sums of two tiles, x, and up to 1,024 bytes for the alignment
-    others = 2 * WARPS * 32 * 16 + _x_bytes(num_rows, codes, depth) + 1024
+    # sums of two tiles, squares, x, and up to 1,024 bytes for the alignment
+    sums = 2 * form_of(num_rows, codes).num_tiles * WARPS * 32 * 16
+    others = sums + WARPS * MAX_ROWS * 4 + _x_bytes(num_rows, codes, depth) + 1024
 
     def used(num_stages: int) -> tuple[int, int]:
         num_slots = 2 + (num_stages - 1) // steps
         barriers = (2 * num_stages + 2 * num_slots + 1) // 2 * 16
         return num_slots, num_stages * STAGE_BYTES + num_slots * slot + barriers + others
 
-    fitting = (num for num in range(MAX_STAGES, 0, -1) if used(num)[1] <= MAX_SHARED_BYTES)
+    most = HALF_SHARED_BYTES if used(MIN_STAGES)[1] <= HALF_SHARED_BYTES else MAX_SHARED_BYTES
+    fitting = (num for num in range(MAX_STAGES, 0, -1) if used(num)[1] <= most)
     num_stages = next(fitting, 0)
     return Rings(num_stages, *used(num_stages))
 
@@ -137,7 +153,7 @@ def packed_stream(
 ) -> Tensor:
     """silu_mul(rms_norm(x) · weightᵀ + bias) + residual; see `reference.packed`.
 
-    `takes` is true; only one row may be normed.
+    `fits` is true.
     """
     num_rows = x_TD.shape[0]
     num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
@@ -208,12 +224,17 @@ def _function(
     x_TD: Tensor, codes: Codes, silu_mul: bool, norm: bool, pairs: int = 0, top_k: int = 0
 ) -> Function:
     num_rows, depth = x_TD.shape
-    ring = rings(num_rows, codes, depth)
+    ring, form = rings(num_rows, codes, depth), form_of(num_rows, codes)
+    is_shallow = depth <= 2 * WARPS * 32 * 8
     values = {
         "BITS": codes.bits,
         "FP8": codes.is_fp8,
         "OFFSET": codes.offset is not None,
         "SCALE": SCALES[codes.scale.dtype],
+        "HALVES": form.halves,
+        "TILES": form.num_tiles,
+        "MIN_PROGRAMS": 2 if ring.shared_bytes <= HALF_SHARED_BYTES else 1,
+        "AT_ONCE": 4 if num_rows > 1 and is_shallow else 1,
         "DEPTH": depth,
         "GROUP_SHIFT": ONE_GROUP if codes.group >= depth else codes.group.bit_length() - 1,
         "ROWS_SHIFT": codes.group_rows.bit_length() - 1,

@@ -51,6 +51,8 @@ def takes_packed(
     codes = packed_codes.of_packed(code_OC, scale_OG, offset_OG, table, bits, group)
     if not _can(x_TD, codes):
         return False
+    if packed_stream.takes(x_TD, codes):
+        return True
     if _wgmma_tile(x_TD, codes) is not None:
         return not has_norm
     return takes(x_TD.shape[0], has_units(x_TD.device), has_norm)
@@ -67,11 +69,10 @@ def takes_fp8(
 ) -> bool:
     """For the pass `fuse_linear`: whether `fused_fp8_linear` is one launch."""
     codes = packed_codes.of_fp8(weight_OD, scale_RG, block_rows, block_columns)
-    return (
-        _can(x_TD, codes)
-        and not _is_by_fp8(x_TD, codes)
-        and takes(x_TD.shape[0], has_units(x_TD.device), has_norm)
-    )
+    if not _can(x_TD, codes) or _is_by_fp8(x_TD, codes):
+        return False
+    is_taken = takes(x_TD.shape[0], has_units(x_TD.device), has_norm)
+    return is_taken or packed_stream.takes(x_TD, codes)
 
 
 def _can(x_TD: Tensor, codes: Codes) -> bool:
@@ -100,15 +101,15 @@ def _product(
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     residual_TO = None if residual_TO is None else residual_TO.contiguous()
     num_rows, matrix_units = x_TD.shape[0], has_units(x_TD.device)
-    if norm_D is not None and num_rows > 1:
-        x_TD, norm_D = rms_norm(x_TD, norm_D, eps), None
-    if (tile := _wgmma_tile(x_TD, codes)) is not None:
-        return packed_wgmma.packed_wgmma(x_TD, codes, tile, bias_O, residual_TO, silu)
     if packed_stream.takes(x_TD, codes):
         return packed_stream.packed_stream(
             x_TD, codes, norm_D=norm_D, eps=eps, bias_O=bias_O, residual_TO=residual_TO,
             silu_mul=silu,
         )  # fmt: skip
+    if norm_D is not None and num_rows > 1:
+        x_TD, norm_D = rms_norm(x_TD, norm_D, eps), None
+    if (tile := _wgmma_tile(x_TD, codes)) is not None:
+        return packed_wgmma.packed_wgmma(x_TD, codes, tile, bias_O, residual_TO, silu)
     if num_rows <= packed_tiles.MAX_ROWS and not _is_by_fp8(x_TD, codes):
         if cuda_packed.takes(x_TD, codes):
             return cuda_packed.packed_linear(

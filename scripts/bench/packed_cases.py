@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from nanovllm.kernels import reference
+from nanovllm.kernels.cuda import packed_wgmma
 from nanovllm.kernels.cuda.packed_linear import Tile, packed_linear
 from nanovllm.kernels.cuda.packed_stream import packed_stream
 from nanovllm.kernels.triton import linear as triton_linear
@@ -109,15 +110,21 @@ class Case:
             tile=tile,
         )
 
-    def stream(self, idx: int) -> Tensor:
-        """The same by packed_stream.cu, where `packed_stream.fits` is true."""
+    def stream(self, idx: int, norm: bool = False) -> Tensor:
+        """The same by packed_stream.cu, where `packed_stream.fits` is true; with a norm of several
+        rows if `norm`."""
         return packed_stream(
             self.x,
             self.codes[idx],
-            norm_D=self.norm if self.shape.norm and len(self.x) == 1 else None,
+            norm_D=self.norm if self.shape.norm and (norm or len(self.x) == 1) else None,
             eps=EPS,
             residual_TO=self.residual,
             silu_mul=self.shape.silu,
+        )
+
+    def wgmma(self, idx: int, tile: packed_wgmma.Tile) -> Tensor:
+        return packed_wgmma.packed_wgmma(
+            self.x, self.codes[idx], tile, residual_TO=self.residual, silu_mul=self.shape.silu
         )
 
     def launches(self) -> list[int]:
@@ -127,9 +134,9 @@ class Case:
     def real_OD(self) -> Tensor:
         return real(self.codes[0], self.shape.depth)
 
-    def error(self, y: Tensor) -> float:
+    def error(self, y: Tensor, norm: bool) -> float:
         x = self.x.float()
-        if self.shape.norm and len(x) == 1:
+        if norm and self.shape.norm:
             x = reference.norm_act.rms_norm(x, self.norm.float(), EPS)
         exact = linear(x, self.real_OD)
         exact = reference.norm_act.silu_mul(exact) if self.shape.silu else exact

@@ -55,7 +55,7 @@ DEVICE = {ProfilerActivity.CUDA}
 
 def main() -> None:
     args = arguments()
-    packed_stream.FASTER_BITS = tuple(args.stream_bits)
+    packed_stream.MOST_ROWS.update(zip((4, 8), args.stream_rows, strict=True))
     report: dict[str, Any] = {"versions": versions()}
     if torch.cuda.is_available():
         report["device"] = torch.cuda.get_device_name()
@@ -199,8 +199,9 @@ def arguments() -> argparse.Namespace:
     add("--layers", type=int, help="in place of the models' own choice here")
     add("--overrides", default="{}", help="fields of config.json, as JSON")
     add(
-        "--stream-bits", nargs="*", type=int, default=list(packed_stream.FASTER_BITS),
-        help="codes that packed_stream.cu takes, for a comparison",
+        "--stream-rows", nargs=2, type=int,
+        default=[packed_stream.MOST_ROWS[bits] for bits in (4, 8)],
+        help="up to how many rows packed_stream.cu takes codes of 4 and of 8 bits",
     )  # fmt: skip
     add("--prefer-shared", action="store_true", help="all kernels leave the L1 little memory")
     add("--device", default="auto")

@@ -26,7 +26,7 @@ from nanovllm.kernels.cpu import ggml as cpu_ggml
 from nanovllm.kernels.cpu import packed as cpu_packed
 from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.kernels.cpu import step as cpu_step
-from nanovllm.kernels.cuda import packed_stream, packed_wgmma
+from nanovllm.kernels.cuda import packed_wgmma
 from nanovllm.kernels.npu import kernels as npu_kernels
 from nanovllm.kernels.triton import (
     all_reduce,
@@ -213,8 +213,7 @@ _PACKED_ROWS = {
         f"{packed_wgmma.MAX_ROWS} rows: where it is the fastest (`packed_wgmma.TILES`)"
     ),
     "packed_stream.cu": (
-        f"bf16 on sm_90 and sm_100, codes of 8 bits: up to {packed_stream.MAX_ROWS} rows that fit "
-        "the shared memory (`packed_stream.takes`)"
+        "bf16 on sm_90 and sm_100: few rows that fit the shared memory (`packed_stream.takes`)"
     ),
     "packed_linear.cu": f"else up to {packed_tiles.MAX_ROWS} rows: {_CUDA_PACKED}",
     "packed_gemv_kernel": (
