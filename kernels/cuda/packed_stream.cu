@@ -23,8 +23,9 @@
 // Constants, by -D: BITS (4 or 8), FP8 (codes are float8_e4m3fn), OFFSET, SCALE (0 fp32, 1 bf16,
 // 2 fp16), HALVES (always for FP8), TILES (of eight rows of x), DEPTH, GROUP_SHIFT and ROWS_SHIFT (a scale is for so many columns and weight rows, as
 // powers of two), NUM_GROUPS, STAGES, SLOTS (scales of tiles on their way), MIN_PROGRAMS (of a
-// multiprocessor), AT_ONCE (rows of x that are read together), SILU, NORM (x is normed first), PAIRS (0 a product, 1 a product for each of a token's experts, 2 the sum over them),
-// TOP_K (experts of a token), PDL.
+// multiprocessor), AT_ONCE (rows of x that are read together), SILU, NORM (x is normed first), PAIRS (0 a product, 1 a product for each of a token's experts, 2 the sum over them,
+// 3 the products of all experts with the rows of their tokens, sorted by expert), TOP_K (experts of a
+// token), X_BY and OUT_BY (3: a row of x and of the result is of a token 0, a pair 1 or a place 2), PDL.
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the column of the right operand
 
@@ -42,13 +43,15 @@ struct Args {
   const u16* norm;       // [D]
   const u16* bias;       // [O]
   const u16* residual;   // [T, num_outs]
-  const int* expert;     // [K]
-  const float* factor;   // [K]
-  u16* out;              // [T, num_outs], or [K, num_outs]
+  const int* expert;     // [K], or the places where experts begin [E + 1]
+  const float* factor;   // [K], or [P] or none
+  u16* out;              // [T, num_outs], or [K or P, num_outs]
+  const int* pair;       // [P] the pairs of a token and an expert, by place
   u64 x_stride;
   u32 num_rows;          // of x
   u32 num_outs;
   u32 num_tiles, tiles_each;  // of all experts, and of one
+  u32 num_experts;
   float eps;
 };
 
@@ -69,7 +72,10 @@ struct Args {
 #define SCALE_BYTES (SCALE == 0 ? 4 : 2)
 #define SCALE_ROWS (ROWS_SHIFT ? 1 : 8)        // of a half of a tile
 #define HALF_BYTES (SCALE_ROWS * NUM_GROUPS * SCALE_BYTES)
-#define SLOT_BYTES ((OFFSET ? 4 : 2) * HALF_BYTES)
+// A half's scales may begin between the multiples of 16 bytes that are copied.
+#define IS_SHIFTED (HALF_BYTES % 16 != 0)
+#define HALF_SIZE (IS_SHIFTED ? (HALF_BYTES + 30) / 16 * 16 : HALF_BYTES)
+#define SLOT_BYTES ((OFFSET ? 4 : 2) * HALF_SIZE + (IS_SHIFTED ? 16 : 0))
 #define BARRIER_BYTES ((2 * STAGES + 2 * SLOTS + 1) / 2 * 16)
 #define X_PIECES (DEPTH / 8)
 #define X_PITCH (DEPTH * X_SIZE + 16)
@@ -77,7 +83,8 @@ struct Args {
 #define MINE ((X_PIECES + WORKERS - 1) / WORKERS)  // pieces of a row that a thread stores
 #define OUTS (SILU ? 8 : 16)                   // of a tile, for each row of x
 #define UNROLLED 2
-#define MAX_TOKENS 16
+#define MAX_TOKENS (8 * TILES)
+#define MOST_EXPERTS 256
 
 __device__ __forceinline__ void expect(u32 barrier, u32 num_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes)
@@ -131,54 +138,121 @@ __device__ __forceinline__ u32 weight_row(const Args& a, u32 tile, u32 row) {
 #endif
 }
 
-// The expert of a part of a tile, and where its weight rows begin.
-__device__ __forceinline__ u32 expert_of(const Args& a, u32 tile, u32 part) {
-  return PAIRS == 0 ? 0 : a.expert[PAIRS == 1 ? tile / a.tiles_each : part];
+// The tiles of a program, one after the other. Rows of an expert are taken in blocks.
+struct Tiles {
+  u32 tile, expert;         // of its expert; of a product, of all
+#if PAIRS == 3
+  const u32* ends;          // [E] blocks of an expert and those before it
+  u32 left, block, first, num_rows;  // the place of the block's first row, and its rows
+  bool is_new;              // block
+#else
+  u32 all;
+#endif
+};
+
+__device__ __forceinline__ void find(const Args& a, Tiles& u) {
+#if PAIRS == 3
+  u32 low = 0, high = a.num_experts - 1;
+  while (low < high) {
+    const u32 middle = (low + high) / 2;
+    if (u.ends[middle] > u.block)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  u.expert = low, u.is_new = true;
+  u.first = a.expert[low] + (u.block - (low ? u.ends[low - 1] : 0)) * MAX_TOKENS;
+  const u32 more = a.expert[low + 1] - u.first;
+  u.num_rows = more < MAX_TOKENS ? more : MAX_TOKENS;
+#elif PAIRS == 1
+  u.tile = u.all % a.tiles_each, u.expert = u.all < a.num_tiles ? a.expert[u.all / a.tiles_each] : 0;
+#else
+  u.tile = u.all, u.expert = 0;
+#endif
 }
 
-__device__ __forceinline__ u32 tile_of(const Args& a, u32 tile) {  // of its expert
-  return PAIRS == 1 ? tile % a.tiles_each : tile;
+__device__ __forceinline__ bool is_over(const Args& a, const Tiles& u) {
+#if PAIRS == 3
+  return u.left == 0;
+#else
+  return u.all >= a.num_tiles;
+#endif
+}
+
+__device__ __forceinline__ Tiles first_tile(const Args& a, const u32* ends) {
+  Tiles u = {};
+#if PAIRS == 3
+  const u32 all = ends[a.num_experts - 1] * a.tiles_each;
+  const u32 from = (u64)all * blockIdx.x / gridDim.x, to = (u64)all * (blockIdx.x + 1) / gridDim.x;
+  u.ends = ends, u.left = to - from, u.block = from / a.tiles_each, u.tile = from % a.tiles_each;
+  if (u.left) find(a, u);
+#else
+  u.all = blockIdx.x;
+  find(a, u);
+#endif
+  return u;
+}
+
+__device__ __forceinline__ void advance(const Args& a, Tiles& u) {
+#if PAIRS == 3
+  u.left--, u.is_new = false;
+  if (++u.tile == a.tiles_each && u.left) u.tile = 0, u.block++, find(a, u);
+#else
+  u.all += gridDim.x;
+  find(a, u);
+#endif
 }
 
 // Copies a part of a tile.
-__device__ __forceinline__ void copy_part(const Args& a, u32 tile, u32 expert, u32 ring, u32 slots,
+__device__ __forceinline__ void copy_part(const Args& a, u32 tile, u32 expert, u32 ring, u8* slots,
                                           u32 barriers, Ring& stage, Ring& slot) {
   const u32 full = barriers, empty = full + 8 * STAGES;
   const u32 slot_full = empty + 8 * STAGES, slot_empty = slot_full + 8 * SLOTS;
   const u32 num_lines = SILU ? 2 * a.num_outs : a.num_outs;
   const u32 first_scale = expert * (((num_lines - 1) >> ROWS_SHIFT) + 1);
   wait_for(slot_empty + 8 * slot.at, slot.parity);
-  expect(slot_full + 8 * slot.at, SLOT_BYTES);
+  u8* const to = slots + slot.at * SLOT_BYTES;
+  u64 at[2];
+  u32 shift[2] = {0, 0}, size[2] = {HALF_BYTES, HALF_BYTES};
 #pragma unroll
-  for (int i = 0; i < (OFFSET ? 4 : 2); i++) {
-    const u32 row = first_scale + (weight_row(a, tile, 8 * (i & 1)) >> ROWS_SHIFT);
-    copy(slots + slot.at * SLOT_BYTES + i * HALF_BYTES,
-         (i < 2 ? a.scale : a.offset) + (u64)row * (NUM_GROUPS * SCALE_BYTES), HALF_BYTES,
-         slot_full + 8 * slot.at);
+  for (int h = 0; h < 2; h++) {
+    const u32 row = first_scale + (weight_row(a, tile, 8 * h) >> ROWS_SHIFT);
+    at[h] = (u64)row * (NUM_GROUPS * SCALE_BYTES);
+    if (IS_SHIFTED) {
+      shift[h] = at[h] % 16, size[h] = (shift[h] + HALF_BYTES + 15) / 16 * 16;
+      *reinterpret_cast<u32*>(to + SLOT_BYTES - 16 + 4 * h) = shift[h];
+    }
   }
+  expect(slot_full + 8 * slot.at, (OFFSET ? 2 : 1) * (size[0] + size[1]));
+#pragma unroll
+  for (int i = 0; i < (OFFSET ? 4 : 2); i++)
+    copy(shared_address(to) + i * HALF_SIZE,
+         (i < 2 ? a.scale : a.offset) + (at[i & 1] - shift[i & 1]), size[i & 1],
+         slot_full + 8 * slot.at);
   slot.advance(SLOTS);
   const u32 first_row = expert * num_lines;
   const u32 rows[2] = {first_row + weight_row(a, tile, 0), first_row + weight_row(a, tile, 8)};
   for (u32 step = 0; step < STEPS; step++) {
-    const u32 barrier = full + 8 * stage.at, to = ring + stage.at * STAGE_BYTES;
+    const u32 barrier = full + 8 * stage.at, box = ring + stage.at * STAGE_BYTES;
     wait_for(empty + 8 * stage.at, stage.parity);
     expect(barrier, STAGE_BYTES);
 #pragma unroll
     for (int h = 0; h < 2; h++)
-      copy_box(&a.code_map, to + h * BOX_BYTES, barrier, step * (SEGMENT / 128), rows[h]);
+      copy_box(&a.code_map, box + h * BOX_BYTES, barrier, step * (SEGMENT / 128), rows[h]);
     stage.advance(STAGES);
   }
 }
 
 // Copies all tiles of this program, by one thread. `ring` and `slots` are the places of codes and
 // scales.
-__device__ __forceinline__ void produce(const Args& a, u32 ring, u32 slots, u32 barriers) {
+__device__ __forceinline__ void produce(const Args& a, u32 ring, u8* slots, u32 barriers,
+                                        const u32* ends) {
   Ring stage, slot;
   stage.parity = slot.parity = 1;  // a first pass finds every place empty
-  if (PAIRS) wait_for_earlier_kernels();  // that choose the experts
-  for (u32 tile = blockIdx.x; tile < a.num_tiles; tile += gridDim.x)
+  if (PAIRS == 1 || PAIRS == 2) wait_for_earlier_kernels();  // that choose the experts
+  for (Tiles u = first_tile(a, ends); !is_over(a, u); advance(a, u))
     for (u32 part = 0; part < PARTS; part++)
-      copy_part(a, tile_of(a, tile), expert_of(a, tile, part), ring, slots, barriers, stage, slot);
+      copy_part(a, u.tile, PAIRS == 2 ? a.expert[part] : u.expert, ring, slots, barriers, stage, slot);
 }
 
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
@@ -320,9 +394,15 @@ __device__ __forceinline__ void store_row(const X& to, const Four (&x)[MINE],
 #endif
 }
 
-// Reads x, when the kernel that makes it has ended. With NORM x is multiplied by the norm's weight
-// here, and `squares` [WARPS, rows] has the sums of squares.
-__device__ __forceinline__ void read_x(const Args& a, const X& to, float* squares) {
+// The row of x of a place of the sorted pairs.
+__device__ __forceinline__ u32 row_of_x(const Args& a, u32 place) {
+  return PAIRS != 3 || X_BY == 2 ? place : X_BY == 1 ? a.pair[place] : a.pair[place] / TOP_K;
+}
+
+// Reads rows of x, when the kernel that makes it has ended. With NORM x is multiplied by the norm's
+// weight here, and `squares` [WARPS, rows] has the sums of squares.
+__device__ __forceinline__ void read_x(const Args& a, const X& to, float* squares, u32 place,
+                                       u32 num_rows) {
   Four weight[NORM ? MINE : 1];
 #if NORM
 #pragma unroll
@@ -332,40 +412,32 @@ __device__ __forceinline__ void read_x(const Args& a, const X& to, float* square
   }
 #endif
   wait_for_earlier_kernels();
-  for (u32 first = 0; first < a.num_rows; first += AT_ONCE) {
+  for (u32 first = 0; first < num_rows; first += AT_ONCE) {
     Four x[AT_ONCE][MINE];
 #pragma unroll
-    for (int r = 0; r < AT_ONCE; r++)
+    for (int r = 0; r < AT_ONCE; r++) {
+      const u64 at = first + r < num_rows ? row_of_x(a, place + first + r) * a.x_stride : 0;
 #pragma unroll
       for (int i = 0; i < MINE; i++) {
         const u32 piece = threadIdx.x + i * WORKERS;
-        const bool is_real = piece < X_PIECES && first + r < a.num_rows;
-        x[r][i] = is_real ? load_four(a.x + (first + r) * a.x_stride + piece * 8) : Four{0, 0, 0, 0};
+        const bool is_real = piece < X_PIECES && first + r < num_rows;
+        x[r][i] = is_real ? load_four(a.x + at + piece * 8) : Four{0, 0, 0, 0};
       }
+    }
 #pragma unroll
     for (int r = 0; r < AT_ONCE; r++)
-      if (first + r < a.num_rows) store_row(to, x[r], weight, first + r, squares);
+      if (first + r < num_rows) store_row(to, x[r], weight, first + r, squares);
   }
   meet();
 }
 
-__device__ __forceinline__ u32 num_tokens(const Args& a) { return PAIRS ? 1 : a.num_rows; }
-
 // An output that a thread finishes, of a weight row of a tile and a row of x.
 struct Out {
-  bool is_real;
   u32 row, token, out;
 };
 
-__device__ __forceinline__ Out out_of(const Args& a, u32 tile, u32 count) {
-  const u32 idx = (threadIdx.x - count % WARPS * 32) % WORKERS;  // the warps take turns
-  const u32 row = idx % OUTS, token = idx / OUTS;
-  return Out{token < num_tokens(a), row, token, tile * OUTS + row};
-}
-
-__device__ __forceinline__ float read_residual(const Args& a, const Out& o) {
-  const bool is_real = a.residual && o.is_real;
-  return is_real ? of_bf16(a.residual[(u64)o.token * a.num_outs + o.out]) : 0;
+__device__ __forceinline__ Out out_of(u32 tile, u32 idx) {
+  return Out{idx % OUTS, idx / OUTS, tile * OUTS + idx % OUTS};
 }
 
 // The sum over warps for a weight row of a tile.
@@ -382,8 +454,8 @@ __device__ __forceinline__ float sum_of(const float* sums, u32 row, u32 token) {
 }
 
 __device__ __forceinline__ void finish(const Args& a, const float* sums, const float* squares,
-                                       const Out& o, float residual, u32 out_row) {
-  float factor = 1;
+                                       const Out& o, float residual, u64 out_row, float by) {
+  float factor = by;
 #if NORM
   float square = 0;
 #pragma unroll
@@ -399,7 +471,7 @@ __device__ __forceinline__ void finish(const Args& a, const float* sums, const f
   y = rounded(__fdividef(y, 1.0f + __expf(-y))) * rounded(up);
 #endif
   if (a.residual) y = rounded(y) + residual;
-  a.out[(u64)(out_row + o.token) * a.num_outs + o.out] = to_bf16(y);
+  a.out[out_row * a.num_outs + o.out] = to_bf16(y);
 }
 
 // Adds the sums of a chunk: of its codes of a thread's two weight rows, and its columns of x, which
@@ -468,18 +540,38 @@ __device__ __forceinline__ void add_chunk(float (&total)[TILES][4], const Four (
   }
 }
 
+#if PAIRS == 3
+// Sets `ends`: how many blocks of rows each expert has, and those before it.
+__device__ __forceinline__ void count_blocks(const Args& a, u32* ends, int warp, int lane) {
+  wait_for_earlier_kernels();
+  u32 sum = 0;
+  if (threadIdx.x < a.num_experts)
+    sum = (a.expert[threadIdx.x + 1] - a.expert[threadIdx.x] + MAX_TOKENS - 1) / MAX_TOKENS;
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const u32 before = __shfl_up_sync(0xffffffff, sum, i);
+    if (lane >= i) sum += before;
+  }
+  if (lane == 31) ends[MOST_EXPERTS + warp] = sum;
+  __syncthreads();
+  for (int i = 0; i < warp; i++) sum += ends[MOST_EXPERTS + i];
+  if (threadIdx.x < a.num_experts) ends[threadIdx.x] = sum;
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(WORKERS + 32, MIN_PROGRAMS) packed_stream(
     const __grid_constant__ Args a) {
   extern __shared__ u8 unaligned[];
   u8* const shared = unaligned + (-shared_address(unaligned) & 1023u);
-  // the ring | scales | barriers | sums of two tiles | squares | columns of chunks | digits of x
+  // the ring | scales | barriers | sums of two tiles | squares | ends | columns of chunks | digits of x
   u8* const slots = shared + STAGES * STAGE_BYTES;
   u8* const after = slots + SLOTS * SLOT_BYTES;
   float4* const parts = reinterpret_cast<float4*>(after + BARRIER_BYTES);
   float* const squares = reinterpret_cast<float*>(parts + 2 * TILES * WORKERS);
   X x_at;
-  x_at.columns = reinterpret_cast<Column*>(squares + WARPS * MAX_TOKENS);
-  x_at.each = PAIRS ? 2 : (a.num_rows * DIGITS + 1) / 2 * 2;
+  u32* const ends = reinterpret_cast<u32*>(squares + WARPS * MAX_TOKENS);
+  x_at.columns = reinterpret_cast<Column*>(ends + (PAIRS == 3 ? MOST_EXPERTS + 16 : 0));
+  x_at.each = PAIRS == 3 ? MAX_TOKENS : PAIRS ? 2 : (a.num_rows * DIGITS + 1) / 2 * 2;
   // a thread without a column reads behind those of its chunk
   x_at.digits = reinterpret_cast<u8*>(
       x_at.columns + (PAIRS == 2 ? TOP_K : 1) * NUM_CHUNKS * x_at.each + 8);
@@ -496,19 +588,31 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, MIN_PROGRAMS) packed_
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
+#if PAIRS == 3
+  count_blocks(a, ends, warp, lane);
+#endif
   __syncthreads();
   if (warp == WARPS) {
-    if (lane == 0) produce(a, shared_address(shared), shared_address(slots), full);
+    if (lane == 0) produce(a, shared_address(shared), slots, full, ends);
     return;
   }
 
-  read_x(a, x_at, squares);
-  const u32 num_columns = num_tokens(a) * DIGITS;
+  if (PAIRS != 3) read_x(a, x_at, squares, 0, a.num_rows);
   Ring stage, slot;
   u32 count = 0;
-  for (u32 tile = blockIdx.x; tile < a.num_tiles; tile += gridDim.x, count++) {
-    const Out mine = out_of(a, tile_of(a, tile), count);
-    const float residual = read_residual(a, mine);
+  for (Tiles u = first_tile(a, ends); !is_over(a, u); advance(a, u), count++) {
+    u32 num_tokens = PAIRS ? 1 : a.num_rows;
+#if PAIRS == 3
+    num_tokens = u.num_rows;
+    if (u.is_new) read_x(a, x_at, squares, u.first, num_tokens);
+#endif
+    const u32 num_columns = num_tokens * DIGITS;
+    const u32 idx = (threadIdx.x - count % WARPS * 32) % WORKERS;  // the warps take turns
+    float residual = 0;
+    if (a.residual && idx < OUTS * num_tokens) {
+      const Out o = out_of(u.tile, idx);
+      residual = of_bf16(a.residual[(u64)o.token * a.num_outs + o.out]);
+    }
     float total[TILES][4] = {};
 #pragma unroll 1
     for (u32 part = 0; part < PARTS; part++) {
@@ -518,7 +622,14 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, MIN_PROGRAMS) packed_
       const u8* const digits = x_at.digits + (part * DIGITS + g) * X_PITCH + t * EACH;
       const Column* const columns = x_at.columns + part * NUM_CHUNKS * x_at.each + 2 * t;
       wait_for(slot_full + 8 * slot.at, slot.parity);
-      const u8* const scales = slots + slot.at * SLOT_BYTES;
+      const u8* scales[OFFSET ? 4 : 2];
+#pragma unroll
+      for (int i = 0; i < (OFFSET ? 4 : 2); i++) {
+        scales[i] = slots + slot.at * SLOT_BYTES + i * HALF_SIZE;
+        if (IS_SHIFTED)
+          scales[i] += *reinterpret_cast<const u32*>(slots + (slot.at + 1) * SLOT_BYTES - 16 +
+                                                     4 * (i & 1));
+      }
       float acc[TILES][4] = {};
 #pragma unroll UNROLLED
       for (u32 step = 0; step < STEPS; step++) {
@@ -528,8 +639,8 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, MIN_PROGRAMS) packed_
         float scale[2], offset[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          scale[h] = own_scale(scales + h * HALF_BYTES, g, at * CHUNK);
-          offset[h] = OFFSET ? own_scale(scales + (2 + h) * HALF_BYTES, g, at * CHUNK) : 0;
+          scale[h] = own_scale(scales[h], g, at * CHUNK);
+          offset[h] = OFFSET ? own_scale(scales[OFFSET ? 2 + h : 0], g, at * CHUNK) : 0;
         }
         wait_for(full + 8 * stage.at, stage.parity);
         const u8* const codes = shared + stage.at * STAGE_BYTES + place_of_code(g, warp * 4 + t);
@@ -561,8 +672,18 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, MIN_PROGRAMS) packed_
       sums[(warp * TILES + n) * 32 + lane] =
           make_float4(total[n][0], total[n][1], total[n][2], total[n][3]);
     meet();
-    if (mine.is_real)
-      finish(a, reinterpret_cast<const float*>(sums), squares, mine, residual,
-             PAIRS == 1 ? tile / a.tiles_each : 0);
+    for (u32 i = idx; i < OUTS * num_tokens; i += WORKERS) {
+      const Out o = out_of(u.tile, i);
+      u64 out_row = o.token;
+      float by = 1;
+#if PAIRS == 1
+      out_row += u.all / a.tiles_each;
+#elif PAIRS == 3
+      const u32 pair = a.pair[u.first + o.token];
+      out_row = OUT_BY == 2 ? u.first + o.token : pair;
+      if (a.factor) by = a.factor[pair];
+#endif
+      finish(a, reinterpret_cast<const float*>(sums), squares, o, residual, out_row, by);
+    }
   }
 }

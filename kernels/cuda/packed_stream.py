@@ -1,14 +1,13 @@
-"""Products of one or a few rows in bf16 with packed weights that stream through shared memory, by
-packed_stream.cu.
+"""Products of few rows in bf16 with packed weights that stream through shared memory, by
+packed_stream.cu: of a weight, of a token's experts, or of all experts with their tokens.
 
-Shapes: T tokens | D depth | O weight rows
+Shapes: T tokens | D depth | O weight rows | K experts of a token | P pairs | E experts
 """
 
 from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,12 +17,16 @@ from nanovllm.kernels.cuda import nvrtc, packed_linear, tensor_map
 from nanovllm.kernels.cuda.nvrtc import Function, Launch
 from nanovllm.kernels.cuda.packed_linear import ONE_GROUP, SCALES, aligned
 from nanovllm.kernels.triton.common import launch_options, num_multiprocessors
+from nanovllm.kernels.triton.moe_sort import Groups
 from nanovllm.kernels.triton.packed_codes import Codes
 
 # Up to so many rows of x the kernel is the fastest, by the bits of a code (docs/log.md).
 MOST_ROWS = {4: 0, 8: 4}
 MAX_ROWS = 16
 MAX_DIGIT_ROWS = 4  # with integers: two columns of the matrix units' eight for each row
+MOST_PAIRS_EACH = 0.0  # of an expert
+GROUPED_ROWS = (8, 16, 32)  # of an expert that are multiplied together
+MAX_EXPERTS = 256
 # Half of a multiprocessor's, so that a program of the next kernel fits beside one of this.
 HALF_SHARED_BYTES = 112 << 10
 MAX_SHARED_BYTES = 226 << 10
@@ -32,16 +35,35 @@ MIN_EXPERT_BYTES = 384  # of a row of an expert
 WARPS, SEGMENT, LINE = 8, 512, 128  # as in packed_stream.cu
 STAGE_BYTES = 16 * SEGMENT
 MIN_STAGES, MAX_STAGES = 4, 12
-# Args in packed_stream.cu: a map, nine pointers, a stride, four sizes, eps; aligned to 64 bytes
-_ARGUMENTS = struct.Struct(f"{tensor_map.NUM_BYTES}s9PQ4If28x")
+# Args in packed_stream.cu: a map, ten pointers, a stride, five sizes, eps; aligned to 64 bytes
+_ARGUMENTS = struct.Struct(f"{tensor_map.NUM_BYTES}s10PQ5If16x")
 
 
 class Form(NamedTuple):
-    """How x is in shared memory: rows of fp16, or of two bytes for each number; and the tiles of
-    eight rows that are multiplied together."""
+    """What is multiplied. pairs: 0 a product, 1 a product for each of a token's experts, 2 the sum
+    over them, 3 the products of all experts. num_rows: of x in a program. halves: x is in fp16,
+    else two bytes make a number."""
 
+    pairs: int
+    num_rows: int
     halves: bool
-    num_tiles: int
+
+    @property
+    def num_tiles(self) -> int:
+        """Of eight rows that are multiplied together."""
+        return 1 if self.pairs in (1, 2) else max(1, -(-self.num_rows * self.num_digits // 8))
+
+    @property
+    def num_digits(self) -> int:
+        return 1 if self.halves else 2
+
+    def x_bytes(self, codes: Codes) -> int:
+        """x in shared memory, and what the sums of its chunks are multiplied by."""
+        depth, parts = depth_of(codes), self.num_rows if self.pairs == 2 else 1
+        each = {0: -(-self.num_rows * self.num_digits // 2) * 2, 3: 8 * self.num_tiles}
+        columns = parts * depth // _chunk(codes) * each.get(self.pairs, 2)
+        digits = self.num_rows * self.num_digits * (depth * 2 // self.num_digits + 16)
+        return digits + (columns + 8) * 8
 
 
 class Rings(NamedTuple):
@@ -52,42 +74,74 @@ class Rings(NamedTuple):
     shared_bytes: int
 
 
+class _Operands(NamedTuple):
+    """Tensors and sizes of a launch. expert: of a token, or where experts begin."""
+
+    x: Tensor
+    codes: Codes
+    out: Tensor
+    norm: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    expert: Tensor | None = None
+    factor: Tensor | None = None
+    pair: Tensor | None = None
+    eps: float = 0.0
+    silu_mul: bool = False
+    top_k: int = 1
+    x_by: int = 0
+    out_by: int = 0
+
+
 def takes(x_TD: Tensor, codes: Codes) -> bool:
     """True where the kernel fits and is the faster one."""
     return len(x_TD) <= MOST_ROWS.get(codes.bits, 0) and fits(x_TD, codes)
 
 
-def takes_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
-    """The same for the experts of one token, which have so many rows of the dtype of x."""
-    return MOST_ROWS.get(codes.bits, 0) > 0 and fits_experts(x_TD, num_rows, codes)
-
-
 def fits(x_TD: Tensor, codes: Codes) -> bool:
     """True if the kernel can multiply rows of the dtype of x with the weight: integers of 4 or 8
     bits, or fp8, and x in bf16."""
-    return codes.code.dim() == 2 and _fits(x_TD, len(x_TD), codes, MIN_ROW_BYTES)
+    num_rows, is_weight = len(x_TD), codes.code.dim() == 2
+    form = form_of(num_rows, codes)
+    return num_rows <= MAX_ROWS and is_weight and _fits(x_TD, form, codes, MIN_ROW_BYTES)
+
+
+def takes_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
+    """True if the kernel multiplies the experts of one token, which have so many rows of the dtype
+    of x, and is the faster one."""
+    return MOST_ROWS.get(codes.bits, 0) > 0 and fits_experts(x_TD, num_rows, codes)
 
 
 def fits_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
     """The same for the experts of one token, which have so many rows of the dtype of x."""
-    return codes.code.dim() == 3 and _fits(x_TD, num_rows, codes, MIN_EXPERT_BYTES)
+    form = Form(1 if num_rows == 1 else 2, num_rows, codes.is_fp8)
+    return codes.code.dim() == 3 and _fits(x_TD, form, codes, MIN_EXPERT_BYTES)
 
 
-def _fits(x_TD: Tensor, num_rows: int, codes: Codes, row_bytes: int) -> bool:
+def fits_groups(x_PD: Tensor, codes: Codes, groups: Groups) -> bool:
+    """True if the kernel can multiply all experts with the rows of their pairs."""
+    form = Form(3, rows_of_block(groups.pairs_each), True)
+    is_stack = codes.code.dim() == 3 and len(codes.code) <= MAX_EXPERTS
+    return is_stack and _fits(x_PD, form, codes, MIN_EXPERT_BYTES)
+
+
+def takes_groups(x_PD: Tensor, codes: Codes, groups: Groups) -> bool:
+    """True where the kernel fits and is the faster one."""
+    return groups.pairs_each <= MOST_PAIRS_EACH and fits_groups(x_PD, codes, groups)
+
+
+def _fits(x_TD: Tensor, form: Form, codes: Codes, row_bytes: int) -> bool:
     if not is_supported(x_TD.device) or not packed_linear.takes(x_TD, codes):
         return False
-    depth = codes.code.shape[-1] * 8 // codes.bits
     scales = [codes.scale] + ([] if codes.offset is None else [codes.offset])
-    scale_bytes = codes.scale.shape[-1] * codes.scale.element_size()
     return (
-        num_rows <= MAX_ROWS
-        and codes.code.shape[-1] >= row_bytes
+        codes.code.shape[-1] >= row_bytes
         and codes.code.shape[-1] % LINE == 0
         and codes.num_rows % 16 == 0
         and all(one.storage_offset() * one.element_size() % 16 == 0 for one in scales)
-        and (codes.group_rows == 1 or (codes.group_rows >= 8 and scale_bytes % 16 == 0))
-        and (codes.group >= depth or codes.group % _chunk(codes) == 0)
-        and rings(num_rows, codes, depth).num_stages >= MIN_STAGES
+        and (codes.group_rows == 1 or codes.group_rows >= 8)
+        and (codes.group >= depth_of(codes) or codes.group % _chunk(codes) == 0)
+        and rings(form, codes).num_stages >= MIN_STAGES
     )
 
 
@@ -99,10 +153,17 @@ def is_supported(device: torch.device) -> bool:
 
 
 def form_of(num_rows: int, codes: Codes) -> Form:
-    """Experts have one row of x, and their parts of a token one after the other."""
-    rows = 1 if codes.code.dim() == 3 else num_rows
-    halves = codes.is_fp8 or rows > MAX_DIGIT_ROWS
-    return Form(halves, -(-rows // 8) if halves else 1)
+    """Of a product with so many rows."""
+    return Form(0, num_rows, codes.is_fp8 or num_rows > MAX_DIGIT_ROWS)
+
+
+def rows_of_block(pairs_each: float) -> int:
+    """So many rows of an expert are multiplied together: few experts have more pairs."""
+    return next((rows for rows in GROUPED_ROWS if 1.6 * pairs_each <= rows), GROUPED_ROWS[-1])
+
+
+def depth_of(codes: Codes) -> int:
+    return codes.code.shape[-1] * 8 // codes.bits
 
 
 def _chunk(codes: Codes) -> int:
@@ -110,25 +171,16 @@ def _chunk(codes: Codes) -> int:
     return 512 // codes.bits
 
 
-def _x_bytes(num_rows: int, codes: Codes, depth: int) -> int:
-    """x in shared memory, and what sums of its chunks are multiplied by. Experts add the products
-    of rows."""
-    num_digits, parts = 1 if form_of(num_rows, codes).halves else 2, 1
-    each = -(-num_rows * num_digits // 2) * 2
-    if codes.code.dim() == 3:
-        parts, each = num_rows, 2
-    digits = num_rows * num_digits * (depth * 2 // num_digits + 16)
-    return digits + (parts * depth // _chunk(codes) * each + 8) * 8
-
-
-def rings(num_rows: int, codes: Codes, depth: int) -> Rings:
+def rings(form: Form, codes: Codes) -> Rings:
     """As many stages as there is room for, and scales for the tiles that they cover."""
     half = codes.scale.shape[-1] * codes.scale.element_size() * (8 if codes.group_rows == 1 else 1)
-    slot = half * (2 if codes.offset is None else 4)
+    is_shifted = half % 16 != 0  # then more is copied, and a number says where scales begin
+    slot = ((half + 30) // 16 * 16 if is_shifted else half) * (2 if codes.offset is None else 4)
+    slot += 16 * is_shifted
     steps = -(-codes.code.shape[-1] // SEGMENT)
-    # sums of two tiles, squares, x, and up to 1,024 bytes for the alignment
-    sums = 2 * form_of(num_rows, codes).num_tiles * WARPS * 32 * 16
-    others = sums + WARPS * MAX_ROWS * 4 + _x_bytes(num_rows, codes, depth) + 1024
+    # sums of two tiles, squares, experts' blocks, x, and up to 1,024 bytes for the alignment
+    sums = form.num_tiles * (2 * WARPS * 32 * 16 + WARPS * 8 * 4)
+    others = sums + (MAX_EXPERTS + 16) * 4 * (form.pairs == 3) + form.x_bytes(codes) + 1024
 
     def used(num_stages: int) -> tuple[int, int]:
         num_slots = 2 + (num_stages - 1) // steps
@@ -155,11 +207,11 @@ def packed_stream(
 
     `fits` is true.
     """
-    num_rows = x_TD.shape[0]
-    num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
-    out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=x_TD.device)
-    tensors = norm_D, bias_O, residual_TO, None, None, out_TO
-    _launch(x_TD, codes, tensors, codes.num_rows // 16, eps, silu_mul, 0)
+    out_TO = _empty(x_TD, len(x_TD), codes, silu_mul)
+    operands = _Operands(
+        aligned(x_TD), codes, out_TO, norm_D, bias_O, residual_TO, eps=eps, silu_mul=silu_mul
+    )
+    _launch(form_of(len(x_TD), codes), operands)
     return out_TO
 
 
@@ -175,57 +227,79 @@ def packed_stream_experts(
     """x · weightᵀ of each expert of one token [K, O], whose x is one row.
 
     With `factor_1K` x has a row for each expert, and the result is the sum of products times
-    factors, [1, O], + residual. `takes_experts` is true.
+    factors, [1, O], + residual. `fits_experts` is true.
     """
     top_k, adds = expert_1K.shape[1], factor_1K is not None
-    num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
-    size = (1 if adds else top_k, num_outs)
-    out = torch.empty(size, dtype=x_PD.dtype, device=x_PD.device)
-    num_tiles = codes.num_rows // 16 * (1 if adds else top_k)
-    tensors = None, None, residual_1O, expert_1K, factor_1K, out
-    _launch(x_PD, codes, tensors, num_tiles, 0.0, silu_mul, top_k)
+    out = _empty(x_PD, 1 if adds else top_k, codes, silu_mul)
+    operands = _Operands(
+        aligned(x_PD), codes, out, residual=residual_1O, expert=expert_1K, factor=factor_1K,
+        silu_mul=silu_mul, top_k=top_k,
+    )  # fmt: skip
+    _launch(Form(2 if adds else 1, len(x_PD), codes.is_fp8), operands)
     return out
 
 
-def _launch(
-    x_TD: Tensor,
+def packed_stream_groups(
+    x_PD: Tensor,
     codes: Codes,
-    tensors: Sequence[Tensor | None],
-    num_tiles: int,
-    eps: float,
-    silu_mul: bool,
+    groups: Groups,
     top_k: int,
-) -> None:
-    """`tensors` are norm, bias, residual, the experts and their factors, and the result."""
-    norm, *_, factor, out = tensors
-    (num_rows, depth), x_TD = x_TD.shape, aligned(x_TD)
-    num_programs = min(num_tiles, num_multiprocessors(x_TD.device))
-    how = Launch(
-        (num_programs, 1, 1), WARPS * 32 + 32, rings(num_rows, codes, depth).shared_bytes,
-        launch_options(x_TD.device)["PDL"],
+    factor_TK: Tensor | None = None,
+    *,
+    x_by: int,
+    out_by: int,
+    silu_mul: bool = False,
+) -> Tensor:
+    """x · weightᵀ for the rows of every expert: see `grouped_gemm.grouped_gemm`. `fits_groups` is
+    true."""
+    out_PO = _empty(x_PD, len(groups.pair_P), codes, silu_mul)
+    operands = _Operands(
+        aligned(x_PD), codes, out_PO, expert=groups.start_E1, factor=factor_TK,
+        pair=groups.pair_P, silu_mul=silu_mul, top_k=top_k, x_by=x_by, out_by=out_by,
+    )  # fmt: skip
+    _launch(Form(3, rows_of_block(groups.pairs_each), True), operands)
+    return out_PO
+
+
+def _empty(x: Tensor, num_rows: int, codes: Codes, silu_mul: bool) -> Tensor:
+    num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
+    return torch.empty((num_rows, num_outs), dtype=x.dtype, device=x.device)
+
+
+def _launch(form: Form, operands: _Operands) -> None:
+    codes, device = operands.codes, operands.x.device
+    num_programs = num_multiprocessors(device)
+    if form.pairs != 3:  # how many tiles those have only the GPU knows
+        num_programs = min(num_tiles(form, operands), num_programs)
+    shared_bytes, overlaps = rings(form, codes).shared_bytes, launch_options(device)["PDL"]
+    how = Launch((num_programs, 1, 1), WARPS * 32 + 32, shared_bytes, overlaps)
+
+    def packed_arguments() -> bytes:
+        lines = codes.code.view(-1, codes.code.shape[-1] // LINE, LINE)
+        return arguments(form, operands, tensor_map.encode(lines, (8, SEGMENT // LINE, LINE)))
+
+    nvrtc.launch(function_of(form, operands), how, packed_arguments, device)
+
+
+def num_tiles(form: Form, operands: _Operands) -> int:
+    return operands.codes.num_rows // 16 * (operands.top_k if form.pairs == 1 else 1)
+
+
+def arguments(form: Form, operands: _Operands, code_map: bytes) -> bytes:
+    """The kernel's argument."""
+    x, codes, out, norm, bias, residual, expert, factor, pair = operands[:9]
+    every = x, codes.scale, codes.offset, norm, bias, residual, expert, factor, out, pair
+    return _ARGUMENTS.pack(
+        code_map, *(0 if one is None else one.data_ptr() for one in every), x.stride(0), len(x),
+        out.shape[1], num_tiles(form, operands), codes.num_rows // 16, len(codes.code),
+        operands.eps,
     )  # fmt: skip
 
-    def arguments() -> bytes:
-        assert out is not None
-        every = x_TD, codes.scale, codes.offset, *tensors
-        lines = codes.code.view(-1, codes.code.shape[-1] // LINE, LINE)
-        return _ARGUMENTS.pack(
-            tensor_map.encode(lines, (8, SEGMENT // LINE, LINE)),
-            *(0 if one is None else one.data_ptr() for one in every),
-            x_TD.stride(0), num_rows, out.shape[1], num_tiles, codes.num_rows // 16, eps,
-        )  # fmt: skip
 
-    pairs = 0 if not top_k else 1 if factor is None else 2
-    function = _function(x_TD, codes, silu_mul, norm is not None, pairs, top_k)
-    nvrtc.launch(function, how, arguments, x_TD.device)
-
-
-def _function(
-    x_TD: Tensor, codes: Codes, silu_mul: bool, norm: bool, pairs: int = 0, top_k: int = 0
-) -> Function:
-    num_rows, depth = x_TD.shape
-    ring, form = rings(num_rows, codes, depth), form_of(num_rows, codes)
-    is_shallow = depth <= 2 * WARPS * 32 * 8
+def function_of(form: Form, operands: _Operands) -> Function:
+    """The kernel with its constants."""
+    codes, depth = operands.codes, depth_of(operands.codes)
+    ring, is_shallow = rings(form, codes), depth <= 2 * WARPS * 32 * 8
     values = {
         "BITS": codes.bits,
         "FP8": codes.is_fp8,
@@ -234,17 +308,19 @@ def _function(
         "HALVES": form.halves,
         "TILES": form.num_tiles,
         "MIN_PROGRAMS": 2 if ring.shared_bytes <= HALF_SHARED_BYTES else 1,
-        "AT_ONCE": 4 if num_rows > 1 and is_shallow else 1,
+        "AT_ONCE": 4 if form.num_rows > 1 and is_shallow else 1,
         "DEPTH": depth,
         "GROUP_SHIFT": ONE_GROUP if codes.group >= depth else codes.group.bit_length() - 1,
         "ROWS_SHIFT": codes.group_rows.bit_length() - 1,
         "NUM_GROUPS": codes.scale.shape[-1],
         "STAGES": ring.num_stages,
         "SLOTS": ring.num_slots,
-        "SILU": silu_mul,
-        "NORM": norm,
-        "PAIRS": pairs,
-        "TOP_K": top_k,
-        "PDL": launch_options(x_TD.device)["PDL"],
+        "SILU": operands.silu_mul,
+        "NORM": operands.norm is not None,
+        "PAIRS": form.pairs,
+        "TOP_K": operands.top_k,
+        "X_BY": operands.x_by,
+        "OUT_BY": operands.out_by,
+        "PDL": launch_options(operands.x.device)["PDL"],
     }
     return Function("packed_stream", nvrtc.constants(values))

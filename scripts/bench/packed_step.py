@@ -55,6 +55,7 @@ DEVICE = {ProfilerActivity.CUDA}
 
 def main() -> None:
     args = arguments()
+    packed_stream.MOST_PAIRS_EACH = args.stream_pairs
     packed_stream.MOST_ROWS.update(zip((4, 8), args.stream_rows, strict=True))
     report: dict[str, Any] = {"versions": versions()}
     if torch.cuda.is_available():
@@ -203,6 +204,8 @@ def arguments() -> argparse.Namespace:
         default=[packed_stream.MOST_ROWS[bits] for bits in (4, 8)],
         help="up to how many rows packed_stream.cu takes codes of 4 and of 8 bits",
     )  # fmt: skip
+    add("--stream-pairs", type=float, default=packed_stream.MOST_PAIRS_EACH,
+        help="up to how many pairs of an expert packed_stream.cu takes")  # fmt: skip
     add("--prefer-shared", action="store_true", help="all kernels leave the L1 little memory")
     add("--device", default="auto")
     add("--seconds", type=float, default=240.0, help="no engine starts later than that")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.cuda import nvrtc, packed_stream
-from nanovllm.kernels.triton.packed_codes import Codes
+from nanovllm.kernels.cuda.packed_stream import Form, _Operands
+from nanovllm.kernels.triton.moe_sort import Groups
 from tests.kernels import cuda_on_host
 from tests.kernels.test_cuda_packed import (
     DTYPE,
@@ -116,25 +115,12 @@ def test_the_experts_of_a_token_match_the_formula(
     assert error(y_1D, exact) < LIMIT
 
 
-def run_on_host(
-    x_TD: Tensor, codes: Codes, tensors: Sequence[Tensor | None], top_k: int, folder: Path
-) -> None:
-    """`tensors` are norm, bias, residual, experts, factors and the result, as in `_launch`."""
-    norm, *_, factor, out = tensors
-    assert out is not None
-    silu_mul = codes.num_rows != out.shape[1]
-    pairs = 0 if not top_k else 1 if factor is None else 2
-    function = packed_stream._function(x_TD, codes, silu_mul, norm is not None, pairs, top_k)
-    num_bytes, num_each = codes.code.shape[-1], codes.num_rows // 16
-    code_map = struct.pack(
-        "3Q104x", codes.code.data_ptr(), num_bytes, codes.code.numel() // num_bytes
-    )
-    every = x_TD, codes.scale, codes.offset, *tensors
-    arguments = packed_stream._ARGUMENTS.pack(
-        code_map, *(0 if one is None else one.data_ptr() for one in every), x_TD.stride(0),
-        len(x_TD), out.shape[1], num_each * (top_k if pairs == 1 else 1), num_each, EPS,
-    )  # fmt: skip
-    cuda_on_host.run(function, arguments, 2, folder)
+def run_on_host(form: Form, operands: _Operands, folder: Path) -> None:
+    code = operands.codes.code
+    num_bytes = code.shape[-1]
+    code_map = struct.pack("3Q104x", code.data_ptr(), num_bytes, code.numel() // num_bytes)
+    arguments = packed_stream.arguments(form, operands, code_map)
+    cuda_on_host.run(packed_stream.function_of(form, operands), arguments, 2, folder)
 
 
 @pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
@@ -150,14 +136,15 @@ def test_the_arithmetic_is_right_on_a_cpu(i: int, tmp_path: Path) -> None:
     if i != 1:
         norm_D = (torch.rand(depth) + 0.5).to(DTYPE)
         out_TO = torch.empty(num_rows, num_lines // 2, dtype=DTYPE)
-        run_on_host(x_TD, codes, (norm_D, None, None, None, None, out_TO), 0, tmp_path)
+        operands = _Operands(x_TD, codes, out_TO, norm_D, eps=EPS, silu_mul=True)
         exact_TD = exact_TD * torch.rsqrt(exact_TD.square().mean(-1, keepdim=True) + EPS)
         exact_TO = reference.norm_act.silu_mul((exact_TD * norm_D.double()) @ real(codes, depth).T)
     else:
         bias_O, residual_TO = torch.randn(64).to(DTYPE), torch.randn(3, 64).to(DTYPE)
         out_TO = torch.empty(3, 64, dtype=DTYPE)
-        run_on_host(x_TD, codes, (None, bias_O, residual_TO, None, None, out_TO), 0, tmp_path)
+        operands = _Operands(x_TD, codes, out_TO, bias=bias_O, residual=residual_TO)
         exact_TO = exact_TD @ real(codes, depth).T + bias_O.double() + residual_TO.double()
+    run_on_host(packed_stream.form_of(num_rows, codes), operands, tmp_path)
     assert error(out_TO, exact_TO) < LIMIT
 
 
@@ -168,11 +155,94 @@ def test_the_arithmetic_of_experts_is_right_on_a_cpu(tmp_path: Path) -> None:
     inner_KF, residual_1D = torch.randn(2, 768).to(DTYPE), torch.randn(1, 128).to(DTYPE)
     expert_1K, weight_1K = torch.tensor([[3, 1]], dtype=torch.int32), torch.tensor([[0.75, 0.25]])
     out_1D = torch.empty(1, 128, dtype=DTYPE)
-    tensors = None, None, residual_1D, expert_1K, weight_1K, out_1D
-    run_on_host(inner_KF, down, tensors, 2, tmp_path)
+    operands = _Operands(
+        inner_KF, down, out_1D, residual=residual_1D, expert=expert_1K, factor=weight_1K, top_k=2
+    )
+    run_on_host(Form(2, 2, False), operands, tmp_path)
     products = torch.einsum("kf,kof->ko", inner_KF.double(), real(down, 768)[[3, 1]])
     exact_1D = (products * weight_1K.double().T).sum(0, keepdim=True) + residual_1D.double()
     assert error(out_1D, exact_1D) < LIMIT
+
+
+def sorted_pairs(expert_TK: torch.Tensor, num_experts: int) -> Groups:
+    """As `sort_pairs`, on any device."""
+    expert_P = expert_TK.flatten()
+    counts = torch.bincount(expert_P, minlength=num_experts)
+    start_E1 = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    return Groups(expert_P.argsort(stable=True).int(), start_E1, len(expert_P) / num_experts)
+
+
+@pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("by_place", [False, True])
+def test_the_arithmetic_of_groups_is_right_on_a_cpu(by_place: bool, tmp_path: Path) -> None:
+    """Experts without a token, with a few, and with more than a block of rows: the first product
+    with SiLU, whose result is by place, and the second with factors, by pair."""
+    codes = random_codes(*KINDS[-2 if by_place else 0], (4, 32, 768), "cpu")
+    expert_TK = torch.tensor([[0, 2]] * 9 + [[2, 3]], dtype=torch.int32)
+    groups = sorted_pairs(expert_TK, 4)
+    x = torch.randn(20 if by_place else 10, 768).to(DTYPE)
+    factor_TK = torch.rand(10, 2) if by_place else None
+    out_PO = torch.empty(20, 32 if by_place else 16, dtype=DTYPE)
+    operands = _Operands(
+        x, codes, out_PO, expert=groups.start_E1, factor=factor_TK, pair=groups.pair_P,
+        silu_mul=not by_place, top_k=2, x_by=2 if by_place else 0, out_by=1 if by_place else 2,
+    )  # fmt: skip
+    run_on_host(Form(3, 8, True), operands, tmp_path)
+    pair_P, weight_EOD = groups.pair_P.long(), real(codes, 768)
+    x_PD = (x if by_place else x[pair_P // 2]).double()
+    exact_PO = torch.einsum("pd,pod->po", x_PD, weight_EOD[expert_TK.flatten()[pair_P].long()])
+    if factor_TK is None:
+        exact_PO = reference.norm_act.silu_mul(exact_PO)
+    else:
+        exact_PO *= factor_TK.flatten()[pair_P, None]
+        exact_PO = torch.empty_like(exact_PO).index_copy_(0, pair_P, exact_PO)
+    assert error(out_PO, exact_PO) < LIMIT
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, group, dtype", [KINDS[0], KINDS[-2], KINDS[-1]])
+@pytest.mark.parametrize("num_tokens", [5, 64, 250])
+def test_all_experts_match_the_formula(
+    num_tokens: int, kind: str, group: int, dtype: torch.dtype
+) -> None:
+    """Both products, as `packed_experts.run_experts` calls them; and equal bits again."""
+    num_experts, size, hidden, top_k = 64, 768, 2048, 4
+    if not packed_stream.is_supported(torch.device("cuda")):
+        pytest.skip("the copy unit is that of sm_90 on")
+    gate_up = random_codes(kind, group, dtype, (num_experts, 2 * size, hidden), "cuda")
+    down = random_codes(kind, group, dtype, (num_experts, hidden, size), "cuda")
+    weight_TK, expert_TK = reference.experts.topk_softmax(
+        torch.randn(num_tokens, num_experts, device="cuda"), top_k, True
+    )
+    x_TD = torch.randn(num_tokens, hidden, device="cuda").to(DTYPE)
+    groups = sorted_pairs(expert_TK, num_experts)
+    assert packed_stream.fits_groups(x_TD, gate_up, groups)
+    given = (gate_up, groups, top_k)
+    inner_PF = packed_stream.packed_stream_groups(x_TD, *given, x_by=0, out_by=2, silu_mul=True)
+    again_PF = packed_stream.packed_stream_groups(x_TD, *given, x_by=0, out_by=2, silu_mul=True)
+    assert torch.equal(inner_PF, again_PF)
+    y_PD = packed_stream.packed_stream_groups(
+        inner_PF, down, groups, top_k, weight_TK, x_by=2, out_by=1
+    )
+    pair_P = groups.pair_P.long()
+    expert_P, token_P = expert_TK.flatten()[pair_P], pair_P // top_k
+    for expert in range(num_experts):
+        places = (expert_P == expert).nonzero()[:, 0]
+        if len(places) == 0:
+            continue
+        weight_OD = real(gate_up._replace(
+            code=gate_up.code[expert], scale=gate_up.scale[expert],
+            offset=None if gate_up.offset is None else gate_up.offset[expert],
+        ), hidden)  # fmt: skip
+        exact = reference.norm_act.silu_mul(x_TD[token_P[places]].double() @ weight_OD.T)
+        assert error(inner_PF[places], exact) < LIMIT
+        weight_OD = real(down._replace(
+            code=down.code[expert], scale=down.scale[expert],
+            offset=None if down.offset is None else down.offset[expert],
+        ), size)  # fmt: skip
+        exact = inner_PF[places].double() @ weight_OD.T
+        exact *= weight_TK.flatten()[pair_P[places], None].double()
+        assert error(y_PD[pair_P[places]], exact) < LIMIT
 
 
 @pytest.mark.parametrize("i", range(4))
@@ -180,9 +250,9 @@ def test_the_kernel_compiles(i: int, folder: Path) -> None:
     """With a program of the next kernel beside it, so within half of the registers."""
     kind, group, dtype = (KINDS[0], KINDS[3], KINDS[4], KINDS[-2])[i]
     codes = random_codes(kind, group, dtype, (256, 2048), "meta")
-    function = packed_stream._function(
-        torch.empty(1, 2048, dtype=DTYPE), codes, silu_mul=i % 2 == 0, norm=i < 2
-    )
+    x_1D = torch.empty(1, 2048, dtype=DTYPE)
+    operands = _Operands(x_1D, codes, x_1D, norm=x_1D[0] if i < 2 else None, silu_mul=i % 2 == 0)
+    function = packed_stream.function_of(packed_stream.form_of(1, codes), operands)
     program = nvrtc.compile_function(function, (9, 0))
     assert program.startswith(b"\x7fELF") and b"packed_stream" in program
 
@@ -190,9 +260,9 @@ def test_the_kernel_compiles(i: int, folder: Path) -> None:
 def test_rings_fit_half_of_the_shared_memory() -> None:
     for kind, num_lines, depth in (("4", 24576, 4096), ("8", 4096, 12288), ("fp8", 6144, 4096)):
         codes = random_codes(kind, 128, torch.float32, (num_lines, depth), "meta")
-        ring = packed_stream.rings(1, codes, depth)
+        ring = packed_stream.rings(packed_stream.form_of(1, codes), codes)
         assert packed_stream.MIN_STAGES <= ring.num_stages <= packed_stream.MAX_STAGES
         assert ring.num_stages * packed_stream.STAGE_BYTES < ring.shared_bytes
         assert ring.shared_bytes <= packed_stream.HALF_SHARED_BYTES
     deep = random_codes("4", 32, torch.float32, (4096, 65536), "meta")
-    assert packed_stream.rings(1, deep, 65536).num_stages == 0
+    assert packed_stream.rings(packed_stream.form_of(1, deep), deep).num_stages == 0
