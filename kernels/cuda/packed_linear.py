@@ -74,7 +74,7 @@ DEEP = 8192
 # By rows of x (up to 8, 16, 32, 64) and by size: the fastest of some tiles for the products of
 # Qwen3-8B on an H200 (docs/log.md).
 INTEGER_TILES = (
-    (Tile(2, 4, 2), Tile(2, 8, 2, min_programs=2), Tile(1, 8, 4)),
+    (Tile(2, 4, 2), Tile(2, 8, 2, min_programs=2), Tile(2, 16, 1)),
     (Tile(1, 4, 2, 4), Tile(1, 4, 2, 4), Tile(1, 8, 2, 2)),
     (Tile(1, 4, 2, 4), Tile(1, 4, 2, 4), Tile(1, 8, 2, 2)),
     (Tile(2, 4, 1, 2), Tile(2, 4, 1, 2), Tile(1, 4, 2, 2)),
@@ -92,7 +92,8 @@ def tile_of(num_rows: int, codes: Codes, depth: int) -> Tile:
     rung = next(i for i, most in enumerate(ROWS) if num_rows <= most)
     size = 0 if codes.num_rows >= LARGE else 1 if codes.num_rows >= MEDIUM else 2
     if codes.bits == 4:
-        return INTEGER_TILES[rung][size]
+        is_deep = rung == 0 and size == 2 and depth >= DEEP
+        return Tile(2, 16, 2) if is_deep else INTEGER_TILES[rung][size]
     if rung < 2 and size == 2 and depth >= DEEP:
         return Tile(2, 16, 2 - rung)
     return FP8_TILES[rung][size]

@@ -21,13 +21,16 @@
 // fits fp16, which has more digits than bf16.
 //
 // Constants, by -D: BITS (4 or 8), FP8 (codes are float8_e4m3fn), OFFSET, SCALE (0 fp32, 1 bf16,
-// 2 fp16), HALVES (always for FP8), TILES (of eight rows of x), DEPTH, GROUP_SHIFT and ROWS_SHIFT (a scale is for so many columns and weight rows, as
-// powers of two), NUM_GROUPS, STAGES, SLOTS (scales of tiles on their way), MIN_PROGRAMS (of a
-// multiprocessor), AT_ONCE (rows of x that are read together), SILU, NORM (x is normed first), PAIRS (0 a product, 1 a product for each of a token's experts, 2 the sum over them,
-// 3 the products of all experts with the rows of their tokens, sorted by expert), TOP_K (experts of a
-// token), X_BY and OUT_BY (3: a row of x and of the result is of a token 0, a pair 1 or a place 2), PDL.
+// 2 fp16), HALVES (always for FP8), TILES (of eight rows of x), DEPTH, GROUP_SHIFT and ROWS_SHIFT (a
+// scale is for so many columns and weight rows, as powers of two), NUM_GROUPS, STAGES, SLOTS (scales
+// of tiles on their way), MIN_PROGRAMS (of a multiprocessor), SINGLE (one row of x), AT_ONCE (rows of
+// x that are read together), SILU, NORM (x is normed first), PAIRS (0 a product, 1 a product for each
+// of a token's experts, 2 the sum over them, 3 the products of all experts with the rows of their
+// tokens, sorted by expert), TOP_K (experts of a token), X_BY and OUT_BY (3: a row of x and of the
+// result is of a token 0, a pair 1 or a place 2), PDL.
 //
-// t thread of four | g group of four threads: the weight row in a half of a tile, and the column of the right operand
+// t thread of four | g group of four threads: the weight row in a half of a tile, and the column of
+// the right operand
 
 #include "packed_codes.cuh"
 
@@ -399,6 +402,21 @@ __device__ __forceinline__ u32 row_of_x(const Args& a, u32 place) {
   return PAIRS != 3 || X_BY == 2 ? place : X_BY == 1 ? a.pair[place] : a.pair[place] / TOP_K;
 }
 
+// Loads rows of x from `first` on.
+__device__ __forceinline__ void load_rows(const Args& a, Four (&x)[AT_ONCE][MINE], u32 place,
+                                          u32 first, u32 num_rows) {
+#pragma unroll
+  for (int r = 0; r < AT_ONCE; r++) {
+    const u64 at = first + r < num_rows ? row_of_x(a, place + first + r) * a.x_stride : 0;
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+      const u32 piece = threadIdx.x + i * WORKERS;
+      const bool is_real = piece < X_PIECES && first + r < num_rows;
+      x[r][i] = is_real ? load_four(a.x + at + piece * 8) : Four{0, 0, 0, 0};
+    }
+  }
+}
+
 // Reads rows of x, when the kernel that makes it has ended. With NORM x is multiplied by the norm's
 // weight here, and `squares` [WARPS, rows] has the sums of squares.
 __device__ __forceinline__ void read_x(const Args& a, const X& to, float* squares, u32 place,
@@ -412,22 +430,21 @@ __device__ __forceinline__ void read_x(const Args& a, const X& to, float* square
   }
 #endif
   wait_for_earlier_kernels();
-  for (u32 first = 0; first < num_rows; first += AT_ONCE) {
-    Four x[AT_ONCE][MINE];
+  Four x[2][AT_ONCE][MINE];  // those that are stored, and the next ones
+  load_rows(a, x[0], place, 0, num_rows);
+#if SINGLE
+  store_row(to, x[0][0], weight, 0, squares);
+#else
+  for (u32 first = 0; first < num_rows; first += 2 * AT_ONCE)
 #pragma unroll
-    for (int r = 0; r < AT_ONCE; r++) {
-      const u64 at = first + r < num_rows ? row_of_x(a, place + first + r) * a.x_stride : 0;
+    for (int k = 0; k < 2; k++) {
+      const u32 now = first + k * AT_ONCE;
+      load_rows(a, x[1 - k], place, now + AT_ONCE, num_rows);
 #pragma unroll
-      for (int i = 0; i < MINE; i++) {
-        const u32 piece = threadIdx.x + i * WORKERS;
-        const bool is_real = piece < X_PIECES && first + r < num_rows;
-        x[r][i] = is_real ? load_four(a.x + at + piece * 8) : Four{0, 0, 0, 0};
-      }
+      for (int r = 0; r < AT_ONCE; r++)
+        if (now + r < num_rows) store_row(to, x[k][r], weight, now + r, squares);
     }
-#pragma unroll
-    for (int r = 0; r < AT_ONCE; r++)
-      if (first + r < num_rows) store_row(to, x[r], weight, first + r, squares);
-  }
+#endif
   meet();
 }
 

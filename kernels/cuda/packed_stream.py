@@ -15,13 +15,14 @@ from torch import Tensor
 
 from nanovllm.kernels.cuda import nvrtc, packed_linear, tensor_map
 from nanovllm.kernels.cuda.nvrtc import Function, Launch
-from nanovllm.kernels.cuda.packed_linear import ONE_GROUP, SCALES, aligned
+from nanovllm.kernels.cuda.packed_linear import DEEP, LARGE, ONE_GROUP, SCALES, aligned
 from nanovllm.kernels.triton.common import launch_options, num_multiprocessors
 from nanovllm.kernels.triton.moe_sort import Groups
 from nanovllm.kernels.triton.packed_codes import Codes
 
-# Up to so many rows of x the kernel is the fastest, by the bits of a code (docs/log.md).
-MOST_ROWS = {4: 0, 8: 4}
+# Up to so many rows of x the kernel is the fastest: for most weights, and for large ones
+# (docs/log.md).
+MOST_ROWS = 4
 MAX_ROWS = 16
 MAX_DIGIT_ROWS = 4  # with integers: two columns of the matrix units' eight for each row
 MOST_PAIRS_EACH = 0.0  # of an expert
@@ -95,7 +96,10 @@ class _Operands(NamedTuple):
 
 def takes(x_TD: Tensor, codes: Codes) -> bool:
     """True where the kernel fits and is the faster one."""
-    return len(x_TD) <= MOST_ROWS.get(codes.bits, 0) and fits(x_TD, codes)
+    num_rows = len(x_TD)
+    is_deep = codes.bits == 4 and num_rows > 1 and depth_of(codes) >= DEEP
+    is_fast = num_rows <= MOST_ROWS and not is_deep
+    return (is_fast or codes.num_rows >= LARGE) and fits(x_TD, codes)
 
 
 def fits(x_TD: Tensor, codes: Codes) -> bool:
@@ -109,7 +113,7 @@ def fits(x_TD: Tensor, codes: Codes) -> bool:
 def takes_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
     """True if the kernel multiplies the experts of one token, which have so many rows of the dtype
     of x, and is the faster one."""
-    return MOST_ROWS.get(codes.bits, 0) > 0 and fits_experts(x_TD, num_rows, codes)
+    return MOST_ROWS > 0 and fits_experts(x_TD, num_rows, codes)
 
 
 def fits_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
@@ -308,7 +312,8 @@ def function_of(form: Form, operands: _Operands) -> Function:
         "HALVES": form.halves,
         "TILES": form.num_tiles,
         "MIN_PROGRAMS": 2 if ring.shared_bytes <= HALF_SHARED_BYTES else 1,
-        "AT_ONCE": 4 if form.num_rows > 1 and is_shallow else 1,
+        "SINGLE": form.num_rows == 1,
+        "AT_ONCE": 2 if form.num_rows > 1 and is_shallow else 1,
         "DEPTH": depth,
         "GROUP_SHIFT": ONE_GROUP if codes.group >= depth else codes.group.bit_length() - 1,
         "ROWS_SHIFT": codes.group_rows.bit_length() - 1,

@@ -291,8 +291,9 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   // this program finishes a part of the sums
-  const u32 share = NUM_ACC / 4 * WORKERS / SPLIT;
-  for (u32 i = part * share + threadIdx.x; i < (part + 1) * share; i += WORKERS + 32) {
+  const u32 all = NUM_ACC / 4 * WORKERS, share = (all + SPLIT - 1) / SPLIT;
+  const u32 end = (part + 1) * share < all ? (part + 1) * share : all;
+  for (u32 i = part * share + threadIdx.x; i < end; i += WORKERS + 32) {
     float4 sum = {0, 0, 0, 0};
 #pragma unroll
     for (int s = 0; s < SPLIT; s++) {

@@ -61,9 +61,9 @@ def is_supported(device: torch.device) -> bool:
 TILES: tuple[tuple[Tile | None, ...], ...] = (
     (Tile(3, 2, 4), None, None, None),
     (Tile(3, 2, 4), None, None, None),
-    (Tile(3, 1, 4), Tile(2, 4, 4), None, Tile(2, 8, 4)),
+    (Tile(3, 1, 4), Tile(2, 4, 3), Tile(3, 4, 3), Tile(2, 6, 3)),
     (Tile(3, 1, 5), Tile(2, 2, 5), Tile(3, 8, 2), Tile(3, 8, 2)),
-    (Tile(3, 1, 5), Tile(3, 2, 5), Tile(2, 2, 5), Tile(2, 2, 5)),
+    (Tile(3, 1, 5), Tile(3, 2, 2), Tile(1, 2, 3), Tile(2, 2, 5)),
 )
 
 

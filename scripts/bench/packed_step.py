@@ -56,7 +56,8 @@ DEVICE = {ProfilerActivity.CUDA}
 def main() -> None:
     args = arguments()
     packed_stream.MOST_PAIRS_EACH = args.stream_pairs
-    packed_stream.MOST_ROWS.update(zip((4, 8), args.stream_rows, strict=True))
+    if args.no_stream:
+        packed_stream.is_supported = lambda device: False  # type: ignore[assignment]
     report: dict[str, Any] = {"versions": versions()}
     if torch.cuda.is_available():
         report["device"] = torch.cuda.get_device_name()
@@ -199,11 +200,7 @@ def arguments() -> argparse.Namespace:
     add("--rows", nargs="+", type=int, default=[1, 16, 64, 256])
     add("--layers", type=int, help="in place of the models' own choice here")
     add("--overrides", default="{}", help="fields of config.json, as JSON")
-    add(
-        "--stream-rows", nargs=2, type=int,
-        default=[packed_stream.MOST_ROWS[bits] for bits in (4, 8)],
-        help="up to how many rows packed_stream.cu takes codes of 4 and of 8 bits",
-    )  # fmt: skip
+    add("--no-stream", action="store_true", help="without packed_stream.cu, for a comparison")
     add("--stream-pairs", type=float, default=packed_stream.MOST_PAIRS_EACH,
         help="up to how many pairs of an expert packed_stream.cu takes")  # fmt: skip
     add("--prefer-shared", action="store_true", help="all kernels leave the L1 little memory")

@@ -30,7 +30,7 @@ SIZES = ((4864, 4096), (48, 2304), (8448, 2048), (320, 12288))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_rows", [1, 4, 5, 16])
+@pytest.mark.parametrize("num_rows", [1, 4, 16])
 @pytest.mark.parametrize("kind, group, dtype", [one for one in KINDS if one[1] in (0, 128)])
 def test_each_form_of_codes_matches_the_formula(
     kind: str, group: int, dtype: torch.dtype, num_rows: int
@@ -47,23 +47,23 @@ def test_each_form_of_codes_matches_the_formula(
         taken += 1
         bias_O = torch.randn(num_lines, device="cuda").to(DTYPE)
         weight_OD = real(codes, depth)
-        for silu, norm in ((False, False), (True, False), (True, True), (False, True)):
-            num_outs = num_lines // 2 if silu else num_lines
-            residual_TO = torch.randn(num_rows, num_outs, device="cuda").to(DTYPE)
-            norm_D = (torch.rand(depth, device="cuda") + 0.5).to(DTYPE) if norm else None
-            given = {
-                "norm_D": norm_D, "eps": EPS, "bias_O": bias_O, "residual_TO": residual_TO,
-                "silu_mul": silu,
-            }  # fmt: skip
-            y_TO = packed_stream.packed_stream(x_TD, codes, **given)
-            exact_TD = x_TD.double()
-            if norm_D is not None:
-                exact_TD *= torch.rsqrt(exact_TD.square().mean(-1, keepdim=True) + EPS)
-                exact_TD *= norm_D.double()
-            exact_TO = exact_TD @ weight_OD.T + bias_O.double()
-            exact_TO = reference.norm_act.silu_mul(exact_TO) if silu else exact_TO
-            assert error(y_TO, exact_TO + residual_TO.double()) < LIMIT
-            assert torch.equal(packed_stream.packed_stream(x_TD, codes, **given), y_TO)
+        silu, norm = bool(taken % 2), bool((taken + num_rows) % 3)
+        num_outs = num_lines // 2 if silu else num_lines
+        residual_TO = torch.randn(num_rows, num_outs, device="cuda").to(DTYPE)
+        norm_D = (torch.rand(depth, device="cuda") + 0.5).to(DTYPE) if norm else None
+        given = {
+            "norm_D": norm_D, "eps": EPS, "bias_O": bias_O, "residual_TO": residual_TO,
+            "silu_mul": silu,
+        }  # fmt: skip
+        y_TO = packed_stream.packed_stream(x_TD, codes, **given)
+        exact_TD = x_TD.double()
+        if norm_D is not None:
+            exact_TD *= torch.rsqrt(exact_TD.square().mean(-1, keepdim=True) + EPS)
+            exact_TD *= norm_D.double()
+        exact_TO = exact_TD @ weight_OD.T + bias_O.double()
+        exact_TO = reference.norm_act.silu_mul(exact_TO) if silu else exact_TO
+        assert error(y_TO, exact_TO + residual_TO.double()) < LIMIT
+        assert torch.equal(packed_stream.packed_stream(x_TD, codes, **given), y_TO)
     assert taken >= 2
 
 
