@@ -121,12 +121,6 @@ def packed_linear(
     x_TD = aligned(x_TD)
     row_tiles = next(most for most in ROWS if num_rows <= most) // 8
     function = _function(x_TD, codes, tile, row_tiles, silu_mul, norm_D is not None, 0)
-    shared_bytes = tile.num_warps * tile.units * row_tiles * 512  # sums
-    if row_tiles > 1:  # two stages of x
-        columns = 512 // codes.bits
-        shared_bytes = max(shared_bytes, 2 * tile.depth_warps * 8 * row_tiles * columns * 2)
-    if norm_D is not None:
-        shared_bytes = max(shared_bytes, -(-depth * 2 // 16) * 16 + tile.num_warps * 4)
     outs = tile.units * tile.row_warps * (8 if silu_mul else 16)
     grid = (-(-num_outs // outs), 1, 1)
     arguments = functools.partial(
@@ -144,8 +138,21 @@ def packed_linear(
         1,
         eps,
     )
-    nvrtc.launch(function, _launch(grid, tile, shared_bytes, x_TD), arguments, x_TD.device)
+    num_bytes = shared_bytes(tile, num_rows, codes, 0 if norm_D is None else depth)
+    nvrtc.launch(function, _launch(grid, tile, num_bytes, x_TD), arguments, x_TD.device)
     return out_TO
+
+
+def shared_bytes(tile: Tile, num_rows: int, codes: Codes, normed: int) -> int:
+    """Bytes of shared memory for a product; `normed` columns of x are normed first."""
+    row_tiles = next(most for most in ROWS if num_rows <= most) // 8
+    num_bytes = tile.num_warps * tile.units * row_tiles * 512  # sums
+    if row_tiles > 1:  # two stages of x
+        columns = 512 // codes.bits
+        num_bytes = max(num_bytes, 2 * tile.depth_warps * 8 * row_tiles * columns * 2)
+    if normed:
+        num_bytes = max(num_bytes, -(-normed * 2 // 16) * 16 + tile.num_warps * 4)
+    return num_bytes
 
 
 def packed_pairs(
@@ -187,8 +194,8 @@ def packed_pairs(
         x_shared_by,
         0.0,
     )
-    shared_bytes = tile.num_warps * tile.units * 512
-    nvrtc.launch(function, _launch(grid, tile, shared_bytes, x_PD), arguments, x_PD.device)
+    num_bytes = tile.num_warps * tile.units * 512
+    nvrtc.launch(function, _launch(grid, tile, num_bytes, x_PD), arguments, x_PD.device)
     return out
 
 

@@ -131,6 +131,7 @@ def _linear_times(name: str, case: Case) -> dict[str, float | None]:
     return {
         f"linear {tuple(tile)}": _time(name, case, partial(case.run, tile=tile), len(case.x) == 1)
         for tile in tiles(len(case.x))
+        if cuda_packed.shared_bytes(tile, len(case.x), case.codes[0], 0) <= MAX_SHARED_BYTES
     }
 
 
@@ -165,13 +166,14 @@ def arguments() -> argparse.Namespace:
     add("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     add("--rows", nargs="+", type=int, default=[1, *ROWS])
     add("--seconds", type=float, default=120.0, help="for everything")
+    add("--experts", action="store_true", help="no products of single weights")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     started = time.perf_counter()
-    num = compile_all(args.models, args.kinds, args.rows)
+    num = 0 if args.experts else compile_all(args.models, args.kinds, args.rows)
     print(f"{num} kernels after {time.perf_counter() - started:.0f} s", flush=True)
     bandwidth = measure_limits(torch.device("cuda"), DTYPE, torch.cuda.synchronize).bandwidth
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "copy": bandwidth}
@@ -180,8 +182,10 @@ def main() -> None:
         for model in args.models:
             for kind in args.kinds:
                 if model == "30b":
-                    report[f"experts {kind}"] = bench_experts(kind, bandwidth)
+                    report[f"experts {kind}"] = bench_experts(kind, args.rows, bandwidth)
                 for part, shape in shapes(model).items():
+                    if args.experts:
+                        continue
                     report[f"{model} {part} {kind}"] = bench_shape(
                         f"{model} {part}", shape, kind, bandwidth, args.rows,
                         started + args.seconds,

@@ -213,7 +213,9 @@ _PACKED_ROWS = {
         f"{packed_wgmma.MAX_ROWS} rows: where it is the fastest (`packed_wgmma.TILES`)"
     ),
     "packed_stream.cu": (
-        "bf16 on sm_90 and sm_100: few rows that fit the shared memory (`packed_stream.takes`)"
+        f"bf16 on sm_90 and sm_100: up to {packed_stream.MOST_ROWS} rows, or "
+        f"{packed_stream.MAX_ROWS} of large weights, that fit the shared memory "
+        "(`packed_stream.takes`)"
     ),
     "packed_linear.cu": f"else up to {packed_tiles.MAX_ROWS} rows: {_CUDA_PACKED}",
     "packed_gemv_kernel": (
@@ -243,7 +245,8 @@ for _name in ("packed_expert_linear", "fp8_expert_linear"):
 for _name in ("packed_experts", "fp8_experts", "packed_clamped_experts"):
     CHOSEN[_name] = {
         "packed_stream.cu": (
-            "one token and codes of 8 bits, as for products, without biases and expert parallelism"
+            "without biases on sm_90 and sm_100, as for products: one token without expert "
+            f"parallelism, and up to {packed_stream.MOST_PAIRS_EACH:g} pairs per expert"
         ),
         **_PACKED_GROUPS,
         "packed_linear.cu": f"else {_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
