@@ -26,7 +26,7 @@ from nanovllm.kernels.cpu import ggml as cpu_ggml
 from nanovllm.kernels.cpu import packed as cpu_packed
 from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.kernels.cpu import step as cpu_step
-from nanovllm.kernels.cuda import packed_wgmma
+from nanovllm.kernels.cuda import packed_stream, packed_wgmma
 from nanovllm.kernels.npu import kernels as npu_kernels
 from nanovllm.kernels.triton import (
     all_reduce,
