@@ -364,6 +364,24 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
     for (int i = 0; i < 4; i++) acc[m][0][i] = sums[m][i];
 #endif
 
+  // What is added to the sums of a thread is read before sums are there and results are written.
+  struct Residual { u16 of[2][2]; };
+  auto read_residual = [&](u32 i) {
+    Residual r = {};
+    if (!a.residual || i >= WR * M * NT * 32) return r;
+    const u32 m = i / 32 / NT, n = i / 32 % NT, row = (i & 31) >> 2;
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+      for (int h = 0; h < (SILU ? 1 : 2); h++) {
+        const u32 token = 8 * n + 2 * (i & 3) + j, out = first + m * outs_of_tile + row + 8 * h;
+        const bool is_real = out < num_outs && token < (PAIRS ? 1 : a.num_rows);
+        if (is_real) r.of[j][h] = a.residual[(u64)(PAIRS ? blockIdx.y : token) * num_outs + out];
+      }
+    return r;
+  };
+  Residual next = read_residual(threadIdx.x);
+
   // the sums of all warps, in their order
   float4* const parts = reinterpret_cast<float4*>(shared);
 #if NT > 1
@@ -378,6 +396,8 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
           make_float4(acc[m][n][0], acc[m][n][1], acc[m][n][2], acc[m][n][3]);
   __syncthreads();
   for (u32 i = threadIdx.x; i < WR * M * NT * 32; i += THREADS) {
+    const Residual residual = next;
+    next = read_residual(i + THREADS);
     float sum[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int k = 0; k < WK; k++) {
@@ -409,7 +429,7 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
         y = rounded(y / (1.0f + __expf(-y))) * rounded(up);
 #endif
         const u64 at = (u64)token * num_outs + out;
-        if (a.residual) y = rounded(y) + of_bf16(a.residual[at]);
+        if (a.residual) y = rounded(y) + of_bf16(residual.of[j][h]);
         a.out[at] = to_bf16(y);
       }
     }

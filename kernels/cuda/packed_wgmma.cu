@@ -42,6 +42,7 @@ struct Args {
 #define WORKERS (128 * GROUPS)
 #define NUM_ACC (NR / 2)
 #define SCALE_BYTES (SCALE == 0 ? 4 : 2)
+#define BATCH (SPLIT > 4 ? 2 : SPLIT > 2 ? 3 : 4)  // sums that a thread finishes together
 
 __device__ __forceinline__ void copy_box(const Map* map, u32 to, u32 barrier, u32 column, u32 row) {
   asm volatile(
@@ -98,6 +99,17 @@ __device__ __forceinline__ u32 place_of(u32 line, u32 piece) {
   return line * LINE_BYTES + moved * 16;
 }
 
+// A number of the program s of the cluster, at the address of this one's.
+__device__ __forceinline__ float4 load_part(u32 address, u32 s) {
+  u32 at;
+  float4 r;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(address), "r"(s));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w)
+               : "r"(at));
+  return r;
+}
+
 struct Scales { float scale[SCALES][2], offset[SCALES][2]; };
 
 __device__ __forceinline__ void load_scales(Scales& s, const Args& a, const u32 (&line)[2],
@@ -115,9 +127,26 @@ __device__ __forceinline__ void load_scales(Scales& s, const Args& a, const u32 
   }
 }
 
+// What is added to the sums of a thread for 8 rows of x. It is read before other results are
+// written: the compiler cannot tell the two apart, and a thread would wait for each.
+struct Residual { u16 of[2][2]; };
+
+__device__ __forceinline__ Residual read_residual(const Args& a, const u32 (&line)[2], u32 token,
+                                                  u32 num_outs) {
+  Residual r = {};
+  if (a.residual)
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+      for (int h = 0; h < (SILU ? 1 : 2); h++)
+        if (token + j < a.num_rows && line[h] < num_outs)
+          r.of[j][h] = a.residual[(u64)(token + j) * num_outs + line[h]];
+  return r;
+}
+
 // The sums of a thread for 8 rows of x: {row g, row g + 8} × {2t, 2t + 1}.
-__device__ __forceinline__ void finish(const Args& a, const float4& sum, const u32 (&line)[2],
-                                       u32 token, u32 num_outs) {
+__device__ __forceinline__ void finish(const Args& a, const float4& sum, const Residual& residual,
+                                       const u32 (&line)[2], u32 token, u32 num_outs) {
   const float values[2][2] = {{sum.x * 0x1p20f, sum.y * 0x1p20f},
                               {sum.z * 0x1p20f, sum.w * 0x1p20f}};
 #pragma unroll
@@ -134,9 +163,8 @@ __device__ __forceinline__ void finish(const Args& a, const float4& sum, const u
       if (a.bias) up += of_bf16(a.bias[line[1]]);
       y = rounded(y / (1.0f + __expf(-y))) * rounded(up);
 #endif
-      const u64 at = (u64)(token + j) * num_outs + line[h];
-      if (a.residual) y = rounded(y) + of_bf16(a.residual[at]);
-      a.out[at] = to_bf16(y);
+      if (a.residual) y = rounded(y) + of_bf16(residual.of[j][h]);
+      a.out[(u64)(token + j) * num_outs + line[h]] = to_bf16(y);
     }
   }
 }
@@ -274,9 +302,18 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
     hold(acc);
 #if SPLIT == 1
 #pragma unroll
-    for (int i = 0; i < NUM_ACC / 4; i++)
-      finish(a, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]), line,
-             x_tile * NR + 8 * i + 2 * t, num_outs);
+    for (int first = 0; first < NUM_ACC / 4; first += 2) {  // NR is 16 or more
+      Residual residual[2];
+#pragma unroll
+      for (int b = 0; b < 2; b++)
+        residual[b] = read_residual(a, line, x_tile * NR + 8 * (first + b) + 2 * t, num_outs);
+#pragma unroll
+      for (int b = 0; b < 2; b++) {
+        const int i = first + b;
+        finish(a, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]),
+               residual[b], line, x_tile * NR + 8 * i + 2 * t, num_outs);
+      }
+    }
 #endif
   }
 
@@ -293,25 +330,33 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
   // this program finishes a part of the sums
   const u32 all = NUM_ACC / 4 * WORKERS, share = (all + SPLIT - 1) / SPLIT;
   const u32 end = (part + 1) * share < all ? (part + 1) * share : all;
-  for (u32 i = part * share + threadIdx.x; i < end; i += WORKERS + 32) {
-    float4 sum = {0, 0, 0, 0};
+  for (u32 first = part * share + threadIdx.x; first < end; first += BATCH * (WORKERS + 32)) {
+    float4 parts[BATCH][SPLIT];  // all on their way together
+    Residual residual[BATCH];
+    u32 lines[BATCH][2], token[BATCH];
 #pragma unroll
-    for (int s = 0; s < SPLIT; s++) {
-      u32 at;
-      float4 one;
-      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                   : "=r"(at)
-                   : "r"(shared_address(mine + i)), "r"(s));
-      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(one.x), "=f"(one.y), "=f"(one.z), "=f"(one.w)
-                   : "r"(at)
-                   : "memory");
-      sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
+    for (int b = 0; b < BATCH; b++) {
+      const u32 i = first + b * (WORKERS + 32);
+      const u32 thread = i % WORKERS, of_warp = thread / 32, of_g = thread / 4 % 8;
+      const u32 at = first_line + (SILU ? of_warp * 8 + of_g : of_warp * 16 + of_g);
+      lines[b][0] = at, lines[b][1] = SILU ? num_outs + at : at + 8;
+      token[b] = x_tile * NR + i / WORKERS * 8 + thread % 4 * 2;
+      if (i >= end) continue;
+#pragma unroll
+      for (int s = 0; s < SPLIT; s++) parts[b][s] = load_part(shared_address(mine + i), s);
+      residual[b] = read_residual(a, lines[b], token[b], num_outs);
     }
-    const u32 thread = i % WORKERS, of_warp = thread / 32, of_g = thread / 4 % 8;
-    const u32 at = SILU ? of_warp * 8 + of_g : of_warp * 16 + of_g;
-    const u32 lines[2] = {first_line + at, SILU ? num_outs + first_line + at : first_line + at + 8};
-    finish(a, sum, lines, x_tile * NR + i / WORKERS * 8 + thread % 4 * 2, num_outs);
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      if (first + b * (WORKERS + 32) >= end) continue;
+      float4 sum = {0, 0, 0, 0};
+#pragma unroll
+      for (int s = 0; s < SPLIT; s++) {
+        const float4& one = parts[b][s];
+        sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
+      }
+      finish(a, sum, residual[b], lines[b], token[b], num_outs);
+    }
   }
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
