@@ -23,7 +23,8 @@ from nanovllm.kernels.triton.packed_codes import Codes
 # Up to so many rows of x the kernel is the fastest: for most weights, and for large ones
 # (docs/log.md).
 MOST_ROWS = 4
-MAX_ROWS = 16
+ROWS = (1, 4, 8, 16)
+MAX_ROWS = ROWS[-1]
 MAX_DIGIT_ROWS = 4  # with integers: two columns of the matrix units' eight for each row
 MOST_PAIRS_EACH = 20.0  # of an expert, as a mean; predicted, not measured (docs/log.md)
 GROUPED_ROWS = (8, 16, 32)  # of an expert that are multiplied together
@@ -157,8 +158,9 @@ def is_supported(device: torch.device) -> bool:
 
 
 def form_of(num_rows: int, codes: Codes) -> Form:
-    """Of a product with so many rows."""
-    return Form(0, num_rows, codes.is_fp8 or num_rows > MAX_DIGIT_ROWS)
+    """Of a product with so many rows, up to 16. Few forms, so that few kernels are compiled."""
+    rows = next((most for most in ROWS if num_rows <= most), num_rows)
+    return Form(0, rows, codes.is_fp8 or rows > MAX_DIGIT_ROWS)
 
 
 def rows_of_block(pairs_each: float) -> int:
