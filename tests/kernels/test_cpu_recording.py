@@ -1,4 +1,4 @@
-"""Recorded steps: they run the same kernels on the same memory, and what is not known is refused."""
+"""Recorded steps run the same kernels on the same memory, and what is not known is refused."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import ops, recorded
-from nanovllm.kernels.cpu import library, recording, register
+from nanovllm.kernels.cpu import library, packed, recording, register
 from nanovllm.kernels.cpu.recording import RecordedStep, Unrecordable
 from nanovllm.platforms.regions import HostRegion
 from tests.engines import make_llm as make_llm
 
 register.register()
+packed.register()
 
 
 class Norm:
