@@ -102,6 +102,7 @@ def test_a_kernel_s_refusal_is_an_error() -> None:
     def step() -> None:
         ops.packed_lookup(row_T, code_VC, scale_VG, None, None, 8, 32, 32, torch.float32)
 
+    step()  # loads the library
     replay = RecordedStep(step)
     replay()
     row_T += 4
