@@ -4,8 +4,8 @@ A step of a small model has some 300 kernels of a few microseconds, and Python t
 each: its arguments, its results, the call. All of it is equal in each run of a step with static
 inputs. So one run is recorded: kernels and copies are noted and not run, and their memory is kept.
 
-A step is recorded only if it consists of these: our kernels, new and viewed tensors, copies.
-Others, such as those that read numbers on the host, run as before. Addresses change when memory is
+A step is recorded only if it consists of these: our kernels, new and viewed tensors, copies, and
+products and look-ups of torch's. Others, such as those that read numbers on the host, run as before. Addresses change when memory is
 freed for sleep (`recorded.moved`); the step is then recorded again.
 """
 
@@ -32,7 +32,8 @@ MAX_BYTES = 16 << 20
 
 _NEW = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _COPIES = frozenset({"_to_copy", "clone"})
-_WRITES = frozenset({"copy_", "fill_", "zero_"})
+_LIBRARY = frozenset({"addmm", "embedding", "mm"})
+_WRITES = frozenset({"add_", "copy_", "fill_", "zero_"})
 _ARGUMENTS = (ctypes.c_char_p,)
 # These only answer; what follows from the answer is recorded.
 _QUESTIONS = frozenset({"nanovllm_packed_is_integer"})
@@ -111,11 +112,20 @@ class _Recorder(TorchDispatchMode):
             copy = self.keep(torch.empty_like(func(*args, **kwargs)))
             self.note(lambda: copy.copy_(args[0]))
             return copy
+        if name in _LIBRARY:
+            shape = func(*(_meta(one) for one in args), **kwargs)
+            out = self.keep(torch.empty(shape.shape, dtype=shape.dtype))
+            self.note(lambda: out.copy_(func(*args, **kwargs)))
+            return out
         if name in _WRITES:
             self.kept += [one for one in args if isinstance(one, Tensor)]
             self.note(lambda: func(*args, **kwargs))
             return args[0]
         raise Unrecordable(f"{func} is not a kernel of ours")
+
+
+def _meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 @contextmanager
