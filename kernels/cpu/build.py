@@ -112,6 +112,7 @@ class LibraryOptions:
 class _LibraryState:
     settings = LibraryOptions()
     compiled: ClassVar[list[str]] = []
+    loaded: ClassVar[list[ctypes.CDLL]] = []
 
 
 def configure(folder: Path | None, compiler: str | None, may_compile: bool) -> None:
@@ -124,6 +125,11 @@ def configure(folder: Path | None, compiler: str | None, may_compile: bool) -> N
 def compiled() -> list[str]:
     """Names of the libraries that this process has compiled."""
     return list(_LibraryState.compiled)
+
+
+def loaded() -> list[ctypes.CDLL]:
+    """The libraries that this process has loaded."""
+    return list(_LibraryState.loaded)
 
 
 @functools.cache
@@ -182,7 +188,9 @@ def load(source: Path, structs: Sequence[ArgumentStruct] = ()) -> ctypes.CDLL:
         write_whole(library, content)
         write_whole(recorded, digest(content).encode())
         _LibraryState.compiled.append(source.stem)
-    return ctypes.CDLL(str(library))  # nobody else can change the private folder meanwhile
+    found = ctypes.CDLL(str(library))  # nobody else can change the private folder meanwhile
+    _LibraryState.loaded.append(found)
+    return found
 
 
 def _with_headers(source: Path) -> str:

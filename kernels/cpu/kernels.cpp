@@ -685,6 +685,23 @@ void linear_by_panels(const Linear& at) {
 
 }  // namespace
 
+// A kernel call that was recorded (recording.py). `answers`: the kernel returns 0 if it refuses.
+struct Recorded {
+  const void* kernel;
+  const char* arguments;
+  int64_t answers;
+};
+
+// Runs the calls in order. Returns 0, or the number of the one that refuses, counted from 1.
+extern "C" int64_t nanovllm_replay(const Recorded* calls, int64_t num) {
+  for (int64_t i = 0; i < num; ++i) {
+    const Recorded& at = calls[i];
+    if (!at.answers) ((void (*)(const char*))at.kernel)(at.arguments);
+    else if (!((int64_t (*)(const char*))at.kernel)(at.arguments)) return i + 1;
+  }
+  return 0;
+}
+
 // The most tokens for which `linear` is faster than F.linear, as measured. In fp32 with vectors of
 // 16 panels are twice as fast for any number, except on Intel's machines with matrix units (AMX),
 // where F.linear reaches 0.9 of the peak from 128 tokens on. In bf16 these use F.linear's library.

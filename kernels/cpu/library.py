@@ -86,6 +86,8 @@ def load() -> ctypes.CDLL:
     library.nanovllm_small_m_linear_max_tokens.argtypes = (ctypes.c_int64,)
     library.nanovllm_small_m_linear_max_tokens.restype = ctypes.c_int64
     library.nanovllm_loop.restype = ctypes.c_void_p
+    library.nanovllm_replay.argtypes = (ctypes.c_char_p, ctypes.c_int64)
+    library.nanovllm_replay.restype = ctypes.c_int64
     lend_threads(library, library)
     return library
 

@@ -28,8 +28,6 @@ def numbered(name: str, path: Path | str) -> LoRARequest:
 async def load_configured(service: Service) -> None:
     """Load the adapters of the options, before the first request. Raises ValueError."""
     for name, path in service.config.adapter_paths.items():
-        if name in service.model_names:
-            raise ValueError(f"lora_modules has {name!r}, which is a name of the model")
         request = numbered(name, path)
         await service.engine.add_lora(request)
         service.adapters[name] = request

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from nanovllm.checks import Rule, check_fields, one_of, refuse_unknown, whole
 from nanovllm.config import EngineConfig
+from nanovllm.models.lora.peft_config import PeftConfig
 from nanovllm.parsers import reasoning, tools
 
 # load balancers have no API key
@@ -239,10 +240,18 @@ class ServerConfig:
         return {name: path for name, _, path in (one.partition("=") for one in self.lora_modules)}
 
     def check_engine(self, engine: EngineConfig) -> None:
-        """Raises ValueError for options that the engine's do not go with."""
+        """Raises ValueError for options that the engine's do not go with, and for adapters whose
+        files cannot be used with any model."""
         for name in ("lora_modules", "allowed_lora_path"):
             if getattr(self, name) and not engine.enable_lora:
                 raise ValueError(f"{name} needs enable_lora=True: the engine takes no adapters")
+        for name, path in self.adapter_paths.items():
+            if name in self.model_names(engine.model):
+                raise ValueError(f"lora_modules has {name!r}, which is a name of the model")
+            try:
+                PeftConfig.checked(Path(path), engine.max_lora_rank)
+            except ValueError as error:
+                raise ValueError(f"lora_modules has {name!r}: {error}") from error
 
     def model_names(self, model: str) -> tuple[str, ...]:
         """The model's names, without the path of its folder."""

@@ -14,6 +14,7 @@ from nanovllm.batch.job import Job
 from nanovllm.batch.worker import EngineWorker, WorkerSettings, load_engine
 from nanovllm.config import EngineConfig
 from nanovllm.hub import is_local
+from nanovllm.models.lora.peft_config import PeftConfig
 from nanovllm.programs import INTERRUPTED, TERMINATED
 from nanovllm.replicas import cluster
 
@@ -67,6 +68,11 @@ class JobOptions:
             found[name] = folder
         if found and not self.config.enable_lora:
             raise ValueError("--lora-modules needs --enable-lora: the engine takes no adapters")
+        for name, folder in found.items():
+            try:
+                PeftConfig.checked(Path(folder), self.config.max_lora_rank)
+            except ValueError as error:
+                raise ValueError(f"--lora-modules has {name!r}: {error}") from error
         return found
 
     @property

@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from nanovllm.kernels.cpu import ggml as cpu_ggml
 from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.kernels.cpu import linear as cpu_linear
 from nanovllm.kernels.cpu import packed as cpu_packed
+from nanovllm.kernels.cpu import recording as cpu_recording
 from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.kernels.cpu import step as cpu_step
-from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, MemoryBudget, Platform, Traits
+from nanovllm.kernels.recorded import Unrecordable
+from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, MemoryBudget, Platform, Replay, Traits
 from nanovllm.platforms.cores import usable_cores
 from nanovllm.platforms.regions import HostRegion, Region
 
@@ -124,6 +126,13 @@ class CpuPlatform(Platform):
             ("fuse_add_norm", fuse_add_norm),
             ("replace_ops", partial(replace_ops, keep=_keeps_op)),
         )
+
+    def capture(self, step: Callable[[], None]) -> Replay:
+        try:
+            return cpu_recording.RecordedStep(step)
+        except Unrecordable as error:
+            logger.debug("a step is not recorded: %s", error)
+            return step
 
     def fingerprint(self) -> dict[str, str]:
         return {"cpu": cpp_build.instruction_set()}

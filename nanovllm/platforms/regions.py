@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from nanovllm.kernels import recorded
+
 Place = Callable[[Tensor], Tensor]  # moves a new tensor to separate memory
 
 
@@ -108,7 +110,7 @@ class TensorRegion(Region):
 class HostRegion(TensorRegion):
     """Tensors in host memory: freed and allocated again, at other addresses.
 
-    On a CPU nothing keeps addresses between two steps. Contents to keep stay in place.
+    Recorded steps are told, and nothing else keeps addresses. Contents to keep stay in place.
     """
 
     def __init__(self) -> None:
@@ -118,6 +120,7 @@ class HostRegion(TensorRegion):
     def drop(self, *, keep: bool) -> None:
         if keep or self._sizes:
             return
+        recorded.moved()
         storages = [tensor.untyped_storage() for tensor in self._tensors]
         self._sizes = [storage.nbytes() for storage in storages]
         for storage in storages:
@@ -128,6 +131,7 @@ class HostRegion(TensorRegion):
         if not self._sizes:
             return True
         try:
+            recorded.moved()
             for tensor, size in zip(self._tensors, self._sizes):
                 tensor.untyped_storage().resize_(size)
         except RuntimeError as error:

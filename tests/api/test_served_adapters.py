@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,13 @@ import httpx
 import pytest
 
 from nanovllm import LLM, LoRARequest, SamplingParams
-from nanovllm.api import adapters
+from nanovllm.api import adapters, start
 from nanovllm.api.address import bind, url_of
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.server import Stop, run
 from nanovllm.api.service import Service
 from nanovllm.config import EngineConfig
+from nanovllm.models.lora.peft_config import CONFIG
 from nanovllm.serving.client import Client
 from tests.engines import make_llm as make_llm
 from tests.models import lora_cases
@@ -164,9 +166,24 @@ def test_loading_is_off_by_default(llm: LLM) -> None:
     serve(llm.engine, partial(served, work, {}))
 
 
+def test_folders_are_checked_before_the_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "french" / CONFIG, tmp_path)
+    for path, limit, reason in (
+        (tmp_path / "none", 8, "adapter_config.json cannot be read"),
+        (folder / "dora", 8, "use_dora is True: DoRA is not supported"),
+        (folder / "french", 1, "has rank [0-9]+, but max_lora_rank is 1"),
+        (tmp_path, 8, "adapter_model.safetensors cannot be read: there is no such file"),
+    ):
+        engine = EngineConfig("no/such-model", enable_lora=True, max_lora_rank=limit)
+        with pytest.raises(ValueError, match=f"lora_modules has 'a': .*{reason}"):
+            start.serve(engine, ServerConfig(lora_modules=[f"a={path}"]))
+
+
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lora_modules needs enable_lora=True"):
         ServerConfig(lora_modules=["a=b"]).check_engine(EngineConfig("m"))
+    with pytest.raises(ValueError, match="lora_modules has 'm', which is a name of the model"):
+        ServerConfig(lora_modules=["m=b"]).check_engine(EngineConfig("m", enable_lora=True))
     with pytest.raises(ValueError, match="allowed_lora_path does not go with api_processes=2"):
         ServerConfig(allowed_lora_path=tmp_path, api_processes=2)
     with pytest.raises(ValueError, match="lora_modules has two adapters of one name"):

@@ -257,6 +257,7 @@ def test_a_job_that_is_stopped_goes_on_later(
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
         (["--lora-modules", "a=/a"], "--lora-modules needs --enable-lora"),
         (["--lora-modules", "a", "--enable-lora"], "--lora-modules has 'a': each must be another"),
+        (["--lora-modules", "a=/no", "--enable-lora"], "'a': /no/adapter_config.json cannot be"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(

@@ -67,12 +67,17 @@ FORMATS: dict[str, Row] = {
     "`int-quantized`": both(
         MORE, "int8 channels", PACKED, "int-quantized", "int8 channels", "int8 channels"
     ),
-    "`naive-quantized`": both(MORE, "int8 tensors, zeros", PACKED, "naive-quantized"),
+    "`naive-quantized`": both(
+        MORE, "int8 tensors, zeros", PACKED, "naive-quantized", "int8 tensors, zeros",
+        "int8 tensors, zeros",
+    ),
     "`float-quantized`": checkpoint("fp8 channels", FP8, "float-quantized", "fp8 channels"),
     "`nvfp4-pack-quantized`": both(
         MORE, "nvfp4", PACKED, "nvfp4-pack-quantized", "nvfp4", "nvfp4"
     ),
-    "`mxfp4-pack-quantized`": both(MORE, "mxfp4", PACKED, "mxfp4-pack-quantized", "", "mxfp4"),
+    "`mxfp4-pack-quantized`": both(
+        MORE, "mxfp4", PACKED, "mxfp4-pack-quantized", "mxfp4", "mxfp4"
+    ),
     "`mxfp4` (gpt-oss, experts alone)": Row(
         PACKED, "mxfp4",
         "models/test_gpt_oss: test_experts_in_mxfp4_have_the_logits_of_their_numbers: ",
@@ -81,8 +86,8 @@ FORMATS: dict[str, Row] = {
         "models/test_gpt_oss: test_experts_in_mxfp4_have_the_logits_of_their_numbers: ",
     ),
     "`bitsandbytes` nf4": both(MORE, "bnb nf4", PACKED, "bitsandbytes", "bnb nf4", "bnb nf4"),
-    "`bitsandbytes` fp4": both(MORE, "bnb fp4", PACKED, "bitsandbytes"),
-    "`bitsandbytes` int8": both(MORE, "bnb int8", PACKED, "bitsandbytes", "", "bnb int8"),
+    "`bitsandbytes` fp4": both(MORE, "bnb fp4", PACKED, "bitsandbytes", "bnb fp4", "bnb fp4"),
+    "`bitsandbytes` int8": both(MORE, "bnb int8", PACKED, "bitsandbytes", "bnb int8", "bnb int8"),
     "GGUF, 4 and 8 bits": Row(
         PACKED, "gguf", f"{GGUF}: test_types_in_turns: ", f"{GGUF}: test_graphs: ",
         f"{GGUF}: test_two_ranks_read_their_parts: ", f"{GGUF}: test_experts: Q4_K",

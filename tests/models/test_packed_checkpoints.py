@@ -91,7 +91,17 @@ def test_devices_without_products_dequantize(kind: Kind, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "name",
-    ["w4 groups, zeros", "w4 ordered", "int8 channels", "nvfp4", "bnb nf4", "mxfp4", "bnb int8"],
+    [
+        "w4 groups, zeros",
+        "w4 ordered",
+        "int8 channels",
+        "int8 tensors, zeros",
+        "nvfp4",
+        "bnb nf4",
+        "bnb fp4",
+        "mxfp4",
+        "bnb int8",
+    ],
 )
 def test_experts_alone_and_on_two_ranks(name: str, tmp_path: Path) -> None:
     width = WIDTHS.get(name, 96)
@@ -108,7 +118,19 @@ def test_four_ranks_that_cut_words_of_zeros(tmp_path: Path) -> None:
     check_ranks(pack(BY_NAME["w4 channels, zeros"], saved), 4, 99)
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "w4 groups, zeros", "int8 channels", "bnb nf4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nvfp4",
+        "mxfp4",
+        "w4 groups, zeros",
+        "int8 channels",
+        "int8 tensors, zeros",
+        "bnb nf4",
+        "bnb fp4",
+        "bnb int8",
+    ],
+)
 def test_graphs(name: str, tmp_path: Path) -> None:
     """With tables of levels, zeros, and 8 bits; `test_quantized_checkpoints` has an order."""
     folder = saved(BY_NAME[name], tmp_path, num_hidden_layers=1)

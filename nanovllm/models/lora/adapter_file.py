@@ -92,12 +92,7 @@ class AdapterFile:
         """known: the `targets` of the model, if they have been found before."""
         assert model.lora is not None
         self._model, self._folder, self._slots = model, folder, model.lora
-        self.config = PeftConfig.read(folder)
-        if self.config.max_rank > self._slots.max_rank:
-            raise AdapterError(
-                f"{folder / CONFIG} has rank {self.config.max_rank}, but max_lora_rank is "
-                f"{self._slots.max_rank}"
-            )
+        self.config = PeftConfig.checked(folder, self._slots.max_rank)
         self.digest = _digest(folder)
         self._targets = list(targets(model)) if known is None else known
         with self._opened() as file:

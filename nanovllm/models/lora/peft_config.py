@@ -83,6 +83,19 @@ class PeftConfig:
             layers_pattern=_as_list(_names(found, "layers_pattern")),
         )
 
+    @classmethod
+    def checked(cls, folder: Path, max_rank: int) -> PeftConfig:
+        """The config in a folder that also has weights, for slots of `max_rank`. This is all that
+        can be checked without a model. Raises AdapterError."""
+        found = cls.read(folder)
+        if found.max_rank > max_rank:
+            raise AdapterError(
+                f"{folder / CONFIG} has rank {found.max_rank}, but max_lora_rank is {max_rank}"
+            )
+        if not (folder / WEIGHTS).is_file():
+            raise AdapterError(f"{folder / WEIGHTS} cannot be read: there is no such file")
+        return found
+
     @property
     def max_rank(self) -> int:
         return max((self.rank, *self.rank_pattern.values()))
