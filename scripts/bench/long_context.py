@@ -3,9 +3,9 @@
     python scripts/bench/long_context.py --shape gpt-oss-20b --out results.json
     python scripts/bench/long_context.py --shape Qwen3.5-35B-A3B --layers 16 --rows 64
 
-Weights are random. No prompt is computed: the scheduler is told that all blocks but the last of each
+Weights are random. No prompt is computed: the scheduler is told that all full blocks of each
 prompt are in the prefix cache, gives each row blocks of its own, and the cache's numbers are drawn.
-Recurrent states begin as zeros. So an hour of prompts takes no time, and a step reads, multiplies
+Recurrent states begin as zeros. So prompts of minutes take no time, and a step reads, multiplies
 and writes as after a computed prompt. The limit of a step is its bytes by the device's copy
 bandwidth: weights (of the experts that rows choose if routing is even), cache, and states.
 """
