@@ -64,7 +64,8 @@ def fits_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
 
 
 def _fits(x_TD: Tensor, num_rows: int, codes: Codes, row_bytes: int) -> bool:
-    if not is_supported(x_TD.device) or not packed_linear.takes(x_TD, codes):
+    is_taken = codes.table is None and packed_linear.takes(x_TD, codes)
+    if not is_supported(x_TD.device) or not is_taken:
         return False
     depth = codes.code.shape[-1] * 8 // codes.bits
     scales = [codes.scale] + ([] if codes.offset is None else [codes.offset])
