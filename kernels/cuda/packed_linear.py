@@ -129,18 +129,7 @@ def packed_linear(
     outs = tile.units * tile.row_warps * (8 if silu_mul else 16)
     grid = (-(-num_outs // outs), 1, 1)
     arguments = functools.partial(
-        _arguments,
-        x_TD,
-        codes,
-        norm_D,
-        bias_O,
-        residual_TO,
-        None,
-        None,
-        out_TO,
-        num_rows,
-        1,
-        eps,
+        _arguments, x_TD, codes, norm_D, bias_O, residual_TO, None, None, out_TO, num_rows, 1, eps
     )
     nvrtc.launch(function, _launch(grid, tile, shared_bytes, x_TD), arguments, x_TD.device)
     return out_TO
