@@ -186,7 +186,7 @@ def packed_pairs(
 
 def _sum_tile(top_k: int) -> Tile:
     """Of the sum over a token's pairs: few pairs leave a warp to each, so several share one."""
-    return Tile(1, 4 * top_k, 2) if top_k <= 4 else Tile(1, 8, 2)
+    return Tile(2, 4 * top_k, 2) if top_k <= 4 else Tile(1, 8, 2)
 
 
 def aligned(x_TD: Tensor) -> Tensor:
