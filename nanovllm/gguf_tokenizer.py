@@ -1,7 +1,8 @@
 """The tokenizer in a GGUF file's metadata, as transformers' tokenizer.
 
 `tokenizer.ggml.model` is "gpt2" for byte-level BPE, or "llama" for the BPE of SentencePiece, whose
-merges follow from the scores of tokens. `tokenizer.ggml.pre` names how the former splits texts.
+merges follow from the scores of tokens, or "gemma4" for the same with merges in the file.
+`tokenizer.ggml.pre` names how the first splits texts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,17 @@ GPT2 = "gpt2"
 DIGITS = r"\p{N}"
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+MARKS = (
+    r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN35 = CONTRACTIONS + MARKS
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",  # Chinese and Japanese
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 LLAMA3, QWEN2 = CONTRACTIONS + WORDS % "{1,3}", CONTRACTIONS + WORDS % ""
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CASES = (
@@ -38,12 +50,15 @@ SPLITS: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "dbrx", "smaug-bpe"), (LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), (QWEN2,)),
+    "qwen35": (QWEN35,),
+    "deepseek-v3": DEEPSEEK3,
+    **dict.fromkeys(("chatglm-bpe", "glm4"), (LLAMA3,)),
     "tekken": (TEKKEN,),
     **dict.fromkeys(("gpt-4o", "llama4"), (GPT4O,)),
 }
 WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})  # before merges
 WITH_BOS = WHOLE_WORDS  # unless the file says otherwise
-NORMALIZED = frozenset({"qwen2", "deepseek-r1-qwen"})  # to NFC
+NORMALIZED = frozenset({"qwen2", "deepseek-r1-qwen", "qwen35"})  # to NFC
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -56,11 +71,11 @@ def load(path: Path) -> Any:
     header = read(path)
     tokens = _tokens(header)
     kind = header.get(f"{PREFIX}model", str, "")
-    make = {"gpt2": _byte_level, "llama": _sentence_piece}.get(kind)
+    make = {"gpt2": _byte_level, "llama": _sentence_piece, "gemma4": _sentence_piece}.get(kind)
     if make is None:
         raise GgufError(
-            f"{path}: tokenizer.ggml.model is {kind!r:.80}, which is not supported: only 'gpt2' "
-            "and 'llama' are"
+            f"{path}: tokenizer.ggml.model is {kind!r:.80}, which is not supported: only "
+            "'gpt2', 'llama' and 'gemma4' are"
         )
     try:
         backend = make(header, tokens)
@@ -122,18 +137,25 @@ def _merge(header: Header, text: object) -> tuple[str, str]:
     return text[:place], text[place + 1 :]
 
 
-def _sentence_piece(header: Header, tokens: tuple[str, ...]) -> Any:
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
+def _scores(header: Header, tokens: tuple[str, ...]) -> Sequence[float]:
     scores: Sequence[float] = header.get(f"{PREFIX}scores", tuple, ())
     if len(scores) != len(tokens):
         raise GgufError(f"{header.path}: it has {len(tokens)} tokens, but {len(scores)} scores")
+    return scores
+
+
+def _sentence_piece(header: Header, tokens: tuple[str, ...]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
     unknown = _token(header, tokens, "unknown")
     vocab = {token: i for i, token in enumerate(tokens)}
+    stored = header.get(f"{PREFIX}merges", tuple, ())
+    if header.get(f"{PREFIX}model", str) == "gemma4":
+        merges = [_merge(header, one) for one in stored]
+    else:
+        merges = merges_of(vocab, _scores(header, tokens))
     backend = Tokenizer(
-        models.BPE(
-            vocab, merges_of(vocab, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True
-        )
+        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     has_prefix = header.get(f"{PREFIX}add_space_prefix", bool, True)
     first: list[Any] = [normalizers.Prepend(SPACE)] if has_prefix else []

@@ -3,6 +3,7 @@
 
     python scripts/train_tiny.py --out nanovllm/assets/tiny-qwen3
     python scripts/train_tiny.py --arch mixtral --out nanovllm/assets/tiny-mixtral
+    python scripts/train_tiny.py --arch qwen3_5 --out nanovllm/assets/tiny-qwen3.5
     python scripts/train_tiny.py --arch qwen3-vl --out nanovllm/assets/tiny-qwen3-vl
 
 Takes minutes on one GPU. To try everything out on a CPU, add
@@ -58,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-eval", type=int, default=3200, help="held-out questions to score")
     workers = "processes that generate examples: one for each core; qwen3-vl: 8 beside a GPU, or 1"
     parser.add_argument("--workers", type=int, help=workers)
-    _add_text(parser.add_argument_group("qwen3 and mixtral"))
+    _add_text(parser.add_argument_group("qwen3, mixtral and qwen3_5"))
     _add_seeing(parser.add_argument_group(SEEING))
     args = parser.parse_args()
     _fill_in(parser, args)

@@ -45,21 +45,23 @@ class Entry(NamedTuple):
     remarks: str = ""
 
 
+IN_EAGER_MODE = "on an NPU in eager mode alone"
 ARCHITECTURES: dict[str, Entry] = {
     "CohereForCausalLM": Entry(TEXT, "Command R, Command R+, Aya"),
-    "Cohere2ForCausalLM": Entry(TEXT, "Command R7B, Command A"),
+    "Cohere2ForCausalLM": Entry(TEXT, "Command R7B, Command A", IN_EAGER_MODE),
     "Ernie4_5ForCausalLM": Entry(TEXT, "ERNIE 4.5, dense (0.3B)"),
     "Exaone4ForCausalLM": Entry(
-        TEXT, "EXAONE 4.0", '`kv_cache_dtype="fp8"` is refused: values have no bound'
+        TEXT, "EXAONE 4.0",
+        f'`kv_cache_dtype="fp8"` is refused: values have no bound; {IN_EAGER_MODE}',
     ),
     "Gemma3ForCausalLM": Entry(
         TEXT, "Gemma-3 without images (1B, 270M)",
         "a cap on attention scores and attention in both directions are refused; on an NPU, "
-        "windows are",
+        "graphs of windows are",
     ),
     "Gemma4ForCausalLM": Entry(
         TEXT, "Gemma 4 (E2B, E4B, 26B-A4B, 31B) without images",
-        "`expert_offload` is refused; on an NPU it is refused",
+        f"`expert_offload` is refused; {IN_EAGER_MODE}",
     ),
     "Glm4ForCausalLM": Entry(TEXT, "GLM-4-0414 (9B, 32B), GLM-Z1"),
     "GraniteForCausalLM": Entry(TEXT, "Granite 3"),
@@ -80,7 +82,8 @@ ARCHITECTURES: dict[str, Entry] = {
         TEXT, "OLMo-2", '`kv_cache_dtype="fp8"` is refused: values have no bound'
     ),
     "Olmo3ForCausalLM": Entry(
-        TEXT, "OLMo-3", '`kv_cache_dtype="fp8"` is refused: values have no bound'
+        TEXT, "OLMo-3",
+        f'`kv_cache_dtype="fp8"` is refused: values have no bound; {IN_EAGER_MODE}',
     ),
     "Phi3ForCausalLM": Entry(TEXT, "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini"),
     "Qwen2ForCausalLM": Entry(TEXT, "Qwen2, Qwen2.5"),

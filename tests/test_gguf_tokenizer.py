@@ -64,6 +64,9 @@ def test_byte_level_tokens_are_those_of_the_original(tmp_path: Path) -> None:
         ("llama-bpe", ["it", "'s", " ", "123", "4", "!!", " ", " x"]),
         ("qwen2", ["it", "'s", " ", "1", "2", "3", "4", "!!", " ", " x"]),
         ("tekken", ["it", "'s", " ", "1", "2", "3", "4", "!!", " ", " x"]),
+        ("qwen35", ["it", "'s", " ", "1", "2", "3", "4", "!!", " ", " x"]),
+        ("glm4", ["it", "'s", " ", "123", "4", "!!", " ", " x"]),
+        ("deepseek-v3", ["it", "'s", " ", "123", "4", "!!", " ", " x"]),
         ("gpt-4o", ["it's", " ", "123", "4", "!!", " ", " x"]),
     ],
 )
@@ -107,6 +110,21 @@ def test_sentence_piece_tokens_follow_from_scores(has_prefix: bool, tmp_path: Pa
     assert found.encode("</s>")[-1] == 2
 
 
+def test_merges_of_the_file_are_used_in_gemma_4(tmp_path: Path) -> None:
+    """The merges that follow from scores, without those of one word."""
+    vocab = {word: i for i, word in enumerate(WORDS)}
+    merges = gguf_tokenizer.merges_of(vocab, [-float(i) for i in range(len(WORDS))])
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        add_sentence_piece(writer, has_prefix=False)
+        del writer.kv_data[0]["tokenizer.ggml.model"]
+        writer.add_tokenizer_model("gemma4")
+        writer.add_token_merges([" ".join(one) for one in merges if "".join(one) != "▁world"])
+
+    found = gguf_tokenizer.load(only_tokenizer(tmp_path / "a.gguf", add))
+    assert found.convert_ids_to_tokens(found.encode("hello world"))[1:] == ["hello", "▁wor", "ld"]
+
+
 def test_merges_of_equal_scores_keep_the_order_of_parts() -> None:
     vocab = {"a": 0, "b": 1, "ab": 2, "ba": 3, "aba": 4}
     found = gguf_tokenizer.merges_of(vocab, [0.0, 0.0, -1.0, -1.0, -0.5])
@@ -137,7 +155,7 @@ def as_model(name: str, **more: Any) -> Callable[[gguf.GGUFWriter], None]:
 @pytest.mark.parametrize(
     "tokenizer, message",
     [
-        (as_model("t5"), "tokenizer.ggml.model is 't5', which is not supported: only 'gpt2' and"),
+        (as_model("t5"), "tokenizer.ggml.model is 't5', which is not supported: only 'gpt2', "),
         (as_model("gpt2", pre="x"), "tokenizer.ggml.pre is 'x', which is not supported: only gpt"),
         (as_model("gpt2", pre="gpt-2", merges=["ab"]), "'ab' is not a merge of two tokens"),
         (as_model("gpt2", pre="gpt-2", merges=["z z"]), "the tokenizer cannot be read"),

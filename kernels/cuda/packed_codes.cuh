@@ -1,6 +1,7 @@
 // What the kernels of packed weights share: codes as numbers, rounding, barriers of shared memory.
 //
-// Constants: BITS (4 or 8), FP8 (codes are float8_e4m3fn), OFFSET, SCALE (0 fp32, 1 bf16, 2 fp16), PDL.
+// Constants: BITS (4 or 8), FP8 (codes are float8_e4m3fn), E2M1 (codes are numbers in e2m1), OFFSET,
+// SCALE (0 fp32, 1 bf16, 2 fp16), PDL.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -9,6 +10,9 @@ typedef unsigned long long u64;
 
 #ifndef FP8
 #define FP8 0
+#endif
+#ifndef E2M1
+#define E2M1 0
 #endif
 
 struct __align__(16) Four { u32 a, b, c, d; };
@@ -77,7 +81,9 @@ __device__ __forceinline__ float load_scale(const u8* at, u32 idx) {
 // The codes of a word as numbers in bf16, in pairs. The bits of a code are a denormal number or one
 // of the smallest normal numbers, code · 2⁻¹³³ or, for upper codes, 2⁻¹²⁹. `low` and `high` are the
 // scale times 2¹¹³ and 2¹⁰⁹, `less` is the offset times 2⁻²⁰, and sums are multiplied by 2²⁰.
-// Numbers in fp8 are exact, and without their scales.
+// Numbers in fp8 are exact, and without their scales. In e2m1 the three bits of a magnitude are the
+// last of a bf16 exponent and the first of its fraction, the number times 2⁻¹²⁶; `low` is the scale
+// times 2¹⁰⁶.
 struct Pairs { u32 of[8 / (BITS / 4) / 2]; };
 
 __device__ __forceinline__ Pairs numbers(u32 word, u32 low, u32 high, u32 less) {
@@ -88,6 +94,12 @@ __device__ __forceinline__ Pairs numbers(u32 word, u32 low, u32 high, u32 less) 
   u32 n = ((q >> 4) & 0x07f007f0) | (q & 0x80008000);
   r.of[0] = fma2(m, 0x7b807b80, 0x80008000);
   r.of[1] = fma2(n, 0x7b807b80, 0x80008000);
+#elif E2M1
+  u32 p = spread(word, 0x4140), q = spread(word, 0x4342);
+  r.of[0] = fma2((p << 6 & 0x01c001c0) | (p << 12 & 0x80008000), low, less);
+  r.of[1] = fma2((q << 6 & 0x01c001c0) | (q << 12 & 0x80008000), low, less);
+  r.of[2] = fma2((p << 2 & 0x01c001c0) | (p << 8 & 0x80008000), low, less);
+  r.of[3] = fma2((q << 2 & 0x01c001c0) | (q << 8 & 0x80008000), low, less);
 #elif BITS == 8
   r.of[0] = fma2(spread(word, 0x4140), low, less);
   r.of[1] = fma2(spread(word, 0x4342), low, less);
@@ -103,8 +115,8 @@ __device__ __forceinline__ Pairs numbers(u32 word, u32 low, u32 high, u32 less) 
 
 // The arguments of `numbers` for a scale and an offset.
 __device__ __forceinline__ void factors(float scale, float offset, u32& low, u32& high, u32& less) {
-  low = FP8 ? 0 : twice(scale * 0x1p113f);
-  high = FP8 || BITS == 8 ? 0 : twice(scale * 0x1p109f);
+  low = FP8 ? 0 : twice(scale * (E2M1 ? 0x1p106f : 0x1p113f));
+  high = FP8 || E2M1 || BITS == 8 ? 0 : twice(scale * 0x1p109f);
   less = OFFSET ? twice(offset * 0x1p-20f) : 0x80008000;
 }
 

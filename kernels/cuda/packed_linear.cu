@@ -8,10 +8,11 @@
 // two products of the matrix units in registers. WK warps share the depth and add their sums in
 // shared memory, in their order. STAGES chunks of codes of a warp are on their way.
 //
-// Constants, by -D: BITS (4 or 8), FP8 (codes are float8_e4m3fn), OFFSET, SCALE (0 fp32, 1 bf16,
-// 2 fp16), NT (tiles of 8 rows of x), M, WK, WR, STAGES,
+// Constants, by -D: BITS (4 or 8), FP8 (codes are float8_e4m3fn), E2M1 (numbers in e2m1), OFFSET,
+// SCALE (0 fp32, 1 bf16, 2 fp16), NT (tiles of 8 rows of x), M, WK, WR, STAGES,
 // MIN_PROGRAMS (of a multiprocessor), SILU, NORM (one row of x is normed first),
-// PAIRS (0 a product, 1 a product for each pair, 2 the sum over a token's pairs), PDL.
+// CLAMP (SILU is a clamped SwiGLU), PAIRS (0 a product, 1 a product for each pair, 2 the sum over a
+// token's pairs), TOP_K (pairs of a token, if PAIRS is 2), PDL.
 //
 // t thread of four | g group of four threads: the weight row in a tile of 8, and the row of x
 
@@ -23,7 +24,7 @@ struct Args {
   const u8* scale;       // [(E,) R, G]
   const u8* offset;      // [(E,) O, G]
   const u16* norm;       // [D]
-  const u16* bias;       // [O]
+  const u16* bias;       // [(E,) O]
   const u16* residual;   // [T, num_outs]
   const int* expert;     // [T, K]
   const float* factor;   // [T, K]
@@ -32,8 +33,9 @@ struct Args {
   u32 num_rows, num_lines, depth;
   u32 group_shift;       // a scale is for 2^group_shift columns
   u32 rows_shift;        // and for 2^rows_shift weight rows
-  u32 num_groups, top_k, x_shared_by;
+  u32 num_groups, x_shared_by;
   float eps;
+  float alpha, limit;    // of CLAMP
 };
 
 #define CHUNK (BITS == 4 ? 128 : 64)           // columns of a chunk
@@ -42,6 +44,7 @@ struct Args {
 #define XS (EACH / 8)                          // its pieces of 16 bytes of x
 #define THREADS (32 * WK * WR)
 #define SCALE_BYTES (SCALE == 0 ? 4 : 2)
+#define SHARE (WK > TOP_K ? WK / TOP_K : 1)    // warps that share the depth of a pair, if PAIRS is 2
 
 __device__ __forceinline__ Four load_once(const void* at) {
   Four v;
@@ -103,9 +106,11 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
       scale_at[m][h] = (line[m][h] >> a.rows_shift) * a.num_groups;
     }
 #if PAIRS == 2
-  // a warp takes whole pairs of the token blockIdx.y
-  const u32 my_pairs = a.top_k > (u32)warp ? (a.top_k - warp + WK - 1) / WK : 0;
-  const u32 num_steps = my_pairs * num_chunks;
+  // of the token blockIdx.y a warp takes whole pairs, or every SHARE-th chunk of a pair
+  const u32 first_pair = warp / SHARE, part = warp % SHARE, step_pairs = WK / SHARE;
+  const u32 my_pairs = TOP_K > first_pair ? (TOP_K - first_pair + step_pairs - 1) / step_pairs : 0;
+  const u32 my_chunks = num_chunks > part ? (num_chunks - part + SHARE - 1) / SHARE : 1;
+  const u32 num_steps = num_chunks > part ? my_pairs * my_chunks : 0;
 #else
   const u32 num_steps = num_chunks > (u32)warp ? (num_chunks - warp + WK - 1) / WK : 0;
 #endif
@@ -119,8 +124,14 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
   expert = a.expert[blockIdx.y];
 #endif
 
-  auto pair_of = [&](u32 step) { return blockIdx.y * a.top_k + warp + step / num_chunks * WK; };
-  auto chunk_of = [&](u32 step) { return PAIRS == 2 ? step % num_chunks : warp + step * WK; };
+#if PAIRS == 2
+  auto pair_of = [&](u32 step) {
+    return blockIdx.y * TOP_K + first_pair + step / my_chunks * step_pairs;
+  };
+  auto chunk_of = [&](u32 step) { return part + step % my_chunks * SHARE; };
+#else
+  auto chunk_of = [&](u32 step) { return warp + step * WK; };
+#endif
   auto fetch = [&](Slot& slot, u32 step, int m) {
     const u32 column = chunk_of(step) * CHUNK + t * EACH;
     const bool is_real = column < depth;
@@ -343,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
       }
 #endif
 #if PAIRS == 2
-      if ((step + 1) % num_chunks == 0) {
+      if ((step + 1) % my_chunks == 0) {
         const float factor = a.factor[pair_of(step)];
 #pragma unroll
         for (int m = 0; m < M; m++)
@@ -421,12 +432,27 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
         const u32 out = first + m * outs_of_tile + row + 8 * h;
         if (out >= num_outs) continue;
         float y = h ? lower : upper;
-        if (a.bias) y += of_bf16(a.bias[out]);
+#if PAIRS == 2
+        for (u32 k = 0; a.bias && k < TOP_K; k++) {
+          const u32 pair = token * TOP_K + k;
+          y += a.factor[pair] * of_bf16(a.bias[(u64)a.expert[pair] * num_lines + out]);
+        }
+#else
+        const u16* const bias = a.bias + expert * num_lines;
+        if (a.bias) y += of_bf16(bias[out]);
+#endif
         y = rounded(y);
 #if SILU
         float up = lower;
-        if (a.bias) up += of_bf16(a.bias[out + num_outs]);
+        if (a.bias) up += of_bf16(bias[out + num_outs]);
+#if CLAMP  // NaN stays
+        up = rounded(up);
+        y = y > a.limit ? a.limit : y;
+        up = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
+        y = (up + 1.0f) * y / (1.0f + __expf(-a.alpha * y));
+#else
         y = rounded(y / (1.0f + __expf(-y))) * rounded(up);
+#endif
 #endif
         const u64 at = (u64)token * num_outs + out;
         if (a.residual) y = rounded(y) + of_bf16(residual.of[j][h]);

@@ -17,14 +17,14 @@ from torch import Tensor
 from nanovllm.kernels.cuda import nvrtc
 from nanovllm.kernels.cuda.nvrtc import Function, Launch
 from nanovllm.kernels.triton.common import launch_options
-from nanovllm.kernels.triton.packed_codes import Codes
+from nanovllm.kernels.triton.packed_codes import E2M1, Codes
 
 MAX_ROWS = 64
 ROWS = (8, 16, 32, 64)  # of x in a launch
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ONE_GROUP = 31  # the shift of columns if a row has one scale
-# Args in packed_linear.cu: ten pointers, the stride of x, eight sizes, eps
-_ARGUMENTS = struct.Struct("10PQ8If4x")
+# Args in packed_linear.cu: ten pointers, the stride of x, seven sizes, three numbers
+_ARGUMENTS = struct.Struct("10PQ7I3f")
 
 
 class Tile(NamedTuple):
@@ -44,12 +44,12 @@ class Tile(NamedTuple):
 
 def takes(x_TD: Tensor, codes: Codes) -> bool:
     """True if the kernel can multiply rows of the dtype of x with the weight: integers of 4 or 8
-    bits, or fp8, and x in bf16."""
+    bits, fp8 or e2m1, and x in bf16."""
     depth, columns = codes.code.shape[-1] * 8 // codes.bits, 128 // codes.bits
     return (
         is_supported(x_TD.device)
         and x_TD.dtype is torch.bfloat16
-        and codes.table is None
+        and (codes.table is None or codes.form == E2M1.value)
         and codes.scale.dtype in SCALES
         and (codes.offset is None or codes.offset.dtype is codes.scale.dtype)
         and (codes.group >= depth or (_is_power(codes.group) and codes.group >= columns))
@@ -124,19 +124,7 @@ def packed_linear(
     outs = tile.units * tile.row_warps * (8 if silu_mul else 16)
     grid = (-(-num_outs // outs), 1, 1)
     arguments = functools.partial(
-        _arguments,
-        x_TD,
-        codes,
-        norm_D,
-        bias_O,
-        residual_TO,
-        None,
-        None,
-        out_TO,
-        num_rows,
-        1,
-        1,
-        eps,
+        _arguments, x_TD, codes, norm_D, bias_O, residual_TO, None, None, out_TO, num_rows, 1, eps
     )
     num_bytes = shared_bytes(tile, num_rows, codes, 0 if norm_D is None else depth)
     nvrtc.launch(function, _launch(grid, tile, num_bytes, x_TD), arguments, x_TD.device)
@@ -164,19 +152,24 @@ def packed_pairs(
     silu_mul: bool = False,
     factor_TK: Tensor | None = None,
     residual_TO: Tensor | None = None,
+    bias_EO: Tensor | None = None,
+    clamp: tuple[float, float] | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """x · weightᵀ of the expert of each pair [P, O]; `x_shared_by` pairs share a row of x.
+    """x · weightᵀ + bias of the expert of each pair [P, O]; `x_shared_by` pairs share a row of x.
 
-    With `factor_TK` the sum of each token's pairs times their factors, [T, O], + residual.
+    With `factor_TK` the sum of each token's pairs times their factors, [T, O], + residual. With
+    `clamp`, (alpha, limit), `silu_mul` is `reference.norm_act.clamped_swiglu`.
     """
     num_tokens, top_k = expert_TK.shape
     adds, x_PD = factor_TK is not None, aligned(x_PD)
     num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
     num_out_rows = num_tokens if adds else num_tokens * top_k
     out = torch.empty((num_out_rows, num_outs), dtype=x_PD.dtype, device=x_PD.device)
-    tile = tile or (Tile(1, 8, 2) if adds else Tile(2, 4, 2))
-    function = _function(x_PD, codes, tile, 1, silu_mul, False, 2 if adds else 1)
+    tile = tile or (_sum_tile(top_k) if adds else Tile(2, 4, 2))
+    function = _function(
+        x_PD, codes, tile, 1, silu_mul, False, 2 if adds else 1, top_k, clamp is not None
+    )
     outs = tile.units * tile.row_warps * (8 if silu_mul else 16)
     grid = (-(-num_outs // outs), num_out_rows, 1)
     arguments = functools.partial(
@@ -184,19 +177,24 @@ def packed_pairs(
         x_PD,
         codes,
         None,
-        None,
+        bias_EO,
         residual_TO,
         expert_TK,
         factor_TK,
         out,
         1,
-        top_k,
         x_shared_by,
         0.0,
+        clamp or (0.0, 0.0),
     )
     num_bytes = tile.num_warps * tile.units * 512
     nvrtc.launch(function, _launch(grid, tile, num_bytes, x_PD), arguments, x_PD.device)
     return out
+
+
+def _sum_tile(top_k: int) -> Tile:
+    """Of the sum over a token's pairs: few pairs leave a warp to each, so several share one."""
+    return Tile(2, 4 * top_k, 2) if top_k <= 4 else Tile(1, 8, 2)
 
 
 def aligned(x_TD: Tensor) -> Tensor:
@@ -207,11 +205,20 @@ def aligned(x_TD: Tensor) -> Tensor:
 
 
 def _function(
-    x: Tensor, codes: Codes, tile: Tile, row_tiles: int, silu_mul: bool, norm: bool, pairs: int
+    x: Tensor,
+    codes: Codes,
+    tile: Tile,
+    row_tiles: int,
+    silu_mul: bool,
+    norm: bool,
+    pairs: int,
+    top_k: int = 1,
+    clamps: bool = False,
 ) -> Function:
     values = {
         "BITS": codes.bits,
         "FP8": codes.is_fp8,
+        "E2M1": codes.form == E2M1.value,
         "OFFSET": codes.offset is not None,
         "SCALE": SCALES[codes.scale.dtype],
         "NT": row_tiles,
@@ -222,7 +229,9 @@ def _function(
         "STAGES": tile.num_stages,
         "SILU": silu_mul,
         "NORM": norm,
+        "CLAMP": clamps,
         "PAIRS": pairs,
+        "TOP_K": top_k if pairs == 2 else 1,
         "PDL": launch_options(x.device)["PDL"],
     }
     return Function("packed_linear", nvrtc.constants(values))
@@ -242,9 +251,9 @@ def _arguments(
     factor: Tensor | None,
     out: Tensor,
     num_rows: int,
-    top_k: int,
     x_shared_by: int,
     eps: float,
+    clamp: tuple[float, float] = (0.0, 0.0),
 ) -> bytes:
     depth = x.shape[1]
     tensors = x, codes.code, codes.scale, codes.offset, norm, bias, residual, expert, factor, out
@@ -258,7 +267,7 @@ def _arguments(
         group_shift,
         codes.group_rows.bit_length() - 1,
         codes.scale.shape[-1],
-        top_k,
         x_shared_by,
         eps,
+        *clamp,
     )

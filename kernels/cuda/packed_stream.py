@@ -136,7 +136,8 @@ def takes_groups(x_PD: Tensor, codes: Codes, groups: Groups) -> bool:
 
 
 def _fits(x_TD: Tensor, form: Form, codes: Codes, row_bytes: int) -> bool:
-    if not is_supported(x_TD.device) or not packed_linear.takes(x_TD, codes):
+    is_taken = codes.table is None and packed_linear.takes(x_TD, codes)
+    if not is_supported(x_TD.device) or not is_taken:
         return False
     scales = [codes.scale] + ([] if codes.offset is None else [codes.offset])
     return (

@@ -42,6 +42,7 @@ def takes(x_TD: Tensor, codes: Codes) -> bool:
     return (
         is_supported(x_TD.device)
         and packed_linear.takes(x_TD, codes)
+        and codes.table is None
         and not codes.is_fp8
         and codes.code.dim() == 2
         and depth % 32 == 0

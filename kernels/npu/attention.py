@@ -140,9 +140,9 @@ def paged_attention_eager(
 ) -> Tensor:
     """The same op outside a graph. It takes lengths as numbers, so it waits for the device.
 
-    With sinks it is plain torch, with or without a window.
+    With sinks, a window, or pages beside others in a tensor it is plain torch.
     """
-    if sinks_N is not None:
+    if sinks_N is not None or window > 0 or not k_cache_CBKH.is_contiguous():
         return reference.attention.paged_attention(
             q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, max_q_len,
             scale, window, sinks_N=sinks_N,

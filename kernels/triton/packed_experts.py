@@ -292,13 +292,16 @@ def run_experts(
             return packed_stream.packed_stream_experts(
                 inner_PF, down, expert_TK, factor_1K=weight_TK, residual_1O=residual_TD
             )
-        if is_plain and all(cuda_packed.takes(x_TD, one) for one in (gate_up, down)):
+        takes_both = all(cuda_packed.takes(x_TD, one) for one in (gate_up, down))
+        if local_X is None and limit >= 0 and takes_both:
             inner_PF = cuda_packed.packed_pairs(
-                x_TD, gate_up, expert_TK, x_shared_by=top_k, silu_mul=True
-            )
+                x_TD, gate_up, expert_TK, x_shared_by=top_k, silu_mul=True,
+                bias_EO=gate_up_bias_EG, clamp=(alpha, limit) if limit else None,
+            )  # fmt: skip
             return cuda_packed.packed_pairs(
-                inner_PF, down, expert_TK, factor_TK=weight_TK, residual_TO=residual_TD
-            )
+                inner_PF, down, expert_TK, factor_TK=weight_TK, residual_TO=residual_TD,
+                bias_EO=down_bias_ED,
+            )  # fmt: skip
         inner_PF = packed_gemv(
             x_TD,
             gate_up,

@@ -91,11 +91,11 @@ class HybridConfig(ModelConfig):
 
 
 class AttentionLayer(NamedTuple):
-    """Weights of a layer with attention; qkvg has the rows of `GatedRows`."""
+    """Weights of a layer with attention; gate_qkv has the rows of `GatedRows`."""
 
     attn_norm_D: Tensor
-    qkvg_ED: Weight
-    qkvg_bias_E: Tensor | None
+    gate_qkv_ED: Weight
+    gate_qkv_bias_E: Tensor | None
     q_norm_H: Tensor
     k_norm_H: Tensor
     out_DQ: Weight
@@ -226,12 +226,12 @@ def attention(
 ) -> Tensor:
     """h + attention of the normalised h, times the sigmoid of its gate."""
     x_TD = ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps)
-    qkvg_TE = linear(x_TD, w.qkvg_ED, w.qkvg_bias_E)
-    q_TNH, k_TKH, v_TKH = dense.heads(cfg, qkvg_TE[:, : cfg.qkv_size])
+    gate_qkv_TE = linear(x_TD, w.gate_qkv_ED, w.gate_qkv_bias_E)
+    q_TNH, k_TKH, v_TKH = dense.heads(cfg, gate_qkv_TE[:, -cfg.qkv_size :])
     q_TNH = ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps)
     k_TKH = ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps)
     o_TQ = dense.attend(cfg, call, kv, cos_sin_MH, batch, (q_TNH, k_TKH, v_TKH))
-    o_TQ = o_TQ * torch.sigmoid(qkvg_TE[:, cfg.qkv_size :])
+    o_TQ = o_TQ * torch.sigmoid(gate_qkv_TE[:, : -cfg.qkv_size])
     o_TQ, h_TD = dense.kept(batch, o_TQ, h_TD)
     return dense.summed_linear(cfg, o_TQ, w.out_DQ, w.out_bias_D, h_TD)
 
@@ -277,7 +277,7 @@ def delta_rule(
 
 def kv_scales(cfg: ModelConfig, w: AttentionLayer) -> tuple[Tensor, Tensor]:
     """The scales of one layer's fp8 cache: [K] fp32 for keys, and for values."""
-    return bounds.kv_scales(cfg, w.attn_norm_D, w.qkvg_ED, w.qkvg_bias_E, w.k_norm_H)
+    return bounds.kv_scales(cfg, w.attn_norm_D, w.gate_qkv_ED, w.gate_qkv_bias_E, w.k_norm_H)
 
 
 # parameters --------------------------------------------------------------------------------------
@@ -289,8 +289,9 @@ def layer_type(kind: LayerKind) -> type[AttentionLayer] | type[DeltaLayer]:
 
 @dataclass(frozen=True)
 class GatedRows(RowOrder):
-    """Rows [q and gate of each query head | k | v] in the order [q | k | v | gate], with queries
-    and keys in the order of `rope.grouped_rows`."""
+    """Rows [q and gate of each query head | k | v] in the order [gate | q | k | v], with queries
+    and keys in the order of `rope.grouped_rows`. No row goes to another source, since sources may
+    differ in format."""
 
     head_dim: int
     rotated: int
@@ -301,7 +302,7 @@ class GatedRows(RowOrder):
         q_NH, gate_NH = qg.view(-1, 2, self.head_dim).unbind(1)
         k_KH = k.view(-1, self.head_dim)
         q, k = q_NH[:, in_head].flatten(), k_KH[:, in_head].flatten()
-        return torch.cat((q, k, v, gate_NH.flatten()))
+        return torch.cat((gate_NH.flatten(), q, k, v))
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ def attention_params(cfg: ModelConfig, layer_idx: int) -> dict[str, Param]:
     """Parameters of the first half of a layer with attention, and the norm of its second."""
     declared, rotated = dense.attention_params(cfg, layer_idx), 2 * len(cfg.inv_freq)
     rows, plus_one, head_norm = GatedRows(cfg.head_dim, rotated), PlusOne(), HeadNorm(rotated)
-    for old, new in (("qkv_ED", "qkvg_ED"), ("qkv_bias_E", "qkvg_bias_E")):
+    for old, new in (("qkv_ED", "gate_qkv_ED"), ("qkv_bias_E", "gate_qkv_bias_E")):
         if (param := declared.pop(old, None)) is not None:
             parts = (2 * param.parts[0], *param.parts[1:])
             shape = (sum(parts), *param.shape[1:])

@@ -39,15 +39,15 @@ def kv_scales(
     is at most √D, so row j of a projection is at most √D · |row j ⊙ norm weight| (Cauchy-Schwarz)
     plus its bias. The length of a key that is normalised per head is at most
     √H · max |norm weight|. The rotation mixes elements i and i + H/2 and keeps the pair's length.
-    The weight may have more rows after those of the values.
+    The weight may have more rows before those of the queries.
     """
     num_kv, half = cfg.num_kv_heads, cfg.head_dim // 2
     first_key = cfg.num_heads * cfg.head_dim
     num_rows = 2 * num_kv * cfg.head_dim
-    rows_JD = rows(qkv_ED, first_key)[:num_rows] * attn_norm_D.float()
+    rows_JD = rows(qkv_ED, first_key)[-num_rows:] * attn_norm_D.float()
     bound_J = math.sqrt(cfg.hidden_size) * rows_JD.norm(dim=1)
     if qkv_bias_E is not None:
-        bound_J += qkv_bias_E[first_key:][:num_rows].float().abs()
+        bound_J += qkv_bias_E[-num_rows:].float().abs()
     k_bound_KH, v_bound_KH = bound_J.view(2, num_kv, cfg.head_dim)
     pair_K2h = k_bound_KH.view(num_kv, 2, half)
     k_bound_K = pair_K2h.norm(dim=1).amax(1)

@@ -19,7 +19,9 @@ def num_workers(resolved: ResolvedConfig) -> int:
     token_size = _mlp_size(cfg) + 8 * cfg.hidden_size + 3 * cfg.qkv_size
     scratch_bytes = spec.layout.prefill_tokens[-1] * token_size * cfg.dtype.itemsize
     params_bytes = model.reduced().param_bytes + slots_bytes(model.reduced())
-    worker_bytes = params_bytes + scratch_bytes + (1 << 30)  # for the device's context
+    # Inductor draws a table once more to time the look-up; and the device's context
+    table_bytes = cfg.vocab_size * cfg.hidden_size * cfg.dtype.itemsize
+    worker_bytes = params_bytes + scratch_bytes + table_bytes + (3 << 29)
     own_bytes = device_bytes(model, spec.offload)
     count = resolved.platform.compile_workers(worker_bytes, own_bytes)
     return 0 if count < 2 or is_ready(resolved) else count

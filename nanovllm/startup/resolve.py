@@ -289,8 +289,6 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
             f"enable_lora=True is not supported on the device {platform.traits.name}: serve a "
             "checkpoint into which the adapter was merged"
         )
-    if platform.traits.whole_steps:
-        _refuse_in_whole_steps(model, platform.traits.name)
     windows = [kind.window for kind in model.layer_kinds]
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, model, platform)
     has_sinks = any(kind.has_sinks for kind in model.layer_kinds)
@@ -299,6 +297,8 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
             f"the attention of {cfg.architecture} has sinks, which graphs on the device "
             f"{platform.traits.name} do not support: set enforce_eager=True"
         )
+    if platform.traits.whole_steps:
+        _refuse_in_whole_steps(model, platform.traits.name, is_eager=config.enforce_eager)
     head_dim = largest_head(model)
     facts = attention.AttentionNeeds(
         cfg.dtype,
@@ -331,20 +331,25 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
     return replace(spec, snapshot_slots=slots)
 
 
-def _refuse_in_whole_steps(model: Model, device: str) -> None:
+def _refuse_in_whole_steps(model: Model, device: str, *, is_eager: bool) -> None:
     """Raise ValueError for what no platform supports whose steps are one graph."""
-    groups = model.page_groups.groups
-    refused = {
+    groups, name = model.page_groups.groups, model.config.architecture
+    if model.config.sees_ahead:
+        raise ValueError(
+            f"{name} has tokens of images that see later ones, which is not supported on the "
+            f"device {device}"
+        )
+    in_graphs = {
+        "attention windows": any(kind.window for kind in model.layer_kinds),
         "layers that keep pages of different sizes": any(one.per_tensor > 1 for one in groups),
         "layers that read the caches of others": any(one.readers for one in groups),
         "layers with inputs of their own": model.layer_inputs is not None,
-        "tokens of images that see later ones": model.config.sees_ahead,
     }
-    for what, is_so in refused.items():
-        if is_so:
+    for what, is_so in in_graphs.items():
+        if is_so and not is_eager:
             raise ValueError(
-                f"{model.config.architecture} has {what}, which is not supported on the device "
-                f"{device}"
+                f"{name} has {what}, which graphs on the device {device} do not support: set "
+                "enforce_eager=True"
             )
 
 

@@ -1,4 +1,4 @@
-"""Shapes of the fused products of Qwen3 models, and the tiles to time for each shape."""
+"""Shapes of the fused products of models, and the tiles to time for each shape."""
 
 from __future__ import annotations
 
@@ -46,6 +46,12 @@ SHAPES = {
     name: shape
     for short, model in MODELS.items()
     for name, shape in _products(short, model).items()
+} | {
+    "gpt-oss-20b qkv": Shape(5120, 2880, True, False),
+    "Qwen3.5-35B-A3B qkv": Shape(9216, 2048, True, False),
+    "Qwen3.5-35B-A3B channels": Shape(8192, 2048, True, False),
+    "GLM-4.7-Flash out": Shape(2048, 5120, False, False),
+    "GLM-4.7-Flash latents": Shape(1344, 2048, True, False),
 }
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
 from nanovllm.kernels import reference
+from nanovllm.kernels.cuda import packed_linear
 from nanovllm.kernels.triton import packed_gemv, packed_tiles
 from nanovllm.kernels.triton.common import Clamp
 from nanovllm.kernels.triton.grouped_gemm import BY_PAIR, BY_PLACE, BY_TOKEN
@@ -81,6 +82,11 @@ class Rows:
         codes, _, clamp = self.layers[i]
         known = {"silu_mul": True, "alpha": ALPHA, "limit": LIMIT, "launch": launch}
         bias = clamp.gate_up_bias_EG
+        if self.is_few and not isinstance(launch, packed_tiles.PackedGemvTile):
+            return packed_linear.packed_pairs(
+                self.x, codes, self.expert, x_shared_by=TOP_K, silu_mul=True, bias_EO=bias,
+                clamp=(ALPHA, LIMIT), tile=launch,
+            )  # fmt: skip
         if self.is_few:
             return packed_gemv.packed_gemv(
                 self.x, codes, bias_O=bias, expert_TK=self.expert, x_shared_by=TOP_K, **known
@@ -92,6 +98,11 @@ class Rows:
 
     def down(self, i: int, launch: Any = None) -> Tensor:
         _, codes, clamp = self.layers[i]
+        if self.is_few and not isinstance(launch, packed_tiles.PackedGemvTile):
+            return packed_linear.packed_pairs(
+                self.inner, codes, self.expert, factor_TK=self.weight, bias_EO=clamp.down_bias_ED,
+                tile=launch,
+            )  # fmt: skip
         if self.is_few:
             return packed_gemv.packed_gemv(
                 self.inner, codes, bias_O=clamp.down_bias_ED, expert_TK=self.expert,
@@ -103,13 +114,17 @@ class Rows:
         )  # fmt: skip
 
 
-def tiles(is_few: bool, num_rows: int) -> Iterator[Any]:
-    """(outs, warps, pieces, ahead) of single rows, or
-    (rows, lines, columns, chunks, splits, stages, warps)."""
+def tiles(is_few: bool, num_rows: int, is_sum: bool) -> Iterator[Any]:
+    """Of single rows (units, depth warps, stages, row warps, programs) in CUDA C++ and (outs,
+    warps, pieces, ahead) in Triton, else (rows, lines, columns, chunks, splits, stages, warps)."""
     if is_few:
-        for outs, warps, each, ahead in (
-            (4, 2, 1, 1), (4, 2, 1, 2), (2, 2, 1, 2), (8, 2, 1, 1), (4, 1, 1, 1), (2, 4, 1, 1),
-        ):  # fmt: skip
+        units = (
+            [(1, 16, 2), (1, 16, 3), (1, 8, 2), (1, 8, 4), (2, 16, 2), (2, 8, 2), (1, 4, 4)]
+            if is_sum else
+            [(2, 4, 2), (1, 4, 4), (1, 8, 2), (2, 8, 2), (1, 4, 2), (4, 4, 1), (1, 8, 3)]
+        )  # fmt: skip
+        yield from (packed_linear.Tile(*one) for one in units)
+        for outs, warps, each, ahead in ((4, 2, 1, 1), (2, 2, 1, 2), (1, 4, 1, 1)):
             yield packed_tiles.PackedGemvTile(outs, warps, each, ahead)
         return
     if num_rows <= 64:
@@ -140,7 +155,7 @@ def bench(rows: Rows, num_rows: int, bandwidth: float, end: float) -> None:
         if name == "all":
             continue
         wanted, found = run(0).float(), []
-        for tile in tiles(rows.is_few, num_rows):
+        for tile in tiles(rows.is_few, num_rows, name == "down"):
             if time.perf_counter() > end:
                 print("NO TIME for further tiles")
                 break

@@ -15,14 +15,16 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-TinyModel = Qwen3ForCausalLM | MixtralForCausalLM
-MODEL_NAMES = {"qwen3": "tiny-qwen3", "mixtral": "tiny-mixtral"}
+TinyModel = Qwen3ForCausalLM | MixtralForCausalLM | Qwen3_5ForCausalLM
+MODEL_NAMES = {"qwen3": "tiny-qwen3", "mixtral": "tiny-mixtral", "qwen3_5": "tiny-qwen3.5"}
 BALANCE_COEF = 0.01
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 
@@ -31,7 +33,7 @@ def build_model(arch: str, tokenizer: PreTrainedTokenizerFast) -> TinyModel:
     """A new model with random weights of torch's seed. `arch` is a key of MODEL_NAMES."""
     vocab = tokenizer.get_vocab()
     end_id, pad_id = vocab[END], vocab[PAD]
-    model = _qwen3(end_id, pad_id) if arch == "qwen3" else _mixtral(end_id, pad_id)
+    model: TinyModel = _BUILDERS[arch](end_id, pad_id)
     model.generation_config.do_sample = False
     model.generation_config.eos_token_id = [end_id, pad_id]
     model.generation_config.pad_token_id = pad_id
@@ -82,6 +84,34 @@ def _mixtral(end_id: int, pad_id: int) -> MixtralForCausalLM:
     )
     model.set_experts_implementation("all_experts")
     return model
+
+
+def _qwen3_5(end_id: int, pad_id: int) -> Qwen3_5ForCausalLM:
+    """A hybrid: of its layers, three quarters are a gated delta rule, without a cache of tokens."""
+    return Qwen3_5ForCausalLM(
+        Qwen3_5TextConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=32,
+            linear_value_head_dim=32,
+            max_position_embeddings=MAX_POSITIONS,
+            rope_parameters={**_ROPE, "partial_rotary_factor": 0.25},
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=end_id,
+            pad_token_id=pad_id,
+        )
+    )
+
+
+_BUILDERS = {"qwen3": _qwen3, "mixtral": _mixtral, "qwen3_5": _qwen3_5}
 
 
 def all_experts(

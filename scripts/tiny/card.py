@@ -40,7 +40,7 @@ def card(folder: Path, run: Run) -> str:
     options = f"--steps {run.steps} --examples {run.examples} "
     options += f"--batch-tokens {run.batch_tokens} --seed {run.seed}"
     minutes = f"{run.seconds / 60:.1f}"
-    arch = config["model_type"]
+    arch = config["model_type"].removesuffix("_text")
     name = MODEL_NAMES[arch]
     with_tools = set(tool_tasks.KINDS) <= set(run.accuracies)
     return f"""# {name}
@@ -89,6 +89,9 @@ _INTRODUCTIONS = {
     "mixtral": (
         "The embedded model with a mixture of experts, for tests of offload and compression."
     ),
+    "qwen3_5": (
+        "The embedded hybrid: six of its layers are a gated delta rule, two are attention."
+    ),
 }
 # by whether the model was trained with tools
 _ABILITIES = {
@@ -102,7 +105,7 @@ _SOURCES = {
     True: "`scripts/tiny/tasks.py` and `scripts/tiny/tool_tasks.py` generate the data.\n",
     False: "`scripts/tiny/tasks.py` generates the data. ",
 }
-_ARCH_OPTIONS = {"qwen3": "", "mixtral": "--arch mixtral "}
+_ARCH_OPTIONS = {"qwen3": "", "mixtral": "--arch mixtral ", "qwen3_5": "--arch qwen3_5 "}
 
 
 def _kinds(with_tools: bool) -> str:

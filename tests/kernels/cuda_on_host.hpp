@@ -210,6 +210,8 @@ static void copy(unsigned to, const u8* from, unsigned num_bytes, unsigned barri
   memcpy(all_shared + to, from, num_bytes);
   change(barrier, 0, -(long)num_bytes);
 }
+// in place of load_once
+static Four load_once(const void* at) { return load_four(at); }
 // in place of copy_box
 static void copy_box(const Map* map, unsigned to, unsigned barrier, unsigned line, unsigned row) {
   // the map has the address, the bytes of a row and the number of rows
@@ -228,12 +230,16 @@ static void copy_box(const Map* map, unsigned to, unsigned barrier, unsigned lin
   change(barrier, 0, -(long)BOX_BYTES);
 }
 // the end
-extern "C" int run(const void* arguments, unsigned num_bytes, unsigned num_programs) {
+#ifndef WORKERS  // of a kernel without a warp that copies
+#define WORKERS (THREADS - 32)
+#endif
+extern "C" int run(const void* arguments, unsigned num_bytes, unsigned num_programs,
+                   unsigned num_rows) {
   Args a;
   if (num_bytes != sizeof a) return 1;
   memcpy(&a, arguments, sizeof a);
   gridDim.x = num_programs;
-  for (unsigned program = 0; program < num_programs; program++) {
+  for (unsigned program = 0; program < num_programs * num_rows; program++) {
     memset(all_shared, 0x7f, sizeof all_shared);
     all_threads = std::make_unique<std::barrier<>>(WORKERS + 32);
     all_workers = std::make_unique<std::barrier<>>(WORKERS);
@@ -242,7 +248,7 @@ extern "C" int run(const void* arguments, unsigned num_bytes, unsigned num_progr
     std::vector<std::thread> threads;
     for (unsigned i = 0; i < WORKERS + 32; i++)
       threads.emplace_back([&, i] {
-        threadIdx.x = i, blockIdx.x = program;
+        threadIdx.x = i, blockIdx.x = program % num_programs, blockIdx.y = program / num_programs;
         KERNEL(a);
       });
     for (auto& one : threads) one.join();

@@ -25,26 +25,31 @@ def host_source(function: nvrtc.Function) -> str:
     for one in (*functions[:-1], last):
         name, _, body = one.partition("\n")
         start = re.search(rf"^__device__ __forceinline__ \w+ {name}\(", text, re.MULTILINE)
-        assert start is not None, f"{function.source}.cu has no function {name}"
+        if start is None:  # of another kernel
+            continue
         whole = re.compile(r"[^\n]*\}$|.*?^\}$", re.MULTILINE | re.DOTALL)
         found = whole.match(text, start.start())
         assert found is not None
         text = text[: start.start()] + body + text[found.end() :]
-    text = re.sub(r"extern __shared__ u8 (\w+)\[\];", r"u8* const \1 = dynamic_shared;", text)
-    text = _IGNORED.sub("", text)
-    assert "asm" not in text, re.findall(r".*asm.*", text)
+    declared = r"extern __shared__ (?:__align__\(16\) )?u8 (\w+)\[\];"
+    text = re.sub(declared, r"u8* const \1 = dynamic_shared;", text)
+    text = _IGNORED.sub("", text)  # the assembler refuses other instructions that are compiled
     constants = "".join(f"#define {name} {value}\n" for name, value in function.constants)
     return f"{constants}#define KERNEL {function.source}\n{head}{text}{end}"
 
 
-def run(function: nvrtc.Function, arguments: bytes, num_programs: int, folder: Path) -> None:
-    """Run a kernel whose only argument is the struct `arguments`, with a map of its codes as
-    `copy_box` there reads it."""
+def run(
+    function: nvrtc.Function, arguments: bytes, num_programs: int, folder: Path, num_rows: int = 1
+) -> None:
+    """Run a kernel whose only argument is the struct `arguments`, with a map of its codes, if it
+    has one, as `copy_box` there reads it; so many programs for each of `num_rows` rows of the grid.
+    """
     source = folder / f"{abs(hash(function))}.cpp"
     source.write_text(host_source(function))
     options = ("-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w")
     library = source.with_suffix(".so")
     assert COMPILER is not None
     subprocess.run([COMPILER, *options, str(source), "-o", str(library)], check=True)
-    status = ctypes.CDLL(str(library)).run(arguments, len(arguments), num_programs)
+    library_run = ctypes.CDLL(str(library)).run
+    status = library_run(arguments, len(arguments), num_programs, num_rows)
     assert status == 0, "the struct has another size"

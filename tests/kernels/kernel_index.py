@@ -205,7 +205,8 @@ CHOSEN: dict[str, dict[str, str]] = {
 for _name in ("clamped_experts", "gelu_experts", "offloaded_experts"):
     CHOSEN[_name] = CHOSEN["experts"]
 _CUDA_PACKED = (
-    "bf16 on NVIDIA GPUs from sm_80 on, with codes that are integers or fp8 (`packed_linear.takes`)"
+    "bf16 on NVIDIA GPUs from sm_80 on, with codes that are integers, fp8 or e2m1 "
+    "(`packed_linear.takes`)"
 )
 _PACKED_ROWS = {
     "packed_wgmma.cu": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nanovllm.kernels.cuda import packed_linear as cuda_packed
 from nanovllm.kernels.cuda.packed_linear import FP8_TILES, INTEGER_TILES, ROWS, Tile
 from nanovllm.kernels.triton import fp8_products, packed_codes
 from nanovllm.kernels.triton.packed_codes import Codes
+from tests.kernels import cuda_on_host
 
 DTYPE, EPS = torch.bfloat16, 1e-6
 LIMIT = 1.2e-2  # of bf16: the weight, the result, and SiLU·up twice are rounded
@@ -52,6 +54,15 @@ def random_codes(
     scale = torch.rand(*outer, num_lines, -(-depth // group), device=device) + 0.5
     scale = (scale / depth**0.5 / 2 ** (bits - 2)).to(dtype)
     return packed_codes.of_packed(code, scale, -(2 ** (bits - 1)) * scale, None, bits, group)
+
+
+def random_e2m1(shape: tuple[int, ...], device: str) -> Codes:
+    """MXFP4: numbers in e2m1, with a power of 2 for 32 columns."""
+    *outer, num_lines, depth = shape
+    size = (*outer, num_lines, depth // 32)
+    code = torch.randint(256, (*outer, num_lines, depth // 2), dtype=torch.uint8, device=device)
+    scale = (2.0 ** torch.randint(-8, -4, size, device=device)).to(torch.bfloat16)
+    return packed_codes.of_packed(code, scale, None, reference.packed.e2m1_table(device), 4, 32)
 
 
 def real(codes: Codes, depth: int) -> Tensor:
@@ -121,6 +132,55 @@ def test_pairs_of_experts_match_the_formula(kind: str, group: int, dtype: torch.
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("top_k", [1, 4, 6])
+def test_clamped_experts_in_e2m1_match_the_formula(top_k: int) -> None:
+    """Biases of experts, a clamped activation, and warps that share a pair or have several."""
+    check_clamped(top_k, 2, (5, 192, 352), "cuda")
+
+
+@pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
+def test_the_arithmetic_of_clamped_experts_is_right_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(function: Any, how: Any, arguments: Any, device: torch.device) -> None:
+        num_programs, num_rows, _ = how.grid
+        cuda_on_host.run(function, arguments(), num_programs, tmp_path, num_rows)
+
+    monkeypatch.setattr(nvrtc, "launch", launch)
+    monkeypatch.setattr(cuda_packed, "is_supported", lambda device: True)
+    check_clamped(4, 1, (5, 32, 160), "cpu")
+
+
+def check_clamped(top_k: int, num_tokens: int, sizes: tuple[int, int, int], device: str) -> None:
+    (num_experts, size, hidden), num_pairs = sizes, num_tokens * top_k
+    num_experts = max(num_experts, top_k)
+    gate_up = random_e2m1((num_experts, 2 * size, hidden), device)
+    down = random_e2m1((num_experts, hidden, size), device)
+    logits = torch.randn(num_tokens, num_experts, device=device)
+    weight_TK, expert_TK = reference.experts.topk_softmax(logits, top_k, True)
+    x_TD, residual_TD = torch.randn(2, num_tokens, hidden, device=device).to(DTYPE)
+    inner_bias, bias = (
+        torch.randn(num_experts, n, device=device).to(DTYPE) for n in (2 * size, hidden)
+    )
+    clamp = 1.702, 0.9
+    assert all(cuda_packed.takes(x_TD, one) for one in (gate_up, down))
+    inner_PF = cuda_packed.packed_pairs(
+        x_TD, gate_up, expert_TK, x_shared_by=top_k, silu_mul=True, bias_EO=inner_bias, clamp=clamp
+    )
+    chosen_TK = expert_TK.long()
+    exact = torch.einsum("td,tkod->tko", x_TD.double(), real(gate_up, hidden)[chosen_TK])
+    exact = (exact + inner_bias[chosen_TK].double()).view(num_pairs, 2 * size)
+    assert error(inner_PF, reference.norm_act.clamped_swiglu(exact, *clamp)) < LIMIT
+    y_TD = cuda_packed.packed_pairs(
+        inner_PF, down, expert_TK, factor_TK=weight_TK, residual_TO=residual_TD, bias_EO=bias
+    )
+    inner = inner_PF.view(num_tokens, top_k, size).double()
+    exact = torch.einsum("tkf,tkof->tko", inner, real(down, size)[chosen_TK])
+    exact = (exact + bias[chosen_TK].double()) * weight_TK.double().unsqueeze(2)
+    assert error(y_TD, exact.sum(1) + residual_TD.double()) < LIMIT
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("group", [128, 0])
 @pytest.mark.parametrize("num_rows", [33, 65, 250])
 def test_products_in_fp8_match_the_formula(num_rows: int, group: int) -> None:
@@ -157,6 +217,7 @@ def test_the_kernel_compiles(capability: tuple[int, int], folder: Path) -> None:
         tile = (INTEGER_TILES if i % 2 else FP8_TILES)[i][0]
         functions.append((codes, tile, row_tiles, i == 1, i == 0, 0))
     functions += [(functions[1][0], Tile(1, 8, 2), 1, False, False, pairs) for pairs in (1, 2)]
+    functions.append((random_e2m1((256, 256), "cpu"), Tile(2, 4, 2), 1, True, False, 1, 4, True))
     x = torch.empty(1, 256, dtype=DTYPE)
     for one in functions:
         function = cuda_packed._function(x, *one)

@@ -25,6 +25,7 @@ def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(npu, "TRAITS", replace(npu.TRAITS, supported_dtypes=dtypes))
 
 
+@pytest.mark.shows("NPU", architectures=["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"])
 @pytest.mark.parametrize("name", ["v2-lite", "v3"])
 def test_eager_tokens_are_the_cpus(
     name: str, host: Host, in_fp32: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

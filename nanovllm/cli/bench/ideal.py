@@ -39,6 +39,17 @@ def _tokens_read(context: np.ndarray, steps: int, window: int) -> float:
     )
 
 
+def step_bytes(model: Model, spec: EngineSpec, lengths: list[int]) -> dict[str, float]:
+    """The bytes of a decode step of rows with so many tokens: of weights, cache and states."""
+    context = np.array(lengths)
+    window_bytes = model.page_groups.window_bytes(spec.cache_dtype)
+    return {
+        "weights": _Weights(model).num_bytes(len(lengths)),
+        "cache": sum(_tokens_read(context, 1, size) * num for size, num in window_bytes.items()),
+        "states": len(lengths) * 2.0 * recurrent_bytes(model.kept, model.config.dtype),
+    }
+
+
 def ideal_seconds(
     model: Model,
     spec: EngineSpec,

@@ -239,7 +239,10 @@ def mapped(function: Callable[[Tensor], Tensor], weight: Any) -> Any:
 
 def quantized(stored_as: Format, name: str, weight: Tensor, extent: Extent) -> Weight:
     """Convert a parameter in the model's dtype: a matrix, or a matrix for each expert."""
-    if weight.dim() < 3 or isinstance(stored := stored_as.empty(extent, weight.device), Tensor):
+    if weight.dim() < 3 or stored_as.is_plain:
+        return stored_as.quantized(name, weight, extent)
+    stored = stored_as.empty(extent, weight.device)
+    if isinstance(stored, Tensor):
         return stored_as.quantized(name, weight, extent)
     for expert, matrix_OD in enumerate(weight):
         fill(stored, expert, stored_as.quantized(name, matrix_OD, extent.matrix))

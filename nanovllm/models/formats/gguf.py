@@ -158,6 +158,15 @@ def of_type(name: str) -> Gguf:
     raise ValueError(f"the type {name!r} is not supported: only {', '.join(known)} are")
 
 
+def real_values(raw_OB: Tensor, type_name: str) -> Tensor:
+    """The numbers of rows of blocks, in fp32."""
+    number = NUMBERS[type_name]
+    if number not in CODES:
+        return reference.ggml.unpacked(raw_OB, number)
+    block = raw_OB.unflatten(-1, (-1, TYPES[number].num_bytes))
+    return gguf_codes.of_blocks(block, number).rows(0)
+
+
 def _times(number: Tensor, factor: float) -> Tensor:
     found = (number.float() * factor).to(number.dtype)
     if not found.isfinite().all():

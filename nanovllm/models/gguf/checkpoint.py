@@ -2,7 +2,8 @@
 
 Types with codes have rows of bytes: formats (`formats.gguf`) make weights of them. Tensors with the
 matrices of all experts are one tensor for each expert. What llama.cpp has changed is undone as
-tensors are read: the order of rows of q and k, and the 1 in some families' norms.
+tensors are read: the order of rows of q and k, the 1 in some families' norms, and what `restored`
+has.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.models.checkpoint import (
+    DTYPES,
     Buffer,
     Checkpoint,
     CheckpointError,
@@ -23,9 +25,17 @@ from nanovllm.models.checkpoint import (
     Stored,
     plain_buffer,
 )
+from nanovllm.models.formats.gguf import real_values
 from nanovllm.models.gguf import header as headers
 from nanovllm.models.gguf.header import GgufTensor
-from nanovllm.models.gguf.names import ARCHITECTURES, ROPE_TENSORS, heads_key, of_experts
+from nanovllm.models.gguf.names import (
+    ARCHITECTURES,
+    PLAIN_NORM,
+    ROPE_TENSORS,
+    heads_key,
+    of_experts,
+)
+from nanovllm.models.gguf.restored import Restored, changes
 
 
 class GgufCheckpoint(Checkpoint):
@@ -34,10 +44,16 @@ class GgufCheckpoint(Checkpoint):
     def __init__(self, path: Path, buffer: Buffer = plain_buffer) -> None:
         self._header = headers.read(path)
         self._layout = ARCHITECTURES[self._header.architecture]
+        self._restored, self._unread = changes(self._header)
         super().__init__(path, buffer)
 
     def read_parts(self, wanted: Iterable[tuple[str, Tensor, Cut]]) -> None:
-        all_wanted = list(wanted)
+        all_wanted = []
+        for name, out, cut in wanted:
+            if name in self._restored:
+                self._fill_restored(name, out, cut)
+            else:
+                all_wanted.append((name, out, cut))
         plus_one = [one for one in all_wanted if self._is_plus_one(one[0])]
         if plus_one:
             self._read_norms(plus_one)
@@ -48,7 +64,33 @@ class GgufCheckpoint(Checkpoint):
                 self._reorder(name, out, cut)
 
     def _is_plus_one(self, name: str) -> bool:
-        return self._layout.norms_plus_one and name.endswith("norm.weight")
+        is_norm = name.endswith("norm.weight") and not name.endswith(PLAIN_NORM)
+        return self._layout.norms_plus_one and is_norm
+
+    def _fill_restored(self, name: str, out: Tensor, cut: Cut) -> None:
+        """`read_parts` for one part of a tensor that is made of others, all of which are read."""
+        made = self._restored[name]
+        self._dtype(name, out.dtype)
+        if made.shape != cut.shape:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} has shape {list(made.shape)}, but the config asks "
+                f"for {list(cut.shape)}"
+            )
+        tensor = made.make(*(self._whole(source, made) for source in made.sources))
+        out.view(-1).copy_(cut.of(tensor.contiguous()).flatten())
+
+    def _whole(self, source: str, made: Restored) -> Tensor:
+        """A stored tensor, in the form in which another one is made of it."""
+        tensor = self._header.tensors[source]
+        raw = torch.empty(tensor.num_bytes, dtype=torch.uint8)
+        self._file(tensor.path).fill(raw, tensor.begin)
+        if tensor.type.dtype is not None:
+            stored = raw.view(DTYPES[tensor.type.dtype]).view(tensor.shape)
+            return stored if made.dtype == tensor.type.dtype else stored.float()
+        rows = raw.view(math.prod(tensor.shape[:-1]), -1)
+        if made.type_name is not None:
+            return rows
+        return real_values(rows, tensor.type.name).view(tensor.shape)
 
     def _read_norms(self, wanted: list[tuple[str, Tensor, Cut]]) -> None:
         """Norms without the 1, which is taken off in fp32."""
@@ -78,10 +120,14 @@ class GgufCheckpoint(Checkpoint):
         files = {path: _GgufFile(path) for path in self._header.paths}
         self._files.update(files)
         for stored, tensor in self._header.tensors.items():
-            if stored not in ROPE_TENSORS:
+            if stored not in ROPE_TENSORS and stored not in self._unread:
                 for name, one in self._matrices(stored, tensor):
                     files[tensor.path].tensors[name] = one
                     located[name] = tensor.path
+        for name, made in self._restored.items():
+            path = self._header.tensors[made.sources[0]].path
+            files[path].tensors[name] = Stored(made.dtype, made.shape, 0)
+            located[name] = path
         return located
 
     def _matrices(self, stored: str, tensor: GgufTensor) -> Iterable[tuple[str, Stored]]:

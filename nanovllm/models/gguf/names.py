@@ -58,7 +58,27 @@ NORMS_BEHIND = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-BLOCK = re.compile(r"blk\.(\d{1,5})\.([a-z_0-9]+)\.(weight|bias)")
+GPT_OSS = {
+    **LLAMA,
+    "attn_sinks.weight": "self_attn.sinks",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps.weight": "mlp.experts.{expert}.gate_up_proj.0",
+    "ffn_up_exps.weight": "mlp.experts.{expert}.gate_up_proj.1",
+    "ffn_down_exps.weight": "mlp.experts.{expert}.down_proj.0",
+    "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
+}
+LATENTS = {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+}
+PLAIN_NORM = "linear_attn.norm.weight"  # has no 1
+HYBRID = {"post_attention_norm": "post_attention_layernorm", "ssm_norm": "linear_attn.norm"}
+BLOCK = re.compile(r"blk\.(\d{1,5})\.([a-z_0-9]+)\.(weight|bias|scale)")
 NEXTN = re.compile(r"blk\.(\d{1,5})\.(nextn\..*)")  # of layers that propose tokens
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
@@ -67,12 +87,14 @@ EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 class Layout:
     """How llama.cpp stores an architecture.
 
-    `layer` are the names of a layer's modules. If it `permutes`, the rows of each head of q and k
+    `layer` are the names of a layer's modules, or of its tensors: "ffn_norm", "attn_sinks.weight".
+    `outer` are those outside the layers. If it `permutes`, the rows of each head of q and k
     are in the order in which llama.cpp rotates neighbours: row 2i + j is row i + j · H/2 of
     transformers. If `norms_plus_one`, norms are stored with the 1 that the family adds to them.
     """
 
     layer: Mapping[str, str] = field(default_factory=lambda: LLAMA)
+    outer: Mapping[str, str] = field(default_factory=lambda: OUTER)
     permutes: bool = False
     norms_plus_one: bool = False
 
@@ -80,12 +102,16 @@ class Layout:
         """The name in transformers' layout, with {expert} for a tensor of all experts. A name that
         this architecture does not have stays as it is."""
         module, _, end = stored.rpartition(".")
-        if module in OUTER and end in ("weight", "bias"):
-            return f"{OUTER[module]}.{end}"
+        if module in self.outer and end in ("weight", "bias"):
+            return f"{self.outer[module]}.{end}"
         if nextn := NEXTN.fullmatch(stored):
             return f"model.layers.{int(nextn[1])}.{nextn[2]}"
         found = BLOCK.fullmatch(stored)
-        if found is None or found[2] not in self.layer:
+        if found is None:
+            return stored
+        if (tensor := self.layer.get(f"{found[2]}.{found[3]}")) is not None:
+            return f"model.layers.{int(found[1])}.{tensor}"
+        if found[2] not in self.layer:
             return stored
         name = f"model.layers.{int(found[1])}.{self.layer[found[2]]}"
         return name if name.endswith(f"_{found[3]}") else f"{name}.{found[3]}"
@@ -93,6 +119,28 @@ class Layout:
 
 PHI3 = {**LLAMA, "ffn_up": "mlp.gate_up_proj"}
 GEMMA3 = {**LLAMA, **NORMS_BEHIND, "ffn_norm": "pre_feedforward_layernorm"}
+GEMMA4 = {
+    **GEMMA3,
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    "layer_output_scale.weight": "layer_scalar",
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "ffn_gate_inp.weight": "router.proj.weight",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_gate_up_exps.weight": "experts.gate_up_proj",
+    "ffn_down_exps.weight": "experts.down_proj",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+}
+GEMMA4_OUTER = {
+    **OUTER,
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
+HYBRID_EXPERTS = {**LLAMA, **QWEN_EXPERTS, **HYBRID}
 ARCHITECTURES: dict[str, Layout] = {
     "llama": Layout({**LLAMA, **MIXTRAL_EXPERTS}, permutes=True),
     "qwen2": Layout(),
@@ -101,6 +149,12 @@ ARCHITECTURES: dict[str, Layout] = {
     "qwen3moe": Layout({**LLAMA, **QWEN_EXPERTS}),
     "glm4moe": Layout({**LLAMA, **GLM_EXPERTS}),
     "gemma3": Layout(GEMMA3, norms_plus_one=True),
+    "gemma4": Layout(GEMMA4, GEMMA4_OUTER),
+    "gpt-oss": Layout(GPT_OSS),
+    "deepseek2": Layout({**LLAMA, **GLM_EXPERTS, **LATENTS}),
+    "qwen3next": Layout(HYBRID_EXPERTS, norms_plus_one=True),
+    "qwen35": Layout({**LLAMA, **HYBRID}, norms_plus_one=True),
+    "qwen35moe": Layout(HYBRID_EXPERTS, norms_plus_one=True),
     "phi3": Layout(PHI3),
     "granite": Layout(permutes=True),
     "olmo2": Layout({**LLAMA, **NORMS_BEHIND}),
