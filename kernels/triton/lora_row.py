@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.triton.common import finish, launch_options, wait_for_earlier_kernels
-from nanovllm.kernels.triton.gemv import gemv_begin, gemv_products
+from nanovllm.kernels.triton.gemv import gemv_begin, gemv_products, gemv_wait
 from nanovllm.kernels.triton.lora import MAX_PARTS, part_ends, part_of
 from nanovllm.kernels.triton.skinny_gemm import tile_constants
 from nanovllm.kernels.triton.skinny_tiles import skinny_tile
@@ -41,22 +41,31 @@ def lora_row_kernel(
     HAS_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """z[l] = a[adapter − 1, l] · x, or · the normed x. A program computes one."""
-    wait_for_earlier_kernels(PDL, EARLY=True)
+    """z[l] = a[adapter − 1, l] · x, or · the normed x. A program computes one.
+
+    The adapter's number is there before the first layer (`lora._tile`), so a and the norm's weight
+    are loaded while earlier kernels run.
+    """
     number = tl.load(adapter_ptr).to(tl.int64)
+    inner = tl.program_id(0)
+    a_at = a_ptr + ((number - 1) * NUM_INNER + inner) * DEPTH
+    a, norm = (), ()
+    for start in tl.static_range(0, DEPTH, COLUMNS):
+        d_C = start + tl.arange(0, COLUMNS)
+        a += (tl.load(a_at + d_C, mask=(d_C < DEPTH) & (number > 0), other=0.0),)
+        if HAS_NORM:
+            norm += (tl.load(norm_ptr + d_C, mask=d_C < DEPTH, other=0.0),)
+    wait_for_earlier_kernels(PDL, EARLY=True)
     if number > 0:
-        inner = tl.program_id(0)
-        a_at = a_ptr + ((number - 1) * NUM_INNER + inner) * DEPTH
         acc_C = tl.zeros((COLUMNS,), tl.float32)
         square_C = tl.zeros((COLUMNS,), tl.float32)
-        for start in tl.static_range(0, DEPTH, COLUMNS):
-            d_C = start + tl.arange(0, COLUMNS)
+        for chunk in tl.static_range((DEPTH + COLUMNS - 1) // COLUMNS):
+            d_C = chunk * COLUMNS + tl.arange(0, COLUMNS)
             x_C = tl.load(x_ptr + d_C, mask=d_C < DEPTH, other=0.0).to(tl.float32)
-            a_C = tl.load(a_at + d_C, mask=d_C < DEPTH, other=0.0).to(tl.float32)
             if HAS_NORM:
                 square_C += x_C * x_C
-                x_C *= tl.load(norm_ptr + d_C, mask=d_C < DEPTH, other=0.0).to(tl.float32)
-            acc_C += a_C * x_C
+                x_C *= norm[chunk].to(tl.float32)
+            acc_C += a[chunk].to(tl.float32) * x_C
         z = tl.sum(acc_C, 0)
         if HAS_NORM:
             z *= tl.rsqrt(tl.sum(square_C, 0) / DEPTH + eps)
@@ -64,19 +73,26 @@ def lora_row_kernel(
 
 
 @triton.jit
-def _added(
-    number, z_ptr, b_ptr, row_AW, TOTAL: tl.constexpr, RANK: tl.constexpr, RANK_P: tl.constexpr,
-    END_0: tl.constexpr, END_1: tl.constexpr, END_2: tl.constexpr, END_3: tl.constexpr,
-    END_4: tl.constexpr, END_5: tl.constexpr, END_6: tl.constexpr,
+def _b_rows(
+    number, b_ptr, row_AW, TOTAL: tl.constexpr, RANK: tl.constexpr, RANK_P: tl.constexpr
 ):  # fmt: skip
-    """What the adapter adds to outputs, [A, W] in fp32; zeros without one."""
+    """Rows of the adapter's b, [A, W, R]; zeros without one."""
+    r_R = tl.arange(0, RANK_P)[None, None, :]
+    b_at = b_ptr + ((number - 1) * TOTAL + row_AW)[:, :, None] * RANK + r_R
+    return tl.load(b_at, mask=(r_R < RANK) & (number > 0), other=0.0)
+
+
+@triton.jit
+def _inner_values(
+    number, z_ptr, row_AW, RANK: tl.constexpr, RANK_P: tl.constexpr, END_0: tl.constexpr,
+    END_1: tl.constexpr, END_2: tl.constexpr, END_3: tl.constexpr, END_4: tl.constexpr,
+    END_5: tl.constexpr, END_6: tl.constexpr,
+):  # fmt: skip
+    """The inner values that rows of b are multiplied with, [A, W, R]; zeros without an adapter."""
     part_AW = part_of(row_AW, END_0, END_1, END_2, END_3, END_4, END_5, END_6)
     r_R = tl.arange(0, RANK_P)[None, None, :]
     mask = (r_R < RANK) & (number > 0)
-    b_at = b_ptr + ((number - 1) * TOTAL + row_AW)[:, :, None] * RANK + r_R
-    b_AWR = tl.load(b_at, mask=mask, other=0.0).to(tl.float32)
-    z_AWR = tl.load(z_ptr + part_AW[:, :, None] * RANK + r_R, mask=mask, other=0.0)
-    return tl.sum(b_AWR * z_AWR, 2)
+    return tl.load(z_ptr + part_AW[:, :, None] * RANK + r_R, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -114,22 +130,28 @@ def lora_gemv_kernel(
     END_6: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`gemv_kernel` whose products have b[adapter − 1] · z."""
+    """`gemv_kernel` whose products have b[adapter − 1] · z. b is loaded while earlier
+    kernels run, as the first weights are."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     TOTAL: tl.constexpr = 2 * NUM_OUTS if SILU_MUL else NUM_OUTS
+    number = tl.load(adapter_ptr).to(tl.int64)
     o_AW, row_AW, w_at, up_at, d_1WC, w, up, norm = gemv_begin(
         norm_ptr, weight_ptr, weight_stride, NUM_OUTS, DEPTH, OUTS, WARPS, COLUMNS, AHEAD,
-        PREFETCH_P, HAS_NORM, SILU_MUL, PDL,
+        HAS_NORM, SILU_MUL, PDL,
     )  # fmt: skip
-    number = tl.load(adapter_ptr).to(tl.int64)
-    added_AW = _added(
-        number, z_ptr, b_ptr, row_AW, TOTAL, RANK, RANK_P, END_0, END_1, END_2, END_3, END_4,
-        END_5, END_6,
-    )  # fmt: skip
+    b_AWR = _b_rows(number, b_ptr, row_AW, TOTAL, RANK, RANK_P)
     if SILU_MUL:
-        added_up_AW = _added(
-            number, z_ptr, b_ptr, row_AW + NUM_OUTS, TOTAL, RANK, RANK_P, END_0, END_1, END_2,
-            END_3, END_4, END_5, END_6,
+        b_up_AWR = _b_rows(number, b_ptr, row_AW + NUM_OUTS, TOTAL, RANK, RANK_P)
+    gemv_wait(
+        weight_ptr, weight_stride, NUM_OUTS, DEPTH, OUTS, COLUMNS, AHEAD, PREFETCH_P, SILU_MUL, PDL
+    )
+    z_AWR = _inner_values(
+        number, z_ptr, row_AW, RANK, RANK_P, END_0, END_1, END_2, END_3, END_4, END_5, END_6
+    )
+    if SILU_MUL:
+        z_up_AWR = _inner_values(
+            number, z_ptr, row_AW + NUM_OUTS, RANK, RANK_P, END_0, END_1, END_2, END_3, END_4,
+            END_5, END_6,
         )  # fmt: skip
     if HAS_RESIDUAL:
         residual_AW = tl.load(residual_ptr + row_AW)
@@ -137,9 +159,9 @@ def lora_gemv_kernel(
         x_ptr, norm_ptr, bias_ptr, row_AW, w_at, up_at, d_1WC, w, up, norm, eps, NUM_OUTS, DEPTH,
         OUTS, WARPS, COLUMNS, AHEAD, HAS_NORM, HAS_BIAS, SILU_MUL,
     )  # fmt: skip
-    y_AW += added_AW
+    y_AW += tl.sum(b_AWR.to(tl.float32) * z_AWR, 2)
     if SILU_MUL:
-        up_AW += added_up_AW
+        up_AW += tl.sum(b_up_AWR.to(tl.float32) * z_up_AWR, 2)
     y_AW = finish(y_AW, up_AW, dtype, SILU_MUL)
     if HAS_RESIDUAL:
         y_AW = (y_AW.to(tl.float32) + residual_AW.to(tl.float32)).to(dtype)
@@ -173,8 +195,8 @@ def lora_linear(
     eps: float,
     silu_mul: bool,
     adapter_T: Tensor,
-    sorted_T: Tensor,
     order_T: Tensor,
+    tile_T3: Tensor,
     a_NLD: Tensor,
     b_NOR: Tensor,
     rows: Sequence[int],
@@ -187,7 +209,7 @@ def lora_linear(
     if not takes(x_TD, weight_OD) or tile.slices != 1 or len(rows) > MAX_PARTS or not are_plain:
         return reference.lora.lora_linear(
             x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul,
-            adapter_T, sorted_T, order_T, a_NLD, b_NOR, list(rows),
+            adapter_T, order_T, tile_T3, a_NLD, b_NOR, list(rows),
         )  # fmt: skip
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     z_L = torch.empty(a_NLD.shape[1], dtype=torch.float32, device=device)

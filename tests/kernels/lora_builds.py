@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from nanovllm.kernels.triton import lora, lora_row
 from nanovllm.kernels.triton.skinny_gemm import kernel_for
 
-TYPES = {"adapter_ptr": "*i64", "sorted_ptr": "*i64", "order_ptr": "*i64", "z_ptr": "*fp32"}
+TYPES = {"adapter_ptr": "*i64", "order_ptr": "*i64", "tile_ptr": "*i32", "z_ptr": "*fp32"}
 
 
 class Launch(NamedTuple):

@@ -18,8 +18,8 @@ class Inputs(NamedTuple):
     y_TO: Tensor
     x_TD: Tensor
     adapter_T: Tensor
-    sorted_T: Tensor
     order_T: Tensor
+    tile_T3: Tensor
     a_NLD: Tensor
     b_NOR: Tensor
     rows: list[int]
@@ -75,6 +75,21 @@ def check(given: Inputs) -> None:
 SEVERAL = [0, 3, 1, 1, 0, 5, 3, 2, 0, 4, 4, 1, 0, 0, 3, 2, 5, 1, 3]
 
 
+@pytest.mark.parametrize("numbers", [[0], [3], SEVERAL, [2] * 33, [0, 1] * 300, [1] * 20 + [0] * 7])
+def test_tiles_have_each_token_once_and_one_adapter(numbers: list[int]) -> None:
+    num = len(numbers)
+    order_T, tile_T3 = reference.lora.adapter_tiles(torch.tensor(numbers))
+    assert sorted(order_T.tolist()) == list(range(num))
+    tiles = [tile for tile in tile_T3.tolist() if tile[1]]
+    assert tile_T3[: len(tiles)].tolist() == tiles and len(tiles) <= reference.lora.max_tiles(num, SLOTS)
+    ends = [0]
+    for begin, end, number in tiles:
+        assert ends[-1] == begin < end <= begin + reference.lora.tile_tokens(num)
+        assert {numbers[token] for token in order_T[begin:end].tolist()} == {number}
+        ends.append(end)
+    assert ends[-1] == num
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 8, 16, 19])
 def test_tokens_get_what_their_adapters_add(rank: int, dtype: torch.dtype) -> None:
@@ -118,10 +133,8 @@ def test_the_result_does_not_depend_on_the_other_tokens() -> None:
     whole = lora.add_lora(*given)
     for token in (1, 5, 18):
         at = slice(token, token + 1)
-        alone = given._replace(
-            y_TO=given.y_TO[at], x_TD=given.x_TD[at], adapter_T=given.adapter_T[at],
-            sorted_T=given.adapter_T[at], order_T=torch.zeros(1, dtype=torch.int64, device=device),
-        )  # fmt: skip
+        rows = AdapterRows.of(given.adapter_T[at])._asdict()
+        alone = given._replace(y_TO=given.y_TO[at], x_TD=given.x_TD[at], **rows)
         assert torch.equal(lora.add_lora(*alone), whole[at])
 
 

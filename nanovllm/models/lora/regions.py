@@ -68,7 +68,7 @@ def layer(
         batch = batch._replace(keep_R=None)
         h_TD = layer(inner, cfg, call, w, kv, cos_sin_MH, batch, h_TD)
         return h_TD.index_select(0, keep_R)
-    kept_R = None if keep_R is None else rows.at(keep_R)
+    kept_R = None if keep_R is None else batch.kept_adapters
     bound = {
         name: Bound(weight, rows, kept_R)
         for name, weight in w._asdict().items()
