@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nanovllm.kernels.reference import linear, norm_act
 
-
 TOKENS = 16  # of a tile: the smallest of the matrix units
 # Of a tile, of more than FEW tokens. With 64, Triton multiplies by warpgroups, which was wrong for
 # operands of 16 (docs/log.md, gated delta rule).
@@ -34,8 +33,8 @@ def max_tiles(num_tokens: int, num_slots: int) -> int:
 def adapter_tiles(adapter_T: Tensor) -> tuple[Tensor, Tensor]:
     """Groups tokens by their adapters.
 
-    Returns their order, in which the tokens of an adapter follow each other, and tiles [T, 3] int32:
-    where a tile begins in that order, where it ends, and its adapter. A tile has up to
+    Returns their order, in which the tokens of an adapter follow each other, and tiles [T, 3] in
+    int32: where a tile begins in that order, where it ends, and its adapter. A tile has up to
     `tile_tokens` tokens of one adapter; after the last tile there are zeros.
     """
     num = adapter_T.shape[0]

@@ -81,7 +81,8 @@ def test_tiles_have_each_token_once_and_one_adapter(numbers: list[int]) -> None:
     order_T, tile_T3 = reference.lora.adapter_tiles(torch.tensor(numbers))
     assert sorted(order_T.tolist()) == list(range(num))
     tiles = [tile for tile in tile_T3.tolist() if tile[1]]
-    assert tile_T3[: len(tiles)].tolist() == tiles and len(tiles) <= reference.lora.max_tiles(num, SLOTS)
+    assert tile_T3[: len(tiles)].tolist() == tiles
+    assert len(tiles) <= reference.lora.max_tiles(num, SLOTS)
     ends = [0]
     for begin, end, number in tiles:
         assert ends[-1] == begin < end <= begin + reference.lora.tile_tokens(num)
