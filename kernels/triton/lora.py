@@ -46,7 +46,7 @@ def _tile(tile_ptr, order_ptr, group, TOKENS: tl.constexpr):
     adapter.
 
     Called before `wait_for_earlier_kernels`: a program before the first layer has made both, and
-    kernels that were not placed early are between.
+    the product and its norm, which wait, are between.
     """
     at = tile_ptr + group * 3
     i_T = tl.load(at) + tl.arange(0, TOKENS)

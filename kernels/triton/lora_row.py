@@ -28,6 +28,14 @@ MAX_DEPTH = 8 * COLUMNS
 
 
 @triton.jit
+def _early_number(adapter_ptr, SLOTS: tl.constexpr):
+    """The adapter's number before the results of earlier kernels are there: any, if the kernel
+    before writes it. So it is read again."""
+    number = tl.load(adapter_ptr).to(tl.int64)
+    return tl.where((number > 0) & (number <= SLOTS), number, 0)
+
+
+@triton.jit
 def lora_row_kernel(
     x_ptr,  # [DEPTH]
     norm_ptr,  # [DEPTH], read if HAS_NORM
@@ -37,26 +45,29 @@ def lora_row_kernel(
     eps,
     NUM_INNER: tl.constexpr,
     DEPTH: tl.constexpr,
+    SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """z[l] = a[adapter − 1, l] · x, or · the normed x. A program computes one.
 
-    The adapter's number is there before the first layer (`lora._tile`), so a and the norm's weight
-    are loaded while earlier kernels run.
+    a and the norm's weight are loaded while earlier kernels run.
     """
-    number = tl.load(adapter_ptr).to(tl.int64)
+    early = _early_number(adapter_ptr, SLOTS)
     inner = tl.program_id(0)
-    a_at = a_ptr + ((number - 1) * NUM_INNER + inner) * DEPTH
+    a_at = a_ptr + inner * DEPTH
     a, norm = (), ()
     for start in tl.static_range(0, DEPTH, COLUMNS):
         d_C = start + tl.arange(0, COLUMNS)
-        a += (tl.load(a_at + d_C, mask=(d_C < DEPTH) & (number > 0), other=0.0),)
+        mask_C = (d_C < DEPTH) & (early > 0)
+        a += (tl.load(a_at + (early - 1) * (NUM_INNER * DEPTH) + d_C, mask=mask_C, other=0.0),)
         if HAS_NORM:
             norm += (tl.load(norm_ptr + d_C, mask=d_C < DEPTH, other=0.0),)
     wait_for_earlier_kernels(PDL, EARLY=True)
+    number = tl.load(adapter_ptr, volatile=True).to(tl.int64)
     if number > 0:
+        a_at += (number - 1) * (NUM_INNER * DEPTH)
         acc_C = tl.zeros((COLUMNS,), tl.float32)
         square_C = tl.zeros((COLUMNS,), tl.float32)
         for chunk in tl.static_range((DEPTH + COLUMNS - 1) // COLUMNS):
@@ -65,7 +76,10 @@ def lora_row_kernel(
             if HAS_NORM:
                 square_C += x_C * x_C
                 x_C *= norm[chunk].to(tl.float32)
-            acc_C += a[chunk].to(tl.float32) * x_C
+            a_C = a[chunk]
+            if number != early:
+                a_C = tl.load(a_at + d_C, mask=d_C < DEPTH, other=0.0)
+            acc_C += a_C.to(tl.float32) * x_C
         z = tl.sum(acc_C, 0)
         if HAS_NORM:
             z *= tl.rsqrt(tl.sum(square_C, 0) / DEPTH + eps)
@@ -119,6 +133,7 @@ def lora_gemv_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SILU_MUL: tl.constexpr,
+    SLOTS: tl.constexpr,
     RANK: tl.constexpr,
     RANK_P: tl.constexpr,
     END_0: tl.constexpr,
@@ -134,17 +149,22 @@ def lora_gemv_kernel(
     kernels run, as the first weights are."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     TOTAL: tl.constexpr = 2 * NUM_OUTS if SILU_MUL else NUM_OUTS
-    number = tl.load(adapter_ptr).to(tl.int64)
+    early = _early_number(adapter_ptr, SLOTS)
     o_AW, row_AW, w_at, up_at, d_1WC, w, up, norm = gemv_begin(
         norm_ptr, weight_ptr, weight_stride, NUM_OUTS, DEPTH, OUTS, WARPS, COLUMNS, AHEAD,
         HAS_NORM, SILU_MUL, PDL,
     )  # fmt: skip
-    b_AWR = _b_rows(number, b_ptr, row_AW, TOTAL, RANK, RANK_P)
+    b_AWR = _b_rows(early, b_ptr, row_AW, TOTAL, RANK, RANK_P)
     if SILU_MUL:
-        b_up_AWR = _b_rows(number, b_ptr, row_AW + NUM_OUTS, TOTAL, RANK, RANK_P)
+        b_up_AWR = _b_rows(early, b_ptr, row_AW + NUM_OUTS, TOTAL, RANK, RANK_P)
     gemv_wait(
         weight_ptr, weight_stride, NUM_OUTS, DEPTH, OUTS, COLUMNS, AHEAD, PREFETCH_P, SILU_MUL, PDL
     )
+    number = tl.load(adapter_ptr, volatile=True).to(tl.int64)
+    if number != early:
+        b_AWR = _b_rows(number, b_ptr, row_AW, TOTAL, RANK, RANK_P)
+        if SILU_MUL:
+            b_up_AWR = _b_rows(number, b_ptr, row_AW + NUM_OUTS, TOTAL, RANK, RANK_P)
     z_AWR = _inner_values(
         number, z_ptr, row_AW, RANK, RANK_P, END_0, END_1, END_2, END_3, END_4, END_5, END_6
     )
@@ -175,15 +195,21 @@ def takes(x_TD: Tensor, weight_OD: Tensor) -> bool:
     return num_rows == 1 and is_half and weight_OD.stride(1) == 1 and depth <= MAX_DEPTH
 
 
-def row_constants(num_inner: int, depth: int, has_norm: bool) -> dict[str, int]:
+def row_constants(num_slots: int, num_inner: int, depth: int, has_norm: bool) -> dict[str, int]:
     """The first kernel's compile-time constants."""
-    columns = min(COLUMNS, triton.next_power_of_2(depth))
-    return {"NUM_INNER": num_inner, "DEPTH": depth, "COLUMNS": columns, "HAS_NORM": has_norm}
+    return {
+        "NUM_INNER": num_inner,
+        "DEPTH": depth,
+        "SLOTS": num_slots,
+        "COLUMNS": min(COLUMNS, triton.next_power_of_2(depth)),
+        "HAS_NORM": has_norm,
+    }
 
 
-def end_constants(rows: Sequence[int], rank: int) -> dict[str, int]:
+def end_constants(num_slots: int, rows: Sequence[int], rank: int) -> dict[str, int]:
     """The second kernel's compile-time constants that `gemv_kernel` lacks."""
-    return {"RANK": rank, "RANK_P": triton.next_power_of_2(rank), **part_ends(rows)}
+    rank_p = triton.next_power_of_2(rank)
+    return {"SLOTS": num_slots, "RANK": rank, "RANK_P": rank_p, **part_ends(rows)}
 
 
 def lora_linear(
@@ -220,7 +246,7 @@ def lora_linear(
         a_NLD,
         z_L,
         eps,
-        **row_constants(a_NLD.shape[1], depth, norm_weight_D is not None),
+        **row_constants(*a_NLD.shape, norm_weight_D is not None),
         num_warps=4,
         **launch_options(device),
     )
@@ -243,7 +269,7 @@ def lora_linear(
         HAS_BIAS=bias_O is not None,
         HAS_RESIDUAL=residual_TO is not None,
         SILU_MUL=silu_mul,
-        **end_constants(rows, rank),
+        **end_constants(a_NLD.shape[0], rows, rank),
         num_warps=tile.num_warps,
         **launch_options(device),
     )

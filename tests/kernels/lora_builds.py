@@ -37,8 +37,8 @@ def launches(whole: bool) -> Iterator[Launch]:
         yield Launch(f"lora {name}: shrink", lora.lora_shrink_kernel, constants, 4, dtype)
         constants = lora.expand_constants(rows, rank, sizes, num_bytes, silu_mul) | upcast
         yield Launch(f"lora {name}: expand", lora.lora_expand_kernel, constants, 4, dtype)
-    constants = lora_row.row_constants(48, 4096, True)
+    constants = lora_row.row_constants(32, 48, 4096, True)
     yield Launch("lora row: shrink", lora_row.lora_row_kernel, constants, 4, "bf16")
     _, constants, num_warps = kernel_for(1, 12288, 4096, True, False, False, True, False)
-    constants = constants | lora_row.end_constants((12288, 12288), 16)
+    constants = constants | lora_row.end_constants(32, (12288, 12288), 16)
     yield Launch("lora row: product", lora_row.lora_gemv_kernel, constants, num_warps, "bf16")
