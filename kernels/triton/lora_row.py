@@ -238,15 +238,16 @@ def lora_linear(
             adapter_T, order_T, tile_T3, a_NLD, b_NOR, list(rows),
         )  # fmt: skip
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    z_L = torch.empty(a_NLD.shape[1], dtype=torch.float32, device=device)
-    lora_row_kernel[(a_NLD.shape[1],)](
+    num_slots, num_inner, _ = a_NLD.shape
+    z_L = torch.empty(num_inner, dtype=torch.float32, device=device)
+    lora_row_kernel[(num_inner,)](
         x_TD,
         x_TD if norm_weight_D is None else norm_weight_D,
         adapter_T,
         a_NLD,
         z_L,
         eps,
-        **row_constants(*a_NLD.shape, norm_weight_D is not None),
+        **row_constants(num_slots, num_inner, depth, norm_weight_D is not None),
         num_warps=4,
         **launch_options(device),
     )
@@ -269,7 +270,7 @@ def lora_linear(
         HAS_BIAS=bias_O is not None,
         HAS_RESIDUAL=residual_TO is not None,
         SILU_MUL=silu_mul,
-        **end_constants(a_NLD.shape[0], rows, rank),
+        **end_constants(num_slots, rows, rank),
         num_warps=tile.num_warps,
         **launch_options(device),
     )

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import ops
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, num_bytes
@@ -41,10 +40,12 @@ class Params(NamedTuple):
 
 
 class LoraSlots(NamedTuple):
-    """The slots of each linear layer: for `num` adapters, of ranks up to `max_rank`."""
+    """The slots of each linear layer: for `num` adapters, of ranks up to `max_rank`. With `experts`
+    each expert has slots, too."""
 
     num: int
     max_rank: int
+    experts: bool = False
 
 
 class LayerCache(NamedTuple):
@@ -105,17 +106,13 @@ class States(NamedTuple):
 class AdapterRows(NamedTuple):
     """The adapter of each token: the number of its slot, from 1 on; 0 for none.
 
-    `order_T` has the tokens of one adapter after each other, in `tile_T3`
-    (`reference.lora.adapter_tiles`).
+    `order_T` has the tokens of one adapter after each other, in `tile_T3`, both by
+    `ops.adapter_tiles`.
     """
 
     adapter_T: Tensor
     order_T: Tensor
     tile_T3: Tensor
-
-    @classmethod
-    def of(cls, adapter_T: Tensor) -> AdapterRows:
-        return cls(adapter_T, *ops.adapter_tiles(adapter_T))
 
 
 class Batch(NamedTuple):

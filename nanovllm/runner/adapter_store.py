@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.models.lora.adapter_file import AdapterFile, HostAdapter, layout
-from nanovllm.models.lora.regions import Adapted
-from nanovllm.models.lora.slots import targets
+from nanovllm.models.lora.slots import matrices, targets
 from nanovllm.models.model import Model, Params
 from nanovllm.models.shards import Shard
 from nanovllm.platforms.base import Platform
@@ -35,15 +34,13 @@ class AdapterStore:
         self._number_of_row: dict[int, int] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._targets = [] if model.lora is None else list(targets(model))
-        weights: list[Adapted] = [
-            getattr(params.layers[one.layer_idx], one.field) for one in self._targets
-        ]
+        slots = [one for target in self._targets for one in matrices(params, target)]
         if model.lora is not None:
             _stay_alone(self._reader)
             self._reserve(layout(model, self._targets, shard.size)[1], model.lora.num)
         # of each slot, in the order of `HostAdapter.places`
         self._slots: list[list[Tensor]] = [
-            [matrices.select(0, slot) for one in weights for matrices in (one.a_NLD, one.b_NOX)]
+            [one.select(0, slot) for one in slots]
             for slot in range(0 if model.lora is None else model.lora.num)
         ]
 

@@ -143,8 +143,12 @@ def _with_adapters(
     if state.adapter_S is None:
         return batch
     adapter_T = state.adapter_S.index_select(0, row_T)
-    kept = None if last_R is None else AdapterRows.of(adapter_T.index_select(0, last_R))
-    return batch._replace(adapters=AdapterRows.of(adapter_T), kept_adapters=kept)
+    kept = None if last_R is None else _grouped(adapter_T.index_select(0, last_R))
+    return batch._replace(adapters=_grouped(adapter_T), kept_adapters=kept)
+
+
+def _grouped(adapter_T: Tensor) -> AdapterRows:
+    return AdapterRows(adapter_T, *ops.adapter_tiles(adapter_T))
 
 
 def decode_states(num_places: int, state: DeviceState, row_idx_R: Tensor) -> States:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.models.model import AdapterRows
+from tests.models import lora_cases
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SLOTS = 5
@@ -38,7 +38,7 @@ def inputs(
     b_NOR = drawn(SLOTS, sum(rows), rank)
     for slot in set(range(SLOTS)) - {number - 1 for number in numbers}:
         a_NLD[slot] = b_NOR[slot] = 1e4
-    at = AdapterRows.of(torch.tensor(numbers, device=device))
+    at = lora_cases.grouped(numbers, device)
     return Inputs(drawn(num, sum(rows)), drawn(num, depth), *at, a_NLD, b_NOR, list(rows))
 
 
@@ -134,7 +134,7 @@ def test_the_result_does_not_depend_on_the_other_tokens() -> None:
     whole = lora.add_lora(*given)
     for token in (1, 5, 18):
         at = slice(token, token + 1)
-        rows = AdapterRows.of(given.adapter_T[at])._asdict()
+        rows = lora_cases.grouped(SEVERAL[at], device)._asdict()
         alone = given._replace(y_TO=given.y_TO[at], x_TD=given.x_TD[at], **rows)
         assert torch.equal(lora.add_lora(*alone), whole[at])
 

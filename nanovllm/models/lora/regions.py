@@ -15,6 +15,7 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.models import formats
 from nanovllm.models.config import ModelConfig
+from nanovllm.models.experts import adapted
 from nanovllm.models.formats import Weight
 from nanovllm.models.model import AdapterRows, LayerCall, LoraSlots, Model, Params
 
@@ -69,10 +70,11 @@ def layer(
         h_TD = layer(inner, cfg, call, w, kv, cos_sin_MH, batch, h_TD)
         return h_TD.index_select(0, keep_R)
     kept_R = None if keep_R is None else batch.kept_adapters
+    types = {Adapted: Bound, adapted.Adapted: adapted.Bound}
     bound = {
-        name: Bound(weight, rows, kept_R)
+        name: types[type(weight)](weight, rows, kept_R)
         for name, weight in w._asdict().items()
-        if isinstance(weight, Adapted)
+        if type(weight) in types
     }
     return inner(cfg, call, w._replace(**bound), kv, cos_sin_MH, batch, h_TD)
 
@@ -82,7 +84,11 @@ def without_slots(model: Model, params: Params) -> tuple[Model, Params]:
     assert isinstance(model.layer, partial)
     (inner,) = model.layer.args
     bases = (
-        {name: one.base for name, one in w._asdict().items() if isinstance(one, Adapted)}
+        {
+            name: one.base
+            for name, one in w._asdict().items()
+            if isinstance(one, Adapted | adapted.Adapted)
+        }
         for w in params.layers
     )
     layers = tuple(w._replace(**base) for w, base in zip(params.layers, bases))
