@@ -38,6 +38,7 @@ STAGE_BYTES = 20 * 1024
 MATRIX_BYTES = 32 * 1024
 MAX_PARTS = 8
 MIN_OUTPUTS, MAX_OUTPUTS = 16, 256
+SHRINK_WARPS = EXPAND_WARPS = 4
 
 
 @triton.jit
@@ -303,37 +304,44 @@ def _suits(
     )
 
 
-def _launch(
-    y_TO: Tensor,
-    out_TF: Tensor | None,
-    x_TD: Tensor,
-    tokens: tuple[Tensor, Tensor],
-    matrices: tuple[Tensor, Tensor],
-    rows: Sequence[int],
-) -> None:
-    """Both kernels; `tokens` are their order and tiles."""
-    (num_tokens, depth), (a_NLD, b_NOR), device = x_TD.shape, matrices, x_TD.device
-    num_inner, rank, num_bytes = a_NLD.shape[1], b_NOR.shape[2], x_TD.dtype.itemsize
+def shrink(x_TD: Tensor, order_T: Tensor, tile_T3: Tensor, a_NLD: Tensor) -> Tensor:
+    """The inner values of tokens with adapters, in their order: [splits, tokens, L] in fp32."""
+    (num_tokens, depth), (num_slots, num_inner, _) = x_TD.shape, a_NLD.shape
+    device, num_bytes = x_TD.device, x_TD.dtype.itemsize
     sizes = sizes_of(num_tokens, num_inner, depth, num_multiprocessors(device), num_bytes)
-    tiles = max_tiles(num_tokens, a_NLD.shape[0])
-    options = {"UPCAST": device.type == "cpu", **launch_options(device)}
-    z_STL = torch.empty(
-        (sizes.num_splits, num_tokens, num_inner), dtype=torch.float32, device=device
-    )
-    lora_shrink_kernel[(sizes.num_splits, triton.cdiv(num_inner, inner_size(num_inner)), tiles)](
+    z_STL = x_TD.new_empty((sizes.num_splits, num_tokens, num_inner), dtype=torch.float32)
+    inner_programs = triton.cdiv(num_inner, inner_size(num_inner))
+    lora_shrink_kernel[(sizes.num_splits, inner_programs, max_tiles(num_tokens, num_slots))](
         x_TD,
-        *tokens,
+        order_T,
+        tile_T3,
         a_NLD,
         z_STL,
         num_tokens,
         x_TD.stride(0),
         **shrink_constants(num_inner, depth, sizes, num_bytes),
-        num_warps=4,
-        **options,
+        UPCAST=device.type == "cpu",
+        num_warps=SHRINK_WARPS,
+        **launch_options(device),
     )
-    constants = expand_constants(rows, rank, sizes, num_bytes, out_TF is not None)
+    return z_STL
+
+
+def expand(
+    y_TO: Tensor,
+    out_TF: Tensor | None,
+    z_STL: Tensor,
+    tokens: tuple[Tensor, Tensor],
+    b_NOR: Tensor,
+    rows: Sequence[int],
+) -> None:
+    """Add b · z to y, or write silu(gate) · up of that to `out_TF`. `tokens` are their order and
+    tiles."""
+    (num_splits, num_tokens, _), (num_slots, _, rank) = z_STL.shape, b_NOR.shape
+    sizes = Sizes(tile_tokens(num_tokens), 0, num_splits)
+    constants = expand_constants(rows, rank, sizes, y_TO.dtype.itemsize, out_TF is not None)
     width = sum(rows) if out_TF is None else out_TF.shape[1]
-    lora_expand_kernel[(width // constants["OUTPUTS"], tiles)](
+    lora_expand_kernel[(width // constants["OUTPUTS"], max_tiles(num_tokens, num_slots))](
         y_TO,
         y_TO if out_TF is None else out_TF,
         z_STL,
@@ -342,8 +350,9 @@ def _launch(
         num_tokens,
         y_TO.stride(0),
         **constants,
-        num_warps=4,
-        **options,
+        UPCAST=y_TO.device.type == "cpu",
+        num_warps=EXPAND_WARPS,
+        **launch_options(y_TO.device),
     )
 
 
@@ -362,7 +371,8 @@ def add_lora_(
         tokens = adapter_T, order_T, tile_T3
         reference.lora.add_lora_(y_TO, x_TD, *tokens, a_NLD, b_NOR, list(rows))
     elif len(x_TD):
-        _launch(y_TO, None, x_TD, (order_T, tile_T3), (a_NLD, b_NOR), rows)
+        z_STL = shrink(x_TD, order_T, tile_T3, a_NLD)
+        expand(y_TO, None, z_STL, (order_T, tile_T3), b_NOR, rows)
 
 
 def add_lora(
@@ -398,5 +408,6 @@ def add_lora_silu(
         return reference.lora.add_lora_silu(y_TO, x_TD, *tokens, a_NLD, b_NOR, list(rows))
     out_TF = y_TO.new_empty((y_TO.shape[0], y_TO.shape[1] // 2))
     if len(x_TD):
-        _launch(y_TO, out_TF, x_TD, (order_T, tile_T3), (a_NLD, b_NOR), rows)
+        z_STL = shrink(x_TD, order_T, tile_T3, a_NLD)
+        expand(y_TO, out_TF, z_STL, (order_T, tile_T3), b_NOR, rows)
     return out_TF
