@@ -401,5 +401,5 @@ def _with_slots(
         if name in values:  # not a part of experts
             device = tensors_of(values[name])[0].device
             facts = model.config.num_ranks, model.config.dtype, device
-            found[name] = with_slots(model.lora, param, values[name], facts, place)
+            found[name] = with_slots(model.lora, declared, param, values[name], facts, place)
     return found

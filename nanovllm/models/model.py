@@ -41,11 +41,12 @@ class Params(NamedTuple):
 
 class LoraSlots(NamedTuple):
     """The slots of each linear layer: for `num` adapters, of ranks up to `max_rank`. With `experts`
-    each expert has slots, too."""
+    each expert has slots, too, and with `biases` each bias of a linear layer."""
 
     num: int
     max_rank: int
     experts: bool = False
+    biases: bool = False
 
 
 class LayerCache(NamedTuple):

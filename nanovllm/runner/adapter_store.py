@@ -34,6 +34,7 @@ class AdapterStore:
         self._number_of_row: dict[int, int] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._targets = [] if model.lora is None else list(targets(model))
+        self._layers = params.layers
         slots = [one for target in self._targets for one in matrices(params, target)]
         if model.lora is not None:
             _stay_alone(self._reader)
@@ -62,7 +63,12 @@ class AdapterStore:
     def check(self, adapter_id: int, folder: Path) -> bytes:
         """Check an adapter's files, without its numbers; returns their digest. Raises AdapterError,
         a ValueError."""
-        file = self._files[adapter_id] = AdapterFile(self._model, folder, self._targets)
+        biases = {
+            i: getattr(self._layers[one.layer_idx], one.bias_field).float().cpu()
+            for i, one in enumerate(self._targets)
+            if one.bias is not None
+        }
+        file = self._files[adapter_id] = AdapterFile(self._model, folder, self._targets, biases)
         return file.digest
 
     def read(self, adapter_id: int) -> None:
@@ -99,6 +105,7 @@ class AdapterStore:
         self._files.clear()
         self._host.clear()
         self._slots.clear()
+        self._layers = ()
 
 
 def _stay_alone(reader: ThreadPoolExecutor) -> None:

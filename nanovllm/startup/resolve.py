@@ -232,8 +232,8 @@ def with_adapters(config: EngineConfig, model: Model) -> Model:
     if refusal is not None or (config.lora_experts and config.expert_offload is not None):
         why = refusal or "its experts are offloaded"
         raise ValueError(f"lora_experts=True is not supported for {config.model!r}: {why}")
-    slots = LoraSlots(config.max_loras, config.max_lora_rank, config.lora_experts)
-    return with_lora(model, slots)
+    sizes = config.max_loras, config.max_lora_rank
+    return with_lora(model, LoraSlots(*sizes, config.lora_experts, config.lora_biases))
 
 
 def within_limit(config: EngineConfig, model: Model, hf: Any) -> EngineConfig:

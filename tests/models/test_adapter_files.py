@@ -188,7 +188,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "bias": (
         lambda all: all.update({Q.removesuffix("lora_") + "base_layer.bias": torch.ones(4)}),
-        "q_proj.base_layer.bias is a bias, which is not supported",
+        "q_proj.base_layer.bias is not the bias of a linear layer that adapters can change",
     ),
     "copy": (lambda all: all.update({"x.weight": torch.ones(4)}), "is not a matrix of LoRA"),
     "nothing": (lambda all: all.clear(), "adapter_model.safetensors has no tensors"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanovllm.models.checkpoint import PART_PREFIX, TEXT_PREFIXES
 from nanovllm.models.lora import expert_file
+from nanovllm.models.lora.biases import BIAS, TrainedBiases, added
 from nanovllm.models.lora.peft_config import CONFIG, WEIGHTS, AdapterError, PeftConfig
 from nanovllm.models.lora.slots import Target, shapes, targets
 from nanovllm.models.model import Model
@@ -32,7 +33,6 @@ OTHERS = {
     "lora_embedding_": "LoRA of embedding tables",
     "lora_magnitude_vector": "DoRA",
     "modules_to_save": "whole copies of modules",
-    ".bias": "a bias",
 }
 DTYPES = ("F64", "F32", "F16", "BF16")
 ALL_SOURCES = -1  # in place of a source's number
@@ -44,7 +44,8 @@ Places = list[tuple[int, tuple[int, ...]]]
 
 class HostAdapter(NamedTuple):
     """An adapter in host memory: all its matrices in one tensor, one after another, and where each
-    begins, with its shape. Two for each of `targets(model)`: a [L, D] and b [O, X]."""
+    begins, with its shape: those of each of `targets(model)`, a [L, D], b [O, X] and perhaps c [O],
+    which is added to the bias. Of experts a is [E, L, D] and b [E, O, X]."""
 
     numbers: Tensor
     places: Places
@@ -94,8 +95,15 @@ class AdapterFile:
     `digest` changes with the files. Raises AdapterError, without reading tensors.
     """
 
-    def __init__(self, model: Model, folder: Path, known: Sequence[Target] | None = None) -> None:
-        """known: the `targets` of the model, if they have been found before."""
+    def __init__(
+        self,
+        model: Model,
+        folder: Path,
+        known: Sequence[Target] | None = None,
+        biases: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """known: the `targets` of the model, if they have been found before. biases: those of the
+        model on this rank, in fp32, by the numbers of targets whose biases adapters change."""
         assert model.lora is not None
         self._model, self._folder, self._slots = model, folder, model.lora
         self.config = PeftConfig.read(folder)
@@ -106,6 +114,7 @@ class AdapterFile:
             )
         self.digest = _digest(folder)
         self._targets = list(targets(model)) if known is None else known
+        self._base_biases = {} if biases is None else biases
         with self._opened() as file:
             self._pairs = self._checked(file)
 
@@ -114,10 +123,12 @@ class AdapterFile:
         AdapterError for numbers that are not finite."""
         places, num_bytes = layout(self._model, self._targets, shard.size)
         found = HostAdapter(buffer(num_bytes).view(self._model.config.dtype).zero_(), places)
-        matrices = found.matrices(found.numbers)
+        matrices = iter(found.matrices(found.numbers))
         with self._opened() as file:
             for i, target in enumerate(self._targets):
-                self._fill(file, target, shard, (matrices[2 * i], matrices[2 * i + 1]))
+                self._fill(file, target, shard, (next(matrices), next(matrices)))
+                if target.bias is not None:
+                    next(matrices).copy_(self._added_bias(file, i, shard))
         return found
 
     @contextmanager
@@ -131,12 +142,16 @@ class AdapterFile:
 
     def _checked(self, file: Any) -> dict[str, _Pair]:
         """The pairs in a file, by the names of modules as the model has them."""
+        biases = self._biases = TrainedBiases(self._targets, self.config.bias, _own_name)
         found_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         keys = file.keys()
         self._prefix = PREFIX if all(key.startswith(PREFIX) for key in keys) else ""
         for key in keys:
             name, found = key.removeprefix(self._prefix), file.get_slice(key)
             match = MATRICES.fullmatch(name)
+            if name.endswith(BIAS):
+                biases.note(name, key, tuple(found.get_shape()))
+                continue
             if match is None:
                 raise AdapterError(f"{self._folder / WEIGHTS}: {_why_not(name)}")
             if found.get_dtype() not in DTYPES or len(found.get_shape()) != 2:
@@ -145,7 +160,7 @@ class AdapterFile:
                     f"{found.get_shape()}: it must be a matrix of floating point numbers"
                 )
             found_shapes.setdefault(match["module"], {})[match["which"]] = tuple(found.get_shape())
-        if not found_shapes:
+        if not found_shapes and not biases.keys:
             raise AdapterError(f"{self._folder / WEIGHTS} has no tensors")
         known, pairs = self._modules(), {}
         parameters = expert_file.parameters(self._targets)
@@ -168,6 +183,17 @@ class AdapterFile:
                 )
             self._check_is_named(pairs[own if name is None else name])
         return pairs
+
+    def _added_bias(self, file: Any, target_idx: int, shard: Shard) -> Tensor:
+        """What an adapter adds to a rank's part of a bias."""
+        param = self._targets[target_idx].bias
+        assert param is not None
+        given = {
+            source: self._finite(file, self._biases.keys[source])
+            for source in param.sources
+            if source in self._biases.keys
+        }
+        return added(param, shard, given, self._base_biases[target_idx])
 
     def _hint(self, module: str) -> str:
         if ".experts" in module and not self._slots.experts:

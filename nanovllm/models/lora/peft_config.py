@@ -37,7 +37,7 @@ REFUSED = {
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
 }
-# Which biases of the base were trained. If it has some, the file has them, and is refused then.
+# Which biases of the base were trained. If it has some, the file has them.
 BIASES = ("none", "all", "lora_only")
 # Values of `init_lora_weights` with which PEFT changes the base model as it loads an adapter.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -64,6 +64,7 @@ class PeftConfig:
     layers_to_transform: Sequence[int] | None
     layers_pattern: Sequence[str]
     target_parameters: Sequence[str] = ()
+    bias: str = "none"
 
     @classmethod
     def read(cls, folder: Path) -> PeftConfig:
@@ -82,6 +83,7 @@ class PeftConfig:
             layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
             layers_pattern=_as_list(_names(found, "layers_pattern")),
             target_parameters=_as_list(_names(found, "target_parameters")),
+            bias=found.get("bias", "none"),
         )
 
     @property

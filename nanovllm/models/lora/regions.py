@@ -1,6 +1,7 @@
 """LoRA in the graph: linear layers whose rows have adapters, and the layers that have them.
 
-T tokens | R rows | D depth | O outputs | N slots | P parts of the outputs | X rank | L = P · X
+T tokens | R rows | D depth | O outputs | N slots | M = N + 1 | P parts of the outputs
+X rank | L = P · X
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ class Adapted(NamedTuple):
     """The weight of a linear layer, in any format, and the matrices of the adapters in its slots.
 
     `rows` are the sizes of the parts of its outputs (`ops.add_lora`). Slots without an adapter are
-    zero, and those of a lower rank are padded with zeros.
+    zero, and those of a lower rank are padded with zeros. `c_MO` is what adapters add to the bias,
+    zeros for none first; None if they do not change it.
     """
 
     base: Weight
     a_NLD: Tensor
     b_NOX: Tensor
     rows: tuple[int, ...]
+    c_MO: Tensor | None = None
 
 
 class Bound(NamedTuple):
@@ -50,6 +53,8 @@ class Bound(NamedTuple):
         if self.kept_R is not None and x_TD.shape[0] == self.kept_R.adapter_T.shape[0]:
             rows = self.kept_R
         y_TO = formats.linear(x_TD, weight.base, bias_O)
+        if weight.c_MO is not None:
+            y_TO = y_TO + weight.c_MO.index_select(0, rows.adapter_T)
         matrices = weight.a_NLD, weight.b_NOX, weight.rows
         return ops.add_lora(y_TO, x_TD, *rows, *matrices, residual_TO)
 

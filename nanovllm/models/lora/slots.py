@@ -33,12 +33,14 @@ class Part(NamedTuple):
 
 class Target(NamedTuple):
     """A linear layer that adapters can change: its layer, its field, its parameter, and the parts
-    of its outputs on one rank."""
+    of its outputs on one rank; the field and the parameter of its bias, if they can change that."""
 
     layer_idx: int
     field: str
     param: Param
     parts: tuple[Part, ...]
+    bias_field: str = ""
+    bias: Param | None = None
 
 
 def parts_of(param: Param, num_ranks: int) -> tuple[Part, ...]:
@@ -62,13 +64,27 @@ def expert_parts(param: Param, num_ranks: int) -> tuple[Part, ...]:
 def targets(model: Model) -> Iterator[Target]:
     """The linear layers of a model's layers that have slots, in the order of computation."""
     num_ranks, (_, *layers) = model.config.num_ranks, model.declared
-    has_experts = model.lora is not None and model.lora.experts
+    assert model.lora is not None
     for layer_idx, declared in enumerate(layers):
         for field, param in declared.items():
             if param.kind == "linear" and (parts := parts_of(param, num_ranks)):
-                yield Target(layer_idx, field, param, parts)
-            elif param.kind == "experts" and has_experts:
+                yield Target(layer_idx, field, param, parts, *_bias(model.lora, declared, param))
+            elif param.kind == "experts" and model.lora.experts:
                 yield Target(layer_idx, field, param, expert_parts(param, num_ranks))
+
+
+def _bias(
+    slots: LoraSlots, declared: dict[str, Param], param: Param
+) -> tuple[str, Param] | tuple[()]:
+    """The field and the parameter of a linear layer's bias, if adapters change one."""
+    sources = tuple(bias_of(source) for source in param.sources)
+    found = (item for item in declared.items() if item[1].sources == sources)
+    return next(found, ()) if slots.biases else ()
+
+
+def bias_of(source: str) -> str:
+    """The name of the bias beside a weight."""
+    return source.removesuffix("weight") + "bias"
 
 
 def refusal_of_experts(model: Model) -> str | None:
@@ -84,21 +100,24 @@ def refusal_of_experts(model: Model) -> str | None:
     return None
 
 
-def matrices(params: Params, target: Target) -> tuple[Tensor, Tensor]:
-    """The slots of a target: A and B of all slots."""
+def matrices(params: Params, target: Target) -> tuple[Tensor, ...]:
+    """The slots of a target: A and B of all slots, and what they add to the bias, if anything."""
     layer = params.layers[target.layer_idx]
     if target.param.kind == "experts":
         is_first = target.field.startswith("gate_up")
         of_experts = layer.experts.gate_up if is_first else layer.experts.down
         return of_experts.a_NELD, of_experts.b_NEOX
-    adapted = getattr(layer, target.field)
-    return adapted.a_NLD, adapted.b_NOX
+    weight = getattr(layer, target.field)
+    added = () if weight.c_MO is None else (weight.c_MO[1:],)
+    return weight.a_NLD, weight.b_NOX, *added
 
 
-def shapes(target: Target, rank: int, num_ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of A and B of one adapter on a rank: of experts with a dimension for these."""
+def shapes(target: Target, rank: int, num_ranks: int) -> list[tuple[int, ...]]:
+    """The shapes of A and B of one adapter on a rank, of experts with a dimension for these; then
+    that of the bias, if adapters change it."""
     *experts, num_outputs, depth = target.param.local(num_ranks).shape
-    return (*experts, len(target.parts) * rank, depth), (*experts, num_outputs, rank)
+    both = [(*experts, len(target.parts) * rank, depth), (*experts, num_outputs, rank)]
+    return both if target.bias is None else [*both, (num_outputs,)]
 
 
 def slots_bytes(model: Model) -> int:
@@ -107,7 +126,10 @@ def slots_bytes(model: Model) -> int:
         return 0
     rank, num_ranks = model.lora.max_rank, model.config.num_ranks
     both = (shape for one in targets(model) for shape in shapes(one, rank, num_ranks))
-    return model.lora.num * sum(map(math.prod, both)) * model.config.dtype.itemsize
+    numbers = model.lora.num * sum(map(math.prod, both))
+    biases = (one for one in targets(model) if one.bias is not None)
+    numbers += sum(one.param.local(num_ranks).shape[0] for one in biases)  # those of no adapter
+    return numbers * model.config.dtype.itemsize
 
 
 def with_expert_slots(
@@ -131,13 +153,14 @@ def with_expert_slots(
 
 def with_slots(
     slots: LoraSlots,
+    declared: dict[str, Param],
     param: Param,
     weight: Weight,
     extent: tuple[int, torch.dtype, torch.device],
     place: Callable[[Tensor], Tensor],
 ) -> Weight:
-    """A parameter's weight on one rank with empty slots, if it is a linear layer's. `extent` is the
-    number of ranks, the dtype and the device."""
+    """A parameter's weight on one rank with empty slots, if it is a linear layer's. `declared` are
+    the parameters of its layer, `extent` the number of ranks, the dtype and the device."""
     num_ranks, dtype, device = extent
     parts = parts_of(param, num_ranks) if param.kind == "linear" else ()
     if not parts:
@@ -145,8 +168,10 @@ def with_slots(
     num_outputs, depth = param.local(num_ranks).shape
     inner = len(parts) * slots.max_rank
 
-    def zeros(*shape: int) -> Tensor:
-        return place(torch.zeros(slots.num, *shape, dtype=dtype, device=device))
+    def zeros(num: int, *shape: int) -> Tensor:
+        return place(torch.zeros(num, *shape, dtype=dtype, device=device))
 
-    rows = tuple(part.num_rows for part in parts)
-    return Adapted(weight, zeros(inner, depth), zeros(num_outputs, slots.max_rank), rows)
+    rows, num = tuple(part.num_rows for part in parts), slots.num
+    c_MO = zeros(num + 1, num_outputs) if _bias(slots, declared, param) else None
+    both = zeros(num, inner, depth), zeros(num, num_outputs, slots.max_rank)
+    return Adapted(weight, *both, rows, c_MO)
