@@ -13,7 +13,7 @@ Shapes: T tokens of a program | D columns at a time | O outputs of a program | L
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,12 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.reference.lora import max_tiles, tile_tokens
+from nanovllm.kernels.reference.lora import TOKENS, max_tiles, tile_tokens
 from nanovllm.kernels.triton.common import (
     dot,
     finish,
     launch_options,
     num_multiprocessors,
+    shared_memory_bytes,
     wait_for_earlier_kernels,
 )
 
@@ -38,22 +39,24 @@ STAGE_BYTES = 20 * 1024
 MATRIX_BYTES = 32 * 1024
 MAX_PARTS = 8
 MIN_OUTPUTS, MAX_OUTPUTS = 16, 256
-SHRINK_WARPS = EXPAND_WARPS = 4
+MANY_NUMBERS = 8192  # of the outputs of a program with 8 warps
+MOST_INNER = 8192  # inner values of all splits that a program loads at once
+SHRINK_WARPS, MOST_STAGES = 4, 5
 
 
 @triton.jit
 def _tile(tile_ptr, order_ptr, group, TOKENS: tl.constexpr):
-    """The places of a group's tokens in their order, which of them are real, the tokens, and their
-    adapter.
+    """The places of a group's tokens in their order, where these end, the tokens, and their
+    adapter. The end is 0 for a group without tokens.
 
     Called before `wait_for_earlier_kernels`: a program before the first layer has made both, and
     the product and its norm, which wait, are between.
     """
     at = tile_ptr + group * 3
     i_T = tl.load(at) + tl.arange(0, TOKENS)
-    real_T = i_T < tl.load(at + 1)
-    token_T = tl.load(order_ptr + i_T, mask=real_T, other=0).to(tl.int64)
-    return i_T, real_T, token_T, tl.load(at + 2)
+    end = tl.load(at + 1)
+    token_T = tl.load(order_ptr + i_T, mask=i_T < end, other=0).to(tl.int64)
+    return i_T, end, token_T, tl.load(at + 2)
 
 
 @triton.jit
@@ -86,7 +89,8 @@ def lora_shrink_kernel(
     PDL: tl.constexpr,
 ):
     """z[split, t, l] = the part of a[adapter − 1, l] · x[t] in the split's columns."""
-    i_T, real_T, token_T, number = _tile(tile_ptr, order_ptr, tl.program_id(2), TOKENS)
+    i_T, end, token_T, number = _tile(tile_ptr, order_ptr, tl.program_id(2), TOKENS)
+    real_T = i_T < end
     wait_for_earlier_kernels(PDL)
     if number > 0:
         l_L = tl.program_id(1) * INNER + tl.arange(0, INNER)
@@ -120,17 +124,21 @@ def _b_matrix(
 @triton.jit
 def _with_adapter(
     y_TO, b_RO, z_ptr, i_T, mask_T, num_tokens, part, NUM_INNER: tl.constexpr,
-    RANK: tl.constexpr, RANK_P: tl.constexpr, SPLITS: tl.constexpr, UPCAST: tl.constexpr,
+    RANK: tl.constexpr, RANK_P: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """y + b · z, in y's dtype. z is the sum of the splits' inner values for a part of the outputs,
-    rounded to that dtype."""
+    rounded to that dtype. Splits are loaded at once: of one after another, each would change its
+    layout through shared memory."""
     r_R = tl.arange(0, RANK_P)
     mask_TR = mask_T[:, None] & (r_R < RANK)[None, :]
     z_at = z_ptr + i_T.to(tl.int64)[:, None] * NUM_INNER + (part * RANK + r_R)[None, :]
     z_TR = tl.zeros((i_T.shape[0], RANK_P), tl.float32)
-    for split in tl.static_range(SPLITS):
-        at = z_at + num_tokens.to(tl.int64) * (split * NUM_INNER)
-        z_TR += tl.load(at, mask=mask_TR, other=0.0)
+    for first in tl.static_range(0, SPLITS, AT_ONCE):
+        split_S = first + tl.arange(0, AT_ONCE)
+        at_STR = z_at[None, :, :] + (split_S * (num_tokens * NUM_INNER).to(tl.int64))[:, None, None]
+        mask_STR = (split_S < SPLITS)[:, None, None] & mask_TR[None, :, :]
+        z_TR += tl.sum(tl.load(at_STR, mask=mask_STR, other=0.0), 0)
     zeros_TO = tl.zeros((i_T.shape[0], b_RO.shape[1]), tl.float32)
     added_TO = dot(z_TR.to(b_RO.dtype), b_RO, zeros_TO, UPCAST)
     return (y_TO.to(tl.float32) + added_TO).to(y_TO.dtype)
@@ -151,6 +159,7 @@ def lora_expand_kernel(
     RANK: tl.constexpr,
     RANK_P: tl.constexpr,
     SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     END_0: tl.constexpr,
     END_1: tl.constexpr,
     END_2: tl.constexpr,
@@ -165,41 +174,40 @@ def lora_expand_kernel(
     PDL: tl.constexpr,
 ):
     """y[t] += b[adapter − 1] · z[t], or silu(gate) · up of that. A program's outputs, and those
-    of up, are of one part each. b is there before the results of earlier kernels."""
-    i_T, real_T, token_T, number = _tile(tile_ptr, order_ptr, tl.program_id(1), TOKENS)
+    of up, are of one part each.
+
+    All but z is loaded while the first kernel runs: that kernel has waited for the product.
+    """
+    i_T, end, token_T, number = _tile(tile_ptr, order_ptr, tl.program_id(1), TOKENS)
+    real_T = i_T < end
     first = tl.program_id(0) * OUTPUTS
     o_O = first + tl.arange(0, OUTPUTS)
     WIDTH: tl.constexpr = TOTAL // 2 if SILU_MUL else TOTAL
-    b_RO = _b_matrix(b_ptr, number, o_O, TOTAL, RANK, RANK_P)
-    if SILU_MUL:
-        b_up_RO = _b_matrix(b_ptr, number, o_O + WIDTH, TOTAL, RANK, RANK_P)
-    wait_for_earlier_kernels(PDL)
     mask_T = real_T & (number > 0)
     mask_TO = (real_T if SILU_MUL else mask_T)[:, None] & (o_O < WIDTH)[None, :]
     y_at = y_ptr + token_T[:, None] * y_stride + o_O[None, :]
+    b_RO = _b_matrix(b_ptr, number, o_O, TOTAL, RANK, RANK_P)
+    y_TO = tl.load(y_at, mask=mask_TO, other=0.0)
     if SILU_MUL:
-        y_TO = tl.load(y_at, mask=mask_TO, other=0.0)
+        b_up_RO = _b_matrix(b_ptr, number, o_O + WIDTH, TOTAL, RANK, RANK_P)
         up_TO = tl.load(y_at + WIDTH, mask=mask_TO, other=0.0)
+    wait_for_earlier_kernels(PDL)
+    if end > 0:
         part = part_of(first, END_0, END_1, END_2, END_3, END_4, END_5, END_6)
         y_TO = _with_adapter(
             y_TO, b_RO, z_ptr, i_T, mask_T, num_tokens, part, NUM_INNER, RANK, RANK_P, SPLITS,
-            UPCAST,
+            AT_ONCE, UPCAST,
         )  # fmt: skip
-        part = part_of(first + WIDTH, END_0, END_1, END_2, END_3, END_4, END_5, END_6)
-        up_TO = _with_adapter(
-            up_TO, b_up_RO, z_ptr, i_T, mask_T, num_tokens, part, NUM_INNER, RANK, RANK_P, SPLITS,
-            UPCAST,
-        )  # fmt: skip
-        y_TO = finish(y_TO.to(tl.float32), up_TO.to(tl.float32), y_ptr.dtype.element_ty, True)
-        tl.store(out_ptr + token_T[:, None] * WIDTH + o_O[None, :], y_TO, mask=mask_TO)
-    elif number > 0:
-        y_TO = tl.load(y_at, mask=mask_TO, other=0.0)
-        part = part_of(first, END_0, END_1, END_2, END_3, END_4, END_5, END_6)
-        y_TO = _with_adapter(
-            y_TO, b_RO, z_ptr, i_T, mask_T, num_tokens, part, NUM_INNER, RANK, RANK_P, SPLITS,
-            UPCAST,
-        )  # fmt: skip
-        tl.store(y_at, y_TO, mask=mask_TO)
+        if SILU_MUL:
+            part = part_of(first + WIDTH, END_0, END_1, END_2, END_3, END_4, END_5, END_6)
+            up_TO = _with_adapter(
+                up_TO, b_up_RO, z_ptr, i_T, mask_T, num_tokens, part, NUM_INNER, RANK, RANK_P,
+                SPLITS, AT_ONCE, UPCAST,
+            )  # fmt: skip
+            y_TO = finish(y_TO.to(tl.float32), up_TO.to(tl.float32), y_ptr.dtype.element_ty, True)
+            tl.store(out_ptr + token_T[:, None] * WIDTH + o_O[None, :], y_TO, mask=mask_TO)
+        else:
+            tl.store(y_at, y_TO, mask=mask_TO)
 
 
 class Sizes(NamedTuple):
@@ -239,14 +247,36 @@ def columns_of(num_inner: int, tokens: int, num_bytes: int) -> int:
     return int(min(256, 1 << (fitting.bit_length() - 1)))
 
 
-def num_outputs(rows: Sequence[int], rank: int, num_bytes: int, silu_mul: bool) -> int:
+def num_outputs(
+    rows: Sequence[int], rank: int, num_bytes: int, silu_mul: bool, tokens: int = TOKENS
+) -> int:
     """The outputs of a program: no boundary between parts is within them, and their matrix fits
-    the shared memory of all GPUs. With `silu_mul` it has as many of up."""
+    the shared memory of all GPUs. With `silu_mul` it has as many of up. Each program reads the
+    inner values, which are as many bytes as its outputs where they have several splits."""
     fitting = MATRIX_BYTES // (padded_rank(rank) * num_bytes)
-    most = min(MAX_OUTPUTS, max(MIN_OUTPUTS, fitting))
+    most = min(MAX_OUTPUTS, max(MIN_OUTPUTS, fitting // 2 if silu_mul else fitting))
     if silu_mul:
-        return math.gcd(max(MIN_OUTPUTS, most // 2), sum(rows) // 2, *rows)
+        most = most if tokens == TOKENS else max(MIN_OUTPUTS, most // 2)
+        return math.gcd(most, sum(rows) // 2, *rows)
     return math.gcd(most, *rows)
+
+
+def expand_warps(constants: Mapping[str, int]) -> int:
+    """The warps of a program of the second launch."""
+    num = constants["TOKENS"] * constants["OUTPUTS"] * (2 if constants["SILU_MUL"] else 1)
+    return 8 if num >= MANY_NUMBERS else 4
+
+
+def shrink_stages(shared_bytes: int) -> int:
+    """The stages of the first launch: few programs run side by side, so all columns of a split may
+    be on their way at once."""
+    return MOST_STAGES if shared_bytes >= MOST_STAGES * STAGE_BYTES + 8192 else 3
+
+
+def splits_at_once(sizes: Sizes, rank: int) -> int:
+    """The splits whose inner values a program of the second launch loads at once."""
+    most = max(1, MOST_INNER // (sizes.tokens * padded_rank(rank)))
+    return int(min(triton.next_power_of_2(sizes.num_splits), most))
 
 
 def padded_rank(rank: int) -> int:
@@ -281,9 +311,10 @@ def expand_constants(
         "RANK": rank,
         "RANK_P": padded_rank(rank),
         "SPLITS": sizes.num_splits,
+        "AT_ONCE": splits_at_once(sizes, rank),
         **part_ends(rows),
         "TOKENS": sizes.tokens,
-        "OUTPUTS": num_outputs(rows, rank, num_bytes, silu_mul),
+        "OUTPUTS": num_outputs(rows, rank, num_bytes, silu_mul, sizes.tokens),
         "SILU_MUL": silu_mul,
     }
 
@@ -322,6 +353,7 @@ def shrink(x_TD: Tensor, order_T: Tensor, tile_T3: Tensor, a_NLD: Tensor) -> Ten
         **shrink_constants(num_inner, depth, sizes, num_bytes),
         UPCAST=device.type == "cpu",
         num_warps=SHRINK_WARPS,
+        num_stages=shrink_stages(shared_memory_bytes(device)),
         **launch_options(device),
     )
     return z_STL
@@ -351,7 +383,7 @@ def expand(
         y_TO.stride(0),
         **constants,
         UPCAST=y_TO.device.type == "cpu",
-        num_warps=EXPAND_WARPS,
+        num_warps=expand_warps(constants),
         **launch_options(y_TO.device),
     )
 

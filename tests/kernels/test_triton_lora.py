@@ -67,7 +67,9 @@ def check(given: Inputs) -> None:
     def error(one: Tensor) -> float:
         return float((one.double() - wanted).norm() / wanted.norm())
 
-    assert error(found) < max(allowed, 1.3 * error(expected))
+    # in fp32 the order of sums makes as much of the error as the rounding of the result
+    factor = 2.0 if found.dtype is torch.float32 else 1.3
+    assert error(found) < max(allowed, factor * error(expected))
     without = given.adapter_T == 0
     assert torch.equal(found[without], before[without])
 
