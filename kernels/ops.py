@@ -320,8 +320,16 @@ PRODUCTS: dict[Any, Product] = {
 }
 
 
+adapter_tiles = _define(
+    "adapter_tiles(Tensor adapter) -> (Tensor, Tensor)",
+    reference.lora.adapter_tiles,
+    lambda adapter: (
+        torch.empty_like(adapter),
+        adapter.new_empty((adapter.shape[0], 3), dtype=torch.int32),
+    ),
+)
 # The same for products in every format: the result of one, plus what the rows' adapters add.
-_LORA = "Tensor adapter, Tensor sorted, Tensor order, Tensor a, Tensor b, int[] rows"
+_LORA = "Tensor adapter, Tensor order, Tensor tile, Tensor a, Tensor b, int[] rows"
 _ADD_LORA = f"Tensor x, {_LORA}"
 add_lora = _define(
     f"add_lora(Tensor y, {_ADD_LORA}, Tensor? residual=None) -> Tensor",
@@ -611,6 +619,7 @@ __all__ = [
     "PRODUCTS",
     "Product",
     "accept",
+    "adapter_tiles",
     "add_lora",
     "add_lora_",
     "add_lora_silu",

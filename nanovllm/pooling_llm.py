@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm import pairs, progress
 from nanovllm.pooling_params import PoolingInfo, PoolingParams
 from nanovllm.progress import UseTqdm
-from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
+from nanovllm.prompts import AnyPrompts, Prompt, as_prompt, each_prompt
 
 if TYPE_CHECKING:
     from nanovllm.engine.engine_client import AnyEngine
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         PoolingRequestOutput,
         ScoringRequestOutput,
     )
-    from nanovllm.schedule.outputs import FinishedOutput
+    from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
 
 T = TypeVar("T")
 CHUNK = 32  # prompts that are encoded at once, while the device computes earlier ones
@@ -48,7 +48,7 @@ class PoolingMethods:
         from nanovllm.pooling_outputs import embedding_output
 
         params = _params(pooling_params, "embed", truncate_prompt_tokens)
-        return self._pooled(prompt_list(prompts), params, use_tqdm, lora_request, embedding_output)
+        return self._pooled(each_prompt(prompts), params, use_tqdm, lora_request, embedding_output)
 
     def classify(
         self,
@@ -64,7 +64,7 @@ class PoolingMethods:
 
         params = _params(pooling_params, "classify", truncate_prompt_tokens)
         return self._pooled(
-            prompt_list(prompts), params, use_tqdm, lora_request, classification_output
+            each_prompt(prompts), params, use_tqdm, lora_request, classification_output
         )
 
     def encode(
@@ -82,7 +82,7 @@ class PoolingMethods:
         from nanovllm.pooling_outputs import pooling_output
 
         params = _params(pooling_params, pooling_task, truncate_prompt_tokens)
-        return self._pooled(prompt_list(prompts), params, use_tqdm, lora_request, pooling_output)
+        return self._pooled(each_prompt(prompts), params, use_tqdm, lora_request, pooling_output)
 
     def reward(
         self,
@@ -169,7 +169,7 @@ class PoolingMethods:
         from nanovllm.pooling_outputs import numbers, scoring_output
 
         texts = list(dict.fromkeys(text for pair in all_pairs for text in pair))
-        done = self._pooled(prompt_list(texts), params, use_tqdm, lora_request, lambda _, one: one)
+        done = self._pooled(texts, params, use_tqdm, lora_request, lambda _, one: one)
         by_text = dict(zip(texts, done))
         outputs = []
         for i, (first, second) in enumerate(all_pairs):
@@ -181,30 +181,45 @@ class PoolingMethods:
 
     def _pooled(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Any],
         params: Params,
         use_tqdm: UseTqdm,
         lora_request: object,
         output: Callable[[str, FinishedOutput], T],
     ) -> list[T]:
-        """The outputs of prompts, in order. If one is invalid, none stays queued."""
+        """The outputs of prompts, in order. If one is invalid, none stays queued.
+
+        Prompts are read and outputs are made while the device computes others.
+        """
         if lora_request is not None:
             raise ValueError("lora_request is not supported by models that pool")
         assert self._info
         each = _one_each(params, len(prompts))
-        ids: list[int] = []
+        place_of: dict[int, int] = {}  # by the ids of requests
+        made: dict[int, T] = {}
+
+        def note(outputs: Sequence[OutputDelta]) -> None:
+            for one in outputs:
+                if one.completion is not None:
+                    name = str(place_of[one.request_id])
+                    made[one.request_id] = output(name, one.completion)
+
         try:
             for begin in range(0, len(prompts), CHUNK):
-                chunk = self._encoded(prompts[begin : begin + CHUNK], each[begin : begin + CHUNK])
+                given = list(map(as_prompt, prompts[begin : begin + CHUNK]))
+                chunk = self._encoded(given, each[begin : begin + CHUNK])
                 with self.shared.exclusive() as engine:
                     for prompt, one in zip(chunk, each[begin:]):
-                        ids.append(engine.add_request(prompt, one, incremental=False))
+                        request_id = engine.add_request(prompt, one, incremental=False)
+                        place_of[request_id] = len(place_of)
                     engine.run_full_steps()
-            done = self._results(ids, use_tqdm)
+                    finished = engine.take(place_of)
+                note(finished)
+            self._wait_until_made(place_of, made, note, use_tqdm)
         except BaseException:
-            self.shared.drop(ids)
+            self.shared.drop(list(place_of))
             raise
-        return [output(str(i), done[request_id]) for i, request_id in enumerate(ids)]
+        return [made[request_id] for request_id in place_of]
 
     def _encoded(self, prompts: Sequence[Prompt], each: Sequence[PoolingParams]) -> list[Prompt]:
         """The prompts with token ids, if all are texts with the same limit of tokens."""
@@ -217,21 +232,23 @@ class PoolingMethods:
         ids = tokenizer.encode_many(texts, limit)
         return [replace(one, token_ids=found) for one, found in zip(prompts, ids)]
 
-    def _results(self, ids: Sequence[int], use_tqdm: UseTqdm) -> Mapping[int, FinishedOutput]:
-        """The finished outputs of requests, with a progress bar."""
+    def _wait_until_made(
+        self,
+        ids: Collection[int],
+        made: Collection[int],
+        note: Callable[[Sequence[OutputDelta]], None],
+        use_tqdm: UseTqdm,
+    ) -> None:
+        """Let `note` have the outputs of requests until all are `made`, with a progress bar."""
         make_bar = use_tqdm if callable(use_tqdm) else progress.bar
-        done: dict[int, FinishedOutput] = {}
-        left = set(ids)
         with make_bar(
             total=len(ids), desc="pooling", unit="req", disable=not use_tqdm, dynamic_ncols=True
         ) as bar:
-            while left:
-                for one in self.shared.outputs(left):
-                    if one.completion is not None:
-                        done[one.request_id] = one.completion
-                        left.discard(one.request_id)
-                        bar.update()
-        return done
+            bar.update(len(made))
+            while len(made) < len(ids):
+                num_before = len(made)
+                note(self.shared.outputs(ids))
+                bar.update(len(made) - num_before)
 
 
 def _params(given: Params, task: str | None, truncate: int | None) -> Any:

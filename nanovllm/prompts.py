@@ -124,14 +124,20 @@ def as_prompt(given: Any) -> Prompt:
 
 
 def _several(prompts: Any) -> list[Prompt]:
+    return [as_prompt(one) for one in each_prompt(prompts)]
+
+
+def each_prompt(prompts: Any) -> list[Any]:
+    """The prompts of a call, one prompt or an iterable of prompts, each as it was given: see
+    `as_prompt`."""
     if isinstance(prompts, (str, Mapping, Prompt, *BYTES)) or not isinstance(prompts, Iterable):
-        return [as_prompt(prompts)]
+        return [prompts]
     if getattr(prompts, "ndim", 2) < 2:  # an array of token ids
-        return [as_prompt(prompts)]
+        return [prompts]
     given = list(prompts)
     if given and isinstance(as_python(given[0]), numbers.Number):
-        return [as_prompt(given)]
-    return [as_prompt(one) for one in given]
+        return [given]
+    return given
 
 
 def _of_mapping(given: Mapping[Any, Any]) -> Prompt:

@@ -13,13 +13,52 @@ from torch import Tensor
 
 from nanovllm.kernels.reference import linear, norm_act
 
+TOKENS = 16  # of a tile: the smallest of the matrix units
+# Of a tile, of more than FEW tokens. With 64, Triton multiplies by warpgroups, which was wrong for
+# operands of 16 (docs/log.md, gated delta rule).
+MANY_TOKENS, FEW = 32, 512
+
+
+def tile_tokens(num_tokens: int) -> int:
+    """The most tokens of a tile, where there are so many in all."""
+    return TOKENS if num_tokens <= FEW else MANY_TOKENS
+
+
+def max_tiles(num_tokens: int, num_slots: int) -> int:
+    """The most tiles that tokens can have."""
+    size, num = tile_tokens(num_tokens), min(num_slots + 1, num_tokens)
+    return (num_tokens + (size - 1) * num) // size
+
+
+def adapter_tiles(adapter_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups tokens by their adapters.
+
+    Returns their order, in which the tokens of an adapter follow each other, and tiles [T, 3] in
+    int32: where a tile begins in that order, where it ends, and its adapter. A tile has up to
+    `tile_tokens` tokens of one adapter; after the last tile there are zeros.
+    """
+    num = adapter_T.shape[0]
+    if num == 1:
+        ends_12 = torch.arange(2, device=adapter_T.device)
+        return torch.zeros_like(adapter_T), torch.cat((ends_12, adapter_T)).int().unsqueeze(0)
+    size = tile_tokens(num)
+    sorted_T, order_T = adapter_T.sort(stable=True)
+    i_T = torch.arange(num, device=adapter_T.device)
+    begins_T = (i_T - torch.searchsorted(sorted_T, sorted_T)) % size == 0
+    begin_T = torch.searchsorted(begins_T.cumsum(0), i_T + 1)  # of each tile; `num` for none
+    at_T = begin_T.clamp(max=num - 1)
+    sorted_end_T = torch.searchsorted(sorted_T, sorted_T, right=True)
+    end_T = torch.minimum(at_T + size, sorted_end_T.index_select(0, at_T))
+    tile_T3 = torch.stack((at_T, end_T, sorted_T.index_select(0, at_T)), dim=1)
+    return order_T, torch.where((begin_T < num).unsqueeze(1), tile_T3, 0).int()
+
 
 def add_lora(
     y_TO: Tensor,
     x_TD: Tensor,
     adapter_T: Tensor,
-    sorted_T: Tensor,
     order_T: Tensor,
+    tile_T3: Tensor,
     a_NLD: Tensor,
     b_NOR: Tensor,
     rows: list[int],
@@ -30,9 +69,8 @@ def add_lora(
 
     The outputs are parts of `rows[p]` rows, whose inner values are numbers p · R … p · R + R − 1 of
     the L: q, k and v of a packed projection have an `a` each. Sums are in fp32; the inner values
-    are rounded to the dtype of x, and the result to that of y. `order_T` has the tokens in an order
-    in which those of an adapter follow each other, and `sorted_T` their adapters: kernels may read
-    them. The numbers in slots that no token uses must be finite.
+    are rounded to the dtype of x, and the result to that of y. Kernels may read `order_T` and
+    `tile_T3`, of `adapter_tiles`. The numbers in slots that no token uses must be finite.
     """
     num_slots, rank = a_NLD.shape[0], b_NOR.shape[2]
     # the product with the matrices of all slots: its shape does not depend on the tokens' adapters
@@ -51,14 +89,14 @@ def add_lora_(
     y_TO: Tensor,
     x_TD: Tensor,
     adapter_T: Tensor,
-    sorted_T: Tensor,
     order_T: Tensor,
+    tile_T3: Tensor,
     a_NLD: Tensor,
     b_NOR: Tensor,
     rows: list[int],
 ) -> None:
     """`add_lora` in the memory of y."""
-    y_TO.copy_(add_lora(y_TO, x_TD, adapter_T, sorted_T, order_T, a_NLD, b_NOR, rows))
+    y_TO.copy_(add_lora(y_TO, x_TD, adapter_T, order_T, tile_T3, a_NLD, b_NOR, rows))
 
 
 def add_lora_silu(y_TO: Tensor, *rest: Any) -> Tensor:

@@ -78,11 +78,11 @@ def _gemv_sums(w, up, norm, x, w_at, up_at, norm_ptr, x_ptr, d_1WC, EACH: tl.con
 def gemv_begin(
     norm_ptr, weight_ptr, weight_stride,
     NUM_OUTS: tl.constexpr, DEPTH: tl.constexpr, OUTS: tl.constexpr, WARPS: tl.constexpr,
-    COLUMNS: tl.constexpr, AHEAD: tl.constexpr, PREFETCH_P: tl.constexpr, HAS_NORM: tl.constexpr,
-    SILU_MUL: tl.constexpr, PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, AHEAD: tl.constexpr, HAS_NORM: tl.constexpr, SILU_MUL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a program [A, W], their rows, where their weights and up's are, and the first
-    chunks of weights, of up's and of the norm's; then the results of earlier kernels are there."""
+    chunks of weights, of up's and of the norm's. `gemv_wait` follows."""
     EACH: tl.constexpr = OUTS // WARPS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -98,12 +98,21 @@ def gemv_begin(
     w, up, norm = _first_columns(
         w_at, up_at, norm_ptr, d_1WC, DEPTH, COLUMNS, AHEAD, HAS_NORM, SILU_MUL
     )
+    return o_AW, row_AW, w_at, up_at, d_1WC, w, up, norm
+
+
+@triton.jit
+def gemv_wait(
+    weight_ptr, weight_stride, NUM_OUTS: tl.constexpr, DEPTH: tl.constexpr, OUTS: tl.constexpr,
+    COLUMNS: tl.constexpr, AHEAD: tl.constexpr, PREFETCH_P: tl.constexpr, SILU_MUL: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Prefetches weights, and waits for the results of earlier kernels."""
     row_O = tl.minimum(tl.program_id(0) * OUTS + tl.arange(0, OUTS), NUM_OUTS - 1)
     prefetch_and_wait(
         weight_ptr + row_O.to(tl.int64) * weight_stride, NUM_OUTS * weight_stride.to(tl.int64),
         AHEAD * COLUMNS, DEPTH, PREFETCH_P, SILU_MUL, PDL,
     )  # fmt: skip
-    return o_AW, row_AW, w_at, up_at, d_1WC, w, up, norm
 
 
 @triton.jit
@@ -169,8 +178,11 @@ def gemv_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     o_AW, row_AW, w_at, up_at, d_1WC, w, up, norm = gemv_begin(
         norm_ptr, weight_ptr, weight_stride, NUM_OUTS, DEPTH, OUTS, WARPS, COLUMNS, AHEAD,
-        PREFETCH_P, HAS_NORM, SILU_MUL, PDL,
+        HAS_NORM, SILU_MUL, PDL,
     )  # fmt: skip
+    gemv_wait(
+        weight_ptr, weight_stride, NUM_OUTS, DEPTH, OUTS, COLUMNS, AHEAD, PREFETCH_P, SILU_MUL, PDL
+    )
     if HAS_RESIDUAL:  # loaded early, so that the end of the program does not wait for it
         residual_AW = tl.load(residual_ptr + row_AW)
     y_AW, up_AW = gemv_products(

@@ -1,9 +1,10 @@
 """LoRA in Triton: what the adapters of rows add to a product, in two launches.
 
 The first computes the inner values of each token, the second multiplies them and adds the result
-to the product in place, or goes on to SiLU · up. A program has some tokens, in an order in which
-those of an adapter follow each other, and goes through their adapters, so each matrix is read by
-few programs. Tokens without an adapter are neither read nor written, but by SiLU · up.
+to the product in place, or goes on to SiLU · up. A program has a tile of tokens of one adapter
+(`reference.lora.adapter_tiles`), so each matrix is read by few programs. Tokens without an adapter
+are neither read nor written, but by SiLU · up. There are as many programs as any adapters of so
+many tokens need: those without a tile end at once.
 `lora_row.py` has kernels for one token.
 
 Shapes: T tokens of a program | D columns at a time | O outputs of a program | L inner values of one
@@ -12,7 +13,7 @@ Shapes: T tokens of a program | D columns at a time | O outputs of a program | L
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,18 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels import reference
+from nanovllm.kernels.reference.lora import TOKENS, max_tiles, tile_tokens
 from nanovllm.kernels.triton.common import (
     dot,
     finish,
     launch_options,
     num_multiprocessors,
+    shared_memory_bytes,
     wait_for_earlier_kernels,
 )
 
-TOKENS = 16  # of a program: the smallest tile of the matrix units
-# Of a program, of more than FEW tokens. With 64, Triton multiplies by warpgroups, which was wrong
-# for operands of 16 (docs/log.md, gated delta rule).
-MANY_TOKENS, FEW = 32, 512
 INNER = 64  # the most inner values of a program
 MIN_COLUMNS, MIN_COLUMNS_OF_MANY = 128, 512  # of a program of the first launch
 MAX_SPLITS = 32
@@ -40,12 +39,24 @@ STAGE_BYTES = 20 * 1024
 MATRIX_BYTES = 32 * 1024
 MAX_PARTS = 8
 MIN_OUTPUTS, MAX_OUTPUTS = 16, 256
+MANY_NUMBERS = 8192  # of the outputs of a program with 8 warps
+MOST_INNER = 8192  # inner values of all splits that a program loads at once
+SHRINK_WARPS, MOST_STAGES = 4, 5
 
 
 @triton.jit
-def _largest(number_T, below):
-    """The largest of the adapters' numbers below one; 0 if there is none."""
-    return tl.max(tl.where(number_T < below, number_T, 0), 0)
+def _tile(tile_ptr, order_ptr, group, TOKENS: tl.constexpr):
+    """The places of a group's tokens in their order, where these end, the tokens, and their
+    adapter. The end is 0 for a group without tokens.
+
+    Called before `wait_for_earlier_kernels`: a program before the first layer has made both, and
+    the product and its norm, which wait, are between.
+    """
+    at = tile_ptr + group * 3
+    i_T = tl.load(at) + tl.arange(0, TOKENS)
+    end = tl.load(at + 1)
+    token_T = tl.load(order_ptr + i_T, mask=i_T < end, other=0).to(tl.int64)
+    return i_T, end, token_T, tl.load(at + 2)
 
 
 @triton.jit
@@ -62,8 +73,8 @@ def part_of(
 @triton.jit(do_not_specialize=["num_tokens"])
 def lora_shrink_kernel(
     x_ptr,  # [tokens, DEPTH]
-    sorted_ptr,  # [tokens], adapters in their order; 0: none
     order_ptr,  # [tokens]
+    tile_ptr,  # [tokens, 3]
     a_ptr,  # [slots, NUM_INNER, DEPTH]
     z_ptr,  # [splits, tokens, NUM_INNER] fp32, in that order, written for tokens with adapters
     num_tokens,
@@ -77,60 +88,60 @@ def lora_shrink_kernel(
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """z[split, t, l] = the part of a[adapter[t] − 1, l] · x[t] in the split's columns."""
+    """z[split, t, l] = the part of a[adapter − 1, l] · x[t] in the split's columns."""
+    i_T, end, token_T, number = _tile(tile_ptr, order_ptr, tl.program_id(2), TOKENS)
+    real_T = i_T < end
     wait_for_earlier_kernels(PDL)
-    i_T = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    real_T = i_T < num_tokens
-    token_T = tl.load(order_ptr + i_T, mask=real_T, other=0)
-    number_T = tl.load(sorted_ptr + i_T, mask=real_T, other=0).to(tl.int32)
-    l_L = tl.program_id(1) * INNER + tl.arange(0, INNER)
-    first = tl.program_id(2) * SPLIT_DEPTH
-    x_at = x_ptr + token_T.to(tl.int64)[:, None] * x_stride
-    number = tl.max(number_T, 0)
-    acc_TL = tl.zeros((TOKENS, INNER), tl.float32)
-    while number > 0:
-        own_T = number_T == number
+    if number > 0:
+        l_L = tl.program_id(1) * INNER + tl.arange(0, INNER)
+        first = tl.program_id(0) * SPLIT_DEPTH
+        x_at = x_ptr + token_T[:, None] * x_stride
         a_at = a_ptr + ((number - 1).to(tl.int64) * NUM_INNER + l_L)[None, :] * DEPTH
+        acc_TL = tl.zeros((TOKENS, INNER), tl.float32)
         for start in range(0, SPLIT_DEPTH, COLUMNS):
             d_D = first + start + tl.arange(0, COLUMNS)
             real_D = d_D < tl.minimum(DEPTH, first + SPLIT_DEPTH)
-            x_TD = tl.load(x_at + d_D[None, :], mask=own_T[:, None] & real_D[None, :], other=0.0)
+            x_TD = tl.load(x_at + d_D[None, :], mask=real_T[:, None] & real_D[None, :], other=0.0)
             mask_DL = real_D[:, None] & (l_L < NUM_INNER)[None, :]
             a_DL = tl.load(a_at + d_D[:, None], mask=mask_DL, other=0.0)
             acc_TL = dot(x_TD, a_DL, acc_TL, UPCAST)
-        number = _largest(number_T, number)
-    z_at = z_ptr + (tl.program_id(2) * num_tokens + i_T).to(tl.int64)[:, None] * NUM_INNER
-    mask_TL = (number_T > 0)[:, None] & (l_L < NUM_INNER)[None, :]
-    tl.store(z_at + l_L[None, :], acc_TL, mask=mask_TL)
+        z_at = z_ptr + (tl.program_id(0) * num_tokens + i_T).to(tl.int64)[:, None] * NUM_INNER
+        mask_TL = real_T[:, None] & (l_L < NUM_INNER)[None, :]
+        tl.store(z_at + l_L[None, :], acc_TL, mask=mask_TL)
 
 
 @triton.jit
-def _inner_values(
-    z_ptr, i_T, number_T, num_tokens, part, dtype: tl.constexpr, NUM_INNER: tl.constexpr,
-    RANK: tl.constexpr, RANK_P: tl.constexpr, SPLITS: tl.constexpr,
+def _b_matrix(
+    b_ptr, number, o_O, TOTAL: tl.constexpr, RANK: tl.constexpr, RANK_P: tl.constexpr
 ):  # fmt: skip
-    """The inner values of tokens for outputs of a part, summed over the splits."""
-    r_R = tl.arange(0, RANK_P)
-    mask_TR = (number_T > 0)[:, None] & (r_R < RANK)[None, :]
-    z_at = z_ptr + i_T.to(tl.int64)[:, None] * NUM_INNER + (part * RANK + r_R)[None, :]
-    z_TR = tl.zeros((i_T.shape[0], RANK_P), tl.float32)
-    for split in tl.static_range(SPLITS):
-        at = z_at + num_tokens.to(tl.int64) * (split * NUM_INNER)
-        z_TR += tl.load(at, mask=mask_TR, other=0.0)
-    return z_TR.to(dtype)
-
-
-@triton.jit
-def _plus_adapter(
-    acc_TO, z_TR, own_T, b_ptr, number, o_O, TOTAL: tl.constexpr, RANK: tl.constexpr,
-    RANK_P: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """acc + b[number − 1] · z for an adapter's own tokens."""
+    """Rows of an adapter's b; zeros for tokens without one."""
     r_R = tl.arange(0, RANK_P)
     b_at = b_ptr + ((number - 1).to(tl.int64) * TOTAL + o_O)[None, :] * RANK
-    mask_RO = (r_R < RANK)[:, None] & (o_O < TOTAL)[None, :]
-    b_RO = tl.load(b_at + r_R[:, None], mask=mask_RO, other=0.0)
-    return dot(tl.where(own_T[:, None], z_TR, 0.0).to(z_TR.dtype), b_RO, acc_TO, UPCAST)
+    mask_RO = (r_R < RANK)[:, None] & (o_O < TOTAL)[None, :] & (number > 0)
+    return tl.load(b_at + r_R[:, None], mask=mask_RO, other=0.0)
+
+
+@triton.jit
+def _with_adapter(
+    y_TO, b_RO, z_ptr, i_T, mask_T, num_tokens, part, NUM_INNER: tl.constexpr,
+    RANK: tl.constexpr, RANK_P: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """y + b · z, in y's dtype. z is the sum of the splits' inner values for a part of the outputs,
+    rounded to that dtype. Splits are loaded at once: of one after another, each would change its
+    layout through shared memory."""
+    r_R = tl.arange(0, RANK_P)
+    mask_TR = mask_T[:, None] & (r_R < RANK)[None, :]
+    z_at = z_ptr + i_T.to(tl.int64)[:, None] * NUM_INNER + (part * RANK + r_R)[None, :]
+    z_TR = tl.zeros((i_T.shape[0], RANK_P), tl.float32)
+    for first in tl.static_range(0, SPLITS, AT_ONCE):
+        split_S = first + tl.arange(0, AT_ONCE)
+        at_STR = z_at[None, :, :] + (split_S * (num_tokens * NUM_INNER).to(tl.int64))[:, None, None]
+        mask_STR = (split_S < SPLITS)[:, None, None] & mask_TR[None, :, :]
+        z_TR += tl.sum(tl.load(at_STR, mask=mask_STR, other=0.0), 0)
+    zeros_TO = tl.zeros((i_T.shape[0], b_RO.shape[1]), tl.float32)
+    added_TO = dot(z_TR.to(b_RO.dtype), b_RO, zeros_TO, UPCAST)
+    return (y_TO.to(tl.float32) + added_TO).to(y_TO.dtype)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -138,8 +149,8 @@ def lora_expand_kernel(
     y_ptr,  # [tokens, TOTAL], changed for tokens with adapters, unless SILU_MUL
     out_ptr,  # [tokens, TOTAL / 2], written if SILU_MUL
     z_ptr,  # [SPLITS, tokens, NUM_INNER] fp32
-    sorted_ptr,  # [tokens], adapters in their order; 0: none
     order_ptr,  # [tokens]
+    tile_ptr,  # [tokens, 3]
     b_ptr,  # [slots, TOTAL, RANK]
     num_tokens,
     y_stride,
@@ -148,6 +159,7 @@ def lora_expand_kernel(
     RANK: tl.constexpr,
     RANK_P: tl.constexpr,
     SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     END_0: tl.constexpr,
     END_1: tl.constexpr,
     END_2: tl.constexpr,
@@ -161,63 +173,41 @@ def lora_expand_kernel(
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y[t] += b[adapter[t] − 1] · z[t], or silu(gate) · up of that. A program's outputs, and those
-    of up, are of one part each."""
-    wait_for_earlier_kernels(PDL)
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    i_T = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    real_T = i_T < num_tokens
-    token_T = tl.load(order_ptr + i_T, mask=real_T, other=0).to(tl.int64)
-    number_T = tl.load(sorted_ptr + i_T, mask=real_T, other=0).to(tl.int32)
-    first = tl.program_id(1) * OUTPUTS
+    """y[t] += b[adapter − 1] · z[t], or silu(gate) · up of that. A program's outputs, and those
+    of up, are of one part each.
+
+    All but z is loaded while the first kernel runs: that kernel has waited for the product.
+    """
+    i_T, end, token_T, number = _tile(tile_ptr, order_ptr, tl.program_id(1), TOKENS)
+    real_T = i_T < end
+    first = tl.program_id(0) * OUTPUTS
     o_O = first + tl.arange(0, OUTPUTS)
-    number = tl.max(number_T, 0)
+    WIDTH: tl.constexpr = TOTAL // 2 if SILU_MUL else TOTAL
+    mask_T = real_T & (number > 0)
+    mask_TO = (real_T if SILU_MUL else mask_T)[:, None] & (o_O < WIDTH)[None, :]
     y_at = y_ptr + token_T[:, None] * y_stride + o_O[None, :]
+    b_RO = _b_matrix(b_ptr, number, o_O, TOTAL, RANK, RANK_P)
+    y_TO = tl.load(y_at, mask=mask_TO, other=0.0)
     if SILU_MUL:
-        WIDTH: tl.constexpr = TOTAL // 2
-        mask_TO = real_T[:, None] & (o_O < WIDTH)[None, :]
-        y_TO = tl.load(y_at, mask=mask_TO, other=0.0)
+        b_up_RO = _b_matrix(b_ptr, number, o_O + WIDTH, TOTAL, RANK, RANK_P)
         up_TO = tl.load(y_at + WIDTH, mask=mask_TO, other=0.0)
-        if number > 0:
-            acc_TO = tl.zeros((TOKENS, OUTPUTS), tl.float32)
-            acc_up_TO = tl.zeros((TOKENS, OUTPUTS), tl.float32)
-            part = part_of(first, END_0, END_1, END_2, END_3, END_4, END_5, END_6)
-            z_TR = _inner_values(
-                z_ptr, i_T, number_T, num_tokens, part, dtype, NUM_INNER, RANK, RANK_P, SPLITS
-            )
-            part = part_of(first + WIDTH, END_0, END_1, END_2, END_3, END_4, END_5, END_6)
-            z_up_TR = _inner_values(
-                z_ptr, i_T, number_T, num_tokens, part, dtype, NUM_INNER, RANK, RANK_P, SPLITS
-            )
-            while number > 0:
-                own_T = number_T == number
-                acc_TO = _plus_adapter(
-                    acc_TO, z_TR, own_T, b_ptr, number, o_O, TOTAL, RANK, RANK_P, UPCAST
-                )
-                acc_up_TO = _plus_adapter(
-                    acc_up_TO, z_up_TR, own_T, b_ptr, number, o_O + WIDTH, TOTAL, RANK, RANK_P,
-                    UPCAST,
-                )  # fmt: skip
-                number = _largest(number_T, number)
-            y_TO = (y_TO.to(tl.float32) + acc_TO).to(dtype)
-            up_TO = (up_TO.to(tl.float32) + acc_up_TO).to(dtype)
-        y_TO = finish(y_TO.to(tl.float32), up_TO.to(tl.float32), dtype, True)
-        tl.store(out_ptr + token_T[:, None] * WIDTH + o_O[None, :], y_TO, mask=mask_TO)
-    elif number > 0:
-        mask_TO = (number_T > 0)[:, None] & (o_O < TOTAL)[None, :]
-        y_TO = tl.load(y_at, mask=mask_TO, other=0.0)
-        acc_TO = tl.zeros((TOKENS, OUTPUTS), tl.float32)
+    wait_for_earlier_kernels(PDL)
+    if end > 0:
         part = part_of(first, END_0, END_1, END_2, END_3, END_4, END_5, END_6)
-        z_TR = _inner_values(
-            z_ptr, i_T, number_T, num_tokens, part, dtype, NUM_INNER, RANK, RANK_P, SPLITS
-        )
-        while number > 0:
-            own_T = number_T == number
-            acc_TO = _plus_adapter(
-                acc_TO, z_TR, own_T, b_ptr, number, o_O, TOTAL, RANK, RANK_P, UPCAST
-            )
-            number = _largest(number_T, number)
-        tl.store(y_at, (y_TO.to(tl.float32) + acc_TO).to(dtype), mask=mask_TO)
+        y_TO = _with_adapter(
+            y_TO, b_RO, z_ptr, i_T, mask_T, num_tokens, part, NUM_INNER, RANK, RANK_P, SPLITS,
+            AT_ONCE, UPCAST,
+        )  # fmt: skip
+        if SILU_MUL:
+            part = part_of(first + WIDTH, END_0, END_1, END_2, END_3, END_4, END_5, END_6)
+            up_TO = _with_adapter(
+                up_TO, b_up_RO, z_ptr, i_T, mask_T, num_tokens, part, NUM_INNER, RANK, RANK_P,
+                SPLITS, AT_ONCE, UPCAST,
+            )  # fmt: skip
+            y_TO = finish(y_TO.to(tl.float32), up_TO.to(tl.float32), y_ptr.dtype.element_ty, True)
+            tl.store(out_ptr + token_T[:, None] * WIDTH + o_O[None, :], y_TO, mask=mask_TO)
+        else:
+            tl.store(y_at, y_TO, mask=mask_TO)
 
 
 class Sizes(NamedTuple):
@@ -233,7 +223,7 @@ def sizes_of(
 ) -> Sizes:
     """Splits of the columns give programs to all multiprocessors. The second launch reads the
     results of all splits, so tokens of many programs have few."""
-    tokens = TOKENS if num_tokens <= FEW else MANY_TOKENS
+    tokens = tile_tokens(num_tokens)
     tiles = triton.cdiv(num_tokens, tokens) * triton.cdiv(num_inner, inner_size(num_inner))
     wanted = max(1, min(MAX_SPLITS, num_processors // tiles))
     least = MIN_COLUMNS
@@ -257,14 +247,36 @@ def columns_of(num_inner: int, tokens: int, num_bytes: int) -> int:
     return int(min(256, 1 << (fitting.bit_length() - 1)))
 
 
-def num_outputs(rows: Sequence[int], rank: int, num_bytes: int, silu_mul: bool) -> int:
+def num_outputs(
+    rows: Sequence[int], rank: int, num_bytes: int, silu_mul: bool, tokens: int = TOKENS
+) -> int:
     """The outputs of a program: no boundary between parts is within them, and their matrix fits
-    the shared memory of all GPUs. With `silu_mul` it has as many of up."""
+    the shared memory of all GPUs. With `silu_mul` it has as many of up. Each program reads the
+    inner values, which are as many bytes as its outputs where they have several splits."""
     fitting = MATRIX_BYTES // (padded_rank(rank) * num_bytes)
-    most = min(MAX_OUTPUTS, max(MIN_OUTPUTS, fitting))
+    most = min(MAX_OUTPUTS, max(MIN_OUTPUTS, fitting // 2 if silu_mul else fitting))
     if silu_mul:
-        return math.gcd(max(MIN_OUTPUTS, most // 2), sum(rows) // 2, *rows)
+        most = most if tokens == TOKENS else max(MIN_OUTPUTS, most // 2)
+        return math.gcd(most, sum(rows) // 2, *rows)
     return math.gcd(most, *rows)
+
+
+def expand_warps(constants: Mapping[str, int]) -> int:
+    """The warps of a program of the second launch."""
+    num = constants["TOKENS"] * constants["OUTPUTS"] * (2 if constants["SILU_MUL"] else 1)
+    return 8 if num >= MANY_NUMBERS else 4
+
+
+def shrink_stages(shared_bytes: int) -> int:
+    """The stages of the first launch: few programs run side by side, so all columns of a split may
+    be on their way at once."""
+    return MOST_STAGES if shared_bytes >= MOST_STAGES * STAGE_BYTES + 8192 else 3
+
+
+def splits_at_once(sizes: Sizes, rank: int) -> int:
+    """The splits whose inner values a program of the second launch loads at once."""
+    most = max(1, MOST_INNER // (sizes.tokens * padded_rank(rank)))
+    return int(min(triton.next_power_of_2(sizes.num_splits), most))
 
 
 def padded_rank(rank: int) -> int:
@@ -299,9 +311,10 @@ def expand_constants(
         "RANK": rank,
         "RANK_P": padded_rank(rank),
         "SPLITS": sizes.num_splits,
+        "AT_ONCE": splits_at_once(sizes, rank),
         **part_ends(rows),
         "TOKENS": sizes.tokens,
-        "OUTPUTS": num_outputs(rows, rank, num_bytes, silu_mul),
+        "OUTPUTS": num_outputs(rows, rank, num_bytes, silu_mul, sizes.tokens),
         "SILU_MUL": silu_mul,
     }
 
@@ -322,37 +335,45 @@ def _suits(
     )
 
 
-def _launch(
-    y_TO: Tensor,
-    out_TF: Tensor | None,
-    x_TD: Tensor,
-    tokens: tuple[Tensor, Tensor],
-    matrices: tuple[Tensor, Tensor],
-    rows: Sequence[int],
-) -> None:
-    """Both kernels; `tokens` are the adapters in their order, and the order."""
-    (num_tokens, depth), (a_NLD, b_NOR), device = x_TD.shape, matrices, x_TD.device
-    num_inner, rank, num_bytes = a_NLD.shape[1], b_NOR.shape[2], x_TD.dtype.itemsize
+def shrink(x_TD: Tensor, order_T: Tensor, tile_T3: Tensor, a_NLD: Tensor) -> Tensor:
+    """The inner values of tokens with adapters, in their order: [splits, tokens, L] in fp32."""
+    (num_tokens, depth), (num_slots, num_inner, _) = x_TD.shape, a_NLD.shape
+    device, num_bytes = x_TD.device, x_TD.dtype.itemsize
     sizes = sizes_of(num_tokens, num_inner, depth, num_multiprocessors(device), num_bytes)
-    tiles = triton.cdiv(num_tokens, sizes.tokens)
-    options = {"UPCAST": device.type == "cpu", **launch_options(device)}
-    z_STL = torch.empty(
-        (sizes.num_splits, num_tokens, num_inner), dtype=torch.float32, device=device
-    )
-    lora_shrink_kernel[(tiles, triton.cdiv(num_inner, inner_size(num_inner)), sizes.num_splits)](
+    z_STL = x_TD.new_empty((sizes.num_splits, num_tokens, num_inner), dtype=torch.float32)
+    inner_programs = triton.cdiv(num_inner, inner_size(num_inner))
+    lora_shrink_kernel[(sizes.num_splits, inner_programs, max_tiles(num_tokens, num_slots))](
         x_TD,
-        *tokens,
+        order_T,
+        tile_T3,
         a_NLD,
         z_STL,
         num_tokens,
         x_TD.stride(0),
         **shrink_constants(num_inner, depth, sizes, num_bytes),
-        num_warps=4,
-        **options,
+        UPCAST=device.type == "cpu",
+        num_warps=SHRINK_WARPS,
+        num_stages=shrink_stages(shared_memory_bytes(device)),
+        **launch_options(device),
     )
-    constants = expand_constants(rows, rank, sizes, num_bytes, out_TF is not None)
+    return z_STL
+
+
+def expand(
+    y_TO: Tensor,
+    out_TF: Tensor | None,
+    z_STL: Tensor,
+    tokens: tuple[Tensor, Tensor],
+    b_NOR: Tensor,
+    rows: Sequence[int],
+) -> None:
+    """Add b · z to y, or write silu(gate) · up of that to `out_TF`. `tokens` are their order and
+    tiles."""
+    (num_splits, num_tokens, _), (num_slots, _, rank) = z_STL.shape, b_NOR.shape
+    sizes = Sizes(tile_tokens(num_tokens), 0, num_splits)
+    constants = expand_constants(rows, rank, sizes, y_TO.dtype.itemsize, out_TF is not None)
     width = sum(rows) if out_TF is None else out_TF.shape[1]
-    lora_expand_kernel[(tiles, width // constants["OUTPUTS"])](
+    lora_expand_kernel[(width // constants["OUTPUTS"], max_tiles(num_tokens, num_slots))](
         y_TO,
         y_TO if out_TF is None else out_TF,
         z_STL,
@@ -361,8 +382,9 @@ def _launch(
         num_tokens,
         y_TO.stride(0),
         **constants,
-        num_warps=4,
-        **options,
+        UPCAST=y_TO.device.type == "cpu",
+        num_warps=expand_warps(constants),
+        **launch_options(y_TO.device),
     )
 
 
@@ -370,26 +392,27 @@ def add_lora_(
     y_TO: Tensor,
     x_TD: Tensor,
     adapter_T: Tensor,
-    sorted_T: Tensor,
     order_T: Tensor,
+    tile_T3: Tensor,
     a_NLD: Tensor,
     b_NOR: Tensor,
     rows: Sequence[int],
 ) -> None:
     """`reference.lora.add_lora_`."""
     if not _suits(y_TO, x_TD, (a_NLD, b_NOR), rows, False):
-        tokens = adapter_T, sorted_T, order_T
+        tokens = adapter_T, order_T, tile_T3
         reference.lora.add_lora_(y_TO, x_TD, *tokens, a_NLD, b_NOR, list(rows))
     elif len(x_TD):
-        _launch(y_TO, None, x_TD, (sorted_T, order_T), (a_NLD, b_NOR), rows)
+        z_STL = shrink(x_TD, order_T, tile_T3, a_NLD)
+        expand(y_TO, None, z_STL, (order_T, tile_T3), b_NOR, rows)
 
 
 def add_lora(
     y_TO: Tensor,
     x_TD: Tensor,
     adapter_T: Tensor,
-    sorted_T: Tensor,
     order_T: Tensor,
+    tile_T3: Tensor,
     a_NLD: Tensor,
     b_NOR: Tensor,
     rows: Sequence[int],
@@ -397,7 +420,7 @@ def add_lora(
 ) -> Tensor:
     """`reference.lora.add_lora`, with a copy: the pass `lora_in_place` avoids it."""
     out_TO = y_TO.clone(memory_format=torch.contiguous_format)
-    add_lora_(out_TO, x_TD, adapter_T, sorted_T, order_T, a_NLD, b_NOR, rows)
+    add_lora_(out_TO, x_TD, adapter_T, order_T, tile_T3, a_NLD, b_NOR, rows)
     return out_TO if residual_TO is None else out_TO + residual_TO
 
 
@@ -405,17 +428,18 @@ def add_lora_silu(
     y_TO: Tensor,
     x_TD: Tensor,
     adapter_T: Tensor,
-    sorted_T: Tensor,
     order_T: Tensor,
+    tile_T3: Tensor,
     a_NLD: Tensor,
     b_NOR: Tensor,
     rows: Sequence[int],
 ) -> Tensor:
     """`reference.lora.add_lora_silu`."""
     if not _suits(y_TO, x_TD, (a_NLD, b_NOR), rows, True):
-        tokens = adapter_T, sorted_T, order_T
+        tokens = adapter_T, order_T, tile_T3
         return reference.lora.add_lora_silu(y_TO, x_TD, *tokens, a_NLD, b_NOR, list(rows))
     out_TF = y_TO.new_empty((y_TO.shape[0], y_TO.shape[1] // 2))
     if len(x_TD):
-        _launch(y_TO, out_TF, x_TD, (sorted_T, order_T), (a_NLD, b_NOR), rows)
+        z_STL = shrink(x_TD, order_T, tile_T3, a_NLD)
+        expand(y_TO, out_TF, z_STL, (order_T, tile_T3), b_NOR, rows)
     return out_TF

@@ -18,13 +18,21 @@ from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.triton.common import finish, launch_options, wait_for_earlier_kernels
-from nanovllm.kernels.triton.gemv import gemv_begin, gemv_products
+from nanovllm.kernels.triton.gemv import gemv_begin, gemv_products, gemv_wait
 from nanovllm.kernels.triton.lora import MAX_PARTS, part_ends, part_of
 from nanovllm.kernels.triton.skinny_gemm import tile_constants
 from nanovllm.kernels.triton.skinny_tiles import skinny_tile
 
 COLUMNS = 4096  # at a time, of the first launch
 MAX_DEPTH = 8 * COLUMNS
+
+
+@triton.jit
+def _early_number(adapter_ptr, SLOTS: tl.constexpr):
+    """The adapter's number before the results of earlier kernels are there: any, if the kernel
+    before writes it. So it is read again."""
+    number = tl.load(adapter_ptr).to(tl.int64)
+    return tl.where((number > 0) & (number <= SLOTS), number, 0)
 
 
 @triton.jit
@@ -37,26 +45,41 @@ def lora_row_kernel(
     eps,
     NUM_INNER: tl.constexpr,
     DEPTH: tl.constexpr,
+    SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """z[l] = a[adapter − 1, l] · x, or · the normed x. A program computes one."""
+    """z[l] = a[adapter − 1, l] · x, or · the normed x. A program computes one.
+
+    a and the norm's weight are loaded while earlier kernels run.
+    """
+    early = _early_number(adapter_ptr, SLOTS)
+    inner = tl.program_id(0)
+    a_at = a_ptr + inner * DEPTH
+    a, norm = (), ()
+    for start in tl.static_range(0, DEPTH, COLUMNS):
+        d_C = start + tl.arange(0, COLUMNS)
+        mask_C = (d_C < DEPTH) & (early > 0)
+        a += (tl.load(a_at + (early - 1) * (NUM_INNER * DEPTH) + d_C, mask=mask_C, other=0.0),)
+        if HAS_NORM:
+            norm += (tl.load(norm_ptr + d_C, mask=d_C < DEPTH, other=0.0),)
     wait_for_earlier_kernels(PDL, EARLY=True)
-    number = tl.load(adapter_ptr).to(tl.int64)
+    number = tl.load(adapter_ptr, volatile=True).to(tl.int64)
     if number > 0:
-        inner = tl.program_id(0)
-        a_at = a_ptr + ((number - 1) * NUM_INNER + inner) * DEPTH
+        a_at += (number - 1) * (NUM_INNER * DEPTH)
         acc_C = tl.zeros((COLUMNS,), tl.float32)
         square_C = tl.zeros((COLUMNS,), tl.float32)
-        for start in tl.static_range(0, DEPTH, COLUMNS):
-            d_C = start + tl.arange(0, COLUMNS)
+        for chunk in tl.static_range((DEPTH + COLUMNS - 1) // COLUMNS):
+            d_C = chunk * COLUMNS + tl.arange(0, COLUMNS)
             x_C = tl.load(x_ptr + d_C, mask=d_C < DEPTH, other=0.0).to(tl.float32)
-            a_C = tl.load(a_at + d_C, mask=d_C < DEPTH, other=0.0).to(tl.float32)
             if HAS_NORM:
                 square_C += x_C * x_C
-                x_C *= tl.load(norm_ptr + d_C, mask=d_C < DEPTH, other=0.0).to(tl.float32)
-            acc_C += a_C * x_C
+                x_C *= norm[chunk].to(tl.float32)
+            a_C = a[chunk]
+            if number != early:
+                a_C = tl.load(a_at + d_C, mask=d_C < DEPTH, other=0.0)
+            acc_C += a_C.to(tl.float32) * x_C
         z = tl.sum(acc_C, 0)
         if HAS_NORM:
             z *= tl.rsqrt(tl.sum(square_C, 0) / DEPTH + eps)
@@ -64,19 +87,26 @@ def lora_row_kernel(
 
 
 @triton.jit
-def _added(
-    number, z_ptr, b_ptr, row_AW, TOTAL: tl.constexpr, RANK: tl.constexpr, RANK_P: tl.constexpr,
-    END_0: tl.constexpr, END_1: tl.constexpr, END_2: tl.constexpr, END_3: tl.constexpr,
-    END_4: tl.constexpr, END_5: tl.constexpr, END_6: tl.constexpr,
+def _b_rows(
+    number, b_ptr, row_AW, TOTAL: tl.constexpr, RANK: tl.constexpr, RANK_P: tl.constexpr
 ):  # fmt: skip
-    """What the adapter adds to outputs, [A, W] in fp32; zeros without one."""
+    """Rows of the adapter's b, [A, W, R]; zeros without one."""
+    r_R = tl.arange(0, RANK_P)[None, None, :]
+    b_at = b_ptr + ((number - 1) * TOTAL + row_AW)[:, :, None] * RANK + r_R
+    return tl.load(b_at, mask=(r_R < RANK) & (number > 0), other=0.0)
+
+
+@triton.jit
+def _inner_values(
+    number, z_ptr, row_AW, RANK: tl.constexpr, RANK_P: tl.constexpr, END_0: tl.constexpr,
+    END_1: tl.constexpr, END_2: tl.constexpr, END_3: tl.constexpr, END_4: tl.constexpr,
+    END_5: tl.constexpr, END_6: tl.constexpr,
+):  # fmt: skip
+    """The inner values that rows of b are multiplied with, [A, W, R]; zeros without an adapter."""
     part_AW = part_of(row_AW, END_0, END_1, END_2, END_3, END_4, END_5, END_6)
     r_R = tl.arange(0, RANK_P)[None, None, :]
     mask = (r_R < RANK) & (number > 0)
-    b_at = b_ptr + ((number - 1) * TOTAL + row_AW)[:, :, None] * RANK + r_R
-    b_AWR = tl.load(b_at, mask=mask, other=0.0).to(tl.float32)
-    z_AWR = tl.load(z_ptr + part_AW[:, :, None] * RANK + r_R, mask=mask, other=0.0)
-    return tl.sum(b_AWR * z_AWR, 2)
+    return tl.load(z_ptr + part_AW[:, :, None] * RANK + r_R, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -103,6 +133,7 @@ def lora_gemv_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SILU_MUL: tl.constexpr,
+    SLOTS: tl.constexpr,
     RANK: tl.constexpr,
     RANK_P: tl.constexpr,
     END_0: tl.constexpr,
@@ -114,22 +145,33 @@ def lora_gemv_kernel(
     END_6: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`gemv_kernel` whose products have b[adapter − 1] · z."""
+    """`gemv_kernel` whose products have b[adapter − 1] · z. b is loaded while earlier
+    kernels run, as the first weights are."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     TOTAL: tl.constexpr = 2 * NUM_OUTS if SILU_MUL else NUM_OUTS
+    early = _early_number(adapter_ptr, SLOTS)
     o_AW, row_AW, w_at, up_at, d_1WC, w, up, norm = gemv_begin(
         norm_ptr, weight_ptr, weight_stride, NUM_OUTS, DEPTH, OUTS, WARPS, COLUMNS, AHEAD,
-        PREFETCH_P, HAS_NORM, SILU_MUL, PDL,
+        HAS_NORM, SILU_MUL, PDL,
     )  # fmt: skip
-    number = tl.load(adapter_ptr).to(tl.int64)
-    added_AW = _added(
-        number, z_ptr, b_ptr, row_AW, TOTAL, RANK, RANK_P, END_0, END_1, END_2, END_3, END_4,
-        END_5, END_6,
-    )  # fmt: skip
+    b_AWR = _b_rows(early, b_ptr, row_AW, TOTAL, RANK, RANK_P)
     if SILU_MUL:
-        added_up_AW = _added(
-            number, z_ptr, b_ptr, row_AW + NUM_OUTS, TOTAL, RANK, RANK_P, END_0, END_1, END_2,
-            END_3, END_4, END_5, END_6,
+        b_up_AWR = _b_rows(early, b_ptr, row_AW + NUM_OUTS, TOTAL, RANK, RANK_P)
+    gemv_wait(
+        weight_ptr, weight_stride, NUM_OUTS, DEPTH, OUTS, COLUMNS, AHEAD, PREFETCH_P, SILU_MUL, PDL
+    )
+    number = tl.load(adapter_ptr, volatile=True).to(tl.int64)
+    if number != early:
+        b_AWR = _b_rows(number, b_ptr, row_AW, TOTAL, RANK, RANK_P)
+        if SILU_MUL:
+            b_up_AWR = _b_rows(number, b_ptr, row_AW + NUM_OUTS, TOTAL, RANK, RANK_P)
+    z_AWR = _inner_values(
+        number, z_ptr, row_AW, RANK, RANK_P, END_0, END_1, END_2, END_3, END_4, END_5, END_6
+    )
+    if SILU_MUL:
+        z_up_AWR = _inner_values(
+            number, z_ptr, row_AW + NUM_OUTS, RANK, RANK_P, END_0, END_1, END_2, END_3, END_4,
+            END_5, END_6,
         )  # fmt: skip
     if HAS_RESIDUAL:
         residual_AW = tl.load(residual_ptr + row_AW)
@@ -137,9 +179,9 @@ def lora_gemv_kernel(
         x_ptr, norm_ptr, bias_ptr, row_AW, w_at, up_at, d_1WC, w, up, norm, eps, NUM_OUTS, DEPTH,
         OUTS, WARPS, COLUMNS, AHEAD, HAS_NORM, HAS_BIAS, SILU_MUL,
     )  # fmt: skip
-    y_AW += added_AW
+    y_AW += tl.sum(b_AWR.to(tl.float32) * z_AWR, 2)
     if SILU_MUL:
-        up_AW += added_up_AW
+        up_AW += tl.sum(b_up_AWR.to(tl.float32) * z_up_AWR, 2)
     y_AW = finish(y_AW, up_AW, dtype, SILU_MUL)
     if HAS_RESIDUAL:
         y_AW = (y_AW.to(tl.float32) + residual_AW.to(tl.float32)).to(dtype)
@@ -153,15 +195,21 @@ def takes(x_TD: Tensor, weight_OD: Tensor) -> bool:
     return num_rows == 1 and is_half and weight_OD.stride(1) == 1 and depth <= MAX_DEPTH
 
 
-def row_constants(num_inner: int, depth: int, has_norm: bool) -> dict[str, int]:
+def row_constants(num_slots: int, num_inner: int, depth: int, has_norm: bool) -> dict[str, int]:
     """The first kernel's compile-time constants."""
-    columns = min(COLUMNS, triton.next_power_of_2(depth))
-    return {"NUM_INNER": num_inner, "DEPTH": depth, "COLUMNS": columns, "HAS_NORM": has_norm}
+    return {
+        "NUM_INNER": num_inner,
+        "DEPTH": depth,
+        "SLOTS": num_slots,
+        "COLUMNS": min(COLUMNS, triton.next_power_of_2(depth)),
+        "HAS_NORM": has_norm,
+    }
 
 
-def end_constants(rows: Sequence[int], rank: int) -> dict[str, int]:
+def end_constants(num_slots: int, rows: Sequence[int], rank: int) -> dict[str, int]:
     """The second kernel's compile-time constants that `gemv_kernel` lacks."""
-    return {"RANK": rank, "RANK_P": triton.next_power_of_2(rank), **part_ends(rows)}
+    rank_p = triton.next_power_of_2(rank)
+    return {"SLOTS": num_slots, "RANK": rank, "RANK_P": rank_p, **part_ends(rows)}
 
 
 def lora_linear(
@@ -173,8 +221,8 @@ def lora_linear(
     eps: float,
     silu_mul: bool,
     adapter_T: Tensor,
-    sorted_T: Tensor,
     order_T: Tensor,
+    tile_T3: Tensor,
     a_NLD: Tensor,
     b_NOR: Tensor,
     rows: Sequence[int],
@@ -187,18 +235,19 @@ def lora_linear(
     if not takes(x_TD, weight_OD) or tile.slices != 1 or len(rows) > MAX_PARTS or not are_plain:
         return reference.lora.lora_linear(
             x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul,
-            adapter_T, sorted_T, order_T, a_NLD, b_NOR, list(rows),
+            adapter_T, order_T, tile_T3, a_NLD, b_NOR, list(rows),
         )  # fmt: skip
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    z_L = torch.empty(a_NLD.shape[1], dtype=torch.float32, device=device)
-    lora_row_kernel[(a_NLD.shape[1],)](
+    num_slots, num_inner, _ = a_NLD.shape
+    z_L = torch.empty(num_inner, dtype=torch.float32, device=device)
+    lora_row_kernel[(num_inner,)](
         x_TD,
         x_TD if norm_weight_D is None else norm_weight_D,
         adapter_T,
         a_NLD,
         z_L,
         eps,
-        **row_constants(a_NLD.shape[1], depth, norm_weight_D is not None),
+        **row_constants(num_slots, num_inner, depth, norm_weight_D is not None),
         num_warps=4,
         **launch_options(device),
     )
@@ -221,7 +270,7 @@ def lora_linear(
         HAS_BIAS=bias_O is not None,
         HAS_RESIDUAL=residual_TO is not None,
         SILU_MUL=silu_mul,
-        **end_constants(rows, rank),
+        **end_constants(num_slots, rows, rank),
         num_warps=tile.num_warps,
         **launch_options(device),
     )

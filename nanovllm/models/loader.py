@@ -20,7 +20,7 @@ from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, mapped, quantized, tensors_of
 from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.gguf.checkpoint import opened
-from nanovllm.models.lora.slots import with_slots
+from nanovllm.models.lora.slots import with_expert_slots, with_slots
 from nanovllm.models.model import LayerKind, Model, Param, Params
 from nanovllm.models.pooling import PoolWeights
 from nanovllm.models.schemes import Part
@@ -392,12 +392,14 @@ def with_second(params: Params, model: Model, second: Params) -> Params:
 def _with_slots(
     model: Model, declared: dict[str, Param], values: dict[str, Any], place: Place
 ) -> dict[str, Any]:
-    """A layer's weights, of linear layers with empty slots for adapters."""
+    """A layer's weights, of linear layers and perhaps experts with empty slots for adapters."""
     assert model.lora is not None
-    found = {}
+    found: dict[str, Any] = {}
+    if model.lora.experts and values.get("experts") is not None:
+        found["experts"] = with_expert_slots(model, declared, values["experts"], place)
     for name, param in declared.items():
         if name in values:  # not a part of experts
             device = tensors_of(values[name])[0].device
             facts = model.config.num_ranks, model.config.dtype, device
-            found[name] = with_slots(model.lora, param, values[name], facts, place)
+            found[name] = with_slots(model.lora, declared, param, values[name], facts, place)
     return found

@@ -40,10 +40,13 @@ class Params(NamedTuple):
 
 
 class LoraSlots(NamedTuple):
-    """The slots of each linear layer: for `num` adapters, of ranks up to `max_rank`."""
+    """The slots of each linear layer: for `num` adapters, of ranks up to `max_rank`. With `experts`
+    each expert has slots, too, and with `biases` each bias of a linear layer."""
 
     num: int
     max_rank: int
+    experts: bool = False
+    biases: bool = False
 
 
 class LayerCache(NamedTuple):
@@ -104,21 +107,13 @@ class States(NamedTuple):
 class AdapterRows(NamedTuple):
     """The adapter of each token: the number of its slot, from 1 on; 0 for none.
 
-    `order_T` has the tokens of one adapter after each other, and `sorted_T` their adapters
-    (`reference.lora.add_lora`).
+    `order_T` has the tokens of one adapter after each other, in `tile_T3`, both by
+    `ops.adapter_tiles`.
     """
 
     adapter_T: Tensor
-    sorted_T: Tensor
     order_T: Tensor
-
-    @classmethod
-    def of(cls, adapter_T: Tensor) -> AdapterRows:
-        return cls(adapter_T, *adapter_T.sort(stable=True))
-
-    def at(self, index_R: Tensor) -> AdapterRows:
-        """Those of the tokens at these indices."""
-        return self.of(self.adapter_T.index_select(0, index_R))
+    tile_T3: Tensor
 
 
 class Batch(NamedTuple):
@@ -134,6 +129,7 @@ class Batch(NamedTuple):
     q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
     keep_R: Tensor | None = None  # the only tokens for which a layer continues after attention
     adapters: AdapterRows | None = None  # of models with adapters
+    kept_adapters: AdapterRows | None = None  # of a span: those of each row's last token
     others: tuple[Pages, ...] = ()  # those of groups 1, 2, … of layers
     states: States | None = None  # in models with recurrent layers
     end_T: Tensor | None = None  # `ops.paged_attention`, in steps whose tokens see later ones

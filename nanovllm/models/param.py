@@ -147,6 +147,11 @@ class Param(NamedTuple):
         return self.kind == "experts" or (self.kind == "bias" and len(self.shape) > 1)
 
     @property
+    def expert_rows(self) -> tuple[int, ...]:
+        """The row counts of the sources of each matrix."""
+        return self.parts[: len(self.parts) // self.num_matrices]
+
+    @property
     def num_matrices(self) -> int:
         return self.shape[0] if self.kind == "experts" else 1
 

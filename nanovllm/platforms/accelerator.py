@@ -28,7 +28,12 @@ class Accelerator(Platform):
         return torch.as_tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
 
     def write(self, target: Tensor, values: Any) -> None:
-        target.copy_(torch.as_tensor(values, dtype=target.dtype).pin_memory(), non_blocking=True)
+        if isinstance(values, np.ndarray) and values.dtype == np.uint8:
+            host = torch.empty(values.shape, dtype=torch.uint8, pin_memory=True)
+            host.numpy()[...] = values  # torch would divide the copy among threads, which then spin
+        else:
+            host = torch.as_tensor(values, dtype=target.dtype).pin_memory()
+        target.copy_(host, non_blocking=True)
 
     def read_back(self, tensor: Tensor) -> HostCopy:
         return _PinnedCopy(tensor, self.runtime)

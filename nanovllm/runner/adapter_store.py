@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.models.lora.adapter_file import AdapterFile, HostAdapter, layout
-from nanovllm.models.lora.regions import Adapted
-from nanovllm.models.lora.slots import targets
+from nanovllm.models.lora.slots import matrices, targets
 from nanovllm.models.model import Model, Params
 from nanovllm.models.shards import Shard
 from nanovllm.platforms.base import Platform
@@ -35,15 +34,14 @@ class AdapterStore:
         self._number_of_row: dict[int, int] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._targets = [] if model.lora is None else list(targets(model))
-        weights: list[Adapted] = [
-            getattr(params.layers[one.layer_idx], one.field) for one in self._targets
-        ]
+        self._layers = params.layers
+        slots = [one for target in self._targets for one in matrices(params, target)]
         if model.lora is not None:
             _stay_alone(self._reader)
             self._reserve(layout(model, self._targets, shard.size)[1], model.lora.num)
         # of each slot, in the order of `HostAdapter.places`
         self._slots: list[list[Tensor]] = [
-            [matrices.select(0, slot) for one in weights for matrices in (one.a_NLD, one.b_NOX)]
+            [one.select(0, slot) for one in slots]
             for slot in range(0 if model.lora is None else model.lora.num)
         ]
 
@@ -65,7 +63,12 @@ class AdapterStore:
     def check(self, adapter_id: int, folder: Path) -> bytes:
         """Check an adapter's files, without its numbers; returns their digest. Raises AdapterError,
         a ValueError."""
-        file = self._files[adapter_id] = AdapterFile(self._model, folder, self._targets)
+        biases = {
+            i: getattr(self._layers[one.layer_idx], one.bias_field).float().cpu()
+            for i, one in enumerate(self._targets)
+            if one.bias is not None
+        }
+        file = self._files[adapter_id] = AdapterFile(self._model, folder, self._targets, biases)
         return file.digest
 
     def read(self, adapter_id: int) -> None:
@@ -102,6 +105,7 @@ class AdapterStore:
         self._files.clear()
         self._host.clear()
         self._slots.clear()
+        self._layers = ()
 
 
 def _stay_alone(reader: ThreadPoolExecutor) -> None:

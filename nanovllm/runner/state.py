@@ -123,7 +123,7 @@ def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTok
         token_T = _with_drafts(state.draft_SK, span.token_T, token_T, row_T, num_T)
     tokens = SpanTokens(token_T, row_T, num_T, last_R)
     batch = Batch(*places)._replace(others=tuple(Pages(*one[2:4]) for one in made[1:]))
-    return tokens, _with_adapters(batch, state, row_T)
+    return tokens, _with_adapters(batch, state, row_T, last_R)
 
 
 def _with_drafts(
@@ -136,11 +136,19 @@ def _with_drafts(
     return torch.where(given_T == DRAFT, draft_T, token_T)
 
 
-def _with_adapters(batch: Batch, state: DeviceState, row_T: Tensor) -> Batch:
+def _with_adapters(
+    batch: Batch, state: DeviceState, row_T: Tensor, last_R: Tensor | None = None
+) -> Batch:
+    """A batch with the adapters of its tokens, and of those that the last layer keeps."""
     if state.adapter_S is None:
         return batch
     adapter_T = state.adapter_S.index_select(0, row_T)
-    return batch._replace(adapters=AdapterRows.of(adapter_T))
+    kept = None if last_R is None else _grouped(adapter_T.index_select(0, last_R))
+    return batch._replace(adapters=_grouped(adapter_T), kept_adapters=kept)
+
+
+def _grouped(adapter_T: Tensor) -> AdapterRows:
+    return AdapterRows(adapter_T, *ops.adapter_tiles(adapter_T))
 
 
 def decode_states(num_places: int, state: DeviceState, row_idx_R: Tensor) -> States:

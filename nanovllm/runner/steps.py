@@ -425,6 +425,8 @@ class Steps:
         per_layer = zip(programs, self.params.layers, self.caches, streamed, self._layer_tables())
         for layer_idx, ((name, kind), weights, cache, upcoming, table_MH) in enumerate(per_layer):
             own = batch.of_layer(groups[layer_idx], layer_idx)
+            if name != "last_layer":
+                own = own._replace(kept_adapters=None)
             for stored in upcoming:
                 self._run("stream", (), offloaded.stream, stored=stored)
             key = self.attention.key(max_q_len, sizes[0])

@@ -19,6 +19,7 @@ from nanovllm.models.gguf.header import is_gguf
 from nanovllm.models.layer_state import PagedKV, recurrent_bytes
 from nanovllm.models.loader import has_own_head
 from nanovllm.models.lora.regions import with_lora
+from nanovllm.models.lora.slots import refusal_of_experts
 from nanovllm.models.model import LoraSlots, Model
 from nanovllm.models.schemes import OPTIONS, UNQUANTIZED, Dequantizing
 from nanovllm.models.shards import ALL, Shard
@@ -227,7 +228,12 @@ def with_adapters(config: EngineConfig, model: Model) -> Model:
     """The model with slots for adapters, if the options ask for them."""
     if not config.enable_lora:
         return model
-    return with_lora(model, LoraSlots(config.max_loras, config.max_lora_rank))
+    refusal = refusal_of_experts(model) if config.lora_experts else None
+    if refusal is not None or (config.lora_experts and config.expert_offload is not None):
+        why = refusal or "its experts are offloaded"
+        raise ValueError(f"lora_experts=True is not supported for {config.model!r}: {why}")
+    sizes = config.max_loras, config.max_lora_rank
+    return with_lora(model, LoraSlots(*sizes, config.lora_experts, config.lora_biases))
 
 
 def within_limit(config: EngineConfig, model: Model, hf: Any) -> EngineConfig:

@@ -9,6 +9,9 @@ requests without adapters, with one, with 8 and with 32 different ones; a single
 request with a new adapter while others run, beside one with an adapter that is there. Each result
 is a line of JSON on stdout and in the file. `share` is the rate by that of the engine without
 adapters. Files of adapters are in the page cache.
+
+With --profile (about 90 s) there are no rates: the microseconds of each kernel in a decode step of
+one row and of all rows, and in the steps of all prompts, without adapters and with some.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
@@ -35,9 +39,11 @@ from nanovllm.cli.bench.workload import draw_requests, varied
 from nanovllm.models.lora.slots import targets
 from nanovllm.models.model import Model
 from nanovllm.tools import command_line
+from nanovllm.tools.profile import steady_rows
 from nanovllm.tools.shapes import CONFIGS
 
 STD = 0.02
+PROFILED_STEPS, PROFILED_PROMPT = 8, 512
 
 
 def arguments() -> argparse.Namespace:
@@ -57,6 +63,8 @@ def arguments() -> argparse.Namespace:
     add("--single-tokens", type=int, default=512, help="of the single request's answer")
     add("--streams", type=int, default=64, help="requests that run while an adapter is loaded")
     add("--skip-plain", action="store_true", help="no engine without adapters: no shares")
+    add("--profile", action="store_true", help="times of kernels, and no rates")
+    add("--kernels", type=int, default=24, help="how many of a profile, by their times")
     return parser.parse_args()
 
 
@@ -85,6 +93,12 @@ def copies(folder: Path, num: int) -> list[LoRARequest]:
             os.link(file, copy / file.name)
         found.append(LoRARequest(f"adapter-{number}", number, str(copy)))
     return found
+
+
+def _fill_slots(llm: LLM, adapters: Sequence[LoRARequest | None]) -> None:
+    for one in filter(None, dict.fromkeys(adapters)):
+        once = SamplingParams(max_tokens=1)
+        llm.generate([[5]], once, use_tqdm=False, lora_request=one)
 
 
 class Bench:
@@ -131,9 +145,7 @@ class Bench:
 
     def _rate(self, llm: LLM, load: str, case: str, work: tuple[Any, Any, Any]) -> None:
         prompts, lengths, given = work
-        for one in filter(None, dict.fromkeys(given)):  # adapters are in their slots
-            once = SamplingParams(max_tokens=1)
-            llm.generate([[5]], once, use_tqdm=False, lora_request=one)
+        _fill_slots(llm, given)
         self.num_runs += 1
         prompts = varied(prompts, self.num_runs, self.config["vocab_size"])
         params = [SamplingParams(ignore_eos=True, max_tokens=num) for num in lengths]
@@ -145,6 +157,50 @@ class Bench:
         plain = self.rates.get(load)
         share = None if plain is None else round(rate / plain, 4)
         self.note(case, load=load, seconds=round(seconds, 3), tokens_s=round(rate, 1), share=share)
+
+    def profile(self, llm: LLM, case: str, num_rows: int, adapters: Sequence[LoRARequest]) -> None:
+        """The times of kernels in the steps of prompts, and in decode steps of all rows."""
+        engine, params = llm.engine, SamplingParams(ignore_eos=True, max_tokens=64)
+        vocab = self.config["vocab_size"]
+        _fill_slots(llm, adapters)
+        with profile(activities=[ProfilerActivity.CUDA]):  # the first start takes seconds
+            engine.runner.platform.synchronize()
+        for i in range(num_rows):
+            prompt = [(7 * i + 13 * j + 5 * self.num_runs) % vocab for j in range(PROFILED_PROMPT)]
+            adapter = adapters[i % len(adapters)] if adapters else None
+            engine.add_request(prompt, params, incremental=False, lora_request=adapter)
+        self.num_runs += 1
+        num_steps = 0
+        with profile(activities=[ProfilerActivity.CUDA]) as of_prompts:
+            while not steady_rows(engine, PROFILED_STEPS):
+                engine.step()
+                num_steps += 1
+            engine.runner.platform.synchronize()
+        self._note_kernels(f"{case}: prompts", of_prompts, 1, rows=num_rows, steps=num_steps)
+        with profile(activities=[ProfilerActivity.CUDA]) as of_steps:
+            begun = time.perf_counter()
+            for _ in range(PROFILED_STEPS):
+                engine.step()
+            engine.runner.platform.synchronize()
+            wall = (time.perf_counter() - begun) / PROFILED_STEPS
+        wall_us = round(1e6 * wall, 1)
+        self._note_kernels(case, of_steps, PROFILED_STEPS, rows=num_rows, wall_us=wall_us)
+        while engine.has_unfinished:
+            engine.step()
+
+    def _note_kernels(self, case: str, found: profile, unit: int, **fields: Any) -> None:
+        """Write [microseconds, launches, name] of kernels, by `unit` steps. The times of kernels
+        that wait for earlier ones contain the wait, so their sum may exceed the step's."""
+        times = [
+            (one.self_device_time_total / unit, one.count / unit, one.key[:70])
+            for one in found.key_averages()
+        ]
+        times = sorted(filter(lambda one: one[0] > 0, times), reverse=True)
+        lora = sum(time for time, _, name in times if "lora" in name)
+        kernels = [(round(time, 1), round(num, 1), name) for time, num, name in times]
+        total = round(sum(one[0] for one in times), 1)
+        kernels = kernels[: self.args.kernels]
+        self.note(case, **fields, us=total, lora_us=round(lora, 1), kernels=kernels)
 
     def loading(self, llm: LLM, there: LoRARequest, new: LoRARequest) -> None:
         """The longest gap between two tokens of streams, and the time until a request's first one:
@@ -188,7 +244,7 @@ def main() -> None:
     args = arguments()
     with TemporaryDirectory(prefix="lora-") as folder:
         bench = Bench(args, Path(folder))
-        if not args.skip_plain:
+        if not (args.skip_plain or args.profile):
             llm = bench.load()
             bench.single(llm, "plain", None)
             bench.throughput(llm, "plain", ())
@@ -203,13 +259,24 @@ def main() -> None:
         write_adapter(bench.folder / "adapter", llm.engine.runner.model, args.rank)
         adapters = copies(bench.folder / "adapter", most + 1)
         bench.note("write", seconds=round(time.perf_counter() - begun, 1))
-        bench.single(llm, "unused", None)
-        bench.single(llm, "1 adapter", adapters[0])
-        bench.throughput(llm, "unused", ())
-        for num in args.adapters:
-            bench.throughput(llm, f"{num} adapters", adapters[:num])
-        bench.loading(llm, adapters[0], adapters[most])
+        (_profile if args.profile else _rates)(bench, llm, adapters)
         llm.close()
+
+
+def _rates(bench: Bench, llm: LLM, adapters: Sequence[LoRARequest]) -> None:
+    bench.single(llm, "unused", None)
+    bench.single(llm, "1 adapter", adapters[0])
+    bench.throughput(llm, "unused", ())
+    for num in bench.args.adapters:
+        bench.throughput(llm, f"{num} adapters", adapters[:num])
+    bench.loading(llm, adapters[0], adapters[-1])
+
+
+def _profile(bench: Bench, llm: LLM, adapters: Sequence[LoRARequest]) -> None:
+    for num_rows in (1, bench.args.num_seqs):
+        for num in (0, *bench.args.adapters):
+            if num <= num_rows:
+                bench.profile(llm, f"{num} adapters", num_rows, adapters[:num])
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from torch import Tensor
 from nanovllm.compile.passes.fuse_lora import fuse_lora
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
-from nanovllm.models.model import AdapterRows
+from tests.models import lora_cases
 
 inputs: dict[str, Any] = {
     "x_TD": torch.randn(3, 16),
     "norm_D": torch.randn(16),
     "weight_OD": torch.randn(16, 16),
-    "rows": AdapterRows.of(torch.tensor([2, 0, 1])),
+    "rows": lora_cases.grouped([2, 0, 1]),
     "a_NLD": torch.randn(2, 4, 16),
     "b_NOR": torch.randn(2, 16, 4),
 }

@@ -16,12 +16,13 @@ from nanovllm.compile.passes.reduce_in_place import reduce_in_place
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 from nanovllm.models.model import AdapterRows
+from tests.models import lora_cases
 
 inputs: dict[str, Any] = {
     "x_TD": torch.randn(3, 16),
     "h_TD": torch.randn(3, 16),
     "weight_DD": torch.randn(16, 16),
-    "rows": AdapterRows.of(torch.tensor([2, 0, 1])),
+    "rows": lora_cases.grouped([2, 0, 1]),
     "a_NLD": torch.randn(2, 4, 16),
     "b_NDR": torch.randn(2, 16, 4),
 }

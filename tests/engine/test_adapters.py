@@ -20,6 +20,7 @@ from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import input_leaves
 from nanovllm.config import EngineConfig
 from nanovllm.engine.request import EngineRequest
+from nanovllm.models.model import AdapterRows
 from nanovllm.runner.graph_cache import GraphCache
 from nanovllm.schedule.outputs import FinishedOutput
 from nanovllm.schedule.plan import StepPlan
@@ -388,7 +389,8 @@ def test_programs_without_adapters_have_the_inputs_and_keys_of_a_model_without_a
         else:
             of_batch = [one for one in names if one.startswith("batch_")]
             assert of_batch[:5] == BATCH and names[-1] == "h_TD"
-            rows = [f"batch_adapters_{one}_T" for one in ("adapter", "sorted", "order")]
+            fields = ["adapters", "kept_adapters"][: 2 if name.startswith("last_") else 1]
+            rows = [f"batch_{field}_{one}" for field in fields for one in AdapterRows._fields]
             assert [one for one in more if one.startswith("batch_")] == [*of_batch, *rows]
             assert "w_qkv_ED" in names and "w_qkv_ED_a_NLD" in more
 

@@ -462,12 +462,14 @@ def is_of_latents(name: str) -> bool:
     return name.startswith("latents ")
 
 
-def adapters(whole: bool) -> Iterator[Build]:
+def adapters(target: Target, whole: bool) -> Iterator[Build]:
     """The kernels of LoRA."""
     from tests.kernels.lora_builds import TYPES, launches
 
-    for name, kernel, constants, num_warps, dtype in launches(whole):
-        yield Build(name, kernel, constants, num_warps, dtype=dtype, types=TYPES)
+    for name, kernel, constants, num_warps, num_stages, dtype in launches(
+        target.shared_bytes, whole
+    ):
+        yield Build(name, kernel, constants, num_warps, num_stages, dtype, types=TYPES)
 
 
 def sums(whole: bool) -> Iterator[Build]:
@@ -506,7 +508,7 @@ def all_builds(name: str) -> Iterator[Build]:
     yield from segments(target, whole)
     yield from latents(target, whole)
     yield from hopper_prefills(whole)
-    yield from adapters(whole)
+    yield from adapters(target, whole)
     yield from mixtures(name)
     if name in WITH_RANKS:
         yield from sums(whole)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.models.model import AdapterRows
+from tests.models import lora_cases
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SLOTS = 5
@@ -18,8 +18,8 @@ class Inputs(NamedTuple):
     y_TO: Tensor
     x_TD: Tensor
     adapter_T: Tensor
-    sorted_T: Tensor
     order_T: Tensor
+    tile_T3: Tensor
     a_NLD: Tensor
     b_NOR: Tensor
     rows: list[int]
@@ -38,7 +38,7 @@ def inputs(
     b_NOR = drawn(SLOTS, sum(rows), rank)
     for slot in set(range(SLOTS)) - {number - 1 for number in numbers}:
         a_NLD[slot] = b_NOR[slot] = 1e4
-    at = AdapterRows.of(torch.tensor(numbers, device=device))
+    at = lora_cases.grouped(numbers, device)
     return Inputs(drawn(num, sum(rows)), drawn(num, depth), *at, a_NLD, b_NOR, list(rows))
 
 
@@ -67,12 +67,30 @@ def check(given: Inputs) -> None:
     def error(one: Tensor) -> float:
         return float((one.double() - wanted).norm() / wanted.norm())
 
-    assert error(found) < max(allowed, 1.3 * error(expected))
+    # in fp32 the order of sums makes as much of the error as the rounding of the result
+    factor = 2.0 if found.dtype is torch.float32 else 1.3
+    assert error(found) < max(allowed, factor * error(expected))
     without = given.adapter_T == 0
     assert torch.equal(found[without], before[without])
 
 
 SEVERAL = [0, 3, 1, 1, 0, 5, 3, 2, 0, 4, 4, 1, 0, 0, 3, 2, 5, 1, 3]
+
+
+@pytest.mark.parametrize("numbers", [[0], [3], SEVERAL, [2] * 33, [0, 1] * 300, [1] * 20 + [0] * 7])
+def test_tiles_have_each_token_once_and_one_adapter(numbers: list[int]) -> None:
+    num = len(numbers)
+    order_T, tile_T3 = reference.lora.adapter_tiles(torch.tensor(numbers))
+    assert sorted(order_T.tolist()) == list(range(num))
+    tiles = [tile for tile in tile_T3.tolist() if tile[1]]
+    assert tile_T3[: len(tiles)].tolist() == tiles
+    assert len(tiles) <= reference.lora.max_tiles(num, SLOTS)
+    ends = [0]
+    for begin, end, number in tiles:
+        assert ends[-1] == begin < end <= begin + reference.lora.tile_tokens(num)
+        assert {numbers[token] for token in order_T[begin:end].tolist()} == {number}
+        ends.append(end)
+    assert ends[-1] == num
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -118,10 +136,8 @@ def test_the_result_does_not_depend_on_the_other_tokens() -> None:
     whole = lora.add_lora(*given)
     for token in (1, 5, 18):
         at = slice(token, token + 1)
-        alone = given._replace(
-            y_TO=given.y_TO[at], x_TD=given.x_TD[at], adapter_T=given.adapter_T[at],
-            sorted_T=given.adapter_T[at], order_T=torch.zeros(1, dtype=torch.int64, device=device),
-        )  # fmt: skip
+        rows = lora_cases.grouped(SEVERAL[at], device)._asdict()
+        alone = given._replace(y_TO=given.y_TO[at], x_TD=given.x_TD[at], **rows)
         assert torch.equal(lora.add_lora(*alone), whole[at])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanovllm.kernels import ops
+from nanovllm.models.model import AdapterRows
 from nanovllm.runner.runner import Runner
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -83,6 +85,12 @@ def save_merged(
             weights[f"{module}.weight"] = (weight.double() + delta_OD).to(weight.dtype)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def grouped(numbers: Sequence[int], device: str = "cpu") -> AdapterRows:
+    """The adapters of tokens, grouped."""
+    adapter_T = torch.tensor(numbers, device=device)
+    return AdapterRows(adapter_T, *ops.adapter_tiles(adapter_T))
 
 
 def use(runner: Runner, adapter: Path, number: int = 1) -> None:

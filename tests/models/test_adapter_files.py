@@ -19,7 +19,7 @@ from nanovllm.models.lora.adapter_file import AdapterFile
 from nanovllm.models.lora.peft_config import AdapterError, PeftConfig
 from nanovllm.models.lora.regions import Adapted, Bound, with_lora
 from nanovllm.models.lora.slots import slots_bytes
-from nanovllm.models.model import AdapterRows, LoraSlots, Model
+from nanovllm.models.model import LoraSlots, Model
 from nanovllm.models.schemes import OPTIONS
 from nanovllm.models.shards import ALL, Shard
 from nanovllm.startup.resolve import resolve_without_weights
@@ -93,7 +93,7 @@ def test_products_of_quantized_weights_get_what_adapters_add(name: str) -> None:
     extent = Extent((48, 64), torch.float32, 48, 64, 64)
     base = stored.quantized("w", torch.randn(48, 64), extent)
     a_NLD, b_NOX = torch.randn(2, 6, 64), torch.randn(2, 48, 3)
-    rows = AdapterRows.of(torch.tensor([2, 0, 1, 2]))
+    rows = lora_cases.grouped([2, 0, 1, 2])
     bound = Bound(Adapted(base, a_NLD, b_NOX, (32, 16)), rows, None)
     x_TD, residual_TO = torch.randn(4, 64), torch.randn(4, 48)
     found_TO = formats.linear(x_TD, bound, None, residual_TO)
@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activated": (
         {"alora_invocation_tokens": [1]}, "alora_invocation_tokens is .*: activated LoRA is not"
     ),
-    "parameters": ({"target_parameters": ["x"]}, "target_parameters is .*: LoRA of parameters"),
+    "parameters": ({"target_parameters": 3}, "target_parameters is 3: it must be a text, or a"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices .*: trained embeddings"),
     "bias": ({"bias": "some"}, "bias is 'some': it must be one of none, all, lora_only"),
     "bias of B": ({"lora_bias": True}, "lora_bias is True: a bias of B is not supported"),
@@ -188,7 +188,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "bias": (
         lambda all: all.update({Q.removesuffix("lora_") + "base_layer.bias": torch.ones(4)}),
-        "q_proj.base_layer.bias is a bias, which is not supported",
+        "q_proj.base_layer.bias is not the bias of a linear layer that adapters can change",
     ),
     "copy": (lambda all: all.update({"x.weight": torch.ones(4)}), "is not a matrix of LoRA"),
     "nothing": (lambda all: all.clear(), "adapter_model.safetensors has no tensors"),

@@ -84,13 +84,13 @@ def test_captured_steps_give_the_embeddings_of_transformers(made: Made) -> None:
 
 
 def test_a_replay_is_the_step_op_by_op(made: Made) -> None:
-    """Of every bucket, with several sequences and with one. In a capture cuBLAS may sum in another
+    """Of every bucket, with several sequences and with few. In a capture cuBLAS may sum in another
     order."""
     runner = made.llm.engine.runner
     assert isinstance(runner, PoolRunner)
     for num_tokens in runner.layout.prefill_tokens:
-        size = min(num_tokens, MAX_LEN) // 2
-        for sizes in ([min(num_tokens, MAX_LEN)], [size - 3, 1, size]):
+        longest, half = min(num_tokens, MAX_LEN), num_tokens // 2
+        for sizes in ([longest] * (num_tokens // longest), [half - 3, 1, half]):
             sequences = [PoolSequence(one) for one in random_prompts(sizes)]
             found = torch.from_numpy(runner.launch(sequences).numpy().copy())
             step = runner._step(num_tokens, len(sizes))

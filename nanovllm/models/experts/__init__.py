@@ -10,7 +10,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nanovllm.models.experts import clamped, compressed, expert_parallel, offloaded, stacked
+from nanovllm.models.experts import (
+    adapted,
+    clamped,
+    compressed,
+    expert_parallel,
+    offloaded,
+    stacked,
+)
 from nanovllm.models.experts.offloaded import Offloaded
 
 # A layer's stored experts: a named tuple of tensors that is specific to its form.
@@ -39,10 +46,10 @@ class Form(Protocol):
         `reference.experts.experts`."""
 
 
-FORMS: tuple[Form, ...] = (expert_parallel, stacked, compressed, offloaded)
+FORMS: tuple[Form, ...] = (expert_parallel, stacked, compressed, offloaded, adapted)
 # Supersets first: `gather` takes the first type whose fields without a default are all present.
-# The first one has an `apply` of its own.
-TYPES: tuple[type[Any], ...] = (clamped.Clamped, *(form.Stored for form in FORMS))
+# The first one has an `apply` of its own. No checkpoint has `adapted` experts.
+TYPES: tuple[type[Any], ...] = (clamped.Clamped, *(form.Stored for form in FORMS[:-1]))
 
 
 def prepare(

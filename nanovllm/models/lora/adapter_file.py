@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanovllm.models.checkpoint import PART_PREFIX, TEXT_PREFIXES
+from nanovllm.models.lora import expert_file
+from nanovllm.models.lora.biases import BIAS, TrainedBiases, added
 from nanovllm.models.lora.peft_config import CONFIG, WEIGHTS, AdapterError, PeftConfig
-from nanovllm.models.lora.slots import Target, targets
+from nanovllm.models.lora.slots import Target, shapes, targets
 from nanovllm.models.model import Model
 from nanovllm.models.param import Param
 from nanovllm.models.shards import Shard, taken
@@ -31,7 +33,6 @@ OTHERS = {
     "lora_embedding_": "LoRA of embedding tables",
     "lora_magnitude_vector": "DoRA",
     "modules_to_save": "whole copies of modules",
-    ".bias": "a bias",
 }
 DTYPES = ("F64", "F32", "F16", "BF16")
 ALL_SOURCES = -1  # in place of a source's number
@@ -43,7 +44,8 @@ Places = list[tuple[int, tuple[int, ...]]]
 
 class HostAdapter(NamedTuple):
     """An adapter in host memory: all its matrices in one tensor, one after another, and where each
-    begins, with its shape. Two for each of `targets(model)`: a [L, D] and b [O, X]."""
+    begins, with its shape: those of each of `targets(model)`, a [L, D], b [O, X] and perhaps c [O],
+    which is added to the bias. Of experts a is [E, L, D] and b [E, O, X]."""
 
     numbers: Tensor
     places: Places
@@ -63,8 +65,7 @@ def layout(model: Model, known: Sequence[Target], num_ranks: int) -> tuple[Place
     places: Places = []
     size = 0
     for target in known:
-        small = target.param.local(num_ranks)
-        for shape in ((len(target.parts) * rank, small.shape[1]), (small.shape[0], rank)):
+        for shape in shapes(target, rank, num_ranks):
             places.append((size, shape))
             unit = ALIGNMENT // dtype.itemsize
             size += -(-math.prod(shape) // unit) * unit
@@ -77,6 +78,12 @@ class _Pair(NamedTuple):
     module: str
     rank: int
     prefix: str
+    parameter: str | None = None  # whose matrices of all experts they change
+
+    @property
+    def name(self) -> str:
+        """What the config names."""
+        return self.parameter or self.module
 
     def key(self, which: str) -> str:
         return f"{self.prefix}{self.module}.lora_{which}.weight"
@@ -88,13 +95,21 @@ class AdapterFile:
     `digest` changes with the files. Raises AdapterError, without reading tensors.
     """
 
-    def __init__(self, model: Model, folder: Path, known: Sequence[Target] | None = None) -> None:
-        """known: the `targets` of the model, if they have been found before."""
+    def __init__(
+        self,
+        model: Model,
+        folder: Path,
+        known: Sequence[Target] | None = None,
+        biases: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """known: the `targets` of the model, if they have been found before. biases: those of the
+        model on this rank, in fp32, by the numbers of targets whose biases adapters change."""
         assert model.lora is not None
         self._model, self._folder, self._slots = model, folder, model.lora
         self.config = PeftConfig.checked(folder, self._slots.max_rank)
         self.digest = _digest(folder)
         self._targets = list(targets(model)) if known is None else known
+        self._base_biases = {} if biases is None else biases
         with self._opened() as file:
             self._pairs = self._checked(file)
 
@@ -103,10 +118,12 @@ class AdapterFile:
         AdapterError for numbers that are not finite."""
         places, num_bytes = layout(self._model, self._targets, shard.size)
         found = HostAdapter(buffer(num_bytes).view(self._model.config.dtype).zero_(), places)
-        matrices = found.matrices(found.numbers)
+        matrices = iter(found.matrices(found.numbers))
         with self._opened() as file:
             for i, target in enumerate(self._targets):
-                self._fill(file, target, shard, (matrices[2 * i], matrices[2 * i + 1]))
+                self._fill(file, target, shard, (next(matrices), next(matrices)))
+                if target.bias is not None:
+                    next(matrices).copy_(self._added_bias(file, i, shard))
         return found
 
     @contextmanager
@@ -120,12 +137,16 @@ class AdapterFile:
 
     def _checked(self, file: Any) -> dict[str, _Pair]:
         """The pairs in a file, by the names of modules as the model has them."""
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        biases = self._biases = TrainedBiases(self._targets, self.config.bias, _own_name)
+        found_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         keys = file.keys()
         self._prefix = PREFIX if all(key.startswith(PREFIX) for key in keys) else ""
         for key in keys:
             name, found = key.removeprefix(self._prefix), file.get_slice(key)
             match = MATRICES.fullmatch(name)
+            if name.endswith(BIAS):
+                biases.note(name, key, tuple(found.get_shape()))
+                continue
             if match is None:
                 raise AdapterError(f"{self._folder / WEIGHTS}: {_why_not(name)}")
             if found.get_dtype() not in DTYPES or len(found.get_shape()) != 2:
@@ -133,19 +154,46 @@ class AdapterFile:
                     f"{self._folder / WEIGHTS}: {key} is {found.get_dtype()} "
                     f"{found.get_shape()}: it must be a matrix of floating point numbers"
                 )
-            shapes.setdefault(match["module"], {})[match["which"]] = tuple(found.get_shape())
-        if not shapes:
+            found_shapes.setdefault(match["module"], {})[match["which"]] = tuple(found.get_shape())
+        if not found_shapes and not biases.keys:
             raise AdapterError(f"{self._folder / WEIGHTS} has no tensors")
         known, pairs = self._modules(), {}
-        for module, pair in shapes.items():
+        parameters = expert_file.parameters(self._targets)
+        for module, pair in found_shapes.items():
             own = _own_name(module)
-            if own not in known:
+            name = expert_file.parameter_of(own, pair, parameters)
+            if own in known:
+                num_outputs, depth = known[own]
+                rank = self.config.rank_of(module)
+                self._check_shapes(module, pair, {"A": (rank, depth), "B": (num_outputs, rank)})
+                pairs[own] = _Pair(module, rank, self._prefix)
+            elif name is not None:
+                rank = self.config.rank_of(name)
+                self._check_shapes(module, pair, expert_file.sizes(parameters[name], rank))
+                pairs[name] = _Pair(module, rank, self._prefix, name)
+            else:
                 raise AdapterError(
                     f"{self._folder}: {module} is not a linear layer of "
-                    f"{self._model.config.architecture} that adapters can change"
+                    f"{self._model.config.architecture} that adapters can change{self._hint(own)}"
                 )
-            pairs[own] = self._pair(module, pair, known[own])
+            self._check_is_named(pairs[own if name is None else name])
         return pairs
+
+    def _added_bias(self, file: Any, target_idx: int, shard: Shard) -> Tensor:
+        """What an adapter adds to a rank's part of a bias."""
+        param = self._targets[target_idx].bias
+        assert param is not None
+        given = {
+            source: self._finite(file, self._biases.keys[source])
+            for source in param.sources
+            if source in self._biases.keys
+        }
+        return added(param, shard, given, self._base_biases[target_idx])
+
+    def _hint(self, module: str) -> str:
+        if ".experts" in module and not self._slots.experts:
+            return ": those of experts need the option lora_experts=True"
+        return ""
 
     def _modules(self) -> dict[str, tuple[int, int]]:
         """The outputs and the depth of each linear layer, by its name."""
@@ -153,34 +201,48 @@ class AdapterFile:
         for target in self._targets:
             param = target.param
             for source, rows in zip(param.sources, param.parts):
-                found[_module(source)] = rows, param.shape[1]
-            if param.other_name is not None:
+                found[_module(source)] = rows, param.shape[-1]
+            if param.other_name is not None and param.kind != "experts":
                 found[_module(param.other_name)] = param.shape[0], param.shape[1]
         return found
 
-    def _pair(
-        self, module: str, shapes: dict[str, tuple[int, ...]], size: tuple[int, int]
-    ) -> _Pair:
-        """Raises AdapterError unless a module has both matrices, of the right shapes, and the
-        config names it."""
-        (num_outputs, depth), rank = size, self.config.rank_of(module)
-        wanted = {"A": (rank, depth), "B": (num_outputs, rank)}
-        if shapes != wanted:
-            shown = ", ".join(f"lora_{one} {list(shape)}" for one, shape in sorted(shapes.items()))
+    def _check_shapes(
+        self, module: str, given: expert_file.Shapes, wanted: expert_file.Shapes
+    ) -> None:
+        """Raises AdapterError unless a module has both matrices, of the right shapes."""
+        if given != wanted:
+            shown = ", ".join(f"lora_{one} {list(shape)}" for one, shape in sorted(given.items()))
             needed = ", ".join(f"lora_{one} {list(shape)}" for one, shape in wanted.items())
             raise AdapterError(f"{self._folder}: {module} has {shown}: it must have {needed}")
-        if not self.config.targets(module):
-            raise AdapterError(
-                f"{self._folder}: {WEIGHTS} has {module}, which target_modules "
-                f"{self.config.target_modules!r} and the other fields of {CONFIG} leave out"
+
+    def _check_is_named(self, pair: _Pair) -> None:
+        """Raises AdapterError unless the config names what a pair changes."""
+        config, name = self.config, pair.parameter
+        if not (config.targets(pair.module) if name is None else config.targets_parameter(name)):
+            named = (
+                f"target_modules {config.target_modules!r}"
+                if name is None
+                else f"target_parameters {list(config.target_parameters)}"
             )
-        return _Pair(module, rank, self._prefix)
+            raise AdapterError(
+                f"{self._folder}: {WEIGHTS} has {name or pair.module}, which {named} and the other "
+                f"fields of {CONFIG} leave out"
+            )
 
     def _fill(self, file: Any, target: Target, shard: Shard, into: tuple[Tensor, Tensor]) -> None:
-        """Read the matrices of one linear layer: this rank's columns of A, or its rows of B."""
+        """Read the matrices of one linear layer, or of experts: this rank's columns of A, or its
+        rows of B."""
         (a_LD, b_OX), param, slot_rank = into, target.param, self._slots.max_rank
         found = self._sources(param)
         if not found:
+            return
+        if param.kind == "experts":
+            both = {
+                i: (self._finite(file, one.key("A")), self._b(file, one))
+                for i, one in found.items()
+            }
+            stacked = both.pop(ALL_SOURCES, None)
+            expert_file.fill(target, slot_rank, shard, into, stacked, both)
             return
         # rows go straight to their place, unless they are shared or change it
         is_plain = shard.size == 1 and param.adapt is None
@@ -218,7 +280,7 @@ class AdapterFile:
 
     def _b(self, file: Any, pair: _Pair) -> Tensor:
         """B times its factor, which is rounded once."""
-        scale = self.config.scale_of(pair.module)
+        scale = self.config.scale_of(pair.name)
         b_OX = self._finite(file, pair.key("B"), scale)
         return b_OX.to(torch.promote_types(b_OX.dtype, self._model.config.dtype)) * scale
 

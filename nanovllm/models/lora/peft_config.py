@@ -24,7 +24,7 @@ UNREAD = frozenset({
 READ = frozenset({
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules",
-    "use_rslora",
+    "target_parameters", "use_rslora",
 })  # fmt: skip
 # Fields that change the mathematics, and what they stand for.
 REFUSED = {
@@ -32,13 +32,12 @@ REFUSED = {
     "modules_to_save": "whole copies of modules",
     "alora_invocation_tokens": "activated LoRA",
     "trainable_token_indices": "trained embeddings of tokens",
-    "target_parameters": "LoRA of parameters, such as those of experts",
     "layer_replication": "repeated layers",
     "lora_bias": "a bias of B",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
 }
-# Which biases of the base were trained. If it has some, the file has them, and is refused then.
+# Which biases of the base were trained. If it has some, the file has them.
 BIASES = ("none", "all", "lora_only")
 # Values of `init_lora_weights` with which PEFT changes the base model as it loads an adapter.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -64,6 +63,8 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float]
     layers_to_transform: Sequence[int] | None
     layers_pattern: Sequence[str]
+    target_parameters: Sequence[str] = ()
+    bias: str = "none"
 
     @classmethod
     def read(cls, folder: Path) -> PeftConfig:
@@ -81,6 +82,8 @@ class PeftConfig:
             alpha_pattern=_pattern(found, "alpha_pattern"),
             layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
             layers_pattern=_as_list(_names(found, "layers_pattern")),
+            target_parameters=_as_list(_names(found, "target_parameters")),
+            bias=found.get("bias", "none"),
         )
 
     @classmethod
@@ -120,6 +123,10 @@ class PeftConfig:
         if not _matches(self.target_modules, module):
             return False
         return isinstance(self.target_modules, str) or self._has_layer(module)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether the adapter has matrices for a parameter, by PEFT's rules for parameters."""
+        return _matches(self.target_parameters, name)
 
     def _has_layer(self, module: str) -> bool:
         if self.layers_to_transform is None:

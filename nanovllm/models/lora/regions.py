@@ -1,6 +1,7 @@
 """LoRA in the graph: linear layers whose rows have adapters, and the layers that have them.
 
-T tokens | R rows | D depth | O outputs | N slots | P parts of the outputs | X rank | L = P · X
+T tokens | R rows | D depth | O outputs | N slots | M = N + 1 | P parts of the outputs
+X rank | L = P · X
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.models import formats
 from nanovllm.models.config import ModelConfig
+from nanovllm.models.experts import adapted
 from nanovllm.models.formats import Weight
 from nanovllm.models.model import AdapterRows, LayerCall, LoraSlots, Model, Params
 
@@ -23,13 +25,15 @@ class Adapted(NamedTuple):
     """The weight of a linear layer, in any format, and the matrices of the adapters in its slots.
 
     `rows` are the sizes of the parts of its outputs (`ops.add_lora`). Slots without an adapter are
-    zero, and those of a lower rank are padded with zeros.
+    zero, and those of a lower rank are padded with zeros. `c_MO` is what adapters add to the bias,
+    zeros for none first; None if they do not change it.
     """
 
     base: Weight
     a_NLD: Tensor
     b_NOX: Tensor
     rows: tuple[int, ...]
+    c_MO: Tensor | None = None
 
 
 class Bound(NamedTuple):
@@ -49,6 +53,8 @@ class Bound(NamedTuple):
         if self.kept_R is not None and x_TD.shape[0] == self.kept_R.adapter_T.shape[0]:
             rows = self.kept_R
         y_TO = formats.linear(x_TD, weight.base, bias_O)
+        if weight.c_MO is not None:
+            y_TO = y_TO + weight.c_MO.index_select(0, rows.adapter_T)
         matrices = weight.a_NLD, weight.b_NOX, weight.rows
         return ops.add_lora(y_TO, x_TD, *rows, *matrices, residual_TO)
 
@@ -68,11 +74,12 @@ def layer(
         batch = batch._replace(keep_R=None)
         h_TD = layer(inner, cfg, call, w, kv, cos_sin_MH, batch, h_TD)
         return h_TD.index_select(0, keep_R)
-    kept_R = None if keep_R is None else rows.at(keep_R)
+    kept_R = None if keep_R is None else batch.kept_adapters
+    types = {Adapted: Bound, adapted.Adapted: adapted.Bound}
     bound = {
-        name: Bound(weight, rows, kept_R)
+        name: types[type(weight)](weight, rows, kept_R)
         for name, weight in w._asdict().items()
-        if isinstance(weight, Adapted)
+        if type(weight) in types
     }
     return inner(cfg, call, w._replace(**bound), kv, cos_sin_MH, batch, h_TD)
 
@@ -82,7 +89,11 @@ def without_slots(model: Model, params: Params) -> tuple[Model, Params]:
     assert isinstance(model.layer, partial)
     (inner,) = model.layer.args
     bases = (
-        {name: one.base for name, one in w._asdict().items() if isinstance(one, Adapted)}
+        {
+            name: one.base
+            for name, one in w._asdict().items()
+            if isinstance(one, Adapted | adapted.Adapted)
+        }
         for w in params.layers
     )
     layers = tuple(w._replace(**base) for w, base in zip(params.layers, bases))
