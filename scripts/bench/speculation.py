@@ -10,7 +10,8 @@ prompts those of --prompts or made-up ones that training has not seen.
 
 A rate counts from the first step after all prompts to the first end of an answer, so all rows run.
 Each number of rows is measured --runs times; the median counts. Results are written after each
-engine.
+engine. With --profile the tables of kernels follow: of a plain step and of the largest one that
+verifies drafts, of one row.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from nanovllm.cli.bench.engines import engine_of, versions
 from nanovllm.engine.engine import Engine
 from nanovllm.tools import command_line
 from nanovllm.tools.shapes import CONFIGS
+from scripts.bench.speculation_profile import profile_steps
 
 logger = logging.getLogger("speculation")
 PROMPT_TOKENS = 128
@@ -183,6 +185,8 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
                     str(k): num - before[0].get(k, 0) for k, num in sorted(counts.steps.items())
                 },
             }  # fmt: skip
+        if args.profile:
+            found["profiles"] = profile_steps(engine, case.rows[0], PROMPT_TOKENS)
     found["seconds"] = round(time.perf_counter() - started, 1)
     return found
 
@@ -212,6 +216,7 @@ def arguments() -> argparse.Namespace:
     add("--max-rows", type=int, default=256, help="leaves out more rows")
     add("--tokens", type=int, default=256, help="of each answer")
     add("--runs", type=int, default=3)
+    add("--profile", action="store_true", help="print the kernels of a step of one row; on a GPU")
     add("--device", default="auto")
     add("--dtype", default="auto")
     add("--enforce-eager", action="store_true")
@@ -236,7 +241,8 @@ def main() -> None:
     for case in cases:
         results.append(measure(case, args))
         compare(results)
-        logger.info("%s", json.dumps(results[-1]))
+        shown = {key: value for key, value in results[-1].items() if key != "profiles"}
+        logger.info("%s", json.dumps(shown))
         about = {"versions": versions(), "command": sys.argv[1:], "results": results}
         args.out.write_text(json.dumps(about, indent=1) + "\n")
 
