@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops, reference
 from nanovllm.kernels.reference.latent_attention import Parts
+from nanovllm.kernels.triton import drafts
 from nanovllm.kernels.triton.all_reduce import (
     all_reduce,
     all_reduce_,
@@ -173,6 +174,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "fetch_experts": fetch_experts,
     "stream_experts": stream_experts,
     "offloaded_experts": offloaded_experts,
+    **drafts.KERNELS,
 }
 
 

@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels import reference
 from nanovllm.kernels.triton.common import launch_options, wait_for_earlier_kernels
 
+DRAFT = tl.constexpr(reference.step.DRAFT)
 ROWS = 128  # of one program, where a row is one number
 NGRAM_TILE = 4096  # positions that a program of `ngram_propose` compares at a time
 SPAN_TOKENS = 64  # of one program of `span_inputs`, which compares each with the ends of all rows
@@ -111,6 +113,7 @@ def span_inputs_kernel(
     row_idx_ptr,  # [R]
     num_tokens_ptr,  # [R]
     given_ptr,  # [T]
+    draft_ptr,  # [S, DRAFTS], read if DRAFTS
     out_token_ptr,  # [T], written, as all below
     out_pos_ptr,  # [T]
     out_slot_ptr,  # [T]
@@ -127,6 +130,7 @@ def span_inputs_kernel(
     table_stride,
     BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    DRAFTS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     PIECE: tl.constexpr,
@@ -155,6 +159,10 @@ def span_inputs_kernel(
         slot_T = tl.where(is_real_T, slot_T, token_idx_T % BLOCK_SIZE)
         given_T = tl.load(given_ptr + token_idx_T, mask=is_token_T, other=0)
         token_T = tl.where(given_T < 0, tl.load(token_ptr + row_T), given_T)
+        if DRAFTS:
+            draft_T = tl.minimum(tl.maximum(index_T - 1, 0), DRAFTS - 1)
+            draft_T = tl.load(draft_ptr + row_T * DRAFTS + draft_T)
+            token_T = tl.where(given_T == DRAFT, draft_T, token_T)
         tl.store(out_token_ptr + token_idx_T, token_T, mask=is_token_T)
         rope_pos_T = pos_T + tl.load(rope_offset_ptr + row_T)
         tl.store(out_pos_ptr + token_idx_T, rope_pos_T, mask=is_token_T)
@@ -188,6 +196,7 @@ def span_inputs(
     num_tokens_R: Tensor,
     given_T: Tensor,
     block_size: int,
+    draft_SK: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See `reference.step.span_inputs`."""
     num_rows, num_blocks, num_tokens = row_idx_R.shape[0], block_table_SP.shape[1], given_T.shape[0]
@@ -206,6 +215,7 @@ def span_inputs(
         row_idx_R,
         num_tokens_R,
         given_T,
+        given_T if draft_SK is None else draft_SK,
         *written,
         num_rows,
         num_tokens,
@@ -214,6 +224,7 @@ def span_inputs(
         block_table_SP.stride(0),
         BLOCKS=num_blocks,
         BLOCK_SIZE=block_size,
+        DRAFTS=0 if draft_SK is None else draft_SK.shape[1],
         ROWS=triton.next_power_of_2(num_rows),
         TOKENS=SPAN_TOKENS,
         PIECE=_piece(num_blocks),

@@ -46,8 +46,8 @@ class Extra(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class BlockModel(Model):
     """The model of a draft, of up to `block_size` tokens with the newest one. Its layers are those
-    of a decoder. `context(config, extra, hidden)` gives what `store` reads, from the other model's
-    hidden states after the layers `reads`."""
+    of a decoder. `context(config, extra, states_TJ)` gives what `store` reads, from the hidden
+    states after the other model's layers `reads`."""
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (*Model.GRAPH_FIELDS, "context", "store")
 
@@ -96,9 +96,9 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None) -> BlockMod
 # regions -----------------------------------------------------------------------------------------
 
 
-def context(cfg: DFlashConfig, w: Extra, hidden: tuple[Tensor, ...]) -> Tensor:
+def context(cfg: DFlashConfig, w: Extra, states_TJ: Tensor) -> Tensor:
     """What all layers' keys and values of the context are made of: [T, D]."""
-    state_TD = linear(torch.cat(hidden, dim=-1), w.fc_DJ, None)
+    state_TD = linear(states_TJ, w.fc_DJ, None)
     return ops.rms_norm(state_TD, w.state_norm_D, cfg.norm_eps)
 
 

@@ -80,7 +80,7 @@ class DraftSpec:
 
     reads_fed: see `Drafting`. reads_history: whether the state has the tokens of each row, and
     num_past those of earlier answers, at most so many. adapts: whether steps have as many draft
-    tokens as pay. synthetic_rate: see `state.random_choices`.
+    tokens as pay. synthetic_rate: see `state.accept_and_advance`.
     """
 
     proposer: DeviceProposer

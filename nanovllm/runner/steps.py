@@ -113,7 +113,7 @@ class Steps:
 
     `other_tables` are the rotary tables of `ModelConfig.other_ropes`. With `whole` the regions of a
     step are inlined into one program: some compilers need this. `drafting` proposes tokens after
-    each step. `synthetic_rate` is that of `state.random_choices`.
+    each step. `synthetic_rate` is the rate of `state.accept_and_advance`.
     """
 
     model: Model
@@ -212,7 +212,7 @@ class Steps:
             fed = self._fed_by_rows(given)
         yield
         if drafting.reads_fed:
-            fed = fed._replace(hidden=drafting.hidden(fed.token_T.shape[0]))
+            fed = fed._replace(states_TJ=drafting.states(fed.token_T.shape[0]))
         proposer = drafting.after(max_q_len)
         write(self.state, fed.row_idx_R, proposer.propose(self.state, fed, drafting.steps))
 

@@ -368,7 +368,7 @@ def steps(name: str) -> Iterator[Build]:
     inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}
     yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
     # each token is compared with each row: 256 rows take the assembler some seconds
-    span = inputs | {"ROWS": 256 if whole else 16, "TOKENS": triton_step.SPAN_TOKENS}
+    span = inputs | {"ROWS": 256 if whole else 16, "TOKENS": triton_step.SPAN_TOKENS, "DRAFTS": 3}
     yield Build("span_inputs", triton_step.span_inputs_kernel, span, 4)
     for has_num in (False, True):
         rows = {"ROWS": triton_step.ROWS, "HAS_NUM": has_num}
@@ -376,11 +376,23 @@ def steps(name: str) -> Iterator[Build]:
         sampling = rows | {"FIELDS": 4}
         yield Build(f"sampling_inputs {label}", triton_step.sampling_inputs_kernel, sampling, 4)
         yield Build(f"advance {label}", triton_step.advance_kernel, rows, 4)
+    yield from _drafts(inputs)
     ngrams = {"POSITIONS": 40_960, "NUM": 5, "NUM_POW2": 8, "MIN_N": 2, "MAX_N": 5}
     tile = {"TILE": triton_step.NGRAM_TILE}
     for label, num_past in (("", 0), (" past", 65_536)):
         given = ngrams | tile | {"PAST": num_past}
         yield Build(f"ngram_propose{label}", triton_step.ngram_propose_kernel, given, 8)
+
+
+def _drafts(inputs: dict[str, Any]) -> Iterator[Build]:
+    from nanovllm.kernels.triton import drafts
+
+    accept = {"NUM": 4, "NUM_POW2": 4, "ROWS": 256, "HAS_RATE": True}
+    yield Build("accept", drafts.accept_kernel, accept, 1)
+    yield Build("next_tokens", drafts.next_tokens_kernel, {"TILE": drafts.TILE}, 4)
+    yield Build("draft_inputs", drafts.draft_inputs_kernel, inputs | {"NUM": 8}, 4)
+    norms = {"PARTS": 2, "DIM": 4096, "DIM_P": 4096}
+    yield Build("rms_norm_each", drafts.rms_norm_each_kernel, norms, 8)
 
 
 def mixtures(name: str) -> Iterator[Build]:
