@@ -58,8 +58,8 @@ __all__ = [
 
 # those with ops that a compiler can trace
 TOPICS = (
-    attention, clamped, drafts, experts, gated_delta, ggml, latent_attention, linear, lora, norm_act,
-    packed, rope_store, sample, step,
+    attention, clamped, drafts, experts, gated_delta, ggml, latent_attention, linear, lora,
+    norm_act, packed, rope_store, sample, step,
 )  # fmt: skip
 
 

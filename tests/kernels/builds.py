@@ -137,7 +137,7 @@ POINTERS = {
         "pos_ptr", "slot_ptr", "seed_ptr", "token_ptr", "row_idx_ptr", "new_token_ptr",
         "out_token_ptr", "out_pos_ptr", "out_slot_ptr", "out_seed_ptr", "rope_offset_ptr",
         "num_ptr", "num_tokens_ptr", "given_ptr", "out_row_ptr", "out_num_ptr", "out_last_ptr",
-        "draft_ptr",
+        "draft_ptr", "fed_ptr", "chosen_ptr", "count_ptr", "last_ptr", "out_ahead_ptr",
     },
 }  # fmt: skip
 FLOATS = {"eps", "scale_log2", "log_vocab_size", "smallest_sum", "factor"}
@@ -388,8 +388,9 @@ def _drafts(inputs: dict[str, Any]) -> Iterator[Build]:
     from nanovllm.kernels.triton import drafts
 
     accept = {"NUM": 4, "NUM_POW2": 4, "ROWS": 256, "HAS_RATE": True}
-    yield Build("accept", drafts.accept_kernel, accept, 1)
-    yield Build("next_tokens", drafts.next_tokens_kernel, {"TILE": drafts.TILE}, 4)
+    yield Build("accept", drafts.accept_kernel, accept, 1, out="*i64")
+    tile = {"TILE": drafts.TILE}
+    yield Build("next_tokens", drafts.next_tokens_kernel, tile, 4, out="*i64")
     yield Build("draft_inputs", drafts.draft_inputs_kernel, inputs | {"NUM": 8}, 4)
     norms = {"PARTS": 2, "DIM": 4096, "DIM_P": 4096}
     yield Build("rms_norm_each", drafts.rms_norm_each_kernel, norms, 8)
