@@ -514,9 +514,10 @@ def _span_inputs_fake(
     given_T: Tensor,
     block_size: int,
     draft_SK: Tensor | None = None,
+    each: bool = False,
 ) -> tuple[Tensor, ...]:
     _, _, _, *per_row = _decode_inputs_fake(
-        token_S, pos_S, rope_offset_S, table_SP, row_idx_R, block_size
+        token_S, pos_S, rope_offset_S, table_SP, given_T if each else row_idx_R, block_size
     )
     return (
         *(torch.empty_like(given_T) for _ in range(3)),
@@ -534,7 +535,8 @@ decode_inputs = _define(
 )
 span_inputs = _define(
     "span_inputs(Tensor token, Tensor pos, Tensor rope_offset, Tensor block_table, Tensor row_idx, "
-    "Tensor num_tokens, Tensor given, int block_size, Tensor? draft=None) "
+    "Tensor num_tokens, Tensor given, int block_size, Tensor? draft=None, "
+    "bool each=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.step.span_inputs,
     _span_inputs_fake,

@@ -39,7 +39,7 @@ struct SpanInputs {
   const int64_t *token, *pos, *rope_offset;
   const int32_t* table;
   const int64_t *row_idx, *num_tokens, *given, *draft;  // draft: null for none
-  int64_t num_rows, num_blocks, num_tokens_all, pad_row, block_size, num_drafts;
+  int64_t num_rows, num_blocks, num_tokens_all, pad_row, block_size, num_drafts, each;
 };
 
 void nanovllm_span_inputs(const void* bytes) {
@@ -50,8 +50,16 @@ void nanovllm_span_inputs(const void* bytes) {
   for (int64_t row = 0; row < a.num_rows; ++row) {
     const int64_t state_row = a.row_idx[row], first = a.pos[state_row], num = a.num_tokens[row];
     const int32_t* table = a.table + state_row * a.num_blocks;
-    std::memcpy(a.out_table + row * a.num_blocks, table, a.num_blocks * sizeof(int32_t));
+    const auto copy_table = [&](int64_t to) {
+      std::memcpy(a.out_table + to * a.num_blocks, table, a.num_blocks * sizeof(int32_t));
+    };
+    if (!a.each) copy_table(row);
     for (int64_t i = 0; i < num; ++i, ++t) {
+      if (a.each) {
+        copy_table(t);
+        a.out_seq_len[t] = (int32_t)(first + i + 1);
+        a.out_q_start[t] = (int32_t)t;
+      }
       const int64_t pos = first + i;
       a.out_token[t] = a.given[t] < 0 ? a.token[state_row] : a.given[t];
       if (a.draft && a.given[t] == -2)  // DRAFT
@@ -62,8 +70,10 @@ void nanovllm_span_inputs(const void* bytes) {
       a.out_row[t] = state_row;
       a.out_num[t] = i + 1;
     }
-    a.out_seq_len[row] = (int32_t)(num > 0 ? first + num : 0);
-    a.out_q_start[row + 1] = (int32_t)t;
+    if (!a.each) {
+      a.out_seq_len[row] = (int32_t)(num > 0 ? first + num : 0);
+      a.out_q_start[row + 1] = (int32_t)t;
+    }
     a.out_last[row] = t > 0 ? t - 1 : 0;
   }
   for (; t < a.num_tokens_all; ++t) {
@@ -72,7 +82,13 @@ void nanovllm_span_inputs(const void* bytes) {
     a.out_slot[t] = t % a.block_size;
     a.out_row[t] = a.pad_row;
     a.out_num[t] = 1;
+    if (!a.each) continue;
+    std::memcpy(a.out_table + t * a.num_blocks, a.table + a.pad_row * a.num_blocks,
+                a.num_blocks * sizeof(int32_t));
+    a.out_seq_len[t] = (int32_t)(a.pos[a.pad_row] + 1);
+    a.out_q_start[t] = (int32_t)t;
   }
+  if (a.each) a.out_q_start[t] = (int32_t)t;
 }
 
 struct SamplingInputs {

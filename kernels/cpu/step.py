@@ -22,7 +22,7 @@ _SPAN_INPUTS = build.ArgumentStruct(
     "SpanInputs",
     pointers=f"out_token out_pos out_slot {_PER_ROW} out_row out_num out_last "
     "token pos rope_offset table row_idx num_tokens given draft",
-    integers="num_rows num_blocks num_tokens_all pad_row block_size num_drafts",
+    integers="num_rows num_blocks num_tokens_all pad_row block_size num_drafts each",
 )
 _SAMPLING_INPUTS = build.ArgumentStruct(
     "SamplingInputs",
@@ -112,12 +112,13 @@ def span_inputs(
     given_T: Tensor,
     block_size: int,
     draft_SK: Tensor | None = None,
+    each: bool = False,
 ) -> tuple[Tensor, ...]:
     """See `reference.step.span_inputs`."""
     num_blocks = block_table_SP.shape[1]
     written = (
         *(torch.empty_like(given_T) for _ in range(3)),
-        *_per_row(row_idx_R, num_blocks),
+        *_per_row(given_T if each else row_idx_R, num_blocks),
         *(torch.empty_like(given_T) for _ in range(2)),
         torch.empty_like(row_idx_R),
     )
@@ -125,7 +126,7 @@ def span_inputs(
     drafts = (0, 0) if draft_SK is None else (draft_SK.data_ptr(), draft_SK.shape[1])
     pointers = [*(tensor.data_ptr() for tensor in (*written, *read)), drafts[0]]
     sizes = (row_idx_R.shape[0], num_blocks, given_T.shape[0], pos_S.shape[0] - 1, block_size)
-    _load().nanovllm_span_inputs(_SPAN_INPUTS.pack(*pointers, *sizes, drafts[1]))
+    _load().nanovllm_span_inputs(_SPAN_INPUTS.pack(*pointers, *sizes, drafts[1], int(each)))
     return written
 
 

@@ -44,6 +44,7 @@ def span_inputs(
     given_T: Tensor,
     block_size: int,
     draft_SK: Tensor | None = None,
+    each: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The inputs of a step in which row r feeds num_tokens_R[r] tokens, from position pos_S on.
 
@@ -56,7 +57,8 @@ def span_inputs(
     position, slot and rope_pos of each token as in `decode_inputs`; seq_len = pos + num_tokens, 0
     for a row without tokens; row r owns tokens q_start[r] .. q_start[r + 1] − 1; row_T is each
     token's row of the state, num_T its number within its row, from 1 on; last_R is the index of
-    each row's last token, 0 for padding rows at the front.
+    each row's last token, 0 for padding rows at the front. With `each` every token is a row of its
+    own: block_table_TP, seq_len_T, which is 1 for padding, and q_start = 0 … T.
     """
     num_tokens, num_rows = given_T.shape[0], row_idx_R.shape[0]
     end_R = num_tokens_R.cumsum(0)
@@ -69,7 +71,11 @@ def span_inputs(
     flat_T = row_T * block_table_SP.shape[1] + pos_T // block_size
     slot_T = block_table_SP.flatten()[flat_T].long() * block_size + pos_T % block_size
     slot_T = torch.where(is_real_T, slot_T, token_idx_T % block_size)
+    table_RP, q_start = block_table_SP[row_idx_R], torch.cat((torch.zeros_like(end_R[:1]), end_R))
     seq_len_R = torch.where(num_tokens_R > 0, pos_S[row_idx_R] + num_tokens_R, 0)
+    if each:
+        table_RP, seq_len_R = block_table_SP[row_T], pos_T + 1
+        q_start = torch.arange(num_tokens + 1, device=given_T.device)
     token_T = torch.where(given_T < 0, token_S[row_T], given_T)
     if draft_SK is not None:
         draft_T = draft_SK[row_T, (index_T - 1).clamp(0, draft_SK.shape[1] - 1)]
@@ -78,9 +84,9 @@ def span_inputs(
         token_T,
         pos_T + rope_offset_S[row_T],
         slot_T,
-        block_table_SP[row_idx_R],
+        table_RP,
         seq_len_R.int(),
-        torch.cat((torch.zeros_like(end_R[:1]), end_R)).int(),
+        q_start.int(),
         row_T,
         index_T + 1,
         (end_R - 1).clamp(min=0),

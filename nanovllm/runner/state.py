@@ -113,10 +113,13 @@ def decode_batch(block_size: int, state: DeviceState, row_idx_R: Tensor) -> tupl
     return token_R, _with_adapters(Batch(*batch)._replace(others=others), state, row_idx_R)
 
 
-def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTokens, Batch]:
-    """The tokens of a span and their places. Rows continue at their positions in the state."""
+def span_batch(
+    block_size: int, state: DeviceState, span: Span, each: bool = False
+) -> tuple[SpanTokens, Batch]:
+    """The tokens of a span and their places. Rows continue at their positions in the state. With
+    `each` every token is a row of the batch."""
     made = [
-        ops.span_inputs(*state[:3], table_SP, *span, block_size, state.draft_SK)
+        ops.span_inputs(*state[:3], table_SP, *span, block_size, state.draft_SK, each)
         for table_SP in state.block_tables
     ]
     token_T, *places, row_T, num_T, last_R = made[0]

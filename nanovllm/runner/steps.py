@@ -47,6 +47,7 @@ FROZEN = (
 
 
 ALONE = nullcontext()  # of steps without a proposer
+VERIFIED_AS_ROWS = 32  # tokens of a step at most: with more, keys are read once for a row's tokens
 
 
 class Table(NamedTuple):
@@ -78,11 +79,12 @@ def _begin_span(
     cfg: ModelConfig,
     block_size: int,
     places: StatePlaces,
+    each: bool,
     state: DeviceState,
     embed_VD: Tensor,
     span: Span,
 ) -> tuple[Tensor, SpanTokens, Batch]:
-    tokens, batch = span_batch(block_size, state, span)
+    tokens, batch = span_batch(block_size, state, span, each)
     if places.num:
         batch = batch._replace(states=span_states(places, state, span, tokens))
     return embed(cfg, embed_VD, tokens.token_T), tokens, batch
@@ -338,9 +340,17 @@ class Steps:
     def verify_logits(self, span: Span, num: int) -> tuple[Tensor, SpanTokens]:
         """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, W] after each token,
         and the tokens."""
-        h_TD, tokens, batch = self._begin_span(span, verifies=True)
+        each = self._verifies_rows(len(span.token_T))
+        h_TD, tokens, batch = self._begin_span(span, verifies=True, each=each)
         batch = self._with_layer_inputs(batch, h_TD, tokens.token_T)
-        return self._head(self._layers("verify", h_TD, batch, num)), tokens
+        call = ("decode", h_TD, batch, 1) if each else ("verify", h_TD, batch, num)
+        return self._head(self._layers(*call)), tokens
+
+    def _verifies_rows(self, num_tokens: int) -> bool:
+        """Whether each token of a verifying step is a row for the layers, as in a decode step,
+        whose attention divides the keys of a row among programs."""
+        is_few = num_tokens <= VERIFIED_AS_ROWS and self.drafting is not None
+        return is_few and not self.whole and not self.places(verifies=True).num
 
     def verify(self, span: Span, num: int) -> tuple[Tensor, Tensor, Tensor, SpanTokens]:
         """A decode step of up to K = `num` tokens a row with the plain sampler.
@@ -381,13 +391,15 @@ class Steps:
 
     # regions ----------------------------------------------------------------------------------
 
-    def _begin_span(self, span: Span, *, verifies: bool) -> tuple[Tensor, SpanTokens, Batch]:
-        places = self.places(verifies=verifies)
+    def _begin_span(
+        self, span: Span, *, verifies: bool, each: bool = False
+    ) -> tuple[Tensor, SpanTokens, Batch]:
+        places, cfg = self.places(verifies=verifies), self.model.config
         key = (span.token_T.shape[0], span.row_idx_R.shape[0], *self._of_slots)
         return self._run(
             "begin",
-            (*key, "each") if places.each else key,
-            partial(_begin_span, self.model.embed, self.model.config, self.block_size, places),
+            (*key, "each") if places.each or each else key,
+            partial(_begin_span, self.model.embed, cfg, self.block_size, places, each),
             state=self.state,
             embed_VD=self.params.embed_VD,
             span=span,

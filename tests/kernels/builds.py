@@ -369,6 +369,7 @@ def steps(name: str) -> Iterator[Build]:
     yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
     # each token is compared with each row: 256 rows take the assembler some seconds
     span = inputs | {"ROWS": 256 if whole else 16, "TOKENS": triton_step.SPAN_TOKENS, "DRAFTS": 3}
+    span |= {"EACH": True}
     yield Build("span_inputs", triton_step.span_inputs_kernel, span, 4)
     for has_num in (False, True):
         rows = {"ROWS": triton_step.ROWS, "HAS_NUM": has_num}

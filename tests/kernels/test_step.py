@@ -107,6 +107,9 @@ def test_span_kernels_equal_the_reference(kernels: ModuleType, case: int) -> Non
     given = (*(s[name] for name in STATE), row_idx_R, num_R, given_T, BLOCK_SIZE, *drafts)
     expected = reference.step.span_inputs(*given)
     assert_equal(kernels.span_inputs(*given), expected)
+    theirs = reference.step.span_inputs(*given, each=True)
+    assert_equal(kernels.span_inputs(*given, each=True), theirs)
+    assert_equal(theirs[:3] + theirs[6:], expected[:3] + expected[6:])
     row_T, num_T = expected[6:8]
     given = (s["pos"], s["sampling"], s["seed"], row_T, num_T)
     assert_equal(kernels.sampling_inputs(*given), reference.step.sampling_inputs(*given))
