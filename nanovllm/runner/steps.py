@@ -77,14 +77,13 @@ def _begin(
 def _begin_span(
     embed: Callable[..., Tensor],
     cfg: ModelConfig,
-    block_size: int,
+    place: Callable[..., tuple[SpanTokens, Batch]],
     places: StatePlaces,
-    each: bool,
     state: DeviceState,
     embed_VD: Tensor,
     span: Span,
 ) -> tuple[Tensor, SpanTokens, Batch]:
-    tokens, batch = span_batch(block_size, state, span, each)
+    tokens, batch = place(state, span)
     if places.num:
         batch = batch._replace(states=span_states(places, state, span, tokens))
     return embed(cfg, embed_VD, tokens.token_T), tokens, batch
@@ -395,11 +394,12 @@ class Steps:
         self, span: Span, *, verifies: bool, each: bool = False
     ) -> tuple[Tensor, SpanTokens, Batch]:
         places, cfg = self.places(verifies=verifies), self.model.config
+        place = partial(span_batch, self.block_size, each=each)
         key = (span.token_T.shape[0], span.row_idx_R.shape[0], *self._of_slots)
         return self._run(
             "begin",
             (*key, "each") if places.each or each else key,
-            partial(_begin_span, self.model.embed, cfg, self.block_size, places, each),
+            partial(_begin_span, self.model.embed, cfg, place, places),
             state=self.state,
             embed_VD=self.params.embed_VD,
             span=span,
