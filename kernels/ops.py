@@ -594,6 +594,12 @@ draft_inputs = _define(
     reference.drafts.draft_inputs,
     _draft_inputs_fake,
 )
+sample_of = _define(
+    "sample_of(Tensor logits, Tensor token, int vocab_size, Tensor temperature, Tensor seed, "
+    "Tensor pos) -> Tensor",
+    reference.drafts.sample_of,
+    lambda logits, token, *rest: token.new_empty(logits.shape[0]),
+)
 rms_norm_each = _define(
     "rms_norm_each(Tensor x, Tensor weight, float eps) -> Tensor",
     reference.drafts.rms_norm_each,
@@ -711,6 +717,7 @@ __all__ = [
     "rope",
     "sample",
     "sample_columns",
+    "sample_of",
     "sampling_inputs",
     "segment_attention",
     "shard_embedding",

@@ -20,7 +20,7 @@ from nanovllm.kernels.cpu.norm_act import (
     rms_norm_each,
     silu_mul,
 )
-from nanovllm.kernels.cpu.sample import apply_token_bitmask, sample, sample_columns
+from nanovllm.kernels.cpu.sample import apply_token_bitmask, sample, sample_columns, sample_of
 from nanovllm.kernels.varlen_attention import segment_attention_cpu, varlen_attention_cpu
 
 KERNELS: dict[str, Callable[..., object]] = {
@@ -36,6 +36,7 @@ KERNELS: dict[str, Callable[..., object]] = {
     "linear": linear,
     "linear_int8": linear_int8,
     "sample": sample,
+    "sample_of": sample_of,
     "sample_columns": sample_columns,
     "segment_attention": segment_attention_cpu,
     "varlen_attention": varlen_attention_cpu,

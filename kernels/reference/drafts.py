@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.reference.norm_act import rms_norm
+from nanovllm.kernels.reference.sample import sample
 from nanovllm.kernels.reference.step import advance
 
 
@@ -131,6 +132,19 @@ def draft_inputs(
         row_X,
         ahead_X,
     )
+
+
+def sample_of(
+    logits_RX: Tensor,
+    token_X: Tensor,
+    vocab_size: int,
+    temperature_R: Tensor,
+    seed_R: Tensor,
+    pos_R: Tensor,
+) -> Tensor:
+    """`sample` from a vocabulary of which only token_X, in ascending order, have logits."""
+    logits_RV = logits_RX.new_full((logits_RX.shape[0], vocab_size), float("-inf"))
+    return sample(logits_RV.index_copy(1, token_X, logits_RX), temperature_R, seed_R, pos_R)
 
 
 def rms_norm_each(x_TD: Tensor, weight_PE: Tensor, eps: float) -> Tensor:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models import dense
 from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight, linear
@@ -54,21 +53,6 @@ class HeadModel(Model):
     again: Callable[..., Tensor]
     store: Callable[..., tuple[()]] | None = None
     reads: tuple[int, ...]
-
-
-def logits(
-    cfg: ModelConfig, final_norm_D: Tensor, head_VD: Weight, target_X: Tensor | None, h_RD: Tensor
-) -> Tensor:
-    """`dense.head`, as logits [R, V] of the other model's tokens: −inf for those that the head
-    cannot draft. `target_X` are the ids of those that it can; None for all."""
-    logits_RX = dense.head(cfg, final_norm_D, head_VD, h_RD)
-    return logits_RX if target_X is None else of_target(cfg, target_X, logits_RX)
-
-
-def of_target(cfg: ModelConfig, target_X: Tensor, logits_RX: Tensor) -> Tensor:
-    """Logits [R, V] from those of the tokens that the head can draft."""
-    logits_RV = logits_RX.new_full((len(logits_RX), cfg.vocab_size), float("-inf"))
-    return logits_RV.index_copy(1, target_X, logits_RX)
 
 
 def store_context(

@@ -15,9 +15,10 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.models import dense
 from nanovllm.models.dflash import BlockModel, DFlashConfig
-from nanovllm.models.draft_head import Outer, of_target
+from nanovllm.models.draft_head import Outer
 from nanovllm.models.formats import Weight
 from nanovllm.models.model import Batch
+from nanovllm.runner.draft_head import draw_of
 from nanovllm.runner.proposer import Fed
 from nanovllm.runner.state import DeviceState, choose
 from nanovllm.runner.vocab_parallel import drawing
@@ -68,7 +69,7 @@ def end_block(
     if target_X is not None:
         if cfg.num_ranks > 1:  # each has the logits of some of these tokens
             logits_XV = ops.gather_columns(logits_XV, len(target_X))
-        logits_XV, draw = of_target(cfg, target_X, logits_XV), choose
+        draw = partial(choose, draw=draw_of(target_X, cfg.vocab_size))
     token_X: Tensor = draw(state, tokens.row_X, logits_XV, tokens.ahead_X)
     return token_X.unflatten(0, (-1, num)).narrow(1, 1, num - 1)
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models.config import ModelConfig
-from nanovllm.models.draft_head import HeadModel, Outer, logits, of_target
+from nanovllm.models.draft_head import HeadModel, Outer
 from nanovllm.models.model import Batch, Params
 from nanovllm.runner.proposer import Fed
-from nanovllm.runner.state import DeviceState, choose_and_advance
+from nanovllm.runner.state import DeviceState, Draw, choose_and_advance
 
 if TYPE_CHECKING:
     from nanovllm.runner.steps import Steps
@@ -36,6 +35,16 @@ def following(
     rows = state.token_S, state.pos_S, row_idx_R
     next_T, last_R = ops.next_tokens(*rows, token_T, batch.seq_len_R, batch.q_start_S)
     return next_T, last_R
+
+
+def draw_of(target_X: Tensor, vocab_size: int) -> Draw:
+    """`ops.sample` from logits of these tokens."""
+
+    def draw(logits_RX: Tensor, *inputs: Tensor) -> Tensor:
+        token_R: Tensor = ops.sample_of(logits_RX, target_X, vocab_size, *inputs)
+        return token_R
+
+    return draw
 
 
 def begin_again(
@@ -152,34 +161,27 @@ class DraftHead:
     def _drawn(self, ahead: Steps, row_idx_R: Tensor, h_RD: Tensor) -> Tensor:
         """Draw token_R, and make them the newest of `ahead`."""
         cfg, params = ahead.model.config, ahead.params
-        target_X = getattr(params.extra, "target_X", None)
-        is_part = cfg.num_ranks > 1 and target_X is not None
-        logits_RX = ahead._run(
-            "head",
-            (h_RD.shape[0],),
-            partial(logits, cfg),
-            final_norm_D=params.final_norm_D,
-            head_VD=params.head_VD,
-            target_X=None if is_part else target_X,
-            h_RD=h_RD,
-        )
-        if not is_part:
+        target_X: Tensor | None = getattr(params.extra, "target_X", None)
+        logits_RX = ahead._head(h_RD)
+        if target_X is None:
             return ahead.sample(row_idx_R, logits_RX)
-        # the tokens of one rank's part of the head may be anywhere in the vocabulary
-        assert target_X is not None
+        if cfg.num_ranks > 1:
+            # the tokens of one rank's part of the head may be anywhere in the vocabulary
+            logits_RX = ops.gather_columns(logits_RX, len(target_X))
         token_R: Tensor = ahead._run(
             "sample",
-            (h_RD.shape[0], "whole"),
-            partial(_choose_of_target, cfg),
+            (h_RD.shape[0], "of"),
+            partial(choose_of_target, cfg.vocab_size),
             state=ahead.state,
             row_idx_R=row_idx_R,
             target_X=target_X,
-            logits_RX=ops.gather_columns(logits_RX, len(target_X)),
+            logits_RX=logits_RX,
         )
         return token_R
 
 
-def _choose_of_target(
-    cfg: ModelConfig, state: DeviceState, row_idx_R: Tensor, target_X: Tensor, logits_RX: Tensor
+def choose_of_target(
+    vocab_size: int, state: DeviceState, row_idx_R: Tensor, target_X: Tensor, logits_RX: Tensor
 ) -> Tensor:
-    return choose_and_advance(state, row_idx_R, of_target(cfg, target_X, logits_RX))
+    """`choose_and_advance` from the tokens that a head can draft."""
+    return choose_and_advance(state, row_idx_R, logits_RX, draw=draw_of(target_X, vocab_size))

@@ -138,6 +138,7 @@ POINTERS = {
         "out_token_ptr", "out_pos_ptr", "out_slot_ptr", "out_seed_ptr", "rope_offset_ptr",
         "num_ptr", "num_tokens_ptr", "given_ptr", "out_row_ptr", "out_num_ptr", "out_last_ptr",
         "draft_ptr", "fed_ptr", "chosen_ptr", "count_ptr", "last_ptr", "out_ahead_ptr",
+        "id_ptr",
     },
 }  # fmt: skip
 FLOATS = {"eps", "scale_log2", "log_vocab_size", "smallest_sum", "factor"}
@@ -344,7 +345,10 @@ def steps(name: str) -> Iterator[Build]:
     forms = (("best_of_span", False), ("best_of_span of a rank", True))
     for label, is_part in forms if name in WITH_RANKS else forms[:1]:
         span = {"TILE": triton_sample.TILE, "IS_PART": is_part, "HARDWARE": True}
-        yield Build(label, triton_sample.best_of_span_kernel, span, 4)
+        for has_ids in (False, True)[: 1 if is_part else 2]:
+            given = {**span, "HAS_IDS": has_ids}
+            label += " of some tokens" if has_ids else ""
+            yield Build(label, triton_sample.best_of_span_kernel, given, 4)
     yield Build("best_of_row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4, out="*i64")
     for dtype in ("fp32", "bf16") if whole else ("fp32",):
         tile = {"TILE": topk_topp.TILE}

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.cpu import norm_act as cpu_norm_act
+from nanovllm.kernels.cpu import sample as cpu_sample
 from nanovllm.kernels.triton import drafts as triton_drafts
+from nanovllm.kernels.triton import sample as triton_sample
 from tests.kernels.test_step import IMPLEMENTATIONS, STATE, assert_equal, device_of, state
 from tests.kernels.test_step import triton_step as triton
 
@@ -19,7 +21,7 @@ kernels_of = pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: ker
 
 
 def where(kernels: ModuleType) -> str:
-    return device_of(triton if kernels is triton_drafts else kernels)
+    return device_of(triton if kernels in (triton_drafts, triton_sample) else kernels)
 
 
 def test_tokens_hold_up_to_the_first_that_was_not_chosen() -> None:
@@ -67,9 +69,7 @@ def test_blocks_see_their_own_end() -> None:
 CASES = [([1], 1, 1), ([4, 2, 4, 0, 0], 20, 4), ([6] * 30 + [0] * 2, 192, 6)]
 
 
-def spans(
-    nums: list[int], num_tokens: int, device: str
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def spans(nums: list[int], device: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """A state, rows and their numbers of tokens."""
     s = state(len(nums) + 3, 8, device)
     num_R = torch.tensor(nums, device=device)
@@ -133,3 +133,20 @@ def test_norms_of_parts_equal_the_reference(
     weight_PE = torch.rand(parts, dim, device=x_TD.device)
     found = kernels.rms_norm_each(x_TD, weight_PE, 1e-6)
     torch.testing.assert_close(found, reference.drafts.rms_norm_each(x_TD, weight_PE, 1e-6))
+
+
+@pytest.mark.parametrize("kernels", [triton_sample, cpu_sample], ids=["triton", "cpu"])
+@pytest.mark.parametrize(("rows", "num", "vocab_size"), [(1, 70, 512), (3, 1500, 4000)])
+def test_tokens_of_a_part_of_the_vocabulary_are_those_of_all(
+    kernels: ModuleType, rows: int, num: int, vocab_size: int
+) -> None:
+    device = where(kernels)
+    logits_RX = torch.randn(rows, num, device=device)
+    logits_RX[-1, num // 2 :] = float("nan")
+    token_X = torch.randperm(vocab_size)[:num].sort()[0].to(device)
+    temperature_R = torch.tensor([0.0, 1.3, 0.6][:rows], device=device)
+    inputs = temperature_R, torch.arange(rows, device=device) - 1, token_X[:rows]
+    given = logits_RX, token_X, vocab_size, *inputs
+    assert_equal([kernels.sample_of(*given)], [reference.drafts.sample_of(*given)])
+    logits_RX.fill_(float("-inf"))
+    assert (kernels.sample_of(*given) == reference.sample.NO_TOKEN).all()
