@@ -74,7 +74,6 @@ class DraftParts:
         self._state, self._attention = state, spec.attention
         device, layers = state.token_S.device, spec.draft.proposer.layers
         self._states_TLD: Tensor | None = None
-        self._reads_last = cfg.num_layers - 1 in layers
         if layers:
             num_tokens = max(spec.layout.prefill_tokens[-1], spec.layout.logits_rows[-1])
             shape = (num_tokens, len(layers), cfg.hidden_size)
@@ -91,7 +90,7 @@ class DraftParts:
         """The proposer over caches of so many blocks; `zeros(shape, dtype)` allocates them."""
         model = self._draft.model
         steps = None if model is None else self._steps(model, num_blocks, zeros, compiler)
-        facts = self._reads_last, self._draft.reads_fed, self._draft.varies
+        facts = self._draft.reads_last, self._draft.reads_fed, self._draft.varies
         return Drafting(self._draft.proposer, steps, self._states_TLD, *facts)
 
     def _steps(

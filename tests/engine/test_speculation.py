@@ -26,6 +26,7 @@ DRAWN = SamplingParams(temperature=0.9, seed=4, max_tokens=25, ignore_eos=True)
 FILTERED = SamplingParams(
     temperature=0.9, top_k=9, top_p=0.9, seed=4, max_tokens=25, ignore_eos=True
 )
+MIN_P = SamplingParams(temperature=1.5, min_p=0.02, seed=4, max_tokens=25, ignore_eos=True)
 MIXED = [
     greedy(25), greedy(9, presence_penalty=1.5), greedy(14, logprobs=2), DRAWN,
     greedy(20, min_tokens=5),
@@ -86,7 +87,9 @@ def watch(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepPlan, int
     return seen
 
 
-@pytest.mark.parametrize("params", [greedy(25), DRAWN, FILTERED], ids=["greedy", "drawn", "top-p"])
+@pytest.mark.parametrize(
+    "params", [greedy(25), DRAWN, FILTERED, MIN_P], ids=["greedy", "drawn", "top-p", "min-p"]
+)
 def test_answers_are_those_of_plain_decoding(
     looking_up: LLM, params: SamplingParams, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,10 +178,11 @@ def test_rows_that_take_no_drafts_are_alone_in_that(
     prompts = [PROMPTS[4]] * 6
     one_by_one = [
         greedy(20, disable_spec_decode=True), greedy(20, presence_penalty=1.5),
-        greedy(20, bad_words=["ab"]), MIXED[-1],
+        greedy(20, bad_words=["ab"], logit_bias={7: 3.0, 9: -2.0}), MIXED[-1],
     ]  # fmt: skip
     params = [greedy(30), *one_by_one, FILTERED]
     expected = tokens(plain, prompts, params)
+    tokens(looking_up, prompts[:1], MIXED[-1:])  # its grammar is compiled then
     plans, counts = watch(looking_up, monkeypatch), looking_up.engine.scheduler.counts
     before = counts.num_undrafted
     assert tokens(looking_up, prompts, params) == expected
