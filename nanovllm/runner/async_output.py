@@ -28,9 +28,10 @@ class AsyncOutput:
         """Block until the step is done; return its StepResult."""
         found = self.tokens.tolist()
         self.check()
+        first: Sequence[int]  # the place of each row's first token among all fed ones
         if self.counts is None:
             tokens = [[one] if wanted else [] for one, wanted in zip(found, self.plan.is_sampled)]
-            first = range(len(tokens))  # the place of each row's first token among all fed ones
+            first = range(len(tokens))
         else:
             counts = self.counts.tolist()[: len(self.plan.rows)]
             tokens = [row[:count] for row, count in zip(found, counts)]

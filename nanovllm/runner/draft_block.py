@@ -1,22 +1,24 @@
 """The proposer that drafts a block of tokens in one pass (`models.dflash`).
 
-R rows | T tokens | K draft tokens a row | B = K + 1 tokens of a block | X = R · B | N = R · K
-D hidden | V vocabulary
+R rows | T tokens | K draft tokens a row | B tokens of a block: K + 1, or K if the newest token's
+output is the first draft token | X = R · B | D hidden | V vocabulary | M rank of a Markov head
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models import dense
 from nanovllm.models.dflash import BlockModel, DFlashConfig
 from nanovllm.models.draft_head import Outer
-from nanovllm.models.formats import Weight
+from nanovllm.models.formats import Weight, linear
 from nanovllm.models.model import Batch
 from nanovllm.runner.draft_head import draw_of
 from nanovllm.runner.proposer import Fed
@@ -62,16 +64,42 @@ def end_block(
     h_XD: Tensor,
 ) -> Tensor:
     """The draft tokens [R, K] that the outputs of mask tokens give, by temperature and noise. Those
-    of the newest tokens are computed, too, and dropped: without them the outputs would be copied.
+    of the newest tokens are computed, too, and dropped, unless they are the first draft tokens:
+    without them the outputs would be copied.
     """
     logits_XV = dense.head(cfg, w.final_norm_D, head_VD, h_XD)
     target_X, draw = w.extra.target_X, drawing(cfg, choose)
+    if cfg.num_ranks > 1 and (target_X is not None or cfg.markov_rank):
+        # each has the logits of some of these tokens
+        num_columns = cfg.vocab_size if target_X is None else len(target_X)
+        logits_XV, draw = ops.gather_columns(logits_XV, num_columns), choose
     if target_X is not None:
-        if cfg.num_ranks > 1:  # each has the logits of some of these tokens
-            logits_XV = ops.gather_columns(logits_XV, len(target_X))
         draw = partial(choose, draw=draw_of(target_X, cfg.vocab_size))
-    token_X: Tensor = draw(state, tokens.row_X, logits_XV, tokens.ahead_X)
-    return token_X.unflatten(0, (-1, num)).narrow(1, 1, num - 1)
+    first = 0 if cfg.from_anchor else 1
+    ahead_X = tokens.ahead_X + 1 if cfg.from_anchor else tokens.ahead_X
+    if cfg.markov_rank:
+        rows, blocks = tokens.row_X.view(-1, num), ahead_X.view(-1, num)
+        inputs = zip(rows.unbind(1), logits_XV.unflatten(0, (-1, num)).unbind(1), blocks.unbind(1))
+        return _chained(w, state, draw, list(inputs)[first:])
+    token_X: Tensor = draw(state, tokens.row_X, logits_XV, ahead_X)
+    return token_X.unflatten(0, (-1, num)).narrow(1, first, num - first)
+
+
+def _chained(
+    w: Outer,
+    state: DeviceState,
+    draw: Callable[..., Tensor],
+    inputs: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> Tensor:
+    """Tokens [R, K], each from logits to which the one before adds its own. `inputs` are those of
+    `choose` at each place: rows, logits, numbers."""
+    token_R, found = state.token_S.index_select(0, inputs[0][0]), []
+    for row_R, logits_RV, ahead_R in inputs:
+        before_RM = torch.nn.functional.embedding(token_R, w.extra.before_VM)
+        token_R = draw(state, row_R, logits_RV + linear(before_RM, w.extra.after_XM, None), ahead_R)
+        found.append(token_R)
+        token_R = token_R.clamp(min=0)
+    return torch.stack(found, 1)
 
 
 @dataclass(frozen=True)
@@ -92,7 +120,7 @@ class DraftBlock:
         self._store_context(model, fed, steps)
         if not self.num:
             return None
-        num, rows = self.num + 1, (fed.row_idx_R.shape[0], self.num)
+        num, rows = self.num + (not model.config.from_anchor), (fed.row_idx_R.shape[0], self.num)
         sizes = (num, steps.block_size, steps.cos_sin_MH.shape[0] - 1)
         h_XD, tokens, batch = steps._run(
             "begin_block",

@@ -79,8 +79,8 @@ class DraftSpec:
     """What proposes tokens on the device, and its model. The model's weights are `Params.draft`.
 
     reads_fed, reads_last: see `Drafting`. reads_history: whether the state has the tokens of each
-    row, and num_past those of earlier answers, at most so many. adapts: whether steps have as many draft
-    tokens as pay. synthetic_rate: see `state.accept_and_advance`.
+    row, and num_past those of earlier answers, at most so many. adapts: whether steps have as many
+    draft tokens as pay. synthetic_rate: see `state.accept_and_advance`.
     """
 
     proposer: DeviceProposer
