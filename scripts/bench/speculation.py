@@ -42,7 +42,7 @@ from nanovllm.tools.shapes import CONFIGS
 from scripts.bench.speculation_profile import profile_steps
 
 logger = logging.getLogger("speculation")
-PROMPT_TOKENS = 128
+PROMPT_TOKENS, DRAFTED = 128, 32_000  # tokens of a prompt, and those that a head can draft
 
 
 class Case(NamedTuple):
@@ -60,10 +60,12 @@ class Case(NamedTuple):
     least: tuple[float, ...]
 
 
+OWN_HEAD = "dflash-own-head"  # with a head of some tokens, as `speculators` has it
 CASES = (
     Case("plain", "", 0, None, (1, 8, 32, 256), (240, 0, 0, 0)),
     Case("eagle3", "eagle3", 3, 2.9, (1, 8, 32, 256), (520, 3600, 9500, 0.98)),
     Case("dflash", "dflash", 7, 4.5, (1,), (850,)),
+    Case(OWN_HEAD, "dflash", 7, 4.5, (1,), (850,)),
     Case("ngram-useless", "ngram", 3, 1.0, (1, 256), (0.97, 0.97)),
 )
 
@@ -77,7 +79,7 @@ def head_config(shape: dict[str, Any], method: str) -> dict[str, Any]:
         layers = [1, num_layers // 2 - 1, num_layers - 4]
         return {
             **config, "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama",
-            "draft_vocab_size": min(32_000, shape["vocab_size"]),
+            "draft_vocab_size": min(DRAFTED, shape["vocab_size"]),
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers},
         }  # fmt: skip
     layers = [1 + i * (num_layers - 4) // 4 for i in range(5)]
@@ -97,7 +99,10 @@ def speculative(case: Case, folder: Path, args: argparse.Namespace) -> dict[str,
     if case.method in ("eagle3", "dflash"):
         head = folder / case.method
         head.mkdir()
-        (head / "config.json").write_text(json.dumps(head_config(CONFIGS[args.shape], case.method)))
+        config = head_config(CONFIGS[args.shape], case.method)
+        if case.name == OWN_HEAD:
+            config["draft_vocab_size"] = DRAFTED
+        (head / "config.json").write_text(json.dumps(config))
         given["model"] = str(head)
     return given
 
