@@ -47,7 +47,9 @@ FROZEN = (
 
 
 ALONE = nullcontext()  # of steps without a proposer
-VERIFIED_AS_ROWS = 32  # tokens of a step at most: with more, keys are read once for a row's tokens
+# Rows and tokens of a verifying step at most whose tokens are rows for the layers: with more rows,
+# attention has enough programs without dividing keys, and reads them once for a row's tokens.
+FEW_ROWS, FEW_TOKENS = 4, 32
 
 
 class Table(NamedTuple):
@@ -339,17 +341,18 @@ class Steps:
     def verify_logits(self, span: Span, num: int) -> tuple[Tensor, SpanTokens]:
         """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, W] after each token,
         and the tokens."""
-        each = self._verifies_rows(len(span.token_T))
+        each = self._verifies_rows(span)
         h_TD, tokens, batch = self._begin_span(span, verifies=True, each=each)
         batch = self._with_layer_inputs(batch, h_TD, tokens.token_T)
         call = ("decode", h_TD, batch, 1) if each else ("verify", h_TD, batch, num)
         return self._head(self._layers(*call)), tokens
 
-    def _verifies_rows(self, num_tokens: int) -> bool:
+    def _verifies_rows(self, span: Span) -> bool:
         """Whether each token of a verifying step is a row for the layers, as in a decode step,
         whose attention divides the keys of a row among programs."""
-        is_few = num_tokens <= VERIFIED_AS_ROWS and self.drafting is not None
-        return is_few and not self.whole and not self.places(verifies=True).num
+        is_few = len(span.row_idx_R) <= FEW_ROWS and len(span.token_T) <= FEW_TOKENS
+        has_states = self.places(verifies=True).num > 0
+        return is_few and self.drafting is not None and not self.whole and not has_states
 
     def verify(self, span: Span, num: int) -> tuple[Tensor, Tensor, Tensor, SpanTokens]:
         """A decode step of up to K = `num` tokens a row with the plain sampler.
