@@ -521,9 +521,11 @@ def _span_inputs_fake(
     num_tokens_R: Tensor,
     given_T: Tensor,
     block_size: int,
+    draft_SK: Tensor | None = None,
+    each: bool = False,
 ) -> tuple[Tensor, ...]:
     _, _, _, *per_row = _decode_inputs_fake(
-        token_S, pos_S, rope_offset_S, table_SP, row_idx_R, block_size
+        token_S, pos_S, rope_offset_S, table_SP, given_T if each else row_idx_R, block_size
     )
     return (
         *(torch.empty_like(given_T) for _ in range(3)),
@@ -541,7 +543,8 @@ decode_inputs = _define(
 )
 span_inputs = _define(
     "span_inputs(Tensor token, Tensor pos, Tensor rope_offset, Tensor block_table, Tensor row_idx, "
-    "Tensor num_tokens, Tensor given, int block_size) "
+    "Tensor num_tokens, Tensor given, int block_size, Tensor? draft=None, "
+    "bool each=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.step.span_inputs,
     _span_inputs_fake,
@@ -562,12 +565,53 @@ sampling_inputs = _define(
     ),
 )
 accept = _define(
-    "accept(Tensor token, Tensor chosen, Tensor num_tokens, int num) -> (Tensor, Tensor)",
-    reference.step.accept,
-    lambda token, chosen, num_tokens, num: (
-        token.new_empty((num_tokens.shape[0], num)),
-        token.new_empty(num_tokens.shape[0]),
+    "accept(Tensor fed, Tensor chosen, Tensor num_tokens, Tensor row_idx, Tensor(a!) token, "
+    "Tensor(b!) pos, int num, Tensor? seed=None, int rate=0) -> (Tensor, Tensor)",
+    reference.drafts.accept,
+    lambda fed, chosen, num_tokens, row_idx, token, pos, num, *rest: (
+        fed.new_empty((num_tokens.shape[0], num)),
+        fed.new_empty(num_tokens.shape[0]),
     ),
+)
+next_tokens = _define(
+    "next_tokens(Tensor token, Tensor pos, Tensor row_idx, Tensor fed, Tensor seq_len, "
+    "Tensor q_start) -> (Tensor, Tensor)",
+    reference.drafts.next_tokens,
+    lambda token, pos, row_idx, fed, *rest: (torch.empty_like(fed), torch.empty_like(row_idx)),
+)
+
+
+def _draft_inputs_fake(
+    token_S: Tensor,
+    pos_S: Tensor,
+    rope_offset_S: Tensor,
+    table_SP: Tensor,
+    row_idx_R: Tensor,
+    num: int,
+    *rest: int,
+) -> tuple[Tensor, ...]:
+    row_X = row_idx_R.new_empty(row_idx_R.shape[0] * num)
+    made = _decode_inputs_fake(token_S, pos_S, rope_offset_S, table_SP, row_X, 0)
+    return (*made, row_X, torch.empty_like(row_X))
+
+
+draft_inputs = _define(
+    "draft_inputs(Tensor token, Tensor pos, Tensor rope_offset, Tensor block_table, "
+    "Tensor row_idx, int num, int shift, int mask_id, int block_size, int last_pos) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.drafts.draft_inputs,
+    _draft_inputs_fake,
+)
+sample_of = _define(
+    "sample_of(Tensor logits, Tensor token, int vocab_size, Tensor temperature, Tensor seed, "
+    "Tensor pos) -> Tensor",
+    reference.drafts.sample_of,
+    lambda logits, token, *rest: token.new_empty(logits.shape[0]),
+)
+rms_norm_each = _define(
+    "rms_norm_each(Tensor x, Tensor weight, float eps) -> Tensor",
+    reference.drafts.rms_norm_each,
+    lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 advance = _define(
     "advance(Tensor(a!) token, Tensor(b!) pos, Tensor row_idx, Tensor new_token, Tensor? num=None) "
@@ -634,6 +678,7 @@ __all__ = [
     "causal_conv",
     "clamped_experts",
     "decode_inputs",
+    "draft_inputs",
     "expert_linear",
     "experts",
     "fetch_experts",
@@ -662,6 +707,7 @@ __all__ = [
     "linear_",
     "linear_int8",
     "lora_linear",
+    "next_tokens",
     "ngram_propose",
     "norm_router_topk",
     "offloaded_experts",
@@ -676,9 +722,11 @@ __all__ = [
     "qk_norm_rope_store",
     "register_kernels",
     "rms_norm",
+    "rms_norm_each",
     "rope",
     "sample",
     "sample_columns",
+    "sample_of",
     "sampling_inputs",
     "segment_attention",
     "shard_embedding",

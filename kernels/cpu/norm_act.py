@@ -33,6 +33,12 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return out_TD
 
 
+def rms_norm_each(x_TD: Tensor, weight_PE: Tensor, eps: float) -> Tensor:
+    """`reference.drafts.rms_norm_each`, part by part."""
+    parts = zip(x_TD.chunk(weight_PE.shape[0], dim=1), weight_PE.unbind(0))
+    return torch.cat([rms_norm(part_TE, weight_E, eps) for part_TE, weight_E in parts], dim=1)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """`reference.norm_act.layer_norm` by torch's kernel, which has one weight for all heads."""
     if weight.dim() > 1 or weight.dtype is not x.dtype:

@@ -13,8 +13,14 @@ from nanovllm.kernels.cpu.attention import (
 )
 from nanovllm.kernels.cpu.library import load
 from nanovllm.kernels.cpu.linear import linear, linear_int8
-from nanovllm.kernels.cpu.norm_act import add_rms_norm, layer_norm, rms_norm, silu_mul
-from nanovllm.kernels.cpu.sample import apply_token_bitmask, sample, sample_columns
+from nanovllm.kernels.cpu.norm_act import (
+    add_rms_norm,
+    layer_norm,
+    rms_norm,
+    rms_norm_each,
+    silu_mul,
+)
+from nanovllm.kernels.cpu.sample import apply_token_bitmask, sample, sample_columns, sample_of
 from nanovllm.kernels.varlen_attention import segment_attention_cpu, varlen_attention_cpu
 
 KERNELS: dict[str, Callable[..., object]] = {
@@ -26,9 +32,11 @@ KERNELS: dict[str, Callable[..., object]] = {
     "qk_norm_rope_store": qk_norm_rope_store,
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
+    "rms_norm_each": rms_norm_each,
     "linear": linear,
     "linear_int8": linear_int8,
     "sample": sample,
+    "sample_of": sample_of,
     "sample_columns": sample_columns,
     "segment_attention": segment_attention_cpu,
     "varlen_attention": varlen_attention_cpu,

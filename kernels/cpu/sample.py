@@ -17,6 +17,20 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
     return _sample(logits_RV, temperature_R, seed_R, pos_R, 0, None)
 
 
+def sample_of(
+    logits_RX: Tensor,
+    token_X: Tensor,
+    vocab_size: int,
+    temperature_R: Tensor,
+    seed_R: Tensor,
+    pos_R: Tensor,
+) -> Tensor:
+    """`reference.drafts.sample_of`."""
+    logits_RV = logits_RX.new_full((logits_RX.shape[0], vocab_size), float("-inf"))
+    logits_RV.index_copy_(1, token_X, logits_RX)
+    return sample(logits_RV, temperature_R, seed_R, pos_R)
+
+
 def sample_columns(
     logits_RW: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor, num_columns: int
 ) -> Tensor:

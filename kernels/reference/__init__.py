@@ -21,6 +21,7 @@ from typing import Any
 from nanovllm.kernels.reference import (
     attention,
     clamped,
+    drafts,
     experts,
     gated_delta,
     ggml,
@@ -38,6 +39,7 @@ from nanovllm.kernels.reference import (
 __all__ = [
     "attention",
     "clamped",
+    "drafts",
     "experts",
     "gated_delta",
     "ggml",
@@ -56,8 +58,8 @@ __all__ = [
 
 # those with ops that a compiler can trace
 TOPICS = (
-    attention, clamped, experts, gated_delta, ggml, latent_attention, linear, lora, norm_act,
-    packed, rope_store, sample, step,
+    attention, clamped, drafts, experts, gated_delta, ggml, latent_attention, linear, lora,
+    norm_act, packed, rope_store, sample, step,
 )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DRAFT = -2  # of `schedule.plan`: the row's next draft token
+
 
 def decode_inputs(
     token_S: Tensor,
@@ -41,18 +43,22 @@ def span_inputs(
     num_tokens_R: Tensor,
     given_T: Tensor,
     block_size: int,
+    draft_SK: Tensor | None = None,
+    each: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The inputs of a step in which row r feeds num_tokens_R[r] tokens, from position pos_S on.
 
-    given_T holds the tokens, row after row; −1 stands for the row's newest token, token_S. Tokens
-    after those of the last row are padding: they belong to the last row of the state and write to
-    slots of block 0.
+    given_T holds the tokens, row after row; −1 stands for the row's newest token, token_S. With
+    draft_SK −2 stands for a draft token: a row's second token is its first one. Tokens after those
+    of the last row are padding: they belong to the last row of the state and write to slots of
+    block 0.
 
     Returns (token_T, rope_pos_T, slot_T, block_table_RP, seq_len_R, q_start, row_T, num_T, last_R):
     position, slot and rope_pos of each token as in `decode_inputs`; seq_len = pos + num_tokens, 0
     for a row without tokens; row r owns tokens q_start[r] .. q_start[r + 1] − 1; row_T is each
     token's row of the state, num_T its number within its row, from 1 on; last_R is the index of
-    each row's last token, 0 for padding rows at the front.
+    each row's last token, 0 for padding rows at the front. With `each` every token is a row of its
+    own: block_table_TP, seq_len_T, which is 1 for padding, and q_start = 0 … T.
     """
     num_tokens, num_rows = given_T.shape[0], row_idx_R.shape[0]
     end_R = num_tokens_R.cumsum(0)
@@ -65,14 +71,22 @@ def span_inputs(
     flat_T = row_T * block_table_SP.shape[1] + pos_T // block_size
     slot_T = block_table_SP.flatten()[flat_T].long() * block_size + pos_T % block_size
     slot_T = torch.where(is_real_T, slot_T, token_idx_T % block_size)
+    table_RP, q_start = block_table_SP[row_idx_R], torch.cat((torch.zeros_like(end_R[:1]), end_R))
     seq_len_R = torch.where(num_tokens_R > 0, pos_S[row_idx_R] + num_tokens_R, 0)
+    if each:
+        table_RP, seq_len_R = block_table_SP[row_T], pos_T + 1
+        q_start = torch.arange(num_tokens + 1, device=given_T.device)
+    token_T = torch.where(given_T < 0, token_S[row_T], given_T)
+    if draft_SK is not None:
+        draft_T = draft_SK[row_T, (index_T - 1).clamp(0, draft_SK.shape[1] - 1)]
+        token_T = torch.where(given_T == DRAFT, draft_T, token_T)
     return (
-        torch.where(given_T < 0, token_S[row_T], given_T),
+        token_T,
         pos_T + rope_offset_S[row_T],
         slot_T,
-        block_table_SP[row_idx_R],
+        table_RP,
         seq_len_R.int(),
-        torch.cat((torch.zeros_like(end_R[:1]), end_R)).int(),
+        q_start.int(),
         row_T,
         index_T + 1,
         (end_R - 1).clamp(min=0),
@@ -100,30 +114,6 @@ def sampling_inputs(
     """
     num = 1 if num_R is None else num_R
     return sampling_SF[row_idx_R, 0], seed_S[row_idx_R], pos_S[row_idx_R] + num
-
-
-def accept(
-    token_T: Tensor, chosen_T: Tensor, num_tokens_R: Tensor, num: int
-) -> tuple[Tensor, Tensor]:
-    """Verify the tokens of each row against the tokens that the model chose.
-
-    chosen_T[t] is the model's choice after token_T[t]. A chosen token is accepted if every earlier
-    choice of its row equals the token that the row fed next. Returns (token_RK, a row's chosen
-    tokens, K = `num`; count_R, the number of accepted ones: at least 1, at most the row's number of
-    tokens). For rows without tokens, token_RK is undefined and count_R is 1. No row feeds NO_TOKEN,
-    so only a row's last accepted token can be that.
-
-    Source: greedy verification of Leviathan et al. 2023, https://arxiv.org/abs/2211.17192. Noise is
-    a function of seed and position, so sampled tokens are verified in the same way as greedy ones.
-    """
-    end_R = num_tokens_R.cumsum(0)
-    step_K = torch.arange(num, device=token_T.device)
-    index_RK = ((end_R - num_tokens_R).unsqueeze(1) + step_K).clamp(max=token_T.shape[0] - 1)
-    token_RK, chosen_RK = (
-        x_T.index_select(0, index_RK.flatten()).view_as(index_RK) for x_T in (token_T, chosen_T)
-    )
-    is_wrong_RJ = (token_RK[:, 1:] != chosen_RK[:, :-1]) | (step_K[1:] >= num_tokens_R.unsqueeze(1))
-    return chosen_RK, (is_wrong_RJ.long().cumsum(1) == 0).sum(1) + 1
 
 
 def advance(

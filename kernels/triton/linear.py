@@ -48,7 +48,8 @@ def fused_linear(
             x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul
         )
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    residual_TO = None if residual_TO is None else residual_TO.contiguous()
+    if residual_TO is not None and not residual_TO.is_contiguous():
+        residual_TO = residual_TO.clone(memory_format=torch.contiguous_format)
     weight_rows, depth = weight_OD.shape
     if num_rows <= skinny_tiles.max_rows(weight_rows, depth, has_norm):
         return skinny_gemm.skinny_gemm(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops, reference
 from nanovllm.kernels.reference.latent_attention import Parts
+from nanovllm.kernels.triton import drafts
 from nanovllm.kernels.triton.all_reduce import (
     all_reduce,
     all_reduce_,
@@ -38,7 +39,7 @@ from nanovllm.kernels.triton.lora_row import lora_linear
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.offload import fetch_experts, stream_experts
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
-from nanovllm.kernels.triton.sample import sample
+from nanovllm.kernels.triton.sample import sample, sample_of
 from nanovllm.kernels.triton.sample_columns import sample_columns
 from nanovllm.kernels.triton.token_bitmask import apply_token_bitmask
 from nanovllm.kernels.triton.topk_softmax import norm_router_topk, topk_softmax
@@ -158,6 +159,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "linear_": linear_,
     "sample": sample,
     "sample_columns": sample_columns,
+    "sample_of": sample_of,
     "apply_top_k_top_p": apply_top_k_top_p,
     "apply_token_bitmask": apply_token_bitmask,
     "causal_conv": causal_conv,
@@ -173,6 +175,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "fetch_experts": fetch_experts,
     "stream_experts": stream_experts,
     "offloaded_experts": offloaded_experts,
+    **drafts.KERNELS,
 }
 
 

@@ -83,6 +83,7 @@ def best_of_span_kernel(
     temperature_ptr,  # [R]
     seed_ptr,  # [R]
     pos_ptr,  # [R]
+    id_ptr,  # [V], the tokens of the columns, read if HAS_IDS
     best_ptr,  # [R, P] fp32, written
     best_token_ptr,  # [R, P] int32, written
     logits_stride,
@@ -91,6 +92,7 @@ def best_of_span_kernel(
     tiles_per_program,
     TILE: tl.constexpr,
     IS_PART: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     HARDWARE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -131,6 +133,8 @@ def best_of_span_kernel(
                 logits_at + token_V, mask=token_V < vocab_size, other=float("-inf")
             ).to(tl.float32)
             id_V = token_V + first_token if IS_PART else token_V
+            if HAS_IDS:
+                id_V = tl.load(id_ptr + token_V, mask=token_V < vocab_size, other=0)
             one_plus_V = _one_plus_bits(id_V.to(tl.uint32), key, second)
             # Noise is at most −log(1 − u), so only a token with 1 − u < exp(logit / temperature −
             # best) can win; the slack exceeds all rounding. The first tiles of a span find its best
@@ -148,6 +152,9 @@ def best_of_span_kernel(
     best_token = tl.min(tl.where(best_V == best, best_token_V, LAST), 0)
     if IS_PART:
         best_token = tl.where(best_token == LAST, LAST, best_token + first_token)
+    if HAS_IDS:
+        found = tl.load(id_ptr + best_token, mask=best_token != LAST, other=LAST)
+        best_token = found.to(tl.int32)
     out = row_idx * tl.num_programs(1) + span_idx
     tl.store(best_ptr + out, best)
     tl.store(best_token_ptr + out, best_token)
@@ -189,12 +196,14 @@ def best_of_spans(
     seed_R: Tensor,
     pos_R: Tensor,
     part: tuple[int, int] | None = None,
+    token_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The best score of each span, fp32 [R, P], and its token, int32; LAST if all are −inf.
 
     The columns are a `part` of the vocabulary if they begin with another token than 0, or if only
-    some of them have tokens: (token of the first column, number of columns with tokens). There is
-    at least one row.
+    some of them have tokens: (token of the first column, number of columns with tokens). `token_V`
+    are the tokens of the columns, if these are not all of the vocabulary. There is at least one
+    row.
     """
     num_rows, width = logits_RV.shape
     device = logits_RV.device
@@ -208,6 +217,7 @@ def best_of_spans(
         temperature_R.contiguous(),
         seed_R.contiguous(),
         pos_R.contiguous(),
+        seed_R if token_V is None else token_V,
         best_RP,
         best_token_RP,
         logits_RV.stride(0),
@@ -216,6 +226,7 @@ def best_of_spans(
         tiles_per_span,
         TILE=TILE,
         IS_PART=part is not None,
+        HAS_IDS=token_V is not None,
         HARDWARE=device.type == "cuda",
         num_warps=4,
         **launch_options(device),
@@ -225,11 +236,34 @@ def best_of_spans(
 
 def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
     """`reference.sample.sample`; of equal scores the smallest id wins."""
+    return _sample(logits_RV, temperature_R, seed_R, pos_R)
+
+
+def sample_of(
+    logits_RX: Tensor,
+    token_X: Tensor,
+    vocab_size: int,
+    temperature_R: Tensor,
+    seed_R: Tensor,
+    pos_R: Tensor,
+) -> Tensor:
+    """`reference.drafts.sample_of`."""
+    return _sample(logits_RX, temperature_R, seed_R, pos_R, token_X)
+
+
+def _sample(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    seed_R: Tensor,
+    pos_R: Tensor,
+    token_V: Tensor | None = None,
+) -> Tensor:
     num_rows, device = logits_RV.shape[0], logits_RV.device
     token_R = torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_rows == 0:
         return token_R
-    best_RP, best_token_RP = best_of_spans(logits_RV, temperature_R, seed_R, pos_R)
+    inputs = logits_RV, temperature_R, seed_R, pos_R
+    best_RP, best_token_RP = best_of_spans(*inputs, token_V=token_V)
     num_spans = best_RP.shape[1]
     best_of_row_kernel[(num_rows,)](
         best_RP,

@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels import reference
 from nanovllm.kernels.triton.common import launch_options, wait_for_earlier_kernels
 
+DRAFT = tl.constexpr(reference.step.DRAFT)
 ROWS = 128  # of one program, where a row is one number
 NGRAM_TILE = 4096  # positions that a program of `ngram_propose` compares at a time
 SPAN_TOKENS = 64  # of one program of `span_inputs`, which compares each with the ends of all rows
@@ -111,6 +113,7 @@ def span_inputs_kernel(
     row_idx_ptr,  # [R]
     num_tokens_ptr,  # [R]
     given_ptr,  # [T]
+    draft_ptr,  # [S, DRAFTS], read if DRAFTS
     out_token_ptr,  # [T], written, as all below
     out_pos_ptr,  # [T]
     out_slot_ptr,  # [T]
@@ -127,12 +130,15 @@ def span_inputs_kernel(
     table_stride,
     BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    DRAFTS: tl.constexpr,
+    EACH: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     PIECE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Programs 0 .. token_programs − 1 take TOKENS tokens each, the others a row each."""
+    """Programs 0 .. token_programs − 1 take TOKENS tokens each, the others a row each, or with EACH
+    the block table of a token."""
     wait_for_earlier_kernels(PDL)
     row_R = tl.arange(0, ROWS)
     num_R = tl.load(num_tokens_ptr + row_R, mask=row_R < num_rows, other=0)
@@ -155,12 +161,34 @@ def span_inputs_kernel(
         slot_T = tl.where(is_real_T, slot_T, token_idx_T % BLOCK_SIZE)
         given_T = tl.load(given_ptr + token_idx_T, mask=is_token_T, other=0)
         token_T = tl.where(given_T < 0, tl.load(token_ptr + row_T), given_T)
+        if DRAFTS:
+            draft_T = tl.minimum(tl.maximum(index_T - 1, 0), DRAFTS - 1)
+            draft_T = tl.load(draft_ptr + row_T * DRAFTS + draft_T)
+            token_T = tl.where(given_T == DRAFT, draft_T, token_T)
         tl.store(out_token_ptr + token_idx_T, token_T, mask=is_token_T)
         rope_pos_T = pos_T + tl.load(rope_offset_ptr + row_T)
         tl.store(out_pos_ptr + token_idx_T, rope_pos_T, mask=is_token_T)
         tl.store(out_slot_ptr + token_idx_T, slot_T, mask=is_token_T)
         tl.store(out_row_ptr + token_idx_T, row_T, mask=is_token_T)
         tl.store(out_num_ptr + token_idx_T, index_T + 1, mask=is_token_T)
+        if EACH:
+            tl.store(out_seq_len_ptr + token_idx_T, (pos_T + 1).to(tl.int32), mask=is_token_T)
+            tl.store(out_q_start_ptr + token_idx_T, token_idx_T, mask=token_idx_T <= num_tokens)
+            if tl.program_id(0) == token_programs - 1:
+                tl.store(out_q_start_ptr + num_tokens, num_tokens)
+    elif EACH:
+        token = tl.program_id(0) - token_programs
+        r = tl.sum(((end_R <= token) & (row_R < num_rows)).to(tl.int32), 0)
+        state_row = tl.load(row_idx_ptr + r, mask=r < num_rows, other=pad_row)
+        for first in range(0, BLOCKS, PIECE):
+            block_P = first + tl.arange(0, PIECE)
+            is_block_P = block_P < BLOCKS
+            table_P = tl.load(table_ptr + state_row * table_stride + block_P, mask=is_block_P)
+            to_P = out_table_ptr + token.to(tl.int64) * BLOCKS + block_P
+            tl.store(to_P, table_P, mask=is_block_P)
+        if token < num_rows:
+            end = tl.sum(tl.where(row_R <= token, num_R, 0), 0)
+            tl.store(out_last_ptr + token, tl.maximum(end - 1, 0))
     else:
         row = tl.program_id(0) - token_programs
         state_row = tl.load(row_idx_ptr + row)
@@ -188,17 +216,20 @@ def span_inputs(
     num_tokens_R: Tensor,
     given_T: Tensor,
     block_size: int,
+    draft_SK: Tensor | None = None,
+    each: bool = False,
 ) -> tuple[Tensor, ...]:
     """See `reference.step.span_inputs`."""
     num_rows, num_blocks, num_tokens = row_idx_R.shape[0], block_table_SP.shape[1], given_T.shape[0]
     written = (
         *_per_token(given_T, 3),
-        *_per_row(row_idx_R, num_blocks),
+        *_per_row(given_T if each else row_idx_R, num_blocks),
         *_per_token(given_T, 2),
         torch.empty_like(row_idx_R),
     )
     token_programs = triton.cdiv(num_tokens, SPAN_TOKENS)
-    span_inputs_kernel[(token_programs + num_rows,)](
+    others = max(num_tokens, num_rows) if each else num_rows
+    span_inputs_kernel[(token_programs + others,)](
         token_S,
         pos_S,
         rope_offset_S,
@@ -206,6 +237,7 @@ def span_inputs(
         row_idx_R,
         num_tokens_R,
         given_T,
+        given_T if draft_SK is None else draft_SK,
         *written,
         num_rows,
         num_tokens,
@@ -214,6 +246,8 @@ def span_inputs(
         block_table_SP.stride(0),
         BLOCKS=num_blocks,
         BLOCK_SIZE=block_size,
+        DRAFTS=0 if draft_SK is None else draft_SK.shape[1],
+        EACH=each,
         ROWS=triton.next_power_of_2(num_rows),
         TOKENS=SPAN_TOKENS,
         PIECE=_piece(num_blocks),

@@ -346,7 +346,8 @@ class Engine:
         params, prompt_ids = asked.params, asked.prompt_ids
         edits, source = self._intake.edits(params), self._intake.source(params)
         has_masks = source is not None
-        self._runner.prepare(edits, has_penalties=params.has_penalties, has_masks=has_masks)
+        needs_masks = has_masks or params.min_tokens > 0
+        self._runner.prepare(edits, has_penalties=params.has_penalties, has_masks=needs_masks)
         for key, embeds in asked.embeddings.items():
             self._runner.add_embeddings(key, embeds)
         request_id = self._num_added

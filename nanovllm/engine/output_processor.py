@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import accumulate
 
 from nanovllm.engine.metrics import EngineMetrics
 from nanovllm.engine.mm_store import MMStore
@@ -47,15 +48,19 @@ class OutputProcessor:
                 for offset, token_id in enumerate(wanted.token_ids):
                     found = of_row(token_id, values, offset, wanted.num_top, self._tokenizer)
                     request.prompt_logprobs[wanted.first + offset] = found
-        for row, request_id in enumerate(plan.request_ids):
+        starts = accumulate(map(len, result.tokens), initial=0)
+        for row, (request_id, start) in enumerate(zip(plan.request_ids, starts)):
             token_ids = result.tokens[row]
             if not token_ids or request_id not in self.requests:
                 continue
             request, stream = self.requests[request_id]
             num_top = request.params.logprobs
-            if num_top is not None and result.logprobs is not None and token_ids[0] != NO_TOKEN:
-                found = of_row(token_ids[0], result.logprobs, row, num_top, self._tokenizer)
-                request.logprobs.append(found)
+            if num_top is not None and result.logprobs is not None:
+                request.logprobs += [
+                    of_row(token_id, result.logprobs, place, num_top, self._tokenizer)
+                    for place, token_id in enumerate(token_ids, start)
+                    if token_id != NO_TOKEN
+                ]
             num_fed = 1 if plan.is_prefill else plan.num_tokens[row]
             if num_fed > 1:
                 self._scheduler.note_accepted(num_fed - 1, len(token_ids) - 1)
@@ -126,7 +131,7 @@ class OutputProcessor:
                 request.constraint.push(token_id)
                 stops = request.constraint.is_ended
             if stops or num_outputs >= request.max_output:
-                del request.output_ids[num_outputs:]
+                del request.output_ids[num_outputs:], request.logprobs[num_outputs:]
                 reason = "stop" if stops else "length"
                 self._end(request, stream, reason, token_ids[:num])
                 return

@@ -4,7 +4,10 @@ The context are keys and values of the model's hidden states (`store_context`). 
 newest token and mask tokens, whose outputs are the draft tokens at their own positions. Source:
 https://arxiv.org/abs/2602.06036.
 
-J = I times the number of states | other letters are those of `dense` and `draft_head`
+DSpark adds logits by the token before (`before_VM`, `after_XM`), so the draft tokens of a block are
+drawn one after the other. Its head that predicts acceptance is not read.
+
+J = I times the number of states | M = `markov_rank` | other letters: see `dense` and `draft_head`
 """
 
 from __future__ import annotations
@@ -28,11 +31,15 @@ from nanovllm.models.model import LayerKind, Model, Param
 class DFlashConfig(ModelConfig):
     """The config of a draft: mask tokens have the embedding of `mask_id`."""
 
-    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (*ModelConfig.GRAPH_FIELDS, "mask_id")
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
+        *ModelConfig.GRAPH_FIELDS, "mask_id", "from_anchor", "markov_rank",
+    )  # fmt: skip
 
     mask_id: int = 0
     num_states: int = 0
     num_drafted: int = 0  # tokens that the draft's own head can draft; 0: the model's head
+    from_anchor: bool = False  # the newest token's output is the first draft token
+    markov_rank: int = 0  # of the logits that the token before adds; 0: none
 
 
 class Extra(NamedTuple):
@@ -41,13 +48,16 @@ class Extra(NamedTuple):
     fc_DJ: Tensor
     state_norm_D: Tensor
     target_X: Tensor | None  # the model's ids of the tokens that are drafted
+    # DSpark: logits of a token are added by the one before it, by its row of the first
+    before_VM: Tensor | None
+    after_XM: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockModel(Model):
     """The model of a draft, of up to `block_size` tokens with the newest one. Its layers are those
-    of a decoder. `context(config, extra, hidden)` gives what `store` reads, from the other model's
-    hidden states after the layers `reads`."""
+    of a decoder. `context(config, extra, states_TJ)` gives what `store` reads, from the hidden
+    states after the other model's layers `reads`."""
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (*Model.GRAPH_FIELDS, "context", "store")
 
@@ -71,7 +81,8 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None) -> BlockMod
     values = {field.name: getattr(plain, field.name) for field in fields(plain)}
     num_drafted = hf.draft_vocab_size if hf.draft_vocab_size < hf.vocab_size else 0
     own = {"mask_id": hf.mask_token_id, "num_states": len(hf.read_layers)}
-    own["num_drafted"] = num_drafted
+    own |= {"num_drafted": num_drafted, "markov_rank": hf.markov_rank}
+    own["from_anchor"] = hf.sample_from_anchor
     config = DFlashConfig(**{**values, "tied_embeddings": False}, **own)
     kind = LayerKind("dflash", dense.paged_kv(config))
     return BlockModel(
@@ -89,16 +100,16 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None) -> BlockMod
         layer_type=dense.layer_type,
         extra_type=Extra,
         lent=("embed_VD",) if num_drafted else ("embed_VD", "head_VD"),
-        read_elsewhere=("t2d",),
+        read_elsewhere=("t2d", "confidence_head."),
     )
 
 
 # regions -----------------------------------------------------------------------------------------
 
 
-def context(cfg: DFlashConfig, w: Extra, hidden: tuple[Tensor, ...]) -> Tensor:
+def context(cfg: DFlashConfig, w: Extra, states_TJ: Tensor) -> Tensor:
     """What all layers' keys and values of the context are made of: [T, D]."""
-    state_TD = linear(torch.cat(hidden, dim=-1), w.fc_DJ, None)
+    state_TD = linear(states_TJ, w.fc_DJ, None)
     return ops.rms_norm(state_TD, w.state_norm_D, cfg.norm_eps)
 
 
@@ -117,6 +128,11 @@ def outer_params(cfg: ModelConfig) -> dict[str, Param]:
     if cfg.num_drafted:
         declared["head_VD"] = Param.vocab("linear", HEAD, cfg.num_drafted, hidden)
         declared["target_X"] = target_param(cfg, cfg.num_drafted)
+    if cfg.markov_rank:
+        sizes = cfg.vocab_size, cfg.num_drafted or cfg.vocab_size
+        for name, number, size in zip(("before_VM", "after_XM"), (1, 2), sizes):
+            source = f"markov_head.markov_w{number}.weight"
+            declared[name] = Param.one("plain", source, size, cfg.markov_rank)
     return declared
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models import dense
 from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight, linear
@@ -40,9 +39,9 @@ class Outer(NamedTuple):
 class HeadModel(Model):
     """The model of a head. All its regions are pure functions at the top of a module.
 
-    `enter(config, w, token_T, hidden)` gives the input of the first layer [T, J] from the hidden
-    states [T, I] of `reads`, the other model's layers. `again(config, w, token_R, h_RD)` gives it
-    from the head's own after its last layer. `w` is `Outer`.
+    `enter(config, w, token_T, states_TJ)` gives the input of the first layer [T, J] from the hidden
+    states [I] of `reads`, the other model's layers, beside each other. `again(config, w, token_R,
+    h_RD)` gives it from the head's own after its last layer. `w` is `Outer`.
 
     `store(config, layer's weights, kv, cos_sin_MH, place, x_TJ)`, if there is one, only writes what
     the layer keeps, for steps after which nothing is drafted. `place` is that of `store_context`.
@@ -56,21 +55,6 @@ class HeadModel(Model):
     reads: tuple[int, ...]
 
 
-def logits(
-    cfg: ModelConfig, final_norm_D: Tensor, head_VD: Weight, target_X: Tensor | None, h_RD: Tensor
-) -> Tensor:
-    """`dense.head`, as logits [R, V] of the other model's tokens: −inf for those that the head
-    cannot draft. `target_X` are the ids of those that it can; None for all."""
-    logits_RX = dense.head(cfg, final_norm_D, head_VD, h_RD)
-    return logits_RX if target_X is None else of_target(cfg, target_X, logits_RX)
-
-
-def of_target(cfg: ModelConfig, target_X: Tensor, logits_RX: Tensor) -> Tensor:
-    """Logits [R, V] from those of the tokens that the head can draft."""
-    logits_RV = logits_RX.new_full((len(logits_RX), cfg.vocab_size), float("-inf"))
-    return logits_RV.index_copy(1, target_X, logits_RX)
-
-
 def store_context(
     cfg: ModelConfig,
     w: Any,
@@ -82,17 +66,13 @@ def store_context(
     """Write the keys and values that a layer, with plain weights, makes of its normalised inputs,
     at `place`: rope_pos_T and slot_T."""
     rope_pos_T, slot_T = place
-    first = cfg.num_heads * cfg.head_dim
-    bias_E = None if w.qkv_bias_E is None else w.qkv_bias_E[first:]
-    kv_TE = linear(x_TD, w.qkv_ED[first:], bias_E)
-    k_TKH, v_TKH = kv_TE.unflatten(1, (-1, cfg.head_dim)).chunk(2, dim=1)
-    k_TKH = k_TKH.contiguous()
-    if w.k_norm_H is not None:
-        k_TKH = ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps)
-    k_TKH = ops.rope(k_TKH, cos_sin_MH, rope_pos_T)
-    ops.store_kv(
-        k_TKH, v_TKH.contiguous(), kv.k_CBKH, kv.v_CBKH, slot_T, kv.k_scale_K, kv.v_scale_K
-    )
+    first, num = cfg.num_heads * cfg.head_dim, 2 * cfg.num_kv_heads * cfg.head_dim
+    bias_E = None if w.qkv_bias_E is None else w.qkv_bias_E.narrow(0, first, num)
+    kv_TE = linear(x_TD, w.qkv_ED.narrow(0, first, num), bias_E)
+    cache = kv.k_CBKH, kv.v_CBKH
+    scales = kv.k_scale_K, kv.v_scale_K
+    norms, places = (None, w.k_norm_H), (cos_sin_MH, rope_pos_T, slot_T)
+    ops.qk_norm_rope_store(kv_TE, *norms, *places, *cache, 0, cfg.norm_eps, *scales)  # no queries
     return ()
 
 

@@ -71,8 +71,7 @@ class Extra(NamedTuple):
 class Layer(NamedTuple):
     """Weights of the layer: qkv has the inputs [embedding | state]."""
 
-    attn_norm_D: Tensor
-    state_norm_D: Tensor
+    norms_J: Tensor  # of the embedding, and of the state
     qkv_ED: Weight
     qkv_bias_E: Tensor | None
     q_norm_H: Tensor | None
@@ -162,16 +161,14 @@ def read_layers(asked: tuple[int, ...] | None, num_layers: int) -> tuple[int, ..
 # regions -----------------------------------------------------------------------------------------
 
 
-def enter(cfg: Eagle3Config, w: Outer, token_T: Tensor, hidden: tuple[Tensor, ...]) -> Tensor:
+def enter(cfg: Eagle3Config, w: Outer, token_T: Tensor, states_TJ: Tensor) -> Tensor:
     """The layer's input [T, 2D]: embeddings beside what `fc` makes of the three states."""
     extra: Extra = w.extra
-    states_TJ = torch.cat(hidden, dim=-1)
     if extra.all_norm_J is not None:
         states_TJ = ops.rms_norm(states_TJ, extra.all_norm_J, cfg.norm_eps)
     if extra.each_norm_J is not None:
-        both = zip(states_TJ.split(cfg.state_size, 1), extra.each_norm_J.split(cfg.state_size))
-        parts = [ops.rms_norm(h_TI.contiguous(), norm_I, cfg.norm_eps) for h_TI, norm_I in both]
-        states_TJ = torch.cat(parts, dim=-1)
+        norms_3I = extra.each_norm_J.unflatten(0, (NUM_STATES, -1))
+        states_TJ = ops.rms_norm_each(states_TJ, norms_3I, cfg.norm_eps)
     return beside(dense.embed(cfg, w.embed_VD, token_T), linear(states_TJ, extra.fc_DJ, None))
 
 
@@ -192,9 +189,8 @@ def layer(
     x_TJ: Tensor,
 ) -> Tensor:
     """The layer: [T, D], see `dense.layer`."""
-    state_TD = x_TJ.chunk(2, dim=-1)[1]
-    both_TJ, normed_TD = _normed(cfg, w, x_TJ)
-    residual_TD = normed_TD if cfg.norms_residual else state_TD
+    both_TJ = _normed(cfg, w, x_TJ)
+    residual_TD = (both_TJ if cfg.norms_residual else x_TJ).chunk(2, dim=-1)[1]
     q_TNH, k_TKH, v_TKH = dense.heads(cfg, linear(both_TJ, w.qkv_ED, w.qkv_bias_E))
     if w.q_norm_H is not None and w.k_norm_H is not None:
         q_TNH = ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps)
@@ -214,15 +210,13 @@ def store(
     x_TJ: Tensor,
 ) -> tuple[()]:
     """See `HeadModel`."""
-    return store_context(cfg, w, kv, cos_sin_MH, place, _normed(cfg, w, x_TJ)[0])
+    return store_context(cfg, w, kv, cos_sin_MH, place, _normed(cfg, w, x_TJ))
 
 
-def _normed(cfg: Eagle3Config, w: Layer, x_TJ: Tensor) -> tuple[Tensor, Tensor]:
-    """The normalised input [T, 2D], and the second half of it."""
-    embed_TD, state_TD = x_TJ.chunk(2, dim=-1)
-    normed_TD = ops.rms_norm(state_TD.contiguous(), w.state_norm_D, cfg.norm_eps)
-    first_TD = ops.rms_norm(embed_TD.contiguous(), w.attn_norm_D, cfg.norm_eps)
-    return beside(first_TD, normed_TD), normed_TD
+def _normed(cfg: Eagle3Config, w: Layer, x_TJ: Tensor) -> Tensor:
+    """The input [T, 2D] with each half normalised."""
+    normed_TJ: Tensor = ops.rms_norm_each(x_TJ, w.norms_J.unflatten(0, (2, -1)), cfg.norm_eps)
+    return normed_TJ
 
 
 # parameters --------------------------------------------------------------------------------------
@@ -247,10 +241,15 @@ def outer_params(lent: tuple[str, ...], maps: bool, cfg: ModelConfig) -> dict[st
         declared["all_norm_J"] = Param.one("norm", "input_norm.weight", states)
     if cfg.norms_each:
         each = tuple(f"fc_norm.{i}.weight" for i in range(NUM_STATES))
-        declared["each_norm_J"] = Param.stack("norm", each, (cfg.state_size,) * NUM_STATES)
+        declared["each_norm_J"] = _norms(each, cfg.state_size)
     if maps:
         declared["target_X"] = target_param(cfg, num)
     return {name: param for name, param in declared.items() if name not in lent}
+
+
+def _norms(names: tuple[str, ...], size: int) -> Param:
+    """Weights of norms beside each other, which every rank has."""
+    return Param.stack("norm", names, (size,) * len(names))._replace(shard_axis=None)
 
 
 def layer_params(
@@ -261,5 +260,7 @@ def layer_params(
     declared = dense.layer_params(cfg, kind, layer_idx)
     qkv = declared["qkv_ED"]
     declared["qkv_ED"] = qkv._replace(shape=(qkv.shape[0], 2 * hidden))
-    declared["state_norm_D"] = Param.one("norm", "model.layers.0.hidden_norm.weight", hidden)
+    (own,) = declared.pop("attn_norm_D").sources
+    names = own, "model.layers.0.hidden_norm.weight"
+    declared["norms_J"] = _norms(names, hidden)
     return {name: renamed(param, "model.layers.0.", prefix) for name, param in declared.items()}

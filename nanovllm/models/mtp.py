@@ -149,10 +149,9 @@ def _with_scheme(head: HeadModel, target: Model) -> HeadModel:
 # regions -----------------------------------------------------------------------------------------
 
 
-def enter(cfg: ModelConfig, w: Outer, token_T: Tensor, hidden: tuple[Tensor, ...]) -> Tensor:
+def enter(cfg: ModelConfig, w: Outer, token_T: Tensor, states_TD: Tensor) -> Tensor:
     """The layer's input [T, D] from the model's hidden states after its last layer."""
-    (h_TD,) = hidden
-    return _joined(cfg, w, token_T, ops.rms_norm(h_TD, w.extra.model_norm_D, cfg.norm_eps))
+    return _joined(cfg, w, token_T, ops.rms_norm(states_TD, w.extra.model_norm_D, cfg.norm_eps))
 
 
 def again(cfg: ModelConfig, w: Outer, token_R: Tensor, h_RD: Tensor) -> Tensor:

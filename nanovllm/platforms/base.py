@@ -38,9 +38,10 @@ DELTA_OPS = ("causal_conv", "gated_delta", "gated_delta_step")
 LORA_OPS = ("add_lora", "add_lora_", "add_lora_silu", "lora_linear")
 # Ops of a step with our kernels on CPU and CUDA, or whose reference a lowering makes no faster.
 STEP_OPS = frozenset({
-    "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
-    "group_topk", "paged_attention", "qk_norm_rope_store", "rms_norm", "sample", "sampling_inputs",
-    "segment_attention", "silu_mul", "span_inputs", "topk_softmax", "varlen_attention",
+    "accept", "add_rms_norm", "advance", "decode_inputs", "draft_inputs", "expert_linear",
+    "experts", "group_topk", "next_tokens", "paged_attention", "qk_norm_rope_store", "rms_norm",
+    "rms_norm_each", "sample", "sample_of", "sampling_inputs", "segment_attention", "silu_mul",
+    "span_inputs", "topk_softmax", "varlen_attention",
     *LATENT_OPS, *DELTA_OPS, *LORA_OPS, *OFFLOAD_OPS, *OTHER_EXPERT_OPS, *PACKED_EXPERT_OPS,
     *COLLECTIVES,
 })  # fmt: skip

@@ -19,12 +19,11 @@ from torch import Tensor
 from nanovllm.platforms.base import Platform, Replay
 from nanovllm.runner.inputs import SpanArrays
 from nanovllm.runner.mm_embeds import MMEmbeds
-from nanovllm.runner.sampling import Kind, Variant
+from nanovllm.runner.sampling import Kind, Variant, logprobs
 from nanovllm.runner.state import Span, SpanTokens, accept_and_advance
 from nanovllm.runner.steps import Steps
 
 Capture = Callable[[Callable[[], None]], Replay]
-Choose = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, logits, numbers within rows: tokens
 
 
 class DecodeStep:
@@ -185,7 +184,9 @@ class VerifyStep(SpanStep):
         self._logits: tuple[Tensor, SpanTokens] | None = None
         self._capture: Capture | None = None
         self._filled: SpanArrays | None = None  # the content of the span
-        self._variants: dict[Kind, tuple[int, Replay]] = {}  # by kind: version, step
+        # by kind and number of log-probabilities: version, step
+        self._variants: dict[tuple[Kind, int | None], tuple[int, Replay]] = {}
+        self._logprobs: dict[tuple[Kind, int | None], tuple[Tensor, ...]] = {}
 
     def fill(self, arrays: SpanArrays) -> None:
         """See `SpanStep`. While the same rows verify drafts of the state, nothing is copied."""
@@ -199,11 +200,13 @@ class VerifyStep(SpanStep):
         super().capture(capture)
         self._capture = capture
 
-    def replay_with(self, variant: Variant) -> None:
-        """The whole step with another sampler. It is captured on first use."""
-        version, replay = self._variants.get(variant.kind, (None, None))
+    def replay_with(self, variant: Variant) -> tuple[Tensor, ...]:
+        """The whole step with another sampler. It is captured on first use. Returns
+        `sampling.logprobs` of all tokens that the step feeds, if the variant has any."""
+        key = variant.kind, variant.num_logprobs
+        version, replay = self._variants.get(key, (None, None))
         if replay is None or version != variant.version:
-            launch = partial(self._launch_with, variant.verify)
+            launch = partial(self._launch_with, variant)
             replay = partial(launch, self._steps)
             if self._capture is not None:
                 given, filled = [one.clone() for one in self.span], self._filled
@@ -215,23 +218,29 @@ class VerifyStep(SpanStep):
                 for target, values in zip(self.span, given):
                     target.copy_(values)
                 self._filled = filled
-                self._variants[variant.kind] = variant.version, replay
+                self._variants[key] = variant.version, replay
         replay()
+        return self._logprobs[key]
 
-    def _launch_with(self, choose: Choose, steps: Steps) -> None:
+    def _launch_with(self, variant: Variant, steps: Steps) -> None:
         with steps.proposing(self.span, self.num):
             logits_TW, tokens = steps.verify_logits(self.span, self.num)
-            self._accept(choose, steps.gathered(logits_TW), tokens)
+            found = self._accept(variant, steps.gathered(logits_TW), tokens)
+        self._logprobs[variant.kind, variant.num_logprobs] = found
 
-    def accept(self, choose: Choose) -> None:
-        """The whole step op by op, where it is one program with its own sampler."""
+    def accept(self, variant: Variant) -> tuple[Tensor, ...]:
+        """`replay_with` op by op, where the step is one program with its own sampler."""
         with self._steps.proposing(self.span, self.num):
-            self._accept(choose, *self.logits())
+            return self._accept(variant, *self.logits())
 
-    def _accept(self, choose: Choose, logits_TV: Tensor, tokens: SpanTokens) -> None:
-        chosen_T = choose(tokens.row_T, logits_TV, tokens.num_T)
+    def _accept(
+        self, variant: Variant, logits_TV: Tensor, tokens: SpanTokens
+    ) -> tuple[Tensor, ...]:
+        chosen_T = variant.verify(tokens.row_T, logits_TV, tokens.num_T)
         state, rate = self._steps.state, self._steps.synthetic_rate
         self._set(*accept_and_advance(self.num, state, self.span, tokens, chosen_T, rate))
+        num_top = variant.num_logprobs
+        return () if num_top is None else logprobs(logits_TV, chosen_T, num_top)
 
     def _launch(self, steps: Steps) -> None:
         with steps.proposing(self.span, self.num):

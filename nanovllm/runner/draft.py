@@ -73,12 +73,11 @@ class DraftParts:
         self._draft, self._params, self._layout = spec.draft, params.draft, spec.layout
         self._state, self._attention = state, spec.attention
         device, layers = state.token_S.device, spec.draft.proposer.layers
-        self._hidden_LTD: Tensor | None = None
-        self._reads_last = cfg.num_layers - 1 in layers
+        self._states_TLD: Tensor | None = None
         if layers:
             num_tokens = max(spec.layout.prefill_tokens[-1], spec.layout.logits_rows[-1])
-            shape = (len(layers), num_tokens, cfg.hidden_size)
-            self._hidden_LTD = torch.zeros(shape, dtype=cfg.dtype, device=device)
+            shape = (num_tokens, len(layers), cfg.hidden_size)
+            self._states_TLD = torch.zeros(shape, dtype=cfg.dtype, device=device)
         self._tables: list[Tensor] = []
         if (model := spec.draft.model) is not None:
             size, head_dim = spec.layout.max_model_len, model.config.head_dim
@@ -91,8 +90,8 @@ class DraftParts:
         """The proposer over caches of so many blocks; `zeros(shape, dtype)` allocates them."""
         model = self._draft.model
         steps = None if model is None else self._steps(model, num_blocks, zeros, compiler)
-        facts = self._reads_last, self._draft.reads_fed, self._draft.varies
-        return Drafting(self._draft.proposer, steps, self._hidden_LTD, *facts)
+        facts = self._draft.reads_last, self._draft.reads_fed, self._draft.varies
+        return Drafting(self._draft.proposer, steps, self._states_TLD, *facts)
 
     def _steps(
         self, model: Model, num_blocks: int, zeros: Callable[..., Tensor], compiler: Compiler

@@ -1,14 +1,15 @@
 """The proposer that drafts a block of tokens in one pass (`models.dflash`).
 
-R rows | T tokens | K draft tokens a row | B = K + 1 tokens of a block | X = R · B | N = R · K
-D hidden | V vocabulary
+R rows | T tokens | K draft tokens a row | B tokens of a block: K + 1, or K if the newest token's
+output is the first draft token | X = R · B | D hidden | V vocabulary | M rank of a Markov head
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.models import dense
 from nanovllm.models.dflash import BlockModel, DFlashConfig
-from nanovllm.models.draft_head import Outer, of_target
-from nanovllm.models.formats import Weight
+from nanovllm.models.draft_head import Outer
+from nanovllm.models.formats import Weight, linear
 from nanovllm.models.model import Batch
+from nanovllm.runner.draft_head import draw_of
 from nanovllm.runner.proposer import Fed
 from nanovllm.runner.state import DeviceState, choose
 from nanovllm.runner.vocab_parallel import drawing
@@ -27,31 +29,29 @@ if TYPE_CHECKING:
     from nanovllm.runner.steps import Steps
 
 
+class BlockTokens(NamedTuple):
+    """The tokens of blocks: rows of the state, and numbers within the block from 0 on."""
+
+    row_X: Tensor
+    ahead_X: Tensor
+
+
 def begin_block(
     cfg: DFlashConfig,
     sizes: tuple[int, int, int],
     state: DeviceState,
     embed_VD: Weight,
     row_idx_R: Tensor,
-) -> tuple[Tensor, Batch]:
+) -> tuple[Tensor, BlockTokens, Batch]:
     """Embeddings [X, D] of each row's newest token and mask tokens, and their places.
 
-    Every token is a row of its own, with the keys of the whole block: so each sees all of them.
     `sizes` are those of the block, of a cache block and the last position.
     """
     num, block_size, last_pos = sizes
-    offset_B = torch.arange(num, device=row_idx_R.device)
-    pos_RB = state.pos_S.index_select(0, row_idx_R).unsqueeze(1) + offset_B
-    pos_X = pos_RB.clamp(max=last_pos).flatten()
-    token_R1 = state.token_S.index_select(0, row_idx_R).unsqueeze(1)
-    token_X = torch.where(offset_B == 0, token_R1, cfg.mask_id).flatten()
-    rows_X = row_idx_R.repeat_interleave(num)
-    places = (one.index_select(0, rows_X) for one in (state.rope_offset_S, state.block_tables[0]))
-    token_X, *batch = ops.decode_inputs(
-        token_X, pos_X, *places, torch.arange(len(rows_X), device=rows_X.device), block_size
-    )
-    end_X = (pos_RB[:, -1:].clamp(max=last_pos) + 1).expand_as(pos_RB).flatten().int()
-    return dense.embed(cfg, embed_VD, token_X), Batch(*batch)._replace(seq_len_R=end_X)
+    rows = *state[:3], state.block_tables[0], row_idx_R
+    made = ops.draft_inputs(*rows, num, 0, cfg.mask_id, block_size, last_pos)
+    token_X, *places, row_X, ahead_X = made
+    return dense.embed(cfg, embed_VD, token_X), BlockTokens(row_X, ahead_X), Batch(*places)
 
 
 def end_block(
@@ -60,21 +60,46 @@ def end_block(
     state: DeviceState,
     w: Outer,
     head_VD: Weight,
-    row_idx_R: Tensor,
+    tokens: BlockTokens,
     h_XD: Tensor,
 ) -> Tensor:
-    """The draft tokens [R, K] that the outputs of mask tokens give, by temperature and noise."""
-    h_RBD = h_XD.unflatten(0, (-1, num))
-    logits_NV = dense.head(cfg, w.final_norm_D, head_VD, h_RBD[:, 1:].flatten(0, 1))
+    """The draft tokens [R, K] that the outputs of mask tokens give, by temperature and noise. Those
+    of the newest tokens are computed, too, and dropped, unless they are the first draft tokens:
+    without them the outputs would be copied.
+    """
+    logits_XV = dense.head(cfg, w.final_norm_D, head_VD, h_XD)
     target_X, draw = w.extra.target_X, drawing(cfg, choose)
+    if cfg.num_ranks > 1 and (target_X is not None or cfg.markov_rank):
+        # each has the logits of some of these tokens
+        num_columns = cfg.vocab_size if target_X is None else len(target_X)
+        logits_XV, draw = ops.gather_columns(logits_XV, num_columns), choose
     if target_X is not None:
-        if cfg.num_ranks > 1:  # each has the logits of some of these tokens
-            logits_NV = ops.gather_columns(logits_NV, len(target_X))
-        logits_NV, draw = of_target(cfg, target_X, logits_NV), choose
-    rows_N = row_idx_R.repeat_interleave(num - 1)
-    ahead_N = torch.arange(1, num, device=rows_N.device).repeat(len(row_idx_R))
-    token_N: Tensor = draw(state, rows_N, logits_NV, ahead_N)
-    return token_N.unflatten(0, (-1, num - 1))
+        draw = partial(choose, draw=draw_of(target_X, cfg.vocab_size))
+    first = 0 if cfg.from_anchor else 1
+    ahead_X = tokens.ahead_X + 1 if cfg.from_anchor else tokens.ahead_X
+    if cfg.markov_rank:
+        rows, blocks = tokens.row_X.view(-1, num), ahead_X.view(-1, num)
+        inputs = zip(rows.unbind(1), logits_XV.unflatten(0, (-1, num)).unbind(1), blocks.unbind(1))
+        return _chained(w, state, draw, list(inputs)[first:])
+    token_X: Tensor = draw(state, tokens.row_X, logits_XV, ahead_X)
+    return token_X.unflatten(0, (-1, num)).narrow(1, first, num - first)
+
+
+def _chained(
+    w: Outer,
+    state: DeviceState,
+    draw: Callable[..., Tensor],
+    inputs: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> Tensor:
+    """Tokens [R, K], each from logits to which the one before adds its own. `inputs` are those of
+    `choose` at each place: rows, logits, numbers."""
+    token_R, found = state.token_S.index_select(0, inputs[0][0]), []
+    for row_R, logits_RV, ahead_R in inputs:
+        before_RM = torch.nn.functional.embedding(token_R, w.extra.before_VM)
+        token_R = draw(state, row_R, logits_RV + linear(before_RM, w.extra.after_XM, None), ahead_R)
+        found.append(token_R)
+        token_R = token_R.clamp(min=0)
+    return torch.stack(found, 1)
 
 
 @dataclass(frozen=True)
@@ -95,9 +120,9 @@ class DraftBlock:
         self._store_context(model, fed, steps)
         if not self.num:
             return None
-        num, rows = self.num + 1, (fed.row_idx_R.shape[0], self.num)
+        num, rows = self.num + (not model.config.from_anchor), (fed.row_idx_R.shape[0], self.num)
         sizes = (num, steps.block_size, steps.cos_sin_MH.shape[0] - 1)
-        h_XD, batch = steps._run(
+        h_XD, tokens, batch = steps._run(
             "begin_block",
             rows,
             partial(begin_block, model.config, sizes),
@@ -112,7 +137,7 @@ class DraftBlock:
             state=steps.state,
             w=Outer(params.extra, params.embed_VD, params.final_norm_D),
             head_VD=params.head_VD,
-            row_idx_R=fed.row_idx_R,
+            tokens=tokens,
             h_XD=steps._layers("decode", h_XD, batch, 1),
         )
         return token_RK
@@ -126,7 +151,7 @@ class DraftBlock:
             (num_tokens,),
             partial(model.context, model.config),
             w=steps.params.extra,
-            hidden=fed.hidden,
+            states_TJ=fed.states_TJ,
         )
         for weights, cache in zip(steps.params.layers, steps.caches):
             steps._run(

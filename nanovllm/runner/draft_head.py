@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models.config import ModelConfig
-from nanovllm.models.draft_head import HeadModel, Outer, logits, of_target
+from nanovllm.models.draft_head import HeadModel, Outer
 from nanovllm.models.model import Batch, Params
 from nanovllm.runner.proposer import Fed
-from nanovllm.runner.state import DeviceState, choose_and_advance, decode_batch
+from nanovllm.runner.state import DeviceState, Draw, choose_and_advance
 
 if TYPE_CHECKING:
     from nanovllm.runner.steps import Steps
@@ -28,28 +27,29 @@ if TYPE_CHECKING:
 def following(
     state: DeviceState, token_T: Tensor, batch: Batch, row_idx_R: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """For each token that a step has fed, the one after it, and the index of each row's last
-    accepted token, whose successor is the row's newest. The successors of rejected ones are any.
+    """`ops.next_tokens` after a step that has fed token_T.
 
     At the end of a prompt's part that is not the last, the newest token is the one that the model
     would choose, not the prompt's next.
     """
-    num_tokens = token_T.shape[0]
-    first_R = batch.q_start_S[:-1].long()
-    fed_R = batch.q_start_S[1:] - first_R
-    # the row has moved from its position before the step by the number of accepted tokens
-    kept_R = state.pos_S.index_select(0, row_idx_R) - (batch.seq_len_R - fed_R)
-    last_R = (first_R + kept_R - 1).clamp(0, num_tokens - 1)
-    next_T = torch.cat((token_T[1:], token_T[:1], token_T[:1]))
-    # padding rows write beyond the end
-    place_R = torch.where(row_idx_R == state.pad_row, num_tokens, last_R)
-    next_T = next_T.scatter(0, place_R, state.token_S.index_select(0, row_idx_R))
-    return next_T.narrow(0, 0, num_tokens), last_R
+    rows = state.token_S, state.pos_S, row_idx_R
+    next_T, last_R = ops.next_tokens(*rows, token_T, batch.seq_len_R, batch.q_start_S)
+    return next_T, last_R
+
+
+def draw_of(target_X: Tensor, vocab_size: int) -> Draw:
+    """`ops.sample` from logits of these tokens."""
+
+    def draw(logits_RX: Tensor, *inputs: Tensor) -> Tensor:
+        token_R: Tensor = ops.sample_of(logits_RX, target_X, vocab_size, *inputs)
+        return token_R
+
+    return draw
 
 
 def begin_again(
     again: Callable[..., Tensor],
-    block_size: int,
+    sizes: tuple[int, int],
     state: DeviceState,
     w: Outer,
     row_idx_R: Tensor,
@@ -57,11 +57,12 @@ def begin_again(
 ) -> tuple[Tensor, Batch]:
     """The input of the next pass: each row's newest draft token beside the head's hidden state.
 
-    The entry that is made of token t + 1 has the place of token t.
+    The entry that is made of token t + 1 has the place of token t. `sizes` are those of a cache
+    block and the last position.
     """
-    before = state._replace(pos_S=(state.pos_S - 1).clamp(min=0))
-    token_R, batch = decode_batch(block_size, before, row_idx_R)
-    return again(w, token_R, h_RD), batch
+    rows = *state[:3], state.block_tables[0], row_idx_R
+    token_R, *places = ops.draft_inputs(*rows, 1, -1, 0, *sizes)
+    return again(w, token_R, h_RD), Batch(*places[:5])
 
 
 def _outer(params: Params) -> Outer:
@@ -86,7 +87,7 @@ class DraftHead:
         if not self.num and self._stores(fed, steps, x_TJ):
             return None
         own = steps.state._replace(token_S=state.token_S.clone(), pos_S=state.pos_S.clone())
-        ahead, last_pos = replace(steps, state=own), steps.cos_sin_MH.shape[0] - 1
+        ahead = replace(steps, state=own)
         is_one = fed.phase == "decode"  # a token of each row
         keep_R = None if is_one else last_R
         # after each row's last accepted token
@@ -94,7 +95,6 @@ class DraftHead:
         found = []
         for number in range(self.num):
             if number:
-                own.pos_S.clamp_(max=last_pos)
                 h_RD = self._again(ahead, fed.row_idx_R, h_RD)
             found.append(self._drawn(ahead, fed.row_idx_R, h_RD))
         return torch.stack(found, 1) if found else None
@@ -120,7 +120,7 @@ class DraftHead:
             partial(model.enter, model.config),
             w=_outer(params),
             token_T=token_T,
-            hidden=fed.hidden,
+            states_TJ=fed.states_TJ,
         )
         return x_TJ, last_R
 
@@ -146,10 +146,11 @@ class DraftHead:
         """The hidden states [R, D] after the newest draft tokens."""
         model, params = ahead.model, ahead.params
         assert isinstance(model, HeadModel)
+        sizes = ahead.block_size, ahead.cos_sin_MH.shape[0] - 1
         x_RJ, batch = ahead._run(
             "again",
             (row_idx_R.shape[0],),
-            partial(begin_again, partial(model.again, model.config), ahead.block_size),
+            partial(begin_again, partial(model.again, model.config), sizes),
             state=ahead.state,
             w=_outer(params),
             row_idx_R=row_idx_R,
@@ -160,34 +161,27 @@ class DraftHead:
     def _drawn(self, ahead: Steps, row_idx_R: Tensor, h_RD: Tensor) -> Tensor:
         """Draw token_R, and make them the newest of `ahead`."""
         cfg, params = ahead.model.config, ahead.params
-        target_X = getattr(params.extra, "target_X", None)
-        is_part = cfg.num_ranks > 1 and target_X is not None
-        logits_RX = ahead._run(
-            "head",
-            (h_RD.shape[0],),
-            partial(logits, cfg),
-            final_norm_D=params.final_norm_D,
-            head_VD=params.head_VD,
-            target_X=None if is_part else target_X,
-            h_RD=h_RD,
-        )
-        if not is_part:
+        target_X: Tensor | None = getattr(params.extra, "target_X", None)
+        logits_RX = ahead._head(h_RD)
+        if target_X is None:
             return ahead.sample(row_idx_R, logits_RX)
-        # the tokens of one rank's part of the head may be anywhere in the vocabulary
-        assert target_X is not None
+        if cfg.num_ranks > 1:
+            # the tokens of one rank's part of the head may be anywhere in the vocabulary
+            logits_RX = ops.gather_columns(logits_RX, len(target_X))
         token_R: Tensor = ahead._run(
             "sample",
-            (h_RD.shape[0], "whole"),
-            partial(_choose_of_target, cfg),
+            (h_RD.shape[0], "of"),
+            partial(choose_of_target, cfg.vocab_size),
             state=ahead.state,
             row_idx_R=row_idx_R,
             target_X=target_X,
-            logits_RX=ops.gather_columns(logits_RX, len(target_X)),
+            logits_RX=logits_RX,
         )
         return token_R
 
 
-def _choose_of_target(
-    cfg: ModelConfig, state: DeviceState, row_idx_R: Tensor, target_X: Tensor, logits_RX: Tensor
+def choose_of_target(
+    vocab_size: int, state: DeviceState, row_idx_R: Tensor, target_X: Tensor, logits_RX: Tensor
 ) -> Tensor:
-    return choose_and_advance(state, row_idx_R, of_target(cfg, target_X, logits_RX))
+    """`choose_and_advance` from the tokens that a head can draft."""
+    return choose_and_advance(state, row_idx_R, logits_RX, draw=draw_of(target_X, vocab_size))

@@ -32,6 +32,10 @@ class MaskTable:
         self._masked: set[int] = set()  # rows whose masks may forbid something
         self._newest: tuple[list[int], Tensor] | None = None  # masked rows, also on the device
 
+    @property
+    def num_words(self) -> int:
+        return self._shape[1]
+
     def reserve(self) -> None:
         """Allocate the table. Changes nothing if memory runs out."""
         if self._allowed_SW is None:

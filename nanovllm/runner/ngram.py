@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from nanovllm.kernels import ops
 from nanovllm.runner.proposer import Fed
 from nanovllm.runner.state import DeviceState
@@ -23,7 +25,12 @@ class Ngram:
 
     def propose(self, state: DeviceState, fed: Fed, steps: Any) -> None:
         """See `DeviceProposer`. It writes the drafts itself."""
-        assert state.history_SM is not None and state.draft_SK is not None
-        rows = state.token_S, state.pos_S, fed.row_idx_R
-        lengths = self.shortest, self.longest
-        ops.ngram_propose(state.history_SM, state.draft_SK, *rows, *lengths, state.past_C)
+        op, arguments = self.call(state, fed.row_idx_R)
+        op(*arguments)
+
+    def call(self, state: DeviceState, row_idx_R: Tensor) -> tuple[Any, list[Any]]:
+        """The op that drafts, and its arguments."""
+        rows = [state.token_S, state.pos_S, row_idx_R]
+        lengths = [self.shortest, self.longest]
+        written = [state.history_SM, state.draft_SK]
+        return ops.ngram_propose, [*written, *rows, *lengths, state.past_C]

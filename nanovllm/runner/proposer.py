@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from nanovllm.models.model import Batch
@@ -21,8 +22,9 @@ class Fed(NamedTuple):
     """What a step has fed to the model, and what the model made of it.
 
     phase, max_q_len: those of the step's layers. batch: the places of the tokens in the cache.
-    hidden: [T, D] after each of `DeviceProposer.layers`. A proposer that reads nothing of this but
-    the rows (`Drafting.reads_fed`) gets only these.
+    states_TJ: hidden states [D] after each of `DeviceProposer.layers`, beside each other; None
+    without layers. A proposer that reads nothing of this but the rows (`Drafting.reads_fed`) gets
+    only these.
     """
 
     phase: str
@@ -30,7 +32,7 @@ class Fed(NamedTuple):
     row_idx_R: Tensor
     token_T: Tensor
     batch: Batch
-    hidden: tuple[Tensor, ...] = ()
+    states_TJ: Tensor | None = None
 
 
 def rows_alone(row_idx_R: Tensor) -> Fed:
@@ -64,7 +66,7 @@ class DeviceProposer(Protocol):
 
 class Drafting(NamedTuple):
     """A proposer, the `Steps` of its model if it has one, and memory for hidden states of up to T
-    tokens: [num layers, T, D].
+    tokens after L layers.
 
     reads_last: whether it reads those after the last layer, of all tokens. reads_fed: whether it
     reads more than the rows of steps. varies: whether it drafts as many tokens as a verifying step
@@ -73,7 +75,7 @@ class Drafting(NamedTuple):
 
     proposer: DeviceProposer
     steps: Any
-    hidden_LTD: Tensor | None
+    states_TLD: Tensor | None
     reads_last: bool
     reads_fed: bool = True
     varies: bool = False
@@ -86,18 +88,21 @@ class Drafting(NamedTuple):
         made: Any = replace(cast(Any, self.proposer), num=num)
         return cast(DeviceProposer, made)
 
-    def hidden(self, num_tokens: int) -> tuple[Tensor, ...]:
-        if self.hidden_LTD is None:
-            return ()
-        return self.hidden_LTD.narrow(1, 0, num_tokens).unbind(0)
+    def states(self, num_tokens: int) -> Tensor | None:
+        """The hidden states [T, L · D] of a step's tokens."""
+        if self.states_TLD is None:
+            return None
+        return self.states_TLD.narrow(0, 0, num_tokens).flatten(1)
 
     def keep(self, layer_idx: int, h_TD: Tensor) -> None:
         """Keep the hidden states after a layer, if the proposer reads them."""
-        if self.hidden_LTD is None:
+        if self.states_TLD is None:
             return
         for place, wanted in enumerate(self.proposer.layers):
             if wanted == layer_idx:
-                self.hidden_LTD.select(0, place).narrow(0, 0, len(h_TD)).copy_(h_TD)
+                kept_TD = self.states_TLD.select(1, place).narrow(0, 0, len(h_TD))
+                # unlike the method, this takes fake tensors of an absent device
+                torch.ops.aten.copy_.default(kept_TD, h_TD)
 
 
 def write(state: DeviceState, row_idx_R: Tensor, token_RK: Tensor | None) -> None:

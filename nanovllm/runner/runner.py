@@ -39,7 +39,7 @@ from nanovllm.runner.encoders import Encoders, MMItem
 from nanovllm.runner.graph_cache import Captures, GraphCache
 from nanovllm.runner.mm_embeds import MMEmbedInputs, fill
 from nanovllm.runner.no_grad import in_group, without_grad
-from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
+from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs, read_logprobs
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import Span, new_state
 from nanovllm.runner.state_update import write
@@ -410,18 +410,19 @@ class Runner:
         self,
         plan: StepPlan,
         tokens: Tensor,
-        logits_RV: Tensor | None = None,
+        logprobs: LogprobCopies | None = None,
         prompt_logprobs: list[list[LogprobCopies]] | None = None,
         counts: Tensor | None = None,
     ) -> AsyncOutput:
-        logprobs, num_top = None, plan.sampling.num_logprobs
-        if num_top is not None:
-            assert logits_RV is not None
-            num = len(plan.rows)
-            logprobs = copy_logprobs(self.platform, logits_RV, tokens, num_top, num)
         read_back = self.platform.read_back
         counts_copy = None if counts is None else read_back(counts)
         return AsyncOutput(plan, read_back(tokens), counts_copy, logprobs, prompt_logprobs or [])
+
+    def _logprobs(self, plan: StepPlan, logits_RV: Tensor, token_R: Tensor) -> LogprobCopies | None:
+        num_top = plan.sampling.num_logprobs
+        if num_top is None:
+            return None
+        return copy_logprobs(self.platform, logits_RV, token_R, num_top, len(plan.rows))
 
     def _decode(self, plan: StepPlan) -> AsyncOutput:
         step = self._buckets_of(plan).decode(
@@ -437,7 +438,7 @@ class Runner:
             with ALONE if plan.drafts.rests else self.steps.proposing(step.row_idx_R):
                 logits_RV = step.logits()
                 token_R = self.sampler.sample(plan.sampling, step.row_idx_R, logits_RV)
-            return self._launched(plan, token_R, logits_RV)
+            return self._launched(plan, token_R, self._logprobs(plan, logits_RV, token_R))
         return self._launched(plan, step.token_R)
 
     def announce(self, seq_lens: list[int], num_rows: int) -> None:
@@ -454,16 +455,14 @@ class Runner:
             plan.rows, plan.num_tokens, plan.token_T, num_rows * num, num_rows
         )
         step.fill(arrays)
+        logprobs = None
         if plan.sampling.is_plain:
             step.replay()
         else:
-            assert not plan.sampling.needs_host
-            variant = self.sampler.variant(plan.sampling)
-            if self.steps.whole:
-                step.accept(variant.verify)
-            else:
-                step.replay_with(variant)
-        return self._launched(plan, step.token_RK, counts=step.count_R)
+            run = step.accept if self.steps.whole else step.replay_with
+            if found := run(self.sampler.variant(plan.sampling)):
+                logprobs = read_logprobs(self.platform, found, sum(plan.num_tokens))
+        return self._launched(plan, step.token_RK, logprobs, counts=step.count_R)
 
     def _prefill(self, plan: StepPlan) -> AsyncOutput:
         bucket = self.layout.prefill_bucket(len(plan.token_T), len(plan.rows))
@@ -493,7 +492,8 @@ class Runner:
             logits_RV = step.logits()
         rows = step.span.row_idx_R, logits_RV, step.span.num_tokens_R
         token_R = self.sampler.sample(plan.sampling, *rows)
-        return self._launched(plan, token_R, logits_RV, prompt_logprobs)
+        logprobs = self._logprobs(plan, logits_RV, token_R)
+        return self._launched(plan, token_R, logprobs, prompt_logprobs)
 
     def _prompt_logprobs(
         self, wanted: PromptLogprobs, h_TD: Tensor, group: int

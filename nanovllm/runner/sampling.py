@@ -1,4 +1,4 @@
-"""The sampler for filters, edits, masks, penalties, forbidden tokens and log-probabilities.
+"""The sampler for filters, edits, masks, penalties and log-probabilities.
 
 The plain sampler needs only a temperature and is a part of the step (`state.choose_and_advance`).
 Filters, edits, masks and penalties need only tables on the device, so decode steps are captured
@@ -105,7 +105,11 @@ class LogprobCopies(NamedTuple):
 def copy_logprobs(
     platform: Platform, logits_RV: Tensor, token_R: Tensor, num_top: int, num: int
 ) -> LogprobCopies:
-    values = logprobs(logits_RV, token_R, num_top)
+    return read_logprobs(platform, logprobs(logits_RV, token_R, num_top), num)
+
+
+def read_logprobs(platform: Platform, values: Sequence[Tensor], num: int) -> LogprobCopies:
+    """Copies of the fields of `Logprobs`, of the first `num` rows."""
     return LogprobCopies(num, [platform.read_back(value) for value in values])
 
 
@@ -129,13 +133,15 @@ class Variant(NamedTuple):
 
     `choose(row_idx_R, logits_RV)` returns token_R and advances the state. `verify(row_idx_T,
     logits_TV, num_T)` returns token_T for several tokens of a row, and does not. A step that was
-    captured with another `version` of the same `kind` must be captured again.
+    captured with another `version` of the same `kind` must be captured again. With `num_logprobs`
+    the log-probabilities of verified tokens are computed, too (`logprobs`).
     """
 
     kind: Kind
     version: int
     choose: Callable[[Tensor, Tensor], Tensor]
     verify: Callable[[Tensor, Tensor, Tensor], Tensor]
+    num_logprobs: int | None = None
 
 
 class Sampler:
@@ -189,10 +195,11 @@ class Sampler:
             self.masks.reserve()
 
     def variant(self, sampling: SamplingMetadata) -> Variant:
-        """The sampler for a choice that does not need the host."""
+        """The sampler for a choice."""
         kind = kind_of(sampling)
         version = self.edits.version if kind.has_edits else 0
-        return Variant(kind, version, partial(self._sample, kind), partial(self._choose, kind))
+        chooses = partial(self._sample, kind), partial(self._choose, kind)
+        return Variant(kind, version, *chooses, sampling.num_logprobs)
 
     def remember(self, histories: Sequence[TokenHistory]) -> None:
         """Set the counts of rows that now belong to requests with penalties."""
@@ -231,13 +238,9 @@ class Sampler:
     ) -> Tensor:
         """Choose token_R as `sampling` describes, advance the state and record the tokens.
 
-        The order is that of vLLM: forbidden tokens, edits and masks, penalties, temperature and
-        filters.
+        The order is that of vLLM: edits and masks, penalties, temperature and filters. Forbidden
+        tokens are in the masks.
         """
-        if sampling.forbidden:
-            forbidden = self.platform.upload(sampling.forbidden, torch.int64).unbind(1)
-            minus_inf = logits_RV.new_full((), float("-inf"))
-            logits_RV = logits_RV.index_put(forbidden, minus_inf)
         return self._sample(kind_of(sampling), row_idx_R, logits_RV, num_R)
 
     def _sample(

@@ -78,14 +78,15 @@ class Layout:
 class DraftSpec:
     """What proposes tokens on the device, and its model. The model's weights are `Params.draft`.
 
-    reads_fed: see `Drafting`. reads_history: whether the state has the tokens of each row, and
-    num_past those of earlier answers, at most so many. adapts: whether steps have as many draft
-    tokens as pay. synthetic_rate: see `state.random_choices`.
+    reads_fed, reads_last: see `Drafting`. reads_history: whether the state has the tokens of each
+    row, and num_past those of earlier answers, at most so many. adapts: whether steps have as many
+    draft tokens as pay. synthetic_rate: see `state.accept_and_advance`.
     """
 
     proposer: DeviceProposer
     model: Model | None = field(default=None, repr=False)
     reads_fed: bool = True
+    reads_last: bool = False
     reads_history: bool = False
     num_past: int = 0
     adapts: bool = False

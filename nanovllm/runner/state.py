@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models.model import AdapterRows, Batch, Pages, States
-from nanovllm.schedule.plan import DRAFT, PAD_BLOCK, SAMPLING_FIELDS
+from nanovllm.schedule.plan import PAD_BLOCK, SAMPLING_FIELDS
 
 # Logits, temperatures, seeds and positions to tokens: `ops.sample`, or that of several ranks
 Draw = Callable[..., Tensor]
@@ -113,27 +113,19 @@ def decode_batch(block_size: int, state: DeviceState, row_idx_R: Tensor) -> tupl
     return token_R, _with_adapters(Batch(*batch)._replace(others=others), state, row_idx_R)
 
 
-def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTokens, Batch]:
-    """The tokens of a span and their places. Rows continue at their positions in the state."""
+def span_batch(
+    block_size: int, state: DeviceState, span: Span, each: bool = False
+) -> tuple[SpanTokens, Batch]:
+    """The tokens of a span and their places. Rows continue at their positions in the state. With
+    `each` every token is a row of the batch."""
     made = [
-        ops.span_inputs(*state[:3], table_SP, *span, block_size) for table_SP in state.block_tables
+        ops.span_inputs(*state[:3], table_SP, *span, block_size, state.draft_SK, each)
+        for table_SP in state.block_tables
     ]
     token_T, *places, row_T, num_T, last_R = made[0]
-    if state.draft_SK is not None:
-        token_T = _with_drafts(state.draft_SK, span.token_T, token_T, row_T, num_T)
     tokens = SpanTokens(token_T, row_T, num_T, last_R)
     batch = Batch(*places)._replace(others=tuple(Pages(*one[2:4]) for one in made[1:]))
     return tokens, _with_adapters(batch, state, row_T, last_R)
-
-
-def _with_drafts(
-    draft_SK: Tensor, given_T: Tensor, token_T: Tensor, row_T: Tensor, num_T: Tensor
-) -> Tensor:
-    """The tokens with those of the state in the places of DRAFT: a row's second token is its first
-    draft token."""
-    num = draft_SK.shape[1]
-    draft_T = draft_SK.flatten()[row_T * num + (num_T - 2).clamp(0, num - 1)]
-    return torch.where(given_T == DRAFT, draft_T, token_T)
 
 
 def _with_adapters(
@@ -206,20 +198,6 @@ def choose_and_advance(
     return token_R
 
 
-def random_choices(rate: float, state: DeviceState, tokens: SpanTokens, chosen_T: Tensor) -> Tensor:
-    """Choices after which a share `rate` of the drafts is accepted: each is the token that its row
-    feeds next, or that token + 1. Only for benchmarks: the model has no part in it."""
-    x_T = (state.pos_S[tokens.row_T] + tokens.num_T) * 40503 + state.seed_S[tokens.row_T] % 65521
-    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):  # a hash of 31 bits
-        x_T = (x_T & 0x7FFFFFFF) ^ ((x_T & 0x7FFFFFFF) >> shift)
-        x_T = (x_T * factor) & 0x7FFFFFFF
-    next_T = tokens.token_T.roll(-1)
-    is_last_T = tokens.num_T.roll(-1) != tokens.num_T + 1
-    wrong_T = torch.where(next_T == 0, 1, next_T - 1)
-    drafted_T = torch.where(x_T < rate * 2.0**31, next_T, wrong_T)
-    return torch.where(is_last_T, chosen_T, drafted_T)
-
-
 def accept_and_advance(
     num: int,
     state: DeviceState,
@@ -228,13 +206,11 @@ def accept_and_advance(
     chosen_T: Tensor,
     rate: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns `ops.accept`'s (token_RK, count_R), K = `num`; advances the state by the accepted
-    tokens. With `rate` these are as many as `random_choices` says."""
-    if rate is not None:
-        chosen_T = random_choices(rate, state, tokens, chosen_T)
-    token_RK, count_R = ops.accept(tokens.token_T, chosen_T, span.num_tokens_R, num)
-    newest_R = token_RK.gather(1, (count_R - 1).unsqueeze(1)).squeeze(1)
-    advance(state, span.row_idx_R, newest_R, count_R)
+    """`ops.accept`: (token_RK, count_R), K = `num`, and the state after it. With `rate` this share
+    of the drafts is accepted at random."""
+    rows = span.num_tokens_R, span.row_idx_R, state.token_S, state.pos_S
+    random = () if rate is None else (state.seed_S, round(rate * 2**31))
+    token_RK, count_R = ops.accept(tokens.token_T, chosen_T, *rows, num, *random)
     return token_RK, count_R
 
 

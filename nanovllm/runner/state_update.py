@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nanovllm.platforms.base import Platform
+from nanovllm.runner.masks import ALL, WORD_TOKENS
 from nanovllm.runner.sampling import Sampler
 from nanovllm.runner.state import DeviceState
 from nanovllm.schedule.plan import PAD_BLOCK, StepPlan
@@ -32,9 +33,23 @@ def write(plan: StepPlan, state: DeviceState, sampler: Sampler, platform: Platfo
         _write_history(plan, state, platform)
     sampler.remember(plan.histories)
     sampler.edits.write(plan.edits)
+    if plan.sampling.has_masks:
+        masked, allowed_MW = _masks(plan, sampler.masks.num_words)
+        sampler.masks.write(plan.rows, [plan.rows[row] for row in masked], allowed_MW)
+
+
+def _masks(plan: StepPlan, num_words: int) -> tuple[list[int], np.ndarray]:
+    """The masked rows of the step, with those that must not choose some tokens, and the masks."""
+    masked, forbidden = plan.sampling.masked, plan.sampling.forbidden
+    others = [row for row in dict(forbidden) if row not in masked]
+    allowed_MW = np.full((len(masked) + len(others), num_words), ALL, np.int32)
     if plan.allowed_MW is not None:
-        masked = [plan.rows[row] for row in plan.sampling.masked]
-        sampler.masks.write(plan.rows, masked, plan.allowed_MW)
+        allowed_MW[: len(masked), : plan.allowed_MW.shape[1]] = plan.allowed_MW
+    place = {row: number for number, row in enumerate((*masked, *others))}
+    for row, token_id in forbidden:
+        word, bit = divmod(token_id, WORD_TOKENS)
+        allowed_MW.view(np.uint32)[place[row], word] &= ~np.uint32(1 << bit)
+    return [*masked, *others], allowed_MW
 
 
 def _write_rows(plan: StepPlan, state: DeviceState, platform: Platform) -> None:

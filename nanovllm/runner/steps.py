@@ -47,6 +47,9 @@ FROZEN = (
 
 
 ALONE = nullcontext()  # of steps without a proposer
+# Rows and tokens of a verifying step at most whose tokens are rows for the layers: with more rows,
+# attention has enough programs without dividing keys, and reads them once for a row's tokens.
+FEW_ROWS, FEW_TOKENS = 4, 32
 
 
 class Table(NamedTuple):
@@ -76,13 +79,13 @@ def _begin(
 def _begin_span(
     embed: Callable[..., Tensor],
     cfg: ModelConfig,
-    block_size: int,
+    place: Callable[..., tuple[SpanTokens, Batch]],
     places: StatePlaces,
     state: DeviceState,
     embed_VD: Tensor,
     span: Span,
 ) -> tuple[Tensor, SpanTokens, Batch]:
-    tokens, batch = span_batch(block_size, state, span)
+    tokens, batch = place(state, span)
     if places.num:
         batch = batch._replace(states=span_states(places, state, span, tokens))
     return embed(cfg, embed_VD, tokens.token_T), tokens, batch
@@ -113,7 +116,7 @@ class Steps:
 
     `other_tables` are the rotary tables of `ModelConfig.other_ropes`. With `whole` the regions of a
     step are inlined into one program: some compilers need this. `drafting` proposes tokens after
-    each step. `synthetic_rate` is that of `state.random_choices`.
+    each step. `synthetic_rate` is the rate of `state.accept_and_advance`.
     """
 
     model: Model
@@ -212,7 +215,7 @@ class Steps:
             fed = self._fed_by_rows(given)
         yield
         if drafting.reads_fed:
-            fed = fed._replace(hidden=drafting.hidden(fed.token_T.shape[0]))
+            fed = fed._replace(states_TJ=drafting.states(fed.token_T.shape[0]))
         proposer = drafting.after(max_q_len)
         write(self.state, fed.row_idx_R, proposer.propose(self.state, fed, drafting.steps))
 
@@ -338,9 +341,18 @@ class Steps:
     def verify_logits(self, span: Span, num: int) -> tuple[Tensor, SpanTokens]:
         """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, W] after each token,
         and the tokens."""
-        h_TD, tokens, batch = self._begin_span(span, verifies=True)
+        each = self._verifies_rows(span)
+        h_TD, tokens, batch = self._begin_span(span, verifies=True, each=each)
         batch = self._with_layer_inputs(batch, h_TD, tokens.token_T)
-        return self._head(self._layers("verify", h_TD, batch, num)), tokens
+        call = ("decode", h_TD, batch, 1) if each else ("verify", h_TD, batch, num)
+        return self._head(self._layers(*call)), tokens
+
+    def _verifies_rows(self, span: Span) -> bool:
+        """Whether each token of a verifying step is a row for the layers, as in a decode step,
+        whose attention divides the keys of a row among programs."""
+        is_few = len(span.row_idx_R) <= FEW_ROWS and len(span.token_T) <= FEW_TOKENS
+        has_states = self.places(verifies=True).num > 0
+        return is_few and self.drafting is not None and not self.whole and not has_states
 
     def verify(self, span: Span, num: int) -> tuple[Tensor, Tensor, Tensor, SpanTokens]:
         """A decode step of up to K = `num` tokens a row with the plain sampler.
@@ -381,13 +393,16 @@ class Steps:
 
     # regions ----------------------------------------------------------------------------------
 
-    def _begin_span(self, span: Span, *, verifies: bool) -> tuple[Tensor, SpanTokens, Batch]:
-        places = self.places(verifies=verifies)
+    def _begin_span(
+        self, span: Span, *, verifies: bool, each: bool = False
+    ) -> tuple[Tensor, SpanTokens, Batch]:
+        places, cfg = self.places(verifies=verifies), self.model.config
+        place = partial(span_batch, self.block_size, each=each)
         key = (span.token_T.shape[0], span.row_idx_R.shape[0], *self._of_slots)
         return self._run(
             "begin",
-            (*key, "each") if places.each else key,
-            partial(_begin_span, self.model.embed, self.model.config, self.block_size, places),
+            (*key, "each") if places.each or each else key,
+            partial(_begin_span, self.model.embed, cfg, place, places),
             state=self.state,
             embed_VD=self.params.embed_VD,
             span=span,

@@ -14,8 +14,9 @@ from nanovllm.kernels import collectives
 from nanovllm.models.experts.offloaded import prepare
 from nanovllm.platforms.base import DryRun
 from nanovllm.runner.device_graphs import VerifyStep
+from nanovllm.runner.ngram import Ngram
 from nanovllm.runner.runner import Runner
-from nanovllm.runner.steps import Steps
+from nanovllm.runner.steps import ALONE, Steps
 from nanovllm.schedule.draft_length import StepTimes
 from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
@@ -43,12 +44,14 @@ def dry_run_bucket(runner: Runner, kind: str, size: int, dry_run: DryRun) -> Non
                 with dry_run.mode:
                     prefill = buckets.padding(size)
                 for step in prefill:
-                    step.sample(steps.prefill_logits(step.span, step.given))
+                    with steps.proposing(step.span):
+                        step.sample(steps.prefill_logits(step.span, step.given))
                     step.build_hidden()
             else:
                 _dry_run_rows(runner, steps, size, dry_run)
         if kind == "decode" and size == runner.layout.decode_rows[0]:
             runner.sampler.dry_run(dry_run)
+            _dry_run_lookup(runner, dry_run)
 
 
 def _dry_run_rows(runner: Runner, steps: Steps, num_rows: int, dry_run: DryRun) -> None:
@@ -56,9 +59,21 @@ def _dry_run_rows(runner: Runner, steps: Steps, num_rows: int, dry_run: DryRun) 
     with dry_run.mode:
         row_idx_R = torch.zeros(num_rows, dtype=torch.int64, device=platform.device)
         verify = [VerifyStep(steps, platform, num_rows, num) for num in layout.verify_tokens]
-    steps.decode(row_idx_R)
+    with ALONE if runner.rests else steps.proposing(row_idx_R):
+        steps.decode(row_idx_R)
     for one in verify:
-        steps.verify(one.span, one.num)
+        with steps.proposing(one.span, one.num):
+            steps.verify(one.span, one.num)
+
+
+def _dry_run_lookup(runner: Runner, dry_run: DryRun) -> None:
+    """The kernel that a proposer launches itself, which is the same for all rows."""
+    draft = runner.spec.draft
+    if draft is None or not isinstance(draft.proposer, Ngram):
+        return
+    with dry_run.mode:
+        row_idx_R = torch.zeros(1, dtype=torch.int64, device=runner.platform.device)
+    dry_run.visit(*draft.proposer.call(runner.state, row_idx_R), {})
 
 
 def measure_prefill_latency_bound(runner: Runner, max_ms: float) -> PrefillLatencyBound:

@@ -167,7 +167,8 @@ class PastTokens(NamedTuple):
 class SamplingMetadata:
     """How to choose the next tokens, apart from each row's temperature.
 
-    forbidden: (row of the step, token id) pairs that must not be chosen.
+    forbidden: (row of the step, token id) pairs that must not be chosen. Such a row feeds one
+        token.
     num_logprobs: the number of likeliest tokens to report for each row; ALL_TOKENS: all of them;
         None: no log-probabilities.
     masked: the rows of the step that may choose only some tokens (`StepPlan.allowed_MW`).
@@ -182,16 +183,16 @@ class SamplingMetadata:
 
     @property
     def has_masks(self) -> bool:
-        return bool(self.masked)
+        return bool(self.masked or self.forbidden)
 
     @property
     def needs_host(self) -> bool:
-        """True if the choice needs data of this step from the host, or returns some to it.
+        """True if the choice returns more than tokens to the host.
 
         Filters, penalties, edits and masks need only tables on the device, so a step can be
         captured with them.
         """
-        return bool(self.forbidden or self.num_logprobs is not None)
+        return self.num_logprobs is not None
 
     @property
     def state_suffices(self) -> bool:
@@ -292,7 +293,7 @@ class StepResult:
 
     tokens: [R] lists of each row's new tokens: 1 … K of them, none for rows that do not sample.
         The last one is NO_TOKEN if all logits after the token before it are NaN or −inf.
-    logprobs: those of each row's new token, if the plan requests them.
+    logprobs: those of all new tokens, row after row, if the plan requests them.
     prompt_logprobs: one entry for each entry of `StepPlan.prompt_logprobs`.
     """
 

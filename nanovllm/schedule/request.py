@@ -157,14 +157,14 @@ class Request:
 
     @property
     def takes_drafts(self) -> bool:
-        """Whether a step may verify several tokens of it: its next choice depends on no other, and
-        needs nothing of the host. `num_computed` counts the newest token."""
+        """Whether a step may verify several tokens of it: its next choice depends on no other.
+        `num_computed` counts the newest token."""
         if self.needs_temperature_alone:
             return not self.params.disable_spec_decode
         params = self.params
         depends = self.constraint is not None or self.edits is not None or params.has_penalties
-        needs_host = params.logprobs is not None or (params.min_tokens and self.min_tokens_hold)
-        return not (depends or needs_host or params.disable_spec_decode)
+        must_go_on = params.min_tokens and self.min_tokens_hold
+        return not (depends or must_go_on or params.disable_spec_decode)
 
     @cached_property
     def rope_offset(self) -> int:

@@ -31,6 +31,10 @@ MAX_PASSED = 256
 Proposer = Callable[[Request], Sequence[int]]
 
 
+# Rows with log-probabilities of a step at most, if that is more than those of a decode step
+VERIFIED_LOGPROBS = 32
+
+
 class Scheduler:
     def __init__(
         self,
@@ -44,8 +48,8 @@ class Scheduler:
         max_proposals: int = 0,
     ) -> None:
         """`propose`, if set, is called for requests whose tokens are all known, and at most
-        `max_proposals` of its tokens are used. Steps whose choice needs the host have none, nor
-        have requests that do not take them (`Request.takes_drafts`).
+        `max_proposals` of its tokens are used. Requests that do not take them have none
+        (`Request.takes_drafts`).
 
         Without it, `num_drafts` tokens that the device has left in its state are proposed: then the
         next step need not wait for the tokens of this one. With a `planner` it is up to so many, as
@@ -58,6 +62,7 @@ class Scheduler:
         self.max_prefill_rows = max_prefill_rows
         self.stall = stall
         self.max_proposals = max_proposals
+        self._most_logits = max(max_decode_rows, VERIFIED_LOGPROBS)
         self.adapters: AdapterSlots | None = None
         self.keeps_images_whole = False  # tokens of an image need all of it in their step
         self.propose: Proposer | None = None
@@ -312,12 +317,14 @@ class Scheduler:
         return self._verifying_plan(chosen, new_blocks)
 
     def _verifying_plan(self, chosen: list[Request], new_blocks: list[NewBlock]) -> StepPlan:
-        """The plan of a decode step, with proposals for the rows that take them if its choice does
-        not need the host, and if those of the device pay."""
+        """The plan of a decode step, with proposals for the rows that take them, if those of the
+        device pay."""
         sampling, planner, num = sampling_metadata(chosen), self.planner, self.num_drafts
         taking: list[bool] = []
-        if (num or self.propose is not None) and not sampling.needs_host:
+        if num or self.propose is not None:
             taking = [request.takes_drafts for request in chosen]
+        if sampling.needs_host and len(chosen) * (1 + self.max_proposals) > self._most_logits:
+            taking = []  # log-probabilities of so many tokens would take too much memory
         if not any(taking) or self.propose is not None:
             num = 0
         elif num and planner is not None:

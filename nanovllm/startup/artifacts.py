@@ -92,9 +92,9 @@ def region_modules(model: Model) -> set[str]:
         model.layer_inputs,
     ]
     if isinstance(model, head_model.HeadModel):
-        regions += [model.enter, model.again, model.store, head_model.logits]
+        regions += [model.enter, model.again, model.store, head_model.store_context]
     if isinstance(model, dflash.BlockModel):
-        regions += [model.context, model.store]  # `store` is of the module that has `of_target`
+        regions += [model.context, model.store]
     waiting = [name for region in regions if region is not None for name in _modules_of(region)]
     while waiting:
         name = waiting.pop()

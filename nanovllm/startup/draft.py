@@ -86,7 +86,11 @@ def with_draft(resolved: ResolvedConfig, draft: Drafts) -> ResolvedConfig:
             f"a proposer on the device is not supported on a {traits.name} device"
             f"{' with graphs: set enforce_eager=True' if is_whole else ''}"
         )
-    spec = replace(spec, adapts=config.speculative is not None and config.adapts_drafts)
+    spec = replace(
+        spec,
+        adapts=config.speculative is not None and config.adapts_drafts,
+        reads_last=num_layers - 1 in layers,
+    )
     if spec.model is not None:
         _check(resolved, spec.model)
     return replace(resolved, spec=replace(resolved.spec, draft=spec), draft_folder=folder)

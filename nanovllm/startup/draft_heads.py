@@ -82,9 +82,10 @@ class DFlash:
                 f"the draft has {found.config.hidden_size} numbers in a hidden state, the model "
                 f"has {cfg.hidden_size}: they must be equal"
             )
-        if self.num >= found.block_size:
+        most = found.block_size - (not hf.sample_from_anchor)
+        if self.num > most:
             raise ValueError(
                 f"num_speculative_tokens is {self.num}: a DFlash draft with blocks of "
-                f"{found.block_size} has at most {found.block_size - 1}"
+                f"{found.block_size} has at most {most}"
             )
         return DraftSpec(DraftBlock(self.num, found.reads), divided(resolved, found)), folder

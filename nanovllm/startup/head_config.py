@@ -20,6 +20,8 @@ FLAGS = {  # the default at the top, and in the nested layout
     "fc_norm": (False, False),
     "norm_output": (False, False),
 }  # fmt: skip
+# What DSpark adds to DFlash in the layout of `speculators`, with the defaults of both.
+DSPARK = {"sample_from_anchor": (False, True), "markov_rank": (0, 256)}
 # Fields of other drafts, with the value that changes nothing.
 OTHER_DFLASH = {
     "quantization_config": None, "use_sliding_window": None, "is_causal": False,
@@ -93,7 +95,8 @@ def dflash_config(folder: Path) -> Any:
 
 
 def _dflash(stored: dict[str, Any]) -> Any:
-    stored, inner = _of_speculators(stored) if NESTED in stored else _of_dflash(stored)
+    is_nested, kind = NESTED in stored, stored.get("speculators_model_type")
+    stored, inner = _of_speculators(stored) if is_nested else _of_dflash(stored)
     both = {**stored, **inner}
     if both.get("model_type") != "qwen3":
         raise ValueError(
@@ -101,6 +104,8 @@ def _dflash(stored: dict[str, Any]) -> Any:
             "'qwen3' is"
         )
     for name in OTHER_DFLASH:
+        if name in DSPARK and is_nested:
+            continue
         if both.get(name) not in (None, False, OTHER_DFLASH[name]):
             raise ValueError(f"{name} of a DFlash draft is {both[name]!r}: it is not supported")
     types = both.get("layer_types")
@@ -118,7 +123,24 @@ def _dflash(stored: dict[str, Any]) -> Any:
         raise ValueError(f"mask_token_id is {mask_id!r}: it must be below {hf.vocab_size}")
     hf.read_layers, hf.mask_token_id = tuple(ids), mask_id
     hf.draft_vocab_size = min(_size(both, "draft_vocab_size", hf.vocab_size), hf.vocab_size)
+    hf.sample_from_anchor, hf.markov_rank = _dspark(both if is_nested else {}, kind == "dspark")
     return hf
+
+
+def _dspark(both: dict[str, Any], is_dspark: bool) -> tuple[bool, int]:
+    """The fields of `DSPARK`."""
+    anchor, rank = (
+        default[is_dspark] if both.get(name) is None else both[name]
+        for name, default in DSPARK.items()
+    )
+    if not isinstance(anchor, bool):
+        raise ValueError(f"sample_from_anchor is {anchor!r}: it must be true or false")
+    if not _is_id(rank):
+        raise ValueError(f"markov_rank is {rank!r}: it must be at least 0")
+    kind = both.get("markov_head_type", "vanilla")
+    if rank and kind != "vanilla":
+        raise ValueError(f"markov_head_type {kind!r} is not supported: only 'vanilla' is")
+    return anchor, int(rank)
 
 
 def _of_dflash(stored: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -133,10 +155,10 @@ def _of_speculators(stored: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     """The same in the layout of `speculators`, which names the layers before which states are read
     (the number of layers: after the last one)."""
     layer, kind = stored[NESTED], stored.get("speculators_model_type")
-    if kind != "dflash" or not isinstance(layer, dict):
+    if kind not in ("dflash", "dspark") or not isinstance(layer, dict):
         raise ValueError(
             f"speculators_model_type {kind!r} is not supported for a DFlash draft, or {NESTED} is "
-            "no object: only 'dflash' is"
+            "no object: only 'dflash' and 'dspark' are"
         )
     name = "aux_hidden_state_layer_ids"
     ids = stored.get(name)

@@ -24,6 +24,14 @@ class Shape(NamedTuple):
     silu: bool
 
 
+# Qwen3-8B's head without its norm, and the products of an EAGLE-3 head for it
+DRAFTS = {
+    "8b head bare": Shape(151936, 4096, False, False),
+    "8b eagle3 qkv": Shape(6144, 8192, False, False),
+    "8b eagle3 fc": Shape(4096, 12288, False, False),
+}
+
+
 def _products(name: str, model: str) -> dict[str, Shape]:
     config = CONFIGS[model]
     hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
@@ -52,7 +60,7 @@ SHAPES = {
     "Qwen3.5-35B-A3B channels": Shape(8192, 2048, True, False),
     "GLM-4.7-Flash out": Shape(2048, 5120, False, False),
     "GLM-4.7-Flash latents": Shape(1344, 2048, True, False),
-}
+} | DRAFTS
 
 
 def tiles(shape: Shape, num_rows: int, tune: bool) -> list[Tile]:
@@ -63,6 +71,8 @@ def tiles(shape: Shape, num_rows: int, tune: bool) -> list[Tile]:
     found: list[Tile] = [skinny_tiles.skinny_tile(num_rows, num_outs, depth, silu)]
     if tune:
         found += _one_row_tiles(shape) if num_rows == 1 else _few_rows_tiles(shape)
+        if num_rows > 1 and not shape.norm:  # kernels for more rows, which take few as well
+            found += _gemm_tiles(shape, num_rows, False)
     return list(dict.fromkeys(found))
 
 

@@ -10,7 +10,8 @@ prompts those of --prompts or made-up ones that training has not seen.
 
 A rate counts from the first step after all prompts to the first end of an answer, so all rows run.
 Each number of rows is measured --runs times; the median counts. Results are written after each
-engine.
+engine. With --profile the tables of kernels follow: of a plain step and of the largest one that
+verifies drafts, of one row.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ from nanovllm.cli.bench.engines import engine_of, versions
 from nanovllm.engine.engine import Engine
 from nanovllm.tools import command_line
 from nanovllm.tools.shapes import CONFIGS
+from scripts.bench.speculation_profile import profile_steps
 
 logger = logging.getLogger("speculation")
-PROMPT_TOKENS = 128
+PROMPT_TOKENS, DRAFTED = 128, 32_000  # tokens of a prompt, and those that a head can draft
 
 
 class Case(NamedTuple):
@@ -58,10 +60,12 @@ class Case(NamedTuple):
     least: tuple[float, ...]
 
 
+OWN_HEAD = "dflash-own-head"  # with a head of some tokens, as `speculators` has it
 CASES = (
     Case("plain", "", 0, None, (1, 8, 32, 256), (240, 0, 0, 0)),
     Case("eagle3", "eagle3", 3, 2.9, (1, 8, 32, 256), (520, 3600, 9500, 0.98)),
     Case("dflash", "dflash", 7, 4.5, (1,), (850,)),
+    Case(OWN_HEAD, "dflash", 7, 4.5, (1,), (850,)),
     Case("ngram-useless", "ngram", 3, 1.0, (1, 256), (0.97, 0.97)),
 )
 
@@ -75,7 +79,7 @@ def head_config(shape: dict[str, Any], method: str) -> dict[str, Any]:
         layers = [1, num_layers // 2 - 1, num_layers - 4]
         return {
             **config, "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama",
-            "draft_vocab_size": min(32_000, shape["vocab_size"]),
+            "draft_vocab_size": min(DRAFTED, shape["vocab_size"]),
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers},
         }  # fmt: skip
     layers = [1 + i * (num_layers - 4) // 4 for i in range(5)]
@@ -95,7 +99,10 @@ def speculative(case: Case, folder: Path, args: argparse.Namespace) -> dict[str,
     if case.method in ("eagle3", "dflash"):
         head = folder / case.method
         head.mkdir()
-        (head / "config.json").write_text(json.dumps(head_config(CONFIGS[args.shape], case.method)))
+        config = head_config(CONFIGS[args.shape], case.method)
+        if case.name == OWN_HEAD:
+            config["draft_vocab_size"] = DRAFTED
+        (head / "config.json").write_text(json.dumps(config))
         given["model"] = str(head)
     return given
 
@@ -183,6 +190,8 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
                     str(k): num - before[0].get(k, 0) for k, num in sorted(counts.steps.items())
                 },
             }  # fmt: skip
+        if args.profile:
+            found["profiles"] = profile_steps(engine, case.rows[0], PROMPT_TOKENS)
     found["seconds"] = round(time.perf_counter() - started, 1)
     return found
 
@@ -212,6 +221,7 @@ def arguments() -> argparse.Namespace:
     add("--max-rows", type=int, default=256, help="leaves out more rows")
     add("--tokens", type=int, default=256, help="of each answer")
     add("--runs", type=int, default=3)
+    add("--profile", action="store_true", help="print the kernels of a step of one row; on a GPU")
     add("--device", default="auto")
     add("--dtype", default="auto")
     add("--enforce-eager", action="store_true")
@@ -236,7 +246,8 @@ def main() -> None:
     for case in cases:
         results.append(measure(case, args))
         compare(results)
-        logger.info("%s", json.dumps(results[-1]))
+        shown = {key: value for key, value in results[-1].items() if key != "profiles"}
+        logger.info("%s", json.dumps(shown))
         about = {"versions": versions(), "command": sys.argv[1:], "results": results}
         args.out.write_text(json.dumps(about, indent=1) + "\n")
 

@@ -81,7 +81,9 @@ class Collector:
     def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor:
         if fed.phase == "prefill":
             num_tokens = int(fed.batch.q_start_S[1])  # of the only row
-            self.seen.append(tuple(one[:num_tokens].float().cpu() for one in fed.hidden))
+            assert fed.states_TJ is not None
+            states_TJ = fed.states_TJ[:num_tokens].float().cpu()
+            self.seen.append(states_TJ.chunk(len(self.layers), dim=1))
         return fed.row_idx_R.unsqueeze(1).new_full((len(fed.row_idx_R), self.num), NO_TOKEN)
 
 

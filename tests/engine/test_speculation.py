@@ -26,6 +26,7 @@ DRAWN = SamplingParams(temperature=0.9, seed=4, max_tokens=25, ignore_eos=True)
 FILTERED = SamplingParams(
     temperature=0.9, top_k=9, top_p=0.9, seed=4, max_tokens=25, ignore_eos=True
 )
+MIN_P = SamplingParams(temperature=1.5, min_p=0.02, seed=4, max_tokens=25, ignore_eos=True)
 MIXED = [
     greedy(25), greedy(9, presence_penalty=1.5), greedy(14, logprobs=2), DRAWN,
     greedy(20, min_tokens=5),
@@ -86,7 +87,9 @@ def watch(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepPlan, int
     return seen
 
 
-@pytest.mark.parametrize("params", [greedy(25), DRAWN, FILTERED], ids=["greedy", "drawn", "top-p"])
+@pytest.mark.parametrize(
+    "params", [greedy(25), DRAWN, FILTERED, MIN_P], ids=["greedy", "drawn", "top-p", "min-p"]
+)
 def test_answers_are_those_of_plain_decoding(
     looking_up: LLM, params: SamplingParams, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,13 +123,53 @@ def test_repeated_text_takes_few_steps(
 def test_requests_of_all_kinds_share_a_batch(
     looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one needs the host, steps have no proposals; later they do."""
+    """Log-probabilities and tokens that `min_tokens` forbids leave the drafts to the others."""
     expected = plain.generate(PROMPTS, MIXED, use_tqdm=False)
     plans = watch(looking_up, monkeypatch)
     found = looking_up.generate(PROMPTS, MIXED, use_tqdm=False)
     assert [one["token_ids"] for one in found] == [one["token_ids"] for one in expected]
     verifying = [plan.sampling for plan, _ in plans if DRAFT in plan.token_T]
-    assert verifying and not any(sampling.needs_host for sampling in verifying)
+    assert any(sampling.needs_host and sampling.has_penalties for sampling in verifying)
+
+
+def test_verified_tokens_have_the_log_probabilities_of_plain_ones(
+    looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [
+        greedy(20, logprobs=3), greedy(20, logprobs=0, temperature=0.9, seed=3), greedy(20),
+        greedy(7, logprobs=1), greedy(20, logprobs=2, presence_penalty=1.1),
+        greedy(20, logprobs=1, stop_token_ids=[*range(0, 512, 9)]),
+    ]  # fmt: skip
+    prompts = [PROMPTS[4]] * 6
+    expected = plain.generate(prompts, params, use_tqdm=False)
+    plans = watch(looking_up, monkeypatch)
+    found = looking_up.generate(prompts, params, use_tqdm=False)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["token_ids"] == theirs["token_ids"]
+        given, wanted = (one.get("logprobs", ()) for one in (ours, theirs))
+        for one, other in zip(given, wanted, strict=True):
+            assert list(one) == list(other)
+            assert list(one.values()) == pytest.approx(list(other.values()), abs=1e-4)
+            assert [value.rank for value in one.values()] == [v.rank for v in other.values()]
+    with_both = [plan for plan, _ in plans if DRAFT in plan.token_T and plan.sampling.needs_host]
+    fed = {num for plan in with_both for num in plan.num_tokens}
+    assert fed >= {1, 4}
+
+
+def test_rows_below_their_min_tokens_are_alone_in_that(
+    looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (answer,) = tokens(plain, PROMPTS[4:5], greedy(12))
+    ends = {"stop_token_ids": sorted(set(answer))}
+    params = [greedy(12, min_tokens=num, **ends) for num in (0, 1, 4, 9)] + [greedy(30)] * 2
+    prompts = [PROMPTS[4]] * 6
+    expected = tokens(plain, prompts, params)
+    plans = watch(looking_up, monkeypatch)
+    assert tokens(looking_up, prompts, params) == expected
+    mixed = [plan for plan, _ in plans if DRAFT in plan.token_T and plan.sampling.forbidden]
+    assert mixed and all(
+        plan.num_tokens[row] == 1 for plan in mixed for row, _ in plan.sampling.forbidden
+    )
 
 
 def test_rows_that_take_no_drafts_are_alone_in_that(
@@ -135,10 +178,11 @@ def test_rows_that_take_no_drafts_are_alone_in_that(
     prompts = [PROMPTS[4]] * 6
     one_by_one = [
         greedy(20, disable_spec_decode=True), greedy(20, presence_penalty=1.5),
-        greedy(20, bad_words=["ab"]), MIXED[-1],
+        greedy(20, bad_words=["ab"], logit_bias={7: 3.0, 9: -2.0}), MIXED[-1],
     ]  # fmt: skip
     params = [greedy(30), *one_by_one, FILTERED]
     expected = tokens(plain, prompts, params)
+    tokens(looking_up, prompts[:1], MIXED[-1:])  # its grammar is compiled then
     plans, counts = watch(looking_up, monkeypatch), looking_up.engine.scheduler.counts
     before = counts.num_undrafted
     assert tokens(looking_up, prompts, params) == expected

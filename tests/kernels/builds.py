@@ -137,7 +137,8 @@ POINTERS = {
         "pos_ptr", "slot_ptr", "seed_ptr", "token_ptr", "row_idx_ptr", "new_token_ptr",
         "out_token_ptr", "out_pos_ptr", "out_slot_ptr", "out_seed_ptr", "rope_offset_ptr",
         "num_ptr", "num_tokens_ptr", "given_ptr", "out_row_ptr", "out_num_ptr", "out_last_ptr",
-        "draft_ptr",
+        "draft_ptr", "fed_ptr", "chosen_ptr", "count_ptr", "last_ptr", "out_ahead_ptr",
+        "id_ptr",
     },
 }  # fmt: skip
 FLOATS = {"eps", "scale_log2", "log_vocab_size", "smallest_sum", "factor"}
@@ -344,7 +345,10 @@ def steps(name: str) -> Iterator[Build]:
     forms = (("best_of_span", False), ("best_of_span of a rank", True))
     for label, is_part in forms if name in WITH_RANKS else forms[:1]:
         span = {"TILE": triton_sample.TILE, "IS_PART": is_part, "HARDWARE": True}
-        yield Build(label, triton_sample.best_of_span_kernel, span, 4)
+        for has_ids in (False, True)[: 1 if is_part else 2]:
+            given = {**span, "HAS_IDS": has_ids}
+            label += " of some tokens" if has_ids else ""
+            yield Build(label, triton_sample.best_of_span_kernel, given, 4)
     yield Build("best_of_row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4, out="*i64")
     for dtype in ("fp32", "bf16") if whole else ("fp32",):
         tile = {"TILE": topk_topp.TILE}
@@ -368,7 +372,8 @@ def steps(name: str) -> Iterator[Build]:
     inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}
     yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
     # each token is compared with each row: 256 rows take the assembler some seconds
-    span = inputs | {"ROWS": 256 if whole else 16, "TOKENS": triton_step.SPAN_TOKENS}
+    span = inputs | {"ROWS": 256 if whole else 16, "TOKENS": triton_step.SPAN_TOKENS, "DRAFTS": 3}
+    span |= {"EACH": True}
     yield Build("span_inputs", triton_step.span_inputs_kernel, span, 4)
     for has_num in (False, True):
         rows = {"ROWS": triton_step.ROWS, "HAS_NUM": has_num}
@@ -376,11 +381,24 @@ def steps(name: str) -> Iterator[Build]:
         sampling = rows | {"FIELDS": 4}
         yield Build(f"sampling_inputs {label}", triton_step.sampling_inputs_kernel, sampling, 4)
         yield Build(f"advance {label}", triton_step.advance_kernel, rows, 4)
+    yield from _drafts(inputs)
     ngrams = {"POSITIONS": 40_960, "NUM": 5, "NUM_POW2": 8, "MIN_N": 2, "MAX_N": 5}
     tile = {"TILE": triton_step.NGRAM_TILE}
     for label, num_past in (("", 0), (" past", 65_536)):
         given = ngrams | tile | {"PAST": num_past}
         yield Build(f"ngram_propose{label}", triton_step.ngram_propose_kernel, given, 8)
+
+
+def _drafts(inputs: dict[str, Any]) -> Iterator[Build]:
+    from nanovllm.kernels.triton import drafts
+
+    accept = {"NUM": 4, "NUM_POW2": 4, "ROWS": 256, "HAS_RATE": True}
+    yield Build("accept", drafts.accept_kernel, accept, 1, out="*i64")
+    tile = {"TILE": drafts.TILE}
+    yield Build("next_tokens", drafts.next_tokens_kernel, tile, 4, out="*i64")
+    yield Build("draft_inputs", drafts.draft_inputs_kernel, inputs | {"NUM": 8}, 4)
+    norms = {"PARTS": 2, "DIM": 4096, "DIM_P": 4096}
+    yield Build("rms_norm_each", drafts.rms_norm_each_kernel, norms, 8)
 
 
 def mixtures(name: str) -> Iterator[Build]:

@@ -200,6 +200,11 @@ CHOSEN: dict[str, dict[str, str]] = {
     "span_inputs": {"span_inputs_kernel": "always"},
     "sampling_inputs": {"sampling_inputs_kernel": "always"},
     "advance": {"advance_kernel": "always"},
+    "sample_of": {"best_of_span_kernel": "always", "best_of_row_kernel": "always"},
+    "accept": {"accept_kernel": "always: a program for each row"},
+    "next_tokens": {"next_tokens_kernel": "always: a program for each row"},
+    "draft_inputs": {"draft_inputs_kernel": "always"},
+    "rms_norm_each": {"rms_norm_each_kernel": "always: a program for each part of a token"},
     "ngram_propose": {"ngram_propose_kernel": "always: a program for each row"},
 }
 for _name in ("clamped_experts", "gelu_experts", "offloaded_experts"):

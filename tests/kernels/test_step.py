@@ -100,11 +100,16 @@ def test_span_kernels_equal_the_reference(kernels: ModuleType, case: int) -> Non
     num_R = torch.tensor(nums, device=device)
     row_idx_R[num_R == 0] = num_state_rows
     s["pos"] = s["pos"].clamp(max=num_blocks * BLOCK_SIZE - max(nums))
-    given_T = torch.randint(-1, 3, (num_tokens,), device=device)
+    draft_SK = torch.randint(0, 10**6, (num_state_rows + 1, 3), device=device)
+    given_T = torch.randint(-2 if case % 2 else -1, 3, (num_tokens,), device=device)
     given_T[sum(nums) :] = 0
-    given = (*(s[name] for name in STATE), row_idx_R, num_R, given_T, BLOCK_SIZE)
+    drafts = (draft_SK,) if case % 2 else ()
+    given = (*(s[name] for name in STATE), row_idx_R, num_R, given_T, BLOCK_SIZE, *drafts)
     expected = reference.step.span_inputs(*given)
     assert_equal(kernels.span_inputs(*given), expected)
+    theirs = reference.step.span_inputs(*given, each=True)
+    assert_equal(kernels.span_inputs(*given, each=True), theirs)
+    assert_equal(theirs[:3] + theirs[6:], expected[:3] + expected[6:])
     row_T, num_T = expected[6:8]
     given = (s["pos"], s["sampling"], s["seed"], row_T, num_T)
     assert_equal(kernels.sampling_inputs(*given), reference.step.sampling_inputs(*given))
@@ -131,18 +136,6 @@ def test_spans_are_packed_one_after_another() -> None:
     assert row_T == [2, 2, 1, 1, 1, 1, 1, 1, 3, 3] and num_T == [1, 2, 1, 2, 3, 4, 5, 6, 1, 1]
 
 
-def test_tokens_hold_up_to_the_first_that_was_not_chosen() -> None:
-    fed = torch.tensor([1, 2, 3, 1, 2, 3, 1, 2, 9, 9, 5, 0, 0])
-    chosen = torch.tensor([2, 3, 4, 2, 7, 3, 8, 2, 1, 9, 6, 0, 0])
-    # rows of three tokens: both proposals right; the second wrong; the first wrong. Then rows of
-    # one token (the next row's first token is not a proposal) and a padding row.
-    num_R = torch.tensor([3, 3, 3, 1, 1, 0])
-    token_RK, count_R = reference.step.accept(fed, chosen, num_R, 3)
-    assert count_R.tolist() == [3, 2, 1, 1, 1, 1]
-    kept = [row[:count] for row, count in zip(token_RK.tolist(), count_R.tolist())]
-    assert kept[:5] == [[2, 3, 4], [2, 7], [8], [9], [6]]
-
-
 def test_the_ops_trace_with_their_shapes() -> None:
     s = state(3, 5, "cpu")
 
@@ -152,7 +145,9 @@ def test_the_ops_trace_with_their_shapes() -> None:
             *ops.decode_inputs(token, pos, offset, table, row, BLOCK_SIZE),
             *ops.span_inputs(token, pos, offset, table, row, num, given, BLOCK_SIZE),
             *ops.sampling_inputs(pos, sampling, seed, row, num),
-            *ops.accept(given, given, num, 4),
+            *ops.accept(given, given, num, row, token, pos, 4),
+            *ops.next_tokens(token, pos, row, given, num.int(), torch.tensor([0, 4, 5]).int()),
+            *ops.draft_inputs(token, pos, offset, table, row, 3, 0, 7, BLOCK_SIZE, 70),
         )
         ops.advance(token, pos, row, out[0], num)
         return out

@@ -67,8 +67,8 @@ class Reading:
     seen: list[Fed] = field(default_factory=list, repr=False, compare=False)
 
     def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor:
-        hidden = tuple(one.clone() for one in fed.hidden)
-        self.seen.append(fed._replace(hidden=hidden))
+        assert fed.states_TJ is not None
+        self.seen.append(fed._replace(states_TJ=fed.states_TJ.clone()))
         return Repeat(self.num).propose(state, fed, steps)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tests.runner.heads import Watched, Weights, make, rms, rotated, states
 from tests.runner.proposers import MODES, SIZES, tokens
 
 NUM, BLOCK, MASK, HIDDEN, HEAD, THETA, EPS = 4, 8, 500, 64, 16, 5e3, 1e-5
-READ = (0, 2)
+READ, RANK = (0, 2), 8
 PROMPTS = random_prompts([19, 1, 40, 7], seed=3)
 CONFIG: dict[str, Any] = {
     "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_size": HIDDEN,
@@ -89,10 +89,53 @@ def save(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def markov() -> Weights:
+    """What DSpark has beside `own_head`, as `speculators` writes it."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "markov_head.markov_w1.weight": torch.randn(512, RANK, generator=generator),
+        "markov_head.markov_w2.weight": torch.randn(70, RANK, generator=generator) * 3,
+        "confidence_head.proj.weight": torch.randn(1, HIDDEN + RANK, generator=generator),
+        "confidence_head.proj.bias": torch.zeros(1),
+    }
+
+
+def save_dspark(folder: Path, **changes: Any) -> Path:
+    """The layout of `speculators`; without a field the newest token's output is a draft."""
+    fields = {"speculators_model_type": "dspark", "markov_rank": RANK, **changes}
+    save_speculators(folder, **fields)
+    config = json.loads((folder / "config.json").read_text())
+    if "sample_from_anchor" not in changes:
+        del config["sample_from_anchor"]
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({**weights(), **own_head(), **markov()}, folder / "model.safetensors")
+    return folder
+
+
+def dspark_drafts(hf: Any, known: Sequence[int], num: int, from_anchor: bool) -> list[int]:
+    """What `save_dspark` gives after `known` tokens."""
+    own, w = own_head(), markov()
+    outputs = block_outputs(hf, known, num - from_anchor)[0 if from_anchor else 1 :]
+    found, before = [], known[-1]
+    for logits in outputs @ own["lm_head.weight"].T:
+        added = w["markov_head.markov_w2.weight"] @ w["markov_head.markov_w1.weight"][before]
+        best = int((logits + added).argmax())
+        before = best + int(own["d2t"][best])
+        found.append(before)
+    return found
+
+
 def expected_drafts(
     hf: Any, known: Sequence[int], num: int, own: Weights | None = None
 ) -> list[int]:
     """What the draft gives after `known` tokens, computed as a whole."""
+    head = hf.get_output_embeddings().weight.detach() if own is None else own["lm_head.weight"]
+    best = (block_outputs(hf, known, num)[1:] @ head.T).argmax(-1)
+    return (best if own is None else best + own["d2t"][best]).tolist()
+
+
+def block_outputs(hf: Any, known: Sequence[int], num: int) -> torch.Tensor:
+    """The normalised outputs of the newest of `known` tokens and of `num` mask tokens."""
     w, table = weights(), hf.get_input_embeddings().weight.detach()
     joined = torch.cat(states(hf, known[:-1], READ), -1)
     context = rms(joined @ w["fc.weight"].T, w["hidden_norm.weight"], EPS)
@@ -117,9 +160,7 @@ def expected_drafts(
         x = rms(h, w[f"{one}post_attention_layernorm.weight"], EPS)
         gate, up = (x @ w[f"{one}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
         h = h + (torch.nn.functional.silu(gate) * up) @ w[f"{one}mlp.down_proj.weight"].T
-    head = hf.get_output_embeddings().weight.detach() if own is None else own["lm_head.weight"]
-    best = (rms(h[1:], w["norm.weight"], EPS) @ head.T).argmax(-1)
-    return (best if own is None else best + own["d2t"][best]).tolist()
+    return rms(h, w["norm.weight"], EPS)
 
 
 @pytest.fixture(scope="module")
@@ -148,16 +189,43 @@ def test_a_block_is_what_its_formula_gives(layout: str, target: Path, tmp_path: 
     engine.close()
 
 
+@pytest.mark.parametrize("from_anchor", [True, False])
+def test_a_block_whose_tokens_add_logits_is_what_its_formula_gives(
+    from_anchor: bool, target: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    changes = {} if from_anchor else {"sample_from_anchor": False}
+    folder = save_dspark(tmp_path / "draft", **changes)
+    hf = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    watched = Watched(DFlash(NUM, str(folder)))
+    engine = make(target, watched, NUM, **MODES["eager"])
+    differing = 0
+    for prompt in PROMPTS[:2]:
+        watched.seen.clear()
+        (answer,) = tokens(engine, [prompt], greedy(15))
+        sequence = prompt + answer
+        checked = [one for one in watched.seen if one[0] < len(sequence)]
+        assert len(checked) > 4
+        for pos, drafted in checked:
+            known = sequence[: pos + 1]
+            assert drafted == dspark_drafts(hf, known, NUM, from_anchor), f"after {pos}"
+            differing += drafted != expected_drafts(hf, known, NUM, own_head())
+    assert differing > 4
+    engine.close()
+
+
 @pytest.mark.usefixtures("lowered_ops")
+@pytest.mark.parametrize("saved", [save, save_dspark])
 def test_captured_steps_with_blocks_give_the_same_answers_and_drafts(
-    target: Path, tmp_path: Path
+    saved: Callable[[Path], Path], target: Path, tmp_path: Path
 ) -> None:
     """Their graphs run node by node here. Beyond the end of a request a draft has no cache block,
     and depends on the padding."""
     llm = LLM(str(target), **SIZES, **MODES["eager"])
     expected = llm_tokens(llm, PROMPTS, greedy(15))
     llm.close()
-    folder, seen = str(save(tmp_path / "draft")), []
+    folder, seen = str(saved(tmp_path / "draft")), []
     for options in (MODES["eager"], {"graph_batch_sizes": (6,)}):
         watched = Watched(DFlash(NUM, folder))
         engine = make(target, watched, NUM, **options)
@@ -213,9 +281,14 @@ def test_configs_of_other_drafts_are_refused(name: str, target: Path, tmp_path: 
 
 
 SPECULATORS: dict[str, tuple[dict[str, Any], str]] = {
-    "another": ({"speculators_model_type": "dspark"}, "speculators_model_type 'dspark' is not"),
+    "another": ({"speculators_model_type": "eagle3"}, "speculators_model_type 'eagle3' is not"),
+    "gated": (
+        {"speculators_model_type": "dspark", "markov_head_type": "gated"},
+        "markov_head_type 'gated' is not supported",
+    ),
+    "rank": ({"markov_rank": "8"}, "markov_rank is '8': it must be at least 0"),
     "domino": ({"projector_type": "domino"}, "projector_type of a DFlash draft is 'domino'"),
-    "anchor": ({"sample_from_anchor": True}, "sample_from_anchor of a DFlash draft is True"),
+    "anchor": ({"sample_from_anchor": 1}, "sample_from_anchor is 1: it must be true or false"),
     "embeddings": ({"aux_hidden_state_layer_ids": [0, 3]}, "must be layers, from 1 on"),
 }  # fmt: skip
 

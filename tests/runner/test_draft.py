@@ -201,7 +201,8 @@ def test_a_proposer_reads_hidden_states_of_its_layers(checkpoint: Path) -> None:
     assert first.token_T.tolist() == sequence[:64]
     assert second.token_T[:35].tolist() == sequence[64:99]
     for fed in proposer.seen[1:]:
-        last_TD, before_TD = fed.hidden
+        assert fed.states_TJ is not None
+        last_TD, before_TD = fed.states_TJ.chunk(2, dim=1)
         assert len(last_TD) == len(before_TD) == len(fed.token_T)
         chosen = steps._head(last_TD).argmax(-1).tolist()
         place = sum(fed.batch.seq_len_R.tolist()) - int(fed.batch.q_start_S[-1])

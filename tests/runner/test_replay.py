@@ -84,8 +84,8 @@ def test_written_plans_give_the_same_result_in_another_process(
     plans = [StepPlan.from_bytes(path.read_bytes()) for path in sorted(tmp_path.glob("*.plan"))]
     assert {plan.is_prefill for plan in plans} == {True, False}
     assert any(plan.prompt_logprobs for plan in plans) and any(plan.histories for plan in plans)
-    assert any(plan.sampling.has_masks for plan in plans)
-    masked = next(i for i, plan in enumerate(plans) if plan.sampling.has_masks)
+    assert any(plan.sampling.forbidden for plan in plans)
+    masked = next(i for i, plan in enumerate(plans) if plan.sampling.masked)
     assert results[masked][0][0][0] % 2 == 0, "the mask was kept"
     edited = [row[0][0] for (row, *_), plan in zip(results, plans) if plan.sampling.has_edits]
     assert edited in ([7, 9] * 3, [9, 7] * 3), "the edits were kept"

@@ -395,9 +395,9 @@ def test_tokens_that_the_device_proposes_are_planned_before_earlier_ones_are_kno
 @pytest.mark.parametrize(
     ("params", "expected"),
     [({"presence_penalty": 1.0}, [3, 1]), ({"disable_spec_decode": True}, [3, 1]),
-     ({"logprobs": 1}, [1, 1])],
+     ({"min_tokens": 5}, [3, 1]), ({"logprobs": 1}, [3, 3])],
 )  # fmt: skip
-def test_no_proposals_where_the_host_must_see_each_token(
+def test_rows_whose_choices_depend_on_each_other_have_no_proposals(
     params: dict[str, Any], expected: list[int]
 ) -> None:
     s = scheduler(max_proposals=4)
@@ -407,6 +407,15 @@ def test_no_proposals_where_the_host_must_see_each_token(
     s.known[1].params = SamplingParams(max_tokens=8, **params)
     answer(s, planned(s))
     assert planned(s).num_tokens == expected
+
+
+def test_log_probabilities_of_too_many_tokens_are_not_verified() -> None:
+    s = scheduler(max_proposals=40)
+    s.propose = lambda one: [70, 71]
+    s.add(request(0, 3))
+    s.known[0].params = SamplingParams(max_tokens=8, logprobs=1)
+    answer(s, planned(s))
+    assert planned(s).num_tokens == [1]
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 3])

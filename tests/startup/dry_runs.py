@@ -48,6 +48,7 @@ from nanovllm.platforms import preload
 from nanovllm.platforms.cuda import TRAITS, CudaPlatform
 from nanovllm.startup import resolve
 from nanovllm.startup.compile_farm.builder import Builder
+from scripts.bench.speculation import head_config
 from tests.conftest import tiny_config
 from tests.kernels.builds import TARGETS, WHOLE, AbsentDevice, Target, all_builds
 from tests.models import tower_cases
@@ -57,6 +58,8 @@ SHORT = "advance_kernel"
 DEVICE = torch.device("cuda", 0)
 POOLS = "pools"  # the option of a model that pools
 ADAPTERS = "adapters"  # and of one with slots for adapters
+SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5}
+DRAFTS: dict[str, dict[str, Any]] = {"ngram": {}, "eagle3": {}, "dflash": SYNTHETIC}  # by method
 NAMES = {"qwen3_vl": "Qwen3VLForConditionalGeneration", "mixtral": "MixtralForCausalLM",
          "qwen3": "Qwen3ForCausalLM", "bert": "BertModel"}  # fmt: skip
 BUCKETS = (
@@ -175,15 +178,30 @@ def save_config(folder: Path, name: str) -> Path:
         text.rope_parameters["mrope_section"] = [32, 16, 16]
         config.vision_config.out_hidden_size = text.hidden_size
     else:
-        config = tiny_config(name, head_dim=128 if name == "qwen3" else 64, dtype="bfloat16")
+        is_dense = name == "qwen3"
+        layers = {"num_hidden_layers": 8} if is_dense else {}  # a head reads several
+        config = tiny_config(name, head_dim=128 if is_dense else 64, dtype="bfloat16", **layers)
     config.architectures = [NAMES[name]]
     config.save_pretrained(folder)
     return folder
 
 
-def options_of(option: str) -> dict[str, Any]:
+def save_head(folder: Path, method: str, model: Path) -> str:
+    """A random head for the model of a folder, as `scripts/bench/speculation.py` makes it."""
+    config = json.loads((model / "config.json").read_text())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(head_config(config, method)))
+    return str(folder)
+
+
+def options_of(option: str, folder: Path) -> dict[str, Any]:
     if option.isdigit():
         return {"expert_offload": int(option)}
+    if option in DRAFTS:
+        drafts = {"method": option, "num_speculative_tokens": 3, **DRAFTS[option]}
+        if option != "ngram":
+            drafts["model"] = save_head(folder / "head", option, folder / "model")
+        return {"speculative_config": drafts, "random_weights": True}
     named = {"": {}, POOLS: {"task": "embed"}, ADAPTERS: {"enable_lora": True}}
     return named.get(option, {"quantization": option})
 
@@ -208,7 +226,7 @@ def dry_run(folder: Path, architecture: str, option: str = "") -> dict[str, Any]
     config = EngineConfig(
         str(folder / "model"), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
         max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
-        **options_of(option),
+        **options_of(option, folder),
     )  # fmt: skip
     builder = Builder(config, Platform())
     # of offloaded experts, prefill streams and the smaller decode buckets fetch

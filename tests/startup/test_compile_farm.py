@@ -189,6 +189,9 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "mixtral:2",
             "mixtral:int4",
             "qwen3:adapters",
+            "qwen3:ngram",
+            "qwen3:eagle3",
+            "qwen3:dflash",
             "qwen3:pools",
             "bert:pools",
         ],
@@ -272,6 +275,26 @@ def test_steps_with_adapters_are_dry_run_with_and_without_slots(dry_runs: dict[s
     assert isinstance(found, dict), found
     assert found["problems"] == [None, None, None]
     assert set(found["names"]) >= {"lora_row_kernel", "lora_expand_kernel", "gemv_kernel"}
+    assert found["compiled_after_launches"] == found["compiled"] == found["requests"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
+@pytest.mark.parametrize(
+    ("method", "num_programs", "kernels"),
+    [("ngram", 5, {"ngram_propose_kernel"}),
+     ("eagle3", 9, {"next_tokens_kernel", "draft_inputs_kernel", "rms_norm_each_kernel"}),
+     ("dflash", 8, {"draft_inputs_kernel"})],
+)  # fmt: skip
+def test_steps_with_drafts_are_dry_run(
+    method: str, num_programs: int, kernels: set[str], dry_runs: dict[str, Any]
+) -> None:
+    """So no program of theirs needs Inductor. A prompt's step with a head has more programs: the
+    places of what it has fed, and what stores that in the head's cache."""
+    found = dry_runs[f"qwen3:{method}"]
+    assert isinstance(found, dict), found
+    assert found["problems"] == [None, None, None]
+    assert found["numbers"][0][0] == num_programs
+    assert set(found["names"]) >= {"span_inputs_kernel", "accept_kernel", *kernels}
     assert found["compiled_after_launches"] == found["compiled"] == found["requests"]
 
 
