@@ -105,6 +105,19 @@ ATTENTION = {"": paged_attention} | {
 }
 ASKED_FOR = frozenset(f"paged_attention_{key}" for key in OTHERS)
 
+# What a deterministic engine has in place of `paged_attention` and `linear`: see `order.py`.
+ordered_attention = _define_attention(
+    "ordered_attention", reference.attention.paged_attention, ", Tensor? end=None"
+)
+ordered_linear = _define(
+    "ordered_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual=None, "
+    "bool silu_mul=False) -> Tensor",
+    reference.ordered.ordered_linear,
+    lambda x, weight, bias, residual=None, silu_mul=False: x.new_empty(
+        (*x.shape[:-1], weight.shape[0] // (1 + silu_mul))
+    ),
+)
+
 varlen_attention = _define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor start, int max_len, float scale) "
     "-> Tensor",
@@ -657,6 +670,8 @@ __all__ = [
     "norm_router_topk",
     "offloaded_experts",
     "op_name",
+    "ordered_attention",
+    "ordered_linear",
     "own_rank",
     "packed_clamped_experts",
     "packed_expert_linear",

@@ -29,6 +29,7 @@ from nanovllm.kernels.reference import (
     lora,
     norm_act,
     offload,
+    ordered,
     packed,
     rope_store,
     sample,
@@ -47,6 +48,7 @@ __all__ = [
     "meaning",
     "norm_act",
     "offload",
+    "ordered",
     "packed",
     "rope_store",
     "sample",
@@ -57,7 +59,7 @@ __all__ = [
 # those with ops that a compiler can trace
 TOPICS = (
     attention, clamped, experts, gated_delta, ggml, latent_attention, linear, lora, norm_act,
-    packed, rope_store, sample, step,
+    ordered, packed, rope_store, sample, step,
 )  # fmt: skip
 
 
