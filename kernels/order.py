@@ -9,6 +9,7 @@ from __future__ import annotations
 
 # Keys are added in tiles of so many, and tiles in pieces of so many keys, at fixed positions. A
 # piece is the smallest part of a row that one program of a decode step may take.
+QUERIES = 64  # entries of a tile of queries, in every step: a token has one for each of its heads
 KEY_TILE = 64
 PIECE_KEYS = 256
 

@@ -48,5 +48,5 @@ def ordered_attention(q_TNH: Tensor, *rest: Any) -> Tensor:
 
 
 def register() -> None:
-    kernels = {"ordered_attention": ordered_attention, "ordered_linear": ordered_linear}
+    kernels: dict[str, Any] = {"ordered_attention": ordered_attention, "ordered_linear": ordered_linear}
     ops.register_kernels("CPU", kernels)

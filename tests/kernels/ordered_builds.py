@@ -1,0 +1,46 @@
+"""The kernels of deterministic engines with their production constants, for `builds.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+# name, kernel, constants, warps
+Launch = tuple[str, Any, dict[str, Any], int]
+TYPES = {
+    "part_ptr": "*fp32", "part_max_ptr": "*fp32", "part_sum_ptr": "*fp32", "table_ptr": "*i32",
+    "seq_len_ptr": "*i32", "q_start_ptr": "*i32", "arrived_ptr": "*i32",
+}  # fmt: skip
+
+
+def launches(shared_bytes: int) -> Iterator[Launch]:
+    yield from _attention(shared_bytes)
+
+
+def _attention(shared_bytes: int) -> Iterator[Launch]:
+    """Heads of 128 in groups of 2 and 8, and of 64 within a window; one row, many, and a prompt."""
+    from nanovllm.kernels.triton import ordered_attention as ordered
+
+    cases = ((16, 8, 128, 64, 1, 1, 0), (32, 4, 128, 64, 256, 1, 0), (14, 2, 64, 16, 16, 8, 4096))
+    for num_heads, num_kv_heads, head_dim, block_size, num_rows, max_q_len, window in cases:
+        decodes = max_q_len == 1
+        tile = ordered.ordered_tile(
+            num_rows, num_kv_heads, head_dim, 16, decodes, 132, shared_bytes
+        )
+        constants = ordered.ordered_constants(
+            num_heads, num_kv_heads, head_dim, block_size, num_rows, window
+        )
+        strides: dict[str, Any] = {
+            "Q_STRIDE_TOKEN": num_heads * head_dim,
+            "Q_STRIDE_HEAD": head_dim,
+        }
+        for cache in "KV":
+            slot = num_kv_heads * head_dim
+            strides |= {f"{cache}_STRIDE_HEAD": head_dim, f"{cache}_STRIDE_SLOT": slot}
+            strides[f"{cache}_STRIDE_BLOCK"] = block_size * slot
+        constants |= strides | {
+            "QUERIES": 64, "PIECES": 16, "STAGES": tile.num_stages, "DECODES": decodes,
+            "SPLITS": tile.workers > 1, "UPCAST": False,
+        }  # fmt: skip
+        name = f"ordered attention {num_rows} rows of {num_heads} heads of {head_dim}"
+        yield name, ordered.ordered_attention_kernel, constants, 4

@@ -1,0 +1,50 @@
+"""Triton kernels of deterministic engines: right, and the same bits in any step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.triton.ordered_attention import OrderedTile, ordered_attention
+from tests.kernels.paged import assert_close, device, paged_cache
+
+DTYPE = torch.bfloat16
+LENGTHS = [1, 63, 64, 65, 255, 256, 257, 600]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize(("num_heads", "block_size"), [(4, 64), (2, 16)])
+def test_attention_of_decode_steps_and_of_prompts(
+    window: int, num_heads: int, block_size: int
+) -> None:
+    """A query's result has the same bits for any number of workers and in a prompt's step, whatever
+    shares its tile."""
+    lengths = [*LENGTHS, 0]
+    cache = paged_cache(lengths, 2, 32, block_size, DTYPE, window)
+    q_RNH = torch.randn(len(lengths), num_heads, 32, device=device).to(DTYPE)
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
+    rest = (starts, 1, 32**-0.5, window)
+    first = ordered_attention(q_RNH, *cache, *rest)
+    exact = (cache[0].float(), cache[1].float(), *cache[2:])
+    assert_close(first, reference.attention.paged_attention(q_RNH.float(), *exact, *rest).to(DTYPE))
+    for workers in (1, 2, 3):
+        again = ordered_attention(q_RNH, *cache, *rest, launch=OrderedTile(workers, 2))
+        assert same_bits(first, again), f"{workers} workers"
+    # the same queries as the last of chunks of other lengths
+    keys, values = (one.nan_to_num(0.5) if window else one for one in cache[:2])
+    for chunk in (1, 2, 40):
+        sizes = [min(chunk, length) for length in lengths]
+        ends = torch.tensor([0, *sizes]).cumsum(0)
+        q_TNH = torch.randn(int(ends[-1]) + 3, num_heads, 32, device=device).to(DTYPE)
+        q_TNH[ends[1:-1] - 1] = q_RNH[:-1]
+        spans = ends.to(device, torch.int32)
+        prompt = ordered_attention(
+            q_TNH, keys, values, *cache[2:], spans, max(2, chunk), 32**-0.5, window
+        )
+        assert same_bits(first[:-1], prompt[ends[1:-1] - 1]), f"chunks of {chunk}"
