@@ -414,6 +414,12 @@ experts = _define(
     reference.experts.experts,
     lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
+ordered_experts = _define(  # of a deterministic engine
+    "ordered_experts(Tensor x, Tensor weight, Tensor expert, Tensor gate_up, Tensor down, "
+    "Tensor? residual=None, Tensor? local=None) -> Tensor",
+    reference.experts.experts,
+    lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
 gelu_experts = _define(
     "gelu_experts(Tensor x, Tensor weight, Tensor expert, Tensor gate_up, Tensor down, "
     "Tensor? residual=None, Tensor? local=None) -> Tensor",
@@ -671,6 +677,7 @@ __all__ = [
     "offloaded_experts",
     "op_name",
     "ordered_attention",
+    "ordered_experts",
     "ordered_linear",
     "own_rank",
     "packed_clamped_experts",

@@ -28,17 +28,20 @@ EXACT = frozenset({
     "where", "__and__", "__or__", "__xor__", "__rshift__", "__lshift__", "fill", "isnan",
 })  # fmt: skip
 
+ORDERED = {ops.paged_attention: ops.ordered_attention, ops.experts: ops.ordered_experts}
+
 
 def order_sums(
     graph: GraphModule, fakes: Sequence[Tensor], *, fuses_silu: bool = False
 ) -> GraphModule:
-    """Replace products and attention by those whose sums have one order (`kernels/order.py`).
+    """Replace products, attention and experts by those whose sums have one order (see
+    `kernels/order.py`).
 
     With `fuses_silu` a product takes the SiLU·up that alone reads it.
     """
     for node in list(graph.graph.nodes):
-        if node.target is ops.paged_attention:
-            node.target = ops.ordered_attention
+        if node.target in ORDERED:
+            node.target = ORDERED[node.target]
         elif node.target is ops.linear:
             node.target = ops.ordered_linear
             if fuses_silu:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.kernels.cpu.attention import paged_attention
+from nanovllm.kernels.cpu.experts import experts
 from nanovllm.kernels.cpu.linear import _product
 from nanovllm.kernels.cpu.norm_act import silu_mul as gated
 
@@ -48,5 +49,9 @@ def ordered_attention(q_TNH: Tensor, *rest: Any) -> Tensor:
 
 
 def register() -> None:
-    kernels: dict[str, Any] = {"ordered_attention": ordered_attention, "ordered_linear": ordered_linear}
+    kernels: dict[str, Any] = {
+        "ordered_attention": ordered_attention,
+        "ordered_experts": experts,  # sums never depend on the other tokens of a call
+        "ordered_linear": ordered_linear,
+    }
     ops.register_kernels("CPU", kernels)

@@ -49,9 +49,6 @@ KERNEL_OPS = (
 )
 
 
-# Their sums never depend on the other tokens of a call (`experts.cpp`).
-EXPERT_OPS = frozenset({"expert_linear", "experts", "topk_softmax"})
-
 TRAITS = Traits(
     name="cpu",
     supported_dtypes=(torch.float32, torch.bfloat16),
@@ -135,7 +132,7 @@ class CpuPlatform(Platform):
     def ordered_passes(self) -> tuple[tuple[str, Pass], ...] | None:
         if self._compiler_problem:
             return None
-        ours = order.ORDERED | order.BY_ROW | EXPERT_OPS
+        ours = order.ORDERED | order.BY_ROW
         kept = (ours | STEP_OPS) - {"rope"}
         return (
             ("fuse_rope_store", fuse_rope_store),

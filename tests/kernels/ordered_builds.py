@@ -15,6 +15,7 @@ TYPES = {
 
 def launches(shared_bytes: int) -> Iterator[Launch]:
     yield from _attention(shared_bytes)
+    yield from _products(shared_bytes)
 
 
 def _attention(shared_bytes: int) -> Iterator[Launch]:
@@ -44,3 +45,21 @@ def _attention(shared_bytes: int) -> Iterator[Launch]:
         }  # fmt: skip
         name = f"ordered attention {num_rows} rows of {num_heads} heads of {head_dim}"
         yield name, ordered.ordered_attention_kernel, constants, 4
+
+
+def _products(shared_bytes: int) -> Iterator[Launch]:
+    """Products of Qwen3-0.6B and 8B for one row, for those of a decode step and of a prompt."""
+    from nanovllm.kernels import order
+    from nanovllm.kernels.triton import ordered_gemm as ordered
+
+    cases = (
+        (1024, 3072, False, 1), (1024, 2048, False, 256), (6144, 1024, True, 64),
+        (24576, 4096, True, 8192), (4096, 12288, False, 256),
+    )  # fmt: skip
+    for num_lines, depth, silu_mul, num_rows in cases:
+        shares = order.shares_of(num_lines, depth).number
+        tile = ordered.ordered_tile(num_rows, num_lines, shares, shared_bytes)
+        constants = ordered.ordered_constants(num_rows, num_lines, depth, silu_mul, tile)
+        constants |= {"HAS_BIAS": False, "HAS_RESIDUAL": not silu_mul, "UPCAST": False}
+        name = f"ordered product {num_rows}x{num_lines}x{depth}"
+        yield name, ordered.ordered_gemm_kernel, constants, tile.num_warps

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import reference
+from nanovllm.kernels import order, reference
 from nanovllm.kernels.triton.ordered_attention import OrderedTile, ordered_attention
+from nanovllm.kernels.triton.ordered_gemm import OrderedTile as GemmTile
+from nanovllm.kernels.triton.ordered_gemm import ordered_linear
 from tests.kernels.paged import assert_close, device, paged_cache
 
-DTYPE = torch.bfloat16
+# the interpreter does not round to bf16 as GPUs do
+DTYPE = torch.bfloat16 if device == "cuda" else torch.float16
 LENGTHS = [1, 63, 64, 65, 255, 256, 257, 600]
 
 
@@ -48,3 +51,39 @@ def test_attention_of_decode_steps_and_of_prompts(
             q_TNH, keys, values, *cache[2:], spans, max(2, chunk), 32**-0.5, window
         )
         assert same_bits(first[:-1], prompt[ends[1:-1] - 1]), f"chunks of {chunk}"
+
+
+TILES = {
+    8: GemmTile(8, 64, 64, 2, 4), 16: GemmTile(16, 64, 64, 2, 4),
+    "split": GemmTile(16, 64, 64, 2, 4, splits=True), 32: GemmTile(32, 128, 64, 2, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("num_lines", "depth", "silu_mul"),
+    [(96, 600, False), (64, 256, True), (4160, 64, True), (200, 72, False)],
+)
+def test_products(num_lines: int, depth: int, silu_mul: bool) -> None:
+    """Right for any tile and number of rows, and the same bits for one row as among others."""
+    x_TD = torch.randn(35, depth, device=device).to(DTYPE)
+    weight_OD = (torch.randn(num_lines, depth, device=device) / depth**0.5).to(DTYPE)
+    bias_O = torch.randn(num_lines, device=device).to(DTYPE)
+    residual_TO = None
+    if not silu_mul:
+        residual_TO = torch.randn(35, num_lines, device=device).to(DTYPE)
+    exact = reference.ordered.ordered_linear(
+        x_TD.float(), weight_OD.float(), bias_O.float(),
+        None if residual_TO is None else residual_TO.float(), silu_mul,
+    )  # fmt: skip
+    has_shares = order.shares_of(num_lines, depth).number > 1
+    found = []
+    for tile in (None, *TILES.values()):
+        if tile is not None and tile.splits and not has_shares:
+            continue
+        for num_rows in (1, 5, 35):
+            rest = None if residual_TO is None else residual_TO[:num_rows]
+            y_TO = ordered_linear(x_TD[:num_rows], weight_OD, bias_O, rest, silu_mul, launch=tile)
+            assert_close(y_TO, exact[:num_rows].to(DTYPE))
+            found.append(y_TO[0])
+    if device == "cuda":  # the interpreter's products follow the library of NumPy
+        assert all(same_bits(found[0], one) for one in found)
