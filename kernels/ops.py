@@ -107,7 +107,7 @@ ASKED_FOR = frozenset(f"paged_attention_{key}" for key in OTHERS)
 
 # What a deterministic engine has in place of `paged_attention` and `linear`: see `order.py`.
 ordered_attention = _define_attention(
-    "ordered_attention", reference.attention.paged_attention, ", Tensor? end=None"
+    "ordered_attention", reference.ordered.ordered_attention, ", Tensor? end=None"
 )
 ordered_linear = _define(
     "ordered_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual=None, "
@@ -417,7 +417,7 @@ experts = _define(
 ordered_experts = _define(  # of a deterministic engine
     "ordered_experts(Tensor x, Tensor weight, Tensor expert, Tensor gate_up, Tensor down, "
     "Tensor? residual=None, Tensor? local=None) -> Tensor",
-    reference.experts.experts,
+    reference.ordered.ordered_experts,
     lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 gelu_experts = _define(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,10 +49,13 @@ def ordered_attention(q_TNH: Tensor, *rest: Any) -> Tensor:
     return paged_attention(q_TNH, *rest, ordered=True)
 
 
+KERNELS: dict[str, Callable[..., object]] = {
+    "ordered_attention": ordered_attention,
+    "ordered_experts": experts,  # sums never depend on the other tokens of a call
+    "ordered_linear": ordered_linear,
+}
+
+
 def register() -> None:
-    kernels: dict[str, Any] = {
-        "ordered_attention": ordered_attention,
-        "ordered_experts": experts,  # sums never depend on the other tokens of a call
-        "ordered_linear": ordered_linear,
-    }
-    ops.register_kernels("CPU", kernels)
+    """Register the kernels for the dispatch key CPU."""
+    ops.register_kernels("CPU", KERNELS)

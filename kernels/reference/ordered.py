@@ -1,7 +1,7 @@
-"""Products whose results for a row have the same bits among any number of rows.
+"""Ops whose results for a row have the same bits among any other rows.
 
-The meaning is that of `linear`; what is promised beyond it is the order of sums, which a kernel
-keeps (`kernels/order.py`). Plain torch does not, so a device without a kernel refuses the option
+The meaning is that of other ops; what is promised beyond it is the order of sums, which a kernel
+keeps (`kernels/order.py`). Plain torch does not, so a device without kernels refuses the option
 `deterministic`.
 """
 
@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from nanovllm.kernels.reference.attention import paged_attention
+from nanovllm.kernels.reference.experts import experts
 from nanovllm.kernels.reference.linear import fused_linear
+
+ordered_attention = paged_attention
+ordered_experts = experts
 
 
 def ordered_linear(

@@ -15,6 +15,8 @@ from nanovllm.models.model import Model
 from nanovllm.models.schemes import UNQUANTIZED
 from nanovllm.platforms.base import Platform
 
+VOCAB_UNIT = 4
+
 
 def engine_lowering(config: EngineConfig, platform: Platform) -> Lowering | None:
     """The lowering of an engine's programs; None runs regions as Python."""
@@ -40,11 +42,16 @@ def check_model(config: EngineConfig, model: Model) -> None:
     """Raise ValueError if deterministic=True is not supported for the model."""
     if not config.deterministic:
         return
+    vocab_size = model.config.vocab_size
     refused = {
         f"quantized weights ({model.scheme})": model.scheme != UNQUANTIZED,
         "recurrent layers or latents": not all(isinstance(one, PagedKV) for one in model.kept),
         "images or audio": model.takes_embeddings,
         "a pooler": model.pooler is not None,
+        # torch's log_softmax on a GPU reads rows from their first multiple of 16 bytes on
+        f"a vocabulary of {vocab_size} tokens, no multiple of {VOCAB_UNIT},": vocab_size
+        % VOCAB_UNIT
+        != 0,
     }
     for what, is_so in refused.items():
         if is_so:

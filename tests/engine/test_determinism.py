@@ -208,7 +208,7 @@ def test_across_ranks_is_refused() -> None:
 
 def test_refused_sums(tmp_path: Path) -> None:
     """A model with an op whose order of sums is not known is refused, with the op's name."""
-    folder = save_tiny(tmp_path / "model", "starcoder2", vocab_size=99)
+    folder = save_tiny(tmp_path / "model", "starcoder2", vocab_size=100)
     with pytest.raises(ValueError, match=r"deterministic=True .* aten\.mean"):
         LLM(
             str(folder), device="cpu", dtype="float32", deterministic=True, enforce_eager=True,

@@ -43,7 +43,8 @@ def _attention(shared_bytes: int) -> Iterator[Launch]:
             "QUERIES": 64, "PIECES": 16, "STAGES": tile.num_stages, "DECODES": decodes,
             "SPLITS": tile.workers > 1, "UPCAST": False,
         }  # fmt: skip
-        name = f"ordered attention {num_rows} rows of {num_heads} heads of {head_dim}"
+        step = "decode" if decodes else "prefill"
+        name = f"ordered attention: {step} {num_rows} rows of {num_heads} heads of {head_dim}"
         yield name, ordered.ordered_attention_kernel, constants, 4
 
 
