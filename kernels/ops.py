@@ -105,17 +105,22 @@ ATTENTION = {"": paged_attention} | {
 }
 ASKED_FOR = frozenset(f"paged_attention_{key}" for key in OTHERS)
 
-# What a deterministic engine has in place of `paged_attention` and `linear`: see `order.py`.
+# What a deterministic engine has in place of other ops: see `order.py`.
 ordered_attention = _define_attention(
     "ordered_attention", reference.ordered.ordered_attention, ", Tensor? end=None"
 )
 ordered_linear = _define(
-    "ordered_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual=None, "
-    "bool silu_mul=False) -> Tensor",
+    "ordered_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, "
+    "Tensor? residual=None, float eps=0.0, bool silu_mul=False) -> Tensor",
     reference.ordered.ordered_linear,
-    lambda x, weight, bias, residual=None, silu_mul=False: x.new_empty(
+    lambda x, norm_weight, weight, bias, residual=None, eps=0.0, silu_mul=False: x.new_empty(
         (*x.shape[:-1], weight.shape[0] // (1 + silu_mul))
     ),
+)
+ordered_norm = _define(
+    "ordered_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    reference.ordered.ordered_norm,
+    lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 
 varlen_attention = _define(
@@ -679,6 +684,7 @@ __all__ = [
     "ordered_attention",
     "ordered_experts",
     "ordered_linear",
+    "ordered_norm",
     "own_rank",
     "packed_clamped_experts",
     "packed_expert_linear",

@@ -16,7 +16,7 @@ KEY_TILE = 64
 PIECE_KEYS = 256
 
 # Our ops whose kernels, on a CPU and in Triton, give a row the same bits among any other rows.
-ORDERED = frozenset({"ordered_attention", "ordered_experts", "ordered_linear"})
+ORDERED = frozenset({"ordered_attention", "ordered_experts", "ordered_linear", "ordered_norm"})
 BY_ROW = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "ngram_propose",
     "qk_norm_rope_store", "rms_norm", "rope", "sample", "sampling_inputs", "silu_mul",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -29,37 +29,55 @@ EXACT = frozenset({
 })  # fmt: skip
 
 ORDERED = {ops.paged_attention: ops.ordered_attention, ops.experts: ops.ordered_experts}
+FusesNorm = Callable[[Tensor], bool]
 
 
 def order_sums(
-    graph: GraphModule, fakes: Sequence[Tensor], *, fuses_silu: bool = False
+    graph: GraphModule, fakes: Sequence[Tensor], *, fuses_norm: FusesNorm | None = None
 ) -> GraphModule:
     """Replace products, attention and experts by those whose sums have one order (see
     `kernels/order.py`).
 
-    With `fuses_silu` a product takes the SiLU·up that alone reads it.
+    With `fuses_norm` norms are replaced too, and a product takes the SiLU·up that alone reads it,
+    and the norm that it alone reads if `fuses_norm(x)`.
     """
     for node in list(graph.graph.nodes):
         if node.target in ORDERED:
             node.target = ORDERED[node.target]
         elif node.target is ops.linear:
+            x, weight, bias, *residual = node.args
             node.target = ops.ordered_linear
-            if fuses_silu:
+            node.args = (x, None, weight, bias, residual[0] if residual else None, 0.0, False)
+            if fuses_norm is not None:
                 _fuse_silu(graph, node)
+                _fuse_norm(node, fuses_norm)
     graph.graph.eliminate_dead_code()
+    if fuses_norm is not None:
+        for norm in graph.graph.find_nodes(op="call_function", target=ops.rms_norm):
+            norm.target = ops.ordered_norm
     graph.recompile()
     return graph
 
 
 def _fuse_silu(graph: GraphModule, product: Node) -> None:
-    users, has_residual = list(product.users), len(product.args) > 3 and product.args[3] is not None
+    users, has_residual = list(product.users), product.args[4] is not None
     if has_residual or len(users) != 1 or users[0].target is not ops.silu_mul:
         return
     gated = users[0]
-    product.args = (*product.args[:3], None, True)
+    product.args = (*product.args[:6], True)
     product.meta = dict(gated.meta)
     gated.replace_all_uses_with(product)
     graph.graph.erase_node(gated)
+
+
+def _fuse_norm(product: Node, fuses_norm: FusesNorm) -> None:
+    norm: Any = product.args[0]
+    if not isinstance(norm, Node) or norm.target is not ops.rms_norm or len(norm.users) > 1:
+        return
+    x, weight, eps = norm.args
+    assert isinstance(x, Node)
+    if fuses_norm(x.meta["val"]):
+        product.args = (x, weight, *product.args[2:5], eps, product.args[6])
 
 
 def check_order(

@@ -1,12 +1,13 @@
 """Products of deterministic engines in Triton: the sums of an output have one order for any rows.
 
-x · weightᵀ + bias (→ SiLU·up) (+ residual). The weights are the left operand of the matrix units,
-which take it in pieces of 64 lines, and the rows of x are the right one, in tiles of 16 to 256 (for
-8 Triton takes another instruction). So one row and thousands use the same instruction, and an
-output is a chain of them along the depth. Where a weight has few lines, the depth is cut into
-shares by `order.shares_of`, whose sums are added in ascending order: by one program in turn, or by
-the last of several to arrive, as suits the number of rows. Tiles may follow the rows: they change
-neither chains nor shares.
+(RMS norm →) x · weightᵀ + bias (→ SiLU·up) (+ residual). The weights are the left operand of the
+matrix units, which take it in pieces of 64 lines, and the rows of x are the right one, in tiles of
+16 to 256 (for 8 Triton takes another instruction). So one row and thousands use the same
+instruction, and an output is a chain of them along the depth. Where a weight has few lines, the
+depth is cut into shares by `order.shares_of`, whose sums are added in ascending order: by one
+program in turn, or by the last of several to arrive, as suits the number of rows. Tiles may follow
+the rows: they change neither chains nor shares. With few rows each program norms them by itself, in
+the order of `ordered_norm.py`.
 
 Shapes: T rows | L lines of weights of one program, of gate and up if GATED | C columns of a chunk
 """
@@ -29,6 +30,7 @@ from nanovllm.kernels.triton.common import (
     prefetch_and_wait,
     shared_memory_bytes,
 )
+from nanovllm.kernels.triton.ordered_norm import norm_factor, normed
 
 
 class OrderedTile(NamedTuple):
@@ -59,9 +61,9 @@ def _load(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, AL
 
 @triton.jit
 def _sums(
-    x_at, w_at, d_C, real_T, all_L, begin, end, DEPTH: tl.constexpr, EACH: tl.constexpr,
-    ADDS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, ALL_ROWS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    x_at, norm_ptr, factor_T1, w_at, d_C, real_T, all_L, begin, end, DEPTH: tl.constexpr,
+    EACH: tl.constexpr, ADDS: tl.constexpr, HAS_NORM: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr, ALL_ROWS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The sums [L, T] of chunks begin … end − 1: one chain or, if it ADDS shares, one for each
     EACH chunks, added in their order."""
@@ -70,6 +72,10 @@ def _sums(
     for chunk in tl.range(begin, end, num_stages=STAGES):
         x_TC = _load(x_at, chunk, d_C, real_T, DEPTH, COLUMNS, ALL_ROWS)
         w_LC = _load(w_at, chunk, d_C, all_L, DEPTH, COLUMNS, True)
+        if HAS_NORM:
+            d_mask_C = chunk * COLUMNS + d_C < DEPTH
+            norm_C = tl.load(norm_ptr + chunk * COLUMNS + d_C, mask=d_mask_C, other=0.0)
+            x_TC = normed(x_TC, factor_T1, norm_C[None, :], x_TC.dtype)
         acc_LT = dot(w_LC, tl.trans(x_TC), acc_LT, UPCAST)
         if ADDS:  # noqa: SIM102  (Triton has no `and` of a constant and a value)
             if ((chunk + 1) % EACH == 0) | (chunk + 1 == end):
@@ -106,6 +112,7 @@ def _finished(acc_LT, dtype: tl.constexpr, GATED: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def ordered_gemm_kernel(
     x_ptr,  # [T, D]
+    norm_ptr,  # [D], read if HAS_NORM
     weight_ptr,  # [lines, D]
     bias_ptr,  # [lines], read if HAS_BIAS
     residual_ptr,  # [T, NUM_OUTS], read if HAS_RESIDUAL
@@ -115,6 +122,7 @@ def ordered_gemm_kernel(
     x_stride,
     weight_stride,
     num_rows,
+    eps,
     NUM_OUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     SHARE: tl.constexpr,
@@ -126,6 +134,7 @@ def ordered_gemm_kernel(
     STAGES: tl.constexpr,
     LINES_P: tl.constexpr,
     SPLITS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
@@ -158,9 +167,13 @@ def ordered_gemm_kernel(
     begin, end = 0, CHUNKS
     if SPLITS:
         begin, end = share * EACH, tl.minimum(share * EACH + EACH, CHUNKS)
+    factor_T1 = 1.0
+    if HAS_NORM:
+        row_at = x_ptr + row_T.to(tl.int64)[:, None] * x_stride
+        factor_T1 = norm_factor(row_at, real_T, eps, DEPTH, ALL_ROWS)
     acc_LT = _sums(
-        x_at, w_at, d_C, real_T, line_L >= 0, begin, end, DEPTH, EACH,
-        SHARES > 1 and not SPLITS, COLUMNS, STAGES, ALL_ROWS, UPCAST,
+        x_at, norm_ptr, factor_T1, w_at, d_C, real_T, line_L >= 0, begin, end, DEPTH, EACH,
+        SHARES > 1 and not SPLITS, HAS_NORM, COLUMNS, STAGES, ALL_ROWS, UPCAST,
     )  # fmt: skip
     if SPLITS:
         each = num_rows.to(tl.int64) * NUM_LINES
@@ -185,6 +198,8 @@ def ordered_gemm_kernel(
     tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
+# Up to so many rows a product norms them: each of its programs reads them all once more.
+MAX_NORMED, MAX_NORM_DEPTH = 1, 8192
 # Up to so many rows → tiles for weights of few lines and of many.
 FEW_LINES = 2048
 TILES: dict[int, tuple[OrderedTile, OrderedTile]] = {
@@ -210,11 +225,18 @@ def ordered_tile(num_rows: int, num_lines: int, shares: int, shared_bytes: int) 
     return tile._replace(num_stages=num_stages, splits=tile.splits and shares > 1)
 
 
+def takes_norm(x_TD: Tensor) -> bool:
+    """Whether a product with these rows norms them."""
+    return x_TD.dim() == 2 and x_TD.shape[0] <= MAX_NORMED and x_TD.shape[1] <= MAX_NORM_DEPTH
+
+
 def ordered_linear(
     x_TD: Tensor,
+    norm_weight_D: Tensor | None,
     weight_OD: Tensor,
     bias_O: Tensor | None,
     residual_TO: Tensor | None = None,
+    eps: float = 0.0,
     silu_mul: bool = False,
     launch: OrderedTile | None = None,
 ) -> Tensor:
@@ -250,6 +272,7 @@ def ordered_linear(
         arrived = arrival_counters(device, grid[0] * grid[1])
     ordered_gemm_kernel[grid](
         x_TD,
+        x_TD if norm_weight_D is None else norm_weight_D,
         weight_OD,
         x_TD if bias_O is None else bias_O,
         x_TD if residual_TO is None else residual_TO,
@@ -259,7 +282,9 @@ def ordered_linear(
         x_TD.stride(0),
         weight_OD.stride(0),
         num_rows,
+        eps,
         **ordered_constants(num_rows, num_lines, depth, silu_mul, tile),
+        HAS_NORM=norm_weight_D is not None,
         HAS_BIAS=bias_O is not None,
         HAS_RESIDUAL=residual_TO is not None,
         UPCAST=device.type != "cuda",

@@ -26,7 +26,12 @@ from nanovllm.kernels.triton import linear as plain_linear
 from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.common import shared_memory_bytes
 from nanovllm.kernels.triton.ordered_attention import ordered_attention
-from nanovllm.kernels.triton.ordered_gemm import OrderedTile, ordered_linear, ordered_tile
+from nanovllm.kernels.triton.ordered_gemm import (
+    MAX_NORMED,
+    OrderedTile,
+    ordered_linear,
+    ordered_tile,
+)
 from scripts.bench.gpu_timing import time_launches
 from scripts.bench.linear_cases import DTYPE, Case
 from scripts.bench.linear_tiles import SHAPES
@@ -54,8 +59,9 @@ def product(name: str, num_rows: int) -> dict[str, Any]:
     chosen = ordered_tile(num_rows, num_lines, shares.number, shared_memory_bytes(weight.device))
 
     def run(idx: int, tile: OrderedTile) -> Tensor:
+        norm = None if case.norms is None or num_rows > MAX_NORMED else case.norms[idx]
         return ordered_linear(
-            case.x, case.weights[idx], None, case.residual, case.silu, launch=tile
+            case.x, norm, case.weights[idx], None, case.residual, 1e-6, case.silu, launch=tile
         )
 
     def plain(idx: int) -> Tensor:

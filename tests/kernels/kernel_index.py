@@ -108,6 +108,7 @@ CHOSEN: dict[str, dict[str, str]] = {
     },
     "ordered_attention": {"ordered_attention_kernel": "deterministic engines on sm_90"},
     "ordered_linear": {"ordered_gemm_kernel": "deterministic engines on sm_90"},
+    "ordered_norm": {"ordered_norm_kernel": "the same: norms that no product takes"},
     "latent_inputs": {"latent_inputs_kernel": "always; cuBLAS absorbs the queries"},
     "head_linear": {},
     "latent_attention": {

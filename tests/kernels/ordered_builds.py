@@ -61,6 +61,11 @@ def _products(shared_bytes: int) -> Iterator[Launch]:
         shares = order.shares_of(num_lines, depth).number
         tile = ordered.ordered_tile(num_rows, num_lines, shares, shared_bytes)
         constants = ordered.ordered_constants(num_rows, num_lines, depth, silu_mul, tile)
-        constants |= {"HAS_BIAS": False, "HAS_RESIDUAL": not silu_mul, "UPCAST": False}
+        constants |= {
+            "HAS_NORM": num_rows == 1,
+            "HAS_BIAS": False,
+            "HAS_RESIDUAL": not silu_mul,
+            "UPCAST": False,
+        }
         name = f"ordered product {num_rows}x{num_lines}x{depth}"
         yield name, ordered.ordered_gemm_kernel, constants, tile.num_warps

@@ -10,6 +10,7 @@ from nanovllm.kernels import order, reference
 from nanovllm.kernels.triton.ordered_attention import OrderedTile, ordered_attention
 from nanovllm.kernels.triton.ordered_gemm import OrderedTile as GemmTile
 from nanovllm.kernels.triton.ordered_gemm import ordered_linear
+from nanovllm.kernels.triton.ordered_norm import ordered_norm
 from tests.kernels.paged import assert_close, device, paged_cache
 
 # the interpreter does not round to bf16 as GPUs do
@@ -72,8 +73,8 @@ def test_products(num_lines: int, depth: int, silu_mul: bool) -> None:
     if not silu_mul:
         residual_TO = torch.randn(35, num_lines, device=device).to(DTYPE)
     exact = reference.ordered.ordered_linear(
-        x_TD.float(), weight_OD.float(), bias_O.float(),
-        None if residual_TO is None else residual_TO.float(), silu_mul,
+        x_TD.float(), None, weight_OD.float(), bias_O.float(),
+        None if residual_TO is None else residual_TO.float(), 0.0, silu_mul,
     )  # fmt: skip
     has_shares = order.shares_of(num_lines, depth).number > 1
     found = []
@@ -82,8 +83,27 @@ def test_products(num_lines: int, depth: int, silu_mul: bool) -> None:
             continue
         for num_rows in (1, 5, 35):
             rest = None if residual_TO is None else residual_TO[:num_rows]
-            y_TO = ordered_linear(x_TD[:num_rows], weight_OD, bias_O, rest, silu_mul, launch=tile)
+            y_TO = ordered_linear(
+                x_TD[:num_rows], None, weight_OD, bias_O, rest, 0.0, silu_mul, launch=tile
+            )
             assert_close(y_TO, exact[:num_rows].to(DTYPE))
             found.append(y_TO[0])
     if device == "cuda":  # the interpreter's products follow the library of NumPy
         assert all(same_bits(found[0], one) for one in found)
+
+
+@pytest.mark.parametrize("depth", [64, 200, 1024])
+def test_norms_inside_of_products_and_by_themselves(depth: int) -> None:
+    """A norm has the same bits among any rows, and a product that norms its rows has those of the
+    product after a norm."""
+    x_TD = torch.randn(9, depth, device=device).to(DTYPE)
+    norm_D = (torch.rand(depth, device=device) + 0.5).to(DTYPE)
+    weight_OD = (torch.randn(128, depth, device=device) / depth**0.5).to(DTYPE)
+    normed_TD = ordered_norm(x_TD, norm_D, 1e-6)
+    exact = reference.norm_act.rms_norm(x_TD.float(), norm_D.float(), 1e-6)
+    assert_close(normed_TD, exact.to(DTYPE))
+    assert same_bits(normed_TD[3:4], ordered_norm(x_TD[3:4], norm_D, 1e-6))
+    for num_rows in (1, 9):
+        fused = ordered_linear(x_TD[:num_rows], norm_D, weight_OD, None, None, 1e-6, True)
+        apart = ordered_linear(normed_TD[:num_rows], None, weight_OD, None, None, 0.0, True)
+        assert same_bits(fused, apart)
