@@ -200,11 +200,12 @@ def ordered_attention_kernel(
     STAGES: tl.constexpr,
     DECODES: tl.constexpr,
     SPLITS: tl.constexpr,
+    ONE_ROW: tl.constexpr,
     MERGED: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_earlier_kernels(PDL)
+    wait_for_earlier_kernels(PDL, EARLY=ONE_ROW)
     TOKENS: tl.constexpr = 1 if DECODES else QUERIES // GROUP
     head_idx = tl.program_id(0) % NUM_KV_HEADS
     if DECODES:
@@ -384,6 +385,7 @@ def ordered_attention(
         STAGES=tile.num_stages,
         DECODES=decodes,
         SPLITS=tile.workers > 1,
+        ONE_ROW=decodes and num_rows == 1,
         UPCAST=device.type != "cuda",
         num_warps=4,
         **launch_options(device),

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels import order
+from nanovllm.kernels.triton import gated_gemm
 from nanovllm.kernels.triton.common import (
     arrival_counters,
     dot,
@@ -259,6 +260,8 @@ def ordered_linear(
     if not num_rows:
         return out_TO
     shares = order.shares_of(num_lines, depth)
+    if launch is None and _is_gated_chain(x_TD, norm_weight_D, weight_OD, shares.number, silu_mul):
+        return gated_gemm.gated_gemm(x_TD, weight_OD, bias_O)
     tile = launch or ordered_tile(num_rows, num_lines, shares.number, shared_memory_bytes(device))
     grid = (
         triton.cdiv(num_lines, tile.lines),
@@ -292,6 +295,14 @@ def ordered_linear(
         **launch_options(device),
     )
     return out_TO
+
+
+def _is_gated_chain(
+    x_TD: Tensor, norm_weight_D: Tensor | None, weight_OD: Tensor, shares: int, silu_mul: bool
+) -> bool:
+    """True where `gated_gemm` has a tile. It has the weights on the left too, and one chain."""
+    is_plain = silu_mul and norm_weight_D is None and shares == 1
+    return is_plain and gated_gemm.takes(x_TD, weight_OD)
 
 
 def ordered_constants(

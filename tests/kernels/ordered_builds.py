@@ -41,7 +41,7 @@ def _attention(shared_bytes: int) -> Iterator[Launch]:
             strides[f"{cache}_STRIDE_BLOCK"] = block_size * slot
         constants |= strides | {
             "QUERIES": 64, "PIECES": 16, "STAGES": tile.num_stages, "DECODES": decodes,
-            "SPLITS": tile.workers > 1, "UPCAST": False,
+            "SPLITS": tile.workers > 1, "ONE_ROW": num_rows == 1, "UPCAST": False,
         }  # fmt: skip
         step = "decode" if decodes else "prefill"
         name = f"ordered attention: {step} {num_rows} rows of {num_heads} heads of {head_dim}"

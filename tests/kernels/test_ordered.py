@@ -62,7 +62,7 @@ TILES = {
 
 @pytest.mark.parametrize(
     ("num_lines", "depth", "silu_mul"),
-    [(96, 600, False), (64, 256, True), (4160, 64, True), (200, 72, False)],
+    [(96, 600, False), (64, 256, True), (2112, 64, True), (200, 72, False)],
 )
 def test_products(num_lines: int, depth: int, silu_mul: bool) -> None:
     """Right for any tile and number of rows, and the same bits for one row as among others."""
@@ -107,3 +107,20 @@ def test_norms_inside_of_products_and_by_themselves(depth: int) -> None:
         fused = ordered_linear(x_TD[:num_rows], norm_D, weight_OD, None, None, 1e-6, True)
         apart = ordered_linear(normed_TD[:num_rows], None, weight_OD, None, None, 0.0, True)
         assert same_bits(fused, apart)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("num_lines", "depth", "silu_mul"),
+    [(4096, 1024, False), (1024, 3072, False), (24576, 4096, True), (4096, 12288, False)],
+)
+def test_products_of_qwen3(num_lines: int, depth: int, silu_mul: bool) -> None:
+    """One row has the same bits among any number of rows, by the tiles that are chosen."""
+    x_TD = torch.randn(1100, depth, device=device).to(DTYPE)
+    weight_OD = (torch.randn(num_lines, depth, device=device) / depth**0.5).to(DTYPE)
+    rest = (None, weight_OD, None, None, 0.0, silu_mul)
+    first = ordered_linear(x_TD[:1], *rest)
+    exact = reference.ordered.ordered_linear(x_TD[:1], *rest)
+    assert_close(first, exact)
+    for num_rows in (2, 16, 17, 33, 64, 100, 128, 130, 200, 256, 300, 1100):
+        assert same_bits(first, ordered_linear(x_TD[:num_rows], *rest)[:1]), num_rows
