@@ -213,8 +213,9 @@ TILES: dict[int, tuple[OrderedTile, OrderedTile]] = {
     64: (OrderedTile(64, 64, 64, 5, 4, splits=True), OrderedTile(64, 64, 128, 4, 4)),
     128: (OrderedTile(32, 64, 128, 4, 4), OrderedTile(64, 64, 128, 3, 4)),
     256: (OrderedTile(32, 64, 128, 4, 4), OrderedTile(64, 128, 64, 4, 4)),
+    1024: (OrderedTile(64, 64, 64, 5, 4), OrderedTile(128, 128, 64, 4, 8)),
 }
-LARGEST = OrderedTile(64, 64, 64, 4, 4), OrderedTile(128, 128, 64, 4, 8)
+LARGEST = OrderedTile(128, 128, 64, 4, 8), OrderedTile(256, 128, 64, 4, 8)
 
 
 def ordered_tile(num_rows: int, num_lines: int, shares: int, shared_bytes: int) -> OrderedTile:

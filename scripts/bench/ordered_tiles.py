@@ -40,6 +40,12 @@ from scripts.bench.linear_tiles import SHAPES
 def tiles(num_rows: int, shares: int) -> Iterator[OrderedTile]:
     """Tiles to try, the chosen one left out."""
     padded = max(16, min(256, 1 << (num_rows - 1).bit_length()))
+    if num_rows > 256:
+        for rows, lines, num_warps in (
+            (256, 128, 8), (128, 256, 8), (128, 128, 8), (128, 128, 4), (64, 128, 4), (128, 64, 4),
+        ):  # fmt: skip
+            yield OrderedTile(rows, lines, 64, 4, num_warps)
+        return
     for rows in sorted({padded, max(16, padded // 2), max(16, padded // 4), max(16, padded // 8)}):
         for lines, columns, stages in (
             (64, 128, 4), (64, 64, 8), (64, 64, 5), (128, 64, 4), (128, 128, 3),
