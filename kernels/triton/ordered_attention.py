@@ -351,11 +351,9 @@ def ordered_attention(
         num_rows, num_kv_heads, triton.next_power_of_2(head_dim), num_pieces, decodes,
         num_multiprocessors(device), shared_memory_bytes(device),
     )  # fmt: skip
-    parts = torch.empty(
-        (num_rows * num_pieces * num_heads if tile.workers > 1 else 0, head_dim + 2),
-        dtype=torch.float32, device=device,
-    ).view(-1)  # fmt: skip
-    of_heads = parts.numel() // (head_dim + 2)
+    num_parts = num_rows * num_pieces * num_heads if tile.workers > 1 else 1
+    part = torch.empty(num_parts * head_dim, dtype=torch.float32, device=device)
+    part_max, part_sum = torch.empty((2, num_parts), dtype=torch.float32, device=device)
     num_tiles = num_rows if decodes else num_tokens // (queries // group) + num_rows + 2
     counters = num_rows * num_kv_heads if tile.workers > 1 else 1
     ordered_attention_kernel[(num_tiles * num_kv_heads, tile.workers)](
@@ -366,9 +364,9 @@ def ordered_attention(
         seq_len_R,
         q_start_S,
         out_TNH,
-        parts[2 * of_heads :],
-        parts[:of_heads],
-        parts[of_heads : 2 * of_heads],
+        part,
+        part_max,
+        part_sum,
         arrival_counters(device, counters),
         num_tokens,
         num_rows,

@@ -16,6 +16,10 @@ TYPES = {
 def launches(shared_bytes: int) -> Iterator[Launch]:
     yield from _attention(shared_bytes)
     yield from _products(shared_bytes)
+    from nanovllm.kernels.triton import ordered_norm as norm
+
+    sizes = {"DIM": 1024, "DIM_P": 1024, "ROWS": 2}
+    yield "norm with one order of squares", norm.ordered_norm_kernel, sizes, 4
 
 
 def _attention(shared_bytes: int) -> Iterator[Launch]:

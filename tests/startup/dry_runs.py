@@ -57,6 +57,7 @@ SHORT = "advance_kernel"
 DEVICE = torch.device("cuda", 0)
 POOLS = "pools"  # the option of a model that pools
 ADAPTERS = "adapters"  # and of one with slots for adapters
+ORDERED = "ordered"  # of a deterministic engine
 NAMES = {"qwen3_vl": "Qwen3VLForConditionalGeneration", "mixtral": "MixtralForCausalLM",
          "qwen3": "Qwen3ForCausalLM", "bert": "BertModel"}  # fmt: skip
 BUCKETS = (
@@ -185,6 +186,7 @@ def options_of(option: str) -> dict[str, Any]:
     if option.isdigit():
         return {"expert_offload": int(option)}
     named = {"": {}, POOLS: {"task": "embed"}, ADAPTERS: {"enable_lora": True}}
+    named[ORDERED] = {"deterministic": True}
     return named.get(option, {"quantization": option})
 
 
