@@ -13,7 +13,7 @@ from typing import NamedTuple
 # piece is the smallest part of a row that one program of a decode step may take.
 QUERIES = 64  # entries of a tile of queries, in every step: a token has one for each of its heads
 KEY_TILE = 64
-PIECE_KEYS = 256
+PIECE_KEYS = 128
 
 # Our ops whose kernels, on a CPU and in Triton, give a row the same bits among any other rows.
 ORDERED = frozenset({"ordered_attention", "ordered_experts", "ordered_linear", "ordered_norm"})

@@ -29,7 +29,7 @@ EXACT = frozenset({
 })  # fmt: skip
 
 ORDERED = {ops.paged_attention: ops.ordered_attention, ops.experts: ops.ordered_experts}
-FusesNorm = Callable[[Tensor], bool]
+FusesNorm = Callable[[Tensor, Tensor], bool]
 
 
 def order_sums(
@@ -39,7 +39,7 @@ def order_sums(
     `kernels/order.py`).
 
     With `fuses_norm` norms are replaced too, and a product takes the SiLU·up that alone reads it,
-    and the norm that it alone reads if `fuses_norm(x)`.
+    and the norm that it alone reads if `fuses_norm(x, weight)`.
     """
     for node in list(graph.graph.nodes):
         if node.target in ORDERED:
@@ -74,10 +74,11 @@ def _fuse_norm(product: Node, fuses_norm: FusesNorm) -> None:
     norm: Any = product.args[0]
     if not isinstance(norm, Node) or norm.target is not ops.rms_norm or len(norm.users) > 1:
         return
-    x, weight, eps = norm.args
+    x, norm_weight, eps = norm.args
+    weight: Any = product.args[2]
     assert isinstance(x, Node)
-    if fuses_norm(x.meta["val"]):
-        product.args = (x, weight, *product.args[2:5], eps, product.args[6])
+    if x.meta["val"].dim() == 2 and fuses_norm(x.meta["val"], weight.meta["val"]):
+        product.args = (x, norm_weight, *product.args[2:5], eps, product.args[6])
 
 
 def check_order(

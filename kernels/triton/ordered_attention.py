@@ -301,13 +301,13 @@ def ordered_tile(
     num_rows: int, num_kv_heads: int, head_p: int, num_pieces: int, decodes: bool,
     multiprocessors: int, shared_bytes: int,
 ) -> OrderedTile:  # fmt: skip
-    """As many workers as fill the device twice, for decode steps of few rows."""
+    """One worker where rows fill the device; else so many that most have one piece or two."""
     tile_bytes = 2 * order.KEY_TILE * head_p * 2
     num_stages = max(2, min(3, (shared_bytes // 2 - order.QUERIES * head_p * 2) // tile_bytes))
-    if not decodes:
+    programs = num_rows * num_kv_heads
+    if not decodes or programs >= 2 * multiprocessors:
         return OrderedTile(1, num_stages)
-    wanted = 2 * multiprocessors // (num_rows * num_kv_heads)
-    return OrderedTile(max(1, min(wanted, num_pieces)), num_stages)
+    return OrderedTile(max(1, min(8 * multiprocessors // programs, num_pieces)), num_stages)
 
 
 def ordered_attention(

@@ -28,6 +28,7 @@ from nanovllm.kernels.triton.common import (
     dot,
     finish,
     launch_options,
+    num_multiprocessors,
     prefetch_and_wait,
     shared_memory_bytes,
 )
@@ -199,37 +200,53 @@ def ordered_gemm_kernel(
     tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
-# Up to so many rows a product norms them: each of its programs reads them all once more.
-MAX_NORMED, MAX_NORM_DEPTH = 1, 8192
-# Up to so many rows → tiles for weights of few lines and of many.
-FEW_LINES = 2048
-TILES: dict[int, tuple[OrderedTile, OrderedTile]] = {
-    1: (
-        OrderedTile(16, 64, 128, 4, 4, splits=True, prefetch=True),
-        OrderedTile(16, 64, 128, 4, 4, prefetch=True),
-    ),
-    16: (OrderedTile(16, 64, 128, 4, 4, splits=True), OrderedTile(16, 64, 128, 4, 4)),
-    32: (OrderedTile(32, 64, 128, 4, 4, splits=True), OrderedTile(32, 64, 128, 4, 4)),
-    64: (OrderedTile(64, 64, 64, 5, 4, splits=True), OrderedTile(64, 64, 128, 4, 4)),
-    128: (OrderedTile(32, 64, 128, 4, 4), OrderedTile(64, 64, 128, 3, 4)),
-    256: (OrderedTile(32, 64, 128, 4, 4), OrderedTile(64, 128, 64, 4, 4)),
-    1024: (OrderedTile(64, 64, 64, 5, 4), OrderedTile(128, 128, 64, 4, 8)),
+# A product norms its rows up to this many, and up to so many numbers of all its rows: each of its
+# programs reads them once more. A head has too many programs.
+MAX_NORMED, MAX_NORMED_SIZE, MAX_NORMED_LINES = 16, 16 * 2048, 32768
+# Up to so many rows → the tile, with programs for shares if there are several. None is measured.
+FEW_ROWS = {
+    1: OrderedTile(16, 64, 128, 4, 4, splits=True, prefetch=True),
+    16: OrderedTile(16, 64, 128, 4, 4, splits=True),
+    32: OrderedTile(32, 64, 128, 4, 4, splits=True),
+    64: OrderedTile(64, 64, 64, 5, 4, splits=True),
 }
-LARGEST = OrderedTile(128, 128, 64, 4, 8), OrderedTile(256, 128, 64, 4, 8)
+# Tiles for more rows, and what a multiprocessor does in a cycle, about: bytes that it loads,
+# products of numbers, and the cycles that a program takes besides.
+MANY_ROWS = (
+    OrderedTile(32, 64, 128, 4, 4), OrderedTile(64, 64, 128, 3, 4), OrderedTile(64, 128, 64, 4, 4),
+    OrderedTile(128, 64, 64, 4, 4), OrderedTile(128, 128, 64, 4, 8),
+    OrderedTile(256, 128, 64, 4, 8),
+)  # fmt: skip
+BYTES_A_CYCLE, PRODUCTS_A_CYCLE, OTHER_CYCLES = 48, 600, 2000
 
 
-def ordered_tile(num_rows: int, num_lines: int, shares: int, shared_bytes: int) -> OrderedTile:
-    """The tile for so many rows; with less shared memory it has fewer stages."""
-    pair = next((tiles for most, tiles in TILES.items() if num_rows <= most), LARGEST)
-    tile = pair[num_lines > FEW_LINES]
+def ordered_tile(
+    num_rows: int, num_lines: int, depth: int, shared_bytes: int, multiprocessors: int
+) -> OrderedTile:
+    """The tile for so many rows, by an estimate if they are many: none changes the order of sums.
+
+    With less shared memory it has fewer stages.
+    """
+    shares = order.shares_of(num_lines, depth).number
+    few = next((tile for most, tile in FEW_ROWS.items() if num_rows <= most), None)
+
+    def cycles(tile: OrderedTile) -> float:
+        programs = triton.cdiv(num_lines, tile.lines) * triton.cdiv(num_rows, tile.rows)
+        loading = (tile.rows + tile.lines) * 2 / BYTES_A_CYCLE
+        each = depth * max(loading, tile.rows * tile.lines / PRODUCTS_A_CYCLE) + OTHER_CYCLES
+        return triton.cdiv(programs, multiprocessors) * each
+
+    tile = few if few is not None and (num_rows <= 32 or shares > 1) else min(MANY_ROWS, key=cycles)
     stage_bytes = (tile.rows + tile.lines) * tile.columns * 2
     num_stages = max(2, min(tile.num_stages, (shared_bytes - 2048) // stage_bytes))
     return tile._replace(num_stages=num_stages, splits=tile.splits and shares > 1)
 
 
-def takes_norm(x_TD: Tensor) -> bool:
-    """Whether a product with these rows norms them."""
-    return x_TD.dim() == 2 and x_TD.shape[0] <= MAX_NORMED and x_TD.shape[1] <= MAX_NORM_DEPTH
+def takes_norm(x_TD: Tensor, weight_OD: Tensor) -> bool:
+    """Whether a product of these rows norms them."""
+    num_rows, depth = x_TD.shape
+    is_small = num_rows <= MAX_NORMED and num_rows * depth <= MAX_NORMED_SIZE
+    return is_small and weight_OD.shape[0] <= MAX_NORMED_LINES
 
 
 def ordered_linear(
@@ -263,7 +280,9 @@ def ordered_linear(
     shares = order.shares_of(num_lines, depth)
     if launch is None and _is_gated_chain(x_TD, norm_weight_D, weight_OD, shares.number, silu_mul):
         return gated_gemm.gated_gemm(x_TD, weight_OD, bias_O)
-    tile = launch or ordered_tile(num_rows, num_lines, shares.number, shared_memory_bytes(device))
+    tile = launch or ordered_tile(
+        num_rows, num_lines, depth, shared_memory_bytes(device), num_multiprocessors(device)
+    )
     grid = (
         triton.cdiv(num_lines, tile.lines),
         triton.cdiv(num_rows, tile.rows),

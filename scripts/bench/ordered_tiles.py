@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without ins
 from nanovllm.kernels import order
 from nanovllm.kernels.triton import linear as plain_linear
 from nanovllm.kernels.triton.attention_decode import paged_attention_decode
-from nanovllm.kernels.triton.common import shared_memory_bytes
+from nanovllm.kernels.triton.common import num_multiprocessors, shared_memory_bytes
 from nanovllm.kernels.triton.ordered_attention import ordered_attention
 from nanovllm.kernels.triton.ordered_gemm import (
-    MAX_NORMED,
     OrderedTile,
     ordered_linear,
     ordered_tile,
+    takes_norm,
 )
 from scripts.bench.gpu_timing import time_launches
 from scripts.bench.linear_cases import DTYPE, Case
@@ -57,15 +57,19 @@ def tiles(num_rows: int, shares: int) -> Iterator[OrderedTile]:
                     yield tile._replace(prefetch=num_rows == 1)
 
 
-def product(name: str, num_rows: int) -> dict[str, Any]:
+def product(name: str, num_rows: int, only_chosen: bool) -> dict[str, Any]:
     case = Case(SHAPES[name], num_rows)
     weight = case.weights[0]
     num_lines, depth = weight.shape
     shares = order.shares_of(num_lines, depth)
-    chosen = ordered_tile(num_rows, num_lines, shares.number, shared_memory_bytes(weight.device))
+    device = weight.device
+    chosen = ordered_tile(
+        num_rows, num_lines, depth, shared_memory_bytes(device), num_multiprocessors(device)
+    )
 
     def run(idx: int, tile: OrderedTile) -> Tensor:
-        norm = None if case.norms is None or num_rows > MAX_NORMED else case.norms[idx]
+        is_normed = case.norms is not None and takes_norm(case.x, case.weights[idx])
+        norm = case.norms[idx] if is_normed and case.norms is not None else None
         return ordered_linear(
             case.x, norm, case.weights[idx], None, case.residual, 1e-6, case.silu, launch=tile
         )
@@ -79,7 +83,8 @@ def product(name: str, num_rows: int) -> dict[str, Any]:
         return case.apart(idx)
 
     first, found, other = run(0, chosen), [], 0
-    for tile in (chosen, *tiles(num_rows, shares.number)):
+    others = () if only_chosen else tiles(num_rows, shares.number)
+    for tile in (chosen, *others):
         try:
             same = torch.equal(first, run(0, tile))
             us = time_launches(run, [(i, tile) for i in case.launches()])
@@ -123,6 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", choices=("products", "attention"))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 256])
+    parser.add_argument("--chosen", action="store_true", help="time the chosen tiles alone")
     parser.add_argument("--models", nargs="+", default=["0.6b", "8b"])
     args = parser.parse_args(argv)
     results: list[dict[str, Any]] = []
@@ -133,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.only != "attention":
         names = [name for name in SHAPES if name.split()[0] in args.models and "bare" not in name]
         for num_rows in args.rows:
-            results += [product(name, num_rows) for name in names]
+            results += [product(name, num_rows, args.chosen) for name in names]
             if args.out is not None:
                 args.out.write_text(json.dumps(results, indent=1) + "\n")
     if args.out is not None:

@@ -54,7 +54,6 @@ def _attention(shared_bytes: int) -> Iterator[Launch]:
 
 def _products(shared_bytes: int) -> Iterator[Launch]:
     """Products of Qwen3-0.6B and 8B for one row, for those of a decode step and of a prompt."""
-    from nanovllm.kernels import order
     from nanovllm.kernels.triton import ordered_gemm as ordered
 
     cases = (
@@ -62,8 +61,7 @@ def _products(shared_bytes: int) -> Iterator[Launch]:
         (24576, 4096, True, 8192), (4096, 12288, False, 256),
     )  # fmt: skip
     for num_lines, depth, silu_mul, num_rows in cases:
-        shares = order.shares_of(num_lines, depth).number
-        tile = ordered.ordered_tile(num_rows, num_lines, shares, shared_bytes)
+        tile = ordered.ordered_tile(num_rows, num_lines, depth, shared_bytes, 132)
         constants = ordered.ordered_constants(num_rows, num_lines, depth, silu_mul, tile)
         constants |= {
             "HAS_NORM": num_rows == 1,

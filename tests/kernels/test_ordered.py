@@ -15,15 +15,14 @@ from tests.kernels.paged import assert_close, device, paged_cache
 
 # the interpreter does not round to bf16 as GPUs do
 DTYPE = torch.bfloat16 if device == "cuda" else torch.float16
-LENGTHS = [1, 63, 64, 65, 255, 256, 257, 600]
+LENGTHS = [1, 64, 65, 256, 257, 600]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
-@pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize(("num_heads", "block_size"), [(4, 64), (2, 16)])
+@pytest.mark.parametrize(("window", "num_heads", "block_size"), [(0, 4, 64), (100, 2, 16)])
 def test_attention_of_decode_steps_and_of_prompts(
     window: int, num_heads: int, block_size: int
 ) -> None:
@@ -37,12 +36,12 @@ def test_attention_of_decode_steps_and_of_prompts(
     first = ordered_attention(q_RNH, *cache, *rest)
     exact = (cache[0].float(), cache[1].float(), *cache[2:])
     assert_close(first, reference.attention.paged_attention(q_RNH.float(), *exact, *rest).to(DTYPE))
-    for workers in (1, 2, 3):
+    for workers in (1, 2):
         again = ordered_attention(q_RNH, *cache, *rest, launch=OrderedTile(workers, 2))
         assert same_bits(first, again), f"{workers} workers"
     # the same queries as the last of chunks of other lengths
     keys, values = (one.nan_to_num(0.5) if window else one for one in cache[:2])
-    for chunk in (1, 2, 40):
+    for chunk in (2, 40):
         sizes = [min(chunk, length) for length in lengths]
         ends = torch.tensor([0, *sizes]).cumsum(0)
         q_TNH = torch.randn(int(ends[-1]) + 3, num_heads, 32, device=device).to(DTYPE)
@@ -61,8 +60,7 @@ TILES = {
 
 
 @pytest.mark.parametrize(
-    ("num_lines", "depth", "silu_mul"),
-    [(96, 600, False), (64, 256, True), (2112, 64, True), (200, 72, False)],
+    ("num_lines", "depth", "silu_mul"), [(96, 600, False), (64, 256, True), (200, 72, False)]
 )
 def test_products(num_lines: int, depth: int, silu_mul: bool) -> None:
     """Right for any tile and number of rows, and the same bits for one row as among others."""
@@ -81,7 +79,7 @@ def test_products(num_lines: int, depth: int, silu_mul: bool) -> None:
     for tile in (None, *TILES.values()):
         if tile is not None and tile.splits and not has_shares:
             continue
-        for num_rows in (1, 5, 35):
+        for num_rows in (1, 35):
             rest = None if residual_TO is None else residual_TO[:num_rows]
             y_TO = ordered_linear(
                 x_TD[:num_rows], None, weight_OD, bias_O, rest, 0.0, silu_mul, launch=tile
