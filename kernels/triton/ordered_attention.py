@@ -34,6 +34,7 @@ from nanovllm.kernels.triton.common import (
     wait_for_earlier_kernels,
 )
 
+MAX_HEAD = 256
 MERGED = 8  # parts of a row that the merge loads at a time
 
 
@@ -333,6 +334,10 @@ def ordered_attention(
     dtype, (num_tokens, num_heads, head_dim) = q_TNH.dtype, q_TNH.shape
     given = {"scales": k_scale_K, "sinks": sinks_N, "ends": end_T}
     others = [name for name, value in given.items() if value is not None]
+    if head_dim > MAX_HEAD:
+        raise ValueError(
+            f"deterministic=True is not supported for heads of {head_dim}: at most {MAX_HEAD}"
+        )
     if others or dtype not in (torch.bfloat16, torch.float16) or k_cache_CBKH.dtype is not dtype:
         raise ValueError(
             f"ordered_attention takes bf16 and fp16 without {' and '.join(others) or 'others'}, "
@@ -385,10 +390,15 @@ def ordered_attention(
         SPLITS=tile.workers > 1,
         ONE_ROW=decodes and num_rows == 1,
         UPCAST=device.type != "cuda",
-        num_warps=4,
+        num_warps=warps_of(head_dim),
         **launch_options(device),
     )
     return out_TNH
+
+
+def warps_of(head_dim: int) -> int:
+    """The warps, by the size of a head alone: how they divide a tile decides the order of sums."""
+    return 4 if head_dim <= 128 else 8
 
 
 def ordered_constants(

@@ -201,9 +201,10 @@ CHOSEN: dict[str, dict[str, str]] = {
     },
     "expert_linear": {"sort_pairs_kernel": "always", "grouped_gemm_kernel": "always"},
     "ordered_experts": {
-        "sort_pairs_kernel": "deterministic engines on sm_90",
-        "grouped_gemm_kernel": "twice",
-        "combine_kernel": "after it",
+        "ordered_pairs_kernel": f"deterministic engines on sm_90, twice: {_FEW}",
+        "sort_pairs_kernel": "more pairs",
+        "grouped_gemm_kernel": "more pairs, twice",
+        "combine_kernel": "always",
     },
     "fetch_experts": {"fetch_plan_kernel": "always", "copy_kernel": "always"},
     "stream_experts": {"stream_plan_kernel": "always", "copy_kernel": "always"},

@@ -9,7 +9,8 @@ from typing import Any
 Launch = tuple[str, Any, dict[str, Any], int]
 TYPES = {
     "part_ptr": "*fp32", "part_max_ptr": "*fp32", "part_sum_ptr": "*fp32", "table_ptr": "*i32",
-    "seq_len_ptr": "*i32", "q_start_ptr": "*i32", "arrived_ptr": "*i32",
+    "seq_len_ptr": "*i32", "q_start_ptr": "*i32", "arrived_ptr": "*i32", "expert_ptr": "*i32",
+    "scale_ptr": "*fp32",
 }  # fmt: skip
 
 
@@ -19,14 +20,23 @@ def launches(shared_bytes: int) -> Iterator[Launch]:
     from nanovllm.kernels.triton import ordered_norm as norm
 
     sizes = {"DIM": 1024, "DIM_P": 1024, "ROWS": 2}
+    from nanovllm.kernels.triton import ordered_experts as experts
+
+    for gated, num_outs, depth in ((True, 768, 2048), (False, 2048, 768)):
+        constants = experts.pair_constants(8, num_outs, depth, gated) | {"UPCAST": False}
+        yield f"ordered pairs {num_outs}x{depth}", experts.ordered_pairs_kernel, constants, 4
     yield "norm with one order of squares", norm.ordered_norm_kernel, sizes, 4
 
 
 def _attention(shared_bytes: int) -> Iterator[Launch]:
-    """Heads of 128 in groups of 2 and 8, and of 64 within a window; one row, many, and a prompt."""
+    """Heads of 128 in groups of 2 and 8, of 256, and of 64 within a window; one row, many, and a
+    prompt."""
     from nanovllm.kernels.triton import ordered_attention as ordered
 
-    cases = ((16, 8, 128, 64, 1, 1, 0), (32, 4, 128, 64, 256, 1, 0), (14, 2, 64, 16, 16, 8, 4096))
+    cases = (
+        (16, 8, 128, 64, 1, 1, 0), (32, 4, 128, 64, 256, 1, 0), (8, 4, 256, 64, 256, 1, 0),
+        (14, 2, 64, 16, 16, 8, 4096),
+    )  # fmt: skip
     for num_heads, num_kv_heads, head_dim, block_size, num_rows, max_q_len, window in cases:
         decodes = max_q_len == 1
         tile = ordered.ordered_tile(
@@ -49,7 +59,8 @@ def _attention(shared_bytes: int) -> Iterator[Launch]:
         }  # fmt: skip
         step = "decode" if decodes else "prefill"
         name = f"ordered attention: {step} {num_rows} rows of {num_heads} heads of {head_dim}"
-        yield name, ordered.ordered_attention_kernel, constants, 4
+        num_warps = ordered.warps_of(head_dim)
+        yield name, ordered.ordered_attention_kernel, constants, num_warps
 
 
 def _products(shared_bytes: int) -> Iterator[Launch]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nanovllm.kernels import order, reference
 from nanovllm.kernels.triton.ordered_attention import OrderedTile, ordered_attention
+from nanovllm.kernels.triton.ordered_experts import ordered_experts
 from nanovllm.kernels.triton.ordered_gemm import OrderedTile as GemmTile
 from nanovllm.kernels.triton.ordered_gemm import ordered_linear
 from nanovllm.kernels.triton.ordered_norm import ordered_norm
@@ -105,6 +106,27 @@ def test_norms_inside_of_products_and_by_themselves(depth: int) -> None:
         fused = ordered_linear(x_TD[:num_rows], norm_D, weight_OD, None, None, 1e-6, True)
         apart = ordered_linear(normed_TD[:num_rows], None, weight_OD, None, None, 0.0, True)
         assert same_bits(fused, apart)
+
+
+def test_experts_of_one_token_and_of_many() -> None:
+    x_TD = torch.randn(40, 96, device=device).to(DTYPE)
+    gate_up_EGD = (torch.randn(6, 2 * 40, 96, device=device) / 96**0.5).to(DTYPE)
+    down_EDF = (torch.randn(6, 96, 40, device=device) / 40**0.5).to(DTYPE)
+    weight_TK, expert_TK = torch.randn(40, 6, device=device).softmax(1).topk(3)
+    rest = (weight_TK, expert_TK.int(), gate_up_EGD, down_EDF, x_TD)
+    exact = reference.experts.experts(
+        x_TD.float(), *rest[:2], gate_up_EGD.float(), down_EDF.float(), x_TD.float()
+    )
+    many = ordered_experts(x_TD, *rest)
+    assert_close(many, exact.to(DTYPE))
+    for token in (0, 39):
+        part = slice(token, token + 1)
+        one = ordered_experts(
+            x_TD[part], weight_TK[part], expert_TK[part].int(), *rest[2:4], x_TD[part]
+        )
+        assert_close(one, exact[part].to(DTYPE))
+        if device == "cuda":
+            assert same_bits(one, many[part])
 
 
 @pytest.mark.gpu
