@@ -1,4 +1,5 @@
-"""What deterministic=True costs: tokens per second of a plain and of a deterministic engine.
+"""What deterministic=True costs: tokens per second of a plain and of a deterministic engine, and
+whether a request has the same bits among others.
 
     python scripts/bench/deterministic.py --shape Qwen3-0.6B --out deterministic.json
 
@@ -42,6 +43,32 @@ def measure(llm: LLM, vocab_size: int, num_rows: int, num_tokens: int, repeats: 
     return found
 
 
+def bits(logprobs: list[dict[int, float]], tokens: list[int]) -> list[tuple[int, str]]:
+    """Tokens and the bits of their log-probabilities."""
+    return [(token, float(one[token]).hex()) for token, one in zip(tokens, logprobs, strict=True)]
+
+
+def has_same_bits(llm: LLM, vocab_size: int, num_rows: int) -> dict[str, bool]:
+    """Whether a request has the same tokens and log-probabilities alone, among others, and as a
+    prompt."""
+    rng = random.Random(1)
+    first, *others = (
+        [rng.randrange(vocab_size) for _ in range(rng.randrange(50, 300))] for _ in range(num_rows)
+    )
+    params = SamplingParams(temperature=0.6, max_tokens=40, ignore_eos=True, seed=1, logprobs=1)
+    plain = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    (alone,) = llm.generate([first], params, use_tqdm=False)
+    expected = bits(alone["logprobs"], alone["token_ids"])
+    among = llm.generate([first, *others], [params, *[plain] * len(others)], use_tqdm=False)[0]
+    asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    (prompt,) = llm.generate([first + alone["token_ids"]], asked, use_tqdm=False)
+    of_prompt = bits(prompt["prompt_logprobs"][len(first) :], alone["token_ids"])
+    return {
+        "among others": bits(among["logprobs"], among["token_ids"]) == expected,
+        "as a prompt": of_prompt == expected,
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--shape", choices=CONFIGS, default="Qwen3-0.6B")
@@ -66,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
             )  # fmt: skip
             name = "deterministic" if deterministic else "plain"
             results[f"{name} start s"] = round(time.perf_counter() - started, 1)
+            results[f"{name} bits"] = has_same_bits(llm, config["vocab_size"], max(args.rows))
+            print(name, results[f"{name} bits"], flush=True)
             for num_rows in args.rows:
                 speed = measure(llm, config["vocab_size"], num_rows, args.tokens, args.repeats)
                 results[f"{name} {num_rows}"] = round(speed, 1)
