@@ -16,6 +16,8 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import EngineConfig
+from nanovllm.platforms.base import Platform
+from nanovllm.platforms.cpu import CpuPlatform
 from nanovllm.schedule.outputs import FinishedOutput
 from nanovllm.structured_params import StructuredOutputsParams
 from tests.conftest import save_tiny
@@ -204,6 +206,12 @@ def test_refused_options(options: dict[str, Any]) -> None:
 def test_across_ranks_is_refused() -> None:
     with pytest.raises((ValueError, TypeError), match="deterministic"):
         EngineConfig("some/model", deterministic="across_ranks")  # type: ignore[arg-type]
+
+
+def test_refused_devices(make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuPlatform, "ordered_passes", Platform.ordered_passes)
+    with pytest.raises(ValueError, match="deterministic=True is not supported on this cpu device"):
+        make()
 
 
 def test_refused_sums(tmp_path: Path) -> None:
