@@ -210,14 +210,14 @@ FEW_ROWS = {
     32: OrderedTile(32, 64, 128, 4, 4, splits=True),
     64: OrderedTile(64, 64, 64, 5, 4, splits=True),
 }
-# Tiles for more rows, and what a multiprocessor does in a cycle, about: bytes that it loads,
-# products of numbers, and the cycles that a program takes besides.
+# Tiles for more rows, and what a multiprocessor does in a cycle, about: bytes that it loads alone,
+# and while all others load, products of numbers, and the cycles that a program takes besides.
 MANY_ROWS = (
     OrderedTile(32, 64, 128, 4, 4), OrderedTile(64, 64, 128, 3, 4), OrderedTile(64, 128, 64, 4, 4),
     OrderedTile(128, 64, 64, 4, 4), OrderedTile(128, 128, 64, 4, 8),
     OrderedTile(256, 128, 64, 4, 8),
 )  # fmt: skip
-BYTES_A_CYCLE, PRODUCTS_A_CYCLE, OTHER_CYCLES = 48, 600, 2000
+BYTES_ALONE, BYTES_TOGETHER, PRODUCTS_A_CYCLE, OTHER_CYCLES = 56, 40, 1200, 2000
 
 
 def ordered_tile(
@@ -232,11 +232,15 @@ def ordered_tile(
 
     def cycles(tile: OrderedTile) -> float:
         programs = triton.cdiv(num_lines, tile.lines) * triton.cdiv(num_rows, tile.rows)
-        loading = (tile.rows + tile.lines) * 2 / BYTES_A_CYCLE
-        each = depth * max(loading, tile.rows * tile.lines / PRODUCTS_A_CYCLE) + OTHER_CYCLES
-        return triton.cdiv(programs, multiprocessors) * each
+        num_bytes = depth * (tile.rows + tile.lines) * 2
+        products = depth * tile.rows * tile.lines
+        each = max(num_bytes / BYTES_ALONE, products / PRODUCTS_A_CYCLE) + OTHER_CYCLES
+        rounds = triton.cdiv(programs, multiprocessors)
+        return max(rounds * each, programs * num_bytes / (multiprocessors * BYTES_TOGETHER))
 
-    tile = few if few is not None and (num_rows <= 32 or shares > 1) else min(MANY_ROWS, key=cycles)
+    # two sets of sums of the largest tile do not fit the registers
+    many = MANY_ROWS if shares == 1 else MANY_ROWS[:-1]
+    tile = few if few is not None and (num_rows <= 32 or shares > 1) else min(many, key=cycles)
     stage_bytes = (tile.rows + tile.lines) * tile.columns * 2
     num_stages = max(2, min(tile.num_stages, (shared_bytes - 2048) // stage_bytes))
     return tile._replace(num_stages=num_stages, splits=tile.splits and shares > 1)

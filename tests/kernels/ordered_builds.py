@@ -69,7 +69,7 @@ def _products(shared_bytes: int) -> Iterator[Launch]:
 
     cases = (
         (1024, 3072, False, 1), (1024, 2048, False, 256), (6144, 1024, True, 64),
-        (24576, 4096, True, 8192), (4096, 12288, False, 256),
+        (24576, 4096, True, 8192), (4096, 12288, False, 256), (1024, 3072, False, 8192),
     )  # fmt: skip
     for num_lines, depth, silu_mul, num_rows in cases:
         tile = ordered.ordered_tile(num_rows, num_lines, depth, shared_bytes, 132)
