@@ -105,6 +105,24 @@ ATTENTION = {"": paged_attention} | {
 }
 ASKED_FOR = frozenset(f"paged_attention_{key}" for key in OTHERS)
 
+# What a deterministic engine has in place of other ops: see `order.py`.
+ordered_attention = _define_attention(
+    "ordered_attention", reference.ordered.ordered_attention, ", Tensor? end=None"
+)
+ordered_linear = _define(
+    "ordered_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, "
+    "Tensor? residual=None, float eps=0.0, bool silu_mul=False) -> Tensor",
+    reference.ordered.ordered_linear,
+    lambda x, norm_weight, weight, bias, residual=None, eps=0.0, silu_mul=False: x.new_empty(
+        (*x.shape[:-1], weight.shape[0] // (1 + silu_mul))
+    ),
+)
+ordered_norm = _define(
+    "ordered_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    reference.ordered.ordered_norm,
+    lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+
 varlen_attention = _define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor start, int max_len, float scale) "
     "-> Tensor",
@@ -407,6 +425,12 @@ experts = _define(
     "experts(Tensor x, Tensor weight, Tensor expert, Tensor gate_up, Tensor down, "
     "Tensor? residual=None, Tensor? local=None) -> Tensor",
     reference.experts.experts,
+    lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+ordered_experts = _define(  # of a deterministic engine
+    "ordered_experts(Tensor x, Tensor weight, Tensor expert, Tensor gate_up, Tensor down, "
+    "Tensor? residual=None, Tensor? local=None) -> Tensor",
+    reference.ordered.ordered_experts,
     lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 gelu_experts = _define(
@@ -712,6 +736,10 @@ __all__ = [
     "norm_router_topk",
     "offloaded_experts",
     "op_name",
+    "ordered_attention",
+    "ordered_experts",
+    "ordered_linear",
+    "ordered_norm",
     "own_rank",
     "packed_clamped_experts",
     "packed_expert_linear",

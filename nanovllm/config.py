@@ -135,6 +135,8 @@ class EngineConfig:
         installed package of flash-attn for all steps, "sdpa" torch's attention over gathered pages.
         `print_attention_backend_info` lists the available ones.
     enforce_eager: run the regions as plain Python, without graphs.
+    deterministic: a request's logits, tokens and log-probabilities have the same bits whatever else
+        runs. What cannot have them is refused. See docs/determinism.md.
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
     draft_lengths: the numbers of draft tokens (see `Engine.propose`) that a decode step can verify
         per row. A graph is built for each length and batch size.
@@ -223,6 +225,7 @@ class EngineConfig:
     device: str = "auto"
     attention_backend: str = "auto"
     enforce_eager: bool = False
+    deterministic: bool = False
     graph_batch_sizes: Sequence[int] | None = None
     draft_lengths: Sequence[int] = ()
     speculative_config: Mapping[str, object] | None = None
@@ -383,6 +386,7 @@ class EngineConfig:
                 "which sets the numbers of draft tokens itself"
             )
         self._check_replicas()
+        self._check_determinism()
         self._check_adapters()
         self._check_pooling()
         if self.expert_parallel is True and self.tensor_parallel_size == 1:
@@ -410,6 +414,22 @@ class EngineConfig:
                 f"{tuned.run_ahead}, capture={tuned.capture}: captured steps wait "
                 "for the tokens of the previous step"
             )
+
+    def _check_determinism(self) -> None:
+        unsupported = {
+            "enable_lora=True": self.enable_lora,
+            f"attention_backend={self.attention_backend!r}": self.attention_backend != "auto",
+            f"kv_cache_dtype={self.kv_cache_dtype!r}": self.kv_cache_dtype != "auto",
+            f"quantization={self.quantization!r}": self.quantization is not None,
+            f"expert_offload={self.expert_offload!r}": self.expert_offload is not None,
+            f"tensor_parallel_size={self.tensor_parallel_size}": self.tensor_parallel_size > 1,
+            f"task={self.task!r}": self.pools,
+            "tuning={'fuse': False}": not self.tuned.fuse,
+            "tuning={'pad_batches': False}": not self.tuned.pad_batches,
+        }
+        for option, is_used in unsupported.items():
+            if self.deterministic and is_used:
+                raise ValueError(f"deterministic=True does not go with {option} yet")
 
     def _check_adapters(self) -> None:
         defaults = {

@@ -26,9 +26,11 @@ def paged_attention(
     v_scale_K: Tensor | None = None,
     sinks_N: Tensor | None = None,
     end_T: Tensor | None = None,
+    *,
+    ordered: bool = False,
 ) -> Tensor:
     """`reference.attention.paged_attention`, which reads the pages in place, for fp32, bf16 and
-    fp16.
+    fp16. `ordered` is that of `kernels.cpp`.
 
     Queries and cache may differ in dtype. The blocks of an fp8 cache that the rows hold are first
     converted to fp32: this is correct, but no faster than a cache of a wider dtype.
@@ -97,6 +99,7 @@ def paged_attention(
             window,
             q_dtype,
             kv_dtype,
+            ordered,
             torch.get_num_threads(),
             scale,
         )

@@ -90,6 +90,7 @@ struct Attention {
   int64_t num_tokens, num_rows, num_heads, num_kv_heads, head_dim, block_size;
   int64_t max_q_len, window;
   int64_t q_dtype, kv_dtype;
+  int64_t ordered;  // sums of a query are the same in any step: see attend_tile
   int64_t num_threads;
   double scale;
 };
@@ -121,6 +122,8 @@ struct Tile {
   int64_t row, first_token, num_tokens, first_pos, kv_head, first_head, num_heads;
 };
 
+// A query adds its keys in steps of kTileKeys. With `ordered` the steps begin at multiples of
+// kTileKeys, so its sums do not depend on the other queries of the tile.
 template <typename KV>
 void attend_tile(const Attention& at, const Tile& tile) {
   const int64_t H = at.head_dim, B = at.block_size;
@@ -169,9 +172,13 @@ void attend_tile(const Attention& at, const Tile& tile) {
   const int64_t first_key = std::max<int64_t>(0, tile.first_pos - window + 1),
                 end_key = *std::max_element(last_M, last_M + num_lanes) + 1;
   const int32_t* blocks = at.block_table + tile.row * at.table_stride_R;
-  for (int64_t key = first_key; key < end_key; key += kTileKeys) {
+  const int64_t begin_key = at.ordered ? first_key / kTileKeys * kTileKeys : first_key;
+  for (int64_t key = begin_key; key < end_key; key += kTileKeys) {
     const int64_t num_keys = std::min<int64_t>(kTileKeys, end_key - key);
-    for (int64_t l = 0; l < num_keys; ++l) {
+    const int64_t num_unseen = std::max<int64_t>(0, first_key - key);  // they may hold NaN
+    std::fill_n(k_LH, num_unseen * H, 0.0f);
+    std::fill_n(v_LH, num_unseen * H, 0.0f);
+    for (int64_t l = num_unseen; l < num_keys; ++l) {
       int64_t block = blocks[(key + l) / B], offset = (key + l) % B;
       copy_to_float(k_LH + l * H,
                     (const KV*)at.k_cache + block * at.k_stride_C + offset * at.k_stride_B +
@@ -426,7 +433,7 @@ extern "C" void nanovllm_paged_attention(const Attention* args) {
     if (end <= first || seq_len <= 0) continue;
     zero_tokens(written, first);
     written = end;
-    if (end - first == 1 && at.head_dim % kLanes == 0) {
+    if (end - first == 1 && at.head_dim % kLanes == 0 && !at.ordered) {
       const int64_t first_key = at.window > 0 ? std::max<int64_t>(0, seq_len - at.window) : 0;
       const int64_t num_parts = (seq_len - 1) / kSpanKeys - first_key / kSpanKeys + 1;
       const int64_t first_part = (int64_t)spans.size();
@@ -472,6 +479,7 @@ struct Linear {
   int64_t num_tokens, num_outputs, depth;
   int64_t x_stride, weight_stride;
   int64_t dtype;
+  int64_t ordered;  // a row's sums are the same among any number of rows
   int64_t num_threads;
 };
 
@@ -718,7 +726,8 @@ extern "C" int64_t nanovllm_small_m_linear_max_tokens(int64_t dtype) {
 }
 
 extern "C" void nanovllm_small_m_linear(const Linear* args) {
-  if (args->dtype == kFp32 && args->num_tokens >= kPanelTokens) linear_by_panels<float>(*args);
+  const bool by_panels = args->num_tokens >= kPanelTokens && !args->ordered;
+  if (args->dtype == kFp32 && by_panels) linear_by_panels<float>(*args);
   else if (args->dtype == kFp32) linear<Fp32Step>(*args);
   else linear<Bf16Step>(*args);
 }

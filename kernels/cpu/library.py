@@ -21,13 +21,13 @@ ATTENTION = build.ArgumentStruct(
     pointers="out q k_cache v_cache block_table seq_len q_start sinks ends",
     integers="q_stride_T q_stride_N k_stride_C k_stride_B k_stride_K v_stride_C v_stride_B "
     "v_stride_K table_stride_R num_tokens num_rows num_heads num_kv_heads head_dim block_size "
-    "max_q_len window q_dtype kv_dtype num_threads",
+    "max_q_len window q_dtype kv_dtype ordered num_threads",
     floats="scale",
 )
 LINEAR = build.ArgumentStruct(
     "Linear",
     pointers="out x weight bias scale",
-    integers="num_tokens num_outputs depth x_stride weight_stride dtype num_threads",
+    integers="num_tokens num_outputs depth x_stride weight_stride dtype ordered num_threads",
 )
 WIDEN = build.ArgumentStruct(
     "Widen", pointers="out in", integers="num_rows size in_stride num_threads"

@@ -38,15 +38,18 @@ def linear(
     return y_TO if residual_TO is None else y_TO.add_(residual_TO)
 
 
-def _product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+def _product(
+    x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, *, ordered: bool = False
+) -> Tensor:
     """x · weightᵀ + bias. With few tokens the weights are read once, at the speed of memory.
 
-    With 512-bit vectors fp32 takes any number of tokens. Where F.linear is faster, F.linear runs.
+    With 512-bit vectors fp32 takes any number of tokens. Where F.linear is faster, F.linear runs,
+    unless `ordered`: then any number of tokens takes the kernel of few.
     """
     dtype = x_TD.dtype
     if (
         x_TD.dim() != 2
-        or x_TD.shape[0] > _linear_max_tokens(dtype)
+        or (x_TD.shape[0] > _linear_max_tokens(dtype) and not ordered)
         or weight_OD.dtype is not dtype
         or weight_OD.stride(1) != 1
         or (bias_O is not None and (bias_O.dtype is not dtype or not bias_O.is_contiguous()))
@@ -71,6 +74,7 @@ def _product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
             x_TD.stride(0),
             weight_OD.stride(0),
             DTYPE_CODES[dtype],
+            ordered,
             torch.get_num_threads(),
         )
     )
@@ -128,6 +132,7 @@ def linear_int8(
                 x_TD.stride(0),
                 weight_OD.stride(0),
                 DTYPE_CODES[dtype],
+                0,
                 torch.get_num_threads(),
             )
         )

@@ -30,6 +30,7 @@ from nanovllm.kernels.reference import (
     lora,
     norm_act,
     offload,
+    ordered,
     packed,
     rope_store,
     sample,
@@ -49,6 +50,7 @@ __all__ = [
     "meaning",
     "norm_act",
     "offload",
+    "ordered",
     "packed",
     "rope_store",
     "sample",
@@ -59,7 +61,7 @@ __all__ = [
 # those with ops that a compiler can trace
 TOPICS = (
     attention, clamped, drafts, experts, gated_delta, ggml, latent_attention, linear, lora,
-    norm_act, packed, rope_store, sample, step,
+    norm_act, ordered, packed, rope_store, sample, step,
 )  # fmt: skip
 
 

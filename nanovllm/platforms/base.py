@@ -190,6 +190,11 @@ class Platform(ABC):
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
         """Named passes that run between tracing and lowering; without `fuse`, `UNFUSED_PASSES`."""
 
+    def ordered_passes(self) -> tuple[tuple[str, Pass], ...] | None:
+        """`passes` of deterministic engines: the sums of what they leave have one order. None: the
+        device has no kernels for this."""
+        return None
+
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
         """Properties that change compiled programs: versions of compilers and driver, the chip."""

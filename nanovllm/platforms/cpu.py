@@ -19,8 +19,10 @@ from torch.fx import Node
 from nanovllm.compile.lower import inductor
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
+from nanovllm.compile.passes.order_sums import check_order, order_sums
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
+from nanovllm.kernels import order
 from nanovllm.kernels.cpu import build as cpp_build
 from nanovllm.kernels.cpu import clamped as cpu_clamped
 from nanovllm.kernels.cpu import experts as cpu_experts
@@ -28,6 +30,7 @@ from nanovllm.kernels.cpu import gated_delta as cpu_gated_delta
 from nanovllm.kernels.cpu import ggml as cpu_ggml
 from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.kernels.cpu import linear as cpu_linear
+from nanovllm.kernels.cpu import ordered as cpu_ordered
 from nanovllm.kernels.cpu import packed as cpu_packed
 from nanovllm.kernels.cpu import recording as cpu_recording
 from nanovllm.kernels.cpu import register as cpu_register
@@ -97,6 +100,7 @@ class CpuPlatform(Platform):
             cpu_packed.register()
             cpu_clamped.register()
             cpu_ggml.register()
+            cpu_ordered.register()
             cpu_packed.configure(self.exact_inputs)
 
     def part_environment(
@@ -133,6 +137,19 @@ class CpuPlatform(Platform):
         except Unrecordable as error:
             logger.debug("a step is not recorded: %s", error)
             return step
+
+    def ordered_passes(self) -> tuple[tuple[str, Pass], ...] | None:
+        if self._compiler_problem:
+            return None
+        ours = order.ORDERED | order.BY_ROW
+        kept = (ours | STEP_OPS) - {"rope"}
+        return (
+            ("fuse_rope_store", fuse_rope_store),
+            ("fuse_add_norm", fuse_add_norm),
+            ("order_sums", order_sums),
+            ("replace_ops", partial(replace_ops, keep=lambda name, node: name in kept)),
+            ("check_order", partial(check_order, ours=ours, pointwise=False)),
+        )
 
     def fingerprint(self) -> dict[str, str]:
         return {"cpu": cpp_build.instruction_set()}

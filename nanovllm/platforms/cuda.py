@@ -22,10 +22,11 @@ from nanovllm.compile.passes.fuse_reduce_norm import fuse_reduce_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.fuse_router import fuse_router
 from nanovllm.compile.passes.lora_in_place import lora_in_place
+from nanovllm.compile.passes.order_sums import check_order, order_sums
 from nanovllm.compile.passes.reduce_in_place import reduce_in_place
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.kernels import flash_attention, ops
+from nanovllm.kernels import flash_attention, ops, order
 from nanovllm.kernels.flash_attention import Flash, Missing
 from nanovllm.kernels.peers import Agree, Gather, OwnedPeers
 from nanovllm.platforms import cuda_memory, cuda_peers, preload
@@ -164,6 +165,21 @@ class CudaPlatform(Accelerator):
             ("add_in_place", add_in_place),
             ("reduce_in_place", reduce_in_place),
             ("replace_ops", partial(replace_ops, keep=lambda name, node: name in KERNEL_OPS)),
+        )
+
+    def ordered_passes(self) -> tuple[tuple[str, Pass], ...] | None:
+        is_nvidia = torch.version.hip is None
+        if not is_nvidia or torch.cuda.get_device_capability(self.device) != (9, 0):
+            return None  # others have no instruction that takes one row and many
+        from nanovllm.kernels.triton import ordered_gemm
+
+        ours = order.ORDERED | order.BY_ROW
+        kept = ours | KERNEL_OPS
+        return (
+            ("fuse_rope_store", fuse_rope_store),
+            ("order_sums", partial(order_sums, fuses_norm=ordered_gemm.takes_norm)),
+            ("replace_ops", partial(replace_ops, keep=lambda name, node: name in kept)),
+            ("check_order", partial(check_order, ours=ours, pointwise=True)),
         )
 
     def fingerprint(self) -> dict[str, str]:

@@ -32,6 +32,7 @@ from nanovllm.runner import (
     tower,
     vocab_parallel,
 )
+from nanovllm.startup.determinism import engine_passes
 
 if TYPE_CHECKING:
     from nanovllm.startup.resolve import ResolvedConfig
@@ -124,7 +125,7 @@ def _module_of(value: object) -> str | None:
 def _ready_key(resolved: ResolvedConfig) -> Key:
     """Everything on which the programs and kernels of all buckets depend."""
     platform, model = resolved.platform, resolved.model
-    passes = [name for name, _ in platform.passes(resolved.config.tuned.fuse)]
+    passes = [name for name, _ in engine_passes(resolved.config, platform)]
     reduced = model.reduced()
     shapes = [{name: param.shape for name, param in group.items()} for group in reduced.declared]
     num_groups = len(model.page_groups.groups)

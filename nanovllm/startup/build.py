@@ -29,6 +29,7 @@ from nanovllm.schedule.draft_length import StepTimes
 from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.startup.artifacts import common_ingredients, finish
+from nanovllm.startup.determinism import engine_lowering, engine_passes
 from nanovllm.startup.memory import MemoryReport
 from nanovllm.startup.resolve import ResolvedConfig
 from nanovllm.startup.startup_timer import StartupTimer
@@ -71,7 +72,8 @@ def build(
     bar.set_description("sizing the cache")
 
     def new_runner(chosen: ResolvedConfig) -> Runner:
-        compiler, capture = make_compiler(chosen, group), config.tuned.capture
+        compiler = make_compiler(chosen, group)
+        capture = config.tuned.capture and not config.enforce_eager
         parts = (chosen.model, params, chosen.spec, platform, compiler)
         return make(*parts, capture=capture, group=group)
 
@@ -130,8 +132,8 @@ def make_compiler(resolved: ResolvedConfig, group: Communicator | None = None) -
     In eager mode, or if graphs are impossible, it runs regions as Python.
     """
     config, platform, environment = resolved.config, resolved.platform, env.read()
-    lowering = None if config.enforce_eager else platform.lowering()[0]
-    passes = platform.passes(config.tuned.fuse) if lowering is not None else ()
+    lowering = engine_lowering(config, platform)
+    passes = engine_passes(config, platform) if lowering is not None else ()
     names, draft = [name for name, _ in passes], resolved.spec.draft
     draft_model = None if draft is None else draft.model
     return Compiler(
@@ -141,7 +143,7 @@ def make_compiler(resolved: ResolvedConfig, group: Communicator | None = None) -
         varying=() if platform.traits.whole_steps else VARYING,
         frozen=steps.FROZEN,
         strict=environment.strict,
-        store=resolved.store,
+        store=None if config.enforce_eager else resolved.store,
         ingredients=common_ingredients(platform, names, resolved.model, draft_model),
         require=config.compile_cache_mode == "require",
         agree=None if group is None else group.min_int,

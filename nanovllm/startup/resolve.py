@@ -30,6 +30,7 @@ from nanovllm.runner.audio_tower import BUDGETS as AUDIO_BUDGETS
 from nanovllm.runner.spec import EngineSpec, Layout
 from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.compile_farm.farm import CompileFarm
+from nanovllm.startup.determinism import check_model, engine_passes
 from nanovllm.startup.expert_parallel import with_experts_on_ranks
 from nanovllm.startup.generation_config import generation_config
 from nanovllm.startup.offload import choose_offload
@@ -86,6 +87,7 @@ class ResolvedConfig:
         Raises CompileRequired or ValueError for options that need graphs.
         """
         problem = self.platform.lowering()[1]
+        engine_passes(self.config, self.platform)
         if self.config.enforce_eager or not problem:
             return
         if self.config.compile_cache_mode == "require":
@@ -152,6 +154,7 @@ def resolve_model(
         model = svd_experts.applied(model, folder)
     if config.state_dtype != "auto":
         model = with_state_dtype(config.state_dtype, model)
+    check_model(config, model)
     config = within_limit(config, model, hf)
     if config.tensor_parallel_size > 1:
         model = on_ranks(config, model)
@@ -316,6 +319,8 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
         has_sinks,
     )
     backend = attention.choose(config.attention_backend, platform, facts)
+    if config.deterministic:  # `order_sums` replaces our own kernels
+        backend = attention.Attention()
     if backend != attention.Attention() and cache_dtype is not cfg.dtype:
         raise ValueError(
             f"kv_cache_dtype is {config.kv_cache_dtype!r}, which attention_backend "

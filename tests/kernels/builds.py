@@ -490,6 +490,20 @@ def adapters(target: Target, whole: bool) -> Iterator[Build]:
         yield Build(name, kernel, constants, num_warps, num_stages, dtype, types=TYPES)
 
 
+def ordered(target: Target, whole: bool) -> Iterator[Build]:
+    """The kernels of deterministic engines."""
+    if not whole:
+        return
+    from tests.kernels.ordered_builds import TYPES, launches
+
+    for name, kernel, constants, num_warps in launches(target.shared_bytes):
+        yield Build(name, kernel, constants, num_warps, types=TYPES)
+
+
+def is_ordered(name: str) -> bool:
+    return name.startswith("ordered ")
+
+
 def sums(whole: bool) -> Iterator[Build]:
     """The kernels of small sums over ranks."""
     from tests.kernels.reduce_builds import launches
@@ -527,6 +541,7 @@ def all_builds(name: str) -> Iterator[Build]:
     yield from latents(target, whole)
     yield from hopper_prefills(whole)
     yield from adapters(target, whole)
+    yield from ordered(target, whole)
     yield from mixtures(name)
     if name in WITH_RANKS:
         yield from sums(whole)
@@ -639,13 +654,23 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
             or is_of_hopper(build.name)
             or is_packed(build.name)
             or is_of_latents(build.name)
+            or is_ordered(build.name)
         )
         # Line numbers take an eighth of the time of a compile. They may change the code a little,
         # so kernels that are examined have them, as on a GPU.
         knobs.compilation.disable_line_info = not is_examined
         compiled = compile_build(build, target)
         text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-        marks = ("mma.", "wgmma.", "mfma", "tcgen05", "ex2.approx.ftz", "cp.async", "bf16")
+        marks = (
+            "mma.",
+            "mma.sync",
+            "wgmma.",
+            "mfma",
+            "tcgen05",
+            "ex2.approx.ftz",
+            "cp.async",
+            "bf16",
+        )
         one = {
             "shared": compiled.metadata.shared,
             "marks": [mark for mark in marks if mark in text],

@@ -19,10 +19,11 @@ from typing import Any
 
 from triton.runtime.jit import KernelInterface
 
-from nanovllm.kernels import collectives, dequantized, ops, reference
+from nanovllm.kernels import collectives, dequantized, ops, order, reference
 from nanovllm.kernels.cpu import experts as cpu_experts
 from nanovllm.kernels.cpu import gated_delta as cpu_delta
 from nanovllm.kernels.cpu import ggml as cpu_ggml
+from nanovllm.kernels.cpu import ordered as cpu_ordered
 from nanovllm.kernels.cpu import packed as cpu_packed
 from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.kernels.cpu import step as cpu_step
@@ -60,9 +61,10 @@ CPU: Kernels = {
     **cpu_delta.KERNELS,
     **cpu_packed.KERNELS,
     **cpu_ggml.KERNELS,
+    **cpu_ordered.KERNELS,
 }
 # Ops that stay in compiled graphs, and so run the registered kernel there.
-KEPT = {"cuda": cuda.KERNEL_OPS, "cpu": cpu.KERNEL_OPS | {"linear"}}
+KEPT = {"cuda": cuda.KERNEL_OPS | order.ORDERED, "cpu": cpu.KERNEL_OPS | {"linear"} | order.ORDERED}
 
 # The pass of `compile/passes/` that puts an op into graphs. Models call the other ops.
 PASSES = {
@@ -78,6 +80,7 @@ PASSES = {
     "all_reduce_": "reduce_in_place",
     "all_reduce_norm": "fuse_reduce_norm",
     "norm_router_topk": "fuse_router",
+    **dict.fromkeys(order.ORDERED, "order_sums"),
 }
 
 
@@ -103,6 +106,12 @@ CHOSEN: dict[str, dict[str, str]] = {
         ),
         "prefill_kernel": "every other prefill",
     },
+    "ordered_attention": {"ordered_attention_kernel": "deterministic engines on sm_90"},
+    "ordered_linear": {
+        "ordered_gemm_kernel": "deterministic engines on sm_90",
+        "gated_gemm_kernel": "SiLU·up of one chain, where it has a tile",
+    },
+    "ordered_norm": {"ordered_norm_kernel": "the same: norms that no product takes"},
     "latent_inputs": {"latent_inputs_kernel": "always; cuBLAS absorbs the queries"},
     "head_linear": {},
     "latent_attention": {
@@ -191,6 +200,12 @@ CHOSEN: dict[str, dict[str, str]] = {
         "combine_kernel": "more pairs",
     },
     "expert_linear": {"sort_pairs_kernel": "always", "grouped_gemm_kernel": "always"},
+    "ordered_experts": {
+        "ordered_pairs_kernel": f"deterministic engines on sm_90, twice: {_FEW}",
+        "sort_pairs_kernel": "more pairs",
+        "grouped_gemm_kernel": "more pairs, twice",
+        "combine_kernel": "always",
+    },
     "fetch_experts": {"fetch_plan_kernel": "always", "copy_kernel": "always"},
     "stream_experts": {"stream_plan_kernel": "always", "copy_kernel": "always"},
     "sample": {"best_of_span_kernel": "always", "best_of_row_kernel": "always"},

@@ -25,6 +25,7 @@ from tests.kernels.builds import (
     is_of_hopper,
     is_of_latents,
     is_of_segments,
+    is_ordered,
     is_packed,
 )
 
@@ -130,3 +131,12 @@ def test_products_with_packed_weights_use_the_matrix_units_without_spills(
         # the sums of 256 rows take the registers, and what follows the loop uses the stack
         assert it.get("stack bytes", 0) <= (64 if " 256x" in kernel else 0), (kernel, it)
         assert not it.get("byte loads"), (kernel, it)
+
+
+def test_ordered_kernels_have_one_kind_of_product_and_no_spills(builds: Builds) -> None:
+    """Every tile multiplies by warpgroups: one row and many have the same instruction."""
+    found = {kernel: it for kernel, it in builds.of(WHOLE).items() if is_ordered(kernel)}
+    assert len(found) == 12
+    for kernel, it in found.items():
+        assert {"wgmma.", "cp.async"} <= set(it["marks"]) - {"mma.sync"} == set(it["marks"]), kernel
+        assert not it["stack bytes"], kernel

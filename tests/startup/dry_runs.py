@@ -60,6 +60,7 @@ POOLS = "pools"  # the option of a model that pools
 ADAPTERS = "adapters"  # and of one with slots for adapters
 SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5}
 DRAFTS: dict[str, dict[str, Any]] = {"ngram": {}, "eagle3": {}, "dflash": SYNTHETIC}  # by method
+ORDERED = "ordered"  # of a deterministic engine
 NAMES = {"qwen3_vl": "Qwen3VLForConditionalGeneration", "mixtral": "MixtralForCausalLM",
          "qwen3": "Qwen3ForCausalLM", "bert": "BertModel"}  # fmt: skip
 BUCKETS = (
@@ -203,6 +204,7 @@ def options_of(option: str, folder: Path) -> dict[str, Any]:
             drafts["model"] = save_head(folder / "head", option, folder / "model")
         return {"speculative_config": drafts, "random_weights": True}
     named = {"": {}, POOLS: {"task": "embed"}, ADAPTERS: {"enable_lora": True}}
+    named[ORDERED] = {"deterministic": True}
     return named.get(option, {"quantization": option})
 
 

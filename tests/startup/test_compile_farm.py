@@ -188,6 +188,7 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "mixtral",
             "mixtral:2",
             "mixtral:int4",
+            "mixtral:ordered",
             "qwen3:adapters",
             "qwen3:ngram",
             "qwen3:eagle3",
@@ -267,6 +268,17 @@ def test_products_of_quantized_weights_are_found_by_a_dry_run(dry_runs: dict[str
     assert found["problems"] == [None, None, None]
     assert {"packed_linear.cu", "packed_grouped_kernel"} <= set(found["names"])
     assert found["in_cuda"] == found["requests"] - found["compiled"] > 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
+def test_launches_of_deterministic_engines_are_found_by_a_dry_run(dry_runs: dict[str, Any]) -> None:
+    found = dry_runs["mixtral:ordered"]
+    assert isinstance(found, dict), found
+    assert found["problems"] == [None, None, None]
+    ordered = {"ordered_gemm_kernel", "ordered_attention_kernel", "ordered_norm_kernel"}
+    plain = {"decode_kernel", "prefill_kernel", "skinny_gemm_kernel", "moe_gemv_down_kernel"}
+    assert set(found["names"]) & (ordered | plain) == ordered
+    assert found["compiled_after_launches"] == found["compiled"] == found["requests"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Triton")

@@ -46,7 +46,8 @@ def load(
     load_seconds = time.perf_counter() - started
     engine, config = engine_of(llm), llm.engine.config
     runner = engine.runner
-    device, is_graph = runner.platform.device, runner.compiler.lowering is not None
+    device = runner.platform.device
+    is_graph = runner.compiler.lowering is not None and not config.enforce_eager
     return llm, {
         "model": args.random_weights or args.model,
         "device": torch.cuda.get_device_name(device)
@@ -63,6 +64,7 @@ def load(
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and config.tuned.capture,
         "fuse": is_graph and config.tuned.fuse,
+        "deterministic": config.deterministic,
         "run_ahead": engine.run_ahead,
         "max_num_seqs": max_num_seqs,
         "load_seconds": round(load_seconds, 2),

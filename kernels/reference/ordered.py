@@ -1,0 +1,35 @@
+"""Ops whose results for a row have the same bits among any other rows.
+
+The meaning is that of other ops; what is promised beyond it is the order of sums, which a kernel
+keeps (`kernels/order.py`). Plain torch does not, so a device without kernels refuses the option
+`deterministic`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nanovllm.kernels.reference.attention import paged_attention
+from nanovllm.kernels.reference.experts import experts
+from nanovllm.kernels.reference.linear import fused_linear
+from nanovllm.kernels.reference.norm_act import rms_norm
+
+ordered_attention = paged_attention
+ordered_experts = experts
+ordered_norm = rms_norm
+
+
+def ordered_linear(
+    x_TD: Tensor,
+    norm_weight_D: Tensor | None,
+    weight_OD: Tensor,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None = None,
+    eps: float = 0.0,
+    silu_mul: bool = False,
+) -> Tensor:
+    """`linear.fused_linear`, also for any number of rows, without a norm and without an activation.
+
+    A residual is added to the rounded result.
+    """
+    return fused_linear(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)

@@ -1,0 +1,146 @@
+"""Triton kernels of deterministic engines: right, and the same bits in any step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import order, reference
+from nanovllm.kernels.triton.ordered_attention import OrderedTile, ordered_attention
+from nanovllm.kernels.triton.ordered_experts import ordered_experts
+from nanovllm.kernels.triton.ordered_gemm import OrderedTile as GemmTile
+from nanovllm.kernels.triton.ordered_gemm import ordered_linear
+from nanovllm.kernels.triton.ordered_norm import ordered_norm
+from tests.kernels.paged import assert_close, device, paged_cache
+
+# the interpreter does not round to bf16 as GPUs do
+DTYPE = torch.bfloat16 if device == "cuda" else torch.float16
+LENGTHS = [1, 64, 65, 256, 257, 600]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize(("window", "num_heads", "block_size"), [(0, 4, 64), (100, 2, 16)])
+def test_attention_of_decode_steps_and_of_prompts(
+    window: int, num_heads: int, block_size: int
+) -> None:
+    """A query's result has the same bits for any number of workers and in a prompt's step, whatever
+    shares its tile."""
+    lengths = [*LENGTHS, 0]
+    cache = paged_cache(lengths, 2, 32, block_size, DTYPE, window)
+    q_RNH = torch.randn(len(lengths), num_heads, 32, device=device).to(DTYPE)
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
+    rest = (starts, 1, 32**-0.5, window)
+    first = ordered_attention(q_RNH, *cache, *rest)
+    exact = (cache[0].float(), cache[1].float(), *cache[2:])
+    assert_close(first, reference.attention.paged_attention(q_RNH.float(), *exact, *rest).to(DTYPE))
+    for workers in (1, 2):
+        again = ordered_attention(q_RNH, *cache, *rest, launch=OrderedTile(workers, 2))
+        assert same_bits(first, again), f"{workers} workers"
+    # the same queries as the last of chunks of other lengths
+    keys, values = (one.nan_to_num(0.5) if window else one for one in cache[:2])
+    for chunk in (2, 40):
+        sizes = [min(chunk, length) for length in lengths]
+        ends = torch.tensor([0, *sizes]).cumsum(0)
+        q_TNH = torch.randn(int(ends[-1]) + 3, num_heads, 32, device=device).to(DTYPE)
+        q_TNH[ends[1:-1] - 1] = q_RNH[:-1]
+        spans = ends.to(device, torch.int32)
+        prompt = ordered_attention(
+            q_TNH, keys, values, *cache[2:], spans, max(2, chunk), 32**-0.5, window
+        )
+        assert same_bits(first[:-1], prompt[ends[1:-1] - 1]), f"chunks of {chunk}"
+
+
+TILES = {
+    8: GemmTile(8, 64, 64, 2, 4), 16: GemmTile(16, 64, 64, 2, 4),
+    "split": GemmTile(16, 64, 64, 2, 4, splits=True), 32: GemmTile(32, 128, 64, 2, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("num_lines", "depth", "silu_mul"), [(96, 600, False), (64, 256, True), (200, 72, False)]
+)
+def test_products(num_lines: int, depth: int, silu_mul: bool) -> None:
+    """Right for any tile and number of rows, and the same bits for one row as among others."""
+    x_TD = torch.randn(35, depth, device=device).to(DTYPE)
+    weight_OD = (torch.randn(num_lines, depth, device=device) / depth**0.5).to(DTYPE)
+    bias_O = torch.randn(num_lines, device=device).to(DTYPE)
+    residual_TO = None
+    if not silu_mul:
+        residual_TO = torch.randn(35, num_lines, device=device).to(DTYPE)
+    exact = reference.ordered.ordered_linear(
+        x_TD.float(), None, weight_OD.float(), bias_O.float(),
+        None if residual_TO is None else residual_TO.float(), 0.0, silu_mul,
+    )  # fmt: skip
+    has_shares = order.shares_of(num_lines, depth).number > 1
+    found = []
+    for tile in (None, *TILES.values()):
+        if tile is not None and tile.splits and not has_shares:
+            continue
+        for num_rows in (1, 35):
+            rest = None if residual_TO is None else residual_TO[:num_rows]
+            y_TO = ordered_linear(
+                x_TD[:num_rows], None, weight_OD, bias_O, rest, 0.0, silu_mul, launch=tile
+            )
+            assert_close(y_TO, exact[:num_rows].to(DTYPE))
+            found.append(y_TO[0])
+    if device == "cuda":  # the interpreter's products follow the library of NumPy
+        assert all(same_bits(found[0], one) for one in found)
+
+
+@pytest.mark.parametrize("depth", [64, 200, 1024])
+def test_norms_inside_of_products_and_by_themselves(depth: int) -> None:
+    """A norm has the same bits among any rows, and a product that norms its rows has those of the
+    product after a norm."""
+    x_TD = torch.randn(9, depth, device=device).to(DTYPE)
+    norm_D = (torch.rand(depth, device=device) + 0.5).to(DTYPE)
+    weight_OD = (torch.randn(128, depth, device=device) / depth**0.5).to(DTYPE)
+    normed_TD = ordered_norm(x_TD, norm_D, 1e-6)
+    exact = reference.norm_act.rms_norm(x_TD.float(), norm_D.float(), 1e-6)
+    assert_close(normed_TD, exact.to(DTYPE))
+    assert same_bits(normed_TD[3:4], ordered_norm(x_TD[3:4], norm_D, 1e-6))
+    for num_rows in (1, 9):
+        fused = ordered_linear(x_TD[:num_rows], norm_D, weight_OD, None, None, 1e-6, True)
+        apart = ordered_linear(normed_TD[:num_rows], None, weight_OD, None, None, 0.0, True)
+        assert same_bits(fused, apart)
+
+
+def test_experts_of_one_token_and_of_many() -> None:
+    x_TD = torch.randn(40, 96, device=device).to(DTYPE)
+    gate_up_EGD = (torch.randn(6, 2 * 40, 96, device=device) / 96**0.5).to(DTYPE)
+    down_EDF = (torch.randn(6, 96, 40, device=device) / 40**0.5).to(DTYPE)
+    weight_TK, expert_TK = torch.randn(40, 6, device=device).softmax(1).topk(3)
+    rest = (weight_TK, expert_TK.int(), gate_up_EGD, down_EDF, x_TD)
+    exact = reference.experts.experts(
+        x_TD.float(), *rest[:2], gate_up_EGD.float(), down_EDF.float(), x_TD.float()
+    )
+    many = ordered_experts(x_TD, *rest)
+    assert_close(many, exact.to(DTYPE))
+    for token in (0, 39):
+        part = slice(token, token + 1)
+        one = ordered_experts(
+            x_TD[part], weight_TK[part], expert_TK[part].int(), *rest[2:4], x_TD[part]
+        )
+        assert_close(one, exact[part].to(DTYPE))
+        if device == "cuda":
+            assert same_bits(one, many[part])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("num_lines", "depth", "silu_mul"),
+    [(4096, 1024, False), (1024, 3072, False), (24576, 4096, True), (4096, 12288, False)],
+)
+def test_products_of_qwen3(num_lines: int, depth: int, silu_mul: bool) -> None:
+    """One row has the same bits among any number of rows, by the tiles that are chosen."""
+    x_TD = torch.randn(1100, depth, device=device).to(DTYPE)
+    weight_OD = (torch.randn(num_lines, depth, device=device) / depth**0.5).to(DTYPE)
+    rest = (None, weight_OD, None, None, 0.0, silu_mul)
+    first = ordered_linear(x_TD[:1], *rest)
+    exact = reference.ordered.ordered_linear(x_TD[:1], *rest)
+    assert_close(first, exact)
+    for num_rows in (2, 16, 17, 33, 64, 100, 128, 130, 200, 256, 300, 1100):
+        assert same_bits(first, ordered_linear(x_TD[:num_rows], *rest)[:1]), num_rows
