@@ -105,9 +105,7 @@ def launch(
     if _State.recorder is not None:
         _State.recorder(function)
         return
-    handle = _loaded(function, device.index or 0)
-    if how.shared_bytes > _SHARED_BYTES:
-        _allow_shared(function, device.index or 0, how.shared_bytes)
+    handle = load(function, how.shared_bytes, device)
     kind = _COOPERATIVE if how.all_run else _PROGRAMMATIC_STREAM_SERIALIZATION
     attribute = _Attribute(kind, 0, 1)
     config = _Config(
@@ -119,6 +117,14 @@ def launch(
     struct = ctypes.create_string_buffer(packed, len(packed))
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
     check(driver().cuLaunchKernelEx(ctypes.byref(config), handle, parameters, None))
+
+
+def load(function: Function, shared_bytes: int, device: torch.device) -> ctypes.c_void_p:
+    """The kernel on a GPU, for launches with so much shared memory. It is compiled if need be."""
+    handle = _loaded(function, device.index or 0)
+    if shared_bytes > _SHARED_BYTES:
+        _allow_shared(function, device.index or 0, shared_bytes)
+    return handle
 
 
 class _Attribute(ctypes.Structure):

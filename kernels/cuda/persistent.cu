@@ -121,7 +121,7 @@ __device__ __forceinline__ u32 load_status(const u32* at) {
 
 __device__ __forceinline__ u64 now() {
   u64 v;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(v));
+  asm volatile("mov.u64 %0, %clock64;" : "=l"(v));
   return v;
 }
 
@@ -668,6 +668,7 @@ __device__ __forceinline__ void merge(Worker& w) {
       const float factor = exp2f(weight[k] - most);
       sum += factor, result += factor * value[k];
     }
+    note(w, 1);
     result /= sum;
     const float next = __shfl_xor_sync(0xffffffff, result, 1);
     if (d % 2 == 0)

@@ -50,7 +50,7 @@ class Task(NamedTuple):
     depth: int = 0
     num_outs: int = 0
     first: int = 0
-    count: int = 0
+    num: int = 0
 
     def packed(self, address: Address) -> bytes:
         """The struct of the kernel."""
@@ -105,8 +105,8 @@ class Buffers(NamedTuple):
     """The memory of a step: what tasks exchange, and what they tell.
 
     tasks uint8 [grid · NUM_TASKS · 80] | words int64 | steps int32 [grid], those that ended
-    status int32 [8] | clocks int64 [grid · NUM_TASKS · 3], in nanoseconds: a task's start, the time
-    at which its inputs were there, and its end
+    status int32 [8] | clocks int64 [grid · NUM_TASKS · 3], cycles of each multiprocessor: a task's
+    start, the time at which its inputs were there (0: it has none), and its end
     """
 
     tasks: Tensor
@@ -172,6 +172,11 @@ def packed_arguments(buffers: Buffers, inputs: Inputs, numbers: Numbers) -> byte
         numbers.eps,
         numbers.scale * LOG2_E,
     )
+
+
+def load(sizes: Sizes, device: torch.device) -> None:
+    """Compile and load the kernel of a step, which cannot be done while one is captured."""
+    nvrtc.load(sizes.function, sizes.shared_bytes, device)
 
 
 def launch(sizes: Sizes, buffers: Buffers, inputs: Inputs, numbers: Numbers) -> None:

@@ -33,6 +33,9 @@ class Shape(NamedTuple):
     layers: int = 2
 
 
+SMALL = Shape()
+
+
 class Case(NamedTuple):
     """A step: its regions with their inputs, its plan, and its tensors."""
 
@@ -66,9 +69,7 @@ def config(shape: Shape, **changed: Any) -> ModelConfig:
     return ModelConfig(**{**values, **changed})
 
 
-def case(
-    lens: tuple[int, ...], shape: Shape = Shape(), device: str = "cpu", **changed: Any
-) -> Case:
+def case(lens: tuple[int, ...], shape: Shape = SMALL, device: str = "cpu", **changed: Any) -> Case:
     """A step of rows with so many tokens each, the new one included. Pages are in no order."""
     torch.manual_seed(0)
     where, cfg = torch.device(device), config(shape, **changed)

@@ -95,7 +95,7 @@ def test_multiprocessors_read_nearly_the_same_bytes(plan: Plan) -> None:
     schedule = schedules.build(plan, 132)
     rows = [
         sum(
-            task.count * (8 if task.flags & persistent.HALF else 16) * task.depth
+            task.num * (8 if task.flags & persistent.HALF else 16) * task.depth
             for task in tasks
             if task.kind == persistent.PRODUCT
         )

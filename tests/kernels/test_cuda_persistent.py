@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.compile.lower.persistent import plan as plans
 from nanovllm.compile.lower.persistent import schedule as schedules
 from nanovllm.compile.lower.persistent import step as steps
+from nanovllm.compile.lower.persistent.plan import Unfit
 from nanovllm.compile.lower.persistent.step import Step
-from nanovllm.kernels.cuda import nvrtc, persistent
-from tests.compile.persistent_cases import Case, Shape, case, error
+from nanovllm.kernels.cuda import persistent
+from tests.compile.persistent_cases import SMALL, Case, Shape, case, error
 from tests.kernels import cuda_on_host
 from tests.kernels.test_cuda_packed import folder
 
@@ -63,7 +63,7 @@ def test_the_kernel_is_right_on_a_cpu(
 def test_a_lost_result_ends_the_step_and_is_named(tmp_path: Path) -> None:
     """Later steps do nothing until the failure is cleared."""
     one = case((9,), Shape(layers=1))
-    step = without_a_task(one, 2, max_polls=300)
+    step = without_a_task(one, 2, max_polls=8000)
     run_on_host(step, one, tmp_path)
     message = "'product down of layer 0 .*' for inner of layer 0"
     with pytest.raises(steps.Stuck, match=message):
@@ -86,17 +86,16 @@ def without_a_task(one: Case, num_programs: int, max_polls: int) -> Step:
 
 # on a GPU ---------------------------------------------------------------------------------------
 
-SMALL, QWEN3_06B = Shape(), Shape(1024, 16, 8, 3072, 151936, 28)
+QWEN3_06B = Shape(1024, 16, 8, 3072, 151936, 28)
 QWEN3_8B = Shape(4096, 32, 8, 12288, 151936, 4)
 
 
 @pytest.fixture
 def num_programs() -> int:
     try:
-        steps.fits(torch.device("cuda"))
-    except plans.Unfit as why:
+        return steps.num_programs(torch.device("cuda"))
+    except Unfit as why:
         pytest.skip(str(why))
-    return torch.cuda.get_device_properties(0).multi_processor_count
 
 
 @pytest.mark.gpu

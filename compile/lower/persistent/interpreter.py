@@ -1,9 +1,9 @@
 """Runs a schedule on a CPU, task by task, and checks every read.
 
-Programs take turns by chance, or one runs as far ahead as it can. A task runs once all words that it
-reads have the tags of their phases; if no task can run, the first missing word is named. Each word
-also counts the reads that its value still has to serve: a task that overwrites one too early is named.
-So a schedule that passes has no missing dependency, whatever the order of the programs.
+Programs take turns by chance, or one runs as far ahead as it can. A task runs once all words that
+it reads have the tags of their phases; if no task can run, the first missing word is named. Each
+word also counts the reads that its value still has to serve: a task that overwrites one too early
+is named.
 """
 
 from __future__ import annotations
@@ -162,12 +162,12 @@ class Interpreter:
     def _columns(self, task: Task) -> tuple[int, int]:
         """The first result of a product's task, and how many it has."""
         width = 8 if task.flags & (persistent.HALF | persistent.SILU) else 16
-        return task.first * width, task.count * width
+        return task.first * width, task.num * width
 
     def _units(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
         """Row, key-value head, number of parts and part of each unit with keys."""
         splits, num_heads = self.schedule.splits, self.plan.num_kv_heads
-        for unit in range(task.first, task.first + task.count):
+        for unit in range(task.first, task.first + task.num):
             row, head, part = (
                 unit // (num_heads * splits),
                 unit // splits % num_heads,
@@ -178,7 +178,7 @@ class Interpreter:
                 yield row, head, parts, part
 
     def _merged(self, task: Task) -> Iterator[tuple[int, int]]:
-        for unit in range(task.first, task.first + task.count):
+        for unit in range(task.first, task.first + task.num):
             parts = num_parts(self.lens[unit // self.plan.num_heads], self.schedule.splits)
             if parts > 1:
                 yield unit, parts
@@ -196,7 +196,7 @@ class Interpreter:
         return self.values[first : first + rows * width // 2].view(rows, width).bfloat16()
 
     def _embed(self, task: Task) -> None:
-        values = self.inputs.h_RD.reshape(-1, 2)[task.first : task.first + task.count]
+        values = self.inputs.h_RD.reshape(-1, 2)[task.first : task.first + task.num]
         self._write(task, task.out_at + task.first, values, task.out_phase)
 
     def _product(self, task: Task) -> None:

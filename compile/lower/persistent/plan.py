@@ -32,9 +32,10 @@ class Unfit(ValueError):
 class Plan(NamedTuple):
     """The sizes of a step, and the inputs of its regions by what they are for.
 
-    `layer_inputs` are names of a layer's inputs, as in `trace.input_leaves`: attn_norm, qkv, q_norm,
-    k_norm, out, mlp_norm, gate_up, down, keys, values, cos_sin, rope_pos, slot, table, seq_len.
-    `head_inputs` are those of the head: final_norm, head. Norms of queries and keys may be missing.
+    `layer_inputs` are names of a layer's inputs, as in `trace.input_leaves`: attn_norm, qkv,
+    q_norm, k_norm, out, mlp_norm, gate_up, down, keys, values, cos_sin, rope_pos, slot, table,
+    seq_len. `head_inputs` are those of the head: final_norm, head. Norms of queries and keys may be
+    missing.
     """
 
     num_rows: int
@@ -175,12 +176,14 @@ def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
         "values": values, "cos_sin": cos_sin, "rope_pos": rope_pos, "slot": slot, "table": table,
         "seq_len": seq_len,
     }  # fmt: skip
+    assert h is not None
     cache, rows = keys.meta["val"], h.meta["val"]
     if cache.dtype != torch.bfloat16 or cache.shape[3] != persistent.HEAD:
         raise Unfit(f"the cache has heads of {cache.shape[3]} in {cache.dtype}")
     sizes = {
         "num_rows": rows.shape[0], "hidden": rows.shape[1], "num_heads": num_heads,
-        "num_kv_heads": cache.shape[2], "ffn": down.meta["val"].shape[1], "eps": eps, "scale": scale,
+        "num_kv_heads": cache.shape[2], "ffn": down.meta["val"].shape[1], "eps": eps,
+        "scale": scale,
     }  # fmt: skip
     return sizes, {key: node.name for key, node in named.items() if node is not None}
 

@@ -1,9 +1,9 @@
 """From a plan to a schedule: the tasks of each program, in their order, and their phases.
 
-A phase is a set of tasks on all programs, with one result. A task waits for the words that it reads,
-not for phases to end; a program's copies run ahead through its tasks in the same order. A phase's
-tiles are divided so that no program has more than one tile above another, and the programs with the
-fewest bytes so far get the larger shares.
+A phase is a set of tasks on all programs, with one result. A task waits for the words that it
+reads, not for phases to end; a program's copies run ahead through its tasks in the same order. A
+phase's tiles are divided so that no program has more than one tile above another, and the programs
+with the fewest bytes so far get the larger shares.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from nanovllm.compile.lower.persistent.plan import Plan
 from nanovllm.kernels.cuda import persistent
-from nanovllm.kernels.cuda.persistent import HEAD, Sizes, Task
+from nanovllm.kernels.cuda.persistent import Sizes, Task
 
 MAX_SPLITS = 16  # of a row's keys: a thread merges so many parts
 OF_LAYER = ("qkv", "parts", "attended", "out", "inner", "hidden")  # results of a layer's phases
@@ -61,7 +61,7 @@ class Schedule(NamedTuple):
         task = self.programs[program][task_idx]
         of = "the head" if task.layer < 0 else f"layer {task.layer}"
         what = "/".join(task.inputs[:1]) or persistent.KINDS[task.kind]
-        return f"{persistent.KINDS[task.kind]} {what} of {of} ({task.first} + {task.count})"
+        return f"{persistent.KINDS[task.kind]} {what} of {of} ({task.first} + {task.num})"
 
 
 def phase_of(layer: int, name: str) -> int:
@@ -113,7 +113,7 @@ class _Builder:
         area = self.areas["hidden"]
         for program, (first, count) in enumerate(_spans(area.num_words, self.num_programs)):
             task = Task(persistent.EMBED, out_phase=EMBEDDED, out_at=area.first)
-            self._append(program, task._replace(first=first, count=count))
+            self._append(program, task._replace(first=first, num=count))
 
     def _layer(self, layer: int) -> None:
         plan, norm, add = self.plan, persistent.NORM, persistent.ADD
@@ -167,7 +167,7 @@ class _Builder:
         first = 0
         for program, count in enumerate(self._shares(num_tiles)):
             if count:
-                self._append(program, task._replace(first=first, count=count))
+                self._append(program, task._replace(first=first, num=count))
                 self.load[program] += count * rows * task.depth * 2
             first += count
 
@@ -190,7 +190,7 @@ class _Builder:
         num_units = plan.num_rows * plan.num_kv_heads * self.splits
         for program, (first, count) in enumerate(_spans(num_units, self.num_programs)):
             if count:
-                self._append(program, attend._replace(first=first, count=count))
+                self._append(program, attend._replace(first=first, num=count))
         if self.splits == 1:
             return
         merge = Task(
@@ -202,7 +202,7 @@ class _Builder:
         for idx, (first, count) in enumerate(_spans(num_units, self.num_programs)):
             if count:
                 program = self.num_programs - 1 - idx
-                self._append(program, merge._replace(first=first, count=count))
+                self._append(program, merge._replace(first=first, num=count))
 
     def _append(self, program: int, task: Task) -> None:
         self.programs[program].append(task)

@@ -1,4 +1,4 @@
-"""A decode step as one launch: its schedule and memory, and what it says if a task waits in vain."""
+"""A decode step as one launch: its schedule, its memory, and what it says of a vain wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from nanovllm.compile.lower.persistent import schedule as schedules
 from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.kernels.cuda import persistent
-from nanovllm.kernels.cuda.persistent import Buffers, Inputs, Numbers, Sizes
+from nanovllm.kernels.cuda.persistent import Buffers, Numbers, Sizes
+from nanovllm.kernels.cuda.persistent import Inputs as Inputs
 
 Tensors = Mapping[str, Tensor]  # by the names of a region's inputs
 
@@ -34,6 +35,10 @@ class Step(NamedTuple):
         """Launch the step. It can be captured."""
         persistent.launch(self.sizes, self.buffers, inputs, self.numbers)
 
+    def load(self) -> None:
+        """Compile and load the kernel, which cannot be done while a step is captured."""
+        persistent.load(self.sizes, self.buffers.words.device)
+
     def check(self) -> None:
         """Raises Stuck if a step has failed since the last call of `reset`. It synchronises."""
         failed, program, task_idx, phase, thread, *_ = self.buffers.status.tolist()
@@ -50,13 +55,16 @@ class Step(NamedTuple):
             one.zero_()
 
 
-def fits(device: torch.device) -> None:
-    """Raises Unfit for GPUs other than those of compute capability 9.0."""
+def num_programs(device: torch.device) -> int:
+    """The multiprocessors of a GPU, each of which has a program. Raises Unfit for other devices
+    than GPUs of compute capability 9.0."""
     if device.type != "cuda" or torch.version.hip is not None:
         raise Unfit(f"device {device.type!r} is not an NVIDIA GPU")
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        raise Unfit(f"the GPU has compute capability {major}.{minor}, not 9.0")
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) != (9, 0):
+        found = f"{properties.major}.{properties.minor}"
+        raise Unfit(f"the GPU has compute capability {found}, not 9.0")
+    return int(properties.multi_processor_count)
 
 
 class Weights(NamedTuple):
