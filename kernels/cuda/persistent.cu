@@ -70,12 +70,13 @@ struct Args {
 #define TOKENS 32                               // keys and values of so many tokens are a stage
 #define X_PITCH(depth) ((depth) * 2 + 64)
 #define NORM_PIECES (HIDDEN / 4 / WORKERS)      // of 4 numbers, of a thread
-#define BATCH 8                                 // pieces that a thread waits for at once
+#define BATCH 16                                // pieces that a thread waits for at once
 #define PART_WORDS 132                          // of a part of a head's result
 #define MIN_PART 32                             // keys in a part
 #define NO_SCORE -1e30f
-#define LANES 8                                 // threads that share a key
-#define GROUPS (4 * WARPS)                      // of LANES threads
+#define LANES (GROUP > 2 ? 16 : 8)              // threads that share a key
+#define EACH (HEAD / LANES)                     // numbers of a thread
+#define GROUPS (WORKERS / LANES)                // of LANES threads
 
 // floats for the sums of two tiles, or for the states of all warps
 #define SUM_FLOATS (2 * WORKERS * 4)
@@ -150,27 +151,52 @@ __device__ __forceinline__ bool has(const Pair& v, u32 tag) {
   return v.a_tag == tag && v.b_tag == tag;
 }
 
-struct Polled { Pair words; u32 polls_left; };
-
-// Polls words until both have the tag. It returns what is there when the polls are used up.
-__device__ __forceinline__ Polled poll(const u64* at, u32 tag, u32 polls_left, u32* status, u32 task_idx,
-                                    u32 phase) {
-  Pair v = load_words(at);
-  while (!has(v, tag) && polls_left) {
-    rest();
-    if (--polls_left % 256 == 0 && load_status(status)) polls_left = 0;
-    if (polls_left == 0 && claim(status)) {
-      status[1] = blockIdx.x, status[2] = task_idx, status[3] = phase, status[4] = threadIdx.x;
-    }
-    v = load_words(at);
+// Counts a poll in vain. False if the polls are used up: then the words are what they are.
+__device__ __forceinline__ bool may_poll(Worker& w, u32 phase) {
+  if (w.polls_left == 0) return false;
+  rest();
+  if (--w.polls_left % 256 == 0 && load_status(w.a.status)) w.polls_left = 0;
+  if (w.polls_left == 0 && claim(w.a.status)) {
+    u32* const status = w.a.status;
+    status[1] = blockIdx.x, status[2] = w.task_idx, status[3] = phase, status[4] = threadIdx.x;
   }
-  return Polled{v, polls_left};
+  return true;
 }
 
-__device__ __forceinline__ void ensure(Worker& w, Pair& v, const u64* at, u32 phase) {
-  if (has(v, w.base + phase)) return;
-  const Polled r = poll(at, w.base + phase, w.polls_left, w.a.status, w.task_idx, phase);
-  v = r.words, w.polls_left = r.polls_left;
+// Waits for N pairs of words of a phase; `at(i)` is the place of pair i, or null. All loads are on
+// their way at the same time, since each takes as long as a result's whole way.
+template <int N, class At>
+__device__ __forceinline__ void fetch(Worker& w, Pair (&v)[N], u32 phase, At at) {
+  const u32 tag = w.base + phase;
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    if (at(i)) v[i] = load_words(at(i));
+  while (true) {
+    bool is_missing = false;
+#pragma unroll
+    for (int i = 0; i < N; i++) is_missing |= at(i) && !has(v[i], tag);
+    if (!is_missing || !may_poll(w, phase)) return;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (at(i) && !has(v[i], tag)) v[i] = load_words(at(i));
+  }
+}
+
+// The same for single words.
+template <int N, class At>
+__device__ __forceinline__ void fetch_single(Worker& w, u64 (&v)[N], u32 phase, At at) {
+  const u32 tag = w.base + phase;
+#pragma unroll
+  for (int i = 0; i < N; i++) v[i] = load_word(at(i));
+  while (true) {
+    bool is_missing = false;
+#pragma unroll
+    for (int i = 0; i < N; i++) is_missing |= (u32)(v[i] >> 32) != tag;
+    if (!is_missing || !may_poll(w, phase)) return;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if ((u32)(v[i] >> 32) != tag) v[i] = load_word(at(i));
+  }
 }
 
 __device__ __forceinline__ void note(const Worker& w, int which) {
@@ -262,15 +288,12 @@ __device__ __forceinline__ void read_normed(Worker& w) {
 #pragma unroll
   for (int first = 0; first < ROWS * NORM_PIECES; first += BATCH) {
     Pair v[BATCH];
+    fetch(w, v, t.in_phase, [&](int i) -> const u64* {
+      return first + i < ROWS * NORM_PIECES ? words + 2 * (first + i) * WORKERS : nullptr;
+    });
 #pragma unroll
     for (int i = 0; i < BATCH; i++)
-      if (first + i < ROWS * NORM_PIECES) v[i] = load_words(words + 2 * (first + i) * WORKERS);
-#pragma unroll
-    for (int i = 0; i < BATCH; i++)
-      if (first + i < ROWS * NORM_PIECES) {
-        ensure(w, v[i], words + 2 * (first + i) * WORKERS, t.in_phase);
-        x[first + i][0] = v[i].a, x[first + i][1] = v[i].b;
-      }
+      if (first + i < ROWS * NORM_PIECES) x[first + i][0] = v[i].a, x[first + i][1] = v[i].b;
   }
 #pragma unroll
   for (int row = 0; row < ROWS; row++) {
@@ -315,14 +338,13 @@ __device__ __forceinline__ void read_plain(Worker& w) {
   const u64* const words = w.a.words + t.in_at;
   for (u32 first = threadIdx.x; first < total; first += BATCH * WORKERS) {
     Pair v[BATCH];
-#pragma unroll
-    for (int i = 0; i < BATCH; i++)
-      if (first + i * WORKERS < total) v[i] = load_words(words + 2 * (first + i * WORKERS));
+    fetch(w, v, t.in_phase, [&](int i) -> const u64* {
+      return first + i * WORKERS < total ? words + 2 * (first + i * WORKERS) : nullptr;
+    });
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
       const u32 piece = first + i * WORKERS;
       if (piece >= total) continue;
-      ensure(w, v[i], words + 2 * piece, t.in_phase);
       u8* const to = w.x + piece / each * X_PITCH(t.depth) + piece % each * 8;
       *reinterpret_cast<uint2*>(to) = make_uint2(v[i].a, v[i].b);
     }
@@ -360,7 +382,11 @@ __device__ __forceinline__ void finish(Worker& w, const float (&sum)[4], Residua
       if (t.flags & ADD) {
         Pair& v = residual.of[h][j];
         const u64* const at = residual_at(w, token, out);
-        ensure(w, v, at, t.add_phase);
+        if (!has(v, w.base + t.add_phase)) {
+          Pair again[1];
+          fetch(w, again, t.add_phase, [&](int) { return at; });
+          v = again[0];
+        }
         const u32 word = ((u64)token * t.num_outs + out) / 2 & 1 ? v.b : v.a;
         low = rounded(low) + of_bf16(word & 0xffff);
         high = rounded(high) + __uint_as_float(word & 0xffff0000);
@@ -434,69 +460,91 @@ __device__ __forceinline__ void product(Worker& w) {
 
 // attention --------------------------------------------------------------------------------------
 
-// Of a head: numbers 8 · l .. and 64 + 8 · l .. of the thread l of LANES.
-struct Numbers { float of[16]; };
+// Of a head, thread l of LANES has EACH / 2 numbers from l · EACH / 2 on, and as many from 64 on.
+struct Numbers { float of[EACH]; };
 
-struct HeadWords { Pair of[4]; };
+__device__ __forceinline__ float low_of(u32 word) { return of_bf16(word & 0xffff); }
+__device__ __forceinline__ float high_of(u32 word) { return __uint_as_float(word & 0xffff0000); }
 
-__device__ __forceinline__ HeadWords load_head(const u64* words, int l) {
-  HeadWords r;
-#pragma unroll
-  for (int i = 0; i < 4; i++) r.of[i] = load_words(words + l * 4 + (i & 1) * 2 + (i >> 1) * 32);
-  return r;
+// Words of a head: EACH / 4 pairs.
+__device__ __forceinline__ const u64* head_at(const u64* words, int l, int i) {
+  return words + l * (EACH / 4) + i % (EACH / 8) * 2 + i / (EACH / 8) * 32;
 }
 
-__device__ __forceinline__ Numbers ensured(Worker& w, HeadWords& v, const u64* words, int l) {
+__device__ __forceinline__ Numbers numbers_of(const Pair* words) {
   Numbers r;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    ensure(w, v.of[i], words + l * 4 + (i & 1) * 2 + (i >> 1) * 32, w.task->in_phase);
-    r.of[i * 4] = of_bf16(v.of[i].a & 0xffff), r.of[i * 4 + 1] = __uint_as_float(v.of[i].a & 0xffff0000);
-    r.of[i * 4 + 2] = of_bf16(v.of[i].b & 0xffff);
-    r.of[i * 4 + 3] = __uint_as_float(v.of[i].b & 0xffff0000);
+  for (int i = 0; i < EACH / 4; i++) {
+    r.of[i * 4] = low_of(words[i].a), r.of[i * 4 + 1] = high_of(words[i].a);
+    r.of[i * 4 + 2] = low_of(words[i].b), r.of[i * 4 + 3] = high_of(words[i].b);
   }
   return r;
 }
 
-__device__ __forceinline__ void numbers_of(const u8* at, float (&r)[16]) {  // of 256 bytes, at l · 16
-  const Four half[2] = {load_four(at), load_four(at + 128)};
+// The same of a head in bf16.
+struct Packed { u32 of[EACH / 2]; };
+
+__device__ __forceinline__ Packed load_packed(const void* head, int l) {
+  Packed r;
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const u32 word = word_of(half[i / 4], i % 4);
-    r[2 * i] = of_bf16(word & 0xffff), r[2 * i + 1] = __uint_as_float(word & 0xffff0000);
+  for (int h = 0; h < 2; h++) {
+    const u8* const at = static_cast<const u8*>(head) + h * HEAD + l * EACH;
+    if (EACH == 16) {
+      const Four v = load_four(at);
+#pragma unroll
+      for (int i = 0; i < EACH / 4; i++) r.of[h * (EACH / 4) + i] = word_of(v, i);
+    } else {
+      const uint2 v = *reinterpret_cast<const uint2*>(at);
+      r.of[h * (EACH / 4)] = v.x, r.of[h * (EACH / 4) + 1] = v.y;
+    }
   }
+  return r;
 }
 
-__device__ __forceinline__ void norm_and_rotate(Numbers& v, const u16* norm, const float* cos_sin, int l,
-                                                float eps) {
-  if (norm) {
-    float square = 0, by[16];
-    numbers_of(reinterpret_cast<const u8*>(norm) + l * 16, by);
+__device__ __forceinline__ Numbers numbers_of(const Packed& v) {
+  Numbers r;
 #pragma unroll
-    for (int i = 0; i < 16; i++) square += v.of[i] * v.of[i];
+  for (int i = 0; i < EACH / 2; i++) r.of[2 * i] = low_of(v.of[i]), r.of[2 * i + 1] = high_of(v.of[i]);
+  return r;
+}
+
+__device__ __forceinline__ int place_of(int l, int i) {  // of number i of thread l in the head
+  return (i < EACH / 2 ? 0 : HEAD / 2 - EACH / 2) + l * (EACH / 2) + i;
+}
+
+struct Rotation { float cos[EACH / 2], sin[EACH / 2]; };
+
+__device__ __forceinline__ void norm_and_rotate(Numbers& v, const Packed& norm, const Rotation& by,
+                                                bool is_normed, float eps) {
+  if (is_normed) {
+    float square = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) square += v.of[i] * v.of[i];
 #pragma unroll
     for (int i = LANES / 2; i; i /= 2) square += __shfl_xor_sync(0xffffffff, square, i);
     const float factor = rsqrtf(square / HEAD + eps);
+    const Numbers weight = numbers_of(norm);
 #pragma unroll
-    for (int i = 0; i < 16; i++) v.of[i] = rounded(rounded(v.of[i] * factor) * by[i]);
+    for (int i = 0; i < EACH; i++) v.of[i] = rounded(rounded(v.of[i] * factor) * weight.of[i]);
   }
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const float c = cos_sin[l * 8 + i], s = cos_sin[64 + l * 8 + i], x = v.of[i], y = v.of[8 + i];
-    v.of[i] = rounded(x * c - y * s), v.of[8 + i] = rounded(y * c + x * s);
+  for (int i = 0; i < EACH / 2; i++) {
+    const float x = v.of[i], y = v.of[EACH / 2 + i];
+    v.of[i] = rounded(x * by.cos[i] - y * by.sin[i]);
+    v.of[EACH / 2 + i] = rounded(y * by.cos[i] + x * by.sin[i]);
   }
 }
 
 // Sums over the keys that a group of LANES threads has seen.
-struct State { float most, sum, acc[16]; };
+struct State { float most, sum, acc[EACH]; };
 
-__device__ __forceinline__ void see(State (&s)[GROUP], const Numbers (&q)[GROUP], const float (&k)[16],
-                                    const float (&v)[16], bool is_real) {
+__device__ __forceinline__ void see(State (&s)[GROUP], const Numbers (&q)[GROUP], const Numbers& k,
+                                    const Numbers& v, bool is_real) {
 #pragma unroll
   for (int i = 0; i < GROUP; i++) {
     float score = 0;
 #pragma unroll
-    for (int j = 0; j < 16; j++) score += q[i].of[j] * k[j];
+    for (int j = 0; j < EACH; j++) score += q[i].of[j] * k.of[j];
 #pragma unroll
     for (int j = LANES / 2; j; j /= 2) score += __shfl_xor_sync(0xffffffff, score, j);
     if (!is_real) continue;
@@ -504,15 +552,21 @@ __device__ __forceinline__ void see(State (&s)[GROUP], const Numbers (&q)[GROUP]
     const float weight = exp2f(score - most);
     s[i].most = most, s[i].sum = s[i].sum * before + weight;
 #pragma unroll
-    for (int j = 0; j < 16; j++) s[i].acc[j] = s[i].acc[j] * before + weight * v[j];
+    for (int j = 0; j < EACH; j++) s[i].acc[j] = s[i].acc[j] * before + weight * v.of[j];
   }
 }
 
 __device__ __forceinline__ void store_head(u16* to, const Numbers& v, int l) {
 #pragma unroll
-  for (int i = 0; i < 16; i += 2)
-    *reinterpret_cast<u32*>(to + (i < 8 ? 0 : 56) + l * 8 + i) =
-        to_bf16(v.of[i]) | to_bf16(v.of[i + 1]) << 16;
+  for (int i = 0; i < EACH; i += 2)
+    *reinterpret_cast<u32*>(to + place_of(l, i)) = to_bf16(v.of[i]) | to_bf16(v.of[i + 1]) << 16;
+}
+
+// Over the groups of a warp.
+__device__ __forceinline__ float sum_of_groups(float v) {
+#pragma unroll
+  for (int i = LANES; i < 32; i *= 2) v += __shfl_xor_sync(0xffffffff, v, i);
+  return v;
 }
 
 // Joins the states of all groups of a program, and stores the result or, of several parts, a part.
@@ -521,19 +575,14 @@ __device__ __forceinline__ void join(Worker& w, State (&s)[GROUP], const Unit& u
 #pragma unroll
   for (int i = 0; i < GROUP; i++) {
     float most = s[i].most;
-    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 8));
-    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 16));
-    const float factor = exp2f(s[i].most - most);
-    float sum = s[i].sum * factor;
-    sum += __shfl_xor_sync(0xffffffff, sum, 8);
-    sum += __shfl_xor_sync(0xffffffff, sum, 16);
+#pragma unroll
+    for (int j = LANES; j < 32; j *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, j));
+    const float factor = exp2f(s[i].most - most), sum = sum_of_groups(s[i].sum * factor);
     float* const state = w.scratch + (w.warp * GROUP + i) * (HEAD + 2);
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-      float acc = s[i].acc[j] * factor;
-      acc += __shfl_xor_sync(0xffffffff, acc, 8);
-      acc += __shfl_xor_sync(0xffffffff, acc, 16);
-      if (w.lane < LANES) state[(j < 8 ? 0 : 56) + l * 8 + j] = acc;
+    for (int j = 0; j < EACH; j++) {
+      const float acc = sum_of_groups(s[i].acc[j] * factor);
+      if (w.lane < LANES) state[place_of(l, j)] = acc;
     }
     if (w.lane == 0) state[HEAD] = most, state[HEAD + 1] = sum;
   }
@@ -575,44 +624,56 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
   const u64* const k_at = words + (HEADS + u.head) * (HEAD / 2);
   const u64* const v_at = k_at + KV_HEADS * (HEAD / 2);
   const bool has_new = u.is_last && w.warp == 0;  // this warp has the step's own token
-  HeadWords q_words[GROUP], k_words = {}, v_words = {};
+  Packed q_norm = {}, k_norm = {};
+  if (t.q_norm) q_norm = load_packed(t.q_norm, l);
+  if (t.k_norm && has_new) k_norm = load_packed(t.k_norm, l);
+  Rotation by;
 #pragma unroll
-  for (int i = 0; i < GROUP; i++) q_words[i] = load_head(q_at + i * (HEAD / 2), l);
-  if (has_new) k_words = load_head(k_at, l), v_words = load_head(v_at, l);
+  for (int i = 0; i < EACH / 2; i++)
+    by.cos[i] = cos_sin[l * (EACH / 2) + i], by.sin[i] = cos_sin[HEAD / 2 + l * (EACH / 2) + i];
+  u64 new_at = 0;
+  if (has_new) {
+    const u32 slot = (u32)w.a.slot[u.row], block = slot / w.a.block_size;
+    new_at = block * w.a.block_stride + slot % w.a.block_size * w.a.slot_stride +
+             u.head * w.a.head_stride;
+  }
+  constexpr int PAIRS = EACH / 4;
+  Pair found[PAIRS * (GROUP + 2)];  // of queries, key and value
+  fetch(w, found, t.in_phase, [&](int i) -> const u64* {
+    const int head = i / PAIRS;
+    if (head < GROUP) return head_at(q_at + head * (HEAD / 2), l, i % PAIRS);
+    return has_new ? head_at(head == GROUP ? k_at : v_at, l, i % PAIRS) : nullptr;
+  });
   Numbers q[GROUP];
   State s[GROUP];
 #pragma unroll
   for (int i = 0; i < GROUP; i++) {
-    q[i] = ensured(w, q_words[i], q_at + i * (HEAD / 2), l);
-    norm_and_rotate(q[i], t.q_norm, cos_sin, l, w.a.eps);
+    q[i] = numbers_of(found + PAIRS * i);
+    norm_and_rotate(q[i], q_norm, by, t.q_norm, w.a.eps);
     s[i].most = NO_SCORE, s[i].sum = 0;
 #pragma unroll
-    for (int j = 0; j < 16; j++) q[i].of[j] *= w.a.scale, s[i].acc[j] = 0;
+    for (int j = 0; j < EACH; j++) q[i].of[j] *= w.a.scale, s[i].acc[j] = 0;
   }
   if (has_new) {
-    Numbers k = ensured(w, k_words, k_at, l), v = ensured(w, v_words, v_at, l);
-    norm_and_rotate(k, t.k_norm, cos_sin, l, w.a.eps);
-    see(s, q, k.of, v.of, w.lane < LANES);
+    Numbers k = numbers_of(found + PAIRS * GROUP), v = numbers_of(found + PAIRS * (GROUP + 1));
+    norm_and_rotate(k, k_norm, by, t.k_norm, w.a.eps);
+    see(s, q, k, v, w.lane < LANES);
     if (w.lane < LANES) {
-      const u64 slot = w.a.slot[u.row], at = slot / w.a.block_size * w.a.block_stride +
-                                             slot % w.a.block_size * w.a.slot_stride +
-                                             u.head * w.a.head_stride;
-      store_head(const_cast<u16*>(reinterpret_cast<const u16*>(t.first_input)) + at, k, l);
-      store_head(const_cast<u16*>(reinterpret_cast<const u16*>(t.second_input)) + at, v, l);
+      store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.first_input)) + new_at, k, l);
+      store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.second_input)) + new_at, v, l);
     }
   }
   note(w, 1);
   for (u32 token = u.from; token < u.to; token += TOKENS) {
     const u32 num = u.to - token < TOKENS ? u.to - token : TOKENS;
     wait_for(w.full + 8 * w.stage.at, w.stage.parity);
-    const u8* const from = w.ring + w.stage.at * STAGE_BYTES + l * 16;
+    const u8* const from = w.ring + w.stage.at * STAGE_BYTES;
     for (u32 first = 0; first < num; first += GROUPS) {
-      const u32 i = first + w.warp * 4 + w.lane / LANES;
+      const u32 i = first + threadIdx.x / LANES;
       const bool is_real = i < num;
-      float k[16], v[16];
-      numbers_of(from + (is_real ? i : 0) * (HEAD * 2), k);
-      numbers_of(from + ((is_real ? i : 0) + TOKENS) * (HEAD * 2), v);
-      see(s, q, k, v, is_real);
+      const u8* const key = from + (is_real ? i : 0) * (HEAD * 2);
+      see(s, q, numbers_of(load_packed(key, l)),
+          numbers_of(load_packed(key + TOKENS * HEAD * 2, l)), is_real);
     }
     __syncwarp();
     if (w.lane == 0) arrive(w.empty + 8 * w.stage.at);
@@ -629,17 +690,6 @@ __device__ __forceinline__ void attend(Worker& w) {
   }
 }
 
-// Waits until a word has the tag; returns its data.
-__device__ __forceinline__ float ensured(Worker& w, u64 word, const u64* at, u32 phase) {
-  if ((u32)(word >> 32) != w.base + phase) {
-    Pair both = {};
-    const bool is_second = (u64)at & 8;
-    ensure(w, both, at - is_second, phase);
-    word = is_second ? both.b : both.a;
-  }
-  return __uint_as_float((u32)word);
-}
-
 // Merges the parts of heads, whose units are a row's query heads; HEAD threads each.
 __device__ __forceinline__ void merge(Worker& w) {
   const Task& t = *w.task;
@@ -648,25 +698,20 @@ __device__ __forceinline__ void merge(Worker& w) {
     const u32 unit = t.first + i, parts = num_parts(w.seq_len[unit / HEADS]);
     if (parts == 1) continue;  // its result is there already
     const u64* const first = w.a.words + t.in_at + (u64)unit * SPLITS * PART_WORDS;
-    u64 v[SPLITS], lse[SPLITS];
+    u64 v[2 * SPLITS];  // a number, and the log of the sums, of each part
+    fetch_single(w, v, t.in_phase, [&](int k) {
+      return first + (k / 2 < parts ? k / 2 : 0) * PART_WORDS + (k % 2 ? HEAD : d);
+    });
+    float most = NO_SCORE, sum = 0, result = 0, weight[SPLITS];
 #pragma unroll
     for (int k = 0; k < SPLITS; k++) {
-      const u64* const part = first + (k < parts ? k : 0) * PART_WORDS;
-      v[k] = load_word(part + d), lse[k] = load_word(part + HEAD);
-    }
-    float most = NO_SCORE, sum = 0, result = 0;
-    float value[SPLITS], weight[SPLITS];
-#pragma unroll
-    for (int k = 0; k < SPLITS; k++) {
-      const u64* const part = first + (k < parts ? k : 0) * PART_WORDS;
-      value[k] = ensured(w, v[k], part + d, t.in_phase);
-      weight[k] = k < parts ? ensured(w, lse[k], part + HEAD, t.in_phase) : NO_SCORE;
+      weight[k] = k < parts ? __uint_as_float((u32)v[2 * k + 1]) : NO_SCORE;
       most = fmaxf(most, weight[k]);
     }
 #pragma unroll
     for (int k = 0; k < SPLITS; k++) {
       const float factor = exp2f(weight[k] - most);
-      sum += factor, result += factor * value[k];
+      sum += factor, result += factor * __uint_as_float((u32)v[2 * k]);
     }
     note(w, 1);
     result /= sum;

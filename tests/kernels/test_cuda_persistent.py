@@ -43,12 +43,12 @@ def compared(one: Case, before: list[Tensor]) -> None:
 
 
 @pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
-@pytest.mark.parametrize("lens, num_programs", [((100,), 3), ((1, 37), 2)])
+@pytest.mark.parametrize("lens, num_programs, heads", [((100,), 3, 2), ((1, 37), 2, 4)])
 def test_the_kernel_is_right_on_a_cpu(
-    lens: tuple[int, ...], num_programs: int, tmp_path: Path
+    lens: tuple[int, ...], num_programs: int, heads: int, tmp_path: Path
 ) -> None:
     """Two steps one after the other: the words of the first are still there in the second."""
-    one = case(lens, Shape(layers=1))
+    one = case(lens, Shape(layers=1, heads=heads))
     before = [cache.clone() for cache in one.caches()]
     step = built(one, num_programs)
     for _ in range(2):
