@@ -6,6 +6,7 @@ R rows | D hidden | V vocabulary
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from nanovllm.compile.lower.persistent.step import Step, Weights
 from nanovllm.compile.trace import input_leaves
 from nanovllm.models.model import VARYING, Batch, Kept, LayerCache, LayerCall, Model, Params
 from nanovllm.platforms.attention import Attention
+from nanovllm.platforms.base import HostCopy
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +77,16 @@ class PersistentSteps:
         step.run(Inputs(h_RD, logits_RV, cos_sin_MH, *places))
         return logits_RV
 
-    def check(self) -> None:
-        """Raises `Stuck` if a step has failed. It synchronises."""
-        for step in self.steps.values():
-            step.check()
+    def check_later(
+        self, num_rows: int, read_back: Callable[[Tensor], HostCopy]
+    ) -> Callable[[], None] | None:
+        """What raises `Stuck` if the step that was launched last has failed, once it is done; None
+        for steps of other programs."""
+        step = self.steps.get(num_rows)
+        if step is None:
+            return None
+        status = read_back(step.buffers.status)
+        return lambda: step.raise_if_failed(status.tolist())
 
 
 def weights_of(parts: Parts, h_RD: Tensor, batch: Batch) -> Weights:

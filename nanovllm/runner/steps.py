@@ -152,7 +152,8 @@ class Steps:
     def without_adapters(self) -> Steps:
         """The steps of rows without adapters, whose programs are those of a model without slots."""
         model, params = without_slots(self.model, self.params)
-        return replace(self, model=model, params=params, state=self._own_state)
+        state = self._own_state
+        return replace(self, model=model, params=params, state=state, persistent=None)
 
     @property
     def _own_state(self) -> DeviceState:
@@ -270,7 +271,7 @@ class Steps:
 
     def prepare_decode(self, row_idx_R: Tensor) -> None:
         """Build what a decode step needs beside its programs, before it is captured."""
-        if self.persistent is None:
+        if self.persistent is None or self.whole:
             return
         is_plain = self.drafting is None and not self.other_tables
         parts = Parts(

@@ -41,7 +41,11 @@ class Step(NamedTuple):
 
     def check(self) -> None:
         """Raises Stuck if a step has failed since the last call of `reset`. It synchronises."""
-        failed, program, task_idx, phase, thread, *_ = self.buffers.status.tolist()
+        self.raise_if_failed(self.buffers.status.tolist())
+
+    def raise_if_failed(self, status: Sequence[int]) -> None:
+        """Raises Stuck if `buffers.status`, read by the caller, says so."""
+        failed, program, task_idx, phase, thread, *_ = status
         if failed:
             raise Stuck(
                 f"program {program}, thread {thread} waited in vain in "
