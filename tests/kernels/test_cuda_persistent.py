@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nanovllm.compile.lower.persistent import schedule as schedules
 from nanovllm.compile.lower.persistent import step as steps
-from nanovllm.compile.lower.persistent.plan import Unfit
+from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.compile.lower.persistent.step import Step
-from nanovllm.kernels.cuda import persistent
+from nanovllm.kernels.cuda import nvrtc, persistent
 from tests.compile.persistent_cases import SMALL, Case, Shape, case, error
 from tests.kernels import cuda_on_host
 from tests.kernels.test_cuda_packed import folder
@@ -73,6 +73,17 @@ def test_a_lost_result_ends_the_step_and_is_named(tmp_path: Path) -> None:
     assert torch.equal(step.buffers.steps, ended)
     step.reset()
     step.check()
+
+
+@pytest.mark.parametrize(
+    "num_rows, hidden, heads, ffn", [(1, 1024, 16, 3072), (4, 4096, 32, 12288)]
+)
+def test_the_kernel_compiles(
+    num_rows: int, hidden: int, heads: int, ffn: int, folder: Path
+) -> None:
+    plan = Plan(num_rows, hidden, heads, 8, ffn, 151936, 28, 1e-6, 0.1, {}, {})
+    program = nvrtc.compile_function(schedules.build(plan, 132).sizes.function, (9, 0))
+    assert program.startswith(b"\x7fELF") and b"persistent" in program
 
 
 def without_a_task(one: Case, num_programs: int, max_polls: int) -> Step:
