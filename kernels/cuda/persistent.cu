@@ -78,8 +78,12 @@ struct Args {
 #define EACH (HEAD / LANES)                     // numbers of a thread
 #define GROUPS (WORKERS / LANES)                // of LANES threads
 
-// floats for the sums of two tiles, or for the states of all warps
-#define SUM_FLOATS (2 * WORKERS * 4)
+#define AT_ONCE 4                               // tiles whose sums are added at the same time
+#define COLUMN_PAIRS ((ROWS + 1) / 2)
+#define SUMS_OF_TILE (8 * COLUMN_PAIRS * WARPS)
+
+// floats for the sums of two times AT_ONCE tiles, or for the states of all warps
+#define SUM_FLOATS (2 * AT_ONCE * SUMS_OF_TILE * 4)
 #define STATE_FLOATS (WARPS * GROUP * (HEAD + 2))
 #define SCRATCH_FLOATS (SUM_FLOATS > STATE_FLOATS ? SUM_FLOATS : STATE_FLOATS)
 
@@ -167,11 +171,12 @@ __device__ __forceinline__ void embed(Worker& w) {
 extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) persistent(const __grid_constant__ Args a) {
   extern __shared__ u8 unaligned[];
   u8* const shared = unaligned + (-shared_address(unaligned) & 127u);
-  // the ring | tasks | barriers | lengths | scratch | x
+  // the ring | tasks | barriers | lengths | squares | scratch | x
   Task* const tasks = reinterpret_cast<Task*>(shared + STAGES * STAGE_BYTES);
   u8* const barriers = reinterpret_cast<u8*>(tasks + NUM_TASKS);
   int* const seq_len = reinterpret_cast<int*>(barriers + 16 * STAGES);
-  float* const scratch = reinterpret_cast<float*>(seq_len + 12);
+  float* const squares = reinterpret_cast<float*>(seq_len + 12);
+  float* const scratch = squares + 8 * WARPS;
   u8* const x = reinterpret_cast<u8*>(scratch + SCRATCH_FLOATS);
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -198,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) persistent(const _
         copy_keys(a, tasks[i], shared_address(shared), full, empty, stage, lane, seq_len);
     return;
   }
-  Worker w = {a, tasks, 0, step * a.num_phases, a.max_polls, x, scratch, shared, full, empty, seq_len, {}, 0,
+  Worker w = {a, tasks, 0, step * a.num_phases, a.max_polls, x, scratch, squares, shared, full, empty, seq_len, {}, 0,
               warp, lane};
   for (; w.task_idx < NUM_TASKS && w.task->kind != END; w.task_idx++, w.task++) {
     note(w, 0);

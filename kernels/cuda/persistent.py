@@ -17,7 +17,7 @@ from nanovllm.kernels.cuda.nvrtc import Function, Launch
 END, EMBED, PRODUCT, ATTEND, MERGE = range(5)
 KINDS = "end", "embed", "product", "attend", "merge"
 SILU, HALF, NORM, ADD, LOGITS = 1, 2, 4, 8, 16
-HEAD, WARPS, WIDE, TOKENS, PART_WORDS, MIN_PART = 128, 8, 512, 32, 132, 32
+HEAD, WARPS, WIDE, TOKENS, PART_WORDS, MIN_PART, AT_ONCE = 128, 8, 512, 32, 132, 32, 4
 MAX_GROUP = 4  # query heads that share a key
 STAGE_BYTES = 16 * (WIDE * 2 + 64)
 MAX_SHARED_BYTES = 227 << 10
@@ -77,8 +77,8 @@ class Sizes(NamedTuple):
         """Of shared memory beside the ring, with up to 128 bytes for the alignment. A stage's two
         barriers are in `stage_bytes`."""
         group = self.num_heads // self.num_kv_heads
-        sums = 2 * 32 * self.num_warps * 4
-        scratch = max(sums, self.num_warps * group * (HEAD + 2))
+        sums = 2 * AT_ONCE * 8 * ((self.num_rows + 1) // 2) * self.num_warps * 4
+        scratch = 8 * self.num_warps + max(sums, self.num_warps * group * (HEAD + 2))
         x = self.num_rows * (2 * self.max_depth + 64)
         return 128 + self.num_tasks * _TASK.size + 48 + scratch * 4 + x
 

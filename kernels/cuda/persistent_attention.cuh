@@ -102,11 +102,23 @@ __device__ __forceinline__ void store_head(u16* to, const Numbers& v, int l) {
     *reinterpret_cast<u32*>(to + place_of(l, i)) = to_bf16(v.of[i]) | to_bf16(v.of[i + 1]) << 16;
 }
 
-// Over the groups of a warp.
-__device__ __forceinline__ float sum_of_groups(float v) {
+// Sums over the groups of a warp. A thread keeps the sums of EACH / (32 / LANES) numbers, whose first
+// is returned: at each step it gives half of its numbers away.
+__device__ __forceinline__ int sum_of_groups(float (&v)[EACH], int lane) {
+  int first = 0, num = EACH;
 #pragma unroll
-  for (int i = LANES; i < 32; i *= 2) v += __shfl_xor_sync(0xffffffff, v, i);
-  return v;
+  for (int bit = LANES; bit < 32; bit *= 2) {
+    const bool is_upper = lane & bit;
+    num /= 2;
+#pragma unroll
+    for (int i = 0; i < EACH / 2; i++)
+      if (i < num) {
+        const float kept = is_upper ? v[num + i] : v[i], given = is_upper ? v[i] : v[num + i];
+        v[i] = kept + __shfl_xor_sync(0xffffffff, given, bit);
+      }
+    first += is_upper ? num : 0;
+  }
+  return first;
 }
 
 // Joins the states of all groups of a program, and stores the result or, of several parts, a part.
@@ -117,13 +129,16 @@ __device__ __forceinline__ void join(Worker& w, State (&s)[GROUP], const Unit& u
     float most = s[i].most;
 #pragma unroll
     for (int j = LANES; j < 32; j *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, j));
-    const float factor = exp2f(s[i].most - most), sum = sum_of_groups(s[i].sum * factor);
+    const float factor = exp2f(s[i].most - most);
+    float sum = s[i].sum * factor;
+#pragma unroll
+    for (int j = LANES; j < 32; j *= 2) sum += __shfl_xor_sync(0xffffffff, sum, j);
+#pragma unroll
+    for (int j = 0; j < EACH; j++) s[i].acc[j] *= factor;
+    const int kept = sum_of_groups(s[i].acc, w.lane);
     float* const state = w.scratch + (w.warp * GROUP + i) * (HEAD + 2);
 #pragma unroll
-    for (int j = 0; j < EACH; j++) {
-      const float acc = sum_of_groups(s[i].acc[j] * factor);
-      if (w.lane < LANES) state[place_of(l, j)] = acc;
-    }
+    for (int j = 0; j < EACH * LANES / 32; j++) state[place_of(l, kept + j)] = s[i].acc[j];
     if (w.lane == 0) state[HEAD] = most, state[HEAD + 1] = sum;
   }
   meet();
@@ -219,6 +234,7 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
     if (w.lane == 0) arrive(w.empty + 8 * w.stage.at);
     w.stage.advance(STAGES);
   }
+  meet();  // the scratch memory may still be read
   join(w, s, u, num_parts(w.seq_len[u.row]));
 }
 
@@ -226,38 +242,37 @@ __device__ __forceinline__ void attend(Worker& w) {
   for (u32 unit = w.task->first; unit < w.task->first + w.task->count; unit++) {
     const Unit u = unit_of(unit, w.seq_len);
     if (u.is_real) attend_unit(w, u);
-    meet();  // the next unit writes to the scratch memory
   }
 }
 
-// Merges the parts of heads, whose units are a row's query heads; HEAD threads each.
+// Merges parts. A unit is so many pairs of numbers of all rows' heads that each thread has a part of
+// one: a thread that waits for much notices it late.
 __device__ __forceinline__ void merge(Worker& w) {
   const Task& t = *w.task;
-  const u32 d = threadIdx.x % HEAD;
-  for (u32 i = threadIdx.x / HEAD; i < t.count; i += WORKERS / HEAD) {
-    const u32 unit = t.first + i, parts = num_parts(w.seq_len[unit / HEADS]);
-    if (parts == 1) continue;  // its result is there already
-    const u64* const first = w.a.words + t.in_at + (u64)unit * SPLITS * PART_WORDS;
-    u64 v[2 * SPLITS];  // a number, and the log of the sums, of each part
-    fetch_single(w, v, t.in_phase, [&](int k) {
-      return first + (k / 2 < parts ? k / 2 : 0) * PART_WORDS + (k % 2 ? HEAD : d);
+  const u32 part = threadIdx.x % SPLITS;
+  for (u32 unit = t.first; unit < t.first + t.count; unit++) {
+    const u32 pair = unit * (WORKERS / SPLITS) + threadIdx.x / SPLITS, head = pair / (HEAD / 2);
+    const u32 parts = head < ROWS * HEADS ? num_parts(w.seq_len[head / HEADS]) : 1;
+    const bool is_real = parts > 1 && part < parts;  // the result of one part is there already
+    const u64* const from = w.a.words + t.in_at + (head * SPLITS + part) * PART_WORDS;
+    Pair v[2] = {};  // the numbers, and the log of the sums
+    fetch(w, v, t.in_phase, [&](int i) -> const u64* {
+      return is_real ? from + (i ? HEAD : pair % (HEAD / 2) * 2) : nullptr;
     });
-    float most = NO_SCORE, sum = 0, result = 0, weight[SPLITS];
-#pragma unroll
-    for (int k = 0; k < SPLITS; k++) {
-      weight[k] = k < parts ? __uint_as_float((u32)v[2 * k + 1]) : NO_SCORE;
-      most = fmaxf(most, weight[k]);
-    }
-#pragma unroll
-    for (int k = 0; k < SPLITS; k++) {
-      const float factor = exp2f(weight[k] - most);
-      sum += factor, result += factor * __uint_as_float((u32)v[2 * k]);
-    }
+    __syncwarp();
     note(w, 1);
-    result /= sum;
-    const float next = __shfl_xor_sync(0xffffffff, result, 1);
-    if (d % 2 == 0)
-      store_word(w.a.words + t.out_at + (unit * HEAD + d) / 2, to_bf16(result) | to_bf16(next) << 16,
+    const float lse = is_real ? __uint_as_float(v[1].a) : NO_SCORE;
+    float most = lse;
+#pragma unroll
+    for (int i = 1; i < SPLITS; i *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, i));
+    float sum = exp2f(lse - most), low = sum * __uint_as_float(v[0].a), high = sum * __uint_as_float(v[0].b);
+#pragma unroll
+    for (int i = 1; i < SPLITS; i *= 2) {
+      sum += __shfl_xor_sync(0xffffffff, sum, i);
+      low += __shfl_xor_sync(0xffffffff, low, i), high += __shfl_xor_sync(0xffffffff, high, i);
+    }
+    if (is_real && part == 0)
+      store_word(w.a.words + t.out_at + pair, to_bf16(low / sum) | to_bf16(high / sum) << 16,
                  w.base + t.out_phase);
   }
 }

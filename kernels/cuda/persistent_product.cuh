@@ -30,14 +30,14 @@ __device__ __forceinline__ void read_normed(Worker& w) {
     }
 #pragma unroll
     for (int i = 16; i; i /= 2) square += __shfl_xor_sync(0xffffffff, square, i);
-    if (w.lane == 0) w.scratch[row * WARPS + w.warp] = square;
+    if (w.lane == 0) w.squares[row * WARPS + w.warp] = square;
   }
   meet();
 #pragma unroll
   for (int row = 0; row < ROWS; row++) {
     float square = 0;
 #pragma unroll
-    for (int i = 0; i < WARPS; i++) square += w.scratch[row * WARPS + i];
+    for (int i = 0; i < WARPS; i++) square += w.squares[row * WARPS + i];
     const float factor = rsqrtf(square / HIDDEN + w.a.eps);
 #pragma unroll
     for (int i = 0; i < NORM_PIECES; i++) {
@@ -80,43 +80,45 @@ __device__ __forceinline__ u32 out_of(const Task& t, u32 tile, int g, int h) {
   return (t.flags & (SILU | HALF) ? tile * 8 : tile * 16 + 8 * h) + (g & ~1);
 }
 
-__device__ __forceinline__ const u64* residual_at(const Worker& w, u32 token, u32 out) {
-  // a pair of words, of which one is read
-  return w.a.words + w.task->add_at + (((u64)token * w.task->num_outs + out) / 2 & ~1ull);
-}
-
+// Residuals of a thread's results, in pairs of words of which one is read.
 struct Residual { Pair of[2][2]; };
 
-__device__ __forceinline__ void finish(Worker& w, const float (&sum)[4], Residual& residual, u32 tile) {
-  const Task& t = *w.task;
+__device__ __forceinline__ const u64* residual_at(const Worker& w, const Task& t, u32 token, u32 out) {
+  return w.a.words + t.add_at + ((token * t.num_outs + out) / 2 & ~1u);
+}
+
+__device__ __forceinline__ bool has_result(const Task& t, int thread, int h, int j) {
+  return (j == 0 || ROWS > 1) && 2 * thread + j < ROWS && !(h && t.flags & (SILU | HALF));
+}
+
+// Stores the results of a tile: of the thread's weight rows g and g + 8 and rows 2t and 2t + 1 of x.
+__device__ __forceinline__ void finish(Worker& w, const Task& t, const float (&sum)[4], Residual& residual,
+                                       u32 tile) {
   const int g = w.lane / 4, thread = w.lane % 4;
-  const bool is_silu = t.flags & SILU;
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
+  for (int j = 0; j < (ROWS > 1 ? 2 : 1); j++) {
     const u32 token = 2 * thread + j;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      if (h == 1 && t.flags & (SILU | HALF)) continue;
-      float y = rounded(h ? sum[2 + j] : sum[j]);
-      if (is_silu) y = rounded(y / (1.0f + __expf(-y))) * rounded(sum[2 + j]);
+      if (h && t.flags & (SILU | HALF)) continue;
+      float y = rounded(sum[2 * h + j]);
+      if (t.flags & SILU) y = rounded(__fdividef(y, 1.0f + __expf(-y))) * rounded(sum[2 + j]);
       const float other = __shfl_xor_sync(0xffffffff, y, 4);  // of the next weight row
       if (token >= ROWS || g & 1) continue;
-      const u32 out = out_of(t, tile, g, h);
+      const u32 out = out_of(t, tile, g, h), at = (token * t.num_outs + out) / 2;
       float low = y, high = other;
       if (t.flags & ADD) {
         Pair& v = residual.of[h][j];
-        const u64* const at = residual_at(w, token, out);
         if (!has(v, w.base + t.add_phase)) {
           Pair again[1];
-          fetch(w, again, t.add_phase, [&](int) { return at; });
+          fetch(w, again, t.add_phase, [&](int) { return residual_at(w, t, token, out); });
           v = again[0];
         }
-        const u32 word = ((u64)token * t.num_outs + out) / 2 & 1 ? v.b : v.a;
+        const u32 word = at & 1 ? v.b : v.a;
         low = rounded(low) + of_bf16(word & 0xffff);
         high = rounded(high) + __uint_as_float(word & 0xffff0000);
       }
       const u32 word = to_bf16(low) | to_bf16(high) << 16;
-      const u64 at = ((u64)token * t.num_outs + out) / 2;
       if (t.flags & LOGITS)
         reinterpret_cast<u32*>(w.a.logits)[at] = word;
       else
@@ -149,8 +151,31 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[2][4], const u8* wei
   }
 }
 
+// Multiplies a tile: the warp's part of the depth. Sums of the rows of x that there are go to `to`.
+__device__ __forceinline__ void multiply_tile(Worker& w, const u8* x_row, u32 depth, bool is_half,
+                                              float4* to) {
+  const int g = w.lane / 4, thread = w.lane % 4;
+  const u32 wide = is_half ? 2 * WIDE : WIDE;
+  float acc[2][4] = {};
+  for (u32 column = 0; column < depth; column += wide) {
+    const u32 num = depth - column < wide ? depth - column : wide;
+    const u8* const from = w.ring + w.stage.at * STAGE_BYTES + g * (wide * 2 + 64) + thread * 16;
+    wait_for(w.full + 8 * w.stage.at, w.stage.parity);
+    if (is_half)
+      multiply_stage<true>(acc, from, x_row + column * 2, num, w.warp * 32, g < ROWS);
+    else
+      multiply_stage<false>(acc, from, x_row + column * 2, num, w.warp * 32, g < ROWS);
+    __syncwarp();
+    if (w.lane == 0) arrive(w.empty + 8 * w.stage.at);
+    w.stage.advance(STAGES);
+  }
+  if (thread < COLUMN_PAIRS)
+    *to = make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2],
+                      acc[0][3] + acc[1][3]);
+}
+
 __device__ __forceinline__ void product(Worker& w) {
-  const Task& t = *w.task;
+  const Task t = *w.task;  // in registers: shared memory would be read again after each store
   if (t.flags & NORM)
     read_normed(w);
   else
@@ -158,46 +183,34 @@ __device__ __forceinline__ void product(Worker& w) {
   meet();
   note(w, 1);
   const int g = w.lane / 4, thread = w.lane % 4;
-  const bool is_half = t.flags & HALF;
-  const u32 wide = is_half ? 2 * WIDE : WIDE, pitch = wide * 2 + 64, depth = t.depth;
-  const u8* const x_row = w.x + g * X_PITCH(depth) + thread * 16;
-  const bool has_x = g < ROWS;
-  for (u32 tile = t.first; tile < t.first + t.count; tile++, w.turn++) {
-    const bool is_mine = w.warp == (int)(w.turn % WARPS);  // this warp finishes the tile
+  const u8* const x_row = w.x + g * X_PITCH(t.depth) + thread * 16;
+  for (u32 first = t.first; first < t.first + t.count; first += AT_ONCE, w.turn ^= 1) {
+    // warps multiply all of these tiles, then the first warps finish one each
+    const u32 num = t.first + t.count - first < AT_ONCE ? t.first + t.count - first : AT_ONCE;
+    const bool is_finishing = w.warp < (int)num;
+    const u32 own = first + w.warp;
     Residual residual = {};
-    if (is_mine && t.flags & ADD && !(g & 1))
+    if (is_finishing && t.flags & ADD && !(g & 1))
 #pragma unroll
       for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int j = 0; j < 2; j++)
-          if (2 * thread + j < ROWS && !(h && is_half))
-            residual.of[h][j] = load_words(residual_at(w, 2 * thread + j, out_of(t, tile, g, h)));
-    float acc[2][4] = {};
-    for (u32 column = 0; column < depth; column += wide) {
-      const u32 num = depth - column < wide ? depth - column : wide;
-      wait_for(w.full + 8 * w.stage.at, w.stage.parity);
-      const u8* const from = w.ring + w.stage.at * STAGE_BYTES + g * pitch + thread * 16;
-      if (is_half)
-        multiply_stage<true>(acc, from, x_row + column * 2, num, w.warp * 32, has_x);
-      else
-        multiply_stage<false>(acc, from, x_row + column * 2, num, w.warp * 32, has_x);
-      __syncwarp();
-      if (w.lane == 0) arrive(w.empty + 8 * w.stage.at);
-      w.stage.advance(STAGES);
-    }
-    float4* const sums = reinterpret_cast<float4*>(w.scratch) + (w.turn & 1) * WORKERS;
-    sums[w.warp * 32 + w.lane] = make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1],
-                                             acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
+          if (has_result(t, thread, h, j))
+            residual.of[h][j] = load_words(residual_at(w, t, 2 * thread + j, out_of(t, own, g, h)));
+    float4* const sums = reinterpret_cast<float4*>(w.scratch) + w.turn * (AT_ONCE * SUMS_OF_TILE);
+    const u32 place = g * COLUMN_PAIRS + thread;
+    for (u32 i = 0; i < num; i++)
+      multiply_tile(w, x_row, t.depth, t.flags & HALF,
+                    sums + i * SUMS_OF_TILE + w.warp * (8 * COLUMN_PAIRS) + place);
     meet();
-    if (is_mine) {
-      float sum[4] = {0, 0, 0, 0};
+    if (!is_finishing) continue;
+    float sum[4] = {0, 0, 0, 0};
+    if (thread < COLUMN_PAIRS)
 #pragma unroll
       for (int k = 0; k < WARPS; k++) {
-        const float4 one = sums[k * 32 + w.lane];
+        const float4 one = sums[w.warp * SUMS_OF_TILE + k * (8 * COLUMN_PAIRS) + place];
         sum[0] += one.x, sum[1] += one.y, sum[2] += one.z, sum[3] += one.w;
       }
-      finish(w, sum, residual, tile);
-    }
+    finish(w, t, sum, residual, own);
   }
-  meet();  // the next task writes to the scratch memory
 }

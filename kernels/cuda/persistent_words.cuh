@@ -3,12 +3,6 @@
 
 struct __align__(16) Pair { u32 a, a_tag, b, b_tag; };  // two words
 
-__device__ __forceinline__ u64 load_word(const u64* at) {
-  u64 r;
-  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(r) : "l"(at));
-  return r;
-}
-
 __device__ __forceinline__ Pair load_words(const u64* at) {
   u64 a, b;
   asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(at));
@@ -56,12 +50,12 @@ struct Worker {
   u32 task_idx, base;  // the tag of phase 0
   u32 polls_left;
   u8* x;               // [R, depth], X_PITCH
-  float* scratch;
+  float *scratch, *squares;
   const u8* ring;
   u32 full, empty;
   const int* seq_len;
   Ring stage;
-  u32 turn;            // tiles so far
+  u32 turn;            // of the two places for sums
   int warp, lane;
 };
 
@@ -97,23 +91,6 @@ __device__ __forceinline__ void fetch(Worker& w, Pair (&v)[N], u32 phase, At at)
 #pragma unroll
     for (int i = 0; i < N; i++)
       if (at(i) && !has(v[i], tag)) v[i] = load_words(at(i));
-  }
-}
-
-// The same for single words.
-template <int N, class At>
-__device__ __forceinline__ void fetch_single(Worker& w, u64 (&v)[N], u32 phase, At at) {
-  const u32 tag = w.base + phase;
-#pragma unroll
-  for (int i = 0; i < N; i++) v[i] = load_word(at(i));
-  while (true) {
-    bool is_missing = false;
-#pragma unroll
-    for (int i = 0; i < N; i++) is_missing |= (u32)(v[i] >> 32) != tag;
-    if (!is_missing || !may_poll(w, phase)) return;
-#pragma unroll
-    for (int i = 0; i < N; i++)
-      if ((u32)(v[i] >> 32) != tag) v[i] = load_word(at(i));
   }
 }
 

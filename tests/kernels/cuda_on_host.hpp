@@ -24,6 +24,7 @@
 #define __align__(n) alignas(n)
 #define rsqrtf(x) (1.0f / sqrtf(x))
 #define __expf expf
+#define __fdividef(a, b) ((a) / (b))
 
 struct Index { unsigned x = 0, y = 0, z = 0; };
 static thread_local Index threadIdx, blockIdx;
@@ -173,12 +174,10 @@ static void copy_box(const Map* map, unsigned to, unsigned barrier, unsigned lin
 }
 // in place of load_words
 static Pair load_words(const u64* at) {
-  const u64 a = load_word(at), b = load_word(at + 1);
-  return Pair{(u32)a, (u32)(a >> 32), (u32)b, (u32)(b >> 32)};
-}
-// in place of load_word
-static u64 load_word(const u64* at) {
-  return std::atomic_ref<u64>(*const_cast<u64*>(at)).load(std::memory_order_relaxed);
+  u64 v[2];
+  for (int i = 0; i < 2; i++)
+    v[i] = std::atomic_ref<u64>(const_cast<u64*>(at)[i]).load(std::memory_order_relaxed);
+  return Pair{(u32)v[0], (u32)(v[0] >> 32), (u32)v[1], (u32)(v[1] >> 32)};
 }
 // in place of store_word
 static void store_word(u64* at, u32 value, u32 tag) {

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanovllm.compile.lower.persistent import schedule as schedules
 from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.kernels import reference
 from nanovllm.kernels.cuda import persistent
@@ -146,10 +147,11 @@ class Interpreter:
             for row, head, _, part in self._units(task):
                 yield from self._attend_reads(task, row, head, part)
         elif task.kind == persistent.MERGE:
-            for unit, parts in self._merged(task):
+            for head, begin, num, parts in self._merged(task):
                 for part in range(parts):
-                    first = task.in_at + (unit * self.schedule.splits + part) * PART_WORDS
-                    yield Span(first, HEAD + 1, task.in_phase)
+                    first = task.in_at + (head * self.schedule.splits + part) * PART_WORDS
+                    yield Span(first + begin, num, task.in_phase)
+                    yield Span(first + HEAD, 2, task.in_phase)
 
     def _attend_reads(self, task: Task, row: int, head: int, part: int) -> Iterator[Span]:
         plan = self.plan
@@ -177,11 +179,18 @@ class Interpreter:
             if part < parts:
                 yield row, head, parts, part
 
-    def _merged(self, task: Task) -> Iterator[tuple[int, int]]:
-        for unit in range(task.first, task.first + task.num):
-            parts = num_parts(self.lens[unit // self.plan.num_heads], self.schedule.splits)
+    def _merged(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
+        """Row · N + query head, first number, how many numbers, and the parts of what is merged."""
+        each, of_head = schedules.pairs_merged(self.schedule.splits), HEAD // 2
+        at, heads = task.first * each, self.plan.num_rows * self.plan.num_heads
+        end = min((task.first + task.num) * each, heads * of_head)
+        while at < end:
+            head, begin = divmod(at, of_head)
+            num = min(of_head - begin, end - at)
+            parts = num_parts(self.lens[head // self.plan.num_heads], self.schedule.splits)
             if parts > 1:
-                yield unit, parts
+                yield head, 2 * begin, 2 * num, parts
+            at += num
 
     # what tasks compute ---------------------------------------------------------------------------
 
@@ -232,7 +241,7 @@ class Interpreter:
                     self._write(task, task.out_at + unit * HEAD // 2, values, task.out_phase)
                     continue
                 first = task.add_at + (unit * self.schedule.splits + part) * PART_WORDS
-                column = torch.cat((out_GH[i], lse_G[i : i + 1]))
+                column = torch.cat((out_GH[i], lse_G[i : i + 1], torch.zeros(1)))
                 values = torch.stack((column, torch.zeros_like(column)), -1)
                 self._write(task, first, values, task.add_phase)
 
@@ -270,13 +279,14 @@ class Interpreter:
         return reference.rope_store.rope(x_NH[None], self.inputs.cos_sin_MH, pos)[0]
 
     def _merge(self, task: Task) -> None:
-        for unit, parts in self._merged(task):
-            first = task.in_at + unit * self.schedule.splits * PART_WORDS
+        for head, begin, num, parts in self._merged(task):
+            first = task.in_at + head * self.schedule.splits * PART_WORDS
             part_PW = self.values[first : first + parts * PART_WORDS, 0].view(parts, PART_WORDS)
             weight_P1 = torch.exp2(part_PW[:, HEAD] - part_PW[:, HEAD].max())[:, None]
-            out_H = (weight_P1 * part_PW[:, :HEAD]).sum(0) / weight_P1.sum()
-            at = task.out_at + unit * HEAD // 2
-            self._write(task, at, out_H.bfloat16().view(-1, 2), task.out_phase)
+            sum_n = (weight_P1 * part_PW[:, begin : begin + num]).sum(0)
+            out_n = (sum_n / weight_P1.sum()).bfloat16()
+            at = task.out_at + (head * HEAD + begin) // 2
+            self._write(task, at, out_n.view(-1, 2), task.out_phase)
 
 
 _RUN: dict[int, Callable[[Interpreter, Task], None]] = {
