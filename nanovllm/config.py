@@ -405,6 +405,10 @@ class EngineConfig:
             raise ValueError(
                 "fuse=False needs enforce_eager=False: eager mode runs no graph passes"
             )
+        if tuned.persistent_step and self.enforce_eager:
+            raise ValueError(
+                "persistent_step=True needs enforce_eager=False: eager mode runs op by op"
+            )
         if tuned.expert_prefetch and self.expert_offload is None:
             raise ValueError("expert_prefetch=True needs expert_offload: all are on the device")
         captures = self.npu_graph_mode in ("aclgraph", "npugraph_ex")

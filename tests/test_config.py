@@ -197,6 +197,8 @@ def test_prefetching_experts_needs_offload() -> None:
     with pytest.raises(ValueError, match="expert_prefetch=True needs expert_offload"):
         make(expert_prefetch=True)
     assert make(tuning={"expert_prefetch": True}, expert_offload=2).tuned.expert_prefetch
+    with pytest.raises(ValueError, match="persistent_step=True needs enforce_eager=False"):
+        make(tuning={"persistent_step": True}, enforce_eager=True)
 
 
 EVERYTHING: dict[str, Any] = {

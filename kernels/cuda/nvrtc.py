@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 FLAGS = ("--std=c++17", "-default-device")
 # cuda.h: attributes of launches and functions
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_COOPERATIVE, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 6
 _MAX_DYNAMIC_SHARED_BYTES, _SHARED_CARVEOUT = 8, 9
 _SHARED_BYTES = 48 << 10  # that a launch may use without asking
 
@@ -39,12 +39,14 @@ class Function(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The sizes of a launch. `overlaps`: with programmatic dependent launch."""
+    """The sizes of a launch. `overlaps`: with programmatic dependent launch. `all_run`: the driver
+    refuses a grid whose programs cannot all run at the same time (a cooperative launch)."""
 
     grid: tuple[int, int, int]
     num_threads: int
     shared_bytes: int
     overlaps: bool
+    all_run: bool = False
 
 
 class _State:
@@ -71,8 +73,11 @@ def compiled() -> list[str]:
 
 def source_of(function: Function) -> str:
     """The source, with the headers of ours that it includes in their places."""
-    text = (HERE / f"{function.source}.cu").read_text()
-    return _INCLUDE.sub(lambda found: (HERE / found[1]).read_text(), text)
+    return _with_headers((HERE / f"{function.source}.cu").read_text())
+
+
+def _with_headers(text: str) -> str:
+    return _INCLUDE.sub(lambda found: _with_headers((HERE / found[1]).read_text()), text)
 
 
 def compile_function(function: Function, capability: tuple[int, int]) -> bytes:
@@ -101,18 +106,26 @@ def launch(
     if _State.recorder is not None:
         _State.recorder(function)
         return
-    handle = _loaded(function, device.index or 0)
-    if how.shared_bytes > _SHARED_BYTES:
-        _allow_shared(function, device.index or 0, how.shared_bytes)
-    attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+    handle = load(function, how.shared_bytes, device)
+    kind = _COOPERATIVE if how.all_run else _PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute = _Attribute(kind, 0, 1)
     config = _Config(
         *how.grid, how.num_threads, 1, 1, how.shared_bytes,
-        torch.cuda.current_stream(device).cuda_stream, ctypes.pointer(attribute), int(how.overlaps),
+        torch.cuda.current_stream(device).cuda_stream, ctypes.pointer(attribute),
+        int(how.overlaps or how.all_run),
     )  # fmt: skip
     packed = arguments()
     struct = ctypes.create_string_buffer(packed, len(packed))
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
     check(driver().cuLaunchKernelEx(ctypes.byref(config), handle, parameters, None))
+
+
+def load(function: Function, shared_bytes: int, device: torch.device) -> ctypes.c_void_p:
+    """The kernel on a GPU, for launches with so much shared memory. It is compiled if need be."""
+    handle = _loaded(function, device.index or 0)
+    if shared_bytes > _SHARED_BYTES:
+        _allow_shared(function, device.index or 0, shared_bytes)
+    return handle
 
 
 class _Attribute(ctypes.Structure):

@@ -89,19 +89,6 @@ struct Args {
 #define MAX_TOKENS (8 * TILES)
 #define MOST_EXPERTS 256
 
-__device__ __forceinline__ void expect(u32 barrier, u32 num_bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy(u32 to, const u8* from, u32 num_bytes, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          to),
-      "l"(from), "r"(num_bytes), "r"(barrier)
-      : "memory");
-}
-
 __device__ __forceinline__ void copy_box(const Map* map, u32 to, u32 barrier, u32 line, u32 row) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -125,13 +112,6 @@ __device__ __forceinline__ float own_scale(const u8* half, int g, u32 column) {
   return scale_of_bits(reinterpret_cast<const u16*>(half)[idx]);
 #endif
 }
-
-struct Ring {
-  u32 at = 0, parity = 0;
-  __device__ __forceinline__ void advance(u32 size) {
-    if (++at == size) at = 0, parity ^= 1;
-  }
-};
 
 __device__ __forceinline__ u32 weight_row(const Args& a, u32 tile, u32 row) {
 #if SILU

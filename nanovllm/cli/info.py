@@ -121,6 +121,7 @@ def _picked(resolved: ResolvedConfig, config: EngineConfig) -> dict[str, dict[st
             traits.run_ahead if run_ahead is None else run_ahead,
             "the device's default" if run_ahead is None else GIVEN,
         ),
+        "persistent_step": _persistent_step(resolved, config),
         "compile_cache": (str(store), "NANOVLLM_CACHE, or the folder of this user"),
     }
     picked = {}
@@ -128,6 +129,20 @@ def _picked(resolved: ResolvedConfig, config: EngineConfig) -> dict[str, dict[st
         is_given = getattr(config, name, None) not in (None, "auto")
         picked[name] = {"value": value, "why": GIVEN if is_given else why}
     return picked
+
+
+def _persistent_step(resolved: ResolvedConfig, config: EngineConfig) -> tuple[bool, str]:
+    """Whether decode steps may be one kernel; which of them are is in the log of a start."""
+    from nanovllm.compile.lower.persistent.plan import Unfit
+    from nanovllm.compile.lower.persistent.step import num_programs
+
+    if not config.tuned.persistent_step:
+        return False, "off by default"
+    try:
+        num_programs(resolved.platform.device)
+    except Unfit as why:
+        return False, str(why)
+    return True, f"{GIVEN}; for the sizes that the log names"
 
 
 def _name(dtype: object) -> str:

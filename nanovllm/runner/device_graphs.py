@@ -45,6 +45,7 @@ class DecodeStep:
         # The first run is not captured: Triton loads or compiles kernels, and cuBLAS allocates its
         # workspace.
         self._launch(steps.of_each_program())
+        steps.prepare_decode(self.row_idx_R)
         self.replay = capture(self.launch)
 
     def fill(self, rows: list[int]) -> None:

@@ -32,13 +32,14 @@ from nanovllm.runner import vocab_parallel
 from nanovllm.runner.adapter_store import AdapterStore
 from nanovllm.runner.allocation import allocate
 from nanovllm.runner.async_output import AsyncOutput
-from nanovllm.runner.device_graphs import PrefillStep, VerifyStep
+from nanovllm.runner.device_graphs import DecodeStep, PrefillStep, VerifyStep
 from nanovllm.runner.draft import DraftParts
 from nanovllm.runner.embeddings import Embeddings
 from nanovllm.runner.encoders import Encoders, MMItem
 from nanovllm.runner.graph_cache import Captures, GraphCache
 from nanovllm.runner.mm_embeds import MMEmbedInputs, fill
 from nanovllm.runner.no_grad import in_group, without_grad
+from nanovllm.runner.persistent import PersistentSteps
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs, read_logprobs
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import Span, new_state
@@ -273,6 +274,7 @@ class Runner:
             whole=whole,
             synthetic_rate=None if self.spec.draft is None else self.spec.draft.synthetic_rate,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
+            persistent=PersistentSteps(self.platform.device) if self.spec.persistent else None,
             drafting=(
                 None
                 if self._draft is None
@@ -438,8 +440,17 @@ class Runner:
             with ALONE if plan.drafts.rests else self.steps.proposing(step.row_idx_R):
                 logits_RV = step.logits()
                 token_R = self.sampler.sample(plan.sampling, step.row_idx_R, logits_RV)
-            return self._launched(plan, token_R, self._logprobs(plan, logits_RV, token_R))
-        return self._launched(plan, step.token_R)
+            logprobs = self._logprobs(plan, logits_RV, token_R)
+            return self._checked(self._launched(plan, token_R, logprobs), step)
+        return self._checked(self._launched(plan, step.token_R), step)
+
+    def _checked(self, launched: AsyncOutput, step: DecodeStep) -> AsyncOutput:
+        """The output, which raises an error if the step is one kernel and has failed."""
+        persistent = self.steps.persistent
+        if persistent is None:
+            return launched
+        check = persistent.check_later(step.row_idx_R.shape[0], self.platform.read_back)
+        return launched if check is None else replace(launched, check=check)
 
     def announce(self, seq_lens: list[int], num_rows: int) -> None:
         """Pass the lengths of a decode step's rows to a platform that needs them on the host. The

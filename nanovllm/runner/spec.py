@@ -122,7 +122,8 @@ class EngineSpec:
     `attention` names the attention op of each bucket. `cache_dtype` is the dtype of keys and
     values. `offload` is the placement of experts, None for all on the device. Embeddings of images
     take `embedding_cache_bytes` of the device at most between steps. `draft` proposes tokens on the
-    device. `snapshot_slots` are those for states of recurrent layers.
+    device. `snapshot_slots` are those for states of recurrent layers. With
+    `persistent` decode steps are one kernel where it takes them.
     """
 
     layout: Layout
@@ -132,3 +133,4 @@ class EngineSpec:
     embedding_cache_bytes: int = 0
     draft: DraftSpec | None = None
     snapshot_slots: int = 0
+    persistent: bool = False

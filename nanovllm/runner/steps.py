@@ -25,6 +25,7 @@ from nanovllm.models.lora.regions import without_slots
 from nanovllm.models.model import Batch, Kept, LayerCall, Model, PagedCache, Params
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.mm_embeds import MMEmbeds, add_features, with_given
+from nanovllm.runner.persistent import Parts, PersistentSteps
 from nanovllm.runner.proposer import Drafting, Fed, rows_alone, write
 from nanovllm.runner.state import (
     DeviceState,
@@ -116,7 +117,8 @@ class Steps:
 
     `other_tables` are the rotary tables of `ModelConfig.other_ropes`. With `whole` the regions of a
     step are inlined into one program: some compilers need this. `drafting` proposes tokens after
-    each step. `synthetic_rate` is the rate of `state.accept_and_advance`.
+    each step. `synthetic_rate` is the rate of `state.accept_and_advance`. `persistent` has decode
+    steps whose layers and head are one launch.
     """
 
     model: Model
@@ -131,6 +133,7 @@ class Steps:
     other_tables: tuple[Table, ...] = ()
     drafting: Drafting | None = None
     synthetic_rate: float | None = None
+    persistent: PersistentSteps | None = None
 
     @property
     def pages(self) -> PagedCache:
@@ -152,7 +155,8 @@ class Steps:
     def without_adapters(self) -> Steps:
         """The steps of rows without adapters, whose programs are those of a model without slots."""
         model, params = without_slots(self.model, self.params)
-        return replace(self, model=model, params=params, state=self._own_state)
+        state = self._own_state
+        return replace(self, model=model, params=params, state=state, persistent=None)
 
     @property
     def _own_state(self) -> DeviceState:
@@ -176,6 +180,7 @@ class Steps:
             params=self.params._replace(layers=layers),
             caches=tuple(self.caches[layer_idx] for layer_idx in chosen),
             drafting=self._reduced_drafting(),
+            persistent=None,
         )
 
     def _reduced_drafting(self) -> Drafting | None:
@@ -257,7 +262,30 @@ class Steps:
 
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
         """Feed each row's newest token; returns the logits [R, W] of the token that follows it."""
-        h_RD, batch = self._run(
+        h_RD, batch = self._begin(row_idx_R)
+        if self.persistent is not None:
+            logits_RV = self.persistent.logits(self.cos_sin_MH, h_RD, batch)
+            if logits_RV is not None:
+                return logits_RV
+        if self.model.layer_inputs is not None:
+            token_R = self.state.token_S.index_select(0, row_idx_R)
+            batch = self._with_layer_inputs(batch, h_RD, token_R)
+        return self._head(self._layers("decode", h_RD, batch, max_q_len=1))
+
+    def prepare_decode(self, row_idx_R: Tensor) -> None:
+        """Build what a decode step needs beside its programs, before it is captured."""
+        if self.persistent is None or self.whole:
+            return
+        is_plain = self.drafting is None and not self.other_tables
+        parts = Parts(
+            self.model, self.params, self.caches, self.cos_sin_MH, self.attention,
+            is_plain=is_plain and self.model.layer_inputs is None,
+        )  # fmt: skip
+        self.persistent.prepare(parts, *self._begin(row_idx_R))
+
+    def _begin(self, row_idx_R: Tensor) -> tuple[Tensor, Batch]:
+        """The embedded tokens of rows, and their batch."""
+        begun: tuple[Tensor, Batch] = self._run(
             "begin",
             (row_idx_R.shape[0], *self._of_slots),
             partial(_begin, self.model.embed, self.model.config, self.block_size, self.places()),
@@ -265,10 +293,7 @@ class Steps:
             embed_VD=self.params.embed_VD,
             row_idx_R=row_idx_R,
         )
-        if self.model.layer_inputs is not None:
-            token_R = self.state.token_S.index_select(0, row_idx_R)
-            batch = self._with_layer_inputs(batch, h_RD, token_R)
-        return self._head(self._layers("decode", h_RD, batch, max_q_len=1))
+        return begun
 
     def decode(self, row_idx_R: Tensor) -> tuple[Tensor, Tensor]:
         """A decode step with the plain sampler; returns token_R and the logits [R, W].

@@ -50,17 +50,21 @@ def _products(name: str, model: str) -> dict[str, Shape]:
 
 
 MODELS = {"0.6b": "Qwen3-0.6B", "8b": "Qwen3-8B"}
-SHAPES = {
-    name: shape
-    for short, model in MODELS.items()
-    for name, shape in _products(short, model).items()
-} | {
-    "gpt-oss-20b qkv": Shape(5120, 2880, True, False),
-    "Qwen3.5-35B-A3B qkv": Shape(9216, 2048, True, False),
-    "Qwen3.5-35B-A3B channels": Shape(8192, 2048, True, False),
-    "GLM-4.7-Flash out": Shape(2048, 5120, False, False),
-    "GLM-4.7-Flash latents": Shape(1344, 2048, True, False),
-} | DRAFTS
+SHAPES = (
+    {
+        name: shape
+        for short, model in MODELS.items()
+        for name, shape in _products(short, model).items()
+    }
+    | {
+        "gpt-oss-20b qkv": Shape(5120, 2880, True, False),
+        "Qwen3.5-35B-A3B qkv": Shape(9216, 2048, True, False),
+        "Qwen3.5-35B-A3B channels": Shape(8192, 2048, True, False),
+        "GLM-4.7-Flash out": Shape(2048, 5120, False, False),
+        "GLM-4.7-Flash latents": Shape(1344, 2048, True, False),
+    }
+    | DRAFTS
+)
 
 
 def tiles(shape: Shape, num_rows: int, tune: bool) -> list[Tile]:

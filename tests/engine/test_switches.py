@@ -60,6 +60,17 @@ def test_without_capture_nothing_is_captured(
     )
 
 
+def test_a_device_without_the_persistent_step_runs_its_own_and_says_why(
+    make_llm: Callable[..., LLM], expected: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "nanovllm.runner.persistent")
+    llm = make_llm(**SIZES, tuning={"persistent_step": True})
+    assert tokens(llm, PROMPTS, GREEDY) == expected
+    for num_rows in SIZES["graph_batch_sizes"]:
+        why = "several kernels: device 'cpu' is not an NVIDIA GPU"
+        assert f"a decode step of {num_rows} row(s) is {why}" in caplog.text
+
+
 @pytest.mark.parametrize("run_ahead", [0, 1])
 def test_steps_in_flight_are_as_many_as_asked_for(
     make_llm: Callable[..., LLM], run_ahead: int, expected: list[list[int]]

@@ -1,9 +1,11 @@
-// Runs a kernel in CUDA C++ on a CPU: a thread for each thread of a program, one program after the
-// other. Barriers, copies, warps' exchanges and matrix products are done by locks and loops.
+// Runs a kernel in CUDA C++ on a CPU: a thread for each thread of all programs, at the same time.
+// Barriers, copies, warps' exchanges and matrix products are done by locks and loops.
 //
 // What follows a line "// in place of NAME" replaces the device function of that name, which holds
 // instructions of a GPU.
+#include <atomic>
 #include <barrier>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdlib>
@@ -22,37 +24,53 @@
 #define __align__(n) alignas(n)
 #define rsqrtf(x) (1.0f / sqrtf(x))
 #define __expf expf
+#define __fdividef(a, b) ((a) / (b))
 
 struct Index { unsigned x = 0, y = 0, z = 0; };
 static thread_local Index threadIdx, blockIdx;
 static Index gridDim;
+struct uint2 { unsigned x, y; };
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 struct float4 { float x, y, z, w; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-alignas(1024) static unsigned char all_shared[256 << 10];
-static unsigned char* const dynamic_shared = all_shared + 16;  // not aligned to more
-static std::unique_ptr<std::barrier<>> all_threads, all_workers;
-static std::vector<std::unique_ptr<std::barrier<>>> warps;
-static float exchanged[32][32];
-static unsigned operands[32][32][6];
+struct Barrier {
+  int num_arrivals, num_missing;
+  long num_bytes;
+  unsigned phase;
+};
+
+struct Program {
+  alignas(1024) unsigned char shared[256 << 10];
+  std::unique_ptr<std::barrier<>> all_threads, all_workers;
+  std::vector<std::unique_ptr<std::barrier<>>> warps;
+  float exchanged[32][32];
+  unsigned operands[32][32][6];
+  std::mutex lock;
+  std::condition_variable changed;
+  std::map<unsigned, Barrier> barriers_at;
+};
+static thread_local Program* own;
+#define all_shared (own->shared)
+#define dynamic_shared (own->shared + 16)  // not aligned to more
 static int warp() { return threadIdx.x / 32; }
 static int lane() { return threadIdx.x % 32; }
-static void __syncthreads() { all_threads->arrive_and_wait(); }
-static void __syncwarp() { warps[warp()]->arrive_and_wait(); }
+static void __syncthreads() { own->all_threads->arrive_and_wait(); }
+static void __syncwarp() { own->warps[warp()]->arrive_and_wait(); }
 
 static float __shfl_xor_sync(unsigned, float v, int mask) {
-  exchanged[warp()][lane()] = v;
+  own->exchanged[warp()][lane()] = v;
   __syncwarp();
-  const float r = exchanged[warp()][lane() ^ mask];
+  const float r = own->exchanged[warp()][lane() ^ mask];
   __syncwarp();
   return r;
 }
 
 static unsigned __shfl_up_sync(unsigned, unsigned v, int by) {
-  memcpy(&exchanged[warp()][lane()], &v, 4);
+  memcpy(&own->exchanged[warp()][lane()], &v, 4);
   __syncwarp();
   unsigned r;
-  memcpy(&r, &exchanged[warp()][lane() >= by ? lane() - by : lane()], 4);
+  memcpy(&r, &own->exchanged[warp()][lane() >= by ? lane() - by : lane()], 4);
   __syncwarp();
   return r;
 }
@@ -78,22 +96,13 @@ static float half_of(unsigned word, int upper) {
   return __uint_as_float(upper ? word & 0xffff0000 : word << 16);
 }
 
-struct Barrier {
-  int num_arrivals, num_missing;
-  long num_bytes;
-  unsigned phase;
-};
-static std::mutex lock;
-static std::condition_variable changed;
-static std::map<unsigned, Barrier> barriers_at;
-
 static void change(unsigned barrier, int num_arrivals, long num_bytes) {
-  std::lock_guard<std::mutex> held(lock);
-  Barrier& b = barriers_at.at(barrier);
+  std::lock_guard<std::mutex> held(own->lock);
+  Barrier& b = own->barriers_at.at(barrier);
   b.num_missing -= num_arrivals, b.num_bytes += num_bytes;
   if (b.num_missing == 0 && b.num_bytes == 0) {
     b.phase++, b.num_missing = b.num_arrivals;
-    changed.notify_all();
+    own->changed.notify_all();
   }
 }
 
@@ -112,13 +121,13 @@ static unsigned fma2(unsigned a, unsigned b, unsigned c) {
 static void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                      unsigned b1) {
   const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
-  memcpy(operands[warp()][lane()], mine, sizeof mine);
+  memcpy(own->operands[warp()][lane()], mine, sizeof mine);
   __syncwarp();
   for (int i = 0; i < 4; i++) {
     const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
     for (int k = 0; k < 16; k++) {
-      const unsigned left = operands[warp()][row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
-      const unsigned right = operands[warp()][column * 4 + k % 8 / 2][4 + k / 8];
+      const unsigned left = own->operands[warp()][row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
+      const unsigned right = own->operands[warp()][column * 4 + k % 8 / 2][4 + k / 8];
       acc[i] += half_of(left, k % 2) * half_of(right, k % 2);
     }
   }
@@ -189,7 +198,7 @@ static float scale_of_bits(u16 bits) {
 static unsigned shared_address(const void* at) { return (const unsigned char*)at - all_shared; }
 // in place of init_barrier
 static void init_barrier(unsigned barrier, unsigned num_arrivals) {
-  barriers_at[barrier] = {(int)num_arrivals, (int)num_arrivals, 0, 0};
+  own->barriers_at[barrier] = {(int)num_arrivals, (int)num_arrivals, 0, 0};
 }
 // in place of arrive
 static void arrive(unsigned barrier) { change(barrier, 1, 0); }
@@ -197,13 +206,13 @@ static void arrive(unsigned barrier) { change(barrier, 1, 0); }
 static void expect(unsigned barrier, unsigned num_bytes) { change(barrier, 1, num_bytes); }
 // in place of wait_for
 static void wait_for(unsigned barrier, unsigned parity) {
-  std::unique_lock<std::mutex> held(lock);
-  changed.wait(held, [&] { return (barriers_at.at(barrier).phase & 1) != parity; });
+  std::unique_lock<std::mutex> held(own->lock);
+  own->changed.wait(held, [&] { return (own->barriers_at.at(barrier).phase & 1) != parity; });
 }
 // in place of wait_for_earlier_kernels
 static void wait_for_earlier_kernels() {}
 // in place of meet
-static void meet() { all_workers->arrive_and_wait(); }
+static void meet() { own->all_workers->arrive_and_wait(); }
 // in place of copy
 static void copy(unsigned to, const u8* from, unsigned num_bytes, unsigned barrier) {
   if (num_bytes % 16 || to % 16 || (size_t)from % 16) abort();
@@ -229,6 +238,29 @@ static void copy_box(const Map* map, unsigned to, unsigned barrier, unsigned lin
     }
   change(barrier, 0, -(long)BOX_BYTES);
 }
+// in place of load_words
+static Pair load_words(const u64* at) {
+  u64 v[2];
+  for (int i = 0; i < 2; i++)
+    v[i] = std::atomic_ref<u64>(const_cast<u64*>(at)[i]).load(std::memory_order_relaxed);
+  return Pair{(u32)v[0], (u32)(v[0] >> 32), (u32)v[1], (u32)(v[1] >> 32)};
+}
+// in place of store_word
+static void store_word(u64* at, u32 value, u32 tag) {
+  std::atomic_ref<u64>(*at).store((u64)tag << 32 | value, std::memory_order_relaxed);
+}
+// in place of store_words
+static void store_words(u64* at, u32 a, u32 b, u32 tag) {
+  store_word(at, a, tag), store_word(at + 1, b, tag);
+}
+// in place of claim
+static bool claim(u32* at) { return std::atomic_ref<u32>(*at).exchange(1) == 0; }
+// in place of load_status
+static u32 load_status(const u32* at) { return std::atomic_ref<u32>(*const_cast<u32*>(at)).load(); }
+// in place of now
+static u64 now() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
+// in place of rest
+static void rest() { std::this_thread::sleep_for(std::chrono::microseconds(200)); }
 // the end
 #ifndef WORKERS  // of a kernel without a warp that copies
 #define WORKERS (THREADS - 32)
@@ -239,18 +271,22 @@ extern "C" int run(const void* arguments, unsigned num_bytes, unsigned num_progr
   if (num_bytes != sizeof a) return 1;
   memcpy(&a, arguments, sizeof a);
   gridDim.x = num_programs;
-  for (unsigned program = 0; program < num_programs * num_rows; program++) {
-    memset(all_shared, 0x7f, sizeof all_shared);
-    all_threads = std::make_unique<std::barrier<>>(WORKERS + 32);
-    all_workers = std::make_unique<std::barrier<>>(WORKERS);
-    warps.clear();
-    for (int i = 0; i <= WORKERS / 32; i++) warps.push_back(std::make_unique<std::barrier<>>(32));
+  for (unsigned row = 0; row < num_rows; row++) {
+    std::vector<std::unique_ptr<Program>> programs;
     std::vector<std::thread> threads;
-    for (unsigned i = 0; i < WORKERS + 32; i++)
-      threads.emplace_back([&, i] {
-        threadIdx.x = i, blockIdx.x = program % num_programs, blockIdx.y = program / num_programs;
-        KERNEL(a);
-      });
+    for (unsigned program = 0; program < num_programs; program++) {
+      Program& p = *programs.emplace_back(std::make_unique<Program>());
+      memset(p.shared, 0x7f, sizeof p.shared);
+      p.all_threads = std::make_unique<std::barrier<>>(WORKERS + 32);
+      p.all_workers = std::make_unique<std::barrier<>>(WORKERS);
+      for (int i = 0; i <= WORKERS / 32; i++)
+        p.warps.push_back(std::make_unique<std::barrier<>>(32));
+      for (unsigned i = 0; i < WORKERS + 32; i++)
+        threads.emplace_back([&p, &a, i, program, row] {
+          own = &p, threadIdx.x = i, blockIdx.x = program, blockIdx.y = row;
+          KERNEL(a);
+        });
+    }
     for (auto& one : threads) one.join();
   }
   return 0;

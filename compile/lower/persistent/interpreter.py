@@ -1,0 +1,297 @@
+"""Runs a schedule on a CPU, task by task, and checks every read.
+
+Programs take turns by chance, or one runs as far ahead as it can. A task runs once all words that
+it reads have the tags of their phases; if no task can run, the first missing word is named. Each
+word also counts the reads that its value still has to serve: a task that overwrites one too early
+is named.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.compile.lower.persistent import schedule as schedules
+from nanovllm.compile.lower.persistent.schedule import Schedule
+from nanovllm.kernels import reference
+from nanovllm.kernels.cuda import persistent
+from nanovllm.kernels.cuda.persistent import HEAD, MIN_PART, PART_WORDS, Inputs, Task
+
+Find = Callable[[int, str], Tensor | None]  # the tensor of a layer, −1 for the head, and a name
+
+
+class Fault(RuntimeError):
+    """A schedule has a missing dependency, or overwrites what is still to be read."""
+
+
+class Span(NamedTuple):
+    """Words `first` .. `first + num` − 1 in a phase."""
+
+    first: int
+    num: int
+    phase: int
+
+
+def part_len(seq_len: int, splits: int) -> int:
+    """The keys of a row's parts."""
+    return max(MIN_PART, -(-seq_len // splits))
+
+
+def num_parts(seq_len: int, splits: int) -> int:
+    return -(-seq_len // part_len(seq_len, splits))
+
+
+class Interpreter:
+    """Computes a step: the logits are in `inputs.logits_RV`, keys and values in the caches."""
+
+    def __init__(self, schedule: Schedule, inputs: Inputs, find: Find, block_size: int) -> None:
+        self.schedule, self.plan, self.inputs = schedule, schedule.plan, inputs
+        self.find, self.block_size = find, block_size
+        self.lens: list[int] = inputs.seq_len_R.tolist()
+        # two numbers in bf16, or one in fp32 and an empty place
+        self.values = torch.zeros(schedule.num_words, 2)
+        self.phase = torch.full((schedule.num_words,), -1)
+        self.reads_left = torch.zeros(schedule.num_words, dtype=torch.int64)
+        self._num_reads = self._count_reads()
+
+    def run(self, seed: int, *, ahead: bool = False) -> None:
+        """Run all tasks. With `ahead` a program goes on until it must wait. Raises Fault."""
+        rng = random.Random(seed)
+        at = [0] * len(self.schedule.programs)
+        waiting = set(range(len(at)))
+        while waiting:
+            order = sorted(waiting)
+            rng.shuffle(order)
+            moved = False
+            for program in order:
+                while self._step(program, at):
+                    moved = True
+                    if not ahead:
+                        break
+                if self._task(program, at).kind == persistent.END:
+                    waiting.discard(program)
+            if waiting and not moved:
+                raise Fault(self._missing(min(waiting), at))
+
+    def _task(self, program: int, at: list[int]) -> Task:
+        return self.schedule.programs[program][at[program]]
+
+    def _step(self, program: int, at: list[int]) -> bool:
+        task = self._task(program, at)
+        spans = list(self._reads(task))
+        if task.kind == persistent.END or any(self._first_missing(one) >= 0 for one in spans):
+            return False
+        for span in spans:
+            self.reads_left[span.first : span.first + span.num] -= 1
+        _RUN[task.kind](self, task)
+        at[program] += 1
+        return True
+
+    def _first_missing(self, span: Span) -> int:
+        wrong = (self.phase[span.first : span.first + span.num] != span.phase).nonzero()
+        return span.first + int(wrong[0]) if len(wrong) else -1
+
+    def _missing(self, program: int, at: list[int]) -> str:
+        task = self._task(program, at)
+        span = next(one for one in self._reads(task) if self._first_missing(one) >= 0)
+        word = self._first_missing(span)
+        name = self.schedule.task_name(program, at[program])
+        return (
+            f"program {program} waits in {name!r} for word {word} of "
+            f"{self.schedule.phase_name(span.phase)}, which no task writes"
+        )
+
+    def _count_reads(self) -> dict[int, Tensor]:
+        """How often each word is read in each phase."""
+        spans: Counter[Span] = Counter()
+        for tasks in self.schedule.programs:
+            for task in tasks:
+                spans.update(self._reads(task))
+        counts: dict[int, Tensor] = {}
+        for span, num in spans.items():
+            own = counts.setdefault(
+                span.phase, torch.zeros(self.schedule.num_words, dtype=torch.int64)
+            )
+            own[span.first : span.first + span.num] += num
+        return counts
+
+    def _write(self, task: Task, first: int, values: Tensor, phase: int) -> None:
+        """Write [n, 2] values to the words from `first` on."""
+        where = slice(first, first + len(values))
+        if (self.reads_left[where] > 0).any():
+            raise Fault(
+                f"{persistent.KINDS[task.kind]} of layer {task.layer} overwrites "
+                f"{self.schedule.phase_name(int(self.phase[where][0]))}, which is still to be read"
+            )
+        self.values[where], self.phase[where] = values.float(), phase
+        counts = self._num_reads.get(phase)
+        self.reads_left[where] = 0 if counts is None else counts[where]
+
+    # what tasks read ------------------------------------------------------------------------------
+
+    def _reads(self, task: Task) -> Iterator[Span]:
+        rows = self.plan.num_rows
+        if task.kind == persistent.PRODUCT:
+            yield Span(task.in_at, rows * task.depth // 2, task.in_phase)
+            if task.flags & persistent.ADD:
+                first, num = self._columns(task)
+                for row in range(rows):
+                    at = task.add_at + (row * task.num_outs + first) // 2
+                    yield Span(at, num // 2, task.add_phase)
+        elif task.kind == persistent.ATTEND:
+            for row, head, _, part in self._units(task):
+                yield from self._attend_reads(task, row, head, part)
+        elif task.kind == persistent.MERGE:
+            for head, begin, num, parts in self._merged(task):
+                for part in range(parts):
+                    first = task.in_at + (head * self.schedule.splits + part) * PART_WORDS
+                    yield Span(first + begin, num, task.in_phase)
+                    yield Span(first + HEAD, 2, task.in_phase)
+
+    def _attend_reads(self, task: Task, row: int, head: int, part: int) -> Iterator[Span]:
+        plan = self.plan
+        first, group = task.in_at + row * plan.qkv // 2, plan.num_heads // plan.num_kv_heads
+        yield Span(first + head * group * HEAD // 2, group * HEAD // 2, task.in_phase)
+        if part + 1 == num_parts(self.lens[row], self.schedule.splits):
+            for kv_head in (plan.num_heads + head, plan.num_heads + plan.num_kv_heads + head):
+                yield Span(first + kv_head * HEAD // 2, HEAD // 2, task.in_phase)
+
+    def _columns(self, task: Task) -> tuple[int, int]:
+        """The first result of a product's task, and how many it has."""
+        width = 8 if task.flags & (persistent.HALF | persistent.SILU) else 16
+        return task.first * width, task.num * width
+
+    def _units(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
+        """Row, key-value head, number of parts and part of each unit with keys."""
+        splits, num_heads = self.schedule.splits, self.plan.num_kv_heads
+        for unit in range(task.first, task.first + task.num):
+            row, head, part = (
+                unit // (num_heads * splits),
+                unit // splits % num_heads,
+                unit % splits,
+            )
+            parts = num_parts(self.lens[row], splits)
+            if part < parts:
+                yield row, head, parts, part
+
+    def _merged(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
+        """Row · N + query head, first number, how many numbers, and the parts of what is merged."""
+        each, of_head = schedules.pairs_merged(self.schedule.splits), HEAD // 2
+        at, heads = task.first * each, self.plan.num_rows * self.plan.num_heads
+        end = min((task.first + task.num) * each, heads * of_head)
+        while at < end:
+            head, begin = divmod(at, of_head)
+            num = min(of_head - begin, end - at)
+            parts = num_parts(self.lens[head // self.plan.num_heads], self.schedule.splits)
+            if parts > 1:
+                yield head, 2 * begin, 2 * num, parts
+            at += num
+
+    # what tasks compute ---------------------------------------------------------------------------
+
+    def _given(self, layer: int, name: str) -> Tensor:
+        found = self.find(layer, name)
+        assert found is not None, name
+        return found
+
+    def _rows(self, first: int, width: int) -> Tensor:
+        """[R, width] in bf16 of the words from `first` on."""
+        rows = self.plan.num_rows
+        return self.values[first : first + rows * width // 2].view(rows, width).bfloat16()
+
+    def _embed(self, task: Task) -> None:
+        values = self.inputs.h_RD.reshape(-1, 2)[task.first : task.first + task.num]
+        self._write(task, task.out_at + task.first, values, task.out_phase)
+
+    def _product(self, task: Task) -> None:
+        plan, flags = self.plan, task.flags
+        x_RD = self._rows(task.in_at, task.depth)
+        weight_OD = self._given(task.layer, task.inputs[0])
+        if flags & persistent.NORM:
+            norm_D = self._given(task.layer, task.inputs[1])
+            x_RD = reference.norm_act.rms_norm(x_RD, norm_D, plan.eps)
+        first, num = self._columns(task)
+        y_RO = (x_RD.float() @ weight_OD[first : first + num].float().T).bfloat16()
+        if flags & persistent.SILU:
+            up_OD = weight_OD[task.num_outs + first : task.num_outs + first + num]
+            up_RO = (x_RD.float() @ up_OD.float().T).bfloat16()
+            y_RO = reference.norm_act.silu_mul(torch.cat((y_RO, up_RO), -1))
+        if flags & persistent.ADD:
+            y_RO = y_RO + self._rows(task.add_at, task.num_outs)[:, first : first + num]
+        if flags & persistent.LOGITS:
+            self.inputs.logits_RV[:, first : first + num] = y_RO
+            return
+        for row in range(plan.num_rows):
+            at = task.out_at + (row * task.num_outs + first) // 2
+            self._write(task, at, y_RO[row].view(-1, 2), task.out_phase)
+
+    def _attend(self, task: Task) -> None:
+        for row, head, parts, part in self._units(task):
+            out_GH, lse_G = self._attend_unit(task, row, head, parts, part)
+            group = len(lse_G)
+            for i in range(group):
+                unit = row * self.plan.num_heads + head * group + i
+                if parts == 1:
+                    values = out_GH[i].bfloat16().view(-1, 2)
+                    self._write(task, task.out_at + unit * HEAD // 2, values, task.out_phase)
+                    continue
+                first = task.add_at + (unit * self.schedule.splits + part) * PART_WORDS
+                column = torch.cat((out_GH[i], lse_G[i : i + 1], torch.zeros(1)))
+                values = torch.stack((column, torch.zeros_like(column)), -1)
+                self._write(task, first, values, task.add_phase)
+
+    def _attend_unit(
+        self, task: Task, row: int, head: int, parts: int, part: int
+    ) -> tuple[Tensor, Tensor]:
+        """The result [G, H] over a part of a row's keys, and its log of sums [G] in base 2."""
+        plan, given, length = self.plan, self.inputs, self.lens[row]
+        group, is_last = plan.num_heads // plan.num_kv_heads, part + 1 == parts
+        qkv = self._rows(task.in_at, plan.qkv)[row].view(-1, HEAD)
+        pos = given.rope_pos_R[row : row + 1]
+        q_GH = self._rotated(qkv[head * group : (head + 1) * group], task, "q_norm", pos)
+        keys, values = (self._given(task.layer, name) for name in ("keys", "values"))
+        each = part_len(length, self.schedule.splits)
+        token_S = torch.arange(part * each, length - 1 if is_last else (part + 1) * each)
+        slot_S = given.table_RP[row][token_S // self.block_size].long() * self.block_size
+        slot_S += token_S % self.block_size
+        k_SH, v_SH = (
+            one.reshape(-1, plan.num_kv_heads, HEAD)[slot_S, head] for one in (keys, values)
+        )
+        if is_last:
+            k_1H = self._rotated(qkv[plan.num_heads + head][None], task, "k_norm", pos)
+            v_1H = qkv[plan.num_heads + plan.num_kv_heads + head][None]
+            block, offset = divmod(int(given.slot_R[row]), self.block_size)
+            keys[block, offset, head], values[block, offset, head] = k_1H[0], v_1H[0]
+            k_SH, v_SH = torch.cat((k_SH, k_1H)), torch.cat((v_SH, v_1H))
+        score_GS = q_GH.float() @ k_SH.float().T * plan.scale
+        lse_G = score_GS.logsumexp(-1) * persistent.LOG2_E
+        return score_GS.softmax(-1) @ v_SH.float(), lse_G
+
+    def _rotated(self, x_NH: Tensor, task: Task, norm: str, pos: Tensor) -> Tensor:
+        weight_H = self.find(task.layer, norm)
+        if weight_H is not None:
+            x_NH = reference.norm_act.rms_norm(x_NH, weight_H, self.plan.eps)
+        return reference.rope_store.rope(x_NH[None], self.inputs.cos_sin_MH, pos)[0]
+
+    def _merge(self, task: Task) -> None:
+        for head, begin, num, parts in self._merged(task):
+            first = task.in_at + head * self.schedule.splits * PART_WORDS
+            part_PW = self.values[first : first + parts * PART_WORDS, 0].view(parts, PART_WORDS)
+            weight_P1 = torch.exp2(part_PW[:, HEAD] - part_PW[:, HEAD].max())[:, None]
+            sum_n = (weight_P1 * part_PW[:, begin : begin + num]).sum(0)
+            out_n = (sum_n / weight_P1.sum()).bfloat16()
+            at = task.out_at + (head * HEAD + begin) // 2
+            self._write(task, at, out_n.view(-1, 2), task.out_phase)
+
+
+_RUN: dict[int, Callable[[Interpreter, Task], None]] = {
+    persistent.EMBED: Interpreter._embed,
+    persistent.PRODUCT: Interpreter._product,
+    persistent.ATTEND: Interpreter._attend,
+    persistent.MERGE: Interpreter._merge,
+}

@@ -1,0 +1,213 @@
+"""Reads the regions of a decode step: which tensors its layers and its head multiply and keep.
+
+The graphs are those of a layer and of the head after rotation and store, norms and activations have
+been fused with their products. What the kernel does not take is refused with a reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from nanovllm.compile.keys import narrowed
+from nanovllm.compile.passes.fuse_linear import fuse_linear
+from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
+from nanovllm.compile.trace import trace
+from nanovllm.kernels import ops
+from nanovllm.kernels.cuda import persistent
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule, Node
+
+MAX_ROWS = 8  # the matrix units take so many
+
+
+class Unfit(ValueError):
+    """The kernel does not take a step; the message says why."""
+
+
+class Plan(NamedTuple):
+    """The sizes of a step, and the inputs of its regions by what they are for.
+
+    `layer_inputs` are names of a layer's inputs, as in `trace.input_leaves`: attn_norm, qkv,
+    q_norm, k_norm, out, mlp_norm, gate_up, down, keys, values, cos_sin, rope_pos, slot, table,
+    seq_len. `head_inputs` are those of the head: final_norm, head. Norms of queries and keys may be
+    missing.
+    """
+
+    num_rows: int
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    ffn: int
+    vocab: int
+    num_layers: int
+    eps: float
+    scale: float
+    layer_inputs: Mapping[str, str]
+    head_inputs: Mapping[str, str]
+
+    @property
+    def qkv(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * persistent.HEAD
+
+    @property
+    def attended(self) -> int:
+        return self.num_heads * persistent.HEAD
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all products of a step."""
+        layer = self.hidden * (self.qkv + self.attended + 3 * self.ffn)
+        return 2 * (self.num_layers * layer + self.hidden * self.vocab)
+
+
+def read(
+    layer: Callable[..., Any],
+    layer_inputs: dict[str, object],
+    head: Callable[..., Any],
+    head_inputs: dict[str, object],
+    num_layers: int,
+    *,
+    varying: Sequence[str] = (),
+) -> Plan:
+    """The plan of a step whose layers are all this region. Raises Unfit."""
+    of_layer = _Reader(_fused(layer, layer_inputs, varying))
+    of_head = _Reader(_fused(head, head_inputs, varying))
+    sizes, layer_names = _layer(of_layer)
+    vocab, head_names = _head(of_head, sizes)
+    plan = Plan(
+        **sizes,
+        vocab=vocab,
+        num_layers=num_layers,
+        layer_inputs=layer_names,
+        head_inputs=head_names,
+    )
+    _check(plan)
+    return plan
+
+
+def _fused(region: Callable[..., Any], inputs: dict[str, object], varying: Any) -> GraphModule:
+    graph, fakes, _ = trace(narrowed(region), inputs, varying=varying)
+    graph = fuse_rope_store(graph, fakes)
+    return fuse_linear(graph, fakes, takes={ops.linear: lambda *args: True})
+
+
+class _Reader:
+    """The calls of a graph, in order, without views."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        nodes = list(graph.graph.nodes)
+        self.calls = [node for node in nodes if node.op == "call_function" and not _is_view(node)]
+        (self.result,) = map(_source, graph.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def take(self, target: Any, what: str) -> tuple[Node, tuple[Any, ...]]:
+        """The next call and its arguments, sources in the places of views."""
+        node = self.calls.pop(0) if self.calls else None
+        if node is None or node.target is not target:
+            found = "nothing" if node is None else str(node.target)
+            raise Unfit(f"{found} is where the kernel has {what}")
+        return node, tuple(map(_source, node.args))
+
+
+def _is_view(node: Node) -> bool:
+    return bool(getattr(node.target, "is_view", False))
+
+
+def _source(value: Any) -> Any:
+    while hasattr(value, "target") and _is_view(value):
+        value = value.args[0]
+    return value
+
+
+def _product(
+    reader: _Reader, what: str, x: Any, *, residual: Any = None, norm: bool, silu: bool = False
+) -> tuple[Any, Any, Any, float]:
+    """Reads a product of x; returns it, its norm and weight, and eps."""
+    node, args = reader.take(ops.fused_linear, what)
+    found, norm_weight, weight, bias, added, eps, has_silu = args
+    if bias is not None:
+        raise Unfit(f"{what} has a bias")
+    if x not in (found, None) or (norm_weight is not None) != norm or has_silu != silu:
+        raise Unfit(f"{what} has other neighbours")
+    if added is not residual:
+        raise Unfit(f"{what} has another residual")
+    for one in (weight, norm_weight):
+        if one is not None and (one.op != "placeholder" or not _is_plain(one)):
+            raise Unfit(f"{what} has weights other than contiguous ones in bf16")
+    return node, norm_weight, weight, eps
+
+
+def _is_plain(node: Node) -> bool:
+    value = node.meta["val"]
+    return value.dtype == torch.bfloat16 and value.is_contiguous()
+
+
+def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
+    h = reader.calls[0].args[0] if reader.calls else None
+    if getattr(h, "op", "") != "placeholder":
+        raise Unfit("a layer begins with other calls")
+    qkv, attn_norm, qkv_weight, eps = _product(reader, "a layer's first product", h, norm=True)
+    rotated, args = reader.take(ops.qk_norm_rope_store, "rotation and store")
+    x, q_norm, k_norm, cos_sin, rope_pos, slot, keys, values, num_heads, own_eps, *scales = args
+    if x is not qkv or any(one is not None for one in scales) or own_eps not in (eps, 0, 0.0):
+        raise Unfit("rotation and store have scales, or another eps")
+    attended, attention = reader.take(ops.paged_attention, "our own attention")
+    query, k, v, table, seq_len, _, max_q_len, scale, window, *others = attention
+    if query is not rotated or (k, v) != (keys, values) or max_q_len != 1:
+        raise Unfit("attention is of other tokens")
+    if window or any(one is not None for one in others):
+        raise Unfit("attention has a window, scales, sinks or later tokens")
+    out, _, out_weight, _ = _product(
+        reader, "attention's product", attended, residual=h, norm=False
+    )
+    inner, mlp_norm, gate_up, mlp_eps = _product(
+        reader, "the MLP's first product", out, norm=True, silu=True
+    )
+    last, _, down, _ = _product(reader, "the MLP's last product", inner, residual=out, norm=False)
+    if reader.calls or reader.result is not last or mlp_eps != eps:
+        raise Unfit("a layer has more calls, or several values of eps")
+    named = {
+        "attn_norm": attn_norm, "qkv": qkv_weight, "q_norm": q_norm, "k_norm": k_norm,
+        "out": out_weight, "mlp_norm": mlp_norm, "gate_up": gate_up, "down": down, "keys": keys,
+        "values": values, "cos_sin": cos_sin, "rope_pos": rope_pos, "slot": slot, "table": table,
+        "seq_len": seq_len,
+    }  # fmt: skip
+    assert h is not None
+    cache, rows = keys.meta["val"], h.meta["val"]
+    if cache.dtype != torch.bfloat16 or cache.shape[3] != persistent.HEAD:
+        raise Unfit(f"the cache has heads of {cache.shape[3]} in {cache.dtype}")
+    sizes = {
+        "num_rows": rows.shape[0], "hidden": rows.shape[1], "num_heads": num_heads,
+        "num_kv_heads": cache.shape[2], "ffn": down.meta["val"].shape[1], "eps": eps,
+        "scale": scale,
+    }  # fmt: skip
+    return sizes, {key: node.name for key, node in named.items() if node is not None}
+
+
+def _head(reader: _Reader, sizes: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
+    node, norm, weight, eps = _product(reader, "the head", None, norm=True)
+    if reader.calls or reader.result is not node or eps != sizes["eps"]:
+        raise Unfit("the head has more calls, or another eps")
+    return weight.meta["val"].shape[0], {"final_norm": norm.name, "head": weight.name}
+
+
+def _check(plan: Plan) -> None:
+    if plan.num_rows > MAX_ROWS:
+        raise Unfit(f"{plan.num_rows} rows are more than {MAX_ROWS}")
+    group = plan.num_heads // plan.num_kv_heads
+    if group > persistent.MAX_GROUP:
+        raise Unfit(f"{group} queries share a key, which is more than {persistent.MAX_GROUP}")
+    multiples = {
+        "hidden size": (plan.hidden, 4 * 32 * persistent.WARPS),
+        "width of the MLP": (plan.ffn, 64),
+        "vocabulary": (plan.vocab, 16),
+    }
+    for name, (size, unit) in multiples.items():
+        if size % unit:
+            raise Unfit(f"the {name} {size} is not a multiple of {unit}")
+    if not math.isfinite(plan.scale):
+        raise Unfit(f"the scale of attention is {plan.scale}")

@@ -1,0 +1,189 @@
+"""A decode step of a dense model in bf16 as one kernel: tasks and launch of persistent.cu."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.cuda import nvrtc
+from nanovllm.kernels.cuda.nvrtc import Function, Launch
+
+# As in persistent.cu.
+END, EMBED, PRODUCT, ATTEND, MERGE = range(5)
+KINDS = "end", "embed", "product", "attend", "merge"
+SILU, HALF, NORM, ADD, LOGITS = 1, 2, 4, 8, 16
+HEAD, WARPS, WIDE, TOKENS, PART_WORDS, MIN_PART, AT_ONCE = 128, 8, 512, 32, 132, 32, 4
+MAX_GROUP = 4  # query heads that share a key
+STAGE_BYTES = 16 * (WIDE * 2 + 64)
+MAX_SHARED_BYTES = 227 << 10
+MIN_STAGES = 4
+MAX_POLLS = 4 << 20  # of a thread in a step, seconds
+_TASK = struct.Struct("4Q12I")
+# Args in persistent.cu
+_ARGUMENTS = struct.Struct("12Q3Q4I2f")
+STATUS_WORDS = 8
+LOG2_E = math.log2(math.e)
+Address = Callable[[int, str], int]  # of a tensor by its layer, −1 for the head, and name; 0: none
+
+
+class Task(NamedTuple):
+    """An instruction of a program. Places are numbers of words; see persistent.cu.
+
+    `inputs` names the tensors of its four pointers, of layer `layer` or, with −1, of the head.
+    """
+
+    kind: int
+    layer: int = -1
+    inputs: tuple[str, ...] = ()
+    flags: int = 0
+    in_phase: int = 0
+    add_phase: int = 0
+    out_phase: int = 0
+    in_at: int = 0
+    add_at: int = 0
+    out_at: int = 0
+    depth: int = 0
+    num_outs: int = 0
+    first: int = 0
+    num: int = 0
+
+    def packed(self, address: Address) -> bytes:
+        """The struct of the kernel."""
+        pointers = [address(self.layer, name) for name in self.inputs]
+        return _TASK.pack(*pointers, *[0] * (4 - len(pointers)), self.kind, *self[3:])
+
+
+class Sizes(NamedTuple):
+    """What a program is compiled for. `num_tasks` are those of a program, `max_depth` of a product;
+    `splits` parts of a row's keys."""
+
+    num_rows: int
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    splits: int
+    num_tasks: int
+    max_depth: int
+    num_warps: int = WARPS
+    has_clocks: bool = False
+
+    @property
+    def other_bytes(self) -> int:
+        """Of shared memory beside the ring, with up to 128 bytes for the alignment. A stage's two
+        barriers are in `stage_bytes`."""
+        group = self.num_heads // self.num_kv_heads
+        sums = 2 * AT_ONCE * 8 * ((self.num_rows + 1) // 2) * self.num_warps * 4
+        scratch = 8 * self.num_warps + max(sums, self.num_warps * group * (HEAD + 2))
+        x = self.num_rows * (2 * self.max_depth + 64)
+        return 128 + self.num_tasks * _TASK.size + 48 + scratch * 4 + x
+
+    @property
+    def num_stages(self) -> int:
+        return max(0, MAX_SHARED_BYTES - self.other_bytes) // (STAGE_BYTES + 16)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.num_stages * (STAGE_BYTES + 16) + self.other_bytes
+
+    @property
+    def function(self) -> Function:
+        values = {
+            "ROWS": self.num_rows, "HIDDEN": self.hidden, "HEADS": self.num_heads,
+            "KV_HEADS": self.num_kv_heads, "SPLITS": self.splits, "NUM_TASKS": self.num_tasks,
+            "MAX_DEPTH": self.max_depth, "STAGES": self.num_stages, "WARPS": self.num_warps,
+            "CLOCKS": self.has_clocks,
+        }  # fmt: skip
+        return Function("persistent", nvrtc.constants(values))
+
+
+class Buffers(NamedTuple):
+    """The memory of a step: what tasks exchange, and what they tell.
+
+    tasks uint8 [grid · NUM_TASKS · 80] | words int64 | steps int32 [grid], those that ended
+    status int32 [8] | clocks int64 [grid · NUM_TASKS · 3], cycles of each multiprocessor: a task's
+    start, the time at which its inputs were there (0: it has none), and its end
+    """
+
+    tasks: Tensor
+    words: Tensor
+    steps: Tensor
+    status: Tensor
+    clocks: Tensor
+
+    @classmethod
+    def new(
+        cls, sizes: Sizes, tasks: bytes, num_programs: int, num_words: int, device: torch.device
+    ) -> Buffers:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        num_clocks = num_programs * sizes.num_tasks * 3 if sizes.has_clocks else 0
+        return cls(
+            torch.frombuffer(bytearray(tasks), dtype=torch.uint8).to(device),
+            zeros(num_words),
+            zeros(num_programs, dtype=torch.int32),
+            zeros(STATUS_WORDS, dtype=torch.int32),
+            zeros(num_clocks),
+        )
+
+
+class Inputs(NamedTuple):
+    """The tensors of a step beside weights and caches, which tasks have.
+
+    h_RD and logits_RV in bf16; cos_sin_MH in fp32; rope_pos_R and slot_R int64; table_RP and
+    seq_len_R int32.
+    """
+
+    h_RD: Tensor
+    logits_RV: Tensor
+    cos_sin_MH: Tensor
+    rope_pos_R: Tensor
+    slot_R: Tensor
+    table_RP: Tensor
+    seq_len_R: Tensor
+
+
+class Numbers(NamedTuple):
+    """The other arguments of a launch; `strides` are those of a cache's blocks, slots and heads."""
+
+    strides: Sequence[int]
+    block_size: int
+    num_phases: int
+    eps: float
+    scale: float
+    max_polls: int = MAX_POLLS
+
+
+def packed_arguments(buffers: Buffers, inputs: Inputs, numbers: Numbers) -> bytes:
+    own = buffers.steps, buffers.status, buffers.clocks
+    every = buffers.tasks, buffers.words, *inputs, *own
+    return _ARGUMENTS.pack(
+        *(one.data_ptr() for one in every),
+        *numbers.strides,
+        inputs.table_RP.stride(0),
+        numbers.block_size,
+        numbers.num_phases,
+        numbers.max_polls,
+        numbers.eps,
+        numbers.scale * LOG2_E,
+    )
+
+
+def load(sizes: Sizes, device: torch.device) -> None:
+    """Compile and load the kernel of a step, which cannot be done while one is captured."""
+    nvrtc.load(sizes.function, sizes.shared_bytes, device)
+
+
+def launch(sizes: Sizes, buffers: Buffers, inputs: Inputs, numbers: Numbers) -> None:
+    """Run a step: its logits are in `inputs.logits_RV`. It can be captured."""
+    how = Launch(
+        (len(buffers.steps), 1, 1), 32 * sizes.num_warps + 32, sizes.shared_bytes,
+        overlaps=False, all_run=True,
+    )  # fmt: skip
+    device = inputs.h_RD.device
+    nvrtc.launch(sizes.function, how, lambda: packed_arguments(buffers, inputs, numbers), device)

@@ -1,0 +1,102 @@
+// Words of 64 bits, through which tasks of persistent.cu exchange results, and what a thread has while
+// it computes.
+
+struct __align__(16) Pair { u32 a, a_tag, b, b_tag; };  // two words
+
+__device__ __forceinline__ Pair load_words(const u64* at) {
+  u64 a, b;
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(at));
+  return Pair{(u32)a, (u32)(a >> 32), (u32)b, (u32)(b >> 32)};
+}
+
+__device__ __forceinline__ void store_word(u64* at, u32 value, u32 tag) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(at), "l"((u64)tag << 32 | value) : "memory");
+}
+
+__device__ __forceinline__ void store_words(u64* at, u32 a, u32 b, u32 tag) {
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(at), "l"((u64)tag << 32 | a),
+               "l"((u64)tag << 32 | b)
+               : "memory");
+}
+
+// True for the first that calls it.
+__device__ __forceinline__ bool claim(u32* at) {
+  u32 before;
+  asm volatile("atom.relaxed.gpu.global.cas.b32 %0, [%1], 0, 1;" : "=r"(before) : "l"(at) : "memory");
+  return before == 0;
+}
+
+__device__ __forceinline__ u32 load_status(const u32* at) {
+  u32 v;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(at));
+  return v;
+}
+
+__device__ __forceinline__ u64 now() {
+  u64 v;
+  asm volatile("mov.u64 %0, %clock64;" : "=l"(v));
+  return v;
+}
+
+// Between polls.
+__device__ __forceinline__ void rest() {}
+
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
+
+// What a thread has while it computes.
+struct Worker {
+  const Args& a;
+  const Task* task;
+  u32 task_idx, base;  // the tag of phase 0
+  u32 polls_left;
+  u8* x;               // [R, depth], X_PITCH
+  float *scratch, *squares;
+  const u8* ring;
+  u32 full, empty;
+  const int* seq_len;
+  Ring stage;
+  u32 turn;            // of the two places for sums
+  int warp, lane;
+};
+
+__device__ __forceinline__ bool has(const Pair& v, u32 tag) {
+  return v.a_tag == tag && v.b_tag == tag;
+}
+
+// Counts a poll in vain. False if the polls are used up: then the words are what they are.
+__device__ __forceinline__ bool may_poll(Worker& w, u32 phase) {
+  if (w.polls_left == 0) return false;
+  rest();
+  if (--w.polls_left % 256 == 0 && load_status(w.a.status)) w.polls_left = 0;
+  if (w.polls_left == 0 && claim(w.a.status)) {
+    u32* const status = w.a.status;
+    status[1] = blockIdx.x, status[2] = w.task_idx, status[3] = phase, status[4] = threadIdx.x;
+  }
+  return true;
+}
+
+// Waits for N pairs of words of a phase; `at(i)` is the place of pair i, or null. All loads are on
+// their way at the same time, since each takes as long as a result's whole way.
+template <int N, class At>
+__device__ __forceinline__ void fetch(Worker& w, Pair (&v)[N], u32 phase, At at) {
+  const u32 tag = w.base + phase;
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    if (at(i)) v[i] = load_words(at(i));
+  while (true) {
+    bool is_missing = false;
+#pragma unroll
+    for (int i = 0; i < N; i++) is_missing |= at(i) && !has(v[i], tag);
+    if (!is_missing || !may_poll(w, phase)) return;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (at(i) && !has(v[i], tag)) v[i] = load_words(at(i));
+  }
+}
+
+__device__ __forceinline__ void note(const Worker& w, int which) {
+#if CLOCKS
+  if (threadIdx.x == 0)
+    w.a.clocks[((u64)blockIdx.x * NUM_TASKS + w.task_idx) * 3 + which] = now();
+#endif
+}

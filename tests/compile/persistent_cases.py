@@ -1,0 +1,119 @@
+"""A small decode step, as regions and tensors, for the tests of the persistent kernel."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.compile.lower.persistent import plan as plans
+from nanovllm.compile.lower.persistent.plan import Plan
+from nanovllm.compile.lower.persistent.step import Weights
+from nanovllm.compile.trace import input_leaves
+from nanovllm.kernels.cuda.persistent import Inputs
+from nanovllm.models import loader
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.dense import dense_model
+from nanovllm.models.model import VARYING, Batch, LayerCache, LayerCall
+from nanovllm.models.rope import rotary_table
+
+DTYPE, BLOCK_SIZE, HEAD = torch.bfloat16, 16, 128
+
+
+class Shape(NamedTuple):
+    """Of a model, Qwen3's form."""
+
+    hidden: int = 1024
+    heads: int = 2
+    kv_heads: int = 1
+    ffn: int = 128
+    vocab: int = 64
+    layers: int = 2
+
+
+SMALL = Shape()
+
+
+class Case(NamedTuple):
+    """A step: its regions with their inputs, its plan, and its tensors."""
+
+    layer: Any
+    head: Any
+    inputs: list[dict[str, object]]  # of each layer
+    plan: Plan
+    weights: Weights
+    given: Inputs
+
+    def expected(self) -> Tensor:
+        """The logits of the regions, whose layers also write to their caches."""
+        h_TD = self.given.h_RD
+        for inputs in self.inputs:
+            h_TD = self.layer(*{**inputs, "h_TD": h_TD}.values())
+        own = self.weights.head
+        return self.head(own["final_norm_D"], own["head_VD"], h_TD)
+
+    def caches(self) -> list[Tensor]:
+        return [one for inputs in self.inputs for one in inputs["kv"][:2]]  # type: ignore[index]
+
+
+def config(shape: Shape, **changed: Any) -> ModelConfig:
+    values: dict[str, Any] = {
+        "architecture": "Qwen3ForCausalLM", "vocab_size": shape.vocab, "hidden_size": shape.hidden,
+        "ffn_size": shape.ffn, "num_layers": shape.layers, "num_heads": shape.heads,
+        "num_kv_heads": shape.kv_heads, "head_dim": HEAD, "norm_eps": 1e-6, "max_position": 4096,
+        "inv_freq": tuple(1e4 ** (-i / 64) for i in range(64)), "rope_scale": 1.0,
+        "tied_embeddings": False, "qk_norm": True, "dtype": DTYPE,
+    }  # fmt: skip
+    return ModelConfig(**{**values, **changed})
+
+
+def case(lens: tuple[int, ...], shape: Shape = SMALL, device: str = "cpu", **changed: Any) -> Case:
+    """A step of rows with so many tokens each, the new one included. Pages are in no order."""
+    torch.manual_seed(0)
+    where, cfg = torch.device(device), config(shape, **changed)
+    model = dense_model(cfg)
+    params = loader.random(model, loader.Target(where), 0, int)
+    for one in params.layers:  # norms at one would hide mistakes
+        for name in ("attn_norm_D", "mlp_norm_D", "q_norm_H", "k_norm_H"):
+            if getattr(one, name) is not None:
+                getattr(one, name).uniform_(0.5, 1.5)
+    each = -(-max(lens) // BLOCK_SIZE)
+    table_RP = torch.randperm(len(lens) * each).view(len(lens), each).int() + 1
+    pos_R = torch.tensor(lens) - 1
+    block_R = table_RP.gather(1, (pos_R // BLOCK_SIZE)[:, None])[:, 0].long()
+    batch = Batch(
+        rope_pos_T=pos_R.to(where),
+        slot_T=(block_R * BLOCK_SIZE + pos_R % BLOCK_SIZE).to(where),
+        block_table_RP=table_RP.to(where),
+        seq_len_R=(pos_R + 1).int().to(where),
+        q_start_S=torch.arange(len(lens) + 1).int().to(where),
+    )
+    cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, 4096, where)
+    h_RD = torch.randn(len(lens), shape.hidden, device=where).to(DTYPE)
+    cache_shape = (len(lens) * each + 1, BLOCK_SIZE, shape.kv_heads, cfg.head_dim)
+
+    def layer_inputs(w: Any) -> dict[str, object]:
+        drawn = [torch.randn(cache_shape, device=where).to(DTYPE) for _ in range(2)]
+        kv = LayerCache(drawn[0], drawn[1])
+        return {"w": w, "kv": kv, "cos_sin_MH": cos_sin_MH, "batch": batch, "h_TD": h_RD}
+
+    inputs = [layer_inputs(one) for one in params.layers]
+    layer = partial(model.layer, cfg, LayerCall("", model.layer_kinds[0], 1))
+    head = partial(model.head, cfg)
+    of_head = {"final_norm_D": params.final_norm_D, "head_VD": params.head_VD, "h_RD": h_RD}
+    plan = plans.read(layer, inputs[0], head, of_head, shape.layers, varying=VARYING)
+    weights = Weights(
+        plan, [dict(input_leaves(one)) for one in inputs], dict(input_leaves(of_head))
+    )
+    logits_RV = torch.zeros(len(lens), shape.vocab, dtype=DTYPE, device=where)
+    places = batch.rope_pos_T, batch.slot_T, batch.block_table_RP, batch.seq_len_R
+    given = Inputs(h_RD, logits_RV, cos_sin_MH, *places)
+    return Case(layer, head, inputs, plan, weights, given)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The root of the mean square difference, of that of the expected numbers."""
+    difference = (found.double() - expected.double()).square().mean()
+    return float((difference / expected.double().square().mean()).sqrt())

@@ -1,0 +1,136 @@
+"""Schedules of the persistent decode step: what they compute, and what they must not miss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanovllm.compile.lower.persistent import schedule as schedules
+from nanovllm.compile.lower.persistent.interpreter import Fault, Interpreter
+from nanovllm.compile.lower.persistent.plan import Plan, Unfit
+from nanovllm.compile.lower.persistent.schedule import Schedule
+from nanovllm.kernels.cuda import persistent
+from tests.compile.persistent_cases import BLOCK_SIZE, Case, Shape, case, error
+
+LIMIT = 2e-2  # of bf16
+
+
+def interpreted(one: Case, schedule: Schedule, seed: int = 0, *, ahead: bool = False) -> None:
+    Interpreter(schedule, one.given, one.weights.find, BLOCK_SIZE).run(seed, ahead=ahead)
+
+
+@pytest.mark.parametrize(
+    "lens, num_programs",
+    # one row in many parts; one in fewer than there could be; several rows, of one part each
+    [((300,), 20), ((33,), 7), ((1, 40, 100), 3)],
+)
+def test_a_schedule_computes_what_the_regions_compute(
+    lens: tuple[int, ...], num_programs: int
+) -> None:
+    """Logits and caches, with programs in any order."""
+    for seed, ahead in ((0, False), (1, True)):
+        one = case(lens)
+        before = [cache.clone() for cache in one.caches()]
+        interpreted(one, schedules.build(one.plan, num_programs), seed, ahead=ahead)
+        found = [one.given.logits_RV.clone(), *(cache.clone() for cache in one.caches())]
+        for cache, old in zip(one.caches(), before, strict=True):
+            cache.copy_(old)
+        expected = [one.expected(), *one.caches()]
+        assert all(error(*pair) < LIMIT for pair in zip(found, expected, strict=True))
+        assert not all(map(torch.equal, before, one.caches()))
+
+
+def test_a_missing_task_is_found() -> None:
+    one = case((70,))
+    whole = schedules.build(one.plan, 3)
+    dropped = [list(tasks) for tasks in whole.programs]
+    idx = next(i for i, task in enumerate(dropped[1]) if task.inputs[:1] == ("gate_up",))
+    del dropped[1][idx]
+    with pytest.raises(Fault, match="of inner of layer 0, which no task writes"):
+        interpreted(one, whole._replace(programs=dropped))
+
+
+def test_a_task_that_waits_for_an_earlier_phase_is_found() -> None:
+    one = case((70,))
+    whole = schedules.build(one.plan, 3)
+    changed = [
+        [task._replace(in_phase=0) if task.inputs[:1] == ("gate_up",) else task for task in tasks]
+        for tasks in whole.programs
+    ]
+    with pytest.raises(Fault, match="of the embedded tokens, which no task writes"):
+        interpreted(one, whole._replace(programs=changed))
+
+
+def test_a_result_that_overwrites_what_is_still_read_is_found() -> None:
+    """The MLP's result in the place of its input, whose other readers may be late."""
+    one = case((70,))
+    whole = schedules.build(one.plan, 3)
+    areas = whole.areas
+    changed = [
+        [
+            task._replace(out_at=areas["out"].first) if task.inputs[:1] == ("down",) else task
+            for task in tasks
+        ]
+        for tasks in whole.programs
+    ]
+    own = [
+        [
+            task._replace(out_at=areas["out"].first) if task.inputs[:1] == ("gate_up",) else task
+            for task in tasks
+        ]
+        for tasks in changed
+    ]
+    with pytest.raises(Fault, match="overwrites out of layer 0, which is still to be read"):
+        interpreted(one, whole._replace(programs=own), ahead=True)
+
+
+def published(num_rows: int, hidden: int, heads: int, ffn: int, layers: int) -> Plan:
+    return Plan(num_rows, hidden, heads, 8, ffn, 151936, layers, 1e-6, 0.1, {}, {})
+
+
+@pytest.mark.parametrize(
+    "plan", [published(1, 1024, 16, 3072, 28), published(8, 4096, 32, 12288, 36)]
+)
+def test_multiprocessors_read_nearly_the_same_bytes(plan: Plan) -> None:
+    schedule = schedules.build(plan, 132)
+    rows = [
+        sum(
+            task.num * (8 if task.flags & persistent.HALF else 16) * task.depth
+            for task in tasks
+            if task.kind == persistent.PRODUCT
+        )
+        for tasks in schedule.programs
+    ]
+    assert sum(rows) * 2 == plan.weight_bytes
+    assert max(rows) * 132 < 1.01 * sum(rows)
+    assert max(rows) - min(rows) <= 16 * plan.ffn
+
+
+def test_rings_leave_room_for_what_is_not_weights() -> None:
+    for plan, least in (
+        (published(1, 1024, 16, 3072, 28), 10),
+        (published(4, 4096, 32, 12288, 36), 4),
+    ):
+        sizes = schedules.build(plan, 132).sizes
+        assert sizes.num_stages >= least
+        assert sizes.shared_bytes <= persistent.MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    "changed, why",
+    [
+        ({"qkv_bias": True}, "first product has a bias"),
+        ({"dtype": torch.float16}, "other than contiguous ones in bf16"),
+        ({"head_dim": 64}, "heads of 64"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_named(changed: dict[str, object], why: str) -> None:
+    if changed.get("head_dim"):
+        changed = {**changed, "inv_freq": tuple(1e4 ** (-i / 32) for i in range(32))}
+    with pytest.raises(Unfit, match=why):
+        case((9,), Shape(layers=1), **changed)
+
+
+def test_too_many_rows_are_refused() -> None:
+    with pytest.raises(Unfit, match="9 rows are more than 8"):
+        case((5,) * 9, Shape(layers=1))

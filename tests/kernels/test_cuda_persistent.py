@@ -1,0 +1,149 @@
+"""The persistent decode step: its arithmetic and its words on a CPU, compiled, and on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.compile.lower.persistent import schedule as schedules
+from nanovllm.compile.lower.persistent import step as steps
+from nanovllm.compile.lower.persistent.plan import Plan, Unfit
+from nanovllm.compile.lower.persistent.step import Step
+from nanovllm.kernels.cuda import nvrtc, persistent
+from tests.compile.persistent_cases import SMALL, Case, Shape, case, error
+from tests.kernels import cuda_on_host
+from tests.kernels.test_cuda_packed import folder
+
+__all__ = ["folder"]  # a fixture
+LIMIT = 2e-2  # of bf16
+
+
+def built(one: Case, num_programs: int, **options: int) -> Step:
+    schedule = schedules.build(one.plan, num_programs)
+    return steps.build(one.weights, schedule, one.given.h_RD.device, **options)
+
+
+def run_on_host(step: Step, one: Case, folder: Path) -> None:
+    arguments = persistent.packed_arguments(step.buffers, one.given, step.numbers)
+    cuda_on_host.run(step.sizes.function, arguments, len(step.buffers.steps), folder)
+
+
+def compared(one: Case, before: list[Tensor]) -> None:
+    """The logits and caches of a step and those of the regions."""
+    found = [one.given.logits_RV.clone(), *(cache.clone() for cache in one.caches())]
+    for cache, old in zip(one.caches(), before, strict=True):
+        cache.copy_(old)
+    expected = [one.expected(), *one.caches()]
+    assert [error(*pair) < LIMIT for pair in zip(found, expected, strict=True)] == [True] * len(
+        found
+    )
+
+
+@pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("lens, num_programs, heads", [((100,), 3, 2), ((1, 37), 2, 4)])
+def test_the_kernel_is_right_on_a_cpu(
+    lens: tuple[int, ...], num_programs: int, heads: int, tmp_path: Path
+) -> None:
+    """Two steps one after the other: the words of the first are still there in the second."""
+    one = case(lens, Shape(layers=1, heads=heads))
+    before = [cache.clone() for cache in one.caches()]
+    step = built(one, num_programs)
+    for _ in range(2):
+        one.given.logits_RV.zero_()
+        run_on_host(step, one, tmp_path)
+        step.check()
+    compared(one, before)
+    assert step.buffers.steps.tolist() == [2] * num_programs
+
+
+@pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
+def test_a_lost_result_ends_the_step_and_is_named(tmp_path: Path) -> None:
+    """Later steps do nothing until the failure is cleared."""
+    one = case((9,), Shape(layers=1))
+    step = without_a_task(one, 2, max_polls=8000)
+    run_on_host(step, one, tmp_path)
+    message = "'product down of layer 0 .*' for inner of layer 0"
+    with pytest.raises(steps.Stuck, match=message):
+        step.check()
+    ended = step.buffers.steps.clone()
+    run_on_host(step, one, tmp_path)
+    assert torch.equal(step.buffers.steps, ended)
+    step.reset()
+    step.check()
+
+
+@pytest.mark.parametrize(
+    "num_rows, hidden, heads, ffn", [(1, 1024, 16, 3072), (4, 4096, 32, 12288)]
+)
+def test_the_kernel_compiles(
+    num_rows: int, hidden: int, heads: int, ffn: int, folder: Path
+) -> None:
+    plan = Plan(num_rows, hidden, heads, 8, ffn, 151936, 28, 1e-6, 0.1, {}, {})
+    program = nvrtc.compile_function(schedules.build(plan, 132).sizes.function, (9, 0))
+    assert program.startswith(b"\x7fELF") and b"persistent" in program
+
+
+def without_a_task(one: Case, num_programs: int, max_polls: int) -> Step:
+    """A step of which a program lacks its part of the MLP's first product."""
+    schedule = schedules.build(one.plan, num_programs)
+    programs = [list(tasks) for tasks in schedule.programs]
+    del programs[1][[task.inputs[:1] for task in programs[1]].index(("gate_up",))]
+    schedule = schedule._replace(programs=programs)
+    return steps.build(one.weights, schedule, one.given.h_RD.device, max_polls=max_polls)
+
+
+# on a GPU ---------------------------------------------------------------------------------------
+
+QWEN3_06B = Shape(1024, 16, 8, 3072, 151936, 28)
+QWEN3_8B = Shape(4096, 32, 8, 12288, 151936, 4)
+
+
+@pytest.fixture
+def num_programs() -> int:
+    try:
+        return steps.num_programs(torch.device("cuda"))
+    except Unfit as why:
+        pytest.skip(str(why))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape, lens",
+    [
+        (SMALL, (100,)), (SMALL, (1, 37, 2000)), (SMALL, (5,) * 8),
+        (QWEN3_06B, (777,)), (QWEN3_06B, (1, 2, 40, 64, 65, 500, 1000, 3000)),
+        (QWEN3_8B, (300,)), (QWEN3_8B, (1, 33, 1000, 70)),
+    ],
+)  # fmt: skip
+def test_a_step_on_a_gpu_is_that_of_the_regions(
+    shape: Shape, lens: tuple[int, ...], num_programs: int
+) -> None:
+    """Logits and caches; equal bits when the step is replayed."""
+    one = case(lens, shape, "cuda")
+    before = [cache.clone() for cache in one.caches()]
+    step = built(one, num_programs)
+    step.run(one.given)
+    step.check()
+    first = one.given.logits_RV.clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.run(one.given)
+    for _ in range(200):
+        one.given.logits_RV.zero_()
+        graph.replay()
+        assert torch.equal(one.given.logits_RV, first)
+    step.check()
+    compared(one, before)
+
+
+@pytest.mark.gpu
+def test_a_lost_result_on_a_gpu_ends_the_step(num_programs: int) -> None:
+    one = case((100,), SMALL, "cuda")
+    step = without_a_task(one, 4, max_polls=1 << 16)
+    step.run(one.given)
+    with pytest.raises(steps.Stuck, match="inner of layer 0"):
+        step.check()
