@@ -77,7 +77,6 @@ static unsigned __shfl_up_sync(unsigned, unsigned v, int by) {
 
 static float __uint_as_float(unsigned v) { float r; memcpy(&r, &v, 4); return r; }
 static unsigned __float_as_uint(float v) { unsigned r; memcpy(&r, &v, 4); return r; }
-static float __fdividef(float a, float b) { return a / b; }
 template <class T> static T __ldg(const T* at) { return *at; }
 
 static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
@@ -137,13 +136,13 @@ static void multiply(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, uns
 static void multiply_bytes(int (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                            unsigned b0, unsigned b1) {
   const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
-  memcpy(operands[warp()][lane()], mine, sizeof mine);
+  memcpy(own->operands[warp()][lane()], mine, sizeof mine);
   __syncwarp();
   for (int i = 0; i < 4; i++) {
     const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
     for (int k = 0; k < 32; k++) {
-      const unsigned left = operands[warp()][row % 8 * 4 + k % 16 / 4][k / 16 * 2 + row / 8];
-      const unsigned right = operands[warp()][column * 4 + k % 16 / 4][4 + k / 16];
+      const unsigned left = own->operands[warp()][row % 8 * 4 + k % 16 / 4][k / 16 * 2 + row / 8];
+      const unsigned right = own->operands[warp()][column * 4 + k % 16 / 4][4 + k / 16];
       acc[i] += (int)(left >> k % 4 * 8 & 255) * (signed char)(right >> k % 4 * 8 & 255);
     }
   }
@@ -153,14 +152,14 @@ static void multiply_bytes(int (&acc)[4], unsigned a0, unsigned a1, unsigned a2,
 static void multiply_halves(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                             unsigned b0, unsigned b1) {
   const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
-  memcpy(operands[warp()][lane()], mine, sizeof mine);
+  memcpy(own->operands[warp()][lane()], mine, sizeof mine);
   __syncwarp();
   for (int i = 0; i < 4; i++) {
     const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
     for (int k = 0; k < 16; k++) {
       _Float16 left, right;
-      const unsigned* const mine_too = operands[warp()][column * 4 + k % 8 / 2];
-      memcpy(&left, (char*)&operands[warp()][row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8] + k % 2 * 2, 2);
+      const unsigned* const mine_too = own->operands[warp()][column * 4 + k % 8 / 2];
+      memcpy(&left, (char*)&own->operands[warp()][row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8] + k % 2 * 2, 2);
       memcpy(&right, (char*)&mine_too[4 + k / 8] + k % 2 * 2, 2);
       acc[i] += (float)left * (float)right;
     }
