@@ -59,10 +59,11 @@ __device__ __forceinline__ void multiply(float (&acc)[NUM_ACC], const u32 (&left
 #define N8 N4 ", %4, %5, %6, %7"
 #define N16 N8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define N32 N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define N64                                                                                       \
-  N32                                                                                             \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, "   \
-      "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define N40 N32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define N48 N40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define N56 N48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define N64 N56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define R48 R16(0) COMMA R16(16) COMMA R16(32)
 #define PRODUCT(shape, sums, operands, a0, a1, a2, a3, desc)                                       \
   asm volatile("wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 {" sums "}, {%" #a0 ", %" #a1 \
                ", %" #a2 ", %" #a3 "}, %" #desc ", 1, 1, 1, 0;"                                    \
@@ -75,8 +76,14 @@ __device__ __forceinline__ void multiply(float (&acc)[NUM_ACC], const u32 (&left
   PRODUCT("m64n32k16", N16, R16(0), 16, 17, 18, 19, 20);
 #elif NR == 64
   PRODUCT("m64n64k16", N32, R16(0) COMMA R16(16), 32, 33, 34, 35, 36);
+#elif NR == 80
+  PRODUCT("m64n80k16", N40, R16(0) COMMA R16(16) COMMA R4(32) COMMA R4(36), 40, 41, 42, 43, 44);
+#elif NR == 96
+  PRODUCT("m64n96k16", N48, R48, 48, 49, 50, 51, 52);
+#elif NR == 112
+  PRODUCT("m64n112k16", N56, R48 COMMA R4(48) COMMA R4(52), 56, 57, 58, 59, 60);
 #elif NR == 128
-  PRODUCT("m64n128k16", N64, R16(0) COMMA R16(16) COMMA R16(32) COMMA R16(48), 64, 65, 66, 67, 68);
+  PRODUCT("m64n128k16", N64, R48 COMMA R16(48), 64, 65, 66, 67, 68);
 #endif
 }
 

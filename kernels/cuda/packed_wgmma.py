@@ -19,7 +19,7 @@ from nanovllm.kernels.triton.common import launch_options
 from nanovllm.kernels.triton.packed_codes import Codes
 
 MIN_ROWS, MAX_ROWS = 9, 256
-ROWS = (16, 32, 64, 128)  # of x in a program
+ROWS = (16, 32, 64, 80, 96, 112, 128)  # of x in a program
 CHUNK = 128  # columns
 MAX_SHARED_BYTES = 227 << 10
 # Args in packed_wgmma.cu: two maps, five pointers, seven sizes; aligned to 64 bytes
@@ -57,7 +57,8 @@ def is_supported(device: torch.device) -> bool:
     return is_nvidia and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-# By rows of x (up to 16, 32, 64, 128, 256) and by size (`_size_of`): the fastest of some tiles for
+RUNGS = (16, 32, 64, 128, MAX_ROWS)
+# By rows of x (`RUNGS`) and by size (`_size_of`): the fastest of some tiles for
 # the products of Qwen3-8B in int4 on an H100; None where packed_linear.cu is faster (docs/log.md).
 TILES: tuple[tuple[Tile | None, ...], ...] = (
     (Tile(3, 2, 4), None, None, None),
@@ -72,7 +73,7 @@ def tile_of(num_rows: int, codes: Codes, depth: int) -> Tile | None:
     """The sizes for a product of so many rows; None where another kernel is faster."""
     if not MIN_ROWS <= num_rows <= MAX_ROWS:
         return None
-    rung = next(i for i, most in enumerate((*ROWS, MAX_ROWS)) if num_rows <= most)
+    rung = next(i for i, most in enumerate(RUNGS) if num_rows <= most)
     tile = TILES[rung][_size_of(codes.num_rows, depth)]
     if tile is None:
         return None
@@ -93,7 +94,9 @@ def _power_below(number: int) -> int:
 
 
 def rows_of_program(num_rows: int) -> int:
-    return next((most for most in ROWS if num_rows <= most), ROWS[-1])
+    """More rows than 128 are shared by two programs."""
+    each = num_rows if num_rows <= ROWS[-1] else -(-num_rows // 2)
+    return next(most for most in ROWS if each <= most)
 
 
 def _stage_bytes(rows: int, groups: int, bits: int) -> int:

@@ -20,7 +20,7 @@ DIFFERENT = sorted({tile for tiles in TILES for tile in tiles if tile is not Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_rows", [9, 27, 50, 100, 200])
+@pytest.mark.parametrize("num_rows", [9, 27, 50, 90, 200])
 @pytest.mark.parametrize("kind, group, dtype", INTEGERS)
 def test_each_form_of_codes_matches_the_formula(
     kind: str, group: int, dtype: torch.dtype, num_rows: int
@@ -49,7 +49,7 @@ def test_each_form_of_codes_matches_the_formula(
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_kernel_compiles_in_a_worker(rows: int, folder: Path) -> None:
-    kind, group, dtype = INTEGERS[ROWS.index(rows)]
+    kind, group, dtype = INTEGERS[ROWS.index(rows) % len(INTEGERS)]
     codes = random_codes(kind, group, dtype, (256, 256), "cpu")
     x_TD = torch.empty(rows, 256, dtype=DTYPE)
     function = packed_wgmma._function(x_TD, codes, Tile(3, 1 + rows % 3, 2), rows, rows > 32)
