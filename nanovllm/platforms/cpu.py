@@ -1,4 +1,4 @@
-"""CPU: our C++ kernels, and Inductor for everything else. Steps are synchronous; some are recorded."""
+"""CPU: our C++ kernels, and Inductor for all else. Steps are synchronous; some are recorded."""
 
 from __future__ import annotations
 
