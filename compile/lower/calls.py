@@ -59,7 +59,7 @@ class CallList:
 
     def _without_dispatch(self, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
         """The calls with our kernels themselves in the place of our ops, where all is on a CPU:
-        torch's dispatch takes as long as a small kernel there, and steps are not captured."""
+        torch's dispatch takes as long as a small kernel there, and not all steps are recorded."""
         if any(type(one) is not Tensor or one.device.type != "cpu" for one in inputs):
             return self.run
         return _build(self.num_inputs, self.calls, self.outputs, "CPU")

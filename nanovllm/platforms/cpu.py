@@ -1,4 +1,4 @@
-"""CPU: our C++ kernels, and Inductor for everything else. Steps are synchronous, not captured."""
+"""CPU: our C++ kernels, and Inductor for all else. Steps are synchronous; some are recorded."""
 
 from __future__ import annotations
 
@@ -132,6 +132,7 @@ class CpuPlatform(Platform):
         )
 
     def capture(self, step: Callable[[], None]) -> Replay:
+        """Record `step`; without this a decode step of a small model is mostly Python."""
         try:
             return cpu_recording.RecordedStep(step)
         except Unrecordable as error:
