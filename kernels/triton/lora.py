@@ -47,11 +47,7 @@ SHRINK_WARPS, MOST_STAGES = 4, 5
 @triton.jit
 def _tile(tile_ptr, order_ptr, group, TOKENS: tl.constexpr):
     """The places of a group's tokens in their order, where these end, the tokens, and their
-    adapter. The end is 0 for a group without tokens.
-
-    Called before `wait_for_earlier_kernels`: a program before the first layer has made both, and
-    the product and its norm, which wait, are between.
-    """
+    adapter. The end is 0 for a group without tokens."""
     at = tile_ptr + group * 3
     i_T = tl.load(at) + tl.arange(0, TOKENS)
     end = tl.load(at + 1)
@@ -89,9 +85,9 @@ def lora_shrink_kernel(
     PDL: tl.constexpr,
 ):
     """z[split, t, l] = the part of a[adapter − 1, l] · x[t] in the split's columns."""
+    wait_for_earlier_kernels(PDL)
     i_T, end, token_T, number = _tile(tile_ptr, order_ptr, tl.program_id(2), TOKENS)
     real_T = i_T < end
-    wait_for_earlier_kernels(PDL)
     if number > 0:
         l_L = tl.program_id(1) * INNER + tl.arange(0, INNER)
         first = tl.program_id(0) * SPLIT_DEPTH
@@ -176,7 +172,7 @@ def lora_expand_kernel(
     """y[t] += b[adapter − 1] · z[t], or silu(gate) · up of that. A program's outputs, and those
     of up, are of one part each.
 
-    All but z is loaded while the first kernel runs: that kernel has waited for the product.
+    All but z is loaded while the first kernel runs: that one has waited for all earlier ones.
     """
     i_T, end, token_T, number = _tile(tile_ptr, order_ptr, tl.program_id(1), TOKENS)
     real_T = i_T < end
