@@ -19,7 +19,8 @@ from torch import Tensor
 from nanovllm.kernels import reference
 from nanovllm.kernels.triton.common import finish, launch_options, wait_for_earlier_kernels
 from nanovllm.kernels.triton.gemv import gemv_begin, gemv_products, gemv_wait
-from nanovllm.kernels.triton.lora import MAX_PARTS, part_ends, part_of
+from nanovllm.kernels.triton.lora import part_of
+from nanovllm.kernels.triton.lora_sizes import MAX_PARTS, part_ends
 from nanovllm.kernels.triton.skinny_gemm import tile_constants
 from nanovllm.kernels.triton.skinny_tiles import skinny_tile
 

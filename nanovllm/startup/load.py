@@ -129,20 +129,10 @@ def load_chosen(
     None on one rank. `make` makes the runner."""
     config = resolved.config
     with ExitStack() as stack:
-        if resolved.num_workers:
-            # this process runs every bucket itself, so workers need not run them
-            farm.build(resolved.spec.layout.buckets, resolved.num_workers, dry_run=True)
-        else:
-            farm.close()
-        bar = progress.bar(
-            total=resolved.model.config.num_layers, desc="loading weights", unit=" layers",
-            leave=False, disable=not show_progress,
-        )  # fmt: skip
-        stack.enter_context(bar)
+        bar = stack.enter_context(begin(resolved, farm, show_progress=show_progress))
         weights, place = _memory(resolved)
         params, tokenizer = _load_weights(resolved, place, farm, bar, laps)
-        bar.unit = " buckets"
-        bar.reset(len(resolved.spec.layout.buckets) if resolved.spec.layout.pad else 0)
+        count_buckets(resolved, bar)
         stack.enter_context(env.folder_of_compilers(resolved.store.folder / "cpp", BUILDING))
         built = build(resolved, params, bar, laps, connect(), make)
     if resolved.spec.offload is not None:
@@ -171,6 +161,26 @@ def load_chosen(
         built.num_blocks, built.cache_groups, built.memory, built.stall, built.pace,
         built.step_times, built.expert_stats, laps.seconds,
     )  # fmt: skip
+
+
+def begin(resolved: ResolvedConfig, farm: CompileFarm, *, show_progress: bool) -> tqdm[Any]:
+    """Let workers build, if there are any; returns a progress bar over layers."""
+    if resolved.num_workers:
+        # this process runs every bucket itself, so workers need not run them
+        farm.build(resolved.spec.layout.buckets, resolved.num_workers, dry_run=True)
+    else:
+        farm.close()
+    return progress.bar(
+        total=resolved.model.config.num_layers, desc="loading weights", unit=" layers",
+        leave=False, disable=not show_progress,
+    )  # fmt: skip
+
+
+def count_buckets(resolved: ResolvedConfig, bar: tqdm[Any]) -> None:
+    """Go on with a progress bar over buckets."""
+    layout = resolved.spec.layout
+    bar.unit = " buckets"
+    bar.reset(len(layout.buckets) if layout.pad else 0)
 
 
 def _memory(resolved: ResolvedConfig) -> tuple[Region, Place]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanovllm import env, progress
+from nanovllm import env
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.code_files import BUILDING
 from nanovllm.kernels.collectives import Communicator
@@ -24,7 +24,7 @@ from nanovllm.startup.build import make_compiler
 from nanovllm.startup.checkpoint_cache import read_tokenizer_of
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.compile_workers import num_workers
-from nanovllm.startup.load import wait_for_workers
+from nanovllm.startup.load import begin, count_buckets, wait_for_workers
 from nanovllm.startup.pooling import with_names, with_pooling
 from nanovllm.startup.pooling_modules import PoolingPlan
 from nanovllm.startup.resolve import ResolvedConfig, resolve
@@ -83,20 +83,16 @@ def load_chosen(
     show_progress: bool = True,
 ) -> LoadedPooling:
     """The rest of `load`, for one rank: see `startup.load.load_chosen`."""
-    config, chosen, count = resolved.config, resolved.pooling, resolved.num_workers
+    config, chosen = resolved.config, resolved.pooling
     assert chosen is not None
     with ExitStack() as stack:
-        if count:
-            farm.build(resolved.spec.layout.buckets, count, dry_run=True)
-        else:
-            farm.close()
-        bar = stack.enter_context(_bar(resolved.model.config.num_layers, show_progress))
+        bar = stack.enter_context(begin(resolved, farm, show_progress=show_progress))
         params = _read_weights(resolved, bar)
         laps.end("weights")
         tokenizer = read_tokenizer_of(config, resolved.folder, resolved.store)
         params = _with_labels(chosen, params, tokenizer, resolved)
         laps.end("tokenizer")
-        if count:
+        if resolved.num_workers:
             bar.set_description("compiling kernels")
             wait_for_workers(farm)
             laps.end("compile")
@@ -110,13 +106,6 @@ def load_chosen(
         chosen.info.size, length, seconds,
     )  # fmt: skip
     return LoadedPooling(config, runner, chosen.info, tokenizer, length, laps.seconds)
-
-
-def _bar(num_layers: int, show_progress: bool) -> tqdm[Any]:
-    return progress.bar(
-        total=num_layers, desc="loading weights", unit=" layers", leave=False,
-        disable=not show_progress,
-    )  # fmt: skip
 
 
 def _read_weights(resolved: ResolvedConfig, bar: tqdm[Any]) -> PoolWeights:
@@ -157,15 +146,14 @@ def _build(
     make: Callable[..., PoolRunner],
 ) -> PoolRunner:
     """A warm runner. The first rank marks the store as ready."""
-    platform, layout = resolved.platform, resolved.spec.layout
+    platform = resolved.platform
     num_kernels = len(platform.kernels_compiled())
     compiler = make_compiler(resolved, group)
     runner = make(
         resolved.model, params, resolved.spec, platform, compiler,
         capture=resolved.config.tuned.capture, group=group,
     )  # fmt: skip
-    bar.unit = " buckets"
-    bar.reset(len(layout.buckets) if layout.pad else 0)
+    count_buckets(resolved, bar)
 
     def building(what: str) -> None:
         bar.set_description(f"building {what}")

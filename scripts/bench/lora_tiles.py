@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton import lora
+from nanovllm.kernels.triton import lora, lora_sizes
 from nanovllm.kernels.triton.norm_act import silu_mul
 from nanovllm.tools import command_line
 from scripts.bench.gpu_timing import time_launches
@@ -111,7 +111,9 @@ def step(
 
 @contextmanager
 def changed(constants: dict[str, int]) -> Iterator[None]:
-    places = {name: reference.lora if hasattr(reference.lora, name) else lora for name in constants}
+    places = {
+        name: reference.lora if hasattr(reference.lora, name) else lora_sizes for name in constants
+    }
     before = {name: getattr(place, name) for name, place in places.items()}
     for name, value in constants.items():
         setattr(places[name], name, value)

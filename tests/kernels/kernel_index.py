@@ -34,7 +34,7 @@ from nanovllm.kernels.triton import (
     attention_prefill_hopper,
     experts,
     gated_gemm,
-    lora,
+    lora_sizes,
     packed_linear,
     packed_register,
     packed_tiles,
@@ -93,7 +93,9 @@ def _sizes(by_ranks: Mapping[int, int]) -> str:
 _FEW = f"one token, or at most {experts.PAIRS_PER_EXPERT:g} (token, expert) pairs per expert"
 _ONE_SHOT = f"up to {_sizes(all_reduce.ONE_SHOT_BYTES)} whose GPUs read each other's memory"
 _TWO_SHOT = f"above that up to {_sizes(all_reduce.TWO_SHOT_BYTES)}; else NCCL"
-_LORA = f"parts of a multiple of {lora.MIN_OUTPUTS} outputs; tokens without adapters cost nothing"
+_LORA = (
+    f"parts of a multiple of {lora_sizes.MIN_OUTPUTS} outputs; tokens without adapters cost nothing"
+)
 _HOPPER = attention_prefill_hopper
 # op → its Triton kernels, each with the condition under which it is launched
 CHOSEN: dict[str, dict[str, str]] = {

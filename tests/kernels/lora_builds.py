@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from nanovllm.kernels.triton import lora, lora_row
+from nanovllm.kernels.triton import lora, lora_row, lora_sizes
 from nanovllm.kernels.triton.skinny_gemm import kernel_for
 
 TYPES = {"adapter_ptr": "*i64", "order_ptr": "*i64", "tile_ptr": "*i32", "z_ptr": "*fp32"}
@@ -33,12 +33,12 @@ def launches(shared_bytes: int, whole: bool) -> Iterator[Launch]:
     for name, rows, rank, depth, num_tokens, dtype, silu_mul in cases if whole else cases[:2]:
         upcast, num_bytes = {"UPCAST": False}, 4 if dtype == "fp32" else 2
         num_inner = len(rows) * rank
-        sizes = lora.sizes_of(num_tokens, num_inner, depth, 132, num_bytes)
-        constants = lora.shrink_constants(num_inner, depth, sizes, num_bytes) | upcast
-        stages = lora.shrink_stages(shared_bytes)
+        sizes = lora_sizes.sizes_of(num_tokens, num_inner, depth, 132, num_bytes)
+        constants = lora_sizes.shrink_constants(num_inner, depth, sizes, num_bytes) | upcast
+        stages = lora_sizes.shrink_stages(shared_bytes)
         yield Launch(f"lora {name}: shrink", lora.lora_shrink_kernel, constants, 4, stages, dtype)
-        constants = lora.expand_constants(rows, rank, sizes, num_bytes, silu_mul) | upcast
-        num_warps = lora.expand_warps(constants)
+        constants = lora_sizes.expand_constants(rows, rank, sizes, num_bytes, silu_mul) | upcast
+        num_warps = lora_sizes.expand_warps(constants)
         yield Launch(
             f"lora {name}: expand", lora.lora_expand_kernel, constants, num_warps, 3, dtype
         )
