@@ -12,7 +12,7 @@ from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts
 from tests.runner.heads import EagleCase
 from tests.runner.mtp_cases import CASES
-from tests.runner.test_dflash import save_speculators
+from tests.runner.test_dflash import save_dspark
 
 SIZES: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "enforce_eager": True, "max_num_seqs": 2,
@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {
     "num_kvcache_blocks": 40, "tuning": {"run_ahead": 0, "adapt_draft_length": False},
 }  # fmt: skip
 (PROMPT,) = random_prompts([19], seed=3)
-METHODS = ("eagle3", "dflash", "mtp")
+METHODS = ("eagle3", "dspark", "mtp")
 
 
 def made(method: str, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -29,8 +29,8 @@ def made(method: str, folder: Path) -> tuple[Path, dict[str, Any]]:
         case = next(one for one in CASES if one.model_type == "qwen3_5_moe_text")
         return case.save(folder / "model")[0], {"method": "mtp"}
     target = save_tiny(folder, "qwen3", vocab_size=512, hidden_size=64, num_hidden_layers=4)
-    if method == "dflash":
-        return target, {"method": method, "model": str(save_speculators(folder / "head"))}
+    if method == "dspark":
+        return target, {"method": "dflash", "model": str(save_dspark(folder / "head"))}
     head = EagleCase("head").save(folder / "head")
     return target, {"method": method, "model": str(head)}
 

@@ -86,7 +86,8 @@ def test_answers_are_those_without_proposals(
 def test_requests_of_all_kinds_share_a_batch(
     drafting: tuple[Engine, tuple[float, float]], plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one needs the host or earlier tokens, steps have no proposals; later they do."""
+    """Those that need earlier tokens have no proposals, and log-probabilities are those of plain
+    steps."""
     engine, _ = drafting
     watched = Watched()
     watched.watch(engine, monkeypatch)
@@ -94,9 +95,10 @@ def test_requests_of_all_kinds_share_a_batch(
     found = run(engine, PROMPTS, MIXED)
     assert [one.token_ids for one in found] == [one["token_ids"] for one in expected]
     assert found[2].logprobs is not None and len(found[2].logprobs) == 14
-    with_others = [bool(plan.sampling.has_penalties or plan.sampling.num_logprobs)
-                   for plan, _ in watched.verifying]  # fmt: skip
-    assert with_others and not any(with_others)
+    for one, other in zip(found[2].logprobs, expected[2]["logprobs"], strict=True):
+        assert list(one.values()) == pytest.approx(list(other.values()), abs=1e-4)
+    samplings = [plan.sampling for plan, _ in watched.verifying]
+    assert any(one.num_logprobs and one.has_penalties for one in samplings)
 
 
 def test_answers_end_at_their_limits_and_stops(
