@@ -50,7 +50,7 @@ struct Worker {
   u32 task_idx, base;  // the tag of phase 0
   u32 polls_left;
   u8* x;               // [R, depth], X_PITCH
-  float *scratch, *squares;
+  float *scratch, *squares, *queries;
   const u8* ring;
   u32 full, empty;
   const int* seq_len;
