@@ -172,13 +172,14 @@ __device__ __forceinline__ void embed(Worker& w) {
 extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) persistent(const __grid_constant__ Args a) {
   extern __shared__ u8 unaligned[];
   u8* const shared = unaligned + (-shared_address(unaligned) & 127u);
-  // the ring | tasks | barriers | lengths | squares | queries | scratch | x
+  // the ring | tasks | barriers | lengths | squares | queries | own key and value | scratch | x
   Task* const tasks = reinterpret_cast<Task*>(shared + STAGES * STAGE_BYTES);
   u8* const barriers = reinterpret_cast<u8*>(tasks + NUM_TASKS);
   int* const seq_len = reinterpret_cast<int*>(barriers + 16 * STAGES);
   float* const squares = reinterpret_cast<float*>(seq_len + 12);
   float* const queries = squares + 8 * WARPS;
-  float* const scratch = queries + GROUP * HEAD;
+  u16* const own = reinterpret_cast<u16*>(queries + GROUP * HEAD);
+  float* const scratch = queries + (GROUP + 1) * HEAD;
   u8* const x = reinterpret_cast<u8*>(scratch + SCRATCH_FLOATS);
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -205,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) persistent(const _
         copy_keys(a, tasks[i], shared_address(shared), full, empty, stage, lane, seq_len);
     return;
   }
-  Worker w = {a, tasks, 0, step * a.num_phases, a.max_polls, x, scratch, squares, queries, shared, full, empty, seq_len, {}, 0,
+  Worker w = {a, tasks, 0, step * a.num_phases, a.max_polls, x, scratch, squares, queries, own, shared, full, empty, seq_len, {}, 0,
               warp, lane};
   for (; w.task_idx < NUM_TASKS && w.task->kind != END; w.task_idx++, w.task++) {
     note(w, 0);

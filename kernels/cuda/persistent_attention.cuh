@@ -177,7 +177,6 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
   const u64* const k_at = words + (HEADS + u.head) * (HEAD / 2);
   // a warp makes a query, and another the step's own key and value
   const bool has_query = w.warp < GROUP, has_new = u.is_last && w.warp == GROUP;
-  Numbers k_new = {}, v_new = {};
   if (has_query || has_new) {
     const u16* const norm_at = has_query ? t.q_norm : t.k_norm;
     const float* const cos_sin = w.a.cos_sin + w.a.rope_pos[u.row] * HEAD + l * (EACH / 2);
@@ -199,12 +198,13 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
     Numbers made = numbers_of(found);
     norm_and_rotate(made, norm, by, norm_at, w.a.eps);
     if (has_new) {
-      k_new = made, v_new = numbers_of(found + PAIRS);
+      const Numbers value = numbers_of(found + PAIRS);
       const u64 at = slot / w.a.block_size * w.a.block_stride +
                      slot % w.a.block_size * w.a.slot_stride + u.head * w.a.head_stride;
       if (w.lane < LANES) {
-        store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.first_input)) + at, k_new, l);
-        store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.second_input)) + at, v_new, l);
+        store_head(w.own, made, l), store_head(w.own + HEAD, value, l);
+        store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.first_input)) + at, made, l);
+        store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.second_input)) + at, value, l);
       }
     } else if (w.lane < LANES) {
 #pragma unroll
@@ -229,21 +229,25 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
 #pragma unroll
     for (int j = 0; j < EACH; j++) s[i].acc[j] = 0;
   }
-  if (has_new) see(s, q, k_new, v_new, w.lane < LANES);
-  for (u32 token = u.from; token < u.to; token += TOKENS) {
-    const u32 num = u.to - token < TOKENS ? u.to - token : TOKENS;
-    wait_for(w.full + 8 * w.stage.at, w.stage.parity);
-    const u8* const from = w.ring + w.stage.at * STAGE_BYTES;
+  // stages of earlier keys, and at last the step's own
+  for (u32 token = u.from; token < u.to + u.is_last; token += TOKENS) {
+    const bool is_own = token >= u.to;
+    const u32 num = is_own ? 1 : u.to - token < TOKENS ? u.to - token : TOKENS;
+    if (!is_own) wait_for(w.full + 8 * w.stage.at, w.stage.parity);
+    const u8* const keys = is_own ? reinterpret_cast<const u8*>(w.own) : w.ring + w.stage.at * STAGE_BYTES;
+    const u32 to_value = (is_own ? 1 : TOKENS) * HEAD * 2;
     for (u32 first = 0; first < num; first += GROUPS) {
       const u32 i = first + threadIdx.x / LANES;
       const bool is_real = i < num;
-      const u8* const key = from + (is_real ? i : 0) * (HEAD * 2);
-      see(s, q, numbers_of(load_packed(key, l)),
-          numbers_of(load_packed(key + TOKENS * HEAD * 2, l)), is_real);
+      const u8* const key = keys + (is_real ? i : 0) * (HEAD * 2);
+      see(s, q, numbers_of(load_packed(key, l)), numbers_of(load_packed(key + to_value, l)), is_real);
     }
+    if (is_own) break;
     __syncwarp();
     if (w.lane == 0) arrive(w.empty + 8 * w.stage.at);
     w.stage.advance(STAGES);
+    // the last stage may be full of keys, or not
+    if (u.is_last && token + TOKENS > u.to) token = u.to - TOKENS;
   }
   meet();  // the scratch memory may still be read
   join(w, s, u, num_parts(w.seq_len[u.row]));

@@ -51,6 +51,7 @@ struct Worker {
   u32 polls_left;
   u8* x;               // [R, depth], X_PITCH
   float *scratch, *squares, *queries;
+  u16* own;            // the key and the value of the step's own token [2, H]
   const u8* ring;
   u32 full, empty;
   const int* seq_len;
