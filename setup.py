@@ -72,6 +72,7 @@ setup(
         "nanovllm.compat",
         "nanovllm.compile",
         "nanovllm.compile.lower",
+        "nanovllm.compile.lower.persistent",
         "nanovllm.compile.passes",
         "nanovllm.engine",
         "nanovllm.kernels",

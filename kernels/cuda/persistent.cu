@@ -70,7 +70,8 @@ struct Args {
 #define TOKENS 32                               // keys and values of so many tokens are a stage
 #define X_PITCH(depth) ((depth) * 2 + 64)
 #define NORM_PIECES (HIDDEN / 4 / WORKERS)      // of 4 numbers, of a thread
-#define BATCH 16                                // pieces that a thread waits for at once
+#define BATCH (ROWS == 1 ? 4 : ROWS == 2 ? 6 : 12)  // pieces that a thread waits for at once
+#define NORM_BATCH (ROWS * NORM_PIECES < 16 ? ROWS * NORM_PIECES : 16)
 #define PART_WORDS 132                          // of a part of a head's result
 #define MIN_PART 32                             // keys in a part
 #define NO_SCORE -1e30f
@@ -171,12 +172,14 @@ __device__ __forceinline__ void embed(Worker& w) {
 extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) persistent(const __grid_constant__ Args a) {
   extern __shared__ u8 unaligned[];
   u8* const shared = unaligned + (-shared_address(unaligned) & 127u);
-  // the ring | tasks | barriers | lengths | squares | scratch | x
+  // the ring | tasks | barriers | lengths | squares | queries | own key and value | scratch | x
   Task* const tasks = reinterpret_cast<Task*>(shared + STAGES * STAGE_BYTES);
   u8* const barriers = reinterpret_cast<u8*>(tasks + NUM_TASKS);
   int* const seq_len = reinterpret_cast<int*>(barriers + 16 * STAGES);
   float* const squares = reinterpret_cast<float*>(seq_len + 12);
-  float* const scratch = squares + 8 * WARPS;
+  float* const queries = squares + 8 * WARPS;
+  u16* const own = reinterpret_cast<u16*>(queries + GROUP * HEAD);
+  float* const scratch = queries + (GROUP + 1) * HEAD;
   u8* const x = reinterpret_cast<u8*>(scratch + SCRATCH_FLOATS);
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -203,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) persistent(const _
         copy_keys(a, tasks[i], shared_address(shared), full, empty, stage, lane, seq_len);
     return;
   }
-  Worker w = {a, tasks, 0, step * a.num_phases, a.max_polls, x, scratch, squares, shared, full, empty, seq_len, {}, 0,
+  Worker w = {a, tasks, 0, step * a.num_phases, a.max_polls, x, scratch, squares, queries, own, shared, full, empty, seq_len, {}, 0,
               warp, lane};
   for (; w.task_idx < NUM_TASKS && w.task->kind != END; w.task_idx++, w.task++) {
     note(w, 0);

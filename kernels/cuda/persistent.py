@@ -78,7 +78,9 @@ class Sizes(NamedTuple):
         barriers are in `stage_bytes`."""
         group = self.num_heads // self.num_kv_heads
         sums = 2 * AT_ONCE * 8 * ((self.num_rows + 1) // 2) * self.num_warps * 4
-        scratch = 8 * self.num_warps + max(sums, self.num_warps * group * (HEAD + 2))
+        scratch = (
+            8 * self.num_warps + (group + 1) * HEAD + max(sums, self.num_warps * group * (HEAD + 2))
+        )
         x = self.num_rows * (2 * self.max_depth + 64)
         return 128 + self.num_tasks * _TASK.size + 48 + scratch * 4 + x
 

@@ -173,66 +173,81 @@ __device__ __forceinline__ void join(Worker& w, State (&s)[GROUP], const Unit& u
 __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
   const Task& t = *w.task;
   const int l = w.lane % LANES;
-  const float* const cos_sin = w.a.cos_sin + w.a.rope_pos[u.row] * HEAD;
   const u64* const words = w.a.words + t.in_at + u.row * (QKV / 2);
-  const u64* const q_at = words + u.head * GROUP * (HEAD / 2);
   const u64* const k_at = words + (HEADS + u.head) * (HEAD / 2);
-  const u64* const v_at = k_at + KV_HEADS * (HEAD / 2);
-  const bool has_new = u.is_last && w.warp == 0;  // this warp has the step's own token
-  Packed q_norm = {}, k_norm = {};
-  if (t.q_norm) q_norm = load_packed(t.q_norm, l);
-  if (t.k_norm && has_new) k_norm = load_packed(t.k_norm, l);
-  Rotation by;
+  // a warp makes a query, and another the step's own key and value
+  const bool has_query = w.warp < GROUP, has_new = u.is_last && w.warp == GROUP;
+  if (has_query || has_new) {
+    const u16* const norm_at = has_query ? t.q_norm : t.k_norm;
+    const float* const cos_sin = w.a.cos_sin + w.a.rope_pos[u.row] * HEAD + l * (EACH / 2);
+    // loaded before results are waited for
+    const u32 slot = has_new ? (u32)w.a.slot[u.row] : 0;
+    Packed norm = {};
+    if (norm_at) norm = load_packed(norm_at, l);
+    Rotation by;
 #pragma unroll
-  for (int i = 0; i < EACH / 2; i++)
-    by.cos[i] = cos_sin[l * (EACH / 2) + i], by.sin[i] = cos_sin[HEAD / 2 + l * (EACH / 2) + i];
-  u64 new_at = 0;
-  if (has_new) {
-    const u32 slot = (u32)w.a.slot[u.row], block = slot / w.a.block_size;
-    new_at = block * w.a.block_stride + slot % w.a.block_size * w.a.slot_stride +
-             u.head * w.a.head_stride;
+    for (int i = 0; i < EACH / 2; i++) by.cos[i] = cos_sin[i], by.sin[i] = cos_sin[HEAD / 2 + i];
+    const u64* const first = has_query ? words + (u.head * GROUP + w.warp) * (HEAD / 2) : k_at;
+    constexpr int PAIRS = EACH / 4;
+    Pair found[2 * PAIRS];  // of the query, or of the key and the value
+    fetch(w, found, t.in_phase, [&](int i) -> const u64* {
+      if (i < PAIRS) return head_at(first, l, i);
+      return has_new ? head_at(k_at + KV_HEADS * (HEAD / 2), l, i - PAIRS) : nullptr;
+    });
+    __syncwarp();
+    Numbers made = numbers_of(found);
+    norm_and_rotate(made, norm, by, norm_at, w.a.eps);
+    if (has_new) {
+      const Numbers value = numbers_of(found + PAIRS);
+      const u64 at = slot / w.a.block_size * w.a.block_stride +
+                     slot % w.a.block_size * w.a.slot_stride + u.head * w.a.head_stride;
+      if (w.lane < LANES) {
+        store_head(w.own, made, l), store_head(w.own + HEAD, value, l);
+        store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.first_input)) + at, made, l);
+        store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.second_input)) + at, value, l);
+      }
+    } else if (w.lane < LANES) {
+#pragma unroll
+      for (int i = 0; i < EACH; i += 4)
+        *reinterpret_cast<float4*>(w.queries + w.warp * HEAD + place_of(l, i)) =
+            make_float4(made.of[i] * w.a.scale, made.of[i + 1] * w.a.scale, made.of[i + 2] * w.a.scale,
+                        made.of[i + 3] * w.a.scale);
+    }
   }
-  constexpr int PAIRS = EACH / 4;
-  Pair found[PAIRS * (GROUP + 2)];  // of queries, key and value
-  fetch(w, found, t.in_phase, [&](int i) -> const u64* {
-    const int head = i / PAIRS;
-    if (head < GROUP) return head_at(q_at + head * (HEAD / 2), l, i % PAIRS);
-    return has_new ? head_at(head == GROUP ? k_at : v_at, l, i % PAIRS) : nullptr;
-  });
+  meet();
+  note(w, 1);
   Numbers q[GROUP];
   State s[GROUP];
 #pragma unroll
   for (int i = 0; i < GROUP; i++) {
-    q[i] = numbers_of(found + PAIRS * i);
-    norm_and_rotate(q[i], q_norm, by, t.q_norm, w.a.eps);
+#pragma unroll
+    for (int j = 0; j < EACH; j += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(w.queries + i * HEAD + place_of(l, j));
+      q[i].of[j] = v.x, q[i].of[j + 1] = v.y, q[i].of[j + 2] = v.z, q[i].of[j + 3] = v.w;
+    }
     s[i].most = NO_SCORE, s[i].sum = 0;
 #pragma unroll
-    for (int j = 0; j < EACH; j++) q[i].of[j] *= w.a.scale, s[i].acc[j] = 0;
+    for (int j = 0; j < EACH; j++) s[i].acc[j] = 0;
   }
-  if (has_new) {
-    Numbers k = numbers_of(found + PAIRS * GROUP), v = numbers_of(found + PAIRS * (GROUP + 1));
-    norm_and_rotate(k, k_norm, by, t.k_norm, w.a.eps);
-    see(s, q, k, v, w.lane < LANES);
-    if (w.lane < LANES) {
-      store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.first_input)) + new_at, k, l);
-      store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.second_input)) + new_at, v, l);
-    }
-  }
-  note(w, 1);
-  for (u32 token = u.from; token < u.to; token += TOKENS) {
-    const u32 num = u.to - token < TOKENS ? u.to - token : TOKENS;
-    wait_for(w.full + 8 * w.stage.at, w.stage.parity);
-    const u8* const from = w.ring + w.stage.at * STAGE_BYTES;
+  // stages of earlier keys, and at last the step's own
+  for (u32 token = u.from; token < u.to + u.is_last; token += TOKENS) {
+    const bool is_own = token >= u.to;
+    const u32 num = is_own ? 1 : u.to - token < TOKENS ? u.to - token : TOKENS;
+    if (!is_own) wait_for(w.full + 8 * w.stage.at, w.stage.parity);
+    const u8* const keys = is_own ? reinterpret_cast<const u8*>(w.own) : w.ring + w.stage.at * STAGE_BYTES;
+    const u32 to_value = (is_own ? 1 : TOKENS) * HEAD * 2;
     for (u32 first = 0; first < num; first += GROUPS) {
       const u32 i = first + threadIdx.x / LANES;
       const bool is_real = i < num;
-      const u8* const key = from + (is_real ? i : 0) * (HEAD * 2);
-      see(s, q, numbers_of(load_packed(key, l)),
-          numbers_of(load_packed(key + TOKENS * HEAD * 2, l)), is_real);
+      const u8* const key = keys + (is_real ? i : 0) * (HEAD * 2);
+      see(s, q, numbers_of(load_packed(key, l)), numbers_of(load_packed(key + to_value, l)), is_real);
     }
+    if (is_own) break;
     __syncwarp();
     if (w.lane == 0) arrive(w.empty + 8 * w.stage.at);
     w.stage.advance(STAGES);
+    // the last stage may be full of keys, or not
+    if (u.is_last && token + TOKENS > u.to) token = u.to - TOKENS;
   }
   meet();  // the scratch memory may still be read
   join(w, s, u, num_parts(w.seq_len[u.row]));

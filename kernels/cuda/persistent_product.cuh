@@ -10,13 +10,13 @@ __device__ __forceinline__ void read_normed(Worker& w) {
   u32 x[ROWS * NORM_PIECES][2];
   const u64* const words = w.a.words + t.in_at + 2 * threadIdx.x;
 #pragma unroll
-  for (int first = 0; first < ROWS * NORM_PIECES; first += BATCH) {
-    Pair v[BATCH];
+  for (int first = 0; first < ROWS * NORM_PIECES; first += NORM_BATCH) {
+    Pair v[NORM_BATCH];
     fetch(w, v, t.in_phase, [&](int i) -> const u64* {
       return first + i < ROWS * NORM_PIECES ? words + 2 * (first + i) * WORKERS : nullptr;
     });
 #pragma unroll
-    for (int i = 0; i < BATCH; i++)
+    for (int i = 0; i < NORM_BATCH; i++)
       if (first + i < ROWS * NORM_PIECES) x[first + i][0] = v[i].a, x[first + i][1] = v[i].b;
   }
 #pragma unroll
@@ -60,6 +60,7 @@ __device__ __forceinline__ void read_plain(Worker& w) {
   const Task& t = *w.task;
   const u32 each = t.depth / 4, total = ROWS * each;
   const u64* const words = w.a.words + t.in_at;
+  const float inverse = 1.0f / each;  // exact enough for so few pieces
   for (u32 first = threadIdx.x; first < total; first += BATCH * WORKERS) {
     Pair v[BATCH];
     fetch(w, v, t.in_phase, [&](int i) -> const u64* {
@@ -69,7 +70,8 @@ __device__ __forceinline__ void read_plain(Worker& w) {
     for (int i = 0; i < BATCH; i++) {
       const u32 piece = first + i * WORKERS;
       if (piece >= total) continue;
-      u8* const to = w.x + piece / each * X_PITCH(t.depth) + piece % each * 8;
+      const u32 row = ROWS == 1 ? 0 : (u32)((piece + 0.5f) * inverse);
+      u8* const to = w.x + row * X_PITCH(t.depth) + (piece - row * each) * 8;
       *reinterpret_cast<uint2*>(to) = make_uint2(v[i].a, v[i].b);
     }
   }

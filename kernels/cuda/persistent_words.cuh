@@ -50,7 +50,8 @@ struct Worker {
   u32 task_idx, base;  // the tag of phase 0
   u32 polls_left;
   u8* x;               // [R, depth], X_PITCH
-  float *scratch, *squares;
+  float *scratch, *squares, *queries;
+  u16* own;            // the key and the value of the step's own token [2, H]
   const u8* ring;
   u32 full, empty;
   const int* seq_len;

@@ -262,7 +262,7 @@ class Steps:
 
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
         """Feed each row's newest token; returns the logits [R, W] of the token that follows it."""
-        h_RD, batch = self._begin(row_idx_R)
+        h_RD, batch = self.begin(row_idx_R)
         if self.persistent is not None:
             logits_RV = self.persistent.logits(self.cos_sin_MH, h_RD, batch)
             if logits_RV is not None:
@@ -281,9 +281,9 @@ class Steps:
             self.model, self.params, self.caches, self.cos_sin_MH, self.attention,
             is_plain=is_plain and self.model.layer_inputs is None,
         )  # fmt: skip
-        self.persistent.prepare(parts, *self._begin(row_idx_R))
+        self.persistent.prepare(parts, *self.begin(row_idx_R))
 
-    def _begin(self, row_idx_R: Tensor) -> tuple[Tensor, Batch]:
+    def begin(self, row_idx_R: Tensor) -> tuple[Tensor, Batch]:
         """The embedded tokens of rows, and their batch."""
         begun: tuple[Tensor, Batch] = self._run(
             "begin",

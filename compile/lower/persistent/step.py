@@ -22,14 +22,29 @@ class Stuck(RuntimeError):
     """A task has waited for words that no task wrote."""
 
 
+class Weights(NamedTuple):
+    """The tensors of a step's regions: of each layer and of the head."""
+
+    plan: Plan
+    layers: Sequence[Tensors]
+    head: Tensors
+
+    def find(self, layer: int, name: str) -> Tensor | None:
+        """What tasks call `name`, of a layer or, with −1, of the head; None without one."""
+        if layer < 0:
+            return self.head[self.plan.head_inputs[name]]
+        source = self.plan.layer_inputs.get(name)
+        return None if source is None else self.layers[layer][source]
+
+
 class Step(NamedTuple):
-    """`kept` are the tensors whose addresses tasks have."""
+    """Tasks have the addresses of its weights."""
 
     schedule: Schedule
     sizes: Sizes
     buffers: Buffers
     numbers: Numbers
-    kept: Sequence[Tensor]
+    weights: Weights
 
     def run(self, inputs: Inputs) -> None:
         """Launch the step. It can be captured."""
@@ -71,21 +86,6 @@ def num_programs(device: torch.device) -> int:
     return int(properties.multi_processor_count)
 
 
-class Weights(NamedTuple):
-    """The tensors of a step's regions: of each layer and of the head."""
-
-    plan: Plan
-    layers: Sequence[Tensors]
-    head: Tensors
-
-    def find(self, layer: int, name: str) -> Tensor | None:
-        """What tasks call `name`, of a layer or, with −1, of the head; None without one."""
-        if layer < 0:
-            return self.head[self.plan.head_inputs[name]]
-        source = self.plan.layer_inputs.get(name)
-        return None if source is None else self.layers[layer][source]
-
-
 def build(
     weights: Weights,
     schedule: Schedule,
@@ -102,7 +102,6 @@ def build(
             f"stages of weights, not {persistent.MIN_STAGES}"
         )
     cache, strides = _cache(weights)
-    kept: dict[int, Tensor] = {}
 
     def address(layer: int, name: str) -> int:
         found = weights.find(layer, name)
@@ -110,13 +109,12 @@ def build(
             return 0
         if found.data_ptr() % 16:
             raise Unfit(f"{name} of layer {layer} is not at a multiple of 16 bytes")
-        kept[id(found)] = found
         return found.data_ptr()
 
     tasks = schedules.packed(schedule, address)
     buffers = Buffers.new(sizes, tasks, len(schedule.programs), schedule.num_words, device)
     numbers = Numbers(strides, cache.shape[1], schedule.num_phases, plan.eps, plan.scale, max_polls)
-    return Step(schedule, sizes, buffers, numbers, list(kept.values()))
+    return Step(schedule, sizes, buffers, numbers, weights)
 
 
 def _cache(weights: Weights) -> tuple[Tensor, tuple[int, ...]]:
