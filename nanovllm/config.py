@@ -125,8 +125,8 @@ class EngineConfig:
     Values are checked against the annotations below and the limits in ALLOWED.
 
     model: a folder with a checkpoint in transformers' layout, a GGUF file, a Hub id (owner/name, or
-        owner/name:TYPE for a GGUF file), or an embedded model:
-        "tiny-qwen3", "tiny-mixtral" or "tiny-qwen3-vl".
+        owner/name:TYPE for a GGUF file), or an embedded model: "tiny-qwen3",
+        "tiny-mixtral", "tiny-qwen3.5" or "tiny-qwen3-vl".
     dtype: "auto" is the checkpoint's dtype, except float32 on a CPU, and float16 for a bfloat16
         checkpoint on a device without bfloat16.
     device: "auto", "cpu", "cuda", "cuda:N", "npu", "npu:N" or "mps".

@@ -15,8 +15,8 @@ from nanovllm import gguf_files, progress
 from nanovllm.models.gguf.header import is_gguf
 from nanovllm.tokenizer import has_tokenizer
 
-SEEING = "tiny-qwen3-vl"
-EMBEDDED = ("tiny-qwen3", "tiny-mixtral", SEEING)
+SEEING, HYBRID = "tiny-qwen3-vl", "tiny-qwen3.5"
+EMBEDDED = ("tiny-qwen3", "tiny-mixtral", HYBRID, SEEING)
 CONFIG_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_GGUF = re.compile(rf"({HUB_ID.pattern}):(\w[\w.-]*)")  # with the type of one of its GGUF files

@@ -53,7 +53,10 @@ def questions(model: str, num: int, seed: int) -> list[Question]:
     folder = resolve(model, weights=False)
     if settings.load(folder) is None:
         arch = json.loads((folder / "config.json").read_text())["model_type"]
-        asked = (tool_tasks if arch in tool_tasks.ARCHITECTURES else tasks).held_out(num, seed)
+        if arch in tool_tasks.ARCHITECTURES:
+            asked = tool_tasks.held_out(num, seed)
+        else:
+            asked = tasks.held_out(num, seed, tasks.kinds_of(arch))
         return [Question(one, list(one.messages)) for one in asked]
     from tiny import picture_tasks  # needs Pillow
 

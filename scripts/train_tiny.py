@@ -31,7 +31,7 @@ from tiny.card import Run, card
 from tiny.chat_tokenizer import build_tokenizer
 from tiny.checkpoint import MAX_FOLDER_BYTES, evaluate, save
 from tiny.corpus import Corpus, build_corpus, conversation, render
-from tiny.training import Batches, measure_expert_shares, steps_within, train
+from tiny.training import Batches, measure_expert_shares, row_len_shares, steps_within, train
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
@@ -130,15 +130,18 @@ def num_steps_of(
         raise ValueError(
             f"--minutes is {args.minutes}, but the examples took {-seconds:.0f} s more"
         )
-    num_steps = min(args.steps, steps_within(seconds, model, batches))
+    shares = row_len_shares(args.arch)
+    num_steps = min(args.steps, steps_within(seconds, model, batches, shares))
     logger.info("%d steps", num_steps)
     return num_steps
 
 
 def score(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, float], float]:
     """(accuracy by kind, accuracy of all) of the model in `args.out`, both logged."""
-    questions = tool_tasks if args.arch in tool_tasks.ARCHITECTURES else tasks
-    asked = questions.held_out(args.num_eval, args.seed)
+    if args.arch in tool_tasks.ARCHITECTURES:
+        asked = tool_tasks.held_out(args.num_eval, args.seed)
+    else:
+        asked = tasks.held_out(args.num_eval, args.seed, tasks.kinds_of(args.arch))
     accuracies, wrong = evaluate(args.out, asked, device)
     num_asked = Counter(task.kind for task in asked)
     total = sum(accuracy * num_asked[kind] for kind, accuracy in accuracies.items()) / len(asked)
@@ -161,6 +164,7 @@ def make_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
         tokenizer.backend_tokenizer.to_str(),
         model_name,
         with_tools=args.arch in tool_tasks.ARCHITECTURES,
+        kinds=tasks.kinds_of(args.arch),
         seed=args.seed,
         num_examples=args.examples,
         num_workers=args.workers,
@@ -212,7 +216,8 @@ def run(args: argparse.Namespace) -> None:
     logger.info("%d parameters on %s", num_params, device)
     batches = Batches(corpus, args.batch_tokens, device)
     num_steps = num_steps_of(args, model, batches, started)
-    loss = train(model, batches, num_steps=num_steps, seed=args.seed)
+    shares = row_len_shares(args.arch)
+    loss = train(model, batches, num_steps=num_steps, seed=args.seed, shares=shares)
     seconds = time.perf_counter() - started
     logger.info("loss %.4f, %.0f s", loss, seconds)
     expert_shares = log_expert_shares(measure_expert_shares(model, batches))

@@ -46,7 +46,7 @@ def evaluate(
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.bfloat16,
+        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
         trust_remote_code=False,
         experts_implementation="eager",  # transformers' own loop over experts
     ).eval()

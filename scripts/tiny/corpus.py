@@ -64,14 +64,18 @@ class Corpus:
 
 
 def _encode_chunk(
-    tokenizer_json: str, model_name: str, with_tools: bool, seed: str, num: int
+    tokenizer_json: str, model_name: str, kinds: Sequence[str] | None, seed: str, num: int
 ) -> Corpus:
     tokenizer = Tokenizer.from_str(tokenizer_json)
     vocab = tokenizer.get_vocab()
     pad, start, end, assistant = (vocab[token] for token in (PAD, START, END, "assistant"))
     pieces: list[list[int]] = []
-    examples = tool_tasks if with_tools else tasks
-    for task in islice(examples.training_examples(seed), num):
+    examples = (
+        tool_tasks.training_examples(seed)
+        if kinds is None
+        else tasks.training_examples(seed, kinds)
+    )
+    for task in islice(examples, num):
         text = render(conversation(task, model_name), task.tools)
         pieces.append([*tokenizer.encode(text).ids, pad])
     lens = np.fromiter(map(len, pieces), np.int64, len(pieces))
@@ -93,13 +97,14 @@ def build_corpus(
     model_name: str,
     *,
     with_tools: bool = False,
+    kinds: Sequence[str] = tasks.KINDS,
     seed: int,
     num_examples: int,
     num_workers: int,
 ) -> Corpus:
     """Generate and encode conversations; `model_name` is the model's name in answers.
 
-    with_tools: those of `tool_tasks`, a part of which have tools.
+    with_tools: those of `tool_tasks`, a part of which have tools; else of these `kinds`.
 
     The result depends only on the seed and the number of examples, not on the workers.
     """
@@ -108,7 +113,7 @@ def build_corpus(
         for done in range(0, num_examples, EXAMPLES_PER_CHUNK)
     ]
     seeds = [f"{seed}.{chunk_idx}" for chunk_idx in range(len(sizes))]
-    encode = partial(_encode_chunk, tokenizer_json, model_name, with_tools)
+    encode = partial(_encode_chunk, tokenizer_json, model_name, None if with_tools else kinds)
     with ProcessPoolExecutor(num_workers) as pool:
         results = pool.map(encode, seeds, sizes)
         chunks = list(tqdm(results, total=len(sizes), desc="examples", unit="chunk", mininterval=5))

@@ -19,7 +19,7 @@ import hashlib
 import random
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -418,12 +418,19 @@ _MAKERS: dict[str, tuple[Maker, float]] = {
     "unknown": (_make_unknown, 1.0),
 }
 KINDS = tuple(_MAKERS)
-_WEIGHTS = [weight for _, weight in _MAKERS.values()]
+# of the model that is small enough to be trained on a CPU; the others are trained on all kinds
+KINDS_OF = {"qwen3_5": ("spell", "count", "compare", "number")}
 _WHOLE_WORD_KEYS = frozenset(f"word {word}" for word in wordings.WHOLE_WORDS)
 
 
-def training_task(rng: random.Random) -> Task:
-    maker = _MAKERS[rng.choices(KINDS, _WEIGHTS)[0]][0]
+def kinds_of(arch: str) -> tuple[str, ...]:
+    """The kinds that a model is trained on, by a key of `architectures.MODEL_NAMES` or by the
+    `model_type` of its config."""
+    return KINDS_OF.get(arch.removesuffix("_text"), KINDS)
+
+
+def training_task(rng: random.Random, kinds: Sequence[str] = KINDS) -> Task:
+    maker = _MAKERS[rng.choices(kinds, [_MAKERS[kind][1] for kind in kinds])[0]][0]
     while True:
         task = maker(rng)
         if task.content_key in _WHOLE_WORD_KEYS or not is_held_out(task.content_key):
@@ -438,7 +445,7 @@ def held_out_task(rng: random.Random, kind: str) -> Task:
             return task
 
 
-def training_examples(seed: int | str) -> Iterator[Task]:
+def training_examples(seed: int | str, kinds: Sequence[str] = KINDS) -> Iterator[Task]:
     """Endless training conversations, the same for the same seed. All turns are training content.
 
     Two in five have earlier turns: a chat's history must not disturb an answer.
@@ -446,7 +453,7 @@ def training_examples(seed: int | str) -> Iterator[Task]:
     rng = random.Random(f"train {seed}")
     while True:
         num_earlier = rng.choices((0, 1, 2, 3, 4, 5, 6), (60, 24, 8, 4, 2, 1, 1))[0]
-        turns = [training_task(rng) for _ in range(num_earlier + 1)]
+        turns = [training_task(rng, kinds) for _ in range(num_earlier + 1)]
         system = rng.choice(wordings.SYSTEMS) if rng.random() < 0.12 else None
         yield replace(
             turns[-1],
@@ -455,7 +462,7 @@ def training_examples(seed: int | str) -> Iterator[Task]:
         )
 
 
-def held_out(num: int, seed: int) -> list[Task]:
+def held_out(num: int, seed: int, kinds: Sequence[str] = KINDS) -> list[Task]:
     """`num` different tasks with held-out content, the kinds in turn.
 
     One in four has an earlier turn, one in ten a system prompt.
@@ -463,9 +470,9 @@ def held_out(num: int, seed: int) -> list[Task]:
     rng = random.Random(f"held out {seed}")
     tasks: dict[tuple[object, ...], Task] = {}
     while len(tasks) < num:
-        task = held_out_task(rng, KINDS[len(tasks) % len(KINDS)])
+        task = held_out_task(rng, kinds[len(tasks) % len(kinds)])
         if rng.random() < 0.25:
-            earlier = held_out_task(rng, rng.choice(KINDS))
+            earlier = held_out_task(rng, rng.choice(kinds))
             task = replace(task, history=((earlier.question, earlier.answer),))
         if rng.random() < 0.1:
             task = replace(task, system=rng.choice(wordings.SYSTEMS))

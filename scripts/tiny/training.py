@@ -16,6 +16,7 @@ import torch
 from tiny.architectures import TinyModel, balance_loss, expert_shares, forward
 from tiny.chat_tokenizer import MAX_POSITIONS
 from tiny.corpus import Corpus
+from tiny.tasks import KINDS_OF
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -25,9 +26,15 @@ logger = logging.getLogger("train_tiny")
 # row length -> share of the steps. Short rows often begin anew, as chats do; conversations with
 # tools fit the middle ones; long rows train the last positions.
 ROW_LEN_SHARES = {128: 0.45, 512: 0.45, MAX_POSITIONS: 0.1}
+SHORT_ROWS = {128: 1.0}  # of a model that is trained on a CPU
 LEARNING_RATE, FINAL_LEARNING_RATE = 2e-3, 2e-5
 WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 0.1, (0.9, 0.98), 1.0
 NUM_UNTIMED, NUM_TIMED = 3, 8  # steps of each row length that `steps_within` runs
+
+
+def row_len_shares(arch: str) -> dict[int, float]:
+    """The row lengths of a model's training, by a key of `architectures.MODEL_NAMES`."""
+    return SHORT_ROWS if arch in KINDS_OF else ROW_LEN_SHARES
 
 
 class Batch(NamedTuple):
@@ -81,6 +88,12 @@ def learning_rate(step: int, num_steps: int) -> float:
     )
 
 
+def _autocast(model: TinyModel) -> torch.autocast:
+    """bf16 on a GPU; on CPUs small products are much slower in it."""
+    kind = model.device.type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind != "cpu")
+
+
 class Trainer:
     def __init__(self, model: TinyModel) -> None:
         self.model = model.train()
@@ -100,7 +113,7 @@ class Trainer:
         model = self.model
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        with _autocast(model):
             output = forward(model, batch.input_BS)
             logits_NV = model.lm_head(output.hidden_BSD[batch.is_answer_BS])
         targets_N = batch.target_BS[batch.is_answer_BS]
@@ -115,13 +128,15 @@ class Trainer:
         return loss.detach()
 
 
-def steps_within(seconds: float, model: TinyModel, batches: Batches) -> int:
+def steps_within(
+    seconds: float, model: TinyModel, batches: Batches, shares: dict[int, float] = ROW_LEN_SHARES
+) -> int:
     """The number of steps that take about `seconds`, measured on a copy of the model."""
     trainer = Trainer(copy.deepcopy(model))
     generator = torch.Generator().manual_seed(0)
     started = time.perf_counter()
     step_seconds = 0.0
-    for row_len, share in ROW_LEN_SHARES.items():
+    for row_len, share in shares.items():
         for idx in range(NUM_UNTIMED + NUM_TIMED):
             loss = trainer.step(batches.draw(row_len, generator), FINAL_LEARNING_RATE)
             if idx == NUM_UNTIMED - 1:
@@ -135,16 +150,21 @@ def steps_within(seconds: float, model: TinyModel, batches: Batches) -> int:
     return max(1, int((seconds - (time.perf_counter() - started)) / step_seconds))
 
 
-def train(model: TinyModel, batches: Batches, *, num_steps: int, seed: int) -> float:
-    """Train the model in place; returns the mean loss of the last steps."""
+def train(
+    model: TinyModel,
+    batches: Batches,
+    *,
+    num_steps: int,
+    seed: int,
+    shares: dict[int, float] = ROW_LEN_SHARES,
+) -> float:
+    """Train the model in place; returns the mean loss of the last steps. `shares` are those of the
+    steps by row length."""
     trainer = Trainer(model)
     generator = torch.Generator().manual_seed(seed)
-    row_lens = list(ROW_LEN_SHARES)
+    row_lens = list(shares)
     row_len_idxs = torch.multinomial(
-        torch.tensor(list(ROW_LEN_SHARES.values())),
-        num_steps,
-        replacement=True,
-        generator=generator,
+        torch.tensor(list(shares.values())), num_steps, replacement=True, generator=generator
     ).tolist()
     recent: list[Tensor] = []
     with tqdm(
@@ -171,6 +191,6 @@ def train(model: TinyModel, batches: Batches, *, num_steps: int, seed: int) -> f
 def measure_expert_shares(model: TinyModel, batches: Batches) -> list[list[float]]:
     """[L][E]: the share of each expert in one batch of training data; [] for a dense model."""
     generator = torch.Generator().manual_seed(0)
-    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+    with _autocast(model):
         router_logits = forward(model, batches.draw(512, generator).input_BS).router_logits
     return expert_shares(router_logits, model.config.num_experts_per_tok) if router_logits else []
