@@ -25,9 +25,7 @@
 // scale is for so many columns and weight rows, as powers of two), NUM_GROUPS, STAGES, SLOTS (scales
 // of tiles on their way), MIN_PROGRAMS (of a multiprocessor), SINGLE (one row of x), AT_ONCE (rows of
 // x that are read together), SILU, NORM (x is normed first), PAIRS (0 a product, 1 a product for each
-// of a token's experts, 2 the sum over them, 3 the products of all experts with the rows of their
-// tokens, sorted by expert), TOP_K (experts of a token), X_BY and OUT_BY (3: a row of x and of the
-// result is of a token 0, a pair 1 or a place 2), PDL.
+// of a token's experts, 2 the sum over them), TOP_K (experts of a token), PDL.
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the column of
 // the right operand
@@ -46,15 +44,13 @@ struct Args {
   const u16* norm;       // [D]
   const u16* bias;       // [O]
   const u16* residual;   // [T, num_outs]
-  const int* expert;     // [K], or the places where experts begin [E + 1]
-  const float* factor;   // [K], or [P] or none
-  u16* out;              // [T, num_outs], or [K or P, num_outs]
-  const int* pair;       // [P] the pairs of a token and an expert, by place
+  const int* expert;     // [K]
+  const float* factor;   // [K]
+  u16* out;              // [T, num_outs], or [K, num_outs]
   u64 x_stride;
   u32 num_rows;          // of x
   u32 num_outs;
   u32 num_tiles, tiles_each;  // of all experts, and of one
-  u32 num_experts;
   float eps;
 };
 
@@ -87,7 +83,6 @@ struct Args {
 #define OUTS (SILU ? 8 : 16)                   // of a tile, for each row of x
 #define UNROLLED 2
 #define MAX_TOKENS (8 * TILES)
-#define MOST_EXPERTS 256
 
 __device__ __forceinline__ void copy_box(const Map* map, u32 to, u32 barrier, u32 line, u32 row) {
   asm volatile(
@@ -121,33 +116,14 @@ __device__ __forceinline__ u32 weight_row(const Args& a, u32 tile, u32 row) {
 #endif
 }
 
-// The tiles of a program, one after the other. Rows of an expert are taken in blocks.
+// The tiles of a program, one after the other.
 struct Tiles {
   u32 tile, expert;         // of its expert; of a product, of all
-#if PAIRS == 3
-  const u32* ends;          // [E] blocks of an expert and those before it
-  u32 left, block, first, num_rows;  // the place of the block's first row, and its rows
-  bool is_new;              // block
-#else
-  u32 all;
-#endif
+  u32 all;                  // its number in all experts
 };
 
 __device__ __forceinline__ void find(const Args& a, Tiles& u) {
-#if PAIRS == 3
-  u32 low = 0, high = a.num_experts - 1;
-  while (low < high) {
-    const u32 middle = (low + high) / 2;
-    if (u.ends[middle] > u.block)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  u.expert = low, u.is_new = true;
-  u.first = a.expert[low] + (u.block - (low ? u.ends[low - 1] : 0)) * MAX_TOKENS;
-  const u32 more = a.expert[low + 1] - u.first;
-  u.num_rows = more < MAX_TOKENS ? more : MAX_TOKENS;
-#elif PAIRS == 1
+#if PAIRS == 1
   u.tile = u.all % a.tiles_each, u.expert = u.all < a.num_tiles ? a.expert[u.all / a.tiles_each] : 0;
 #else
   u.tile = u.all, u.expert = 0;
@@ -155,35 +131,19 @@ __device__ __forceinline__ void find(const Args& a, Tiles& u) {
 }
 
 __device__ __forceinline__ bool is_over(const Args& a, const Tiles& u) {
-#if PAIRS == 3
-  return u.left == 0;
-#else
   return u.all >= a.num_tiles;
-#endif
 }
 
-__device__ __forceinline__ Tiles first_tile(const Args& a, const u32* ends) {
+__device__ __forceinline__ Tiles first_tile(const Args& a) {
   Tiles u = {};
-#if PAIRS == 3
-  const u32 all = ends[a.num_experts - 1] * a.tiles_each;
-  const u32 from = (u64)all * blockIdx.x / gridDim.x, to = (u64)all * (blockIdx.x + 1) / gridDim.x;
-  u.ends = ends, u.left = to - from, u.block = from / a.tiles_each, u.tile = from % a.tiles_each;
-  if (u.left) find(a, u);
-#else
   u.all = blockIdx.x;
   find(a, u);
-#endif
   return u;
 }
 
 __device__ __forceinline__ void advance(const Args& a, Tiles& u) {
-#if PAIRS == 3
-  u.left--, u.is_new = false;
-  if (++u.tile == a.tiles_each && u.left) u.tile = 0, u.block++, find(a, u);
-#else
   u.all += gridDim.x;
   find(a, u);
-#endif
 }
 
 // Copies a part of a tile.
@@ -228,12 +188,11 @@ __device__ __forceinline__ void copy_part(const Args& a, u32 tile, u32 expert, u
 
 // Copies all tiles of this program, by one thread. `ring` and `slots` are the places of codes and
 // scales.
-__device__ __forceinline__ void produce(const Args& a, u32 ring, u8* slots, u32 barriers,
-                                        const u32* ends) {
+__device__ __forceinline__ void produce(const Args& a, u32 ring, u8* slots, u32 barriers) {
   Ring stage, slot;
   stage.parity = slot.parity = 1;  // a first pass finds every place empty
-  if (PAIRS == 1 || PAIRS == 2) wait_for_earlier_kernels();  // that choose the experts
-  for (Tiles u = first_tile(a, ends); !is_over(a, u); advance(a, u))
+  if (PAIRS) wait_for_earlier_kernels();  // that choose the experts
+  for (Tiles u = first_tile(a); !is_over(a, u); advance(a, u))
     for (u32 part = 0; part < PARTS; part++)
       copy_part(a, u.tile, PAIRS == 2 ? a.expert[part] : u.expert, ring, slots, barriers, stage, slot);
 }
@@ -377,21 +336,15 @@ __device__ __forceinline__ void store_row(const X& to, const Four (&x)[MINE],
 #endif
 }
 
-// The row of x of a place of the sorted pairs.
-__device__ __forceinline__ u32 row_of_x(const Args& a, u32 place) {
-  return PAIRS != 3 || X_BY == 2 ? place : X_BY == 1 ? a.pair[place] : a.pair[place] / TOP_K;
-}
-
 // Loads rows of x from `first` on.
-__device__ __forceinline__ void load_rows(const Args& a, Four (&x)[AT_ONCE][MINE], u32 place,
-                                          u32 first, u32 num_rows) {
+__device__ __forceinline__ void load_rows(const Args& a, Four (&x)[AT_ONCE][MINE], u32 first) {
 #pragma unroll
   for (int r = 0; r < AT_ONCE; r++) {
-    const u64 at = first + r < num_rows ? row_of_x(a, place + first + r) * a.x_stride : 0;
+    const u64 at = first + r < a.num_rows ? (first + r) * a.x_stride : 0;
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
       const u32 piece = threadIdx.x + i * WORKERS;
-      const bool is_real = piece < X_PIECES && first + r < num_rows;
+      const bool is_real = piece < X_PIECES && first + r < a.num_rows;
       x[r][i] = is_real ? load_four(a.x + at + piece * 8) : Four{0, 0, 0, 0};
     }
   }
@@ -399,8 +352,7 @@ __device__ __forceinline__ void load_rows(const Args& a, Four (&x)[AT_ONCE][MINE
 
 // Reads rows of x, when the kernel that makes it has ended. With NORM x is multiplied by the norm's
 // weight here, and `squares` [WARPS, rows] has the sums of squares.
-__device__ __forceinline__ void read_x(const Args& a, const X& to, float* squares, u32 place,
-                                       u32 num_rows) {
+__device__ __forceinline__ void read_x(const Args& a, const X& to, float* squares) {
   Four weight[NORM ? MINE : 1];
 #if NORM
 #pragma unroll
@@ -411,18 +363,18 @@ __device__ __forceinline__ void read_x(const Args& a, const X& to, float* square
 #endif
   wait_for_earlier_kernels();
   Four x[2][AT_ONCE][MINE];  // those that are stored, and the next ones
-  load_rows(a, x[0], place, 0, num_rows);
+  load_rows(a, x[0], 0);
 #if SINGLE
   store_row(to, x[0][0], weight, 0, squares);
 #else
-  for (u32 first = 0; first < num_rows; first += 2 * AT_ONCE)
+  for (u32 first = 0; first < a.num_rows; first += 2 * AT_ONCE)
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       const u32 now = first + k * AT_ONCE;
-      load_rows(a, x[1 - k], place, now + AT_ONCE, num_rows);
+      load_rows(a, x[1 - k], now + AT_ONCE);
 #pragma unroll
       for (int r = 0; r < AT_ONCE; r++)
-        if (now + r < num_rows) store_row(to, x[k][r], weight, now + r, squares);
+        if (now + r < a.num_rows) store_row(to, x[k][r], weight, now + r, squares);
     }
 #endif
   meet();
@@ -451,8 +403,8 @@ __device__ __forceinline__ float sum_of(const float* sums, u32 row, u32 token) {
 }
 
 __device__ __forceinline__ void finish(const Args& a, const float* sums, const float* squares,
-                                       const Out& o, float residual, u64 out_row, float by) {
-  float factor = by;
+                                       const Out& o, float residual, u64 out_row) {
+  float factor = 1;
 #if NORM
   float square = 0;
 #pragma unroll
@@ -537,38 +489,18 @@ __device__ __forceinline__ void add_chunk(float (&total)[TILES][4], const Four (
   }
 }
 
-#if PAIRS == 3
-// Sets `ends`: how many blocks of rows each expert has, and those before it.
-__device__ __forceinline__ void count_blocks(const Args& a, u32* ends, int warp, int lane) {
-  wait_for_earlier_kernels();
-  u32 sum = 0;
-  if (threadIdx.x < a.num_experts)
-    sum = (a.expert[threadIdx.x + 1] - a.expert[threadIdx.x] + MAX_TOKENS - 1) / MAX_TOKENS;
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) {
-    const u32 before = __shfl_up_sync(0xffffffff, sum, i);
-    if (lane >= i) sum += before;
-  }
-  if (lane == 31) ends[MOST_EXPERTS + warp] = sum;
-  __syncthreads();
-  for (int i = 0; i < warp; i++) sum += ends[MOST_EXPERTS + i];
-  if (threadIdx.x < a.num_experts) ends[threadIdx.x] = sum;
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(WORKERS + 32, MIN_PROGRAMS) packed_stream(
     const __grid_constant__ Args a) {
   extern __shared__ u8 unaligned[];
   u8* const shared = unaligned + (-shared_address(unaligned) & 1023u);
-  // the ring | scales | barriers | sums of two tiles | squares | ends | columns of chunks | digits of x
+  // the ring | scales | barriers | sums of two tiles | squares | columns of chunks | digits of x
   u8* const slots = shared + STAGES * STAGE_BYTES;
   u8* const after = slots + SLOTS * SLOT_BYTES;
   float4* const parts = reinterpret_cast<float4*>(after + BARRIER_BYTES);
   float* const squares = reinterpret_cast<float*>(parts + 2 * TILES * WORKERS);
   X x_at;
-  u32* const ends = reinterpret_cast<u32*>(squares + WARPS * MAX_TOKENS);
-  x_at.columns = reinterpret_cast<Column*>(ends + (PAIRS == 3 ? MOST_EXPERTS + 16 : 0));
-  x_at.each = PAIRS == 3 ? MAX_TOKENS : PAIRS ? 2 : (a.num_rows * DIGITS + 1) / 2 * 2;
+  x_at.columns = reinterpret_cast<Column*>(squares + WARPS * MAX_TOKENS);
+  x_at.each = PAIRS ? 2 : (a.num_rows * DIGITS + 1) / 2 * 2;
   // a thread without a column reads behind those of its chunk
   x_at.digits = reinterpret_cast<u8*>(
       x_at.columns + (PAIRS == 2 ? TOP_K : 1) * NUM_CHUNKS * x_at.each + 8);
@@ -585,25 +517,17 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, MIN_PROGRAMS) packed_
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
-#if PAIRS == 3
-  count_blocks(a, ends, warp, lane);
-#endif
   __syncthreads();
   if (warp == WARPS) {
-    if (lane == 0) produce(a, shared_address(shared), slots, full, ends);
+    if (lane == 0) produce(a, shared_address(shared), slots, full);
     return;
   }
 
-  if (PAIRS != 3) read_x(a, x_at, squares, 0, a.num_rows);
+  read_x(a, x_at, squares);
+  const u32 num_tokens = PAIRS ? 1 : a.num_rows, num_columns = num_tokens * DIGITS;
   Ring stage, slot;
   u32 count = 0;
-  for (Tiles u = first_tile(a, ends); !is_over(a, u); advance(a, u), count++) {
-    u32 num_tokens = PAIRS ? 1 : a.num_rows;
-#if PAIRS == 3
-    num_tokens = u.num_rows;
-    if (u.is_new) read_x(a, x_at, squares, u.first, num_tokens);
-#endif
-    const u32 num_columns = num_tokens * DIGITS;
+  for (Tiles u = first_tile(a); !is_over(a, u); advance(a, u), count++) {
     const u32 idx = (threadIdx.x - count % WARPS * 32) % WORKERS;  // the warps take turns
     float residual = 0;
     if (a.residual && idx < OUTS * num_tokens) {
@@ -669,18 +593,13 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, MIN_PROGRAMS) packed_
       sums[(warp * TILES + n) * 32 + lane] =
           make_float4(total[n][0], total[n][1], total[n][2], total[n][3]);
     meet();
-    for (u32 i = idx; i < OUTS * num_tokens; i += WORKERS) {
-      const Out o = out_of(u.tile, i);
+    if (idx < OUTS * num_tokens) {  // at most one for each thread
+      const Out o = out_of(u.tile, idx);
       u64 out_row = o.token;
-      float by = 1;
 #if PAIRS == 1
       out_row += u.all / a.tiles_each;
-#elif PAIRS == 3
-      const u32 pair = a.pair[u.first + o.token];
-      out_row = OUT_BY == 2 ? u.first + o.token : pair;
-      if (a.factor) by = a.factor[pair];
 #endif
-      finish(a, reinterpret_cast<const float*>(sums), squares, o, residual, out_row, by);
+      finish(a, reinterpret_cast<const float*>(sums), squares, o, residual, out_row);
     }
   }
 }

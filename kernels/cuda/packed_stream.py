@@ -1,7 +1,7 @@
 """Products of few rows in bf16 with packed weights that stream through shared memory, by
-packed_stream.cu: of a weight, of a token's experts, or of all experts with their tokens.
+packed_stream.cu: of a weight, or of the experts of one token.
 
-Shapes: T tokens | D depth | O weight rows | K experts of a token | P pairs | E experts
+Shapes: T tokens | D depth | O weight rows | K experts of a token | P 1 or K rows of x
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from nanovllm.kernels.cuda import nvrtc, packed_linear, tensor_map
 from nanovllm.kernels.cuda.nvrtc import Function, Launch
 from nanovllm.kernels.cuda.packed_linear import DEEP, LARGE, ONE_GROUP, SCALES, aligned
 from nanovllm.kernels.triton.common import launch_options, num_multiprocessors
-from nanovllm.kernels.triton.moe_sort import Groups
 from nanovllm.kernels.triton.packed_codes import Codes
 
 # Up to so many rows of x the kernel is the fastest: for most weights, and for large ones
@@ -26,9 +25,6 @@ MOST_ROWS = 4
 ROWS = (1, 4, 8, 16)
 MAX_ROWS = ROWS[-1]
 MAX_DIGIT_ROWS = 4  # with integers: two columns of the matrix units' eight for each row
-MOST_PAIRS_EACH = 20.0  # of an expert, as a mean; predicted, not measured (docs/log.md)
-GROUPED_ROWS = (8, 16, 32)  # of an expert that are multiplied together
-MAX_EXPERTS = 256
 # Half of a multiprocessor's, so that a program of the next kernel fits beside one of this.
 HALF_SHARED_BYTES = 112 << 10
 MAX_SHARED_BYTES = 226 << 10
@@ -37,14 +33,13 @@ MIN_EXPERT_BYTES = 384  # of a row of an expert
 WARPS, SEGMENT, LINE = 8, 512, 128  # as in packed_stream.cu
 STAGE_BYTES = 16 * SEGMENT
 MIN_STAGES, MAX_STAGES = 4, 12
-# Args in packed_stream.cu: a map, ten pointers, a stride, five sizes, eps; aligned to 64 bytes
-_ARGUMENTS = struct.Struct(f"{tensor_map.NUM_BYTES}s10PQ5If16x")
+# Args in packed_stream.cu: a map, nine pointers, a stride, four sizes, eps; aligned to 64 bytes
+_ARGUMENTS = struct.Struct(f"{tensor_map.NUM_BYTES}s9PQ4If28x")
 
 
 class Form(NamedTuple):
     """What is multiplied. pairs: 0 a product, 1 a product for each of a token's experts, 2 the sum
-    over them, 3 the products of all experts. num_rows: of x in a program. halves: x is in fp16,
-    else two bytes make a number."""
+    over them. num_rows: of x. halves: x is in fp16, else two bytes make a number."""
 
     pairs: int
     num_rows: int
@@ -53,7 +48,7 @@ class Form(NamedTuple):
     @property
     def num_tiles(self) -> int:
         """Of eight rows that are multiplied together."""
-        return 1 if self.pairs in (1, 2) else max(1, -(-self.num_rows * self.num_digits // 8))
+        return 1 if self.pairs else max(1, -(-self.num_rows * self.num_digits // 8))
 
     @property
     def num_digits(self) -> int:
@@ -62,8 +57,8 @@ class Form(NamedTuple):
     def x_bytes(self, codes: Codes) -> int:
         """x in shared memory, and what the sums of its chunks are multiplied by."""
         depth, parts = depth_of(codes), self.num_rows if self.pairs == 2 else 1
-        each = {0: -(-self.num_rows * self.num_digits // 2) * 2, 3: 8 * self.num_tiles}
-        columns = parts * depth // _chunk(codes) * each.get(self.pairs, 2)
+        each = 2 if self.pairs else -(-self.num_rows * self.num_digits // 2) * 2
+        columns = parts * depth // _chunk(codes) * each
         digits = self.num_rows * self.num_digits * (depth * 2 // self.num_digits + 16)
         return digits + (columns + 8) * 8
 
@@ -77,7 +72,7 @@ class Rings(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """Tensors and sizes of a launch. expert: of a token, or where experts begin."""
+    """Tensors and sizes of a launch."""
 
     x: Tensor
     codes: Codes
@@ -87,12 +82,9 @@ class _Operands(NamedTuple):
     residual: Tensor | None = None
     expert: Tensor | None = None
     factor: Tensor | None = None
-    pair: Tensor | None = None
     eps: float = 0.0
     silu_mul: bool = False
     top_k: int = 1
-    x_by: int = 0
-    out_by: int = 0
 
 
 def takes(x_TD: Tensor, codes: Codes) -> bool:
@@ -121,18 +113,6 @@ def fits_experts(x_TD: Tensor, num_rows: int, codes: Codes) -> bool:
     """The same for the experts of one token, which have so many rows of the dtype of x."""
     form = Form(1 if num_rows == 1 else 2, num_rows, codes.is_fp8)
     return codes.code.dim() == 3 and _fits(x_TD, form, codes, MIN_EXPERT_BYTES)
-
-
-def fits_groups(x_PD: Tensor, codes: Codes, groups: Groups) -> bool:
-    """True if the kernel can multiply all experts with the rows of their pairs."""
-    form = Form(3, rows_of_block(groups.pairs_each), True)
-    is_stack = codes.code.dim() == 3 and len(codes.code) <= MAX_EXPERTS
-    return is_stack and _fits(x_PD, form, codes, MIN_EXPERT_BYTES)
-
-
-def takes_groups(x_PD: Tensor, codes: Codes, groups: Groups) -> bool:
-    """True where the kernel fits and is the faster one."""
-    return groups.pairs_each <= MOST_PAIRS_EACH and fits_groups(x_PD, codes, groups)
 
 
 def _fits(x_TD: Tensor, form: Form, codes: Codes, row_bytes: int) -> bool:
@@ -164,11 +144,6 @@ def form_of(num_rows: int, codes: Codes) -> Form:
     return Form(0, rows, codes.is_fp8 or rows > MAX_DIGIT_ROWS)
 
 
-def rows_of_block(pairs_each: float) -> int:
-    """So many rows of an expert are multiplied together: few experts have more pairs."""
-    return next((rows for rows in GROUPED_ROWS if 1.6 * pairs_each <= rows), GROUPED_ROWS[-1])
-
-
 def depth_of(codes: Codes) -> int:
     return codes.code.shape[-1] * 8 // codes.bits
 
@@ -185,9 +160,9 @@ def rings(form: Form, codes: Codes) -> Rings:
     slot = ((half + 30) // 16 * 16 if is_shifted else half) * (2 if codes.offset is None else 4)
     slot += 16 * is_shifted
     steps = -(-codes.code.shape[-1] // SEGMENT)
-    # sums of two tiles, squares, experts' blocks, x, and up to 1,024 bytes for the alignment
+    # sums of two tiles, squares, x, and up to 1,024 bytes for the alignment
     sums = form.num_tiles * (2 * WARPS * 32 * 16 + WARPS * 8 * 4)
-    others = sums + (MAX_EXPERTS + 16) * 4 * (form.pairs == 3) + form.x_bytes(codes) + 1024
+    others = sums + form.x_bytes(codes) + 1024
 
     def used(num_stages: int) -> tuple[int, int]:
         num_slots = 2 + (num_stages - 1) // steps
@@ -246,28 +221,6 @@ def packed_stream_experts(
     return out
 
 
-def packed_stream_groups(
-    x_PD: Tensor,
-    codes: Codes,
-    groups: Groups,
-    top_k: int,
-    factor_TK: Tensor | None = None,
-    *,
-    x_by: int,
-    out_by: int,
-    silu_mul: bool = False,
-) -> Tensor:
-    """x · weightᵀ for the rows of every expert: see `grouped_gemm.grouped_gemm`. `fits_groups` is
-    true."""
-    out_PO = _empty(x_PD, len(groups.pair_P), codes, silu_mul)
-    operands = _Operands(
-        aligned(x_PD), codes, out_PO, expert=groups.start_E1, factor=factor_TK,
-        pair=groups.pair_P, silu_mul=silu_mul, top_k=top_k, x_by=x_by, out_by=out_by,
-    )  # fmt: skip
-    _launch(Form(3, rows_of_block(groups.pairs_each), True), operands)
-    return out_PO
-
-
 def _empty(x: Tensor, num_rows: int, codes: Codes, silu_mul: bool) -> Tensor:
     num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
     return torch.empty((num_rows, num_outs), dtype=x.dtype, device=x.device)
@@ -275,9 +228,7 @@ def _empty(x: Tensor, num_rows: int, codes: Codes, silu_mul: bool) -> Tensor:
 
 def _launch(form: Form, operands: _Operands) -> None:
     codes, device = operands.codes, operands.x.device
-    num_programs = num_multiprocessors(device)
-    if form.pairs != 3:  # how many tiles those have only the GPU knows
-        num_programs = min(num_tiles(form, operands), num_programs)
+    num_programs = min(num_tiles(form, operands), num_multiprocessors(device))
     shared_bytes, overlaps = rings(form, codes).shared_bytes, launch_options(device)["PDL"]
     how = Launch((num_programs, 1, 1), WARPS * 32 + 32, shared_bytes, overlaps)
 
@@ -294,12 +245,11 @@ def num_tiles(form: Form, operands: _Operands) -> int:
 
 def arguments(form: Form, operands: _Operands, code_map: bytes) -> bytes:
     """The kernel's argument."""
-    x, codes, out, norm, bias, residual, expert, factor, pair = operands[:9]
-    every = x, codes.scale, codes.offset, norm, bias, residual, expert, factor, out, pair
+    x, codes, out, norm, bias, residual, expert, factor = operands[:8]
+    every = x, codes.scale, codes.offset, norm, bias, residual, expert, factor, out
     return _ARGUMENTS.pack(
         code_map, *(0 if one is None else one.data_ptr() for one in every), x.stride(0), len(x),
-        out.shape[1], num_tiles(form, operands), codes.num_rows // 16, len(codes.code),
-        operands.eps,
+        out.shape[1], num_tiles(form, operands), codes.num_rows // 16, operands.eps,
     )  # fmt: skip
 
 
@@ -327,8 +277,6 @@ def function_of(form: Form, operands: _Operands) -> Function:
         "NORM": operands.norm is not None,
         "PAIRS": form.pairs,
         "TOP_K": operands.top_k,
-        "X_BY": operands.x_by,
-        "OUT_BY": operands.out_by,
         "PDL": launch_options(operands.x.device)["PDL"],
     }
     return Function("packed_stream", nvrtc.constants(values))

@@ -324,12 +324,6 @@ def run_experts(
             adds_pairs=True,
         )
     groups = sort_pairs(expert_TK, num_here, local_X)
-    if clamp is NO_CLAMP and all(
-        packed_stream.takes_groups(x_TD, one, groups) for one in (gate_up, down)
-    ):
-        return _stream_groups(
-            x_TD, weight_TK, expert_TK, (gate_up, down), groups, residual_TD, local_X
-        )
     by_token, by_pair, by_place = BY_TOKEN.value, BY_PAIR.value, BY_PLACE.value
     inner_PF = packed_grouped(
         x_TD, gate_up, groups, top_k, x_by=by_token, out_by=by_place, bias_EO=gate_up_bias_EG,
@@ -339,26 +333,6 @@ def run_experts(
         inner_PF, down, groups, top_k, weight_TK, x_by=by_place, out_by=by_pair,
         bias_EO=down_bias_ED,
     )  # fmt: skip
-    return combine(y_PD, expert_TK, residual_TD, local_X)
-
-
-def _stream_groups(
-    x_TD: Tensor,
-    weight_TK: Tensor,
-    expert_TK: Tensor,
-    matrices: tuple[Codes, Codes],
-    groups: Groups,
-    residual_TD: Tensor | None,
-    local_X: Tensor | None,
-) -> Tensor:
-    """The same by packed_stream.cu."""
-    top_k, (gate_up, down) = expert_TK.shape[1], matrices
-    inner_PF = packed_stream.packed_stream_groups(
-        x_TD, gate_up, groups, top_k, x_by=BY_TOKEN.value, out_by=BY_PLACE.value, silu_mul=True
-    )
-    y_PD = packed_stream.packed_stream_groups(
-        inner_PF, down, groups, top_k, weight_TK, x_by=BY_PLACE.value, out_by=BY_PAIR.value
-    )
     return combine(y_PD, expert_TK, residual_TD, local_X)
 
 

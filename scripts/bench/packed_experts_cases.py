@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.cuda import packed_stream
 from nanovllm.kernels.triton import packed_experts
 from nanovllm.kernels.triton.experts import experts as plain_experts
 from nanovllm.kernels.triton.packed_codes import Codes
@@ -25,8 +23,7 @@ LAYERS = 4
 
 
 def bench_experts(kind: str, rows: Sequence[int], bandwidth: float) -> dict[str, Any]:
-    """Microseconds of all experts of a layer for each number of rows, streamed and by the other
-    kernels."""
+    """Microseconds of all experts of a layer for each number of rows."""
     layers = [
         (
             random_codes(kind, 2 * SIZE, HIDDEN, (EXPERTS,)),
@@ -44,11 +41,11 @@ def bench_experts(kind: str, rows: Sequence[int], bandwidth: float) -> dict[str,
         row = _timed(layers, plain, x, weight, expert)
         share = len(expert.unique()) / EXPERTS
         limit = share * sum(map(num_bytes, layers[0])) / bandwidth * 1e6
-        slower = "  SLOWER THAN BF16" if min(row["us"], row["others"]) > row["bf16"] else ""
+        slower = "  SLOWER THAN BF16" if row["us"] > row["bf16"] else ""
         print(
             f"experts 30b {kind:4} rows {num_rows:3}: {row['us']:7.2f} µs, "
-            f"others {row['others']:7.2f}, bf16 {row['bf16']:7.2f}, "
-            f"bytes {limit:6.2f} ({limit / row['us']:4.0%}) error {row['error']:.1e}{slower}",
+            f"bf16 {row['bf16']:7.2f}, bytes {limit:6.2f} ({limit / row['us']:4.0%}) "
+            f"error {row['error']:.1e}{slower}",
             flush=True,
         )
         found["rows"][num_rows] = row
@@ -72,21 +69,7 @@ def _timed(
 
     calls = [(i % LAYERS,) for i in range(28)]
     exact = run_plain(0).float()
-    row: dict[str, Any] = {"bf16": time_launches(run_plain, calls)}
-    with _limits(packed_stream.MOST_ROWS, 1e9):
-        row["error"] = float((run(0).float() - exact).norm() / exact.norm())
-        row["us"] = time_launches(run, calls)
-    with _limits(0, 0.0):
-        row["others"] = time_launches(run, calls)
+    error = float((run(0).float() - exact).norm() / exact.norm())
+    row: dict[str, Any] = {"error": error, "us": time_launches(run, calls)}
+    row["bf16"] = time_launches(run_plain, calls)
     return row
-
-
-@contextmanager
-def _limits(rows: int, pairs_each: float) -> Iterator[None]:
-    """Up to so many rows, and pairs of an expert, packed_stream.cu takes."""
-    own = packed_stream.MOST_ROWS, packed_stream.MOST_PAIRS_EACH
-    packed_stream.MOST_ROWS, packed_stream.MOST_PAIRS_EACH = rows, pairs_each
-    try:
-        yield
-    finally:
-        packed_stream.MOST_ROWS, packed_stream.MOST_PAIRS_EACH = own

@@ -55,7 +55,6 @@ DEVICE = {ProfilerActivity.CUDA}
 
 def main() -> None:
     args = arguments()
-    packed_stream.MOST_PAIRS_EACH = args.stream_pairs
     if args.no_stream:
         packed_stream.is_supported = lambda device: False  # type: ignore[assignment]
     report: dict[str, Any] = {"versions": versions()}
@@ -201,8 +200,6 @@ def arguments() -> argparse.Namespace:
     add("--layers", type=int, help="in place of the models' own choice here")
     add("--overrides", default="{}", help="fields of config.json, as JSON")
     add("--no-stream", action="store_true", help="without packed_stream.cu, for a comparison")
-    add("--stream-pairs", type=float, default=packed_stream.MOST_PAIRS_EACH,
-        help="up to how many pairs of an expert packed_stream.cu takes")  # fmt: skip
     add("--prefer-shared", action="store_true", help="all kernels leave the L1 little memory")
     add("--device", default="auto")
     add("--seconds", type=float, default=240.0, help="no engine starts later than that")

@@ -66,15 +66,6 @@ static float __shfl_xor_sync(unsigned, float v, int mask) {
   return r;
 }
 
-static unsigned __shfl_up_sync(unsigned, unsigned v, int by) {
-  memcpy(&own->exchanged[warp()][lane()], &v, 4);
-  __syncwarp();
-  unsigned r;
-  memcpy(&r, &own->exchanged[warp()][lane() >= by ? lane() - by : lane()], 4);
-  __syncwarp();
-  return r;
-}
-
 static float __uint_as_float(unsigned v) { float r; memcpy(&r, &v, 4); return r; }
 static unsigned __float_as_uint(float v) { unsigned r; memcpy(&r, &v, 4); return r; }
 template <class T> static T __ldg(const T* at) { return *at; }

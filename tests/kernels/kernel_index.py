@@ -268,8 +268,7 @@ for _name in ("packed_expert_linear", "fp8_expert_linear"):
 for _name in ("packed_experts", "fp8_experts", "packed_clamped_experts"):
     CHOSEN[_name] = {
         "packed_stream.cu": (
-            "without biases on sm_90 and sm_100, as for products: one token without expert "
-            f"parallelism, and up to {packed_stream.MOST_PAIRS_EACH:g} pairs per expert"
+            "one token on sm_90 and sm_100, as for products, without biases and expert parallelism"
         ),
         **_PACKED_GROUPS,
         "packed_linear.cu": f"else {_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
