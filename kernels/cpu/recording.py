@@ -5,11 +5,7 @@ each: its arguments, its results, the call. All of it is equal in each run of a 
 inputs. So one run is recorded: kernels and copies are noted and not run, and their memory is kept.
 
 A step is recorded only if it consists of these: our kernels, new and viewed tensors, copies, and
-<<<<<<< HEAD
 products and look-ups of torch. Others, such as those that read numbers on the host, run as before.
-=======
-products and look-ups of torch's. Others run as before, such as those that read numbers on the host.
->>>>>>> w-cpu
 Addresses change when memory is freed for sleep (`recorded.moved`); the step is then recorded again.
 """
 
@@ -75,6 +71,11 @@ class _Recorder(TorchDispatchMode):
         self.parts: list[Callable[[], object]] = []
         self._calls: list[tuple[Any, bytes]] = []
         self._num_bytes = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would import Dynamo for this class, which takes a second of a warm start."""
+        return False
 
     def note_call(self, function: Any, arguments: bytes) -> int:
         self._calls.append((function, arguments))

@@ -35,7 +35,7 @@ PACKED_EXPERT_OPS = (  # the same
 LATENT_OPS = ("head_linear", "latent_attention", "latent_inputs", "latent_span_attention")
 # Ops that go through the tokens of rows one by one, or in chunks.
 DELTA_OPS = ("causal_conv", "gated_delta", "gated_delta_step")
-LORA_OPS = ("add_lora", "add_lora_", "add_lora_silu", "lora_linear")
+LORA_OPS = ("adapter_tiles", "add_lora", "add_lora_", "add_lora_silu", "lora_linear")
 # Ops of a step with our kernels on CPU and CUDA, or whose reference a lowering makes no faster.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "draft_inputs", "expert_linear",

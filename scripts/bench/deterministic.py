@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.tools import command_line
 from nanovllm.tools.shapes import CONFIGS
 
 MAX_LEN = 1024
@@ -109,4 +110,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

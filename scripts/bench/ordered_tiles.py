@@ -32,6 +32,7 @@ from nanovllm.kernels.triton.ordered_gemm import (
     ordered_tile,
     takes_norm,
 )
+from nanovllm.tools import command_line
 from scripts.bench.gpu_timing import time_launches
 from scripts.bench.linear_cases import DTYPE, Case
 from scripts.bench.linear_tiles import SHAPES
@@ -147,4 +148,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

@@ -25,6 +25,7 @@ from nanovllm.kernels.triton.gated_gemm import GatedTile, gated_gemm
 from nanovllm.kernels.triton.skinny_gemm import skinny_gemm
 from nanovllm.kernels.triton.skinny_tiles import SkinnyTile
 from nanovllm.kernels.triton.split_k_gemm import SplitKTile, split_k_gemm
+from nanovllm.tools import command_line
 
 Product = Callable[[Tensor, Tensor], Tensor]
 ROWS = (1, 2, 8, 16, 17, 64, 128, 256, 1000, 4096)
@@ -123,4 +124,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))
