@@ -118,8 +118,7 @@ class _Recorder(TorchDispatchMode):
             self.note(lambda: copy.copy_(args[0]))
             return copy
         if name in _LIBRARY:
-            shape = func(*(_meta(one) for one in args), **kwargs)
-            out = self.keep(torch.empty(shape.shape, dtype=shape.dtype))
+            out = self.keep(_result_of(name, [one for one in args if isinstance(one, Tensor)]))
             self.note(lambda: out.copy_(func(*args, **kwargs)))
             return out
         if name in _WRITES:
@@ -129,8 +128,13 @@ class _Recorder(TorchDispatchMode):
         raise Unrecordable(f"{func} is not a kernel of ours")
 
 
-def _meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value
+def _result_of(name: str, args: list[Tensor]) -> Tensor:
+    """Memory for the result of one of _LIBRARY. (On meta tensors torch would import SymPy.)"""
+    if name == "embedding":
+        weight_VD, index = args
+        return weight_VD.new_empty((*index.shape, weight_VD.shape[1]))
+    *_, x_TD, weight_DO = args
+    return x_TD.new_empty((x_TD.shape[0], weight_DO.shape[1]))
 
 
 @contextmanager
