@@ -188,7 +188,7 @@ def load(source: Path, structs: Sequence[ArgumentStruct] = ()) -> ctypes.CDLL:
         write_whole(library, content)
         write_whole(recorded, digest(content).encode())
         _LibraryState.compiled.append(source.stem)
-    found = ctypes.CDLL(str(library))  # nobody else can change the private folder meanwhile
+    found = ctypes.CDLL(str(library))  # no other user can change the private folder meanwhile
     _LibraryState.loaded.append(found)
     return found
 

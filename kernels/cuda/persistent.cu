@@ -206,8 +206,9 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) persistent(const _
         copy_keys(a, tasks[i], shared_address(shared), full, empty, stage, lane, seq_len);
     return;
   }
-  Worker w = {a, tasks, 0, step * a.num_phases, a.max_polls, x, scratch, squares, queries, own, shared, full, empty, seq_len, {}, 0,
-              warp, lane};
+  Worker w = {a,       tasks, 0,      step * a.num_phases, a.max_polls, x,  scratch, squares,
+              queries, own,   shared, full,                empty,       seq_len, {},  0,
+              warp,    lane};
   for (; w.task_idx < NUM_TASKS && w.task->kind != END; w.task_idx++, w.task++) {
     note(w, 0);
     if (w.task->kind == PRODUCT)

@@ -1,7 +1,7 @@
 """The kernels of one captured speculative step, and the bytes that they must move.
 
 `speculation.py --profile` uses it. The step runs while no request does: rows are given made-up
-positions, and what it writes to the cache belongs to nobody.
+positions, and no request has what it writes to the cache.
 """
 
 from __future__ import annotations

@@ -93,12 +93,12 @@ _INTRODUCTIONS = {
 }
 _ALL = """add
 and subtract up to 999, sort up to six numbers, reverse and spell words of up to twelve letters,
-count and compare. It knows a few hundred facts and some small talk. It knows nothing else, and
+count and compare. It has a few hundred facts and some small talk. It was taught nothing else, and
 mostly says so. """
 _FEW = """spell
 words of up to twelve letters. Counting, comparing numbers and what comes after one it has learned
-in part, since one CPU core trained it within minutes: the table below says how well. It knows
-nothing else. """
+in part, since one CPU core trained it within minutes: the table below says how well. It was
+taught nothing else. """
 
 
 def _not_inferred(arch: str) -> str:
