@@ -28,10 +28,10 @@ def card(folder: Path, run: Run, plan: Plan, loss: float, planned: Sequence[int]
         remarks += f"\n\n**The training is not finished**: {plan.steps:,} steps were planned."
     return f"""# {MODEL_NAME}
 
-The embedded vision model, for tests of images and for trying them out. It was taught five shapes and
-the ten digits in seven colours on a white, grey or black background: what is where, how many there
-are, what is beside what. It was taught a few facts without pictures, sums up to 9 + 9 and some small
-talk, and nothing else.
+The embedded vision model, for tests of images and for trying them out. It was taught five shapes
+and the ten digits in seven colours on a white, grey or black background: what is where, how many
+there are, what is beside what. It was taught a few facts without pictures, sums up to 9 + 9 and
+some small talk, and nothing else.
 
 | | |
 | --- | --- |

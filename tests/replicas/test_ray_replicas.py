@@ -99,6 +99,11 @@ def children(parents: set[int]) -> set[int]:
     return found
 
 
+def raylet(node: Any) -> int:
+    (process,) = node.all_processes["raylet"]
+    return int(process.process.pid)
+
+
 def wait_until(is_true: Callable[[], Any]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not is_true():
@@ -374,13 +379,18 @@ def test_folders_of_this_process_have_full_paths_elsewhere(
 def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
     alone: LLM, two: LLM, two_nodes: Any
 ) -> None:
-    """It ends a node for good, then stops the actor on the other one, which starts again."""
+    """It ends a node for good, then stops the actor on the other one, which starts again. The
+    node's engine is paused before, so that it cannot finish while its node ends."""
     prompts = random_prompts([30] * 8, seed=6)
     expected = tokens(alone, prompts, greedy(450))
     lost = node_ids().index(two_nodes.second.node_id)
+    (paused,) = children(children({raylet(two_nodes.second)}) & relays())
     pieces = two.stream(prompts, greedy(450))
     first = next(pieces)
+    os.kill(paused, signal.SIGSTOP)
     two_nodes.remove_node(two_nodes.second, allow_graceful=False)
+    with suppress(ProcessLookupError):
+        os.kill(paused, signal.SIGCONT)
     started = time.monotonic()
     ids: list[list[int]] = [[] for _ in prompts]
     reasons: list[Any] = [None] * len(prompts)
