@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -267,7 +268,7 @@ def test_a_cluster_that_is_too_small_is_an_error_at_once(folder: Path, two_nodes
         make(folder, data_parallel_size=3, tensor_parallel_size=3)
     with pytest.raises(ValueError, match=r"1 replica needs 1 GPU\(s\), .* have 0, 0"):
         make(folder, device="cuda")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < WAIT_S
     assert len(groups_in_use()) == groups
 
 
@@ -399,11 +400,12 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
         ids[piece.index] += piece.token_ids
         reasons[piece.index] = piece.finish_reason
         if piece.finish_reason == "error":
-            assert f"replica {lost} on node 127.0.0.1 is lost" in piece.error
-            assert time.monotonic() - started < 10
+            ending = rf"replica {lost} on node 127\.0\.0\.1 (is lost|stopped responding)"
+            assert re.match(ending, piece.error)
+            assert time.monotonic() - started < WAIT_S
     assert reasons.count("error") in range(1, 5) and reasons.count("length") >= 4
-    for found, wanted, reason in zip(ids, expected, reasons, strict=True):
-        assert found == (wanted if reason == "length" else wanted[: len(found)])
+    for ours, wanted, reason in zip(ids, expected, reasons, strict=True):
+        assert ours == (wanted if reason == "length" else wanted[: len(ours)])
     assert tokens(two, prompts, greedy(5)) == [one[:5] for one in expected]
     (actor,) = relays()
     (engine,) = children({actor})
@@ -412,7 +414,7 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
     for output in two.generate(prompts, greedy(5), use_tqdm=False):
         assert f"replica {1 - lost} on node" in output.outputs[0].error
         assert "has not responded for 8 s" in output.outputs[0].error
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < WAIT_S
     # both are started again; one of them has no place, and the requests wait for the other
     assert tokens(two, prompts, greedy(5)) == [one[:5] for one in expected]
     wait_until(lambda: actor not in relays() and not Path(f"/proc/{engine}").exists())
