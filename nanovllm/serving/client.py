@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import uuid
-import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,25 +14,23 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.input_processor import InputProcessor, drawn_seed
 from nanovllm.engine.metrics import Metric
 from nanovllm.engine.owner import OwnerProcess
-from nanovllm.engine.request import EngineInfo, EngineRequest
+from nanovllm.engine.request import EngineRequest
 from nanovllm.lora_request import FIELD, LoRARequest, checked
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.output_stream import StreamedAnswer, StreamedOutput
 from nanovllm.outputs import RequestOutput
 from nanovllm.pooling_params import PoolingInfo, PoolingParams
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
-from nanovllm.replicas import child_config, handover, messages
-from nanovllm.replicas.handshake import check_agreement
+from nanovllm.replicas import child_config, messages
 from nanovllm.replicas.load_balancer import choose
-from nanovllm.replicas.messages import Add, End
-from nanovllm.replicas.metric_aggregation import aggregate
+from nanovllm.replicas.messages import Add
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving import admission
 from nanovllm.serving.admission import MAX_QUEUED, Admission, Counts
 from nanovllm.serving.answer import Answer
 from nanovllm.serving.async_engine import Draining, EngineDead, Unavailable
-from nanovllm.serving.connection import Connection
 from nanovllm.serving.encoding import Encoder
+from nanovllm.serving.engine_connections import EngineConnections, Events
 from nanovllm.serving.stream import OpenStream, RequestState
 from nanovllm.tokenizer import Tokenizer
 
@@ -87,13 +84,15 @@ class Client:
         full. More are refused with QueueFull.
         """
         self.config = config
-        self._socks, self._counts, self._index = list(socks), counts, index
-        self._restarts: dict[int, asyncio.Task[None]] = {}  # of engines that are not ready
+        self._counts, self._index = counts, index
         self._max_queued = admission.checked_limit(max_queued)
         self._next_id = 0
         self._feeds: dict[str, RequestState] = {}  # unfinished
         self._answers: dict[int, Open] = {}  # by id
-        self._engines: list[Connection] = []
+        events = Events(
+            self._take_outputs, self._lost_engine, self._restarted_engine, self._ended_parent
+        )
+        self._engines = EngineConnections(socks, events)
         self._failure: EngineDead | None = None
         self._is_draining = self._is_closed = False
         self._owner = OwnerProcess()
@@ -121,13 +120,9 @@ class Client:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        num_engines = max(1, len(self._socks) - 1)
-        for index, sock in enumerate(self._socks[:num_engines]):
-            self._engines.append(await self._connected(index, sock))
-        for parent in self._socks[num_engines:]:
-            self._watch_restarts(parent)
+        await self._engines.open()
         reading = asyncio.to_thread(child_config.tokenizer, self.config)
-        infos, self.tokenizer = await asyncio.gather(self._infos(), reading)
+        infos, self.tokenizer = await asyncio.gather(self._engines.infos(), reading)
         first = infos[0]
         self.max_model_len, self._block_size = first.max_model_len, first.block_size
         self.max_num_seqs = sum(one.max_num_seqs for one in infos)
@@ -142,59 +137,6 @@ class Client:
         num_clients = admission.num_clients_of(self._counts)
         self._encoder = await Encoder.open(self.config, self._intake, first, num_clients)
         self._quota = Admission(self._index, self._counts, self.max_num_seqs + self._max_queued)
-
-    async def _infos(self) -> list[EngineInfo]:
-        infos = await asyncio.gather(*(one.info for one in self._engines))
-        check_agreement(infos, [f"replica {index}" for index in range(len(infos))])
-        return infos
-
-    async def _connected(self, index: int, sock: socket.socket) -> Connection:
-        """The connection to an engine. Its loop, which may run forever, refers to the connection,
-        which therefore holds only a weak reference to this client."""
-        found = weakref.ref(self)
-
-        def take(payload: bytes) -> None:
-            client = found()
-            if client is not None:
-                client._take_outputs(index, payload)
-
-        def lose() -> None:
-            client = found()
-            if client is not None:
-                client._lost(index)
-
-        return await Connection.open(sock, take, lose)
-
-    def _watch_restarts(self, parent: socket.socket) -> None:
-        """Take the sockets of engines that are started again, until their parent's end."""
-        loop, found = asyncio.get_running_loop(), weakref.ref(self)
-
-        def take() -> None:
-            client, given = found(), handover.take(parent)
-            if given is None or client is None:
-                loop.remove_reader(parent)
-            if client is not None and given is not None:
-                client._restart(*given)
-            elif client is not None and not client._is_closed:
-                client._lost_all()
-
-        loop.add_reader(parent, take)
-
-    def _restart(self, index: int, sock: socket.socket) -> None:
-        """An engine has been started again: it takes requests once it is warm."""
-        if (earlier := self._restarts.get(index)) is not None:
-            earlier.cancel()
-        assert self._loop is not None
-        self._restarts[index] = self._loop.create_task(self._begin_again(index, sock))
-
-    async def _begin_again(self, index: int, sock: socket.socket) -> None:
-        engine = await self._connected(index, sock)
-        engine.follow(self._engines[index])
-        self._engines[index] = engine
-        await asyncio.wait([engine.info])
-        if engine.info.exception() is None:  # else the client has failed
-            self._places[index].forget()
-            engine.is_lost = False
 
     async def close(self) -> None:
         """Abort all requests, close the connections and free everything else.
@@ -212,8 +154,7 @@ class Client:
         self._is_closed = True
         loop = self._loop
         if loop is None or loop.is_closed():
-            for sock in self._socks:
-                sock.close()  # no task is waiting
+            self._engines.close_sockets()
         elif loop is _running_loop():
             self._end_tasks()
         else:
@@ -224,13 +165,7 @@ class Client:
         """End everything that tasks wait for. Called in the client's loop."""
         self.abort_all()
         self._starting.cancel()
-        for restart in self._restarts.values():
-            restart.cancel()
-        for parent in self._socks[len(self._engines) :]:
-            asyncio.get_running_loop().remove_reader(parent)
-            parent.close()
-        for engine in self._engines:
-            engine.close()
+        self._engines.close()
         if encoder := self.__dict__.get("_encoder"):
             encoder.cancel()
 
@@ -380,7 +315,7 @@ class Client:
         """The summed metrics of all engines. Raises EngineDead."""
         await self.ready()
         self._check_alive()
-        return aggregate(await asyncio.gather(*(one.metrics() for one in self._engines)))
+        return await self._engines.metrics()
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """Check an adapter and begin to read it, before a request names it. Returns True.
@@ -401,8 +336,7 @@ class Client:
 
     async def _ask_lora(self, name: str, payload: bytes) -> bool:
         self._check_alive()
-        living = [one for one in self._engines if not one.is_lost]
-        replies = await asyncio.gather(*(one.ask_lora(name, payload) for one in living))
+        replies = await self._engines.ask_lora(name, payload)
         if error := next((one.error for one in replies if one.error is not None), None):
             raise InvalidValue(FIELD, error)
         return any(one.found for one in replies)
@@ -494,7 +428,7 @@ class Client:
         digests = []
         if self.config.enable_prefix_caching:
             digests = asked.block_digests(self._block_size)
-        living = [index for index, engine in enumerate(self._engines) if not engine.is_lost]
+        living = self._engines.living()
         if not living:
             raise Unavailable("all replicas are being started again")
         found: dict[int, list[int]] = {}
@@ -510,7 +444,7 @@ class Client:
         for one in ids:
             by_engine.setdefault(self._answers[one].engine, []).append(one)
         for engine, own in by_engine.items():
-            self._engines[engine].send(messages.END, messages.dump(End(own, reason)))
+            self._engines.send_ends(engine, own, reason)
 
     def _take_outputs(self, engine: int, payload: bytes) -> None:
         outputs, answers = messages.load_outputs(payload), self._answers
@@ -547,7 +481,7 @@ class Client:
         if not self._answers:
             self._idle.set()
 
-    def _lost(self, index: int) -> None:
+    def _lost_engine(self, index: int) -> None:
         """Handle the end of the connection to an engine."""
         if self._is_closed:
             return
@@ -559,10 +493,16 @@ class Client:
             self._answers[one].answer.end("error", f"replica {index} has ended: see the log")
             self._finish(one)
 
+    def _restarted_engine(self, index: int) -> None:
+        self._places[index].forget()
+
+    def _ended_parent(self) -> None:
+        if not self._is_closed:
+            self._lost_all()
+
     def _lost_all(self) -> None:
         """No engine is left."""
-        for engine in self._engines:
-            engine.is_lost = True
+        self._engines.lose_all()
         assert self._loop is not None
         error = EngineDead("the engine process has ended")
         self._loop.call_later(self._patience_s, self._fail, error)
@@ -572,8 +512,7 @@ class Client:
         if self._failure is not None:
             return
         self._failure = error if isinstance(error, EngineDead) else EngineDead(str(error))
-        for engine in self._engines:
-            engine.fail(self._failure if engine.info.done() else error)
+        self._engines.fail(error, self._failure)
         for feed in self._feeds.values():
             feed.fail(self._failure)
         self._feeds.clear()
