@@ -124,7 +124,7 @@ def _of_e2m1_pairs(code, scale, IS_PURE: tl.constexpr):
 def times(dtype: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr,
           UPCAST: tl.constexpr):  # fmt: skip
     """What the results of `numbers` are multiplied by to be the real values."""
-    has_pairs: tl.constexpr = FORM == CODE or FORM == E2M1  # noqa: SIM109: a kernel has no `in`
+    has_pairs: tl.constexpr = FORM == CODE or FORM == E2M1  # a kernel has no `in`
     is_fast = has_pairs and BITS == 4 and GROUP != 16 and target_info.is_cuda() and not UPCAST
     return 2.0**20 if is_fast and dtype == tl.bfloat16 else 1.0
 
