@@ -37,6 +37,17 @@ from scripts.bench.gpu_timing import time_launches
 from scripts.bench.linear_cases import DTYPE, Case
 from scripts.bench.linear_tiles import SHAPES
 
+# Tiles of up to 16 rows. Shares of a depth follow from `order.LEAST_PROGRAMS`, for all rows.
+FEW_ROW_TILES = (
+    OrderedTile(16, 64, 128, 4, 4, splits=True, prefetch=True),
+    OrderedTile(16, 64, 128, 4, 4, splits=True, prefetch=True, spreads=True),
+    OrderedTile(16, 64, 128, 4, 4, splits=True, spreads=True),
+    OrderedTile(16, 64, 64, 8, 4, splits=True, prefetch=True, spreads=True),
+    OrderedTile(16, 64, 128, 6, 4, splits=True, prefetch=True, spreads=True),
+    OrderedTile(16, 128, 64, 6, 4, splits=True, prefetch=True, spreads=True),
+    OrderedTile(16, 128, 128, 4, 8, splits=True, prefetch=True, spreads=True),
+)
+
 
 def tiles(num_rows: int, shares: int) -> Iterator[OrderedTile]:
     """Tiles to try, the chosen one left out."""

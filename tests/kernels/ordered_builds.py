@@ -80,5 +80,7 @@ def _products(shared_bytes: int) -> Iterator[Launch]:
             "HAS_RESIDUAL": not silu_mul,
             "UPCAST": False,
         }
-        name = f"ordered product {num_rows}x{num_lines}x{depth}"
-        yield name, ordered.ordered_gemm_kernel, constants, tile.num_warps
+        for spreads in (False, True)[: 1 + (num_rows == 1)]:
+            name = f"ordered product {num_rows}x{num_lines}x{depth}{' spread' * spreads}"
+            it = constants | {"SPREADS": spreads}
+            yield name, ordered.ordered_gemm_kernel, it, tile.num_warps
