@@ -91,7 +91,7 @@ def other_bits(llm: LLM, vocab_size: int, num_rows: int, num_schedules: int) -> 
             for _ in range(num)
         ]
         if rng.random() < 0.3:
-            llm.engine.scheduler.cache.evict()
+            llm.reset_prefix_cache()
         prompts.insert(place, first)
         found = llm.generate(prompts, [*others[:place], params, *others[place:]], use_tqdm=False)[
             place

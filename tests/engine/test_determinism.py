@@ -154,6 +154,17 @@ def test_verified_proposals(make: Callable[..., LLM], expected: Bits) -> None:
     assert found[0] == found[1]
 
 
+def test_proposals_of_a_draft_model(
+    make: Callable[..., LLM], checkpoint: Path, expected: Bits
+) -> None:
+    spec = {"method": "draft_model", "model": str(checkpoint), "num_speculative_tokens": 3}
+    llm = make(speculative_config=spec, tuning={"adapt_draft_length": False})
+    plain, rng = replace(DRAWN, logprobs=None), random.Random(15)
+    assert [among_others(llm, rng, plain) for _ in range(2)] == [(expected[0], ())] * 2
+    assert any(num for length, num in llm.engine.scheduler.counts.steps.items() if length)
+    llm.close()
+
+
 def test_rows_with_a_grammar(make: Callable[..., LLM]) -> None:
     llm, rng = make(), random.Random(10)
     grammar = StructuredOutputsParams(regex="(ab|cd){3,9}")
