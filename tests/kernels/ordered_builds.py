@@ -10,7 +10,7 @@ Launch = tuple[str, Any, dict[str, Any], int]
 TYPES = {
     "part_ptr": "*fp32", "part_max_ptr": "*fp32", "part_sum_ptr": "*fp32", "table_ptr": "*i32",
     "seq_len_ptr": "*i32", "q_start_ptr": "*i32", "arrived_ptr": "*i32", "expert_ptr": "*i32",
-    "scale_ptr": "*fp32",
+    "scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32",
 }  # fmt: skip
 
 

@@ -59,6 +59,26 @@ def test_attention_of_decode_steps_and_of_prompts(
         assert same_bits(first[:-1], prompt[ends[1:-1] - 1]), f"chunks of {chunk}"
 
 
+def test_attention_over_fp8() -> None:
+    """The same with keys and values in fp8, whose scales differ between heads."""
+    k, v, table, lengths = paged_cache([65, 257, 300], 2, 32, 64, torch.float32)
+    scales = torch.tensor([0.5, 2.0], device=device), torch.tensor([1.5, 0.25], device=device)
+    k, v = (reference.rope_store.to_fp8(one.flatten(0, 1).nan_to_num(), scale).view_as(one)
+            for one, scale in zip((k, v), scales, strict=True))  # fmt: skip
+    q_TNH = torch.randn(6, 4, 32, device=device).to(DTYPE)
+    starts = torch.tensor([0, 1, 4, 6], dtype=torch.int32, device=device)
+    rest = (32**-0.5, 0, *scales)
+    prompt = ordered_attention(q_TNH, k, v, table, lengths, starts, 3, *rest)
+    assert_close(prompt, reference.attention.paged_attention(
+        q_TNH.float(), k, v, table, lengths, starts, 3, *rest).to(DTYPE))  # fmt: skip
+    ones = torch.arange(4, dtype=torch.int32, device=device)
+    for workers in (1, 3):
+        step = ordered_attention(
+            q_TNH[[0, 3, 5]], k, v, table, lengths, ones, 1, *rest, launch=OrderedTile(workers, 2)
+        )
+        assert same_bits(step, prompt[[0, 3, 5]]), f"{workers} workers"
+
+
 TILES = {
     8: GemmTile(8, 64, 64, 2, 4), 16: GemmTile(16, 64, 64, 2, 4),
     "split": GemmTile(16, 64, 64, 2, 4, splits=True), 32: GemmTile(32, 128, 64, 2, 4),
