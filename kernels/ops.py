@@ -349,6 +349,7 @@ PRODUCTS: dict[Any, Product] = {
 ordered_linear_int8 = _define_ordered("linear_int8")
 ordered_packed_linear = _define_ordered("packed_linear")
 ordered_fp8_linear = _define_ordered("fp8_linear")
+ordered_ggml_linear = _define_ordered("ggml_linear")
 
 
 adapter_tiles = _define(

@@ -19,8 +19,8 @@ PIECE_KEYS = 128
 ORDERED = frozenset({"ordered_attention", "ordered_experts", "ordered_linear", "ordered_norm"})
 # The same of a CPU alone.
 ORDERED_ON_CPU = frozenset({
-    "adapter_tiles", "ordered_add_lora", "ordered_fp8_linear", "ordered_linear_int8",
-    "ordered_packed_linear", "packed_lookup",
+    "adapter_tiles", "ggml_lookup", "ordered_add_lora", "ordered_fp8_linear",
+    "ordered_ggml_linear", "ordered_linear_int8", "ordered_packed_linear", "packed_lookup",
 })  # fmt: skip
 BY_ROW = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "ngram_propose",

@@ -35,6 +35,7 @@ ORDERED = {
     ops.linear_int8: ops.ordered_linear_int8,
     ops.packed_linear: ops.ordered_packed_linear,
     ops.fp8_linear: ops.ordered_fp8_linear,
+    ops.ggml_linear: ops.ordered_ggml_linear,
     ops.add_lora: ops.ordered_add_lora,
 }
 FusesNorm = Callable[[Tensor, Tensor], bool]

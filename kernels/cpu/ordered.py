@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.kernels.cpu import packed
+from nanovllm.kernels.cpu import ggml, packed
 from nanovllm.kernels.cpu.attention import paged_attention
 from nanovllm.kernels.cpu.experts import experts
 from nanovllm.kernels.cpu.linear import _product, linear_int8
@@ -90,6 +90,20 @@ def ordered_fp8_linear(
     return _of_packed(x_TD, weight, *rest)
 
 
+def ordered_ggml_linear(x_TD: Tensor, block_OB: Tensor, ggml_type: int, *rest: Any) -> Tensor:
+    """`reference.ggml.ggml_linear` by its kernel, which takes any number of rows alike."""
+    if not x_TD.numel():
+        return x_TD.new_empty((x_TD.shape[0], block_OB.shape[0]))
+    if packed.are_exact():
+        raise ValueError(
+            "deterministic=True does not go with NANOVLLM_EXACT_INPUTS=1 for blocks of GGUF files: "
+            "torch multiplies them"
+        )
+    if not ggml.covers(x_TD, block_OB, ggml_type):
+        raise TypeError(f"no product with one order of sums for blocks of type {ggml_type}")
+    return ggml.ggml_linear(x_TD, block_OB, ggml_type, *rest)
+
+
 def _of_packed(
     x_TD: Tensor, weight: packed.Weight, bias_O: Tensor | None, residual_TO: Tensor | None = None
 ) -> Tensor:
@@ -134,6 +148,7 @@ def ordered_add_lora(
 KERNELS: dict[str, Callable[..., object]] = {
     "ordered_add_lora": ordered_add_lora,
     "ordered_fp8_linear": ordered_fp8_linear,
+    "ordered_ggml_linear": ordered_ggml_linear,
     "ordered_linear_int8": ordered_linear_int8,
     "ordered_packed_linear": ordered_packed_linear,
     "ordered_attention": ordered_attention,

@@ -65,6 +65,22 @@ def test_packed_weights(dtype: torch.dtype) -> None:
     assert plain_differs or (packed.are_exact() and dtype is torch.bfloat16)
 
 
+@pytest.mark.parametrize("ggml_type", [6, 7, 10, 11, 13, 14])
+def test_blocks_of_gguf_files(ggml_type: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, x_TD = reference.ggml.TYPES[ggml_type], torch.randn(TOKENS, 2 * 256)
+    size = x_TD.shape[1] // kind.columns * kind.num_bytes
+    block_OB = torch.randint(0, 50, (OUTPUTS, size), dtype=torch.uint8)
+    args = (block_OB, ggml_type, None)
+    monkeypatch.setattr(packed._State, "exact", True)
+    with pytest.raises(ValueError, match="NANOVLLM_EXACT_INPUTS"):
+        ordered.ordered_ggml_linear(x_TD, *args)
+    exact = reference.ggml.ggml_linear(x_TD, *args)
+    monkeypatch.setattr(packed._State, "exact", False)
+    found = ordered.ordered_ggml_linear(x_TD, *args)
+    assert float((found - exact).norm() / exact.norm()) < 0.02
+    assert not differs(lambda x: ordered.ordered_ggml_linear(x, *args), x_TD)
+
+
 def test_adapters_in_other_slots_and_among_others() -> None:
     rank, rows = 6, [16, 32]
     x_TD, y_TO = torch.randn(40, DEPTH), torch.randn(40, 48)
