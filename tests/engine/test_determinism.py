@@ -201,7 +201,10 @@ def test_other_layers(tmp_path: Path, architecture: str, changes: dict[str, Any]
 )
 def test_other_formats(make: Callable[..., LLM], options: dict[str, Any]) -> None:
     """Weights and caches of other formats, whose plain products depend on the number of rows."""
-    llm, rng = make(max_num_batched_tokens=64, **options), random.Random(13)
+    llm = make(
+        max_num_batched_tokens=64, enforce_eager=False, graph_batch_sizes=(1, 5, 16), **options
+    )
+    rng = random.Random(13)
     first = alone(llm)
     assert [among_others(llm, rng) for _ in range(2)] == [first] * 2
     answer = list(first[0])
@@ -218,7 +221,9 @@ def test_adapters(make: Callable[..., LLM], checkpoint: Path, tmp_path: Path) ->
                     checkpoint, seed=seed)))
         for seed in (1, 2, 3)
     ]  # fmt: skip
-    llm, rng, found = make(enable_lora=True, max_loras=2, max_lora_rank=8), random.Random(14), []
+    options = {"enforce_eager": False, "graph_batch_sizes": (1, 4), "max_num_seqs": 4}
+    llm = make(enable_lora=True, max_loras=2, max_lora_rank=8, **options)
+    rng, found = random.Random(14), []
     others = SamplingParams(max_tokens=20, ignore_eos=True)
     for names in ([], [2], [3, 2, 0], [2, 2, 1, 0, 1], [3]):
         prompts = [PROMPT[: rng.choice((3, 50))] + [7] * rng.randrange(40) for _ in names]
