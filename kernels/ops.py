@@ -20,6 +20,7 @@ from nanovllm.kernels import sdpa as sdpa_attention
 
 _library = torch.library.Library("nanovllm", "DEF")
 _registered: dict[tuple[str, str], Callable[..., Any]] = {}
+_defined: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {}
 
 
 def _define(schema: str, meaning: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -27,7 +28,14 @@ def _define(schema: str, meaning: Callable[..., Any], fake: Callable[..., Any]) 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nanovllm::{name}", fake, lib=_library)
+    _defined[name] = schema, meaning, fake
     return getattr(torch.ops.nanovllm, name).default
+
+
+def _define_ordered(name: str) -> Any:
+    """An op like that of this name, whose sums have one order: see `order.py`."""
+    schema, meaning, fake = _defined[name]
+    return _define(f"ordered_{schema}", meaning, fake)
 
 
 rms_norm = _define(
@@ -337,6 +345,12 @@ PRODUCTS: dict[Any, Product] = {
     ggml_linear: Product(2),
 }
 
+# The same in deterministic engines.
+ordered_linear_int8 = _define_ordered("linear_int8")
+ordered_packed_linear = _define_ordered("packed_linear")
+ordered_fp8_linear = _define_ordered("fp8_linear")
+ordered_ggml_linear = _define_ordered("ggml_linear")
+
 
 adapter_tiles = _define(
     "adapter_tiles(Tensor adapter) -> (Tensor, Tensor)",
@@ -354,6 +368,7 @@ add_lora = _define(
     reference.lora.add_lora,
     lambda y, *rest: torch.empty_like(y, memory_format=torch.contiguous_format),
 )
+ordered_add_lora = _define_ordered("add_lora")
 add_lora_ = _define(
     f"add_lora_(Tensor(a!) y, {_ADD_LORA}) -> ()", reference.lora.add_lora_, lambda y, *rest: None
 )

@@ -17,6 +17,11 @@ PIECE_KEYS = 128
 
 # Our ops whose kernels, on a CPU and in Triton, give a row the same bits among any other rows.
 ORDERED = frozenset({"ordered_attention", "ordered_experts", "ordered_linear", "ordered_norm"})
+# The same of a CPU alone.
+ORDERED_ON_CPU = frozenset({
+    "adapter_tiles", "ggml_lookup", "ordered_add_lora", "ordered_fp8_linear",
+    "ordered_ggml_linear", "ordered_linear_int8", "ordered_packed_linear", "packed_lookup",
+})  # fmt: skip
 BY_ROW = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "ngram_propose",
     "qk_norm_rope_store", "rms_norm", "rope", "sample", "sampling_inputs", "silu_mul",

@@ -421,10 +421,7 @@ class EngineConfig:
 
     def _check_determinism(self) -> None:
         unsupported = {
-            "enable_lora=True": self.enable_lora,
             f"attention_backend={self.attention_backend!r}": self.attention_backend != "auto",
-            f"kv_cache_dtype={self.kv_cache_dtype!r}": self.kv_cache_dtype != "auto",
-            f"quantization={self.quantization!r}": self.quantization is not None,
             f"expert_offload={self.expert_offload!r}": self.expert_offload is not None,
             f"tensor_parallel_size={self.tensor_parallel_size}": self.tensor_parallel_size > 1,
             f"task={self.task!r}": self.pools,

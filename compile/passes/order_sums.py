@@ -28,7 +28,16 @@ EXACT = frozenset({
     "where", "__and__", "__or__", "__xor__", "__rshift__", "__lshift__", "fill", "isnan",
 })  # fmt: skip
 
-ORDERED = {ops.paged_attention: ops.ordered_attention, ops.experts: ops.ordered_experts}
+# `check_order` refuses those that the device has no kernel for
+ORDERED = {
+    ops.paged_attention: ops.ordered_attention,
+    ops.experts: ops.ordered_experts,
+    ops.linear_int8: ops.ordered_linear_int8,
+    ops.packed_linear: ops.ordered_packed_linear,
+    ops.fp8_linear: ops.ordered_fp8_linear,
+    ops.ggml_linear: ops.ordered_ggml_linear,
+    ops.add_lora: ops.ordered_add_lora,
+}
 FusesNorm = Callable[[Tensor, Tensor], bool]
 
 

@@ -148,7 +148,22 @@ def qk_norm_rope_store(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """`reference.rope_store.qk_norm_rope_store` in one pass over qkv."""
+    """`reference.rope_store.qk_norm_rope_store` in one pass over qkv.
+
+    With scales, keys and values go to a cache of qkv's dtype first, and from there to that in fp8.
+    """
+    if k_scale_K is not None:
+        shape, num_tokens = k_cache_CBKH.shape[2:], len(qkv_TE)
+        k_TKH, v_TKH = qkv_TE.new_empty((2, num_tokens, *shape))
+        own = k_TKH.unsqueeze(1), v_TKH.unsqueeze(1)
+        of_token_T = torch.arange(num_tokens)
+        q_TNH = qk_norm_rope_store(
+            qkv_TE, q_norm_H, k_norm_H, cos_sin_MH, pos_T, of_token_T, *own, num_heads, eps
+        )
+        reference.rope_store.store_kv(
+            k_TKH, v_TKH, k_cache_CBKH, v_cache_CBKH, slot_T, k_scale_K, v_scale_K
+        )
+        return q_TNH
     dtype, code = qkv_TE.dtype, DTYPE_CODES.get(qkv_TE.dtype)
     num_kv_heads, head_dim = k_cache_CBKH.shape[2:]
     k_strides, v_strides = k_cache_CBKH.stride(), v_cache_CBKH.stride()
@@ -175,8 +190,6 @@ def qk_norm_rope_store(
             v_cache_CBKH,
             num_heads,
             eps,
-            k_scale_K,
-            v_scale_K,
         )
     if qkv_TE.stride(1) != 1:
         qkv_TE = qkv_TE.contiguous()

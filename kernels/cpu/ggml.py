@@ -30,7 +30,7 @@ def _load() -> ctypes.CDLL:
     return library
 
 
-def _covers(x: Tensor, block: Tensor, ggml_type: int) -> bool:
+def covers(x: Tensor, block: Tensor, ggml_type: int) -> bool:
     """True if the kernel reads these tensors as they are."""
     kind = reference.ggml.TYPES.get(ggml_type)
     return (
@@ -55,7 +55,7 @@ def ggml_linear(
     shape = (*x_TD.shape[:-1], block_OB.shape[0])
     if (
         x_TD.dim() != 2
-        or not _covers(x_TD, block_OB, ggml_type)
+        or not covers(x_TD, block_OB, ggml_type)
         or not packed.is_dense(bias_O, x_TD.dtype)
         or (
             residual_TO is not None
@@ -77,7 +77,7 @@ def ggml_linear(
 
 def ggml_expert_linear(x: Tensor, expert_TK: Tensor, block_EOB: Tensor, ggml_type: int) -> Tensor:
     """`reference.ggml.ggml_expert_linear`; raises IndexError for an expert that is not there."""
-    if not _covers(x, block_EOB, ggml_type):
+    if not covers(x, block_EOB, ggml_type):
         return reference.ggml.ggml_expert_linear(x, expert_TK, block_EOB, ggml_type)
     x, expert_TK = x.contiguous(), expert_TK.to(torch.int32).contiguous()
     weight = packed.Weight(block_EOB, None, None, None, ggml_type, 0)

@@ -734,7 +734,8 @@ extern "C" void nanovllm_small_m_linear(const Linear* args) {
 
 // int8 weights; `dtype` is that of x, bias and out, fp32 or bf16
 extern "C" void nanovllm_linear_int8(const Linear* args) {
-  if (args->dtype == kFp32 && args->num_tokens >= kPanelTokensInt8) linear_by_panels<int8_t>(*args);
+  const bool by_panels = args->num_tokens >= kPanelTokensInt8 && !args->ordered;
+  if (args->dtype == kFp32 && by_panels) linear_by_panels<int8_t>(*args);
   else if (args->dtype == kFp32) linear<Int8Step<float>>(*args);
   else linear<Int8Step<Bf16>>(*args);
 }

@@ -94,11 +94,14 @@ def linear_int8(
     scale_O: Tensor,
     bias_O: Tensor | None,
     residual_TO: Tensor | None = None,
+    *,
+    ordered: bool = False,
 ) -> Tensor:
     """`reference.linear.linear_int8`; adds the residual in place.
 
     With few tokens the kernel streams the int8 weights. With many tokens and bf16, blocks of
-    weights are widened to bf16 for torch's product, which rounds once more, before the scale.
+    weights are widened to bf16 for torch's product, which rounds once more, before the scale;
+    unless `ordered`, as for `_product`.
     """
     dtype = x_TD.dtype
     if (
@@ -116,7 +119,8 @@ def linear_int8(
         x_TD = x_TD.contiguous()
     num_tokens, depth = x_TD.shape
     out_TO = x_TD.new_empty((num_tokens, weight_OD.shape[0]))
-    if dtype is torch.bfloat16 and num_tokens >= _WIDEN_TOKENS and depth % _AMX_DEPTH == 0:
+    widens = dtype is torch.bfloat16 and num_tokens >= _WIDEN_TOKENS and depth % _AMX_DEPTH == 0
+    if widens and not ordered:
         _linear_widened(out_TO, x_TD, weight_OD, scale_O, bias_O)
     else:
         load().nanovllm_linear_int8(
@@ -132,7 +136,7 @@ def linear_int8(
                 x_TD.stride(0),
                 weight_OD.stride(0),
                 DTYPE_CODES[dtype],
-                0,
+                ordered,
                 torch.get_num_threads(),
             )
         )

@@ -434,7 +434,8 @@ void float_product(const Packed& at) {
     float* x = scratch<kShared>((size_t)(num_pairs * stride));
     copy_rows<Io>(x, stride, at, groups, first);
     for_parts(groups, at.num_outputs, chunk, at.num_threads, [&](const Part& part) {
-      const auto multiply = !has_units || part.group->num > kUnitTokens ? multiply_dequantized<Io>
+      const auto multiply = !has_units || (part.group->num > kUnitTokens && !at.ordered)
+                                ? multiply_dequantized<Io>
                             : at.is_fp8                                 ? multiply_units<Fp8Unit, Io>
                                                                         : multiply_units<CodeUnit, Io>;
       multiply(at, part, x + part.group->first * stride, stride,

@@ -20,6 +20,7 @@ struct Packed {
   int64_t code_stride_E, code_stride, scale_stride_E, scale_stride, offset_stride_E, offset_stride;
   int64_t num_groups, group, block_rows, bits, is_fp8, exact;
   int64_t scale_dtype, offset_dtype, dtype, num_threads;
+  int64_t ordered;  // a row's sums are the same among any number of rows
 };
 
 template <typename F>

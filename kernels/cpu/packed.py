@@ -38,7 +38,7 @@ PACKED = build.ArgumentStruct(
     pointers="out x expert code scale offset table bias residual",
     integers="num_pairs x_repeats num_experts num_outputs depth x_stride code_stride_E code_stride "
     "scale_stride_E scale_stride offset_stride_E offset_stride num_groups group block_rows bits "
-    "is_fp8 exact scale_dtype offset_dtype dtype num_threads",
+    "is_fp8 exact scale_dtype offset_dtype dtype num_threads ordered",
 )
 
 
@@ -184,6 +184,8 @@ def arguments_of(
     bias_O: Tensor | None = None,
     residual_TO: Tensor | None = None,
     layout: _Layout | None = None,
+    *,
+    ordered: bool = False,
 ) -> bytes:
     code, scale, offset, table = weight[:4]
     num_outputs, sizes, dtypes = _layout(weight) if layout is None else layout
@@ -212,6 +214,7 @@ def arguments_of(
         *dtypes,
         INPUT_CODES[x.dtype],
         torch.get_num_threads(),
+        ordered,
     )
 
 
@@ -219,10 +222,16 @@ def is_dense(tensor: Tensor | None, dtype: torch.dtype) -> bool:
     return tensor is None or (tensor.dtype is dtype and tensor.is_contiguous())
 
 
-def _product(
-    x_TD: Tensor, weight: Weight, bias_O: Tensor | None, residual_TO: Tensor | None
+def product(
+    x_TD: Tensor,
+    weight: Weight,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    *,
+    ordered: bool = False,
 ) -> Tensor | None:
-    """None if the kernel does not cover these tensors."""
+    """None if the kernel does not cover these tensors. If `ordered`, any number of rows takes the
+    kernel of few."""
     num_tokens, depth = x_TD.shape if x_TD.dim() == 2 else (0, 0)
     if not num_tokens or x_TD.dtype not in INPUT_CODES or not is_dense(bias_O, x_TD.dtype):
         return None
@@ -239,9 +248,12 @@ def _product(
     if x_TD.stride(1) != 1:
         x_TD = x_TD.contiguous()
     out_TO = x_TD.new_empty((num_tokens, layout.num_outputs))
-    arguments = arguments_of(out_TO, x_TD, None, weight, depth, bias_O, residual_TO, layout)
+    arguments = arguments_of(
+        out_TO, x_TD, None, weight, depth, bias_O, residual_TO, layout, ordered=ordered
+    )
     if (
         x_TD.dtype is torch.bfloat16
+        and not ordered
         and num_tokens >= _WIDEN_TOKENS
         and not _State.exact
         and (
@@ -314,7 +326,7 @@ def packed_linear(
 ) -> Tensor:
     """`reference.packed.packed_linear`, with x quantized to int8 where the module says so."""
     weight = Weight(code_OC, scale_OG, offset_OG, table, bits, group)
-    out_TO = _product(x_TD, weight, bias_O, residual_TO)
+    out_TO = product(x_TD, weight, bias_O, residual_TO)
     if out_TO is None:
         out_TO = reference.packed.packed_linear(
             x_TD, code_OC, scale_OG, offset_OG, table, bits, group, bias_O, residual_TO
@@ -335,8 +347,8 @@ def fp8_linear(
 
     With many tokens and bf16, weights times their scales are rounded to bf16.
     """
-    weight = _fp8(weight_OD, scale_RG, block_rows, block_columns)
-    out_TO = _product(x_TD, weight, bias_O, residual_TO)
+    weight = of_fp8(weight_OD, scale_RG, block_rows, block_columns)
+    out_TO = product(x_TD, weight, bias_O, residual_TO)
     if out_TO is None:
         out_TO = reference.packed.fp8_linear(
             x_TD, weight_OD, scale_RG, block_rows, block_columns, bias_O, residual_TO
@@ -344,7 +356,7 @@ def fp8_linear(
     return out_TO
 
 
-def _fp8(weight: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Weight:
+def of_fp8(weight: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Weight:
     return Weight(weight, scale, None, None, 8, block_columns, block_rows, is_fp8=True)
 
 
@@ -377,7 +389,7 @@ def fp8_expert_linear(
     block_columns: int,
 ) -> Tensor:
     """`reference.packed.fp8_expert_linear`; raises IndexError for an expert that is not there."""
-    weight = _fp8(weight_EOD, scale_ERG, block_rows, block_columns)
+    weight = of_fp8(weight_EOD, scale_ERG, block_rows, block_columns)
     out_TKO = _expert_product(x, expert_TK, weight)
     if out_TKO is None:
         out_TKO = reference.packed.fp8_expert_linear(

@@ -26,6 +26,8 @@ from nanovllm.kernels.triton.common import (
     arrival_counters,
     dot,
     exp2,
+    from_fp8,
+    from_fp8_in_place,
     launch_options,
     load_index,
     num_multiprocessors,
@@ -98,6 +100,9 @@ def _attend(
                             V_STRIDE_BLOCK, V_STRIDE_SLOT, BLOCK, TILE, UPCAST),
             mask=mask_SHp, other=0.0,
         )  # fmt: skip
+        if k_at.dtype.element_ty == tl.float8e4nv:
+            k_SHp = from_fp8(k_SHp, q_MHp.dtype, UPCAST)
+            v_SHp = from_fp8_in_place(v_SHp, q_MHp.dtype, UPCAST)
         score_MS = dot(q_MHp, tl.trans(k_SHp), tl.zeros([QUERIES, TILE], tl.float32), UPCAST)
         seen_MS = (key_S[None, :] <= query_pos_M[:, None]) & (key_S < seq_len)[None, :]
         if WINDOW > 0:
@@ -123,7 +128,7 @@ def _attend(
 
 
 @triton.jit
-def _merge_parts(part_ptr, part_max_ptr, part_sum_ptr, out_at, first_part, begin, end,
+def _merge_parts(part_ptr, part_max_ptr, part_sum_ptr, out_at, first_part, begin, end, v_scale,
                  GROUP: tl.constexpr, GROUP_P: tl.constexpr, HEAD: tl.constexpr,
                  HEAD_P: tl.constexpr, MERGED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Merges pieces begin … end − 1 of a row in ascending order, and stores the result."""
@@ -155,7 +160,7 @@ def _merge_parts(part_ptr, part_max_ptr, part_sum_ptr, out_at, first_part, begin
             max_Gp1, sum_Gp1, acc_GpHp = _merged(
                 max_Gp1, sum_Gp1, acc_GpHp, maxima[i], sums[i], accs[i], UPCAST
             )
-    out_GpHp = acc_GpHp / tl.where(sum_Gp1 > 0, sum_Gp1, 1.0)
+    out_GpHp = acc_GpHp / tl.where(sum_Gp1 > 0, sum_Gp1, 1.0) * v_scale
     tl.store(out_at + at_GpHp, out_GpHp.to(out_at.dtype.element_ty), mask=mask_GpHp)
 
 
@@ -167,6 +172,8 @@ def ordered_attention_kernel(
     table_ptr,  # [R, P] int32
     seq_len_ptr,  # [R] int32
     q_start_ptr,  # [R + 1] int32, read unless DECODES
+    k_scale_ptr,  # [K] fp32, read for an fp8 cache
+    v_scale_ptr,  # [K] fp32, read for an fp8 cache
     out_ptr,  # [T, N, H], written
     part_ptr,  # [R, K, I, G, H] fp32, written if SPLITS
     part_max_ptr,  # [R, K, I, G] fp32, written if SPLITS
@@ -253,6 +260,10 @@ def ordered_attention_kernel(
     begin_tile = first_key // TILE
     table_at = table_ptr + tl.minimum(tl.maximum(row_idx, 0), num_rows - 1) * table_stride
     k_at, v_at = k_ptr + head_idx * K_STRIDE_HEAD, v_ptr + head_idx * V_STRIDE_HEAD
+    v_scale = 1.0
+    if k_ptr.dtype.element_ty == tl.float8e4nv:  # as in attention_prefill.py
+        scale_log2 = scale_log2 * tl.load(k_scale_ptr + head_idx)
+        v_scale = tl.load(v_scale_ptr + head_idx)
     if SPLITS:
         EACH: tl.constexpr = PIECE // TILE
         begin_piece, end_piece = begin_tile // EACH, (end_tile + EACH - 1) // EACH
@@ -278,7 +289,8 @@ def ordered_attention_kernel(
             _merge_parts(
                 part_ptr, part_max_ptr, part_sum_ptr,
                 out_ptr + (row_idx * NUM_KV_HEADS + head_idx).to(tl.int64) * (GROUP * HEAD),
-                first_part, begin_piece, end_piece, GROUP, GROUP_P, HEAD, HEAD_P, MERGED, UPCAST,
+                first_part, begin_piece, end_piece, v_scale, GROUP, GROUP_P, HEAD, HEAD_P, MERGED,
+                UPCAST,
             )  # fmt: skip
     else:
         max_M, sum_M, acc_MHp = _attend(
@@ -286,7 +298,7 @@ def ordered_attention_kernel(
             first_key, seq_len, scale_log2, K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK,
             V_STRIDE_SLOT, HEAD, HEAD_P, BLOCK, TILE, PIECE, WINDOW, STAGES, UPCAST,
         )  # fmt: skip
-        out_MHp = acc_MHp / tl.where(sum_M > 0, sum_M, 1.0)[:, None]
+        out_MHp = acc_MHp / tl.where(sum_M > 0, sum_M, 1.0)[:, None] * v_scale
         out_at_MHp = ((token_M * NUM_KV_HEADS * GROUP + q_head_M) * HEAD)[:, None] + h_Hp[None, :]
         tl.store(out_ptr + out_at_MHp, out_MHp.to(out_ptr.dtype.element_ty), mask=q_mask_MHp)
 
@@ -327,18 +339,19 @@ def ordered_attention(
     end_T: Tensor | None = None,
     launch: OrderedTile | None = None,
 ) -> Tensor:
-    """`reference.attention.paged_attention` of bf16 and fp16 without scales, sinks and ends.
+    """`reference.attention.paged_attention` of bf16 and fp16 without sinks and ends.
 
     Raises ValueError for what it does not take. `launch` overrides the tile, for tests.
     """
     dtype, (num_tokens, num_heads, head_dim) = q_TNH.dtype, q_TNH.shape
-    given = {"scales": k_scale_K, "sinks": sinks_N, "ends": end_T}
+    given = {"sinks": sinks_N, "ends": end_T}
     others = [name for name, value in given.items() if value is not None]
     if head_dim > MAX_HEAD:
         raise ValueError(
             f"deterministic=True is not supported for heads of {head_dim}: at most {MAX_HEAD}"
         )
-    if others or dtype not in (torch.bfloat16, torch.float16) or k_cache_CBKH.dtype is not dtype:
+    stored = dtype if k_scale_K is None else torch.float8_e4m3fn
+    if others or dtype not in (torch.bfloat16, torch.float16) or k_cache_CBKH.dtype is not stored:
         raise ValueError(
             f"ordered_attention takes bf16 and fp16 without {' and '.join(others) or 'others'}, "
             f"not {dtype} with a cache of {k_cache_CBKH.dtype}"
@@ -368,6 +381,8 @@ def ordered_attention(
         block_table_RP,
         seq_len_R,
         q_start_S,
+        seq_len_R if k_scale_K is None else k_scale_K,
+        seq_len_R if v_scale_K is None else v_scale_K,
         out_TNH,
         part,
         part_max,

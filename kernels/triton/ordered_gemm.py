@@ -37,7 +37,9 @@ from nanovllm.kernels.triton.ordered_norm import norm_factor, normed
 
 class OrderedTile(NamedTuple):
     """The sizes of a launch: rows and lines of one program, columns of a chunk, chunks in flight,
-    warps; whether each share has a program, and whether weights are prefetched into the L2."""
+    warps; whether each share has a program, whether weights are prefetched into the L2, and whether
+    the norm's weight is loaded for each row. This is 16 times as much from the L1, but Triton loads
+    it ahead: a chunk of one line is too narrow for asynchronous copies, and is waited for."""
 
     rows: int
     lines: int
@@ -46,6 +48,7 @@ class OrderedTile(NamedTuple):
     num_warps: int
     splits: bool = False
     prefetch: bool = False
+    spreads: bool = False
 
 
 @triton.jit
@@ -57,7 +60,9 @@ def _load(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, AL
     elif DEPTH % COLUMNS == 0:
         return tl.load(at + chunk * COLUMNS, mask=real_L[:, None], other=0.0)
     else:
-        mask_LC = real_L[:, None] & (chunk * COLUMNS + d_C < DEPTH)[None, :]
+        mask_LC = (chunk * COLUMNS + d_C < DEPTH)[None, :]
+        if not ALL:
+            mask_LC = real_L[:, None] & mask_LC
         return tl.load(at + chunk * COLUMNS, mask=mask_LC, other=0.0)
 
 
@@ -65,16 +70,20 @@ def _load(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, AL
 def _sums(
     x_at, norm_ptr, factor_T1, w_at, d_C, real_T, all_L, begin, end, DEPTH: tl.constexpr,
     EACH: tl.constexpr, ADDS: tl.constexpr, HAS_NORM: tl.constexpr, COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr, ALL_ROWS: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, ALL_ROWS: tl.constexpr, SPREADS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The sums [L, T] of chunks begin … end − 1: one chain or, if it ADDS shares, one for each
     EACH chunks, added in their order."""
     acc_LT = tl.zeros((all_L.shape[0], real_T.shape[0]), tl.float32)
     total_LT = acc_LT
+    norm_at = norm_ptr + tl.zeros((real_T.shape[0], 1), tl.int32) + d_C[None, :]
     for chunk in tl.range(begin, end, num_stages=STAGES):
         x_TC = _load(x_at, chunk, d_C, real_T, DEPTH, COLUMNS, ALL_ROWS)
         w_LC = _load(w_at, chunk, d_C, all_L, DEPTH, COLUMNS, True)
-        if HAS_NORM:
+        if HAS_NORM and SPREADS:
+            norm_TC = _load(norm_at, chunk, d_C, real_T, DEPTH, COLUMNS, True)
+            x_TC = normed(x_TC, factor_T1, norm_TC, x_TC.dtype)
+        elif HAS_NORM:
             d_mask_C = chunk * COLUMNS + d_C < DEPTH
             norm_C = tl.load(norm_ptr + chunk * COLUMNS + d_C, mask=d_mask_C, other=0.0)
             x_TC = normed(x_TC, factor_T1, norm_C[None, :], x_TC.dtype)
@@ -136,6 +145,7 @@ def ordered_gemm_kernel(
     STAGES: tl.constexpr,
     LINES_P: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPREADS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -175,7 +185,7 @@ def ordered_gemm_kernel(
         factor_T1 = norm_factor(row_at, real_T, eps, DEPTH, ALL_ROWS)
     acc_LT = _sums(
         x_at, norm_ptr, factor_T1, w_at, d_C, real_T, line_L >= 0, begin, end, DEPTH, EACH,
-        SHARES > 1 and not SPLITS, HAS_NORM, COLUMNS, STAGES, ALL_ROWS, UPCAST,
+        SHARES > 1 and not SPLITS, HAS_NORM, COLUMNS, STAGES, ALL_ROWS, SPREADS, UPCAST,
     )  # fmt: skip
     if SPLITS:
         each = num_rows.to(tl.int64) * NUM_LINES
@@ -350,5 +360,6 @@ def ordered_constants(
         if tile.prefetch and is_whole and read % 64 == 0
         else 0,
         "SPLITS": tile.splits,
+        "SPREADS": tile.spreads,
         "GATED": silu_mul,
     }

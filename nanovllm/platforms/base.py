@@ -69,6 +69,8 @@ class Traits:
     supports_latents: True if attention over latents runs.
     supports_adapters: True if requests may have adapters.
     supports_offload: True if kernels can read experts in host memory.
+    ordered: what deterministic engines take beside plain weights and caches: some of "adapters",
+        "fp8 caches" and "quantized weights".
     attention_backends: supported values of the option `attention_backend` besides "auto".
     block_size: default tokens per cache block.
     cache_blocks: default number of cache blocks; None means as many as `memory_budget` allows.
@@ -94,6 +96,7 @@ class Traits:
     supports_latents: bool = True
     supports_adapters: bool = True
     supports_offload: bool = False
+    ordered: frozenset[str] = frozenset()
     attention_backends: tuple[str, ...] = ()
     block_size: int
     cache_blocks: int | None = None

@@ -59,6 +59,7 @@ TRAITS = Traits(
     takes_quantized=True,
     supports_fp8_cache=True,
     supports_offload=True,
+    ordered=frozenset({"adapters", "fp8 caches", "quantized weights"}),
     attention_backends=("sdpa",),
     block_size=32,
     batched_tokens=512,
@@ -142,7 +143,7 @@ class CpuPlatform(Platform):
     def ordered_passes(self) -> tuple[tuple[str, Pass], ...] | None:
         if self._compiler_problem:
             return None
-        ours = order.ORDERED | order.BY_ROW
+        ours = order.ORDERED | order.ORDERED_ON_CPU | order.BY_ROW
         kept = (ours | STEP_OPS) - {"rope"}
         return (
             ("fuse_rope_store", fuse_rope_store),

@@ -88,6 +88,7 @@ class CudaPlatform(Accelerator):
             # without matrix units, a tile of latents does not fit the shared memory
             supports_latents=capability >= (8, 0),
             supports_offload=torch.version.hip is None,
+            ordered=frozenset({"fp8 caches"}),
             max_ranks=torch.cuda.device_count(),
         )
         super().__init__(device, traits)

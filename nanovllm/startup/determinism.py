@@ -13,7 +13,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.models.layer_state import PagedKV
 from nanovllm.models.model import Model
 from nanovllm.models.schemes import UNQUANTIZED
-from nanovllm.platforms.base import Platform
+from nanovllm.platforms.base import Platform, Traits
 
 VOCAB_UNIT = 4
 
@@ -38,13 +38,26 @@ def engine_passes(config: EngineConfig, platform: Platform) -> tuple[tuple[str, 
     return passes
 
 
-def check_model(config: EngineConfig, model: Model) -> None:
-    """Raise ValueError if deterministic=True is not supported for the model."""
+def check_model(config: EngineConfig, model: Model, traits: Traits) -> None:
+    """Raise ValueError if deterministic=True is not supported for the model on the device."""
     if not config.deterministic:
         return
-    vocab_size = model.config.vocab_size
+    options = {
+        "enable_lora=True": config.enable_lora and "adapters" not in traits.ordered,
+        f"kv_cache_dtype={config.kv_cache_dtype!r}": config.kv_cache_dtype != "auto"
+        and "fp8 caches" not in traits.ordered,
+        f"quantization={config.quantization!r}": config.quantization is not None
+        and "quantized weights" not in traits.ordered,
+    }
+    for option, is_used in options.items():
+        if is_used:
+            raise ValueError(
+                f"deterministic=True does not go with {option} on a {traits.name} device yet"
+            )
+    vocab_size, is_quantized = model.config.vocab_size, model.scheme != UNQUANTIZED
     refused = {
-        f"quantized weights ({model.scheme})": model.scheme != UNQUANTIZED,
+        f"quantized weights ({model.scheme})": is_quantized
+        and "quantized weights" not in traits.ordered,
         "recurrent layers or latents": not all(isinstance(one, PagedKV) for one in model.kept),
         "images or audio": model.takes_embeddings,
         "a pooler": model.pooler is not None,

@@ -154,7 +154,7 @@ def resolve_model(
         model = svd_experts.applied(model, folder)
     if config.state_dtype != "auto":
         model = with_state_dtype(config.state_dtype, model)
-    check_model(config, model)
+    check_model(config, model, traits)
     config = within_limit(config, model, hf)
     if config.tensor_parallel_size > 1:
         model = on_ranks(config, model)

@@ -70,12 +70,43 @@ def has_same_bits(llm: LLM, vocab_size: int, num_rows: int) -> dict[str, bool]:
     }
 
 
+def other_bits(llm: LLM, vocab_size: int, num_rows: int, num_schedules: int) -> int:
+    """In how many random schedules a request has other bits than alone. Its companions are of any
+    number up to the rows, before and after it, end early or late, and may share its prefix."""
+    rng, different = random.Random(2), 0
+    first = [rng.randrange(vocab_size) for _ in range(190)]
+    params = SamplingParams(temperature=0.8, max_tokens=16, ignore_eos=True, seed=1, logprobs=1)
+    (alone,) = llm.generate([first], params, use_tqdm=False)
+    expected = bits(alone["logprobs"], alone["token_ids"])
+    for _ in range(num_schedules):
+        num = min(num_rows - 1, rng.choice((0, 1, 2, 7, 15, 16, 33, 100, 255)))
+        place = rng.randrange(num + 1)
+        prompts = [
+            first[: rng.choice((0, 0, 64, 130, 190))]
+            + [rng.randrange(vocab_size) for _ in range(rng.choice((1, 2, 17, 150)))]
+            for _ in range(num)
+        ]
+        others = [
+            SamplingParams(temperature=0.6, max_tokens=rng.randrange(1, 24), ignore_eos=True)
+            for _ in range(num)
+        ]
+        if rng.random() < 0.3:
+            llm.reset_prefix_cache()
+        prompts.insert(place, first)
+        found = llm.generate(prompts, [*others[:place], params, *others[place:]], use_tqdm=False)[
+            place
+        ]
+        different += bits(found["logprobs"], found["token_ids"]) != expected
+    return different
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--shape", choices=CONFIGS, default="Qwen3-0.6B")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--schedules", type=int, default=0, help="random ones, of both engines")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
@@ -96,6 +127,10 @@ def main(argv: list[str] | None = None) -> None:
             results[f"{name} start s"] = round(time.perf_counter() - started, 1)
             results[f"{name} bits"] = has_same_bits(llm, config["vocab_size"], max(args.rows))
             print(name, results[f"{name} bits"], flush=True)
+            if args.schedules:
+                differ = other_bits(llm, config["vocab_size"], max(args.rows), args.schedules)
+                results[f"{name} schedules with other bits"] = differ
+                print(name, differ, "of", args.schedules, "schedules", flush=True)
             for num_rows in args.rows:
                 speed = measure(llm, config["vocab_size"], num_rows, args.tokens, args.repeats)
                 results[f"{name} {num_rows}"] = round(speed, 1)

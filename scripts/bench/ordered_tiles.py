@@ -10,9 +10,12 @@ lengths, by the ordered kernel and by the plain one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from nanovllm.kernels import order
 from nanovllm.kernels.triton import linear as plain_linear
 from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.common import num_multiprocessors, shared_memory_bytes
+from nanovllm.kernels.triton.ordered_attention import OrderedTile as AttentionTile
 from nanovllm.kernels.triton.ordered_attention import ordered_attention
 from nanovllm.kernels.triton.ordered_gemm import (
     OrderedTile,
@@ -32,14 +36,31 @@ from nanovllm.kernels.triton.ordered_gemm import (
     ordered_tile,
     takes_norm,
 )
+from nanovllm.kernels.triton.ordered_norm import ordered_norm
 from nanovllm.tools import command_line
 from scripts.bench.gpu_timing import time_launches
 from scripts.bench.linear_cases import DTYPE, Case
 from scripts.bench.linear_tiles import SHAPES
 
+# Tiles of up to 16 rows. The shares of a depth follow from `order.LEAST_PROGRAMS`, for all rows.
+_ONE = OrderedTile(16, 64, 128, 4, 4, splits=True, prefetch=True)
+FEW_ROW_TILES = (
+    _ONE,
+    _ONE._replace(spreads=True),
+    _ONE._replace(spreads=True, prefetch=False),
+    _ONE._replace(spreads=True, num_stages=6),
+    _ONE._replace(spreads=True, columns=64, num_stages=8),
+    _ONE._replace(spreads=True, columns=256, num_stages=3),
+    _ONE._replace(spreads=True, lines=128, columns=64, num_stages=6),
+)
+NUM_THREADS = 12  # that compile
+
 
 def tiles(num_rows: int, shares: int) -> Iterator[OrderedTile]:
     """Tiles to try, the chosen one left out."""
+    if num_rows <= 16:
+        yield from (one._replace(splits=shares > 1) for one in FEW_ROW_TILES)
+        return
     padded = max(16, min(256, 1 << (num_rows - 1).bit_length()))
     if num_rows > 256:
         for rows, lines, num_warps in (
@@ -59,6 +80,7 @@ def tiles(num_rows: int, shares: int) -> Iterator[OrderedTile]:
 
 
 def product(name: str, num_rows: int, only_chosen: bool) -> dict[str, Any]:
+    """Times of one product. "apart": of the chosen tile, with the norm in a launch of its own."""
     case = Case(SHAPES[name], num_rows)
     weight = case.weights[0]
     num_lines, depth = weight.shape
@@ -75,6 +97,11 @@ def product(name: str, num_rows: int, only_chosen: bool) -> dict[str, Any]:
             case.x, norm, case.weights[idx], None, case.residual, 1e-6, case.silu, launch=tile
         )
 
+    def apart(idx: int) -> Tensor:
+        x = case.x if case.norms is None else ordered_norm(case.x, case.norms[idx], 1e-6)
+        weight = case.weights[idx]
+        return ordered_linear(x, None, weight, None, case.residual, 0.0, case.silu, launch=chosen)
+
     def plain(idx: int) -> Tensor:
         norm = None if case.norms is None else case.norms[idx]
         if plain_linear.takes(case.x, case.weights[idx], norm is not None, case.silu):
@@ -84,7 +111,8 @@ def product(name: str, num_rows: int, only_chosen: bool) -> dict[str, Any]:
         return case.apart(idx)
 
     first, found, other = run(0, chosen), [], 0
-    others = () if only_chosen else tiles(num_rows, shares.number)
+    others = () if only_chosen else tuple(tiles(num_rows, shares.number))
+    compile_at_once(partial(run, 0), others)
     for tile in (chosen, *others):
         try:
             same = torch.equal(first, run(0, tile))
@@ -95,11 +123,24 @@ def product(name: str, num_rows: int, only_chosen: bool) -> dict[str, Any]:
         other += not same
         found.append((round(us, 2), list(tile), same))
     plain_us = round(time_launches(plain, [(i,) for i in case.launches()]), 2)
+    apart_us = round(time_launches(apart, [(i,) for i in case.launches()]), 2)
+    other += not torch.equal(first, apart(0))
     best = sorted(found[1:])[:4]
-    print(f"{name} rows {num_rows} shares {shares.number}: plain {plain_us} chosen {found[0]} best "
-          f"{best} others {other}", flush=True)  # fmt: skip
-    return {"name": name, "rows": num_rows, "shares": list(shares), "plain_us": plain_us,
-            "chosen": found[0], "best": best, "tiles_with_other_bits": other}  # fmt: skip
+    print(f"{name} rows {num_rows} shares {shares.number}: plain {plain_us} apart {apart_us} "
+          f"chosen {found[0]} best {best} others {other}", flush=True)  # fmt: skip
+    return {
+        "name": name, "rows": num_rows, "least_programs": order.LEAST_PROGRAMS,
+        "shares": list(shares), "plain_us": plain_us, "apart_us": apart_us, "chosen": found[0],
+        "best": best, "tiles_with_other_bits": other,
+    }  # fmt: skip
+
+
+def compile_at_once(run: Callable[[OrderedTile], Tensor], tiles: Sequence[OrderedTile]) -> None:
+    """Compile and load the kernels of tiles in threads. A tile that fails is reported later."""
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for launched in [pool.submit(run, tile) for tile in tiles]:
+            launched.exception()
+    torch.cuda.synchronize()
 
 
 def attention(num_heads: int, num_kv_heads: int, num_rows: int, seq_len: int) -> dict[str, Any]:
@@ -110,15 +151,23 @@ def attention(num_heads: int, num_kv_heads: int, num_rows: int, seq_len: int) ->
     q = torch.randn(num_rows, num_heads, head, device="cuda").to(DTYPE)
     calls = [(i % 4,) for i in range(28)]
 
-    def ordered(i: int) -> Tensor:
-        return ordered_attention(q, *caches[i], table, lengths, lengths, 1, head**-0.5, 0)
+    def ordered(i: int, launch: AttentionTile | None = None) -> Tensor:
+        keys, values = caches[i]
+        return ordered_attention(
+            q, keys, values, table, lengths, lengths, 1, head**-0.5, 0, launch=launch
+        )
 
     def plain(i: int) -> Tensor:
-        return paged_attention_decode(q, *caches[i], table, lengths, head**-0.5, 0)
+        return paged_attention_decode(q, caches[i, 0], caches[i, 1], table, lengths, head**-0.5, 0)
 
     found = {"heads": num_heads, "kv_heads": num_kv_heads, "rows": num_rows, "seq_len": seq_len,
              "ordered_us": round(time_launches(ordered, calls), 2),
              "plain_us": round(time_launches(plain, calls), 2),
+             "tiles": {
+                 f"{workers} workers, {stages} stages": round(time_launches(
+                     ordered, [(i, AttentionTile(workers, stages)) for (i,) in calls]), 2)
+                 for workers in (2, 4, 8, 16) for stages in (2, 3) if num_rows == 1
+             },
              "error": float((ordered(0).float() - plain(0).float()).abs().max())}  # fmt: skip
     print(found, flush=True)
     return found
@@ -131,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--chosen", action="store_true", help="time the chosen tiles alone")
     parser.add_argument("--models", nargs="+", default=["0.6b", "8b"])
+    parser.add_argument("--least-programs", type=int, nargs="+", default=[order.LEAST_PROGRAMS])
     args = parser.parse_args(argv)
     results: list[dict[str, Any]] = []
     if args.only != "products":
@@ -139,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
             results.append(attention(heads, 8, num_rows, seq_len))
     if args.only != "attention":
         names = [name for name in SHAPES if name.split()[0] in args.models and "bare" not in name]
-        for num_rows in args.rows:
+        for num_rows, order.LEAST_PROGRAMS in itertools.product(args.rows, args.least_programs):
             results += [product(name, num_rows, args.chosen) for name in names]
             if args.out is not None:
                 args.out.write_text(json.dumps(results, indent=1) + "\n")

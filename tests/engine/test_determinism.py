@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, LoRARequest, SamplingParams
 from nanovllm.config import EngineConfig
+from nanovllm.platforms import cpu
 from nanovllm.platforms.base import Platform
 from nanovllm.platforms.cpu import CpuPlatform
 from nanovllm.schedule.outputs import FinishedOutput
 from nanovllm.structured_params import StructuredOutputsParams
 from tests.conftest import save_tiny
 from tests.engines import VOCAB_SIZE, assert_all_free, random_prompts
+from tests.models import lora_cases
 
 PROMPT = random_prompts([99], seed=3)[0]
 DRAWN = SamplingParams(temperature=0.8, seed=5, max_tokens=12, ignore_eos=True, logprobs=-1)
@@ -151,6 +154,17 @@ def test_verified_proposals(make: Callable[..., LLM], expected: Bits) -> None:
     assert found[0] == found[1]
 
 
+def test_proposals_of_a_draft_model(
+    make: Callable[..., LLM], checkpoint: Path, expected: Bits
+) -> None:
+    spec = {"method": "draft_model", "model": str(checkpoint), "num_speculative_tokens": 3}
+    llm = make(speculative_config=spec, tuning={"adapt_draft_length": False})
+    plain, rng = replace(DRAWN, logprobs=None), random.Random(15)
+    assert [among_others(llm, rng, plain) for _ in range(2)] == [(expected[0], ())] * 2
+    assert any(num for length, num in llm.engine.scheduler.counts.steps.items() if length)
+    llm.close()
+
+
 def test_rows_with_a_grammar(make: Callable[..., LLM]) -> None:
     llm, rng = make(), random.Random(10)
     grammar = StructuredOutputsParams(regex="(ab|cd){3,9}")
@@ -183,12 +197,51 @@ def test_other_layers(tmp_path: Path, architecture: str, changes: dict[str, Any]
 
 
 @pytest.mark.parametrize(
+    "options", [{"quantization": "int8", "kv_cache_dtype": "fp8"}, {"quantization": "fp8"}], ids=str
+)
+def test_other_formats(make: Callable[..., LLM], options: dict[str, Any]) -> None:
+    """Weights and caches of other formats, whose plain products depend on the number of rows."""
+    llm = make(
+        max_num_batched_tokens=64, enforce_eager=False, graph_batch_sizes=(1, 5, 16), **options
+    )
+    rng = random.Random(13)
+    first = alone(llm)
+    assert [among_others(llm, rng) for _ in range(2)] == [first] * 2
+    answer = list(first[0])
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
+    (output,) = llm.generate([PROMPT + answer], params, use_tqdm=False)
+    assert bits(answer, output["prompt_logprobs"][len(PROMPT) :]) == first
+    llm.close()
+
+
+def test_adapters(make: Callable[..., LLM], checkpoint: Path, tmp_path: Path) -> None:
+    """An adapter's slot and those of other rows change no sum."""
+    adapters = [
+        LoRARequest(f"adapter {seed}", seed, str(lora_cases.save_adapter(tmp_path / str(seed),
+                    checkpoint, seed=seed)))
+        for seed in (1, 2, 3)
+    ]  # fmt: skip
+    options = {"enforce_eager": False, "graph_batch_sizes": (1, 4), "max_num_seqs": 4}
+    llm = make(enable_lora=True, max_loras=2, max_lora_rank=8, **options)
+    rng, found = random.Random(14), []
+    others = SamplingParams(max_tokens=20, ignore_eos=True)
+    for names in ([], [2], [3, 2, 0], [2, 2, 1, 0, 1], [3]):
+        prompts = [PROMPT[: rng.choice((3, 50))] + [7] * rng.randrange(40) for _ in names]
+        llm.engine.scheduler.cache.evict()
+        outputs = llm.generate(
+            [*prompts, PROMPT], [*[others] * len(names), DRAWN], use_tqdm=False,
+            lora_request=[*(adapters[i - 1] if i else None for i in names), adapters[0]],
+        )  # fmt: skip
+        found.append(bits(outputs[-1]["token_ids"], outputs[-1]["logprobs"]))
+    assert found == [found[0]] * len(found)
+    assert found[0] != alone(llm)
+    llm.close()
+
+
+@pytest.mark.parametrize(
     "options",
     [
-        {"enable_lora": True},
         {"attention_backend": "sdpa"},
-        {"kv_cache_dtype": "fp8"},
-        {"quantization": "int8"},
         {"expert_offload": 2},
         {"tensor_parallel_size": 2},
         {"task": "embed"},
@@ -206,6 +259,18 @@ def test_refused_options(options: dict[str, Any]) -> None:
 def test_across_ranks_is_refused() -> None:
     with pytest.raises((ValueError, TypeError), match="deterministic"):
         EngineConfig("some/model", deterministic="across_ranks")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options", [{"enable_lora": True}, {"kv_cache_dtype": "fp8"}, {"quantization": "int8"}], ids=str
+)
+def test_refused_on_other_devices(
+    make: Callable[..., LLM], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "TRAITS", replace(cpu.TRAITS, ordered=frozenset()))
+    message = f"deterministic=True does not go with {next(iter(options))}=.* on a cpu device yet"
+    with pytest.raises(ValueError, match=message):
+        make(**options)
 
 
 def test_refused_devices(make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,12 @@ ENGINES: tuple[tuple[int, dict[str, Any]], ...] = (
 )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_random_schedules(tmp_path: Path, shape: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "more"),
+    [*((shape, {}) for shape in SHAPES), ("dense", {"kv_cache_dtype": "fp8"})],
+    ids=[*SHAPES, "fp8 cache"],
+)
+def test_random_schedules(tmp_path: Path, shape: str, more: dict[str, Any]) -> None:
     architecture, changes = SHAPES[shape]
     folder = save_tiny(
         tmp_path / "model", architecture, dtype="bfloat16", vocab_size=VOCAB_SIZE, **changes
@@ -53,7 +57,7 @@ def test_random_schedules(tmp_path: Path, shape: str) -> None:
             "kvcache_block_size": 64, "skip_tokenizer_init": True, "deterministic": True,
             "graph_batch_sizes": (1, 32), "max_num_batched_tokens": 64,
         }  # fmt: skip
-        llm = LLM(str(folder), **{**defaults, **options})
+        llm = LLM(str(folder), **{**defaults, **options, **more})
         expected = expected or alone(llm)
         assert alone(llm) == expected
         for number in range(num_schedules):

@@ -498,6 +498,9 @@ def ordered(target: Target, whole: bool) -> Iterator[Build]:
 
     for name, kernel, constants, num_warps in launches(target.shared_bytes):
         yield Build(name, kernel, constants, num_warps, types=TYPES)
+        if "decode 256 rows of 32 heads" in name:
+            fp8 = f"{name}, fp8"
+            yield Build(fp8, kernel, constants, num_warps, has_fp8_cache=True, types=TYPES)
 
 
 def is_ordered(name: str) -> bool:

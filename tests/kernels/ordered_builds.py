@@ -10,7 +10,7 @@ Launch = tuple[str, Any, dict[str, Any], int]
 TYPES = {
     "part_ptr": "*fp32", "part_max_ptr": "*fp32", "part_sum_ptr": "*fp32", "table_ptr": "*i32",
     "seq_len_ptr": "*i32", "q_start_ptr": "*i32", "arrived_ptr": "*i32", "expert_ptr": "*i32",
-    "scale_ptr": "*fp32",
+    "scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32",
 }  # fmt: skip
 
 
@@ -80,5 +80,7 @@ def _products(shared_bytes: int) -> Iterator[Launch]:
             "HAS_RESIDUAL": not silu_mul,
             "UPCAST": False,
         }
-        name = f"ordered product {num_rows}x{num_lines}x{depth}"
-        yield name, ordered.ordered_gemm_kernel, constants, tile.num_warps
+        for spreads in (False, True)[: 1 + (num_rows == 1)]:
+            name = f"ordered product {num_rows}x{num_lines}x{depth}{' spread' * spreads}"
+            it = constants | {"SPREADS": spreads}
+            yield name, ordered.ordered_gemm_kernel, it, tile.num_warps

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from nanovllm.kernels import order, reference
 from nanovllm.kernels.triton.ordered_attention import OrderedTile, ordered_attention
@@ -12,6 +16,7 @@ from nanovllm.kernels.triton.ordered_experts import ordered_experts
 from nanovllm.kernels.triton.ordered_gemm import OrderedTile as GemmTile
 from nanovllm.kernels.triton.ordered_gemm import ordered_linear
 from nanovllm.kernels.triton.ordered_norm import ordered_norm
+from scripts.bench.ordered_tiles import FEW_ROW_TILES
 from tests.kernels.paged import assert_close, device, paged_cache
 
 # the interpreter does not round to bf16 as GPUs do
@@ -52,6 +57,26 @@ def test_attention_of_decode_steps_and_of_prompts(
             q_TNH, keys, values, *cache[2:], spans, max(2, chunk), 32**-0.5, window
         )
         assert same_bits(first[:-1], prompt[ends[1:-1] - 1]), f"chunks of {chunk}"
+
+
+def test_attention_over_fp8() -> None:
+    """The same with keys and values in fp8, whose scales differ between heads."""
+    k, v, table, lengths = paged_cache([65, 257, 300], 2, 32, 64, torch.float32)
+    scales = torch.tensor([0.5, 2.0], device=device), torch.tensor([1.5, 0.25], device=device)
+    k, v = (reference.rope_store.to_fp8(one.flatten(0, 1).nan_to_num(), scale).view_as(one)
+            for one, scale in zip((k, v), scales, strict=True))  # fmt: skip
+    q_TNH = torch.randn(6, 4, 32, device=device).to(DTYPE)
+    starts = torch.tensor([0, 1, 4, 6], dtype=torch.int32, device=device)
+    rest = (32**-0.5, 0, *scales)
+    prompt = ordered_attention(q_TNH, k, v, table, lengths, starts, 3, *rest)
+    assert_close(prompt, reference.attention.paged_attention(
+        q_TNH.float(), k, v, table, lengths, starts, 3, *rest).to(DTYPE))  # fmt: skip
+    ones = torch.arange(4, dtype=torch.int32, device=device)
+    for workers in (1, 3):
+        step = ordered_attention(
+            q_TNH[[0, 3, 5]], k, v, table, lengths, ones, 1, *rest, launch=OrderedTile(workers, 2)
+        )
+        assert same_bits(step, prompt[[0, 3, 5]]), f"{workers} workers"
 
 
 TILES = {
@@ -106,6 +131,38 @@ def test_norms_inside_of_products_and_by_themselves(depth: int) -> None:
         fused = ordered_linear(x_TD[:num_rows], norm_D, weight_OD, None, None, 1e-6, True)
         apart = ordered_linear(normed_TD[:num_rows], None, weight_OD, None, None, 0.0, True)
         assert same_bits(fused, apart)
+
+
+def chain_of_products(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+    """`tl.dot` of the interpreter as a chain along the depth, in place of NumPy's product, whose
+    order follows its library. Each number of the result has its own chain."""
+    total = d.data.astype(np.float32)
+    for k in range(a.data.shape[1]):
+        total = total + a.data[:, k, None].astype(np.float32) * b.data[k].astype(np.float32)
+    return interpreter.TensorHandle(total, d.dtype.scalar)
+
+
+@pytest.mark.parametrize(("num_lines", "silu_mul"), [(128, True), (64, False)])
+def test_tiles_of_few_rows_and_of_many(
+    num_lines: int, silu_mul: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tile of one row and of few has the sums of those of many, which do not split."""
+    if device == "cpu":
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", chain_of_products)
+    depth, norm_D = 264, torch.rand(264, device=device).to(DTYPE) + 0.5
+    assert order.shares_of(num_lines, depth).number == 2
+    x_TD = torch.randn(256, depth, device=device).to(DTYPE)
+    weight_OD = (torch.randn(num_lines, depth, device=device) / depth**0.5).to(DTYPE)
+    normed_TD, rest = ordered_norm(x_TD, norm_D, 1e-6), (None, None, 1e-6, silu_mul)
+    many = GemmTile(64, 128, 64, 4, 4)
+    expected = ordered_linear(normed_TD, None, weight_OD, *rest, launch=many)
+    for tile in FEW_ROW_TILES:
+        one = ordered_linear(x_TD[:1], norm_D, weight_OD, *rest, launch=tile)
+        assert same_bits(one, expected[:1]), tile
+    for num_rows in (16, 64):
+        tile = FEW_ROW_TILES[0]
+        few = ordered_linear(normed_TD[:num_rows], None, weight_OD, *rest, launch=tile)
+        assert same_bits(few, expected[:num_rows]), num_rows
 
 
 def test_experts_of_one_token_and_of_many() -> None:
