@@ -54,6 +54,10 @@ ARCHITECTURES: dict[str, Entry] = {
         TEXT, "EXAONE 4.0",
         f'`kv_cache_dtype="fp8"` is refused: values have no bound; {IN_EAGER_MODE}',
     ),
+    "FalconH1ForCausalLM": Entry(
+        TEXT, "Falcon-H1 (0.5B to 34B)",
+        "attention beside a Mamba-2 mixer in each layer; no more ranks than `mamba_n_groups`",
+    ),
     "Gemma3ForCausalLM": Entry(
         TEXT, "Gemma-3 without images (1B, 270M)",
         "a cap on attention scores and attention in both directions are refused; on an NPU, "

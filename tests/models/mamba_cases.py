@@ -1,0 +1,27 @@
+"""Small random checkpoints of decoders with Mamba-2 mixers: Falcon-H1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.models.families import Family
+
+# No two sizes are equal, but two groups and two key-value heads, which two ranks share.
+FALCON: dict[str, Any] = {
+    "head_dim": 32, "mamba_d_ssm": 72, "mamba_n_heads": 6, "mamba_d_head": 12, "mamba_n_groups": 2,
+    "mamba_d_state": 16, "mamba_d_conv": 4, "tie_word_embeddings": False, "initializer_range": 0.1,
+    "mamba_chunk_size": 16, "embedding_multiplier": 3.0, "lm_head_multiplier": 1.7,
+    "mlp_multipliers": [0.7, 1.3], "key_multiplier": 0.6, "attention_out_multiplier": 0.8,
+    "attention_in_multiplier": 1.2, "ssm_multipliers": [0.6, 0.8, 1.4, 0.5, 0.9],
+    "ssm_in_multiplier": 1.1, "ssm_out_multiplier": 0.9,
+}  # fmt: skip
+CASES = (
+    Family("falcon_h1", "falcon_h1", FALCON),
+    Family(
+        "falcon_h1-norm", "falcon_h1",
+        {
+            **FALCON, "mamba_rms_norm": True, "attention_bias": True, "mlp_bias": True,
+            "mamba_proj_bias": True, "projectors_bias": True, "tie_word_embeddings": True,
+        },
+    ),
+)  # fmt: skip
