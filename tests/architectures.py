@@ -82,6 +82,11 @@ ARCHITECTURES: dict[str, Entry] = {
     "Mistral3ForConditionalGeneration": Entry(
         TEXT, "Mistral-Small 3.1 and 3.2, Ministral 3 (3B, 8B, 14B)", "images are refused"
     ),
+    "NemotronHForCausalLM": Entry(
+        TEXT, "Nemotron-H (8B, 47B, 56B), Nemotron Nano 2",
+        "most layers are a Mamba-2 mixer; layers with experts are refused; no more ranks than "
+        "`n_groups`",
+    ),
     "Olmo2ForCausalLM": Entry(
         TEXT, "OLMo-2", '`kv_cache_dtype="fp8"` is refused: values have no bound'
     ),

@@ -147,7 +147,8 @@ class Steps:
     @property
     def pages(self) -> PagedCache:
         """The cache of one layer: those of all layers with pages have its shape."""
-        return next(filter(None, map(cache_of, self.caches)))
+        found = map(cache_of, self.caches)
+        return next(one for one in found if one is not None)
 
     @property
     def block_size(self) -> int:
