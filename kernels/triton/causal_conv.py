@@ -53,7 +53,7 @@ def causal_conv_kernel(
     total = tl.zeros([TOKENS, CHANNELS], tl.float32)
     if BIASED:
         bias_C = tl.load(bias_ptr + channel_C, mask=channel_C < num_channels, other=0.0)
-        total += bias_C.to(tl.float32)[None, :]
+        total += tl.where(is_real_T[:, None], bias_C.to(tl.float32)[None, :], 0.0)
     for shift in tl.static_range(TAPS):
         is_own = (is_real_T & (idx_T >= shift))[:, None] & is_channel
         own_at = x_ptr + (token_T - shift).to(tl.int64)[:, None] * x_stride + channel_C[None, :]
