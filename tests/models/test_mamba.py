@@ -30,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {case.name: case.save(tmp_path_factory.mktemp(case.name)) for case in CASES}
 
 
-@pytest.mark.shows("eager", "graph", "GPU", architectures=TEXT)
+@pytest.mark.shows("eager", "graph", architectures=TEXT)
 @pytest.mark.parametrize(
     ("case", "mode"), [(case, mode) for case in CASES for mode in case.modes], ids=str
 )
