@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models import dense
+from nanovllm.models import kv_scales as bounds
 from nanovllm.models.config import ModelConfig, dense_config, require_type
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.layer_state import KVAndState
@@ -74,6 +75,7 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         layer=layer,
         layer_params=factors.layer_params,
         layer_type=layer_type,
+        kv_scales=kv_scales,
     )
     outer = Factors(
         embed=("embedding_multiplier", hf.embedding_multiplier),
@@ -132,6 +134,11 @@ def layer(
     h_TD = dense.summed_linear(cfg, o_TQ, w.out_DQ, w.out_bias_D, h_TD)
     h_TD = dense.summed_linear(cfg, y_TP, w.mixed_DP, w.mixed_bias_D, h_TD)
     return dense.mlp(cfg, w, h_TD)
+
+
+def kv_scales(cfg: ModelConfig, w: FalconH1Layer) -> tuple[Tensor, Tensor]:
+    """The scales of one layer's fp8 cache: [K] fp32 for keys, and for values."""
+    return bounds.kv_scales(cfg, w.attn_norm_D, w.qkv_ED, w.qkv_bias_E, None)
 
 
 def layer_type(kind: LayerKind) -> type[FalconH1Layer]:

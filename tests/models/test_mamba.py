@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from tests.architectures import of_types
 from tests.engines import greedy, tokens
 from tests.models import test_shards
 from tests.models.families import VOCAB_SIZE, Family
-from tests.models.harness import check_bf16, sequences
+from tests.models.harness import check_bf16, engine_logits, load, max_difference, sequences
 from tests.models.mamba_cases import CASES
-from tests.models.test_families import GRAPH_SIZES, difference
+from tests.models.test_families import GRAPH_SIZES, difference, real_values
 from tests.models.test_hybrid import SIZES, expected_tokens, prompts_of
 
 TOLERANCE = 1e-4
@@ -84,6 +85,37 @@ def test_rejected_proposals_are_rolled_back(device: str, folders: dict[str, Path
     llm.engine.propose = propose
     assert tokens(llm, prompts, greedy(24)) == expected
     assert llm.engine.metrics.num_steps < 24
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_fp8_cache_and_states_in_bf16_change_logits_little(
+    name: str, folders: dict[str, Path]
+) -> None:
+    """And every key and value is within its scale."""
+    known, folder = sequences(VOCAB_SIZE, (99, 103)), folders[name]
+    changes = {"kv_cache_dtype": "fp8"}, {"state_dtype": "bfloat16"}
+    plain, fp8, bf16 = (
+        load(folder, "cpu", enforce_eager=True, **change) for change in ({}, *changes)
+    )
+    expected, *found = (engine_logits(runner, known)[0] for runner in (plain, fp8, bf16))
+    for one, most in zip(found, (0.2, 1e-2)):
+        assert 1e-7 < (one - expected).std() / expected.std() < most
+    pages = fp8.steps.pages
+    for stored in (pages.k_CBKH, pages.v_CBKH):
+        assert stored.float().nan_to_num(0.0).abs().max() < 448
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_int8_logits_are_those_of_the_stored_integers(name: str, folders: dict[str, Path]) -> None:
+    known, folder = sequences(VOCAB_SIZE, (19, 24)), folders[name]
+    plain, int8 = (
+        load(folder, "cpu", quantization=how, enforce_eager=True) for how in (None, "int8")
+    )
+    before = engine_logits(plain, known)
+    plain.steps = replace(plain.steps, params=real_values(int8.params))
+    found = engine_logits(int8, known)
+    assert max_difference(found, engine_logits(plain, known)) <= TOLERANCE
+    assert max_difference(found, before) > TOLERANCE
 
 
 @pytest.mark.shows("ranks", architectures=TEXT)
