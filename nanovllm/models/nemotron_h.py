@@ -189,8 +189,8 @@ def layer_type(kind: LayerKind) -> type[Layer]:
 def outer_params(cfg: ModelConfig) -> dict[str, Param]:
     """`dense.outer_params`, with the names of these checkpoints."""
     names = {
-        "embed_VD": "backbone.embeddings.weight",
-        "final_norm_D": "backbone.norm_f.weight",
+        "embed_VD": "model.embeddings.weight",
+        "final_norm_D": "model.norm_f.weight",
         "head_VD": "lm_head.weight",
     }
     declared = dense.outer_params(cfg)
@@ -199,7 +199,7 @@ def outer_params(cfg: ModelConfig) -> dict[str, Param]:
 
 def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
     """Parameters of one layer, by the fields of `layer_type(kind)`."""
-    prefix, hidden = f"backbone.layers.{layer_idx}.", cfg.hidden_size
+    prefix, hidden = f"model.layers.{layer_idx}.", cfg.hidden_size
     mixer_prefix, found = prefix + "mixer.", layer_type(kind)
     norm = {"norm_D": Param.one("norm", prefix + "norm.weight", hidden)}
     if found is AttentionLayer:

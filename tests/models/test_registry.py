@@ -184,7 +184,6 @@ RENAMED = {
     "block_sparse_moe.input_linear.weight": "block_sparse_moe.experts.gate_up_proj",
     "block_sparse_moe.output_linear.weight": "block_sparse_moe.experts.down_proj",
     "mlp.moe_statics.": "mlp.gate.moe_statics.",
-    "backbone.": "model.",
 }
 # The fields that give a model biases; those of Mistral, Qwen2, Mixtral and Phi-3 do not depend on
 # any.
