@@ -50,11 +50,12 @@ def computed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The results [T, V, I], states [N, V, H, I], and the places [N] where they go."""
     start_RVHI = reference.gated_delta.start_states(state_XVHI, from_R, is_new_R)
-    tokens = (*reference.ssd.inputs(xbc_TC, dt_TV, state_XVHI), log_decay_TV)
+    others = (log_decay_TV, start_RVHI, q_start_S)
     if to_R is None:
         assert to_T is not None
-        return *token_by_token(*tokens, start_RVHI, q_start_S), to_T
-    return *in_chunks(*tokens, start_RVHI, q_start_S), to_R
+        of_heads = reference.ssd.inputs(xbc_TC, dt_TV, state_XVHI)
+        return *token_by_token(*of_heads, *others), to_T
+    return *in_chunks(*reference.ssd.parts(xbc_TC, dt_TV, state_XVHI), *others), to_R
 
 
 def token_by_token(
@@ -86,17 +87,20 @@ def token_by_token(
 
 def in_chunks(
     x_TVI: Tensor,
-    b_TVH: Tensor,
-    c_TVH: Tensor,
+    b_TGH: Tensor,
+    c_TGH: Tensor,
     log_decay_TV: Tensor,
     start_RVHI: Tensor,
     q_start_S: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The results and the rows' last states, in as many chunks as rows of any lengths can have."""
-    num_tokens, device = len(x_TVI), x_TVI.device
+    """The results and the rows' last states, in as many chunks as rows of any lengths can have.
+
+    The heads of a group have the same B and C, so their values are columns of one product.
+    """
+    num_tokens, num_groups, device = len(x_TVI), b_TGH.shape[1], x_TVI.device
     num_chunks = num_tokens // CHUNK + len(start_RVHI)
     of = chunks(q_start_S, num_tokens, num_chunks)
-    x, b, c, log_decay_ZVL = (of.of(one) for one in (x_TVI, b_TVH, c_TVH, log_decay_TV))
+    x, b, c, log_decay_ZVL = (of.of(one) for one in (x_TVI, b_TGH, c_TGH, log_decay_TV))
     # the decay from before the chunk to after token i, and that from after token j to after token i
     total_ZVL = log_decay_ZVL.cumsum(2)
     idx_L = torch.arange(CHUNK, device=device)
@@ -105,8 +109,10 @@ def in_chunks(
     since_ZVL1, until_ZVL1 = (
         one.exp().unsqueeze(3) for one in (total_ZVL, total_ZVL[..., -1:] - total_ZVL)
     )
-    own_ZVLI = ((c @ b.transpose(2, 3)) * between_ZVLL) @ x
-    written_ZVHI = (b * until_ZVL1).transpose(2, 3) @ x
+    score_ZGLL = c @ b.transpose(2, 3)
+    score_ZGKLL = between_ZVLL.unflatten(1, (num_groups, -1)) * score_ZGLL.unsqueeze(2)
+    y_ZVLI = score_ZGKLL.flatten(1, 2) @ x
+    written_ZVHI = apart(b.transpose(2, 3) @ together(x * until_ZVL1, num_groups), x.shape[3])
     is_first_Z = torch.arange(num_chunks, device=device) == of.first_R.index_select(0, of.row_Z)
     start_ZVHI = start_RVHI.index_select(0, of.row_Z)
     state_VHI = torch.zeros_like(start_RVHI[0])
@@ -116,9 +122,20 @@ def in_chunks(
         before.append(state_VHI)
         state_VHI = state_VHI * since_ZVL1[z, :, -1:] + written_ZVHI[z]
         after.append(state_VHI)
-    y_ZVLI = own_ZVLI + (c * since_ZVL1) @ torch.stack(before)
+    read_ZGLJ = c @ together(torch.stack(before), num_groups)
+    y_ZVLI = y_ZVLI + apart(read_ZGLJ, x.shape[3]) * since_ZVL1
     last_R = (of.end_R - 1).clamp(0, num_chunks - 1)
     # a row without tokens keeps its state
     is_fed_R = (q_start_S[1:] > q_start_S[:-1]).view(-1, 1, 1, 1)
     last_RVHI = torch.where(is_fed_R, torch.stack(after).index_select(0, last_R), start_RVHI)
     return of.joined(y_ZVLI, q_start_S, num_tokens), last_RVHI
+
+
+def together(x_ZVLI: Tensor, num_groups: int) -> Tensor:
+    """The values of a group's heads beside each other: [Z, G, L, V / G · I]."""
+    return x_ZVLI.unflatten(1, (num_groups, -1)).transpose(2, 3).flatten(3)
+
+
+def apart(x_ZGLJ: Tensor, head_size: int) -> Tensor:
+    """The reverse of `together`."""
+    return x_ZGLJ.unflatten(3, (-1, head_size)).transpose(2, 3).flatten(1, 2)

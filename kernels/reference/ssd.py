@@ -17,20 +17,29 @@ from nanovllm.kernels.reference.gated_delta import owners, start_states
 from nanovllm.kernels.reference.step import store_state
 
 
-def inputs(xbc_TC: Tensor, dt_TV: Tensor, state_XVHI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dt · x [T, V, I], and B and C [T, V, H] of each head; fp32. The heads of a group are
-    neighbours."""
+def parts(xbc_TC: Tensor, dt_TV: Tensor, state_XVHI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dt · x [T, V, I], and B and C [T, G, H]; fp32."""
     _, num_heads, state_size, head_size = state_XVHI.shape
     num_values = num_heads * head_size
     num_of_groups = (xbc_TC.shape[1] - num_values) // 2
     x, b, c = xbc_TC.float().split([num_values, num_of_groups, num_of_groups], dim=1)
-    num_groups = num_of_groups // state_size
-    shape = (len(xbc_TC), num_groups, num_heads // num_groups, state_size)
-    b_TVH, c_TVH = (
-        one.reshape(-1, num_groups, 1, state_size).expand(shape).reshape(-1, num_heads, state_size)
-        for one in (b, c)
-    )
-    return x.reshape(-1, num_heads, head_size) * dt_TV.unsqueeze(2), b_TVH, c_TVH
+    x_TVI = x.reshape(-1, num_heads, head_size) * dt_TV.unsqueeze(2)
+    b_TGH, c_TGH = (one.reshape(len(xbc_TC), -1, state_size) for one in (b, c))
+    return x_TVI, b_TGH, c_TGH
+
+
+def of_heads(x_TGH: Tensor, num_heads: int) -> Tensor:
+    """[T, V, H] of numbers of groups, whose heads are neighbours."""
+    num_tokens, num_groups, state_size = x_TGH.shape
+    shape = (num_tokens, num_groups, num_heads // num_groups, state_size)
+    return x_TGH.unsqueeze(2).expand(shape).reshape(num_tokens, num_heads, state_size)
+
+
+def inputs(xbc_TC: Tensor, dt_TV: Tensor, state_XVHI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`parts` with B and C of each head: [T, V, H]."""
+    x_TVI, b_TGH, c_TGH = parts(xbc_TC, dt_TV, state_XVHI)
+    num_heads = x_TVI.shape[1]
+    return x_TVI, of_heads(b_TGH, num_heads), of_heads(c_TGH, num_heads)
 
 
 def next_state(state_RVHI: Tensor, x_RVI: Tensor, b_RVH: Tensor, log_decay_RV: Tensor) -> Tensor:
