@@ -14,7 +14,7 @@ from nanovllm.kernels.triton import ssd_step as ssd
 
 HEADS = {"KEY_HEADS": 16, "NUM_HEADS": 32, "KEY": 128, "KEY_P": 128, "VALUE": 128}
 ROWS = 64
-# Falcon-H1-34B
+# a mixer's heads of 128 with states of 256
 MAMBA = {
     "NUM_HEADS": 32, "HEADS_PER_GROUP": 16, "STATE": 256, "STATE_P": 256, "HEAD": 128,
     "VALUES": ssd.values_of_program(256, 128),
