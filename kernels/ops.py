@@ -17,6 +17,7 @@ from torch import Tensor
 from nanovllm.kernels import collectives, flash_attention, reference
 from nanovllm.kernels import gated_delta as chunked
 from nanovllm.kernels import sdpa as sdpa_attention
+from nanovllm.kernels import ssd as chunked_ssd
 
 _library = torch.library.Library("nanovllm", "DEF")
 _registered: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -388,7 +389,7 @@ lora_linear = _define(
 
 causal_conv = _define(
     "causal_conv(Tensor x, Tensor weight, Tensor(a!) state, Tensor seq_len, Tensor q_start, "
-    "Tensor from_row, Tensor? to_row=None, Tensor? to_token=None) -> Tensor",
+    "Tensor from_row, Tensor? to_row=None, Tensor? to_token=None, Tensor? bias=None) -> Tensor",
     reference.gated_delta.causal_conv,
     lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
@@ -407,6 +408,19 @@ gated_delta_step = _define(
     "Tensor from_row, Tensor is_new, Tensor to_row) -> Tensor",
     reference.gated_delta.gated_delta_step,
     lambda qkv, z, *rest: torch.empty_like(z, memory_format=torch.contiguous_format),
+)
+
+ssd = _define(
+    "ssd(Tensor xbc, Tensor dt, Tensor log_decay, Tensor(a!) state, Tensor q_start, "
+    "Tensor from_row, Tensor is_new, Tensor? to_row=None, Tensor? to_token=None) -> Tensor",
+    chunked_ssd.ssd,
+    lambda xbc, dt, log_decay, state, *rest: dt.new_empty((*dt.shape, state.shape[3])),
+)
+ssd_step = _define(
+    "ssd_step(Tensor xbc, Tensor dt, Tensor log_decay, Tensor(a!) state, Tensor from_row, "
+    "Tensor is_new, Tensor to_row) -> Tensor",
+    reference.ssd.ssd_step,
+    lambda xbc, dt, log_decay, state, *rest: dt.new_empty((*dt.shape, state.shape[3])),
 )
 
 
@@ -775,6 +789,8 @@ __all__ = [
     "shard_embedding",
     "silu_mul",
     "span_inputs",
+    "ssd",
+    "ssd_step",
     "store_kv",
     "stream_experts",
     "topk_softmax",

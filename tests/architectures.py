@@ -54,6 +54,10 @@ ARCHITECTURES: dict[str, Entry] = {
         TEXT, "EXAONE 4.0",
         f'`kv_cache_dtype="fp8"` is refused: values have no bound; {IN_EAGER_MODE}',
     ),
+    "FalconH1ForCausalLM": Entry(
+        TEXT, "Falcon-H1 (0.5B to 34B)",
+        "attention beside a Mamba-2 mixer in each layer; no more ranks than `mamba_n_groups`",
+    ),
     "Gemma3ForCausalLM": Entry(
         TEXT, "Gemma-3 without images (1B, 270M)",
         "a cap on attention scores and attention in both directions are refused; on an NPU, "
@@ -77,6 +81,11 @@ ARCHITECTURES: dict[str, Entry] = {
     "Ministral3ForCausalLM": Entry(TEXT, "Ministral 3, text only"),
     "Mistral3ForConditionalGeneration": Entry(
         TEXT, "Mistral-Small 3.1 and 3.2, Ministral 3 (3B, 8B, 14B)", "images are refused"
+    ),
+    "NemotronHForCausalLM": Entry(
+        TEXT, "Nemotron-H (8B, 47B, 56B), Nemotron Nano 2",
+        "most layers are a Mamba-2 mixer; layers with experts are refused; no more ranks than "
+        "`n_groups`",
     ),
     "Olmo2ForCausalLM": Entry(
         TEXT, "OLMo-2", '`kv_cache_dtype="fp8"` is refused: values have no bound'

@@ -129,6 +129,8 @@ def save_tiny(
         elif "norm" in name:
             mean = 0.0 if _adds_one(architecture, name) else 1.0
             torch.nn.init.normal_(parameter, mean=mean, std=0.1)
+        elif name.endswith((".D", ".A_log")):  # of Mamba-2
+            parameter.data += 0.3 * torch.randn(parameter.shape)
         elif name.endswith(("router.scale", "per_expert_scale")):  # of Gemma 4
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
     for name, buffer in model.named_buffers():

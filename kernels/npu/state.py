@@ -26,10 +26,11 @@ def causal_conv(
     from_R: Tensor,
     to_R: Tensor | None = None,
     to_T: Tensor | None = None,
+    bias_C: Tensor | None = None,
 ) -> Tensor:
     """See `reference.gated_delta.causal_conv`."""
     y_TC, after_NWC, to_N = reference.gated_delta.convolved(
-        x_TC, weight_CW, state_XWC, seq_len_R, q_start_S, from_R, to_R, to_T
+        x_TC, weight_CW, state_XWC, seq_len_R, q_start_S, from_R, to_R, to_T, bias_C
     )
     store_state(after_NWC, state_XWC, to_N)
     return y_TC

@@ -34,6 +34,7 @@ from nanovllm.kernels.reference import (
     packed,
     rope_store,
     sample,
+    ssd,
     step,
 )
 
@@ -54,6 +55,7 @@ __all__ = [
     "packed",
     "rope_store",
     "sample",
+    "ssd",
     "step",
 ]
 
@@ -61,7 +63,7 @@ __all__ = [
 # those with ops that a compiler can trace
 TOPICS = (
     attention, clamped, drafts, experts, gated_delta, ggml, latent_attention, linear, lora,
-    norm_act, ordered, packed, rope_store, sample, step,
+    norm_act, ordered, packed, rope_store, sample, ssd, step,
 )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def convolved(
     from_R: Tensor,
     to_R: Tensor | None = None,
     to_T: Tensor | None = None,
+    bias_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The results of `causal_conv`, states [N, W, C], and the places [N] where they go."""
     num_taps = weight_CW.shape[1]
@@ -61,6 +62,8 @@ def convolved(
     first_T = from_R.index_select(0, row_T) * num_taps
     taps = []
     total_TC = torch.zeros_like(x_TC, dtype=torch.float32)
+    if bias_C is not None:
+        total_TC = total_TC + bias_C.float()
     for shift in range(num_taps):
         own_TC = x_TC.index_select(0, (token_T - shift).clamp(min=0))
         kept_TC = states.index_select(0, first_T + (pos_T - shift) % num_taps).to(x_TC.dtype)
@@ -88,16 +91,17 @@ def causal_conv(
     from_R: Tensor,
     to_R: Tensor | None = None,
     to_T: Tensor | None = None,
+    bias_C: Tensor | None = None,
 ) -> Tensor:
-    """silu(Σ_s weight[:, W − 1 − s] · x(p − s)) for each token, where x(p) is the input at position
-    p of its row, 0 before position 0; [T, C] in x's dtype. Updates the states in place.
+    """silu(bias + Σ_s weight[:, W − 1 − s] · x(p − s)) for each token, where x(p) is the input at
+    position p of its row, 0 before position 0; [T, C] in x's dtype. Updates the states in place.
 
     A state has the newest W inputs: that of position p at index p % W, so that one token replaces
     one input. seq_len_R are the rows' tokens with those of this step, q_start_S the first token of
     each row. Sums are in fp32; they are rounded to x's dtype before silu.
     """
     y_TC, after_NWC, to_N = convolved(
-        x_TC, weight_CW, state_XWC, seq_len_R, q_start_S, from_R, to_R, to_T
+        x_TC, weight_CW, state_XWC, seq_len_R, q_start_S, from_R, to_R, to_T, bias_C
     )
     store_state(after_NWC, state_XWC, to_N)
     return y_TC

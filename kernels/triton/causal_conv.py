@@ -23,6 +23,7 @@ def causal_conv_kernel(
     seq_len_ptr,  # [R] int32
     q_start_ptr,  # [R + 1] int32
     from_ptr,  # [R] int64
+    bias_ptr,  # [C] with BIASED, else anything
     out_ptr,  # [T, C], written
     num_tokens,
     num_rows,
@@ -32,6 +33,7 @@ def causal_conv_kernel(
     ROWS_P: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    BIASED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_earlier_kernels(PDL)
@@ -49,6 +51,9 @@ def causal_conv_kernel(
     pos_T = before_T + idx_T
     from_T = tl.load(from_ptr + row_T, mask=is_real_T, other=0)
     total = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    if BIASED:
+        bias_C = tl.load(bias_ptr + channel_C, mask=channel_C < num_channels, other=0.0)
+        total += tl.where(is_real_T[:, None], bias_C.to(tl.float32)[None, :], 0.0)
     for shift in tl.static_range(TAPS):
         is_own = (is_real_T & (idx_T >= shift))[:, None] & is_channel
         own_at = x_ptr + (token_T - shift).to(tl.int64)[:, None] * x_stride + channel_C[None, :]
@@ -120,6 +125,7 @@ def causal_conv(
     from_R: Tensor,
     to_R: Tensor | None = None,
     to_T: Tensor | None = None,
+    bias_C: Tensor | None = None,
 ) -> Tensor:
     """See `reference.gated_delta.causal_conv`."""
     x_TC, to = by_rows(x_TC), to_T if to_R is None else to_R
@@ -135,6 +141,7 @@ def causal_conv(
         seq_len_R,
         q_start_S,
         from_R,
+        weight_CW if bias_C is None else bias_C,
         out_TC,
         num_tokens,
         num_rows,
@@ -144,6 +151,7 @@ def causal_conv(
         ROWS_P=triton.next_power_of_2(num_rows),
         TOKENS=TOKENS,
         CHANNELS=CHANNELS,
+        BIASED=bias_C is not None,
         num_warps=NUM_WARPS,
         **options,
     )

@@ -32,8 +32,9 @@ FLOATING_POINT = "a floating point dtype"
 READERS = 8  # threads: one reads 3 to 8 GB/s from the page cache
 PIECE_BYTES = 1 << 24  # that a thread reads at a time
 
-# The prefixes of a text model's tensors in checkpoints with towers, in place of "model.".
-TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+# The prefixes of a text model's tensors, in place of "model.", in checkpoints with towers and in
+# those of Nemotron-H.
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "backbone.")
 # The head of some of them.
 TEXT_HEAD = "language_model.lm_head."
 # The module that some checkpoints have around their vision tower, and without it.

@@ -25,7 +25,16 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import Experts
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.layer_state import LayerState, Recurrent, StateTensor
-from nanovllm.models.model import Batch, Kept, LayerCache, LayerCall, LayerKind, Model, Param
+from nanovllm.models.model import (
+    Batch,
+    CacheAndStates,
+    Kept,
+    LayerCache,
+    LayerCall,
+    LayerKind,
+    Model,
+    Param,
+)
 from nanovllm.models.param import Adapt, PlusOne, RowOrder
 from nanovllm.models.rope import grouped_rows
 
@@ -208,7 +217,7 @@ def layer(
         assert isinstance(kv, LayerCache)
         h_TD = attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
     else:
-        assert not isinstance(kv, LayerCache)
+        assert not isinstance(kv, LayerCache | CacheAndStates)
         h_TD = delta_rule(cfg, call, w, kv, batch, h_TD)
     if w.router_ED is None:
         return dense.mlp(cfg, w, h_TD)

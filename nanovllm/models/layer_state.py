@@ -133,8 +133,39 @@ class Recurrent:
         return sum(one.num_bytes(model_dtype) for one in self.tensors)
 
 
+@dataclass(frozen=True)
+class KVAndState:
+    """Keys and values of each token, and a state of each row: attention beside a recurrence."""
+
+    pages: PagedKV
+    state: Recurrent
+
+    def on_ranks(self, num_ranks: int) -> KVAndState:
+        """What each of `num_ranks` ranks keeps."""
+        return KVAndState(self.pages.on_ranks(num_ranks), self.state.on_ranks(num_ranks))
+
+
 Paged = PagedKV | PagedLatent
-LayerState = Paged | Recurrent
+LayerState = Paged | Recurrent | KVAndState
+
+
+def pages_of(kept: LayerState) -> Paged | None:
+    """The pages of a layer; None if it has none."""
+    if isinstance(kept, KVAndState):
+        return kept.pages
+    return None if isinstance(kept, Recurrent) else kept
+
+
+def state_of(kept: LayerState) -> Recurrent | None:
+    """The state that a layer keeps of each row; None if it keeps none."""
+    if isinstance(kept, KVAndState):
+        return kept.state
+    return kept if isinstance(kept, Recurrent) else None
+
+
+def with_state(kept: LayerState, state: Recurrent) -> LayerState:
+    """What a layer with a state keeps, with another one."""
+    return replace(kept, state=state) if isinstance(kept, KVAndState) else state
 
 
 def page_bytes(kept: Paged, block_size: int, cache_dtype: torch.dtype) -> int:
@@ -244,11 +275,11 @@ def page_groups(kept: Sequence[LayerState], max_len: int) -> PageGroups:
     """
     alike: dict[Paged, list[int]] = {}
     readers: dict[int, list[int]] = {}  # by the layer whose cache they read
-    for layer_idx, one in enumerate(kept):
+    for layer_idx, one in enumerate(map(pages_of, kept)):
         if isinstance(one, PagedKV) and one.source is not None:
             assert replace(one, source=None) == kept[one.source] and one.source < layer_idx
             readers.setdefault(one.source, []).append(layer_idx)
-        elif not isinstance(one, Recurrent):
+        elif one is not None:
             sees_all = one.window >= max_len
             alike.setdefault(replace(one, window=0) if sees_all else one, []).append(layer_idx)
     if not alike:
@@ -305,4 +336,5 @@ def _group_size(
 
 def recurrent_bytes(kept: Iterable[LayerState], model_dtype: torch.dtype) -> int:
     """Bytes of one row's recurrent states in all layers."""
-    return sum(one.num_bytes(model_dtype) for one in kept if isinstance(one, Recurrent))
+    states = filter(None, map(state_of, kept))
+    return sum(one.num_bytes(model_dtype) for one in states)

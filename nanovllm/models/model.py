@@ -18,7 +18,15 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, num_bytes
 from nanovllm.models.formats.plain import PLAIN
-from nanovllm.models.layer_state import LayerState, PagedLatent, PageGroups, Recurrent, page_groups
+from nanovllm.models.layer_state import (
+    LayerState,
+    PagedLatent,
+    PageGroups,
+    page_groups,
+    pages_of,
+    state_of,
+    with_state,
+)
 from nanovllm.models.param import Param as Param
 from nanovllm.models.schemes import UNQUANTIZED, Part, Scheme
 
@@ -74,9 +82,30 @@ class LatentCache(NamedTuple):
         return self.latent_CBZ.shape[0], self.latent_CBZ.shape[1]
 
 
+class CacheAndStates(NamedTuple):
+    """What a layer with attention beside a recurrence keeps (`KVAndState`)."""
+
+    cache: LayerCache
+    states: tuple[Tensor, ...]
+
+
 # What a layer keeps: its cache, or its `Recurrent.tensors` in order, [X, *shape] each (`States`).
 PagedCache = LayerCache | LatentCache
-Kept = PagedCache | tuple[Tensor, ...]
+Kept = PagedCache | CacheAndStates | tuple[Tensor, ...]
+
+
+def cache_of(kept: Kept) -> PagedCache | None:
+    """A layer's cache; None if it has none."""
+    if isinstance(kept, CacheAndStates):
+        return kept.cache
+    return kept if isinstance(kept, LayerCache | LatentCache) else None
+
+
+def states_of(kept: Kept) -> tuple[Tensor, ...]:
+    """The tensors that a layer keeps of each row; empty if it keeps none."""
+    if isinstance(kept, CacheAndStates):
+        return kept.states
+    return () if isinstance(kept, LayerCache | LatentCache) else kept
 
 
 # Region inputs whose first dimension may vary between runs of one program: the number of cache
@@ -166,7 +195,8 @@ class LayerKind:
     @property
     def window(self) -> int:
         """`PagedKV.window`."""
-        return 0 if isinstance(self.keeps, Recurrent) else self.keeps.window
+        pages = pages_of(self.keeps)
+        return 0 if pages is None else pages.window
 
 
 class LayerCall(NamedTuple):
@@ -352,13 +382,12 @@ class Model:
 
     def with_state_dtype(self, dtype: torch.dtype) -> Model:
         """The model with another dtype of the recurrent states that have a dtype of their own."""
-        kinds = tuple(
-            replace(kind, keeps=kind.keeps.with_dtype(dtype))
-            if isinstance(kind.keeps, Recurrent)
-            else kind
-            for kind in self.layer_kinds
-        )
-        return replace(self, layer_kinds=kinds)
+        kinds = list(self.layer_kinds)
+        for layer_idx, kind in enumerate(kinds):
+            if (state := state_of(kind.keeps)) is not None:
+                keeps = with_state(kind.keeps, state.with_dtype(dtype))
+                kinds[layer_idx] = replace(kind, keeps=keeps)
+        return replace(self, layer_kinds=tuple(kinds))
 
     def on_ranks(self, num_ranks: int) -> Model:
         """The model as each of `num_ranks` ranks has it. Raises ValueError if its heads, or the
@@ -450,7 +479,7 @@ class Model:
     @property
     def is_recurrent(self) -> bool:
         """True if a layer keeps a state of each row."""
-        return any(isinstance(one, Recurrent) for one in self.kept)
+        return any(state_of(one) is not None for one in self.kept)
 
     @property
     def has_latents(self) -> bool:

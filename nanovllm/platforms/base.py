@@ -34,7 +34,7 @@ PACKED_EXPERT_OPS = (  # the same
 )  # fmt: skip
 LATENT_OPS = ("head_linear", "latent_attention", "latent_inputs", "latent_span_attention")
 # Ops that go through the tokens of rows one by one, or in chunks.
-DELTA_OPS = ("causal_conv", "gated_delta", "gated_delta_step")
+DELTA_OPS = ("causal_conv", "gated_delta", "gated_delta_step", "ssd")
 LORA_OPS = ("adapter_tiles", "add_lora", "add_lora_", "add_lora_silu", "lora_linear")
 # Ops of a step with our kernels on CPU and CUDA, or whose reference a lowering makes no faster.
 STEP_OPS = frozenset({

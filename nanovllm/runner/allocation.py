@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanovllm.models.layer_state import Paged, PagedLatent, Recurrent
-from nanovllm.models.model import Kept, LatentCache, LayerCache, Model, PagedCache
+from nanovllm.models.layer_state import Paged, PagedLatent, Recurrent, pages_of, state_of
+from nanovllm.models.model import CacheAndStates, Kept, LatentCache, LayerCache, Model, PagedCache
 from nanovllm.platforms.regions import Region
 from nanovllm.runner.snapshots import RowStates, Snapshots
 from nanovllm.runner.spec import EngineSpec
@@ -37,21 +37,28 @@ def allocate(
     num_layers = len(model.layer_kinds)
     places, parts = groups.places(num_layers), groups.parts(num_layers)
     for kept, place, part, layer_scales in zip(model.kept, places, parts, scales, strict=True):
-        if isinstance(kept, Recurrent):
+        of_rows: tuple[Tensor, ...] = ()
+        if (state := state_of(kept)) is not None:
             of_rows, of_slots = (
-                _states(kept, num, model.config.dtype, region)
+                _states(state, num, model.config.dtype, region)
                 for num in (num_states, spec.snapshot_slots)
             )
             states += map(RowStates, of_rows, of_slots)
+        if (paged := pages_of(kept)) is None:
             made.append(of_rows)
             continue
         assert place is not None
         _, tensor_idx = place
         if tensor_idx not in pages:
             pages[tensor_idx] = [region.zeros(shape, spec.cache_dtype) for shape in shapes]
-        own = kept.shapes(num_blocks, layout.block_size)
-        cache = [_part(*one, *part) for one in zip(pages[tensor_idx], own)]
-        made.append(paged_cache(kept, cache, layer_scales))
+        own = paged.shapes(num_blocks, layout.block_size)
+        parts_of = [_part(*one, *part) for one in zip(pages[tensor_idx], own)]
+        cache = paged_cache(paged, parts_of, layer_scales)
+        if state is None:
+            made.append(cache)
+        else:
+            assert isinstance(cache, LayerCache)
+            made.append(CacheAndStates(cache, of_rows))
     return tuple(made), Snapshots(tuple(states), layout.num_places)
 
 

@@ -22,7 +22,16 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.lora.regions import without_slots
-from nanovllm.models.model import Batch, Kept, LayerCall, Model, PagedCache, Params
+from nanovllm.models.model import (
+    Batch,
+    Kept,
+    LayerCall,
+    Model,
+    PagedCache,
+    Params,
+    cache_of,
+    states_of,
+)
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.mm_embeds import MMEmbeds, add_features, with_given
 from nanovllm.runner.persistent import Parts, PersistentSteps
@@ -138,7 +147,8 @@ class Steps:
     @property
     def pages(self) -> PagedCache:
         """The cache of one layer: those of all layers with pages have its shape."""
-        return next(one for one in self.caches if isinstance(one, PagedCache))
+        found = map(cache_of, self.caches)
+        return next(one for one in found if one is not None)
 
     @property
     def block_size(self) -> int:
@@ -146,7 +156,7 @@ class Steps:
 
     def places(self, *, verifies: bool = False) -> StatePlaces:
         """The places of rows' states, in a step that perhaps `verifies` proposals."""
-        kept = next((one for one in self.caches if not isinstance(one, PagedCache)), None)
+        kept = next(filter(None, map(states_of, self.caches)), None)
         if kept is None:
             return StatePlaces()
         return StatePlaces(kept[0].shape[0] // self.state.pos_S.shape[0], verifies)

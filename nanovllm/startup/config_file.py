@@ -37,7 +37,9 @@ LARGEST = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 16),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 1 << 16),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 1 << 16),
-    "linear_conv_kernel_dim": 1 << 10,
+    **dict.fromkeys(("linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel"), 1 << 10),
+    **dict.fromkeys(("mamba_n_heads", "mamba_n_groups", "mamba_num_heads", "n_groups"), 1 << 16),
+    **dict.fromkeys(("mamba_d_ssm", "mamba_d_state", "mamba_head_dim"), 1 << 20),
     **dict.fromkeys(("hidden_size", "head_dim", "d_model", "out_hidden_size"), 1 << 20),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "vocab_size"), 1 << 24),
     "shared_expert_intermediate_size": 1 << 24,
@@ -46,17 +48,24 @@ LARGEST = {
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 1 << 20),
 }
 LARGEST_OTHER = (1 << 63) - 1
+FLOATS = ("Infinity", "-Infinity", "NaN")
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError, with the file's name."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes(), object_hook=_float)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {reprlib.repr(found)}: it must be an object")
     return found
+
+
+def _float(found: dict[str, Any]) -> Any:
+    """An object of JSON, or the number that transformers writes in this form: an infinite one."""
+    text = found.get("__float__")
+    return float(text) if found.keys() == {"__float__"} and text in FLOATS else found
 
 
 def read_stored(path: Path) -> dict[str, Any]:

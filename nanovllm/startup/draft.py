@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nanovllm import hub
-from nanovllm.models.layer_state import Recurrent
+from nanovllm.models.layer_state import pages_of
 from nanovllm.models.model import Model
 from nanovllm.platforms import attention
 from nanovllm.runner.proposer import DeviceProposer
@@ -103,7 +103,7 @@ def _check(resolved: ResolvedConfig, model: Model) -> None:
             f"the draft model has {theirs.vocab_size} tokens in its vocabulary, the model has "
             f"{ours.vocab_size}: they must have the same"
         )
-    pages = {replace(one, window=0) for one in model.kept if not isinstance(one, Recurrent)}
+    pages = {replace(one, window=0) for one in map(pages_of, model.kept) if one is not None}
     if len(pages) > 1:
         raise ValueError(
             "the draft model keeps pages of several sizes, or reads the caches of other layers, "

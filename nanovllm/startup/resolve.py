@@ -16,7 +16,7 @@ from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.models import registry, svd_experts
 from nanovllm.models.gguf.header import is_gguf
-from nanovllm.models.layer_state import PagedKV, recurrent_bytes
+from nanovllm.models.layer_state import PagedKV, pages_of, recurrent_bytes
 from nanovllm.models.loader import has_own_head
 from nanovllm.models.lora.regions import with_lora
 from nanovllm.models.lora.slots import refusal_of_experts
@@ -366,7 +366,8 @@ def _refuse_in_whole_steps(model: Model, device: str, *, is_eager: bool) -> None
 
 def largest_head(model: Model) -> int:
     """The largest head size of a model's layers, which may differ."""
-    sizes = (one.key_size for one in model.kept if isinstance(one, PagedKV))
+    pages = map(pages_of, model.kept)
+    sizes = (one.key_size for one in pages if isinstance(one, PagedKV))
     return max(sizes, default=model.config.head_dim)
 
 

@@ -29,7 +29,7 @@ from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.cli.bench.engines import engine_of, versions
 from nanovllm.cli.bench.ideal import step_bytes
 from nanovllm.engine.engine import Engine
-from nanovllm.models.model import LatentCache, LayerCache
+from nanovllm.models.model import cache_of
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.plan import PAD_BLOCK
 from nanovllm.tools import command_line
@@ -59,11 +59,10 @@ def pretend_cached(cache: KVCacheManager) -> None:
 
 def draw_cache(engine: Engine) -> None:
     """Random keys and values: zeros would need less power."""
-    for kept in engine.runner.steps.caches:
-        if isinstance(kept, (LayerCache, LatentCache)):
-            for tensor in kept:
-                if isinstance(tensor, torch.Tensor) and tensor.dtype.itemsize > 1:
-                    tensor.normal_()
+    for cache in filter(None, map(cache_of, engine.runner.steps.caches)):
+        for tensor in cache:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype.itemsize > 1:
+                tensor.normal_()
 
 
 def step_seconds(engine: Engine, args: argparse.Namespace) -> tuple[float, list[int]]:

@@ -1,4 +1,5 @@
-"""The launches of the gated delta rule, with the constants of Qwen3.5-35B-A3B: see `builds.py`."""
+"""The launches of the gated delta rule, with the constants of Qwen3.5-35B-A3B, and of Mamba-2's
+recurrence: see `builds.py`."""
 
 from __future__ import annotations
 
@@ -9,9 +10,16 @@ from nanovllm.kernels.gated_delta import CHUNK
 from nanovllm.kernels.triton import causal_conv as conv
 from nanovllm.kernels.triton import gated_delta as delta
 from nanovllm.kernels.triton import gated_delta_step as step
+from nanovllm.kernels.triton import ssd_step as ssd
 
 HEADS = {"KEY_HEADS": 16, "NUM_HEADS": 32, "KEY": 128, "KEY_P": 128, "VALUE": 128}
 ROWS = 64
+# a mixer's heads of 128 with states of 256
+MAMBA = {
+    "NUM_HEADS": 32, "HEADS_PER_GROUP": 16, "STATE": 256, "STATE_P": 256, "HEAD": 128,
+    "VALUES": ssd.values_of_program(256, 128),
+}  # fmt: skip
+SSD_TYPES = dict.fromkeys(("dt_ptr", "log_decay_ptr", "out_ptr"), "*fp32")
 TYPES = {
     **dict.fromkeys(("a_log_ptr", "dt_bias_ptr", "total_ptr"), "*fp32"),
     **dict.fromkeys(("seq_len_ptr", "q_start_ptr"), "*i32"),
@@ -35,12 +43,15 @@ def launches(dtype: str, precision: str, takes_chunks: bool, whole: bool) -> Ite
     of_rule = {**HEADS, "VALUE_P": 128, "VALUES": delta.values_of_program(128)}
     if whole:
         tile = {"TAPS": 4, "ROWS_P": ROWS, "TOKENS": conv.TOKENS, "CHANNELS": conv.CHANNELS}
-        yield "convolution", conv.causal_conv_kernel, tile, conv.NUM_WARPS, 3, TYPES
+        for biased in (False, True):
+            name, constants = f"convolution, biased {biased}", tile | {"BIASED": biased}
+            yield name, conv.causal_conv_kernel, constants, conv.NUM_WARPS, 3, TYPES
         for each in (False, True):
             tile = {"TAPS": 4, "EACH": each, "CHANNELS": conv.STATE_CHANNELS}
             name = f"state of a convolution, each {each}"
             yield name, conv.conv_state_kernel, tile, conv.NUM_WARPS, 3, TYPES
         yield "delta of tokens", delta.delta_tokens_kernel, of_rule, delta.NUM_WARPS, 3, types
+    yield "ssd step", ssd.ssd_step_kernel, MAMBA, ssd.NUM_WARPS, 3, types | SSD_TYPES
     if takes_chunks:
         of_rule |= {"ROWS_P": ROWS, "CHUNK": CHUNK, "PRECISION": precision, "UPCAST": False}
         warps, stages = delta.NUM_WARPS, delta.NUM_STAGES

@@ -187,6 +187,7 @@ CHOSEN: dict[str, dict[str, str]] = {
         "zero_padding_kernel": "after each of them",
     },
     "gated_delta_step": {"gated_delta_step_kernel": "always: decode steps"},
+    "ssd_step": {"ssd_step_kernel": "always: decode steps"},
     "topk_softmax": {"topk_softmax_kernel": "always"},
     "group_topk": {"group_topk_kernel": "always"},
     "norm_router_topk": {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import EngineConfig
+from nanovllm.models.model import CacheAndStates
 from nanovllm.runner.inputs import span_arrays
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.state import Span
@@ -123,8 +124,9 @@ def assert_bf16(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
 def _poison(runner: Runner) -> None:
     # flash-attn multiplies slots past a row's end by zero, so they must be finite
     value = 1000.0 if runner.spec.attention.generation() else torch.nan
-    for cache in runner.steps.caches:
-        for stored in cache[:2]:  # keys and values, or states of rows
+    for kept in runner.steps.caches:
+        cache = kept.cache[:2] + kept.states if isinstance(kept, CacheAndStates) else kept[:2]
+        for stored in cache:  # keys and values, or states of rows
             assert stored is not None
             stored.fill_(value)
 

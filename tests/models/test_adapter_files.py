@@ -24,7 +24,7 @@ from nanovllm.models.schemes import OPTIONS
 from nanovllm.models.shards import ALL, Shard
 from nanovllm.startup.resolve import resolve_without_weights
 from tests.engines import make_llm as make_llm
-from tests.models import hybrid_cases, latent_cases, lora_cases, moe_cases, test_shards
+from tests.models import hybrid_cases, latent_cases, lora_cases, mamba_cases, moe_cases, test_shards
 from tests.models.families import FAMILIES, VOCAB_SIZE
 from tests.models.harness import engine_logits, load, max_difference, sequences, transformers_logits
 from tests.models.lora_cases import CONFIG, WEIGHTS, save_adapter, save_merged
@@ -40,6 +40,7 @@ Case = tuple[Callable[..., Path], int]
 CASES: dict[str, Case] = {
     **{one.name: (one.save, VOCAB_SIZE) for one in FAMILIES if one.name in CHOSEN},
     **{one.name: (one.save, VOCAB_SIZE) for one in hybrid_cases.CASES[:2]},
+    **{one.name: (one.save, VOCAB_SIZE) for one in mamba_cases.CASES[1:3]},
     "latent": (latent_cases.BY_NAME["v3"].save, latent_cases.VOCAB_SIZE),
     "experts": (moe_cases.Case("qwen2_moe", 4, 4).save, moe_cases.VOCAB_SIZE),
 }

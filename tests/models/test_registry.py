@@ -19,6 +19,7 @@ from nanovllm.models import (
     ernie4_5,
     ernie4_5_moe,
     exaone4,
+    falcon_h1,
     gemma3,
     gemma4,
     glm4,
@@ -34,6 +35,7 @@ from nanovllm.models import (
     ministral3,
     mistral,
     mixtral,
+    nemotron_h,
     olmo2,
     olmo3,
     phi3,
@@ -87,6 +89,8 @@ BY_TYPE = {
     "qwen3_next": qwen3_next.model,
     "qwen3_5_text": qwen3_5.model,
     "qwen3_5_moe_text": qwen3_5_moe.model,
+    "falcon_h1": falcon_h1.model,
+    "nemotron_h": nemotron_h.model,
 }
 # Those without a class for text alone in transformers, and those with latents, have tests of their
 # own.
@@ -161,9 +165,20 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3_next": {**EXPERTS, **HYBRID},
     "qwen3_5_text": HYBRID,
     "qwen3_5_moe_text": {**EXPERTS, **HYBRID, "mlp_only_layers": None},
+    "falcon_h1": {
+        "mamba_d_ssm": 48, "mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 16,
+        "mamba_rms_norm": True,
+    },
+    "nemotron_h": {
+        "layers_block_type": [*HYBRID["layer_types"][:2], "mlp"], "mamba_num_heads": 4,
+        "mamba_head_dim": 12, "n_groups": 2, "ssm_state_size": 16,
+    },
 }  # fmt: skip
 # The name of the norms' eps, where it is another.
-EPS = {"cohere": "layer_norm_eps", "cohere2": "layer_norm_eps", "starcoder2": "norm_epsilon"}
+EPS = {
+    "cohere": "layer_norm_eps", "cohere2": "layer_norm_eps", "starcoder2": "norm_epsilon",
+    "nemotron_h": "layer_norm_epsilon",
+}  # fmt: skip
 # Names of tensors in checkpoints that transformers renames when it reads them.
 RENAMED = {
     "block_sparse_moe.input_linear.weight": "block_sparse_moe.experts.gate_up_proj",
@@ -198,6 +213,8 @@ BIASES = {
     "qwen3_next": ("attention_bias",),
     "qwen3_5_text": ("attention_bias",),
     "qwen3_5_moe_text": ("attention_bias",),
+    "falcon_h1": ("attention_bias", "mlp_bias", "mamba_proj_bias", "projectors_bias"),
+    "nemotron_h": ("use_bias", "mlp_bias"),
 }
 
 
@@ -286,7 +303,7 @@ def test_declared_parameters_are_those_of_transformers(
             if part in name:
                 declared[name.replace(part, theirs)] = declared.pop(name)
     assert declared == expected
-    if tied:
+    if model.config.tied_embeddings:
         assert "lm_head.weight" not in expected
 
 
@@ -317,7 +334,7 @@ def test_bytes_are_those_of_the_loaded_weights(
     unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors(params)}
     assert model.param_bytes == sum(unique.values())
     is_head = params.head_VD is params.embed_VD
-    assert is_head == (tied and not converts_head)
+    assert is_head == (model.config.tied_embeddings and not converts_head)
     looked_up = 0 if is_head else 99 * model.config.hidden_size * 2
     assert model.weight_bytes == sum(unique.values()) - looked_up
 

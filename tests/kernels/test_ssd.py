@@ -1,0 +1,85 @@
+"""Kernels of Mamba-2's recurrence equal the reference, token by token.
+
+The rows and places are those of `test_gated_delta.Case`. States of new rows are NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import reference
+from nanovllm.kernels import ssd as chunked
+from nanovllm.kernels.triton import causal_conv as triton_conv
+from nanovllm.kernels.triton import ssd_step as triton_step
+from tests.kernels.test_gated_delta import DEVICE, FEW, MANY, Case, assert_close, kept
+
+# groups, heads, state size, head size: the places of key heads, value heads, key and value sizes
+SMALL, ODD, LARGE = (1, 2, 16, 16), (2, 6, 24, 40), (1, 2, 256, 64)
+
+
+class SsdCase(Case):
+    """The same rows, with time steps and decays."""
+
+    def __init__(self, heads: tuple[int, int, int, int], tokens: list[int], **given: Any) -> None:
+        super().__init__(heads, tokens, **given)
+        groups, num_heads, *_ = heads
+        self.channels_of_groups = groups * heads[2]
+        self.dt = torch.rand(len(self.x), num_heads, device=self.x.device)
+        self.log_decay = -torch.rand_like(self.dt) * 3
+        self.bias = torch.randn(self.channels, device=self.x.device).to(self.x.dtype)
+
+    def given(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.x, self.dt, self.log_decay, self.state.clone()
+
+    def ssd_of(self, function: Any, each: bool = False) -> tuple[Tensor, Tensor]:
+        *tokens, state = self.given()
+        places = (self.q_start_S, self.from_R, self.is_new_R)
+        return function(*tokens, state, *places, *self.to(each)), state
+
+    def step_with(self, function: Any) -> tuple[Tensor, Tensor]:
+        *tokens, state = self.given()
+        return function(*tokens, state, self.from_R, self.is_new_R, self.to_R), state
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["last", "each"])
+@pytest.mark.parametrize("heads", [SMALL, ODD], ids=str)
+def test_the_recurrence_over_the_tokens_of_rows(heads: Any, each: bool) -> None:
+    case = SsdCase(heads, FEW if each else MANY, num_places=4 if each else 1, pad=9)
+    (y, state), expected = case.ssd_of(chunked.ssd, each), case.ssd_of(reference.ssd.ssd, each)
+    assert not y[~case.is_real_T].any()
+    assert_close((y, kept(case, state, each)), (expected[0], kept(case, expected[1], each)), 1e-5)
+
+
+@pytest.mark.parametrize("num_places", [1, 3])
+@pytest.mark.parametrize("heads", [SMALL, ODD, LARGE], ids=str)
+def test_a_decode_step(heads: Any, num_places: int) -> None:
+    case = SsdCase(heads, [1] * 5, num_places=num_places, device=DEVICE)
+    expected = case.step_with(reference.ssd.ssd_step)
+    assert_close(case.step_with(triton_step.ssd_step), expected, 1e-5)
+    y, state = case.ssd_of(reference.ssd.ssd)
+    assert_close((y, state[case.to_R]), (expected[0], expected[1][case.to_R]), 1e-5)
+
+
+def test_a_decode_step_in_bf16_reads_the_same_numbers() -> None:
+    given: dict[str, Any] = {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16}
+    case = SsdCase(ODD, [1] * 3, **given, device=DEVICE)
+    found, expected = (
+        case.step_with(function) for function in (triton_step.ssd_step, reference.ssd.ssd_step)
+    )
+    assert_close(found[:1], expected[:1], 1e-5)
+    assert_close(found[1:], expected[1:], 2.0**-7)  # a bf16 digit
+
+
+def test_the_convolution_has_a_bias() -> None:
+    case = SsdCase(ODD, MANY, pad=9, device=DEVICE)
+    found = []
+    for function in (triton_conv.causal_conv, reference.gated_delta.causal_conv):
+        places = (case.seq_len_R, case.q_start_S, case.from_R)
+        state = case.conv_state.clone()
+        found.append(function(case.x, case.conv, state, *places, *case.to(False), case.bias))
+    assert_close(found[:1], found[1:], 1e-6)
+    assert (found[0] - case.conv_of(triton_conv)[0]).abs().max() > 0.1

@@ -1,0 +1,42 @@
+"""Small random checkpoints of decoders with Mamba-2 mixers: Falcon-H1 and Nemotron-H."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.models.families import Family
+
+# No two sizes are equal, but two groups and two key-value heads, which two ranks share.
+FALCON: dict[str, Any] = {
+    "head_dim": 32, "mamba_d_ssm": 72, "mamba_n_heads": 6, "mamba_d_head": 12, "mamba_n_groups": 2,
+    "mamba_d_state": 16, "mamba_d_conv": 4, "tie_word_embeddings": False, "initializer_range": 0.1,
+    "mamba_chunk_size": 16, "embedding_multiplier": 3.0, "lm_head_multiplier": 1.7,
+    "mlp_multipliers": [0.7, 1.3], "key_multiplier": 0.6, "attention_out_multiplier": 0.8,
+    "attention_in_multiplier": 1.2, "ssm_multipliers": [0.6, 0.8, 1.4, 0.5, 0.9],
+    "ssm_in_multiplier": 1.1, "ssm_out_multiplier": 0.9,
+}  # fmt: skip
+# the last layer keeps nothing
+NEMOTRON: dict[str, Any] = {
+    "layers_block_type": ["mlp", "linear_attention", "full_attention", "linear_attention", "mlp"],
+    "mamba_num_heads": 6, "mamba_head_dim": 12, "n_groups": 2, "ssm_state_size": 16,
+    "chunk_size": 16, "tie_word_embeddings": False, "initializer_range": 0.1,
+}  # fmt: skip
+CASES = (
+    Family("falcon_h1", "falcon_h1", FALCON),
+    Family(
+        "falcon_h1-norm", "falcon_h1",
+        {
+            **FALCON, "mamba_rms_norm": True, "attention_bias": True, "mlp_bias": True,
+            "mamba_proj_bias": True, "projectors_bias": True, "tie_word_embeddings": True,
+        },
+    ),
+    Family("nemotron_h", "nemotron_h", NEMOTRON),
+    Family(
+        "nemotron_h-biased", "nemotron_h",
+        {
+            **NEMOTRON, "use_bias": True, "mlp_bias": True, "time_step_min": 0.7,
+            "layers_block_type": NEMOTRON["layers_block_type"][1:4],
+        },
+        modes=("eager",),
+    ),
+)  # fmt: skip
