@@ -160,11 +160,10 @@ class Masks:
         found_MW = self.of(matchers)
         if not any(proposed):
             return found_MW
-        parts = (
-            np.concatenate([first_W[None], self._after(*one)])
-            for first_W, *one in zip(found_MW, matchers, proposed, strict=True)
-        )
-        return np.concatenate(list(parts))
+        parts: list[np.ndarray] = []
+        for first_W, one, token_ids in zip(found_MW, matchers, proposed, strict=True):
+            parts += [first_W[None], self._after(one, token_ids)]
+        return np.concatenate(parts)
 
     def _after(self, one: Matcher, token_ids: list[int]) -> np.ndarray:
         """The masks after each of the tokens, all bits 0 where none may follow. The matcher keeps

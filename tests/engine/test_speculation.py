@@ -504,6 +504,8 @@ def test_two_ranks_draft_the_same(checkpoint: Path, make_llm: Callable[..., LLM]
             before = llm.engine.metrics.num_steps
             assert tokens(llm, PROMPTS, params) == tokens(plain, PROMPTS, params)
             assert llm.engine.metrics.num_steps - before < num
+        assert tokens(llm, PROMPTS, MIXED) == tokens(plain, PROMPTS, MIXED)
+        assert llm.engine.scheduler.counts.num_forced_tokens > 2
         assert_all_free(llm)
         llm.close()
 

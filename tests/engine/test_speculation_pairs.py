@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, LoRARequest, SamplingParams
+from nanovllm.cli.main import run
 from tests.conftest import save_tiny
 from tests.engines import assert_all_free, greedy, random_prompts, tokens
 from tests.models import lora_cases
@@ -75,6 +76,30 @@ def test_the_model_may_be_quantized(
     for method in METHODS:
         options = {"quantization": quantization, **speculative(method, heads)}
         with opened(target, **options) as llm:
+            assert [tokens(llm, PROMPTS, params) for params in (greedy(12), DRAWN)] == expected
+            assert_drafts(llm)
+
+
+def test_the_draft_model_may_be_quantized(target: Path, tmp_path: Path) -> None:
+    """A quantized copy of the model is right nearly always."""
+    copy = tmp_path / "int8"
+    assert run("quantize", [str(target), "--format", "int8", "-o", str(copy), "--quiet"]) is None
+    with opened(target) as plain:
+        expected = [tokens(plain, PROMPTS, params) for params in (greedy(12), DRAWN)]
+    with opened(target, **speculative("draft_model", {"draft_model": copy})) as llm:
+        assert [tokens(llm, PROMPTS, params) for params in (greedy(12), DRAWN)] == expected
+        counts = llm.engine.scheduler.counts
+        assert counts.num_accepted_tokens > counts.num_draft_tokens / 2
+
+
+@pytest.mark.parametrize("option", [{"deterministic": True}, {"kv_cache_dtype": "fp8"}], ids=str)
+def test_options_that_change_sums_go_with_each_method(
+    option: dict[str, Any], target: Path, heads: dict[str, Path]
+) -> None:
+    with opened(target, **option) as plain:
+        expected = [tokens(plain, PROMPTS, params) for params in (greedy(12), DRAWN)]
+    for method in METHODS:
+        with opened(target, **option, **speculative(method, heads)) as llm:
             assert [tokens(llm, PROMPTS, params) for params in (greedy(12), DRAWN)] == expected
             assert_drafts(llm)
 
