@@ -104,6 +104,15 @@ def test_options_that_change_sums_go_with_each_method(
             assert_drafts(llm)
 
 
+def test_experts_in_host_memory_go_with_drafts() -> None:
+    sizes: dict[str, Any] = {**SIZES, "expert_offload": 2}
+    with opened(Path("tiny-mixtral"), **sizes) as plain:
+        expected = tokens(plain, PROMPTS, greedy(12))
+    with opened(Path("tiny-mixtral"), **{**sizes, **speculative("ngram", {})}) as llm:
+        assert tokens(llm, PROMPTS, greedy(12)) == expected
+        assert_drafts(llm)
+
+
 def test_rows_with_adapters_have_drafts(
     target: Path, heads: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -125,8 +134,8 @@ def test_rows_with_adapters_have_drafts(
             assert_drafts(llm)
 
 
-@pytest.mark.parametrize("method", ["eagle3", "dflash"])
-def test_heads_go_on_after_preemption_prefix_hits_and_sleep(
+@pytest.mark.parametrize("method", METHODS)
+def test_drafts_go_on_after_preemption_prefix_hits_and_sleep(
     method: str, target: Path, heads: dict[str, Path]
 ) -> None:
     with opened(target) as plain:
