@@ -26,6 +26,7 @@ BY_ROW = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "ngram_propose",
     "qk_norm_rope_store", "rms_norm", "rope", "sample", "sampling_inputs", "silu_mul",
     "span_inputs", "store_kv", "topk_softmax",
+    "draft_inputs", "next_tokens", "rms_norm_each", "sample_of",  # they make drafts alone
 })  # fmt: skip
 
 LEAST_PROGRAMS = 64  # with a program for each 64 lines of a weight, which one row shall have

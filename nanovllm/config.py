@@ -457,6 +457,7 @@ class EngineConfig:
             "enable_lora=True": self.enable_lora,
             "enable_sleep_mode=True": self.enable_sleep_mode,
             f"draft_lengths={list(self.draft_lengths)}": bool(self.draft_lengths),
+            f"speculative_config={self.speculative_config}": self.speculative_config is not None,
             f"expert_offload={self.expert_offload!r}": self.expert_offload is not None,
             f"kv_cache_dtype={self.kv_cache_dtype!r}": self.kv_cache_dtype != "auto",
             f"attention_backend={self.attention_backend!r}": self.attention_backend != "auto",

@@ -78,6 +78,11 @@ def test_it_sets_the_draft_lengths_itself() -> None:
         make(DRAFT, draft_lengths=(3,))
 
 
+def test_models_that_pool_refuse_it() -> None:
+    with pytest.raises(ValueError, match="task='embed' does not go with speculative_config="):
+        make(DRAFT, task="embed")
+
+
 def test_one_length_of_lookups_stands_for_both() -> None:
     lengths = [
         SpeculativeConfig.of({**NGRAM, **given}).ngram_lengths

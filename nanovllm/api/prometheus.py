@@ -59,6 +59,7 @@ HELP = {
     "nanovllm:num_steps": "Model steps.",
     "nanovllm:spec_decode_num_steps": "Decode steps, by the most draft tokens of a row.",
     "nanovllm:spec_decode_num_undrafted": "Rows of steps with drafts whose parameters allow none.",
+    "nanovllm:spec_decode_num_forced_tokens": "Accepted draft tokens that a grammar forced.",
     "nanovllm:media_wait_seconds": "Seconds with no work except waiting for media.",
 }
 

@@ -545,12 +545,14 @@ class Engine:
         """The plan with the masks of its constrained rows."""
         if not plan.sampling.masked:
             return plan
-        matchers = []
+        matchers, proposed = [], []
         for row in plan.sampling.masked:
+            has_proposed = not plan.is_prefill and plan.num_tokens[row] > 1
+            proposed.append(plan.proposed(row) if has_proposed else [])
             request, _ = self._answers.requests[plan.request_ids[row]]
             assert isinstance(request.constraint, Matcher)
             matchers.append(request.constraint)
-        return replace(plan, allowed_MW=self._grammars.masks(matchers))
+        return replace(plan, allowed_MW=self._grammars.masks(matchers, proposed))
 
     def _check_open(self) -> None:
         self._owner.check()

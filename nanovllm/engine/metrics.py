@@ -118,12 +118,13 @@ class EngineMetrics:
 
     def _drafts(self) -> list[Metric]:
         """What was drafted and accepted, by vLLM's names; none without proposals."""
+        names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_undrafted")
         counts, most = self._scheduler.counts, self._scheduler.max_proposals
         if not most:
             return []
         found: list[Metric] = [
             Counter(f"{PREFIX}spec_decode_{name}", getattr(counts, name))
-            for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_undrafted")
+            for name in (*names, "num_forced_tokens")
         ]
         name = f"{PREFIX}spec_decode_num_accepted_tokens_per_pos"
         found += [

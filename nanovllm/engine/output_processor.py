@@ -63,7 +63,7 @@ class OutputProcessor:
                 ]
             num_fed = 1 if plan.is_prefill else plan.num_tokens[row]
             if num_fed > 1:
-                self._scheduler.note_accepted(num_fed - 1, len(token_ids) - 1)
+                self._scheduler.note_accepted(request, num_fed - 1, len(token_ids) - 1)
             self._grow(request, stream, num_fed, token_ids)
 
     def end(self, request_id: int, reason: str, error: Exception | None = None) -> None:

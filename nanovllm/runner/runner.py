@@ -85,7 +85,8 @@ class Runner:
             for rope in cfg.ropes
         )
         self.other_tables = tuple(map(Table, others))
-        self.sampler = Sampler(platform, self.state, cfg.vocab_size, cfg.dtype)
+        kept = cfg.vocab_size, cfg.dtype, layout.num_places
+        self.sampler = Sampler(platform, self.state, *kept)
         self.model_dtype = cfg.dtype
         self.embeddings = Embeddings(spec.embedding_cache_bytes)
         self._given: MMEmbedInputs | None = None

@@ -25,6 +25,7 @@ from nanovllm.runner.state import DeviceState, advance, choose
 from nanovllm.schedule.edit_limits import check
 from nanovllm.schedule.plan import (
     ALL_TOKENS,
+    MOST_FORCED,
     SAMPLING_FIELDS,
     LogitEdits,
     Logprobs,
@@ -151,12 +152,19 @@ class Sampler:
     """
 
     def __init__(
-        self, platform: Platform, state: DeviceState, vocab_size: int, dtype: torch.dtype
+        self,
+        platform: Platform,
+        state: DeviceState,
+        vocab_size: int,
+        dtype: torch.dtype,
+        num_verified: int = 1,
     ) -> None:
-        """`dtype` is the dtype of the model's logits. Logits after penalties are in fp32."""
+        """`dtype` is the dtype of the model's logits. Logits after penalties are in fp32. Rows feed
+        up to `num_verified` tokens in a decode step."""
         self.platform, self.state, self.vocab_size = platform, state, vocab_size
         self.edits = EditTables(platform, state.token_S.shape[0], vocab_size)
-        self.masks = MaskTable(platform, state.token_S.shape[0], vocab_size)
+        num_masks = min(num_verified, 1 + MOST_FORCED)
+        self.masks = MaskTable(platform, state.token_S.shape[0], vocab_size, num_masks)
         self._dtypes = dict.fromkeys((dtype, torch.float32))
         self._output_count_SV: Tensor | None = None
         self._in_prompt_SV: Tensor | None = None
@@ -198,7 +206,7 @@ class Sampler:
         """The sampler for a choice."""
         kind = kind_of(sampling)
         version = self.edits.version if kind.has_edits else 0
-        chooses = partial(self._sample, kind), partial(self._choose, kind)
+        chooses = partial(self._sample, kind), partial(self._choose, kind, verifies=True)
         return Variant(kind, version, *chooses, sampling.num_logprobs)
 
     def remember(self, histories: Sequence[TokenHistory]) -> None:
@@ -252,14 +260,21 @@ class Sampler:
         return token_R
 
     def _choose(
-        self, kind: Kind, row_idx_N: Tensor, logits_NV: Tensor, num_N: Tensor | None = None
+        self,
+        kind: Kind,
+        row_idx_N: Tensor,
+        logits_NV: Tensor,
+        num_N: Tensor | None = None,
+        *,
+        verifies: bool = False,
     ) -> Tensor:
-        """`_sample` without advancing the state. A row with edits, masks or penalties chooses one
-        token; what is recorded of other rows has no meaning."""
+        """`_sample` without advancing the state. A row with edits or penalties chooses one token;
+        what is recorded of other rows has no meaning."""
         if kind.has_edits:
             logits_NV = self.edits.edit(row_idx_N, logits_NV)
         if kind.has_masks:
-            logits_NV = self.masks.apply_token_bitmask(row_idx_N, logits_NV)
+            num = num_N if verifies else None
+            logits_NV = self.masks.apply_token_bitmask(row_idx_N, logits_NV, num)
         if kind.has_penalties:
             logits_NV = self._penalize(row_idx_N, logits_NV)
         if kind.has_filters:

@@ -6,6 +6,8 @@ L tokens | R rows | N new blocks | P blocks per row | F sampling fields | S rows
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 
@@ -34,22 +36,25 @@ def write(plan: StepPlan, state: DeviceState, sampler: Sampler, platform: Platfo
     sampler.remember(plan.histories)
     sampler.edits.write(plan.edits)
     if plan.sampling.has_masks:
-        masked, allowed_MW = _masks(plan, sampler.masks.num_words)
-        sampler.masks.write(plan.rows, [plan.rows[row] for row in masked], allowed_MW)
+        masked, nums, allowed_MW = _masks(plan, sampler.masks.num_words)
+        sampler.masks.write(plan.rows, [plan.rows[row] for row in masked], allowed_MW, nums)
 
 
-def _masks(plan: StepPlan, num_words: int) -> tuple[list[int], np.ndarray]:
-    """The masked rows of the step, with those that must not choose some tokens, and the masks."""
+def _masks(plan: StepPlan, num_words: int) -> tuple[list[int], list[int], np.ndarray]:
+    """The masked rows of the step, with those that must not choose some tokens, how many masks each
+    has, and the masks."""
     masked, forbidden = plan.sampling.masked, plan.sampling.forbidden
     others = [row for row in dict(forbidden) if row not in masked]
-    allowed_MW = np.full((len(masked) + len(others), num_words), ALL, np.int32)
+    nums = plan.masks_of + [1] * len(others)
+    allowed_MW = np.full((sum(nums), num_words), ALL, np.int32)
     if plan.allowed_MW is not None:
-        allowed_MW[: len(masked), : plan.allowed_MW.shape[1]] = plan.allowed_MW
-    place = {row: number for number, row in enumerate((*masked, *others))}
-    for row, token_id in forbidden:
+        allowed_MW[: len(plan.allowed_MW), : plan.allowed_MW.shape[1]] = plan.allowed_MW
+    starts = accumulate(nums, initial=0)
+    place = dict(zip((*masked, *others), starts))
+    for row, token_id in forbidden:  # of rows that feed one token
         word, bit = divmod(token_id, WORD_TOKENS)
         allowed_MW.view(np.uint32)[place[row], word] &= ~np.uint32(1 << bit)
-    return [*masked, *others], allowed_MW
+    return [*masked, *others], nums, allowed_MW
 
 
 def _write_rows(plan: StepPlan, state: DeviceState, platform: Platform) -> None:

@@ -58,12 +58,17 @@ class DraftLengths:
         self._trial_left = 0  # steps of the trial
         self._num_steps = 0  # since the last plain step
 
-    def choose(self, num_rows: int, num_taking: int | None = None) -> int:
+    def choose(
+        self, num_rows: int, num_taking: int | None = None, forced: Sequence[int] = ()
+    ) -> int:
         """The number of draft tokens of the next step of so many rows; 0: a plain step. Only
-        `num_taking` of the rows (default: all) would have them."""
+        `num_taking` of the rows (default: all) would have them. Others have so many that are
+        `forced`, which count as right."""
         share = 1.0 if num_taking is None else num_taking / num_rows
         lengths = self._times.lengths
         made_K = [1 + share * (made - 1) for made in self._tokens()]
+        for idx, length in enumerate(lengths):
+            made_K[idx] += sum(min(length, num) for num in forced) / num_rows
         ms_K = self._expected_ms(num_rows)
         best = max(range(1, len(lengths)), key=lambda idx: made_K[idx] / ms_K[idx])
         plain_ms, trial_ms = ms_K[0], max(0.0, ms_K[1] - ms_K[0])

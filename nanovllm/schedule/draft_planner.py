@@ -70,12 +70,12 @@ class DraftCounts:
 
     accepted_at: how often the draft token at a position was accepted. steps: decode steps, by
     the largest number of draft tokens of a row. num_undrafted: rows of such steps whose parameters
-    allow one token at a time.
+    allow one token at a time. num_forced_tokens: accepted tokens that a grammar forced.
     """
 
     def __init__(self) -> None:
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
-        self.num_undrafted = 0
+        self.num_undrafted = self.num_forced_tokens = 0
         self.accepted_at: Counter[int] = Counter()
         self.steps: Counter[int] = Counter()
 

@@ -18,6 +18,7 @@ PAD_BLOCK = 0  # belongs to padding, never to a request
 NO_TOKEN = -1  # in `StepResult.tokens`: no token could be chosen (`reference.sample.sample`)
 ALL_TOKENS = -1  # for `num_top` and `num_logprobs`: the whole vocabulary
 NEWEST = -1  # in `StepPlan.token_T`: the row's newest token, which may be only on the device
+MOST_FORCED = 7  # tokens that a grammar forces, of a row in one step
 DRAFT = -2  # the row's next proposed token, which a proposer on the device has left in the state
 # Columns of the device's table of sampling settings. The plain sampler reads only the first one.
 SAMPLING_FIELDS = (
@@ -226,7 +227,8 @@ class StepPlan:
     position_3T: int64 [3, T] the positions of the tokens in time, height and width. None: each has
         one position, which the device derives from the state.
     allowed_MW: int32 [M, ceil(V / 32)], for each of `SamplingMetadata.masked` a mask of the tokens
-        that it may choose: token v is bit v % 32 of word v // 32.
+        that it may choose: token v is bit v % 32 of word v // 32. A row of a decode step that feeds
+        n tokens has n masks: those of the choices after each.
     """
 
     is_prefill: bool
@@ -256,6 +258,17 @@ class StepPlan:
     def tokens_per_row(self) -> int:
         """K of a decode step: the largest number of tokens that a row feeds."""
         return max(self.num_tokens)
+
+    @property
+    def masks_of(self) -> list[int]:
+        """How many masks each of `SamplingMetadata.masked` has in `allowed_MW`."""
+        return [1 if self.is_prefill else self.num_tokens[row] for row in self.sampling.masked]
+
+    def proposed(self, row: int) -> list[int]:
+        """The tokens that a row of a decode step feeds after its newest."""
+        end = sum(self.num_tokens[: row + 1])
+        found: list[int] = self.token_T[end - self.num_tokens[row] + 1 : end].tolist()
+        return found
 
     @property
     def has_given(self) -> bool:

@@ -73,6 +73,11 @@ class Constraint(Protocol):
         """Add a token to the answer."""
         ...
 
+    def forced(self) -> Sequence[int]:
+        """The next tokens of the answer, as far as nothing else may follow and it takes little time
+        to find that out."""
+        ...
+
 
 @dataclass(eq=False)
 class Request:
@@ -165,6 +170,14 @@ class Request:
         depends = self.constraint is not None or self.edits is not None or params.has_penalties
         must_go_on = params.min_tokens and self.min_tokens_hold
         return not (depends or must_go_on or params.disable_spec_decode)
+
+    @property
+    def takes_forced(self) -> bool:
+        """Whether a step may verify tokens that its grammar forces, whose masks are then known.
+        `num_computed` counts the newest token."""
+        params = self.params
+        depends = self.edits is not None or params.has_penalties or params.disable_spec_decode
+        return self.constraint is not None and not (depends or self.min_tokens_hold)
 
     @cached_property
     def rope_offset(self) -> int:

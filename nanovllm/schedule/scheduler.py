@@ -21,7 +21,7 @@ from nanovllm.schedule.batch_builder import Chunk, decode_plan, prefill_plan, sa
 from nanovllm.schedule.draft_planner import DraftCounts, DraftPlanner
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.past_answers import PastAnswers
-from nanovllm.schedule.plan import DRAFT, NO_DRAFTS, NewBlock, StepPlan
+from nanovllm.schedule.plan import DRAFT, MOST_FORCED, NO_DRAFTS, NewBlock, StepPlan
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.schedule.request import Request, Status
 
@@ -321,39 +321,59 @@ class Scheduler:
         device pay."""
         sampling, planner, num = sampling_metadata(chosen), self.planner, self.num_drafts
         taking: list[bool] = []
+        forced: list[Sequence[int]] = []
         if num or self.propose is not None:
             taking = [request.takes_drafts for request in chosen]
+        if self.max_proposals and sampling.masked:
+            forced = self._forced(chosen)
         if sampling.needs_host and len(chosen) * (1 + self.max_proposals) > self._most_logits:
-            taking = []  # log-probabilities of so many tokens would take too much memory
-        if not any(taking) or self.propose is not None:
+            taking, forced = [], []  # log-probabilities of so many would take too much memory
+        if not (any(taking) or any(forced)) or self.propose is not None:
             num = 0
         elif num and planner is not None:
-            num = planner.lengths.choose(len(chosen), sum(taking))
+            num = planner.lengths.choose(len(chosen), sum(taking), [len(one) for one in forced])
+            forced = [one[:num] for one in forced]
         drafts = NO_DRAFTS if planner is None else planner.plan(chosen, num)
         proposals: list[Sequence[int]] = []
-        if any(taking) and (num or self.propose is not None):
+        if any(forced) or (any(taking) and (num or self.propose is not None)):
+            forced = forced or [()] * len(chosen)
+            taking = taking or [False] * len(chosen)
             proposals = [
-                self._proposals(request, new_blocks, num) if takes else ()
-                for request, takes in zip(chosen, taking, strict=True)
+                self._proposals(request, new_blocks, num, known) if takes or known else ()
+                for request, takes, known in zip(chosen, taking, forced, strict=True)
             ]
-            self.counts.num_undrafted += len(taking) - sum(taking)
+            self.counts.num_undrafted += sum(not (a or b) for a, b in zip(taking, forced))
         if planner is not None and num:
             planner.planned(chosen, num)
-        if self.num_drafts:
+        if self.max_proposals:
             self.counts.steps[max(map(len, proposals), default=0)] += 1
         return decode_plan(chosen, proposals, new_blocks, sampling, drafts)
 
-    def note_accepted(self, num_drafts: int, num_accepted: int) -> None:
-        """Record how many of a row's proposed tokens a step has accepted."""
+    def _forced(self, chosen: list[Request]) -> list[Sequence[int]]:
+        """The tokens that each request's grammar forces, as many as a step may verify."""
+        most = min(self.max_proposals, MOST_FORCED)
+        return [
+            one.constraint.forced()[:most] if one.constraint and one.takes_forced else ()
+            for one in chosen
+        ]
+
+    def note_accepted(self, request: Request, num_drafts: int, num_accepted: int) -> None:
+        """Record how many of a request's proposed tokens a step has accepted."""
         self.counts.note(num_drafts, num_accepted)
-        if self.planner is not None:
+        if request.constraint is not None:
+            self.counts.num_forced_tokens += num_accepted
+        elif self.planner is not None:
             self.planner.lengths.note_accepted(num_drafts, num_accepted)
 
     def _proposals(
-        self, request: Request, new_blocks: list[NewBlock], num_drafts: int
+        self,
+        request: Request,
+        new_blocks: list[NewBlock],
+        num_drafts: int,
+        forced: Sequence[int] = (),
     ) -> Sequence[int]:
         """The proposed tokens after a request's newest, as many as blocks and its length allow:
-        those of the host, or `num_drafts` of the device.
+        those that are `forced`, those of the host, or `num_drafts` of the device.
 
         They count as computed and in flight until `tokens_known` gets the accepted ones.
         """
@@ -363,7 +383,9 @@ class Scheduler:
         proposed: Sequence[int] = (DRAFT,) * num_ready
         if request.no_sharing or (self.propose is not None and request.num_in_flight > 1):
             return ()
-        if self.propose is not None:
+        if forced:
+            proposed = forced
+        elif self.propose is not None:
             proposed = self.propose(request)
         num_left = request.max_output - request.num_scheduled_outputs
         proposed = proposed[: min(self.max_proposals, num_left)]
@@ -376,7 +398,7 @@ class Scheduler:
             request.num_computed += 1
             request.num_in_flight += 1
             request.is_verifying = self.propose is not None
-        if self.propose is None and num_drafts:
+        if self.propose is None and num_drafts and not forced:
             new_blocks += self.cache.add_ahead(request, self._num_reached(request))
         return proposed
 

@@ -183,9 +183,9 @@ class Grammars:
         if key is not None and not self._is_awaited(key) and self._cache[key].give_up():
             del self._cache[key]
 
-    def masks(self, matchers: Sequence[Matcher]) -> np.ndarray:
-        """The masks of `Masks.of`."""
-        return self._masks.of(matchers)
+    def masks(self, matchers: Sequence[Matcher], proposed: Sequence[list[int]]) -> np.ndarray:
+        """The masks of `Masks.along`."""
+        return self._masks.along(matchers, proposed)
 
     def wait_for_mask(self, wait_s: float) -> bool:
         """Wait as `Masks.wait` does."""

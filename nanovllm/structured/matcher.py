@@ -56,6 +56,7 @@ class Matcher:
         self.allowed_W: np.ndarray | None = compiled.allowed_W.copy()  # None: not computed yet
         self._masks = masks
         self._work: Future[np.ndarray] | None = None
+        self._forced: list[int] | None = None  # None: not computed yet
 
     @property
     def is_ready(self) -> bool:
@@ -64,12 +65,22 @@ class Matcher:
 
     def push(self, token_id: int) -> None:
         """Append a token to the answer."""
+        self.take_work()  # of a token before it in the same step, whose mask is not needed
         self.of_library.consume_token(token_id)
-        self.allowed_W = self._work = None
+        self.allowed_W = self._work = self._forced = None
         self.note_error()
         self.is_ended = self.error is None and self.of_library.is_stopped()
         if self.is_slow and self.error is None and not self.is_ended:
             self._work = self._masks.begin(self)
+
+    def forced(self) -> Sequence[int]:
+        """The next tokens, as far as the text that must follow decides them; none of a slow
+        grammar, whose masks are computed one at a time."""
+        if self.is_slow or self.is_ended or self.error is not None:
+            return ()
+        if self._forced is None:
+            self._forced = self.of_library.compute_ff_tokens()
+        return self._forced
 
     def take_work(self) -> None:
         """Wait for a mask that a thread is computing."""
@@ -142,6 +153,34 @@ class Masks:
             if one.ignores_eos:
                 allowed_W &= self._not_eos_W[: self._num_words]
         return allowed_MW
+
+    def along(self, matchers: Sequence[Matcher], proposed: Sequence[list[int]]) -> np.ndarray:
+        """The masks of `of`, each followed by those after each of the answer's `proposed` tokens,
+        which need not be the ones that follow."""
+        found_MW = self.of(matchers)
+        if not any(proposed):
+            return found_MW
+        parts: list[np.ndarray] = []
+        for first_W, one, token_ids in zip(found_MW, matchers, proposed, strict=True):
+            parts += [first_W[None], self._after(one, token_ids)]
+        return np.concatenate(parts)
+
+    def _after(self, one: Matcher, token_ids: list[int]) -> np.ndarray:
+        """The masks after each of the tokens, all bits 0 where none may follow. The matcher keeps
+        its state."""
+        allowed_NW = np.zeros((len(token_ids), self._own_words), np.int32)
+        copy = one.of_library.deep_copy() if token_ids else one.of_library
+        for place, token_id in enumerate(token_ids):
+            copy.consume_token(token_id)
+            if copy.is_error():
+                break
+            self._filling.fill_next_token_bitmask(copy, allowed_NW, place)
+            if copy.is_error():
+                allowed_NW[place] = 0  # the library's mask allows the end of the sequence
+                break
+        if one.ignores_eos:
+            allowed_NW &= self._not_eos_W
+        return allowed_NW[:, : self._num_words]
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,13 @@ MIXED = [
         regex="(ab|cd){3,9}"
     )),
 ]  # fmt: skip
+FREE = SamplingParams(
+    temperature=0, max_tokens=30, structured_outputs=StructuredOutputsParams(regex="[abcd]{9,20}")
+)
+SCHEMA = {
+    "type": "object", "additionalProperties": False, "required": ["name", "role"],
+    "properties": {"name": {"enum": ["ab", "abc", "b"]}, "role": {"enum": ["reader", "writer"]}},
+}  # fmt: skip
 NGRAM: dict[str, Any] = {
     "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3
 }  # fmt: skip
@@ -178,11 +186,11 @@ def test_rows_that_take_no_drafts_are_alone_in_that(
     prompts = [PROMPTS[4]] * 6
     one_by_one = [
         greedy(20, disable_spec_decode=True), greedy(20, presence_penalty=1.5),
-        greedy(20, bad_words=["ab"], logit_bias={7: 3.0, 9: -2.0}), MIXED[-1],
+        greedy(20, bad_words=["ab"], logit_bias={7: 3.0, 9: -2.0}), FREE,
     ]  # fmt: skip
     params = [greedy(30), *one_by_one, FILTERED]
     expected = tokens(plain, prompts, params)
-    tokens(looking_up, prompts[:1], MIXED[-1:])  # its grammar is compiled then
+    tokens(looking_up, prompts[:1], [FREE])  # its grammar is compiled then
     plans, counts = watch(looking_up, monkeypatch), looking_up.engine.scheduler.counts
     before = counts.num_undrafted
     assert tokens(looking_up, prompts, params) == expected
@@ -197,6 +205,36 @@ def test_rows_that_take_no_drafts_are_alone_in_that(
     assert mixed > 3
     assert all(fed[i] == {1} for i in (1, 2, 3, 4)) and 4 in fed[0] & fed[5]
     assert counts.num_undrafted > before
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_tokens_that_a_grammar_forces_are_verified_together(
+    looking_up: LLM, plain: LLM, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with a grammar, of which some end within a step, and a row with drafts of the device."""
+    forms = [
+        StructuredOutputsParams(json=SCHEMA), StructuredOutputsParams(json=SCHEMA),
+        StructuredOutputsParams(choice=["abcdefgh", "abcdxy"]),
+        StructuredOutputsParams(regex="(ab|cd){3,9}e"),
+    ]  # fmt: skip
+    params = [
+        SamplingParams(temperature=temperature, seed=n, max_tokens=n or 60, structured_outputs=form)
+        for n, form in zip((0, 23, 7, 40), forms)
+    ]
+    params.append(greedy(30))
+    prompts = [*PROMPTS[:4], PROMPTS[4]]
+    expected = tokens(plain, prompts, params)
+    tokens(looking_up, prompts, params)  # the grammars are compiled then
+    counts = looking_up.engine.scheduler.counts
+    before = counts.num_forced_tokens
+    plans = watch(looking_up, monkeypatch)
+    assert tokens(looking_up, prompts, params) == expected
+    text = looking_up.tokenizer.decode(expected[0])
+    assert set(json.loads(text)) == {"name", "role"}
+    assert counts.num_forced_tokens - before > sum(map(len, expected[:4])) / 2
+    first = min(plan.request_ids[0] for plan, _ in plans)
+    assert sum(first in plan.request_ids for plan, _ in plans) < len(expected[0]) * 0.6
+    assert any(DRAFT in plan.token_T and max(plan.masks_of, default=1) > 1 for plan, _ in plans)
 
 
 def test_answers_end_at_every_place_within_a_step(
@@ -466,6 +504,8 @@ def test_two_ranks_draft_the_same(checkpoint: Path, make_llm: Callable[..., LLM]
             before = llm.engine.metrics.num_steps
             assert tokens(llm, PROMPTS, params) == tokens(plain, PROMPTS, params)
             assert llm.engine.metrics.num_steps - before < num
+        assert tokens(llm, PROMPTS, MIXED) == tokens(plain, PROMPTS, MIXED)
+        assert llm.engine.scheduler.counts.num_forced_tokens > 2
         assert_all_free(llm)
         llm.close()
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, LoRARequest, SamplingParams
+from nanovllm.cli.main import run
 from tests.conftest import save_tiny
 from tests.engines import assert_all_free, greedy, random_prompts, tokens
 from tests.models import lora_cases
@@ -79,6 +80,39 @@ def test_the_model_may_be_quantized(
             assert_drafts(llm)
 
 
+def test_the_draft_model_may_be_quantized(target: Path, tmp_path: Path) -> None:
+    """A quantized copy of the model is right nearly always."""
+    copy = tmp_path / "int8"
+    assert run("quantize", [str(target), "--format", "int8", "-o", str(copy), "--quiet"]) is None
+    with opened(target) as plain:
+        expected = [tokens(plain, PROMPTS, params) for params in (greedy(12), DRAWN)]
+    with opened(target, **speculative("draft_model", {"draft_model": copy})) as llm:
+        assert [tokens(llm, PROMPTS, params) for params in (greedy(12), DRAWN)] == expected
+        counts = llm.engine.scheduler.counts
+        assert counts.num_accepted_tokens > counts.num_draft_tokens / 2
+
+
+@pytest.mark.parametrize("option", [{"deterministic": True}, {"kv_cache_dtype": "fp8"}], ids=str)
+def test_options_that_change_sums_go_with_each_method(
+    option: dict[str, Any], target: Path, heads: dict[str, Path]
+) -> None:
+    with opened(target, **option) as plain:
+        expected = [tokens(plain, PROMPTS, params) for params in (greedy(12), DRAWN)]
+    for method in METHODS:
+        with opened(target, **option, **speculative(method, heads)) as llm:
+            assert [tokens(llm, PROMPTS, params) for params in (greedy(12), DRAWN)] == expected
+            assert_drafts(llm)
+
+
+def test_experts_in_host_memory_go_with_drafts() -> None:
+    sizes: dict[str, Any] = {**SIZES, "expert_offload": 2}
+    with opened(Path("tiny-mixtral"), **sizes) as plain:
+        expected = tokens(plain, PROMPTS, greedy(12))
+    with opened(Path("tiny-mixtral"), **{**sizes, **speculative("ngram", {})}) as llm:
+        assert tokens(llm, PROMPTS, greedy(12)) == expected
+        assert_drafts(llm)
+
+
 def test_rows_with_adapters_have_drafts(
     target: Path, heads: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -100,8 +134,8 @@ def test_rows_with_adapters_have_drafts(
             assert_drafts(llm)
 
 
-@pytest.mark.parametrize("method", ["eagle3", "dflash"])
-def test_heads_go_on_after_preemption_prefix_hits_and_sleep(
+@pytest.mark.parametrize("method", METHODS)
+def test_drafts_go_on_after_preemption_prefix_hits_and_sleep(
     method: str, target: Path, heads: dict[str, Path]
 ) -> None:
     with opened(target) as plain:

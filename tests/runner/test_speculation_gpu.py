@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.structured_params import StructuredOutputsParams
 from tests.conftest import save_tiny
 from tests.engines import assert_one_distribution, greedy, random_prompts, tokens
 from tests.runner.heads import EagleCase
@@ -19,6 +20,12 @@ from tests.runner.test_dflash import save_speculators
 
 pytestmark = pytest.mark.gpu
 
+SCHEMA = {
+    "type": "object", "additionalProperties": False, "required": ["first_name", "occupation"],
+    "properties": {
+        "first_name": {"enum": ["ab", "abc", "b"]}, "occupation": {"enum": ["reader", "writer"]},
+    },
+}  # fmt: skip
 NUM = 4
 VOCAB = 99  # of the checkpoint with a layer that proposes
 SIZES: dict[str, Any] = {
@@ -89,6 +96,29 @@ def test_answers_are_those_of_plain_decoding(
 def test_answers_are_those_without_a_layer_that_proposes(proposing_model: Path) -> None:
     speculative = {"method": "mtp", "num_speculative_tokens": 2}
     assert answers(proposing_model, speculative) == answers(proposing_model, None)
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_tokens_that_a_grammar_forces_are_verified_together(adapts: bool) -> None:
+    form = StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True)
+    sizes = {**SIZES, "tuning": {"adapt_draft_length": adapts}}
+    speculative = {"method": "ngram", "num_speculative_tokens": 7}
+    params = [
+        SamplingParams(temperature=temperature, seed=4, max_tokens=90, structured_outputs=form)
+        for temperature in (0.0, 1.2, 0.0)
+    ]
+    params.append(greedy(25))
+    found, steps = [], []
+    for given in ({}, {"speculative_config": speculative}):
+        llm = LLM("tiny-qwen3", **sizes, **given)
+        tokens(llm, PROMPTS[:4], params)  # the grammar is compiled then
+        before = llm.engine.metrics.num_steps
+        found.append(tokens(llm, PROMPTS[:4], params))
+        steps.append(llm.engine.metrics.num_steps - before)
+        forced = llm.engine.scheduler.counts.num_forced_tokens
+        llm.close()
+    assert found[0] == found[1] and forced > 20
+    assert adapts or steps[1] < steps[0]
 
 
 def test_drawn_tokens_have_the_distribution_of_plain_decoding() -> None:

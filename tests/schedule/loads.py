@@ -167,8 +167,13 @@ class SlowMask:
     is_ready: bool = True
     is_ended: bool = False
     error: str | None = None
+    num_forced: int = 0
 
     def push(self, token_id: int) -> None: ...
+
+    def forced(self) -> list[int]:
+        """Tokens that a step verifies; answers may have others."""
+        return [7] * self.num_forced
 
 
 class RandomLoad:
@@ -268,6 +273,7 @@ class RandomLoad:
             s.tokens_known(one, num_fed, list(range(start, start + rng.randint(1, num_fed))))
             if isinstance(one.constraint, SlowMask):
                 one.constraint.is_ready = rng.random() < 0.5
+                one.constraint.num_forced = rng.choice([0, 0, 1, 4, 9])
             if len(one.output_ids) == one.max_output:
                 s.finish(one, "length")
 

@@ -130,3 +130,12 @@ def test_a_trial_takes_as_many_steps_as_a_proposer_needs(num: int) -> None:
     runs = "".join(map(str, chosen[100:])).strip("0").split("0")
     assert {run for run in runs if run} == {"1" * num}
     assert chosen[100:].count(1) <= 0.01 * 1400 / 2 + num, "a trial adds twice its steps' time"
+
+
+def test_forced_tokens_count_as_right_and_cost_their_time() -> None:
+    made = DraftLengths(times(bandwidth_bound))
+    for _ in range(400):
+        made.note_accepted(7, 0)  # drafts are never right
+    chosen = [made.choose(1, 0, [num]) for num in (1, 3, 5) for _ in range(3)]
+    assert chosen == [1] * 3 + [3] * 3 + [7] * 3
+    assert made.choose(64, 63, [7] + [0] * 63) == 0, "the step of all rows would take longer"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 from unittest.mock import Mock
@@ -329,19 +330,26 @@ def test_the_wait_for_masks_finds_what_has_finished_and_keeps_no_masks(
     assert not masks._begun
 
 
-def test_constrained_rows_verify_no_proposals_and_others_beside_them_do(
+def test_constrained_rows_verify_forced_tokens_and_those_beside_them_proposals(
     make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = make(draft_lengths=(2,), run_ahead=0)  # proposals follow known tokens
     asked = [params(1), plain(2, max_tokens=60), params(3, LONG, max_tokens=40)]
-    expected = answers(llm, asked)
+    expected = answers(llm, [replace(one, disable_spec_decode=True) for one in asked])
     llm.engine.propose = lambda request: request.prompt_ids[:2]
     plans = plans_of(llm, monkeypatch)
     assert answers(llm, asked) == expected
     steps = [plan for plan in plans if not plan.is_prefill]
     masked = [plan for plan in steps if plan.sampling.masked]
-    assert any(max(plan.num_tokens) > 1 for plan in masked), "proposals of rows beside them"
-    assert all(plan.num_tokens[row] == 1 for plan in masked for row in plan.sampling.masked)
+    free = [[num for row, num in enumerate(plan.num_tokens) if row not in plan.sampling.masked]
+            for plan in masked]  # fmt: skip
+    assert any(max(nums, default=1) > 1 for nums in free), "proposals of rows beside them"
+    fed = [
+        plan.proposed(row) for plan in masked for row in plan.sampling.masked if len(plan.token_T)
+    ]
+    assert any(fed) and PROMPT[:2] not in fed
+    counts = llm.engine.scheduler.counts
+    assert 0 < counts.num_forced_tokens == sum(map(len, fed))
 
 
 def test_an_error_in_a_step_leaves_answers_as_they_are(
