@@ -94,7 +94,9 @@ def test_a_row_is_the_same_among_any_rows_and_on_any_number_of_threads(ggml_type
     """Among many rows a matrix unit multiplies, which adds up blocks in another order."""
     block, x_TD = blocks((989,), ggml_type, 256), inputs(40, 256)
     few_TD = x_TD[:9]
-    alone = torch.cat([ggml.ggml_linear(row.unsqueeze(0), block, ggml_type, None) for row in few_TD])
+    alone = torch.cat(
+        [ggml.ggml_linear(row.unsqueeze(0), block, ggml_type, None) for row in few_TD]
+    )
     among_many = ggml.ggml_linear(x_TD, block, ggml_type, None)
     before = torch.get_num_threads()
     try:
