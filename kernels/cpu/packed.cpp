@@ -15,6 +15,7 @@
 #include "packed.h"
 #include "int8.h"
 #include "matrix_tiles.h"
+#include "int8_tiles.h"
 #include "int8_product.h"
 
 namespace {
