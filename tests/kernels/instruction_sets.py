@@ -16,7 +16,6 @@ from nanovllm.kernels.cpu import library as cpu_library
 OPTIONS = {"native": ""}
 if platform.machine() == "x86_64":
     OPTIONS |= {
-        "no AMX": "-mno-amx-int8",
         "no VNNI": "-mno-avx512vnni -mno-avxvnni",
         "no AVX-512": "-mno-avx512f -mno-avxvnni",
         "no AVX": "-mno-avx",
