@@ -8,6 +8,8 @@
 #include "groups.h"
 #include "packed.h"
 #include "int8.h"
+#include "matrix_tiles.h"
+#include "int8_tiles.h"
 #include "int8_product.h"
 
 namespace {
@@ -248,13 +250,12 @@ struct BlockCodes {
 template <typename Io, typename Type>
 void multiply_blocks(const Packed& at) {
   const int64_t num_blocks = at.depth / Type::kColumns, num_groups = at.depth / Type::kGroup;
-  constexpr bool kHalves = Type::kGroup == kHalf;
   constexpr int kPerBlock = Type::kColumns / Type::kGroup;
   IntegerProduct by(at, Type::kGroup, num_groups, Type::kGroup,
                     Type::kHasOffsets ? num_groups : 0, at.code_stride);
-  by.x.has_bias = BlockCodes<Type>::kHasBias, by.x.bias = Type::kBias;
+  by.read_as<BlockCodes<Type>>();
+  by.x.bias = Type::kBias;
   by.rows.code_bytes = num_blocks * Type::kBlockBytes;
-  by.tile_of = tile_of<BlockCodes<Type>, kHalves>;
   by.measure();
   const int64_t size = by.scale_floats();
   integer_product<Io>(at, by, 2 * size, [&](int64_t expert, int64_t o, float* buffer) {

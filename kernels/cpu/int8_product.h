@@ -1,106 +1,12 @@
-// Products of rows of codes with rows of x in int8. Needs vectors.h, groups.h, packed.h and int8.h.
+// Products of rows of codes with rows of x in int8. Needs vectors.h, groups.h, packed.h, int8.h,
+// matrix_tiles.h and int8_tiles.h.
 //
-// A tile reads the codes of a few rows once for up to 4 rows of x. Sums of products of a step are
-// integers, which are exact; they are multiplied by the scales of both and added up in fp32.
+// Few rows of x are multiplied in tiles, and many by the matrix unit where there is one.
 
 namespace {
 
-// How a tile reads rows of weights, which have a scale for each `group` of columns.
-struct Rows {
-  int64_t num_steps, step_bytes, sums_at;
-  int64_t code_bytes = 0;  // in a row, up to the depth
-  int64_t group, num_scales, num_offsets;
-  int64_t scale_advance, scale_period;  // vectors of scales begin so far apart, every so many
-  int64_t prefetch;  // from a row to one that is read soon
-  Bytes table{};  // of levels, if codes have one
-  IVec index[4];  // of the scale of each lane, in the steps that share a vector of scales
-};
-
-// What a tile knows of codes:
-//   Step(step, rows)  where a step's codes are; first_byte is about that place in a row
-//   load              the codes of a step of one row
-//   kStepBytes        about what a step takes of a row
-//   kAreSmall         codes are 0..63, else those that `dot` takes
-//   kHasBias          rows of x have biases, for what is added to codes to make them unsigned
-template <typename Codes>
-INLINE IVec multiply(IVec sum, Bytes code, Bytes x) {
-  return Codes::kAreSmall ? dot_small(sum, code, x) : dot(sum, code, x);
-}
-
-// sums[t * OB + o] of TB rows of x and OB rows of weights. With kHalves scales are for 16 columns.
-template <typename Codes, bool kHalves, int TB, int OB>
-void tile(float* sums, const Rows& at, const char* const* x, const char* const* code,
-          const float* const* scale, const float* const* offset) {
-  constexpr int kSteps = kHalves ? 2 : 4;  // that share a vector of scales
-  Vec acc[OB][TB] = {};
-  const Codes codes(at);
-  int64_t first_scale = 0, until_next = at.scale_period;
-  for (int64_t first = 0; first < at.num_steps; first += kSteps) {
-    Vec scales[OB];
-    const SomeLanes some_scales = first_lanes(at.num_scales - first_scale);
-    for (int o = 0; o < OB; ++o) scales[o] = load_some(scale[o] + first_scale, some_scales);
-    if (--until_next == 0) first_scale += at.scale_advance, until_next = at.scale_period;
-    for (int j = 0; j < kSteps; ++j) {
-      const int64_t step = first + j;
-      if (step >= at.num_steps) break;
-      const typename Codes::Step place(step, at);
-      Bytes low[OB], high[OB];
-      Vec low_scale[OB], high_scale[OB];
-      for (int o = 0; o < OB; ++o) {
-        codes.load(low[o], high[o], code[o], place);
-        for (int i = 0; i < Codes::kStepBytes; i += 64)
-          __builtin_prefetch(code[o] + place.first_byte + at.prefetch + i, 0, 2);
-        low_scale[o] = permute(scales[o], at.index[kHalves ? 2 * j : j]);
-        if (kHalves) high_scale[o] = permute(scales[o], at.index[(2 * j + 1) & 3]);
-      }
-      for (int t = 0; t < TB; ++t) {
-        const char* from = x[t] + step * at.step_bytes;
-        const Bytes x_low = load_bytes(from), x_high = load_bytes(from + kBytes);
-        const Vec x_scale = load((const float*)(from + 2 * kBytes));
-        IVec start{}, high_start{};
-        if (Codes::kHasBias) start = *(const IVecAt*)(from + 3 * kBytes);
-        if (Codes::kHasBias && kHalves) high_start = *(const IVecAt*)(from + 4 * kBytes);
-        for (int o = 0; o < OB; ++o) {
-          IVec sum = multiply<Codes>(start, low[o], x_low);
-          if (kHalves) {
-            const IVec of_high = multiply<Codes>(high_start, high[o], x_high);
-            acc[o][t] = multiply_add(__builtin_convertvector(of_high, Vec),
-                                     high_scale[o] * x_scale, acc[o][t]);
-          } else {
-            sum = multiply<Codes>(sum, high[o], x_high);
-          }
-          acc[o][t] =
-              multiply_add(__builtin_convertvector(sum, Vec), low_scale[o] * x_scale, acc[o][t]);
-        }
-      }
-    }
-  }
-  for (int64_t g = 0; g < at.num_offsets; g += kLanes) {
-    const SomeLanes some = first_lanes(at.num_offsets - g);
-    for (int o = 0; o < OB; ++o) {
-      const Vec offsets = load_some(offset[o] + g, some);
-      for (int t = 0; t < TB; ++t)
-        acc[o][t] =
-            multiply_add(offsets, load((const float*)(x[t] + at.sums_at) + g), acc[o][t]);
-    }
-  }
-  for (int t = 0; t < TB; ++t)
-    for (int o = 0; o < OB; ++o) sums[t * OB + o] = sum(acc[o][t]);
-}
-
-constexpr int kTileTokens = 4;
-constexpr int kTileOutputs = kTileRows == 8 ? 4 : 2;
-
-typedef void (*TileFunction)(float*, const Rows&, const char* const*, const char* const*,
-                             const float* const*, const float* const*);
-
-template <typename Codes, bool kHalves>
-TileFunction tile_of(int64_t num_tokens) {
-  static const TileFunction of[kTileTokens] = {
-      tile<Codes, kHalves, 1, kTileOutputs>, tile<Codes, kHalves, 2, kTileOutputs>,
-      tile<Codes, kHalves, 3, kTileOutputs>, tile<Codes, kHalves, 4, kTileOutputs>};
-  return of[num_tokens - 1];
-}
+// From so many rows of x for each expert on, the matrix unit multiplies: fewer are faster without.
+constexpr int64_t kMatrixRows = 12;
 
 constexpr int64_t kPrefetchBytes = 8 << 10;  // so far ahead that memory answers in time
 
@@ -109,13 +15,18 @@ struct IntegerProduct {
   Rows rows;
   RowFormat x;
   TileFunction (*tile_of)(int64_t num_tokens);
-  int64_t row_bytes;  // of weights
+  int64_t row_bytes;     // of weights
+  int64_t offset_group;  // columns that share an offset
+  bool by_matrices = false;
+#if HAS_MATRIX_TILES
+  void (*decode_row)(uint8_t*, const char*, const Rows&);
+#endif
 
   // Scales are one for each `group` of columns, INT64_MAX: for all; they must suit `fits`.
   // Sums of x are those of the groups of offsets.
   IntegerProduct(const Packed& at, int64_t group, int64_t num_scales, int64_t offset_group,
                  int64_t num_offsets, int64_t stride) {
-    rows.group = group, rows.num_scales = num_scales, rows.num_offsets = num_offsets;
+    rows.group = group, rows.num_scales = num_scales;
     const bool halves = group == kHalf;
     for (int i = 0; i < 4; ++i)
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -126,6 +37,11 @@ struct IntegerProduct {
     rows.scale_advance = std::max<int64_t>(1, columns / group);
     rows.scale_period = std::max<int64_t>(1, group / columns);
     x = {at.depth, offset_group, num_offsets, halves, false, 0, 1.0f};
+    rows.num_offsets = num_offsets;
+    this->offset_group = offset_group;
+#if HAS_MATRIX_TILES
+    by_matrices = at.num_pairs >= kMatrixRows * at.num_experts && may_use_matrix_tiles();
+#endif
     const int64_t tile_bytes = kTileOutputs * std::max<int64_t>(stride, 1);
     rows.prefetch = (kPrefetchBytes + tile_bytes - 1) / tile_bytes * tile_bytes;
     row_bytes = stride;
@@ -136,6 +52,20 @@ struct IntegerProduct {
   static bool fits(int64_t group) {
     return group == kHalf || group % kShared == 0 || group == INT64_MAX ||
            (group % kBlock == 0 && kShared % group == 0);
+  }
+
+  // How codes are read; halves of blocks have scales of their own if x has them apart.
+  template <typename Codes>
+  void read_as() {
+    x.has_bias = Codes::kHasBias;
+    tile_of = x.halves_apart ? ::tile_of<Codes, true> : ::tile_of<Codes, false>;
+#if HAS_MATRIX_TILES
+    decode_row = ::decode_row<Codes>;
+    if (by_matrices) {  // sums are those of blocks, or of halves
+      x.group = x.halves_apart ? kHalf : kBlock;
+      x.num_groups = x.num_groups ? (x.depth + x.group - 1) / x.group : 0;
+    }
+#endif
   }
 
   // Call it when x and the codes are known.
@@ -159,11 +89,11 @@ template <typename Io, typename Read>
 void multiply_part(const Packed& at, const IntegerProduct& by, const Part& part,
                    const char* const* x_row, const int32_t* pair, int64_t buffer_floats,
                    const Read& read) {
-  const int64_t num = part.group->num, num_passes = (num + kTileTokens - 1) / kTileTokens;
+  const int64_t num = part.group->num, num_passes = (num + kWideTokens - 1) / kWideTokens;
   float* buffer = scratch((size_t)(kTileOutputs * buffer_floats));
   const char* code[kTileOutputs];
   const float *scale[kTileOutputs], *offset[kTileOutputs];
-  float sums[kTileTokens * kTileOutputs];
+  float sums[kWideTokens * kTileOutputs];
   for (int64_t o = part.first; o < part.end; o += kTileOutputs) {
     const int64_t num_outputs = std::min<int64_t>(kTileOutputs, part.end - o);
     for (int64_t i = 0; i < kTileOutputs; ++i) {
@@ -181,11 +111,60 @@ void multiply_part(const Packed& at, const IntegerProduct& by, const Part& part,
   }
 }
 
+#if HAS_MATRIX_TILES
+// `multiply_part` by the matrix unit.
+template <typename Io, typename Read>
+void multiply_matrices(const Packed& at, const IntegerProduct& by, const Part& part,
+                       const ColumnBlock* x, const int32_t* pair, int64_t buffer_floats,
+                       const Read& read) {
+  const int64_t num_blocks = by.rows.num_steps * kStepBlocks, num = part.group->num;
+  const bool halves = by.x.halves_apart, has_offsets = by.rows.num_offsets > 0;
+  const auto multiply = halves ? has_offsets ? multiply_tile<true, true> : multiply_tile<true, false>
+                        : has_offsets ? multiply_tile<false, true>
+                                      : multiply_tile<false, false>;
+  const int64_t fitting = kColumnsBytes / (num_blocks * (int64_t)sizeof(ColumnBlock));
+  const int64_t at_once = std::max<int64_t>(1, fitting) * kTile;  // rows of x
+  const int64_t unit = halves ? kHalf : kBlock, num_units = num_blocks * kBlock / unit;
+  const int64_t own_units = (at.depth + unit - 1) / unit, stride = own_units + kLanes;
+  float* buffer = scratch((size_t)(TileRows::floats(num_blocks) + buffer_floats + 2 * kTile * stride));
+  const TileRows rows(buffer, num_blocks, has_offsets);
+  float* of_row = buffer + TileRows::floats(num_blocks);
+  float *scales = of_row + buffer_floats, *offsets = scales + kTile * stride;
+  std::memset(rows.scale, 0, (size_t)(num_units * kTile) * sizeof(float));
+  if (has_offsets) std::memset(rows.offset, 0, (size_t)(num_units * kTile) * sizeof(float));
+  const TileRegisters registers((int)unit);
+  for (int64_t first = 0; first < num; first += at_once) {
+    const int64_t end = std::min(first + at_once, num);
+    for (int64_t o = part.first; o < part.end; o += kTile) {
+      const int64_t num_outputs = std::min<int64_t>(kTile, part.end - o);
+      for (int64_t i = 0; i < kTile; ++i) {
+        const int64_t row = o + std::min(i, num_outputs - 1);  // a short tile repeats its last row
+        const WeightRow weight = read(part.group->expert, row, of_row);
+        by.decode_row(rows.code + i * kBlock, weight.code, by.rows);
+        std::memcpy(scales + i * stride, weight.scale, by.rows.num_scales * sizeof(float));
+        if (has_offsets)
+          std::memcpy(offsets + i * stride, weight.offset, by.rows.num_offsets * sizeof(float));
+      }
+      spread(rows.scale, scales, stride, by.rows.num_scales, by.rows.group, unit, own_units);
+      if (has_offsets)
+        spread(rows.offset, offsets, stride, by.rows.num_offsets, by.offset_group, unit, own_units);
+      for (int64_t t = first; t < end; t += kTile) {
+        Vec sums[kTile];
+        multiply(sums, rows, x + t / kTile * num_blocks, num_blocks, by.x.has_bias);
+        transpose(sums);
+        for (int64_t j = 0; j < std::min<int64_t>(kTile, end - t); ++j)
+          put_results<Io>(at, pair[t + j], o, sums[j], num_outputs);
+      }
+    }
+  }
+}
+#endif
+
 template <typename Io, typename Read>
 void integer_product(const Packed& at, const IntegerProduct& by, int64_t buffer_floats,
                      const Read& read) {
   const int64_t x_bytes = by.x.bytes(), repeats = at.x_repeats;
-  const int64_t chunk = outputs_at_once(at, by.row_bytes, kTileOutputs);
+  const int64_t chunk = outputs_at_once(at, by.row_bytes, kTileOutputs * 4);
   for_blocks(at.num_pairs / repeats, repeats, x_bytes / 4, [&](int64_t first, int64_t num) {
     const int64_t first_pair = first * repeats, num_pairs = num * repeats;
     char* rows = (char*)scratch<kShared>((size_t)(num * x_bytes / 4));
@@ -200,6 +179,16 @@ void integer_product(const Packed& at, const IntegerProduct& by, int64_t buffer_
       x_row[place] = rows + groups.pair[place] / repeats * x_bytes;
       pair[place] = (int32_t)(first_pair + groups.pair[place]);
     }
+#if HAS_MATRIX_TILES
+    if (by.by_matrices) {
+      const Columns columns(groups, x_row.data(), by.x, at.num_threads);
+      for_parts(groups, at.num_outputs, chunk, at.num_threads, [&](const Part& part) {
+        multiply_matrices<Io>(at, by, part, columns.of(part.group),
+                              pair.data() + part.group->first, buffer_floats, read);
+      });
+      return;
+    }
+#endif
     for_parts(groups, at.num_outputs, chunk, at.num_threads, [&](const Part& part) {
       multiply_part<Io>(at, by, part, x_row.data() + part.group->first,
                         pair.data() + part.group->first, buffer_floats, read);

@@ -6,13 +6,16 @@
 //
 // Where codes are small integers times a scale, rows of x are quantized to int8 (see int8.h) and
 // multiplied as integers. Else, and if `exact`, some rows of weights at a time are dequantized to
-// fp32 for a product in fp32. A result depends on its row of x and its row of weights alone.
+// fp32 for a product in fp32. A result depends on its row of x and its row of weights alone, and where
+// there is a matrix unit on whether it multiplies (see kMatrixRows).
 
 #include "vectors.h"
 #include "tiles.h"
 #include "groups.h"
 #include "packed.h"
 #include "int8.h"
+#include "matrix_tiles.h"
+#include "int8_tiles.h"
 #include "int8_product.h"
 
 namespace {
@@ -109,19 +112,18 @@ bool is_integer(const Packed& at) {
 }
 
 IntegerProduct product_of(const Packed& at, int64_t group, int64_t num_scales) {
-  const bool halves = group == kHalf;
   IntegerProduct by(at, group, num_scales, at.num_groups == 1 ? INT64_MAX : at.group,
                     at.offset ? at.num_groups : 0, at.code_stride);
   if (at.bits == 8) {
-    by.x.has_bias = Codes8::kHasBias, by.x.bias = 128;
-    by.tile_of = halves ? tile_of<Codes8, true> : tile_of<Codes8, false>;
+    by.read_as<Codes8>();
+    by.x.bias = 128;
   } else if (at.table) {
     const IntegerTable& table = integer_table(at.table);
     by.rows.table = repeat16(table.level);
-    by.x.has_bias = Codes4<true>::kHasBias, by.x.bias = -table.shift, by.x.factor = table.factor;
-    by.tile_of = halves ? tile_of<Codes4<true>, true> : tile_of<Codes4<true>, false>;
+    by.read_as<Codes4<true>>();
+    by.x.bias = -table.shift, by.x.factor = table.factor;
   } else {
-    by.tile_of = halves ? tile_of<Codes4<false>, true> : tile_of<Codes4<false>, false>;
+    by.read_as<Codes4<false>>();
   }
   by.rows.code_bytes = at.bits == 8 ? at.depth : (at.depth + kBlock - 1) / kBlock * (kBlock / 2);
   by.measure();

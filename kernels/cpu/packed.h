@@ -88,4 +88,17 @@ INLINE void put_result(const Packed& at, int64_t pair, int64_t o, float sum) {
   ((Io*)at.out)[place] = rounded;
 }
 
+// The same for `num` outputs from o on, up to kLanes.
+template <typename Io>
+INLINE void put_results(const Packed& at, int64_t pair, int64_t o, Vec sum, int64_t num) {
+  const int64_t place = pair * at.num_outputs + o;
+  Io* to = (Io*)at.out + place;
+  if (at.bias) sum += load_first((const Io*)at.bias + o, num);
+  if (at.residual) {
+    store_first(to, sum, num);  // rounded
+    sum = load_first(to, num) + load_first((const Io*)at.residual + place, num);
+  }
+  store_first(to, sum, num);
+}
+
 }  // namespace

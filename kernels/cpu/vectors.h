@@ -256,10 +256,10 @@ INLINE void with_dtype(int64_t dtype, F&& f) {
 // ----------------------------------------------------------------------------------------- threads
 
 // Buffers that a thread keeps between calls: kOwn for its own use, kShared for data that it
-// writes and other threads read.
+// writes and other threads read. Buffers with different names are others.
 enum Use { kOwn, kShared };
 
-template <Use use = kOwn>
+template <Use use = kOwn, typename Name = void>
 float* scratch(size_t num_floats) {
   struct Buffer {
     float* data = nullptr;

@@ -38,6 +38,18 @@ before = memory("VmRSS:")
 params = loader.load(model, path, loader.Target(torch.device("cpu")), lambda num_layers: None)
 print(memory("VmHWM:") - before)
 """
+DECLARE = """
+import sys
+
+import torch
+
+from nanovllm.models.formats import gguf
+from nanovllm.models.formats.format import Extent
+
+for name in ("Q4_0", "Q4_1", "Q8_0", "Q6_K"):
+    gguf.of_type(name).empty(Extent((8, 256), torch.float32), "meta")
+print("sympy" in sys.modules)
+"""
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time, 123 dogs")
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -91,6 +103,13 @@ def test_reading_takes_little_more_memory_than_the_file(path: Path) -> None:
     found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     num_bytes = path.stat().st_size
     assert 0.9 * num_bytes < 1024 * int(found.stdout) < 1.15 * num_bytes
+
+
+def test_weights_are_declared_without_sympy() -> None:
+    """Its modules take 40 MB, and half a second of a start."""
+    command = [sys.executable, "-c", DECLARE]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout == "False\n"
 
 
 def test_a_chat_through_the_file_s_template(llm: LLM) -> None:

@@ -91,13 +91,20 @@ def test_quantized_inputs_change_a_sum_by_their_own_change_at_most(ggml_type: in
 
 @pytest.mark.parametrize("ggml_type", TYPES)
 def test_a_row_is_the_same_among_any_rows_and_on_any_number_of_threads(ggml_type: int) -> None:
-    block, x_TD = blocks((989,), ggml_type, 256), inputs(9, 256)
-    alone = torch.cat([ggml.ggml_linear(row.unsqueeze(0), block, ggml_type, None) for row in x_TD])
+    """Among many rows a matrix unit multiplies, which adds up blocks in another order."""
+    block, x_TD = blocks((989,), ggml_type, 256), inputs(40, 256)
+    few_TD = x_TD[:9]
+    alone = torch.cat(
+        [ggml.ggml_linear(row.unsqueeze(0), block, ggml_type, None) for row in few_TD]
+    )
+    among_many = ggml.ggml_linear(x_TD, block, ggml_type, None)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(ggml.ggml_linear(x_TD, block, ggml_type, None), alone)
+            assert torch.equal(ggml.ggml_linear(few_TD, block, ggml_type, None), alone)
+            found = ggml.ggml_linear(x_TD[-17:], block, ggml_type, None)
+            assert torch.equal(found, among_many[-17:])
     finally:
         torch.set_num_threads(before)
 

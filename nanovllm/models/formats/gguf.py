@@ -93,7 +93,7 @@ class GgufCodes(Gguf):
         num_bytes = depth if codes.bits == 8 else depth // 2
         code = torch.empty((*outer, num_bytes), dtype=torch.uint8, device=device)
         scale = code.new_empty((*outer, depth // GROUP), dtype=codes.scale_dtype)
-        offset = torch.empty_like(scale) if codes.has_offset else None
+        offset = scale.new_empty(scale.shape) if codes.has_offset else None
         table = codes.table(device)
         return PackedWeight(code, scale, offset, table, None, codes.bits, GROUP, depth)
 
