@@ -53,7 +53,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], limit: Limit) ->
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
-        raise RuntimeError(f"exit status {process.returncode}: {errors[-MAX_ERROR_CHARS:]}")
+        said = errors.strip() or out  # pytest writes what failed to stdout
+        raise RuntimeError(f"exit status {process.returncode}: {said[-MAX_ERROR_CHARS:]}")
     return out
 
 
