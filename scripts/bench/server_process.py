@@ -39,7 +39,7 @@ class Limit:
 
 def run(command: Sequence[str], environment: Mapping[str, str], limit: Limit) -> str:
     """The output of a command, whose processes are killed at the limit. Raises RuntimeError with
-    the end of stderr if it fails, and TimeoutError."""
+    the end of stderr, or of stdout if that is empty, if it fails, and TimeoutError."""
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
