@@ -19,10 +19,7 @@ SIZES: dict[str, Any] = {
     "max_num_batched_tokens": 64, "max_model_len": 128, "kvcache_block_size": 16,
     "num_kvcache_blocks": 33, "skip_tokenizer_init": True,
 }  # fmt: skip
-SAVE = {
-    "deepseek_v3": latent_cases.BY_NAME["v3"].save,
-    "gpt_oss": gpt_oss_cases.save,
-}
+SAVE = {"deepseek_v3": latent_cases.BY_NAME["v3"].save, "gpt_oss": gpt_oss_cases.save}
 
 
 @pytest.mark.parametrize("name", SAVE)
