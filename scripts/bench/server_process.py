@@ -39,7 +39,7 @@ class Limit:
 
 def run(command: Sequence[str], environment: Mapping[str, str], limit: Limit) -> str:
     """The output of a command, whose processes are killed at the limit. Raises RuntimeError with
-    the end of stderr if it fails, and TimeoutError."""
+    the end of stderr, or of stdout if that is empty, if it fails, and TimeoutError."""
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -53,7 +53,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], limit: Limit) ->
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
-        raise RuntimeError(f"exit status {process.returncode}: {errors[-MAX_ERROR_CHARS:]}")
+        said = errors.strip() or out  # pytest writes what failed to stdout
+        raise RuntimeError(f"exit status {process.returncode}: {said[-MAX_ERROR_CHARS:]}")
     return out
 
 

@@ -376,6 +376,12 @@ def test_replicas_of_several_ranks(folder: Path, alone: LLM) -> None:
         assert min(counts(llm, "prompt_tokens")) > 0
         ranks = [pid for parent in pids(llm) for pid in children(parent)]
         assert len(ranks) >= 2
+        (lost,) = children(pids(llm)[0])
+        os.kill(lost, signal.SIGKILL)
+        ends = [piece for piece in llm.stream(PROMPTS, greedy(6)) if piece.finish_reason]
+        errors = [piece.error or "" for piece in ends if piece.finish_reason == "error"]
+        assert len(errors) < len(ends) == len(PROMPTS)
+        assert all("replica 0" in error for error in errors)
     finally:
         llm.close()
     wait_until_gone(ranks)
