@@ -109,6 +109,21 @@ def test_tiles_have_each_token_once_and_one_adapter(numbers: list[int]) -> None:
     assert ends[-1] == num
 
 
+@pytest.mark.parametrize(
+    "numbers", [[0], [3], SEVERAL, [2] * 33, [0, 1] * 300, list(range(1024, 0, -1))]
+)
+def test_tiles_of_one_launch_are_those_of_the_reference(
+    numbers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanovllm.kernels.triton import adapter_tiles
+
+    monkeypatch.setattr(adapter_tiles, "MAX_TOKENS", 1024)
+    adapter_T = torch.tensor(numbers, device=device)
+    pairs = zip(adapter_tiles.adapter_tiles(adapter_T), reference.lora.adapter_tiles(adapter_T))
+    for found, expected in pairs:
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 8, 16, 19])
 def test_tokens_get_what_their_adapters_add(rank: int, dtype: torch.dtype) -> None:
