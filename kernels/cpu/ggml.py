@@ -50,8 +50,11 @@ def ggml_linear(
     ggml_type: int,
     bias_O: Tensor | None,
     residual_TO: Tensor | None = None,
+    *,
+    ordered: bool = False,
 ) -> Tensor:
-    """`reference.ggml.ggml_linear`, with x quantized to int8."""
+    """`reference.ggml.ggml_linear`, with x quantized to int8. If `ordered`, any number of rows takes
+    the kernel of few."""
     shape = (*x_TD.shape[:-1], block_OB.shape[0])
     if (
         x_TD.dim() != 2
@@ -70,7 +73,9 @@ def ggml_linear(
     out_TO = x_TD.new_empty(shape)
     depth = x_TD.shape[1]
     _load().nanovllm_ggml_linear(
-        packed.arguments_of(out_TO, x_TD, None, weight, depth, bias_O, residual_TO)
+        packed.arguments_of(
+            out_TO, x_TD, None, weight, depth, bias_O, residual_TO, ordered=ordered
+        )
     )
     return out_TO
 

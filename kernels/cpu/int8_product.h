@@ -40,7 +40,8 @@ struct IntegerProduct {
     rows.num_offsets = num_offsets;
     this->offset_group = offset_group;
 #if HAS_MATRIX_TILES
-    by_matrices = at.num_pairs >= kMatrixRows * at.num_experts && may_use_matrix_tiles();
+    by_matrices = at.num_pairs >= kMatrixRows * at.num_experts && !at.ordered &&
+                  may_use_matrix_tiles();
 #endif
     const int64_t tile_bytes = kTileOutputs * std::max<int64_t>(stride, 1);
     rows.prefetch = (kPrefetchBytes + tile_bytes - 1) / tile_bytes * tile_bytes;

@@ -91,7 +91,7 @@ def ordered_fp8_linear(
 
 
 def ordered_ggml_linear(x_TD: Tensor, block_OB: Tensor, ggml_type: int, *rest: Any) -> Tensor:
-    """`reference.ggml.ggml_linear` by its kernel, which takes any number of rows alike."""
+    """`reference.ggml.ggml_linear` by the kernel of few rows."""
     if not x_TD.numel():
         return x_TD.new_empty((x_TD.shape[0], block_OB.shape[0]))
     if packed.are_exact():
@@ -101,7 +101,7 @@ def ordered_ggml_linear(x_TD: Tensor, block_OB: Tensor, ggml_type: int, *rest: A
         )
     if not ggml.covers(x_TD, block_OB, ggml_type):
         raise TypeError(f"no product with one order of sums for blocks of type {ggml_type}")
-    return ggml.ggml_linear(x_TD, block_OB, ggml_type, *rest)
+    return ggml.ggml_linear(x_TD, block_OB, ggml_type, *rest, ordered=True)
 
 
 def _of_packed(

@@ -14,6 +14,7 @@ from torch import Tensor
 from nanovllm.kernels import ops, reference
 from nanovllm.kernels.reference.latent_attention import Parts
 from nanovllm.kernels.triton import drafts
+from nanovllm.kernels.triton.adapter_tiles import adapter_tiles
 from nanovllm.kernels.triton.all_reduce import (
     all_reduce,
     all_reduce_,
@@ -160,6 +161,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "segment_attention": segment_attention,
     "varlen_attention": varlen_attention,
     "zero_padding_": zero_padding_,
+    "adapter_tiles": adapter_tiles,
     "add_lora": add_lora,
     "add_lora_": add_lora_,
     "add_lora_silu": add_lora_silu,

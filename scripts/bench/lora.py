@@ -10,6 +10,10 @@ request with a new adapter while others run, beside one with an adapter that is 
 is a line of JSON on stdout and in the file. `share` is the rate by that of the engine without
 adapters. Files of adapters are in the page cache.
 
+--cases leaves some of that out: "single" is the single request, "batch" all requests at once,
+"loading" the new adapter. Shorter answers (--max-len 300) make "batch" shorter; attention is then a
+smaller part of a step, so shares are lower than with the defaults.
+
 With --profile (about 90 s) there are no rates: the microseconds of each kernel in a decode step of
 one row and of all rows, and in the steps of all prompts, without adapters and with some.
 """
@@ -43,6 +47,7 @@ from nanovllm.tools.profile import steady_rows
 from nanovllm.tools.shapes import CONFIGS
 
 STD = 0.02
+CASES = ("single", "batch", "loading")
 PROFILED_STEPS, PROFILED_PROMPT = 8, 512
 
 
@@ -62,6 +67,7 @@ def arguments() -> argparse.Namespace:
     add("--max-len", type=int, default=1024)
     add("--single-tokens", type=int, default=512, help="of the single request's answer")
     add("--streams", type=int, default=64, help="requests that run while an adapter is loaded")
+    add("--cases", nargs="+", choices=CASES, default=CASES, help="what to measure")
     add("--skip-plain", action="store_true", help="no engine without adapters: no shares")
     add("--profile", action="store_true", help="times of kernels, and no rates")
     add("--kernels", type=int, default=24, help="how many of a profile, by their times")
@@ -244,10 +250,12 @@ def main() -> None:
     args = arguments()
     with TemporaryDirectory(prefix="lora-") as folder:
         bench = Bench(args, Path(folder))
-        if not (args.skip_plain or args.profile):
+        if not (args.skip_plain or args.profile or tuple(args.cases) == ("loading",)):
             llm = bench.load()
-            bench.single(llm, "plain", None)
-            bench.throughput(llm, "plain", ())
+            if "single" in args.cases:
+                bench.single(llm, "plain", None)
+            if "batch" in args.cases:
+                bench.throughput(llm, "plain", ())
             llm.close()
             del llm
             gc.collect()
@@ -264,12 +272,16 @@ def main() -> None:
 
 
 def _rates(bench: Bench, llm: LLM, adapters: Sequence[LoRARequest]) -> None:
-    bench.single(llm, "unused", None)
-    bench.single(llm, "1 adapter", adapters[0])
-    bench.throughput(llm, "unused", ())
-    for num in bench.args.adapters:
-        bench.throughput(llm, f"{num} adapters", adapters[:num])
-    bench.loading(llm, adapters[0], adapters[-1])
+    cases = bench.args.cases
+    if "single" in cases:
+        bench.single(llm, "unused", None)
+        bench.single(llm, "1 adapter", adapters[0])
+    if "batch" in cases:
+        bench.throughput(llm, "unused", ())
+        for num in bench.args.adapters:
+            bench.throughput(llm, f"{num} adapters", adapters[:num])
+    if "loading" in cases:
+        bench.loading(llm, adapters[0], adapters[-1])
 
 
 def _profile(bench: Bench, llm: LLM, adapters: Sequence[LoRARequest]) -> None:

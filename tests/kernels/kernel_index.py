@@ -134,6 +134,9 @@ CHOSEN: dict[str, dict[str, str]] = {
         name: {"lora_shrink_kernel": _LORA, "lora_expand_kernel": "after it"}
         for name in ("add_lora", "add_lora_", "add_lora_silu")
     },
+    "adapter_tiles": {
+        "adapter_tiles_kernel": "up to `adapter_tiles.MAX_TOKENS` tokens, which is 0 until timed"
+    },
     "lora_linear": {
         "lora_row_kernel": "one row of bf16 or fp16, plain weights",
         "lora_gemv_kernel": "after it",

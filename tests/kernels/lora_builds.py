@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from nanovllm.kernels.triton import lora, lora_row, lora_sizes
+from nanovllm.kernels.reference.lora import tile_tokens
+from nanovllm.kernels.triton import adapter_tiles, lora, lora_row, lora_sizes
 from nanovllm.kernels.triton.skinny_gemm import kernel_for
 
 TYPES = {"adapter_ptr": "*i64", "order_ptr": "*i64", "tile_ptr": "*i32", "z_ptr": "*fp32"}
@@ -47,3 +48,7 @@ def launches(shared_bytes: int, whole: bool) -> Iterator[Launch]:
     _, constants, num_warps = kernel_for(1, 12288, 4096, True, False, False, True, False)
     constants = constants | lora_row.end_constants(32, (12288, 12288), 16)
     yield Launch("lora row: product", lora_row.lora_gemv_kernel, constants, num_warps, 3, "bf16")
+    for tokens in (16, 256, 1024) if whole else (256,):
+        constants = {"TOKENS": tokens, "BLOCK": adapter_tiles.BLOCK, "SIZE": tile_tokens(tokens)}
+        kernel, num_warps = adapter_tiles.adapter_tiles_kernel, adapter_tiles.warps(tokens)
+        yield Launch(f"adapter tiles of {tokens}", kernel, constants, num_warps, 3, "bf16")

@@ -141,6 +141,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "large rank": ({"r": 9}, r"has rank 9, but max_lora_rank is 8"),
     "large pattern": ({"rank_pattern": {"q_proj": 64}}, "has rank 64, but max_lora_rank is 8"),
     "other rank": ({"r": 3}, r"down_proj has lora_A \[4, 128\], .* must have lora_A \[3, 128\]"),
+    "other base": (
+        {"r": 3, "base_model_name_or_path": "a/b"}, r"have lora_A \[3, 128\].*trained for 'a/b'\)"
+    ),
     "alpha": ({"lora_alpha": None}, "lora_alpha is None: it must be a number"),
     "pattern": ({"alpha_pattern": {"(": 3}}, r"alpha_pattern has '\('"),
     "left out": ({"exclude_modules": ["up_proj"]}, r"up_proj, which target_modules 'all-linear'"),
@@ -191,7 +194,15 @@ EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         lambda all: all.update({Q.removesuffix("lora_") + "base_layer.bias": torch.ones(4)}),
         "q_proj.base_layer.bias is not the bias of a linear layer that adapters can change",
     ),
-    "copy": (lambda all: all.update({"x.weight": torch.ones(4)}), "is not a matrix of LoRA"),
+    "copy": (
+        lambda all: all.update({"base_model.model.lm_head.weight": torch.ones(4, 4)}),
+        "lm_head.weight is the whole weight of a module, as PEFT's modules_to_save and save_embed",
+    ),
+    "head": (
+        lambda all: all.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)}),
+        "lm_head is not a linear layer of Qwen3ForCausalLM that adapters can change",
+    ),
+    "other": (lambda all: all.update({"x.lora_C.weight": torch.ones(4)}), "not a matrix of LoRA"),
     "nothing": (lambda all: all.clear(), "adapter_model.safetensors has no tensors"),
 }  # fmt: skip
 

@@ -213,7 +213,8 @@ class AdapterFile:
         if given != wanted:
             shown = ", ".join(f"lora_{one} {list(shape)}" for one, shape in sorted(given.items()))
             needed = ", ".join(f"lora_{one} {list(shape)}" for one, shape in wanted.items())
-            raise AdapterError(f"{self._folder}: {module} has {shown}: it must have {needed}")
+            base = f" (it was trained for {self.config.base!r})" if self.config.base else ""
+            raise AdapterError(f"{self._folder}: {module} has {shown}: it must have {needed}{base}")
 
     def _check_is_named(self, pair: _Pair) -> None:
         """Raises AdapterError unless the config names what a pair changes."""
@@ -329,6 +330,11 @@ def _why_not(name: str) -> str:
     for part, what in OTHERS.items():
         if part in name:
             return f"{name} is {what}, which is not supported"
+    if name.endswith(".weight") and ".lora_" not in name:
+        return (
+            f"{name} is the whole weight of a module, as PEFT's modules_to_save and "
+            "save_embedding_layers write it, which is not supported"
+        )
     return (
         f"{name} is not a matrix of LoRA: its name must end with .lora_A.weight or .lora_B.weight"
     )

@@ -16,15 +16,15 @@ MAX_CONFIG_BYTES = 1 << 20
 
 # Fields that say how an adapter was trained, or by what.
 UNREAD = frozenset({
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ephemeral_gpu_offload",
+    "auto_mapping", "corda_config", "ephemeral_gpu_offload",
     "eva_config", "fan_in_fan_out", "inference_mode", "lora_dropout", "lora_ga_config",
     "loftq_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "task_type", "ensure_weight_tying",
 })  # fmt: skip
 READ = frozenset({
-    "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules",
-    "target_parameters", "use_rslora",
+    "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern",
+    "target_modules", "target_parameters", "use_rslora",
 })  # fmt: skip
 # Fields that change the mathematics, and what they stand for.
 REFUSED = {
@@ -65,6 +65,7 @@ class PeftConfig:
     layers_pattern: Sequence[str]
     target_parameters: Sequence[str] = ()
     bias: str = "none"
+    base: str = ""  # the name or path of the model that it was trained for, if given
 
     @classmethod
     def read(cls, folder: Path) -> PeftConfig:
@@ -84,6 +85,7 @@ class PeftConfig:
             layers_pattern=_as_list(_names(found, "layers_pattern")),
             target_parameters=_as_list(_names(found, "target_parameters")),
             bias=found.get("bias", "none"),
+            base=str(found.get("base_model_name_or_path") or ""),
         )
 
     @classmethod
