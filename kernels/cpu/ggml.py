@@ -53,8 +53,8 @@ def ggml_linear(
     *,
     ordered: bool = False,
 ) -> Tensor:
-    """`reference.ggml.ggml_linear`, with x quantized to int8. If `ordered`, any number of rows takes
-    the kernel of few."""
+    """`reference.ggml.ggml_linear`, with x quantized to int8. If `ordered`, any number of rows
+    takes the kernel of few."""
     shape = (*x_TD.shape[:-1], block_OB.shape[0])
     if (
         x_TD.dim() != 2
@@ -73,9 +73,7 @@ def ggml_linear(
     out_TO = x_TD.new_empty(shape)
     depth = x_TD.shape[1]
     _load().nanovllm_ggml_linear(
-        packed.arguments_of(
-            out_TO, x_TD, None, weight, depth, bias_O, residual_TO, ordered=ordered
-        )
+        packed.arguments_of(out_TO, x_TD, None, weight, depth, bias_O, residual_TO, ordered=ordered)
     )
     return out_TO
 
