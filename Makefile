@@ -1,6 +1,6 @@
 # make run: install, then answer a few prompts with the embedded model.   make serve: the same as a server.   make check: install, then lint, types and the tests of tests/check.txt.   make test: the same with all tests.
 PYTHON ?= python3
-WORKERS ?= 2
+WORKERS ?= 3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py constraints.txt

@@ -186,11 +186,12 @@ def test_an_fp8_cache_changes_logits_by_its_rounding(
     options = {"kv_cache_dtype": "fp8", **FEW_ROWS}
     eager = engine_logits(load(folder, device, enforce_eager=True, **options), known)
     expected = transformers_logits(folder, known, device)
-    error = (torch.cat(eager) - torch.cat(expected)).abs().mean() / torch.cat(expected).std()
-    assert 0.001 < error < 0.15
+    error = (torch.cat(eager) - torch.cat(expected)).abs().mean()
+    assert 0.001 < error / torch.cat(expected).std() < 0.15
     if architecture == "mixtral":
+        # a key that differs in its last bit may round to another number of fp8, but few do
         graph = engine_logits(load(folder, device, **options), known)
-        assert max_difference(graph, eager) <= TOLERANCE
+        assert (torch.cat(graph) - torch.cat(eager)).abs().mean() <= 0.01 * error
 
 
 def test_a_second_start_loads_the_programs_of_its_own_config(device: str, tmp_path: Path) -> None:
