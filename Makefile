@@ -16,7 +16,7 @@ run: $(VENV)/.installed
 serve: $(VENV)/.installed-serve
 	$(BIN)/nanovllm serve $(ARGS)
 
-# Workers take whole files in the order of the collection, which begins with the longest (tests/conftest.py).
+# One worker more than cores, since some tests wait. Workers take whole files, the longest first (tests/conftest.py).
 XDIST := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Without mypy's cache the types take as long as the tests, so they run beside them.
