@@ -93,8 +93,12 @@ def test_answers_survive_batches_preemption_and_shared_prefixes(
 
 
 def test_rejected_proposals_are_rolled_back(device: str, folders: dict[str, Path]) -> None:
+    check_rejected_proposals(folders["qwen3_next"], device)
+
+
+def check_rejected_proposals(folder: Path, device: str) -> None:
     """Right and wrong proposals in all mixtures, over blocks and beside rows without any."""
-    folder, prompts = folders["qwen3_next"], prompts_of(30, 70, 1)
+    prompts = prompts_of(30, 70, 1)
     plain = LLM(str(folder), device=device, **SIZES, enforce_eager=True)
     expected = tokens(plain, prompts, greedy(24))
     llm = LLM(str(folder), device=device, **SIZES, draft_lengths=[3], enforce_eager=True)

@@ -10,7 +10,6 @@ import pytest
 
 from nanovllm import LLM
 from nanovllm.config import EngineConfig
-from nanovllm.schedule.request import Request
 from nanovllm.startup.resolve import resolve_without_weights
 from tests.architectures import of_types
 from tests.engines import greedy, tokens
@@ -19,7 +18,7 @@ from tests.models.families import VOCAB_SIZE, Family
 from tests.models.harness import check_bf16, engine_logits, load, max_difference, sequences
 from tests.models.mamba_cases import CASES
 from tests.models.test_families import GRAPH_SIZES, difference, real_values
-from tests.models.test_hybrid import SIZES, expected_tokens, prompts_of
+from tests.models.test_hybrid import SIZES, check_rejected_proposals, expected_tokens, prompts_of
 
 TOLERANCE = 1e-4
 TEXT = of_types(*(case.model_type for case in CASES))
@@ -68,23 +67,7 @@ def test_answers_survive_batches_preemption_and_shared_prefixes(
 
 
 def test_rejected_proposals_are_rolled_back(device: str, folders: dict[str, Path]) -> None:
-    """Right and wrong proposals in all mixtures, over blocks and beside rows without any."""
-    folder, prompts = folders[NAMES[-1]], prompts_of(30, 70, 1)
-    plain = LLM(str(folder), device=device, **SIZES, enforce_eager=True)
-    expected = tokens(plain, prompts, greedy(24))
-    llm = LLM(str(folder), device=device, **SIZES, draft_lengths=[3], enforce_eager=True)
-    right = dict(zip(map(tuple, prompts), expected))
-
-    def propose(request: Request) -> list[int]:
-        prompt, done = request.prompt_ids, len(request.output_ids)
-        given = right[tuple(prompt)][done : done + 3]
-        num_right = (done * 7 + len(prompt)) % 4
-        wrong = [(token + 1) % VOCAB_SIZE for token in given[num_right:]]
-        return [] if done % 5 == 4 else given[:num_right] + wrong
-
-    llm.engine.propose = propose
-    assert tokens(llm, prompts, greedy(24)) == expected
-    assert llm.engine.metrics.num_steps < 24
+    check_rejected_proposals(folders[NAMES[-1]], device)
 
 
 @pytest.mark.parametrize("name", NAMES)
