@@ -90,7 +90,7 @@ def test_a_benchmark_of_an_engine_removes_its_model(tiny_qwen3: Path, tmp_path: 
     config = str(tiny_qwen3 / "config.json")
     words = ["--random-weights", config, "--device", "cpu", "--enforce-eager"]
     with command(tmp_path, "bench", "throughput", *words) as process:
-        wait_until(lambda: list(tmp_path.iterdir()))
+        wait_until(lambda: list(tmp_path.glob("*/config.json")))
         ended(process)
     assert not list(tmp_path.iterdir())
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from nanovllm.compile.passes.add_in_place import add_in_place
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
+from tests.compile import seeded
 
 inputs: dict[str, Any] = {
-    "x_TD": torch.randn(3, 16),
-    "h_TD": torch.randn(3, 16),
-    "weight_DD": torch.randn(16, 16),
+    "x_TD": seeded.normal(1, 3, 16),
+    "h_TD": seeded.normal(2, 3, 16),
+    "weight_DD": seeded.weight(3, 16, 16),
 }
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
+from tests.compile import seeded
 
 inputs: dict[str, Any] = {
-    "x_TD": torch.randn(3, 16),
-    "h_TD": torch.randn(3, 16),
-    "weight_DD": torch.randn(16, 16),
-    "norm_D": torch.rand(16),
+    "x_TD": seeded.normal(1, 3, 16),
+    "h_TD": seeded.normal(2, 3, 16),
+    "weight_DD": seeded.weight(3, 16, 16),
+    "norm_D": seeded.normal(4, 16).abs(),
 }
 
 

@@ -13,15 +13,15 @@ from torch.fx import GraphModule
 from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
+from tests.compile import seeded
 
 EPS = 1e-6
-SEEDED = torch.Generator().manual_seed(0)  # the same numbers, whatever other modules draw
 inputs: dict[str, Any] = {
-    "x_TD": torch.randn(3, 16, generator=SEEDED),
-    "norm_D": torch.rand(16, generator=SEEDED),
-    "weight_GD": torch.randn(20, 16, generator=SEEDED),
-    "bias_G": torch.randn(20, generator=SEEDED),
-    "down_DF": torch.randn(16, 10, generator=SEEDED),
+    "x_TD": seeded.normal(1, 3, 16),
+    "norm_D": seeded.normal(2, 16).abs(),
+    "weight_GD": seeded.weight(3, 20, 16),
+    "bias_G": seeded.normal(4, 20),
+    "down_DF": seeded.weight(5, 16, 10),
 }
 
 
@@ -152,8 +152,8 @@ def test_a_chain_of_layers(num_layers: int) -> None:
 
 @pytest.mark.parametrize("kind", ["packed", "fp8"])
 def test_products_of_packed_weights_become_their_own_fused_ops(kind: str) -> None:
-    values = torch.randn(20, 32, generator=SEEDED)
-    code = torch.randint(256, (20, 16), generator=SEEDED, dtype=torch.uint8)
+    values = torch.randn(20, 32)
+    code = torch.randint(256, (20, 16), dtype=torch.uint8)
     weight = (code, torch.rand(20, 1), -torch.rand(20, 1), None, 4, 32)
     op, fused_name = ops.packed_linear, "fused_packed_linear"
     if kind == "fp8":

@@ -12,15 +12,16 @@ from torch import Tensor
 from nanovllm.compile.passes.fuse_lora import fuse_lora
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
+from tests.compile import seeded
 from tests.models import lora_cases
 
 inputs: dict[str, Any] = {
-    "x_TD": torch.randn(3, 16),
-    "norm_D": torch.randn(16),
-    "weight_OD": torch.randn(16, 16),
+    "x_TD": seeded.normal(1, 3, 16),
+    "norm_D": seeded.normal(2, 16),
+    "weight_OD": seeded.weight(3, 16, 16),
     "rows": lora_cases.grouped([2, 0, 1]),
-    "a_NLD": torch.randn(2, 4, 16),
-    "b_NOR": torch.randn(2, 16, 4),
+    "a_NLD": seeded.weight(4, 2, 4, 16),
+    "b_NOR": seeded.weight(5, 2, 16, 4),
 }
 Added = Callable[..., Tensor]
 

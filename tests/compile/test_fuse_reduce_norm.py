@@ -12,11 +12,12 @@ from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_reduce_norm import fuse_reduce_norm
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import collectives, ops
+from tests.compile import seeded
 
 inputs: dict[str, Any] = {
-    "x_TD": torch.randn(3, 16),
-    "h_TD": torch.randn(3, 16),
-    "norm_D": torch.rand(16),
+    "x_TD": seeded.normal(1, 3, 16),
+    "h_TD": seeded.normal(2, 3, 16),
+    "norm_D": seeded.normal(3, 16).abs(),
 }
 Result = tuple[Tensor, ...]
 

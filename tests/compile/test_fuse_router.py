@@ -12,13 +12,13 @@ from torch import Tensor
 from nanovllm.compile.passes.fuse_router import fuse_router
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
+from tests.compile import seeded
 
 EPS = 1e-6
-SEEDED = torch.Generator().manual_seed(0)
 inputs: dict[str, Any] = {
-    "x_TD": torch.randn(3, 16, generator=SEEDED),
-    "norm_D": torch.rand(16, generator=SEEDED),
-    "router_ED": torch.randn(10, 16, generator=SEEDED),
+    "x_TD": seeded.normal(1, 3, 16),
+    "norm_D": seeded.normal(2, 16).abs(),
+    "router_ED": seeded.weight(3, 10, 16),
 }
 
 

@@ -16,15 +16,16 @@ from nanovllm.compile.passes.reduce_in_place import reduce_in_place
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 from nanovllm.models.model import AdapterRows
+from tests.compile import seeded
 from tests.models import lora_cases
 
 inputs: dict[str, Any] = {
-    "x_TD": torch.randn(3, 16),
-    "h_TD": torch.randn(3, 16),
-    "weight_DD": torch.randn(16, 16),
+    "x_TD": seeded.normal(1, 3, 16),
+    "h_TD": seeded.normal(2, 3, 16),
+    "weight_DD": seeded.weight(3, 16, 16),
     "rows": lora_cases.grouped([2, 0, 1]),
-    "a_NLD": torch.randn(2, 4, 16),
-    "b_NDR": torch.randn(2, 16, 4),
+    "a_NLD": seeded.weight(4, 2, 4, 16),
+    "b_NDR": seeded.weight(5, 2, 16, 4),
 }
 Added = Callable[..., Tensor]
 
