@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 END_SECONDS = 30.0  # for processes to end after a signal
@@ -37,25 +38,35 @@ class Limit:
         return left
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], limit: Limit) -> str:
-    """The output of a command, whose processes are killed at the limit. Raises RuntimeError with
-    the end of stderr, or of stdout if that is empty, if it fails, and TimeoutError."""
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            out, errors = process.communicate(timeout=limit.left())
-        except subprocess.TimeoutExpired:
-            limit.left()  # raises
-            raise
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+def run(
+    command: Sequence[str], environment: Mapping[str, str], limit: Limit, *,
+    folder: Path | None = None, output: Path | None = None,
+) -> str:  # fmt: skip
+    """The output of a command, whose processes are killed at the limit. folder: where it runs.
+    output: files of this name with the suffixes .out and .err get its output while it runs. Raises
+    RuntimeError with the end of stderr, or of stdout if that is empty, if it fails, and
+    TimeoutError."""
+    with TemporaryDirectory() as temporary:
+        place = output or Path(temporary, "output")
+        files = [place.with_name(f"{place.name}.{suffix}") for suffix in ("out", "err")]
+        with files[0].open("w") as out, files[1].open("w") as err:
+            process = subprocess.Popen(
+                command, env=environment, stdout=out, stderr=err, cwd=folder, start_new_session=True
+            )
+            try:
+                process.wait(limit.left())
+            except subprocess.TimeoutExpired:
+                limit.left()  # raises
+                raise
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        said, errors = (file.read_text(errors="replace") for file in files)
     if process.returncode:
-        said = errors.strip() or out  # pytest writes what failed to stdout
-        raise RuntimeError(f"exit status {process.returncode}: {said[-MAX_ERROR_CHARS:]}")
-    return out
+        end = (errors.strip() or said)[-MAX_ERROR_CHARS:]  # pytest writes what failed to stdout
+        raise RuntimeError(f"exit status {process.returncode}: {end}")
+    return said
 
 
 def last_json(out: str) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""The measurements and tests that need a GPU, each with its command and time limit.
+
+`run_cases.py` runs them. Weights are random and have the models' real shapes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Replaced in the words of a case by the folder of compiled programs, and by a file for results.
+STORE, PLACE = "{store}", "{place}"
+
+
+class Case(NamedTuple):
+    """seconds: the limit, with a cold store. words: the arguments of python."""
+
+    seconds: float
+    words: tuple[str, ...]
+    num_gpus: int = 1
+
+
+def throughput(seconds: float, model: str, *words: str, num_gpus: int = 1) -> Case:
+    """`bench.py`, on as many ranks as GPUs."""
+    ranks = ("--tensor-parallel-size", str(num_gpus)) if num_gpus > 1 else ()
+    source = ("bench.py", "--random-weights", model, "--compile-cache", STORE)
+    return Case(seconds, (*source, *ranks, *words), num_gpus)
+
+
+def script(seconds: float, name: str, *words: str, num_gpus: int = 1) -> Case:
+    return Case(seconds, (f"scripts/bench/{name}.py", *words), num_gpus)
+
+
+def tests(seconds: float, *words: str, num_gpus: int = 1) -> Case:
+    mark = "gpus" if num_gpus > 1 else "gpu"
+    return Case(seconds, ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, *words),
+                num_gpus)  # fmt: skip
+
+
+def served(seconds: float, *words: str, num_gpus: int = 1) -> Case:
+    """`nanovllm serve` under a load without a rate."""
+    load = ("--shape", "Qwen3-0.6B", "--cases", "rate-inf", "--requests", "2000")
+    return script(seconds, "server", *load, "--output", PLACE, *words, num_gpus=num_gpus)
+
+
+LATENCY, THREE = ("--latency", "--runs", "3"), ("--runs", "3")
+INT4, FP8 = ("--quantization", "int4"), ("--quantization", "fp8")
+FP8_CACHE = ("--kv-cache-dtype", "fp8")
+ROWS_16, ROWS_64 = ("--bs", "16", "--first", "32"), ("--bs", "64", "--first", "96")
+WHOLE, SPLIT = ("--expert-parallel", "on"), ("--expert-parallel", "off")
+# One GPU of 80 GB has little room for the cache beside 64 GB of weights.
+FEW = ("--first", "64", "--bs", "64", "--max-model-len", "2048")
+
+HOT_PATH = {
+    "hot-0.6b-1": throughput(90, "Qwen3-0.6B", *LATENCY),
+    "hot-0.6b-256": throughput(90, "Qwen3-0.6B", *THREE),
+    "hot-8b-1": throughput(90, "Qwen3-8B", *LATENCY),
+    "hot-8b-256": throughput(120, "Qwen3-8B"),
+    "hot-30b-1": throughput(120, "Qwen3-30B-A3B", *LATENCY),
+    "hot-30b-256": throughput(150, "Qwen3-30B-A3B"),
+}
+
+TESTS = {
+    "tests-kernels": tests(300, "tests/kernels"),
+    "tests-models": tests(300, "tests/engine", "tests/runner", "tests/pooling", "tests/models"),
+    "tests-answers": tests(120, "tests/structured", "tests/tools"),
+    "tests-ranks": tests(180, "tests/parallel/test_ranks_gpu.py", num_gpus=2),
+    "tests-sums": tests(120, "tests/kernels/test_triton_all_reduce.py", num_gpus=2),
+    "tests-two-answers": tests(120, "tests/structured/test_answers.py", num_gpus=2),
+}
+
+QUANTIZED = {
+    "int4-1": throughput(90, "Qwen3-8B", *INT4, *LATENCY),
+    "int4-16": throughput(90, "Qwen3-8B", *INT4, *ROWS_16),
+    "int4-64": throughput(90, "Qwen3-8B", *INT4, *ROWS_64),
+    "int4-256": throughput(120, "Qwen3-8B", *INT4),
+    "bf16-16": throughput(90, "Qwen3-8B", *ROWS_16),
+    "bf16-64": throughput(90, "Qwen3-8B", *ROWS_64),
+    "fp8-1": throughput(90, "Qwen3-8B", *FP8, *LATENCY),
+    "fp8-256": throughput(120, "Qwen3-8B", *FP8),
+    "fp8-cache-256": throughput(120, "Qwen3-8B", *FP8, *FP8_CACHE),
+    "30b-int4-1": throughput(120, "Qwen3-30B-A3B", *INT4, *LATENCY),
+    "30b-int4-16": throughput(120, "Qwen3-30B-A3B", *INT4, *ROWS_16),
+    "30b-int4-256": throughput(150, "Qwen3-30B-A3B", *INT4),
+    "30b-fp8-1": throughput(120, "Qwen3-30B-A3B", *FP8, *LATENCY),
+    "30b-fp8-16": throughput(120, "Qwen3-30B-A3B", *FP8, *ROWS_16),
+    "30b-fp8-256": throughput(150, "Qwen3-30B-A3B", *FP8),
+    "packed-8b": script(150, "packed_tiles", "--models", "8b", "--out", PLACE),
+}
+
+ARCHITECTURES = {
+    "gpt-oss-1": throughput(120, "gpt-oss-20b", *LATENCY),
+    "gpt-oss-16": throughput(120, "gpt-oss-20b", *ROWS_16),
+    "gpt-oss-256": throughput(150, "gpt-oss-20b"),
+    "gpt-oss-experts": script(90, "mxfp4_experts"),
+    "gemma-4-1": throughput(120, "Gemma-4-26B-A4B", *LATENCY),
+    "gemma-4-256": throughput(180, "Gemma-4-26B-A4B"),
+    "qwen3.5-1": throughput(120, "Qwen3.5-35B-A3B", *LATENCY),
+    "qwen3.5-256": throughput(180, "Qwen3.5-35B-A3B"),
+    "deepseek-1": throughput(120, "DeepSeek-V2-Lite", *LATENCY),
+    "deepseek-256": throughput(150, "DeepSeek-V2-Lite"),
+    "long-gpt-oss": script(120, "long_context", "--shape", "gpt-oss-20b", "--out", PLACE),
+    "long-qwen3.5": script(150, "long_context", "--shape", "Qwen3.5-35B-A3B", "--out", PLACE),
+}
+
+# The trained models of `nanovllm/assets`; {place} is a folder here.
+TRAINING = {
+    "tiny-hybrid": Case(
+        400, ("scripts/train_tiny.py", "--arch", "qwen3_5", "--out", PLACE, "--minutes", "4")
+    )
+}
+
+FEATURES = {
+    "lora-8b": script(240, "lora", "--shape", "Qwen3-8B", "--out", PLACE),
+    "lora-tiles": script(120, "lora_tiles", "--out", PLACE),
+    "embeddings": script(180, "embeddings", "--texts", "2048", "--output", PLACE),
+    "speculation": script(300, "speculation", "--shape", "Qwen3-8B", "--out", PLACE),
+    "deterministic-0.6b": script(120, "deterministic", "--shape", "Qwen3-0.6B", "--out", PLACE),
+    "deterministic-8b": script(180, "deterministic", "--shape", "Qwen3-8B", "--out", PLACE),
+    "deterministic-30b": script(240, "deterministic", "--shape", "Qwen3-30B-A3B", "--out", PLACE),
+    "ordered-tiles": script(120, "ordered_tiles", "--out", PLACE),
+    "schedules": script(200, "deterministic", "--rows", "1", "--schedules", "1000", "--out", PLACE),
+    "persistent": script(150, "persistent_step", "--models", "0.6b", "--out", PLACE),
+}
+
+TWO_GPUS = {
+    "8b-two": throughput(120, "Qwen3-8B", *LATENCY, num_gpus=2),
+    "8b-one": throughput(120, "Qwen3-8B", *LATENCY),
+    "32b-two": throughput(240, "Qwen3-32B", num_gpus=2),
+    "32b-two-few": throughput(150, "Qwen3-32B", *FEW, num_gpus=2),
+    "32b-one-few": throughput(200, "Qwen3-32B", *FEW),
+    "30b-two-split": throughput(180, "Qwen3-30B-A3B", *SPLIT, num_gpus=2),
+    "30b-two-whole": throughput(180, "Qwen3-30B-A3B", *WHOLE, num_gpus=2),
+    "30b-one": throughput(180, "Qwen3-30B-A3B"),
+    "30b-two-split-1": throughput(120, "Qwen3-30B-A3B", *SPLIT, *LATENCY, num_gpus=2),
+    "30b-two-whole-1": throughput(120, "Qwen3-30B-A3B", *WHOLE, *LATENCY, num_gpus=2),
+    "replicas": script(
+        180, "replicas", "--random-weights", "Qwen3-0.6B", "--replicas", "1", "2", num_gpus=2
+    ),
+    "served-one": served(180),
+    "served-two": served(180, "--", "--data-parallel-size", "2", num_gpus=2),
+    "sums": script(120, "collectives", "--ranks", "2", num_gpus=2),
+    "loading": script(
+        180, "load_speed", "--shape", "Qwen3-8B", "--ranks", "2", "--runs", "2", num_gpus=2
+    ),
+}
+
+CASES: dict[str, Case] = {
+    **HOT_PATH, **TESTS, **QUANTIZED, **ARCHITECTURES, **TRAINING, **FEATURES, **TWO_GPUS,
+}  # fmt: skip
