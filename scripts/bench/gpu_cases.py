@@ -59,10 +59,18 @@ HOT_PATH = {
     "hot-30b-256": throughput(150, "Qwen3-30B-A3B"),
 }
 
+ENGINE_TESTS = (
+    "tests/engine/test_determinism_gpu.py", "tests/engine/test_tiny_hybrid.py",
+    "tests/engine/test_sleep.py", "tests/engine/test_tiny_seeing.py",
+    "tests/runner/test_tower_capture.py",
+)  # fmt: skip
 TESTS = {
     "tests-kernels": tests(300, "tests/kernels"),
-    "tests-models": tests(300, "tests/engine", "tests/runner", "tests/pooling", "tests/models"),
-    "tests-answers": tests(120, "tests/structured", "tests/tools"),
+    "tests-engine": tests(300, *ENGINE_TESTS),
+    "tests-pooling": tests(120, "tests/pooling/test_pooling_gpu.py"),
+    "tests-speculation": tests(200, "tests/runner/test_speculation_gpu.py"),
+    "tests-adapters": tests(200, "tests/engine/test_adapters.py"),
+    "tests-answers": tests(120, "tests/structured/test_answers.py", "tests/tools/test_report.py"),
     "tests-ranks": tests(180, "tests/parallel/test_ranks_gpu.py", num_gpus=2),
     "tests-sums": tests(120, "tests/kernels/test_triton_all_reduce.py", num_gpus=2),
     "tests-two-answers": tests(120, "tests/structured/test_answers.py", num_gpus=2),

@@ -30,6 +30,7 @@ from nanovllm.tools import command_line
 from scripts.bench.gpu_cases import CASES, PLACE, STORE, Case
 from scripts.bench.server_process import Limit, run
 
+RATE = "tokens_per_second"
 TREE = Path(__file__).resolve().parents[2]
 
 
@@ -115,7 +116,7 @@ class Round:
             with self._changed:
                 self.results[name] = result
                 self._file.write_text(json.dumps(self.results, indent=1))
-                print(json.dumps({"case": name, **result})[:700], flush=True)
+                print(name, *shown(result), sep=", ", flush=True)
         finally:
             with self._changed:
                 self._free += gpus
@@ -152,6 +153,14 @@ def measure(case: Case, tree: Path, store: Path, place: Path, gpus: list[int]) -
 def _has_lines(text: str) -> bool:
     """Whether a file of results has one JSON object a line."""
     return text.count("\n{") > 0 and text.startswith("{") and "\n}" not in text
+
+
+def shown(result: dict[str, Any]) -> list[str]:
+    """A case's seconds, its rates, and its error."""
+    rates = [line[RATE] for line in result.get("lines", ()) if RATE in line]
+    words = [f"{result['seconds']:g} s", *(f"{rate:,.1f} tok/s" for rate in rates)]
+    words += [f"the other: {', '.join(shown(result['other']))}"] if "other" in result else []
+    return [*words, result["error"][-300:]] if "error" in result else words
 
 
 def _path(tree: Path) -> str:
