@@ -101,19 +101,33 @@ ARCHITECTURES = {
     "gpt-oss-256": throughput(150, "gpt-oss-20b"),
     "gpt-oss-experts": script(90, "mxfp4_experts"),
     "gemma-4-1": throughput(120, "Gemma-4-26B-A4B", *LATENCY),
-    "gemma-4-256": throughput(180, "Gemma-4-26B-A4B"),
+    "gemma-4-256": throughput(150, "Gemma-4-26B-A4B"),
     "qwen3.5-1": throughput(120, "Qwen3.5-35B-A3B", *LATENCY),
-    "qwen3.5-256": throughput(180, "Qwen3.5-35B-A3B"),
+    # all 40 layers have no room for the states of 256 rows on a GPU of 80 GB
+    "qwen3.5-256": throughput(150, "Qwen3.5-35B-A3B", "--layers", "20"),
     "deepseek-1": throughput(120, "DeepSeek-V2-Lite", *LATENCY),
     "deepseek-256": throughput(150, "DeepSeek-V2-Lite"),
     "long-gpt-oss": script(120, "long_context", "--shape", "gpt-oss-20b", "--out", PLACE),
-    "long-qwen3.5": script(150, "long_context", "--shape", "Qwen3.5-35B-A3B", "--out", PLACE),
+    "long-qwen3.5": script(
+        150, "long_context", "--shape", "Qwen3.5-35B-A3B", "--layers", "20", "--out", PLACE
+    ),
 }
 
 # The trained models of `nanovllm/assets`; {place} is a folder here.
 TRAINING = {
     "tiny-hybrid": Case(
-        400, ("scripts/train_tiny.py", "--arch", "qwen3_5", "--out", PLACE, "--minutes", "4")
+        400,
+        (
+            "scripts/train_tiny.py",
+            "--arch",
+            "qwen3_5",
+            "--out",
+            PLACE,
+            "--minutes",
+            "4",
+            "--examples",
+            "1000000",
+        ),
     )
 }
 
@@ -125,7 +139,9 @@ FEATURES = {
     "deterministic-0.6b": script(120, "deterministic", "--shape", "Qwen3-0.6B", "--out", PLACE),
     "deterministic-8b": script(180, "deterministic", "--shape", "Qwen3-8B", "--out", PLACE),
     "deterministic-30b": script(240, "deterministic", "--shape", "Qwen3-30B-A3B", "--out", PLACE),
-    "ordered-tiles": script(120, "ordered_tiles", "--out", PLACE),
+    "ordered-tiles": script(
+        150, "ordered_tiles", "--rows", "1", "--least-programs", "64", "128", "256", "--out", PLACE
+    ),
     "schedules": script(200, "deterministic", "--rows", "1", "--schedules", "1000", "--out", PLACE),
     "persistent": script(150, "persistent_step", "--models", "0.6b", "--out", PLACE),
 }
