@@ -3,7 +3,8 @@
     python scripts/bench/ordered_tiles.py --out ordered.json [--only products] [--rows 1 256]
 
 Products: microseconds of each tile, of the tile that is chosen, and of what a plain engine runs
-(with the norm before it, if that is fused there). Attention: of decode steps of rows with equal
+(with the norm before it, if that is fused there); and of the library's product alone, with whether
+its bits are those of ours. Attention: of decode steps of rows with equal
 lengths, by the ordered kernel and by the plain one.
 """
 
@@ -110,6 +111,9 @@ def product(name: str, num_rows: int, only_chosen: bool) -> dict[str, Any]:
             )
         return case.apart(idx)
 
+    def library(idx: int) -> Tensor:
+        return torch.nn.functional.linear(case.x, case.weights[idx])
+
     first, found, other = run(0, chosen), [], 0
     others = () if only_chosen else tuple(tiles(num_rows, shares.number))
     compile_at_once(partial(run, 0), others)
@@ -122,16 +126,21 @@ def product(name: str, num_rows: int, only_chosen: bool) -> dict[str, Any]:
             continue
         other += not same
         found.append((round(us, 2), list(tile), same))
+    library_us = round(time_launches(library, [(i,) for i in case.launches()]), 2)
+    bare = ordered_linear(case.x, None, weight, None, launch=chosen)
+    is_library_same = torch.equal(bare, library(0))
     plain_us = round(time_launches(plain, [(i,) for i in case.launches()]), 2)
     apart_us = round(time_launches(apart, [(i,) for i in case.launches()]), 2)
     other += not torch.equal(first, apart(0))
     best = sorted(found[1:])[:4]
     print(f"{name} rows {num_rows} shares {shares.number}: plain {plain_us} apart {apart_us} "
-          f"chosen {found[0]} best {best} others {other}", flush=True)  # fmt: skip
+          f"library {library_us} {is_library_same} chosen {found[0]} best {best} others {other}",
+          flush=True)  # fmt: skip
     return {
         "name": name, "rows": num_rows, "least_programs": order.LEAST_PROGRAMS,
         "shares": list(shares), "plain_us": plain_us, "apart_us": apart_us, "chosen": found[0],
-        "best": best, "tiles_with_other_bits": other,
+        "best": best, "tiles_with_other_bits": other, "library_us": library_us,
+        "library_has_same_bits": is_library_same,
     }  # fmt: skip
 
 
@@ -190,7 +199,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.only != "attention":
         names = [name for name in SHAPES if name.split()[0] in args.models and "bare" not in name]
         for num_rows, order.LEAST_PROGRAMS in itertools.product(args.rows, args.least_programs):
-            results += [product(name, num_rows, args.chosen) for name in names]
+            # a head has the last tokens of prompts alone
+            used = [name for name in names if num_rows <= 256 or not name.endswith("head")]
+            results += [product(name, num_rows, args.chosen) for name in used]
             if args.out is not None:
                 args.out.write_text(json.dumps(results, indent=1) + "\n")
     if args.out is not None:

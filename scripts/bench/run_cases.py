@@ -141,7 +141,7 @@ def measure(case: Case, tree: Path, store: Path, place: Path, gpus: list[int]) -
         result["error"] = str(error)
     result["seconds"] = round(time.monotonic() - started, 1)
     output = place.with_name(f"{place.name}.out").read_text().splitlines()
-    lines = [json.loads(line) for line in output if line.startswith("{") and line.endswith("}")]
+    lines = [found for line in output if (found := json_of(line))]
     result |= {"lines": lines} if lines else {"last_line": "".join(output[-1:])}
     if own.is_file() and (text := own.read_text()):
         result["results"] = (
@@ -153,6 +153,15 @@ def measure(case: Case, tree: Path, store: Path, place: Path, gpus: list[int]) -
 def _has_lines(text: str) -> bool:
     """Whether a file of results has one JSON object a line."""
     return text.count("\n{") > 0 and text.startswith("{") and "\n}" not in text
+
+
+def json_of(line: str) -> dict[str, Any] | None:
+    """The object that a line is; None for other lines."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def shown(result: dict[str, Any]) -> list[str]:

@@ -63,7 +63,7 @@ def test_cases_share_the_gpus(call: Any, tmp_path: Path) -> None:
 
 
 def test_a_case_that_ends_at_its_limit_keeps_its_lines(call: Any) -> None:
-    code = "import time; print('{\"a\": 1}', flush=True); time.sleep(100)"
+    code = "import time; print({1: 2}); print('{\"a\": 1}', flush=True); time.sleep(100)"
     status, found = call({"slow": Case(2, ("-c", code))}, "--gpus", "1")
     assert status == 1 and "2 s" in found["slow"]["error"] and found["slow"]["lines"] == [{"a": 1}]
 
