@@ -119,10 +119,10 @@ ordered_attention = _define_attention(
     "ordered_attention", reference.ordered.ordered_attention, ", Tensor? end=None"
 )
 ordered_linear = _define(
-    "ordered_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, "
-    "Tensor? residual=None, float eps=0.0, bool silu_mul=False) -> Tensor",
+    "ordered_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual=None, "
+    "bool silu_mul=False) -> Tensor",
     reference.ordered.ordered_linear,
-    lambda x, norm_weight, weight, bias, residual=None, eps=0.0, silu_mul=False: x.new_empty(
+    lambda x, weight, bias, residual=None, silu_mul=False: x.new_empty(
         (*x.shape[:-1], weight.shape[0] // (1 + silu_mul))
     ),
 )

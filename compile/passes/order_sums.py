@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -38,17 +38,16 @@ ORDERED = {
     ops.ggml_linear: ops.ordered_ggml_linear,
     ops.add_lora: ops.ordered_add_lora,
 }
-FusesNorm = Callable[[Tensor, Tensor], bool]
 
 
 def order_sums(
-    graph: GraphModule, fakes: Sequence[Tensor], *, fuses_norm: FusesNorm | None = None
+    graph: GraphModule, fakes: Sequence[Tensor], *, has_norms: bool = False
 ) -> GraphModule:
     """Replace products, attention and experts by those whose sums have one order (see
     `kernels/order.py`).
 
-    With `fuses_norm` norms are replaced too, and a product takes the SiLU·up that alone reads it,
-    and the norm that it alone reads if `fuses_norm(x, weight)`.
+    has_norms: the device's norms by themselves do not have one order, so they are replaced too, and
+    a product takes the SiLU·up that alone reads it.
     """
     for node in list(graph.graph.nodes):
         if node.target in ORDERED:
@@ -56,12 +55,11 @@ def order_sums(
         elif node.target is ops.linear:
             x, weight, bias, *residual = node.args
             node.target = ops.ordered_linear
-            node.args = (x, None, weight, bias, residual[0] if residual else None, 0.0, False)
-            if fuses_norm is not None:
+            node.args = (x, weight, bias, residual[0] if residual else None, False)
+            if has_norms:
                 _fuse_silu(graph, node)
-                _fuse_norm(node, fuses_norm)
     graph.graph.eliminate_dead_code()
-    if fuses_norm is not None:
+    if has_norms:
         for norm in graph.graph.find_nodes(op="call_function", target=ops.rms_norm):
             norm.target = ops.ordered_norm
     graph.recompile()
@@ -69,25 +67,14 @@ def order_sums(
 
 
 def _fuse_silu(graph: GraphModule, product: Node) -> None:
-    users, has_residual = list(product.users), product.args[4] is not None
+    users, has_residual = list(product.users), product.args[3] is not None
     if has_residual or len(users) != 1 or users[0].target is not ops.silu_mul:
         return
     gated = users[0]
-    product.args = (*product.args[:6], True)
+    product.args = (*product.args[:4], True)
     product.meta = dict(gated.meta)
     gated.replace_all_uses_with(product)
     graph.graph.erase_node(gated)
-
-
-def _fuse_norm(product: Node, fuses_norm: FusesNorm) -> None:
-    norm: Any = product.args[0]
-    if not isinstance(norm, Node) or norm.target is not ops.rms_norm or len(norm.users) > 1:
-        return
-    x, norm_weight, eps = norm.args
-    weight: Any = product.args[2]
-    assert isinstance(x, Node)
-    if x.meta["val"].dim() == 2 and fuses_norm(x.meta["val"], weight.meta["val"]):
-        product.args = (x, norm_weight, *product.args[2:5], eps, product.args[6])
 
 
 def check_order(

@@ -32,7 +32,7 @@ INLINE void multiply_tile(float* c, int64_t c_stride, const float* a, int64_t a_
     for (int n = 0; n < NV; ++n) b_vec[n] = load(b + d * b_stride + n * kLanes);
     for (int r = 0; r < RB; ++r) {
       Vec a_vec = splat(a[r * a_stride_row + d * a_stride_depth]);
-      for (int n = 0; n < NV; ++n) acc[r][n] += a_vec * b_vec[n];
+      for (int n = 0; n < NV; ++n) acc[r][n] = multiply_add(a_vec, b_vec[n], acc[r][n]);
     }
   }
   for (int r = 0; r < RB; ++r)
@@ -208,7 +208,7 @@ void attend_tile(const Attention& at, const Tile& tile) {
       }
       for (int64_t l = 0; l < num_keys; ++l)
         new_max = vmax(new_max, load(score_L + l * kTileLanes));
-      Vec alpha = exp2(old_max - new_max), total = load(sum_M + vec * kLanes) * alpha;
+      Vec alpha = exp2(old_max - new_max), total{};
       for (int64_t l = 0; l < num_keys; ++l) {
         Vec score = load(score_L + l * kTileLanes);
         Vec p = exp2(score - new_max);
@@ -218,7 +218,7 @@ void attend_tile(const Attention& at, const Tile& tile) {
         store(score_L + l * kTileLanes, p);
       }
       store(max_M + vec * kLanes, new_max);
-      store(sum_M + vec * kLanes, total);
+      store(sum_M + vec * kLanes, multiply_add(load(sum_M + vec * kLanes), alpha, total));
       store(alpha_M + vec * kLanes, alpha);
     }
     multiply_lanes<Start::kScale>(out_HM, v_LH, 1, H, score_LM, H, num_keys, num_lanes, alpha_M);
@@ -261,7 +261,7 @@ INLINE void score_keys(float* score, const float* q_GH, const KV* const* keys, i
     for (int l = 0; l < NK; ++l) k[l] = load(keys[l] + at + h);
     for (int g = 0; g < GB; ++g) {
       Vec q = load(q_GH + g * H + h);
-      for (int l = 0; l < NK; ++l) acc[g][l] += q * k[l];
+      for (int l = 0; l < NK; ++l) acc[g][l] = multiply_add(q, k[l], acc[g][l]);
     }
   }
   for (int g = 0; g < GB; ++g)
@@ -278,7 +278,7 @@ INLINE void add_values(float* out_GH, const float* p, const float* alpha, const 
       acc[g] = alpha ? load(out_GH + g * H + h) * alpha[g] : load(out_GH + g * H + h);
     for (int l = 0; l < NK; ++l) {
       Vec v = load(values[l] + at + h);
-      for (int g = 0; g < GB; ++g) acc[g] += p[g * kStepKeys + l] * v;
+      for (int g = 0; g < GB; ++g) acc[g] = multiply_add(splat(p[g * kStepKeys + l]), v, acc[g]);
     }
     for (int g = 0; g < GB; ++g) store(out_GH + g * H + h, acc[g]);
   }
@@ -765,7 +765,7 @@ INLINE float inverse_rms(const T* x, int64_t n, double eps) {
   Vec squares{};
   for (int64_t i = 0; i < n; i += kLanes) {
     Vec v = load_first(x + i, n - i);
-    squares += v * v;
+    squares = multiply_add(v, v, squares);
   }
   return 1.0f / std::sqrt(sum(squares) / (float)n + (float)eps);
 }

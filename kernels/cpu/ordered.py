@@ -21,11 +21,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def ordered_linear(
     x_TD: Tensor,
-    norm_weight_D: Tensor | None,
     weight_OD: Tensor,
     bias_O: Tensor | None,
     residual_TO: Tensor | None = None,
-    eps: float = 0.0,
     silu_mul: bool = False,
 ) -> Tensor:
     """`reference.ordered.ordered_linear` by the kernel of few rows: a result depends on its row of
@@ -39,7 +37,6 @@ def ordered_linear(
         )
     if not x_TD.numel():
         return x_TD.new_empty((x_TD.shape[0], weight_OD.shape[0] // (1 + silu_mul)))
-    x_TD = x_TD if norm_weight_D is None else rms_norm(x_TD, norm_weight_D, eps)
     bias_O = None if bias_O is None else bias_O.contiguous()
     y_TO = _product(x_TD, weight_OD, bias_O, ordered=True)
     y_TO = gated(y_TO) if silu_mul else y_TO

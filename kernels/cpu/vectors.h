@@ -231,12 +231,9 @@ INLINE Vec exp2(Vec x) {
   Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits of the sum are round(x)
   Vec f = x - (shifted - 12582912.0f);
   Vec p = splat(1.5403530e-4f);
-  p = p * f + 1.33335581e-3f;
-  p = p * f + 9.61812910e-3f;
-  p = p * f + 5.55041086e-2f;
-  p = p * f + 2.40226506e-1f;
-  p = p * f + 6.93147180e-1f;
-  p = p * f + 1.0f;
+  for (float next : {1.33335581e-3f, 9.61812910e-3f, 5.55041086e-2f, 2.40226506e-1f, 6.93147180e-1f,
+                     1.0f})
+    p = multiply_add(p, f, splat(next));
   return (Vec)((IVec)p + ((IVec)shifted << 23));
 }
 

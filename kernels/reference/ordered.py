@@ -29,15 +29,13 @@ ordered_packed_linear = packed_linear
 
 def ordered_linear(
     x_TD: Tensor,
-    norm_weight_D: Tensor | None,
     weight_OD: Tensor,
     bias_O: Tensor | None,
     residual_TO: Tensor | None = None,
-    eps: float = 0.0,
     silu_mul: bool = False,
 ) -> Tensor:
-    """`linear.fused_linear`, also for any number of rows, without a norm and without an activation.
+    """`linear.fused_linear` without a norm, for any number of rows, also without an activation.
 
     A residual is added to the rounded result.
     """
-    return fused_linear(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
+    return fused_linear(x_TD, None, weight_OD, bias_O, residual_TO, 0.0, silu_mul)

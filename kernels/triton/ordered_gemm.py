@@ -1,13 +1,13 @@
 """Products of deterministic engines in Triton: the sums of an output have one order for any rows.
 
-(RMS norm →) x · weightᵀ + bias (→ SiLU·up) (+ residual). The weights are the left operand of the
+x · weightᵀ + bias (→ SiLU·up) (+ residual). The weights are the left operand of the
 matrix units, which take it in pieces of 64 lines, and the rows of x are the right one, in tiles of
 16 to 256 (for 8 Triton takes another instruction). So one row and thousands use the same
 instruction, and an output is a chain of them along the depth. Where a weight has few lines, the
 depth is cut into shares by `order.shares_of`, whose sums are added in ascending order: by one
 program in turn, or by the last of several to arrive, as suits the number of rows. Tiles may follow
-the rows: they change neither chains nor shares. With few rows each program norms them by itself, in
-the order of `ordered_norm.py`.
+the rows: they change neither chains nor shares. With many rows and one share the library's product
+is taken where it has the same bits (`ordered_library.py`).
 
 Shapes: T rows | L lines of weights of one program, of gate and up if GATED | C columns of a chunk
 """
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels import order
-from nanovllm.kernels.triton import gated_gemm
+from nanovllm.kernels.triton import gated_gemm, ordered_library
 from nanovllm.kernels.triton.common import (
     arrival_counters,
     dot,
@@ -32,14 +32,12 @@ from nanovllm.kernels.triton.common import (
     prefetch_and_wait,
     shared_memory_bytes,
 )
-from nanovllm.kernels.triton.ordered_norm import norm_factor, normed
+from nanovllm.kernels.triton.ordered_library import Product
 
 
 class OrderedTile(NamedTuple):
     """The sizes of a launch: rows and lines of one program, columns of a chunk, chunks in flight,
-    warps; whether each share has a program, whether weights are prefetched into the L2, and whether
-    the norm's weight is loaded for each row. This is 16 times as much from the L1, but Triton loads
-    it ahead: a chunk of one line is too narrow for asynchronous copies, and is waited for."""
+    warps; whether each share has a program, and whether weights are prefetched into the L2."""
 
     rows: int
     lines: int
@@ -48,7 +46,6 @@ class OrderedTile(NamedTuple):
     num_warps: int
     splits: bool = False
     prefetch: bool = False
-    spreads: bool = False
 
 
 @triton.jit
@@ -68,25 +65,17 @@ def _load(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, AL
 
 @triton.jit
 def _sums(
-    x_at, norm_ptr, factor_T1, w_at, d_C, real_T, all_L, begin, end, DEPTH: tl.constexpr,
-    EACH: tl.constexpr, ADDS: tl.constexpr, HAS_NORM: tl.constexpr, COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr, ALL_ROWS: tl.constexpr, SPREADS: tl.constexpr, UPCAST: tl.constexpr,
+    x_at, w_at, d_C, real_T, all_L, begin, end, DEPTH: tl.constexpr, EACH: tl.constexpr,
+    ADDS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, ALL_ROWS: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The sums [L, T] of chunks begin … end − 1: one chain or, if it ADDS shares, one for each
     EACH chunks, added in their order."""
     acc_LT = tl.zeros((all_L.shape[0], real_T.shape[0]), tl.float32)
     total_LT = acc_LT
-    norm_at = norm_ptr + tl.zeros((real_T.shape[0], 1), tl.int32) + d_C[None, :]
     for chunk in tl.range(begin, end, num_stages=STAGES):
         x_TC = _load(x_at, chunk, d_C, real_T, DEPTH, COLUMNS, ALL_ROWS)
         w_LC = _load(w_at, chunk, d_C, all_L, DEPTH, COLUMNS, True)
-        if HAS_NORM and SPREADS:
-            norm_TC = _load(norm_at, chunk, d_C, real_T, DEPTH, COLUMNS, True)
-            x_TC = normed(x_TC, factor_T1, norm_TC, x_TC.dtype)
-        elif HAS_NORM:
-            d_mask_C = chunk * COLUMNS + d_C < DEPTH
-            norm_C = tl.load(norm_ptr + chunk * COLUMNS + d_C, mask=d_mask_C, other=0.0)
-            x_TC = normed(x_TC, factor_T1, norm_C[None, :], x_TC.dtype)
         acc_LT = dot(w_LC, tl.trans(x_TC), acc_LT, UPCAST)
         if ADDS:  # noqa: SIM102  (Triton has no `and` of a constant and a value)
             if ((chunk + 1) % EACH == 0) | (chunk + 1 == end):
@@ -123,7 +112,6 @@ def _finished(acc_LT, dtype: tl.constexpr, GATED: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def ordered_gemm_kernel(
     x_ptr,  # [T, D]
-    norm_ptr,  # [D], read if HAS_NORM
     weight_ptr,  # [lines, D]
     bias_ptr,  # [lines], read if HAS_BIAS
     residual_ptr,  # [T, NUM_OUTS], read if HAS_RESIDUAL
@@ -133,7 +121,6 @@ def ordered_gemm_kernel(
     x_stride,
     weight_stride,
     num_rows,
-    eps,
     NUM_OUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     SHARE: tl.constexpr,
@@ -145,8 +132,6 @@ def ordered_gemm_kernel(
     STAGES: tl.constexpr,
     LINES_P: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPREADS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
@@ -179,13 +164,9 @@ def ordered_gemm_kernel(
     begin, end = 0, CHUNKS
     if SPLITS:
         begin, end = share * EACH, tl.minimum(share * EACH + EACH, CHUNKS)
-    factor_T1 = 1.0
-    if HAS_NORM:
-        row_at = x_ptr + row_T.to(tl.int64)[:, None] * x_stride
-        factor_T1 = norm_factor(row_at, real_T, eps, DEPTH, ALL_ROWS)
     acc_LT = _sums(
-        x_at, norm_ptr, factor_T1, w_at, d_C, real_T, line_L >= 0, begin, end, DEPTH, EACH,
-        SHARES > 1 and not SPLITS, HAS_NORM, COLUMNS, STAGES, ALL_ROWS, SPREADS, UPCAST,
+        x_at, w_at, d_C, real_T, line_L >= 0, begin, end, DEPTH, EACH, SHARES > 1 and not SPLITS,
+        COLUMNS, STAGES, ALL_ROWS, UPCAST,
     )  # fmt: skip
     if SPLITS:
         each = num_rows.to(tl.int64) * NUM_LINES
@@ -210,15 +191,16 @@ def ordered_gemm_kernel(
     tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
-# A product norms its rows up to this many, and up to so many numbers of all its rows: each of its
-# programs reads them once more. A head has too many programs.
-MAX_NORMED, MAX_NORMED_SIZE, MAX_NORMED_LINES = 16, 16 * 2048, 32768
-# Up to so many rows → the tile, with programs for shares if there are several. None is measured.
+# Up to 16 rows, the fastest of seven for Qwen3-0.6B and 8B on an H100: prefetches and more stages
+# make weights of up to SMALL numbers faster, and larger ones slower.
+SMALL = (1 << 24) - 1
+FEW_OF_SMALL = OrderedTile(16, 64, 128, 6, 4, splits=True, prefetch=True)
+# Up to so many rows → the tile, with programs for shares if there are several.
 FEW_ROWS = {
-    1: OrderedTile(16, 64, 128, 4, 4, splits=True, prefetch=True),
     16: OrderedTile(16, 64, 128, 4, 4, splits=True),
     32: OrderedTile(32, 64, 128, 4, 4, splits=True),
     64: OrderedTile(64, 64, 64, 5, 4, splits=True),
+    256: OrderedTile(64, 64, 128, 4, 4),
 }
 # Tiles for more rows, and what a multiprocessor does in a cycle, about: bytes that it loads alone,
 # and while all others load, products of numbers, and the cycles that a program takes besides.
@@ -239,6 +221,8 @@ def ordered_tile(
     """
     shares = order.shares_of(num_lines, depth).number
     few = next((tile for most, tile in FEW_ROWS.items() if num_rows <= most), None)
+    if num_rows <= 16 and num_lines * depth <= SMALL:
+        few = FEW_OF_SMALL
 
     def cycles(tile: OrderedTile) -> float:
         programs = triton.cdiv(num_lines, tile.lines) * triton.cdiv(num_rows, tile.rows)
@@ -256,20 +240,11 @@ def ordered_tile(
     return tile._replace(num_stages=num_stages, splits=tile.splits and shares > 1)
 
 
-def takes_norm(x_TD: Tensor, weight_OD: Tensor) -> bool:
-    """Whether a product of these rows norms them."""
-    num_rows, depth = x_TD.shape
-    is_small = num_rows <= MAX_NORMED and num_rows * depth <= MAX_NORMED_SIZE
-    return is_small and weight_OD.shape[0] <= MAX_NORMED_LINES
-
-
 def ordered_linear(
     x_TD: Tensor,
-    norm_weight_D: Tensor | None,
     weight_OD: Tensor,
     bias_O: Tensor | None,
     residual_TO: Tensor | None = None,
-    eps: float = 0.0,
     silu_mul: bool = False,
     launch: OrderedTile | None = None,
 ) -> Tensor:
@@ -278,7 +253,7 @@ def ordered_linear(
     Weights may be prefetched before earlier kernels end. Raises ValueError for what it does not
     take. `launch` overrides the tile, for tests and measurements.
     """
-    dtype, device = x_TD.dtype, x_TD.device
+    dtype = x_TD.dtype
     if x_TD.dim() != 2 or dtype not in (torch.bfloat16, torch.float16) or weight_OD.dtype != dtype:
         raise ValueError(
             f"ordered_linear takes two dimensions of bf16 or fp16, not {list(x_TD.shape)} of "
@@ -286,14 +261,25 @@ def ordered_linear(
         )
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     residual_TO = None if residual_TO is None else residual_TO.contiguous()
+    num_lines, depth = weight_OD.shape
+    if not x_TD.numel():
+        return x_TD.new_empty((x_TD.shape[0], num_lines // (1 + silu_mul)))
+    product = Product(x_TD, weight_OD, bias_O, residual_TO, silu_mul)
+    shares = order.shares_of(num_lines, depth)
+    if launch is None and shares.number == 1:
+        if silu_mul and gated_gemm.takes(x_TD, weight_OD):  # weights on the left too, and one chain
+            return gated_gemm.gated_gemm(x_TD, weight_OD, bias_O)
+        if ordered_library.takes(product):
+            return ordered_library.fastest(product, _by_tile)
+    return _by_tile(product, launch)
+
+
+def _by_tile(product: Product, launch: OrderedTile | None = None) -> Tensor:
+    x_TD, weight_OD, bias_O, residual_TO, silu_mul = product
+    device, shares = x_TD.device, order.shares_of(*weight_OD.shape)
     (num_rows, depth), num_lines = x_TD.shape, weight_OD.shape[0]
     num_outs = num_lines // 2 if silu_mul else num_lines
-    out_TO = torch.empty((num_rows, num_outs), dtype=dtype, device=device)
-    if not num_rows:
-        return out_TO
-    shares = order.shares_of(num_lines, depth)
-    if launch is None and _is_gated_chain(x_TD, norm_weight_D, weight_OD, shares.number, silu_mul):
-        return gated_gemm.gated_gemm(x_TD, weight_OD, bias_O)
+    out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=device)
     tile = launch or ordered_tile(
         num_rows, num_lines, depth, shared_memory_bytes(device), num_multiprocessors(device)
     )
@@ -309,7 +295,6 @@ def ordered_linear(
         arrived = arrival_counters(device, grid[0] * grid[1])
     ordered_gemm_kernel[grid](
         x_TD,
-        x_TD if norm_weight_D is None else norm_weight_D,
         weight_OD,
         x_TD if bias_O is None else bias_O,
         x_TD if residual_TO is None else residual_TO,
@@ -319,9 +304,7 @@ def ordered_linear(
         x_TD.stride(0),
         weight_OD.stride(0),
         num_rows,
-        eps,
         **ordered_constants(num_rows, num_lines, depth, silu_mul, tile),
-        HAS_NORM=norm_weight_D is not None,
         HAS_BIAS=bias_O is not None,
         HAS_RESIDUAL=residual_TO is not None,
         UPCAST=device.type != "cuda",
@@ -329,14 +312,6 @@ def ordered_linear(
         **launch_options(device),
     )
     return out_TO
-
-
-def _is_gated_chain(
-    x_TD: Tensor, norm_weight_D: Tensor | None, weight_OD: Tensor, shares: int, silu_mul: bool
-) -> bool:
-    """True where `gated_gemm` has a tile. It has the weights on the left too, and one chain."""
-    is_plain = silu_mul and norm_weight_D is None and shares == 1
-    return is_plain and gated_gemm.takes(x_TD, weight_OD)
 
 
 def ordered_constants(
@@ -360,6 +335,5 @@ def ordered_constants(
         if tile.prefetch and is_whole and read % 64 == 0
         else 0,
         "SPLITS": tile.splits,
-        "SPREADS": tile.spreads,
         "GATED": silu_mul,
     }

@@ -172,13 +172,12 @@ class CudaPlatform(Accelerator):
         is_nvidia = torch.version.hip is None
         if not is_nvidia or torch.cuda.get_device_capability(self.device) != (9, 0):
             return None  # others have no instruction that takes one row and many
-        from nanovllm.kernels.triton import ordered_gemm
 
         ours = order.ORDERED | order.BY_ROW
         kept = ours | KERNEL_OPS
         return (
             ("fuse_rope_store", fuse_rope_store),
-            ("order_sums", partial(order_sums, fuses_norm=ordered_gemm.takes_norm)),
+            ("order_sums", partial(order_sums, has_norms=True)),
             ("replace_ops", partial(replace_ops, keep=lambda name, node: name in kept)),
             ("check_order", partial(check_order, ours=ours, pointwise=True)),
         )

@@ -31,12 +31,7 @@ from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.common import num_multiprocessors, shared_memory_bytes
 from nanovllm.kernels.triton.ordered_attention import OrderedTile as AttentionTile
 from nanovllm.kernels.triton.ordered_attention import ordered_attention
-from nanovllm.kernels.triton.ordered_gemm import (
-    OrderedTile,
-    ordered_linear,
-    ordered_tile,
-    takes_norm,
-)
+from nanovllm.kernels.triton.ordered_gemm import OrderedTile, ordered_linear, ordered_tile
 from nanovllm.kernels.triton.ordered_norm import ordered_norm
 from nanovllm.tools import command_line
 from scripts.bench.gpu_timing import time_launches
@@ -44,15 +39,15 @@ from scripts.bench.linear_cases import DTYPE, Case
 from scripts.bench.linear_tiles import SHAPES
 
 # Tiles of up to 16 rows. The shares of a depth follow from `order.LEAST_PROGRAMS`, for all rows.
-_ONE = OrderedTile(16, 64, 128, 4, 4, splits=True, prefetch=True)
+_FEW = OrderedTile(16, 64, 128, 4, 4, splits=True)
 FEW_ROW_TILES = (
-    _ONE,
-    _ONE._replace(spreads=True),
-    _ONE._replace(spreads=True, prefetch=False),
-    _ONE._replace(spreads=True, num_stages=6),
-    _ONE._replace(spreads=True, columns=64, num_stages=8),
-    _ONE._replace(spreads=True, columns=256, num_stages=3),
-    _ONE._replace(spreads=True, lines=128, columns=64, num_stages=6),
+    _FEW,
+    _FEW._replace(prefetch=True),
+    _FEW._replace(num_stages=6),
+    _FEW._replace(prefetch=True, num_stages=6),
+    _FEW._replace(prefetch=True, columns=64, num_stages=8),
+    _FEW._replace(prefetch=True, columns=256, num_stages=3),
+    _FEW._replace(prefetch=True, lines=128, columns=64, num_stages=6),
 )
 NUM_THREADS = 12  # that compile
 
@@ -81,7 +76,7 @@ def tiles(num_rows: int, shares: int) -> Iterator[OrderedTile]:
 
 
 def product(name: str, num_rows: int, only_chosen: bool) -> dict[str, Any]:
-    """Times of one product. "apart": of the chosen tile, with the norm in a launch of its own."""
+    """Times of one product without its norm. "apart": of the chosen tile, after the norm."""
     case = Case(SHAPES[name], num_rows)
     weight = case.weights[0]
     num_lines, depth = weight.shape
@@ -92,16 +87,13 @@ def product(name: str, num_rows: int, only_chosen: bool) -> dict[str, Any]:
     )
 
     def run(idx: int, tile: OrderedTile) -> Tensor:
-        is_normed = case.norms is not None and takes_norm(case.x, case.weights[idx])
-        norm = case.norms[idx] if is_normed and case.norms is not None else None
         return ordered_linear(
-            case.x, norm, case.weights[idx], None, case.residual, 1e-6, case.silu, launch=tile
+            case.x, case.weights[idx], None, case.residual, case.silu, launch=tile
         )
 
     def apart(idx: int) -> Tensor:
         x = case.x if case.norms is None else ordered_norm(case.x, case.norms[idx], 1e-6)
-        weight = case.weights[idx]
-        return ordered_linear(x, None, weight, None, case.residual, 0.0, case.silu, launch=chosen)
+        return ordered_linear(x, case.weights[idx], None, case.residual, case.silu, launch=chosen)
 
     def plain(idx: int) -> Tensor:
         norm = None if case.norms is None else case.norms[idx]
@@ -127,11 +119,10 @@ def product(name: str, num_rows: int, only_chosen: bool) -> dict[str, Any]:
         other += not same
         found.append((round(us, 2), list(tile), same))
     library_us = round(time_launches(library, [(i,) for i in case.launches()]), 2)
-    bare = ordered_linear(case.x, None, weight, None, launch=chosen)
+    bare = ordered_linear(case.x, weight, None, launch=chosen)
     is_library_same = torch.equal(bare, library(0))
     plain_us = round(time_launches(plain, [(i,) for i in case.launches()]), 2)
     apart_us = round(time_launches(apart, [(i,) for i in case.launches()]), 2)
-    other += not torch.equal(first, apart(0))
     best = sorted(found[1:])[:4]
     print(f"{name} rows {num_rows} shares {shares.number}: plain {plain_us} apart {apart_us} "
           f"library {library_us} {is_library_same} chosen {found[0]} best {best} others {other}",

@@ -19,13 +19,13 @@ def launches(shared_bytes: int) -> Iterator[Launch]:
     yield from _products(shared_bytes)
     from nanovllm.kernels.triton import ordered_norm as norm
 
-    sizes = {"DIM": 1024, "DIM_P": 1024, "ROWS": 2}
+    sizes = {"DIM": 4096, "LEVELS": norm.norm_levels(4096), "ROWS": 1}
     from nanovllm.kernels.triton import ordered_experts as experts
 
     for gated, num_outs, depth in ((True, 768, 2048), (False, 2048, 768)):
         constants = experts.pair_constants(8, num_outs, depth, gated) | {"UPCAST": False}
         yield f"ordered pairs {num_outs}x{depth}", experts.ordered_pairs_kernel, constants, 4
-    yield "norm with one order of squares", norm.ordered_norm_kernel, sizes, 4
+    yield "norm with one order of squares", norm.ordered_norm_kernel, sizes, 8
 
 
 def _attention(shared_bytes: int) -> Iterator[Launch]:
@@ -74,13 +74,6 @@ def _products(shared_bytes: int) -> Iterator[Launch]:
     for num_lines, depth, silu_mul, num_rows in cases:
         tile = ordered.ordered_tile(num_rows, num_lines, depth, shared_bytes, 132)
         constants = ordered.ordered_constants(num_rows, num_lines, depth, silu_mul, tile)
-        constants |= {
-            "HAS_NORM": num_rows == 1,
-            "HAS_BIAS": False,
-            "HAS_RESIDUAL": not silu_mul,
-            "UPCAST": False,
-        }
-        for spreads in (False, True)[: 1 + (num_rows == 1)]:
-            name = f"ordered product {num_rows}x{num_lines}x{depth}{' spread' * spreads}"
-            it = constants | {"SPREADS": spreads}
-            yield name, ordered.ordered_gemm_kernel, it, tile.num_warps
+        constants |= {"HAS_BIAS": False, "HAS_RESIDUAL": not silu_mul, "UPCAST": False}
+        name = f"ordered product {num_rows}x{num_lines}x{depth}"
+        yield name, ordered.ordered_gemm_kernel, constants, tile.num_warps
