@@ -60,13 +60,16 @@ HOT_PATH = {
 }
 
 ENGINE_TESTS = (
-    "tests/engine/test_determinism_gpu.py", "tests/engine/test_tiny_hybrid.py",
-    "tests/engine/test_sleep.py", "tests/engine/test_tiny_seeing.py",
+    "tests/engine/test_tiny_hybrid.py", "tests/engine/test_sleep.py",
+    "tests/engine/test_tiny_seeing.py",
     "tests/runner/test_tower_capture.py",
 )  # fmt: skip
 TESTS = {
     "tests-kernels": tests(300, "tests/kernels"),
     "tests-engine": tests(300, *ENGINE_TESTS),
+    "tests-order": tests(
+        150, "tests/kernels/test_ordered.py", "tests/engine/test_determinism_gpu.py"
+    ),
     "tests-pooling": tests(180, "tests/pooling/test_pooling_gpu.py"),
     "tests-speculation": tests(180, "tests/runner/test_speculation_gpu.py"),
     "tests-adapters": tests(200, "tests/engine/test_adapters.py"),
@@ -136,9 +139,9 @@ FEATURES = {
     "lora-tiles": script(120, "lora_tiles", "--out", PLACE),
     "embeddings": script(180, "embeddings", "--texts", "2048", "--output", PLACE),
     "speculation": script(300, "speculation", "--shape", "Qwen3-8B", "--out", PLACE),
-    "deterministic-0.6b": script(120, "deterministic", "--shape", "Qwen3-0.6B", "--out", PLACE),
-    "deterministic-8b": script(180, "deterministic", "--shape", "Qwen3-8B", "--out", PLACE),
-    "deterministic-30b": script(240, "deterministic", "--shape", "Qwen3-30B-A3B", "--out", PLACE),
+    "deterministic-0.6b": script(90, "deterministic", "--shape", "Qwen3-0.6B", "--out", PLACE),
+    "deterministic-8b": script(120, "deterministic", "--shape", "Qwen3-8B", "--out", PLACE),
+    "deterministic-30b": script(200, "deterministic", "--shape", "Qwen3-30B-A3B", "--out", PLACE),
     "ordered-tiles": script(
         170, "ordered_tiles", "--only", "products", "--rows", "2048", "256", "16", "--out", PLACE
     ),
