@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--schedules", type=int, default=0, help="random ones, of both engines")
+    parser.add_argument("--schedules", type=int, default=0, help="random ones, of each engine")
+    parser.add_argument("--skip-plain", action="store_true", help="no plain engine: no shares")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         results["device"] = torch.cuda.get_device_name()
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        for deterministic in (True, False):
+        for deterministic in (True, False)[: 1 + (not args.skip_plain)]:
             started = time.perf_counter()
             llm = LLM(
                 folder, random_weights=True, skip_tokenizer_init=True, max_model_len=MAX_LEN,

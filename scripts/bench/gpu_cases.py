@@ -145,7 +145,19 @@ FEATURES = {
     "ordered-tiles": script(
         170, "ordered_tiles", "--only", "products", "--rows", "2048", "256", "16", "--out", PLACE
     ),
-    "schedules": script(200, "deterministic", "--rows", "1", "--schedules", "1000", "--out", PLACE),
+    "schedules": script(
+        120,
+        "deterministic",
+        "--rows",
+        "256",
+        "--tokens",
+        "20",
+        "--schedules",
+        "1000",
+        "--skip-plain",
+        "--out",
+        PLACE,
+    ),
     "persistent": script(150, "persistent_step", "--models", "0.6b", "--out", PLACE),
 }
 
