@@ -126,11 +126,6 @@ ordered_linear = _define(
         (*x.shape[:-1], weight.shape[0] // (1 + silu_mul))
     ),
 )
-ordered_norm = _define(
-    "ordered_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    reference.ordered.ordered_norm,
-    lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
-)
 
 varlen_attention = _define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor start, int max_len, float scale) "
@@ -768,7 +763,6 @@ __all__ = [
     "ordered_attention",
     "ordered_experts",
     "ordered_linear",
-    "ordered_norm",
     "own_rank",
     "packed_clamped_experts",
     "packed_expert_linear",

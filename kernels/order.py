@@ -16,7 +16,7 @@ KEY_TILE = 64
 PIECE_KEYS = 128
 
 # Our ops whose kernels, on a CPU and in Triton, give a row the same bits among any other rows.
-ORDERED = frozenset({"ordered_attention", "ordered_experts", "ordered_linear", "ordered_norm"})
+ORDERED = frozenset({"ordered_attention", "ordered_experts", "ordered_linear"})
 # The same of a CPU alone.
 ORDERED_ON_CPU = frozenset({
     "adapter_tiles", "ggml_lookup", "ordered_add_lora", "ordered_fp8_linear",

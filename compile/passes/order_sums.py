@@ -41,13 +41,12 @@ ORDERED = {
 
 
 def order_sums(
-    graph: GraphModule, fakes: Sequence[Tensor], *, has_norms: bool = False
+    graph: GraphModule, fakes: Sequence[Tensor], *, fuses_silu: bool = False
 ) -> GraphModule:
     """Replace products, attention and experts by those whose sums have one order (see
     `kernels/order.py`).
 
-    has_norms: the device's norms by themselves do not have one order, so they are replaced too, and
-    a product takes the SiLU·up that alone reads it.
+    fuses_silu: a product takes the SiLU·up that alone reads it.
     """
     for node in list(graph.graph.nodes):
         if node.target in ORDERED:
@@ -56,12 +55,9 @@ def order_sums(
             x, weight, bias, *residual = node.args
             node.target = ops.ordered_linear
             node.args = (x, weight, bias, residual[0] if residual else None, False)
-            if has_norms:
+            if fuses_silu:
                 _fuse_silu(graph, node)
     graph.graph.eliminate_dead_code()
-    if has_norms:
-        for norm in graph.graph.find_nodes(op="call_function", target=ops.rms_norm):
-            norm.target = ops.ordered_norm
     graph.recompile()
     return graph
 

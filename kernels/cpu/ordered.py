@@ -13,7 +13,6 @@ from nanovllm.kernels.cpu import ggml, packed
 from nanovllm.kernels.cpu.attention import paged_attention
 from nanovllm.kernels.cpu.experts import experts
 from nanovllm.kernels.cpu.linear import _product, linear_int8
-from nanovllm.kernels.cpu.norm_act import rms_norm
 from nanovllm.kernels.cpu.norm_act import silu_mul as gated
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -151,7 +150,6 @@ KERNELS: dict[str, Callable[..., object]] = {
     "ordered_attention": ordered_attention,
     "ordered_experts": experts,  # sums never depend on the other tokens of a call
     "ordered_linear": ordered_linear,
-    "ordered_norm": rms_norm,
 }
 
 

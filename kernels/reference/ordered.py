@@ -14,7 +14,6 @@ from nanovllm.kernels.reference.experts import experts
 from nanovllm.kernels.reference.ggml import ggml_linear
 from nanovllm.kernels.reference.linear import fused_linear, linear_int8
 from nanovllm.kernels.reference.lora import add_lora
-from nanovllm.kernels.reference.norm_act import rms_norm
 from nanovllm.kernels.reference.packed import fp8_linear, packed_linear
 
 ordered_add_lora = add_lora
@@ -23,7 +22,6 @@ ordered_experts = experts
 ordered_fp8_linear = fp8_linear
 ordered_ggml_linear = ggml_linear
 ordered_linear_int8 = linear_int8
-ordered_norm = rms_norm
 ordered_packed_linear = packed_linear
 
 

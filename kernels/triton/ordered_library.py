@@ -94,8 +94,12 @@ def _has_same_bits(product: Product, ours: Ours) -> bool:
     expected = ours(drawn)
     if not torch.equal(by_library(drawn), expected):
         return False
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
         captured = by_library(drawn)
-    graph.replay()
+        graph.capture_end()
+        graph.replay()
+    torch.cuda.current_stream().wait_stream(stream)
     return torch.equal(captured, expected)

@@ -42,7 +42,6 @@ from nanovllm.kernels.triton.offload import fetch_experts, stream_experts
 from nanovllm.kernels.triton.ordered_attention import ordered_attention
 from nanovllm.kernels.triton.ordered_experts import ordered_experts
 from nanovllm.kernels.triton.ordered_gemm import ordered_linear
-from nanovllm.kernels.triton.ordered_norm import ordered_norm
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
 from nanovllm.kernels.triton.sample import sample, sample_of
 from nanovllm.kernels.triton.sample_columns import sample_columns
@@ -153,7 +152,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "ordered_attention": ordered_attention,
     "ordered_experts": ordered_experts,
     "ordered_linear": ordered_linear,
-    "ordered_norm": ordered_norm,
     "head_linear": head_linear,
     "latent_attention": latent_attention,
     "latent_inputs": latent_inputs,

@@ -177,7 +177,7 @@ class CudaPlatform(Accelerator):
         kept = ours | KERNEL_OPS
         return (
             ("fuse_rope_store", fuse_rope_store),
-            ("order_sums", partial(order_sums, has_norms=True)),
+            ("order_sums", partial(order_sums, fuses_silu=True)),
             ("replace_ops", partial(replace_ops, keep=lambda name, node: name in kept)),
             ("check_order", partial(check_order, ours=ours, pointwise=True)),
         )

@@ -29,10 +29,10 @@ from nanovllm.kernels import order
 from nanovllm.kernels.triton import linear as plain_linear
 from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.common import num_multiprocessors, shared_memory_bytes
+from nanovllm.kernels.triton.norm_act import rms_norm
 from nanovllm.kernels.triton.ordered_attention import OrderedTile as AttentionTile
 from nanovllm.kernels.triton.ordered_attention import ordered_attention
 from nanovllm.kernels.triton.ordered_gemm import OrderedTile, ordered_linear, ordered_tile
-from nanovllm.kernels.triton.ordered_norm import ordered_norm
 from nanovllm.tools import command_line
 from scripts.bench.gpu_timing import time_launches
 from scripts.bench.linear_cases import DTYPE, Case
@@ -92,7 +92,7 @@ def product(name: str, num_rows: int, only_chosen: bool) -> dict[str, Any]:
         )
 
     def apart(idx: int) -> Tensor:
-        x = case.x if case.norms is None else ordered_norm(case.x, case.norms[idx], 1e-6)
+        x = case.x if case.norms is None else rms_norm(case.x, case.norms[idx], 1e-6)
         return ordered_linear(x, case.weights[idx], None, case.residual, case.silu, launch=chosen)
 
     def plain(idx: int) -> Tensor:

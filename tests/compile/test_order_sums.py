@@ -24,8 +24,8 @@ def test_a_layer_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for _, one in passes:
         graph = one(graph, fakes)
     assert names(graph) == [
-        "ordered_norm", "ordered_linear", "qk_norm_rope_store", "ordered_attention",
-        *["index_select"] * 2, "ordered_linear", "ordered_norm", *["ordered_linear"] * 2,
+        "rms_norm", "ordered_linear", "qk_norm_rope_store", "ordered_attention",
+        *["index_select"] * 2, "ordered_linear", "rms_norm", *["ordered_linear"] * 2,
     ]  # fmt: skip
     (found_RD,) = graph(*copies(inputs))
     torch.testing.assert_close(found_RD, region(*inputs.values()), atol=1e-4, rtol=1e-4)

@@ -113,7 +113,6 @@ CHOSEN: dict[str, dict[str, str]] = {
         "ordered_gemm_kernel": "deterministic engines on sm_90",
         "gated_gemm_kernel": "SiLU·up of one chain, where it has a tile",
     },
-    "ordered_norm": {"ordered_norm_kernel": "the same: norms that no product takes"},
     "latent_inputs": {"latent_inputs_kernel": "always; cuBLAS absorbs the queries"},
     "head_linear": {},
     "latent_attention": {

@@ -17,15 +17,11 @@ TYPES = {
 def launches(shared_bytes: int) -> Iterator[Launch]:
     yield from _attention(shared_bytes)
     yield from _products(shared_bytes)
-    from nanovllm.kernels.triton import ordered_norm as norm
-
-    sizes = {"DIM": 4096, "LEVELS": norm.norm_levels(4096), "ROWS": 1}
     from nanovllm.kernels.triton import ordered_experts as experts
 
     for gated, num_outs, depth in ((True, 768, 2048), (False, 2048, 768)):
         constants = experts.pair_constants(8, num_outs, depth, gated) | {"UPCAST": False}
         yield f"ordered pairs {num_outs}x{depth}", experts.ordered_pairs_kernel, constants, 4
-    yield "norm with one order of squares", norm.ordered_norm_kernel, sizes, 8
 
 
 def _attention(shared_bytes: int) -> Iterator[Launch]:
