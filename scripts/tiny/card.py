@@ -96,8 +96,7 @@ and subtract up to 999, sort up to six numbers, reverse and spell words of up to
 count and compare. It has a few hundred facts and some small talk. It was taught nothing else, and
 mostly says so. """
 _FEW = """spell
-words of up to twelve letters. Counting, comparing numbers and what comes after one it has learned
-in part, since one CPU core trained it within minutes: the table below says how well. It was
+words of up to twelve letters, count, compare numbers and tell what comes before and after one. It was
 taught nothing else. """
 
 

@@ -1,4 +1,4 @@
-"""Products of deterministic engines on a CPU, of packed weights and with adapters: a row has the
+"""Kernels of deterministic engines on a CPU, with packed weights and adapters too: a row has the
 same bits among any number of rows, and adapters in any slots."""
 
 from __future__ import annotations
@@ -98,3 +98,25 @@ def test_adapters_in_other_slots_and_among_others() -> None:
             y_TO[7:8], x_TD[7:8], one, *reference.lora.adapter_tiles(one), a, b, rows
         )
         assert torch.equal(alone, found[7:8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_chunks_of_any_size(dtype: torch.dtype) -> None:
+    """A query has the same bits wherever its chunk begins and ends: in tiles of all sizes."""
+    length, block = 130, 16
+    blocks = -(-length // block)
+    cache_CBKH = torch.randn(2, blocks, block, 2, 32).to(dtype)
+    q_TNH = torch.randn(length, 4, 32).to(dtype)
+    table = torch.randperm(blocks).int().view(1, -1)
+
+    def attention(first: int, end: int) -> Tensor:
+        lengths, starts = torch.tensor([end]).int(), torch.tensor([0, end - first]).int()
+        return ordered.ordered_attention(
+            q_TNH[first:end], *cache_CBKH, table, lengths, starts, end - first, 32**-0.5, 0
+        )
+
+    expected = attention(0, length)
+    for first in range(0, length, 9):
+        for size in (1, 2, 3, 5, 8, 15, 16, 31, 64):
+            end = min(first + size, length)
+            assert torch.equal(attention(first, end), expected[first:end]), (first, end)
