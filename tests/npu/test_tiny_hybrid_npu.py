@@ -1,4 +1,4 @@
-"""The embedded hybrid on device "npu": held-out questions, through GE's graphs and in eager mode."""
+"""The embedded hybrid on device "npu": held-out questions, by GE's graphs and in eager mode."""
 
 from __future__ import annotations
 
