@@ -501,7 +501,7 @@ class Engine:
                 launched = self._in_flight.popleft()
                 result = launched.wait()
                 if self._draft_times is not None:
-                    self._draft_times.collected(launched.plan)
+                    self._draft_times.collected(launched.plan, result)
                 if is_timed:
                     self._step_watch.note(time.perf_counter() - started, plan, launched.plan)
                 self._answers.collect(launched.plan, result)
