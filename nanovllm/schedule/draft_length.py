@@ -60,20 +60,25 @@ class DraftLengths:
         self._lengths, self._trial_steps, self._times = times.lengths, trial_steps, times
         self._num_tried = [0.0] * times.lengths[-1]
         self._num_accepted = [0.0] * times.lengths[-1]
-        self._buckets = [_Bucket(ms_K) for ms_K in times.ms_RK]
+        # of steps without and with masks, which the host computes before them
+        self._buckets = [[_Bucket(ms_K) for ms_K in times.ms_RK] for _ in range(2)]
         self._chosen = 0  # the length that is best by now
-        self._saved_ms = FIRST_STEPS * self._buckets[0].ms_K[0]
+        self._saved_ms = FIRST_STEPS * times.ms_RK[0][0]
         self._trial_left = 0  # steps of the trial
         self._num_plain = 0  # steps since the last one
 
     def choose(
-        self, num_rows: int, num_taking: int | None = None, forced: Sequence[int] = ()
+        self,
+        num_rows: int,
+        num_taking: int | None = None,
+        forced: Sequence[int] = (),
+        has_masks: bool = False,
     ) -> int:
         """The number of draft tokens of the next step of so many rows; 0: a plain step. Only
         `num_taking` of the rows (default: all) would have them. Others have so many that are
         `forced`, which count as right."""
         share = 1.0 if num_taking is None else num_taking / num_rows
-        bucket = self._buckets[self._times.bucket(num_rows)]
+        bucket = self._buckets[has_masks][self._times.bucket(num_rows)]
         ms_K, lengths = bucket.ms_K, self._lengths
         if self._saved_ms < 0.0:
             share = 0.0  # drafts must not decide
@@ -103,11 +108,18 @@ class DraftLengths:
             self._num_accepted[place] = DECAY * self._num_accepted[place] + is_accepted
 
     def note_step(
-        self, num_rows: int, num_drafts: int, ms: float, num_tokens: int, *, reads: bool = False
+        self,
+        num_rows: int,
+        num_drafts: int,
+        ms: float,
+        num_tokens: int,
+        *,
+        has_masks: bool = False,
+        reads: bool = False,
     ) -> None:
         """Record the time of a step and how many tokens all its rows have made. Of one before which
         a second model `reads` tokens it tells nothing of others."""
-        bucket = self._buckets[self._times.bucket(num_rows)]
+        bucket = self._buckets[has_masks][self._times.bucket(num_rows)]
         if not reads:
             idx = bisect_left(self._lengths, num_drafts)
             ms = bucket.note(idx, ms, is_usual=num_drafts == self._chosen)
