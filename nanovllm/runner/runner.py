@@ -273,6 +273,7 @@ class Runner:
             state=self.state,
             compiler=compiler,
             whole=whole,
+            verifies_rows=self.platform.traits.verifies_rows,
             synthetic_rate=None if self.spec.draft is None else self.spec.draft.synthetic_rate,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
             persistent=PersistentSteps(self.platform.device) if self.spec.persistent else None,
