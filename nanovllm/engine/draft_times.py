@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 from nanovllm.schedule.draft_length import DraftLengths
-from nanovllm.schedule.plan import StepPlan
+from nanovllm.schedule.plan import StepPlan, StepResult
 
 
 class DraftTimes:
@@ -18,16 +18,23 @@ class DraftTimes:
         self._last = 0.0
 
     def launching(self) -> None:
-        """Call it before a launch."""
+        """Call it before a step's masks are computed and it is launched."""
         self._started.append(time.perf_counter())
 
-    def collected(self, plan: StepPlan) -> None:
+    def collected(self, plan: StepPlan, result: StepResult) -> None:
         """Call it when a step's result is known."""
         now = time.perf_counter()
         begun, self._last = max(self._started.popleft(), self._last), now
-        if not plan.is_prefill and plan.sampling.state_suffices and not plan.drafts.readings:
-            num_drafts = max(plan.tokens_per_row - 1, plan.drafts.room)
-            self._lengths.note_ms(len(plan.rows), num_drafts, 1e3 * (now - begun))
+        if plan.is_prefill or not plan.sampling.is_timed:
+            return
+        self._lengths.note_step(
+            len(plan.rows),
+            max(plan.tokens_per_row - 1, plan.drafts.room),
+            1e3 * (now - begun),
+            sum(map(len, result.tokens)),
+            has_masks=bool(plan.sampling.masked),
+            reads=bool(plan.drafts.readings),
+        )
 
     def clear(self) -> None:
         """After an error: no step is in flight."""

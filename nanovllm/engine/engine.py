@@ -490,10 +490,10 @@ class Engine:
             is_timed = self.metrics.num_steps % EVERY_STEPS == 0
             started = time.perf_counter() if is_timed else 0.0
             if plan is not None:
-                plan = self._with_masks(plan)
-                self._held.encode(plan)
                 if self._draft_times is not None:
                     self._draft_times.launching()
+                plan = self._with_masks(plan)
+                self._held.encode(plan)
                 self._in_flight.append(self._runner.launch(plan))
             if plan is None and not self._in_flight and self.scheduler.has_work:
                 self._wait_for_threads()
@@ -501,7 +501,7 @@ class Engine:
                 launched = self._in_flight.popleft()
                 result = launched.wait()
                 if self._draft_times is not None:
-                    self._draft_times.collected(launched.plan)
+                    self._draft_times.collected(launched.plan, result)
                 if is_timed:
                     self._step_watch.note(time.perf_counter() - started, plan, launched.plan)
                 self._answers.collect(launched.plan, result)

@@ -48,6 +48,9 @@ class OutputProcessor:
                 for offset, token_id in enumerate(wanted.token_ids):
                     found = of_row(token_id, values, offset, wanted.num_top, self._tokenizer)
                     request.prompt_logprobs[wanted.first + offset] = found
+        for row, drafts in zip(plan.sampling.masked, result.drafts):
+            if plan.request_ids[row] in self.requests:
+                self.requests[plan.request_ids[row]][0].drafts = drafts
         starts = accumulate(map(len, result.tokens), initial=0)
         for row, (request_id, start) in enumerate(zip(plan.request_ids, starts)):
             token_ids = result.tokens[row]

@@ -83,6 +83,8 @@ class Traits:
     prefill_growth: ratio of adjacent prefill buckets above 512 tokens.
     graphs_have_sinks: True if attention with sinks can be part of a graph.
     whole_steps: True if a step compiles as one graph with static shapes, not region by region.
+    verifies_rows: True if the tokens of a step that verifies drafts are rows of the kernels of
+        plain decode steps, however many they are: then both have the same sums.
     wants_lengths: True if the runner must call `announce` before every decode step.
     max_ranks: the most ranks of one engine; None means no limit.
     """
@@ -108,6 +110,7 @@ class Traits:
     prefill_growth: int = 2
     graphs_have_sinks: bool = True
     whole_steps: bool = False
+    verifies_rows: bool = False
     wants_lengths: bool = False
     max_ranks: int | None = 1
 

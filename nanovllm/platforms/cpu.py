@@ -64,6 +64,7 @@ TRAITS = Traits(
     block_size=32,
     batched_tokens=512,
     num_seqs=32,
+    verifies_rows=True,
     max_ranks=None,
 )
 

@@ -22,6 +22,7 @@ class AsyncOutput:
     counts: HostCopy | None
     logprobs: LogprobCopies | None  # of each row's token, with counts of each fed one's successor
     prompt_logprobs: list[list[LogprobCopies]]  # by entry of the plan, in parts
+    drafts: HostCopy | None = None  # [rows with masks, K]
     check: Callable[[], None] = lambda: None  # raises if the result is not one
 
     def wait(self) -> StepResult:
@@ -41,7 +42,8 @@ class AsyncOutput:
             places = [place + i for place, row in zip(first, tokens) for i in range(len(row))]
             logprobs = Logprobs(*(values[places] for values in self.logprobs.wait()))
         parts = [_joined([part.wait() for part in parts]) for parts in self.prompt_logprobs]
-        return StepResult(tokens, logprobs, parts)
+        drafts = [] if self.drafts is None else self.drafts.tolist()
+        return StepResult(tokens, logprobs, parts, drafts)
 
 
 def _joined(parts: Sequence[Logprobs]) -> Logprobs:

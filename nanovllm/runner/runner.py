@@ -273,6 +273,7 @@ class Runner:
             state=self.state,
             compiler=compiler,
             whole=whole,
+            verifies_rows=self.platform.traits.verifies_rows,
             synthetic_rate=None if self.spec.draft is None else self.spec.draft.synthetic_rate,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
             persistent=PersistentSteps(self.platform.device) if self.spec.persistent else None,
@@ -332,10 +333,22 @@ class Runner:
             self.embeddings.trim()
             if plan.snapshots:
                 self.snapshots.save(plan.snapshots, self.platform)
-            return launched
+            return self._with_drafts(launched)
         if plan.drafts.readings:
             self._read(plan.drafts.readings)
-        return self._verify(plan) if len(plan.token_T) else self._decode(plan)
+        launched = self._verify(plan) if len(plan.token_T) else self._decode(plan)
+        return self._with_drafts(launched)
+
+    def _with_drafts(self, launched: AsyncOutput) -> AsyncOutput:
+        """The output, with the drafts that the step has left of rows whose masks the host computes.
+        Such a row waits for its tokens anyway, and these come with them."""
+        plan, draft_SK = launched.plan, self.state.draft_SK
+        if draft_SK is None or not plan.sampling.masked or plan.drafts.rests:
+            return launched
+        rows = [plan.rows[row] for row in plan.sampling.masked]
+        row_M = self.platform.upload(rows, torch.int64)
+        drafts = self.platform.read_back(draft_SK.index_select(0, row_M))
+        return replace(launched, drafts=drafts)
 
     def _read(self, readings: Sequence[DraftReading]) -> None:
         """Let the second model read tokens, op by op."""

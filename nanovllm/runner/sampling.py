@@ -25,7 +25,7 @@ from nanovllm.runner.state import DeviceState, advance, choose
 from nanovllm.schedule.edit_limits import check
 from nanovllm.schedule.plan import (
     ALL_TOKENS,
-    MOST_FORCED,
+    MOST_MASKED,
     SAMPLING_FIELDS,
     LogitEdits,
     Logprobs,
@@ -163,7 +163,7 @@ class Sampler:
         up to `num_verified` tokens in a decode step."""
         self.platform, self.state, self.vocab_size = platform, state, vocab_size
         self.edits = EditTables(platform, state.token_S.shape[0], vocab_size)
-        num_masks = min(num_verified, 1 + MOST_FORCED)
+        num_masks = min(num_verified, 1 + MOST_MASKED)
         self.masks = MaskTable(platform, state.token_S.shape[0], vocab_size, num_masks)
         self._dtypes = dict.fromkeys((dtype, torch.float32))
         self._output_count_SV: Tensor | None = None

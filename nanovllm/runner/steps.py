@@ -127,7 +127,7 @@ class Steps:
     `other_tables` are the rotary tables of `ModelConfig.other_ropes`. With `whole` the regions of a
     step are inlined into one program: some compilers need this. `drafting` proposes tokens after
     each step. `synthetic_rate` is the rate of `state.accept_and_advance`. `persistent` has decode
-    steps whose layers and head are one launch.
+    steps whose layers and head are one launch. `verifies_rows`: see `Traits`.
     """
 
     model: Model
@@ -143,6 +143,7 @@ class Steps:
     drafting: Drafting | None = None
     synthetic_rate: float | None = None
     persistent: PersistentSteps | None = None
+    verifies_rows: bool = False
 
     @property
     def pages(self) -> PagedCache:
@@ -385,9 +386,10 @@ class Steps:
     def _verifies_rows(self, span: Span) -> bool:
         """Whether each token of a verifying step is a row for the layers, as in a decode step,
         whose attention divides the keys of a row among programs."""
+        if self.whole or self.places(verifies=True).num:
+            return False
         is_few = len(span.row_idx_R) <= FEW_ROWS and len(span.token_T) <= FEW_TOKENS
-        has_states = self.places(verifies=True).num > 0
-        return is_few and self.drafting is not None and not self.whole and not has_states
+        return self.verifies_rows or (is_few and self.drafting is not None)
 
     def verify(self, span: Span, num: int) -> tuple[Tensor, Tensor, Tensor, SpanTokens]:
         """A decode step of up to K = `num` tokens a row with the plain sampler.

@@ -2,13 +2,19 @@
 
 A step of K draft tokens makes 1 + a_1 + a_1·a_2 + … tokens a row, where a_i is the share of
 accepted tokens at position i, of those whose earlier ones were accepted. It is worth its time if it
-makes more tokens per millisecond than a plain step. Otherwise steps are plain, and of their time a
-small share is spent on trials of short drafts, which show when they would be accepted again.
-Between steps with drafts some are plain, which shows how long these take by now.
+makes more tokens per millisecond than a plain step. Otherwise steps are plain, and now and then a
+trial of short drafts shows whether they would be accepted again. Between steps with drafts some are
+plain, which shows how long these take by now.
+
+Expectations can be wrong, so an account has the time that drafts have saved: what as many tokens
+would have taken in plain steps, less what the steps took. Drafts that have lost more than they
+saved stop, however good they look, until a small share of the time of all steps has paid for it.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,12 +24,15 @@ DECAY = 0.99
 PRIOR_SHARE, PRIOR_ROWS = 0.8, 4.0
 # Drafts must make so many times more tokens per millisecond than plain steps.
 MARGIN = 1.01
-# The share of the time of plain steps that trials of drafts may add to it.
-TRIAL_SHARE = 0.01
-PLAIN_EVERY = 64  # one step in so many is plain
+# The share of the time of all steps that drafts may lose.
+LOST_SHARE = 0.008
+# Plain steps whose time drafts may lose at first, and at most after they have saved more.
+FIRST_STEPS, MOST_STEPS = 2.0, 32.0
+TRIAL_EVERY = 8  # plain steps between trials at least
+PLAIN_EVERY = 64  # one step in so many is plain; at first, in each bucket, more are
 # How much a step's measured time, and that of a trial, changes what is expected. A time that is off
 # by more counts as MOST_OFF.
-TIME_WEIGHT, TRIAL_WEIGHT, MOST_OFF = 0.05, 0.25, 4.0
+TIME_WEIGHT, TRIAL_WEIGHT, MOST_OFF = 0.05, 0.25, 2.0
 
 
 @dataclass(frozen=True)
@@ -38,10 +47,9 @@ class StepTimes:
     lengths: Sequence[int]
     ms_RK: Sequence[Sequence[float]]
 
-    def of_rows(self, num_rows: int) -> Sequence[float]:
-        """The times of the bucket of so many rows, for each length."""
-        fitting = (ms for rows, ms in zip(self.rows, self.ms_RK) if rows >= num_rows)
-        return next(fitting, self.ms_RK[-1])
+    def bucket(self, num_rows: int) -> int:
+        """The number of the smallest bucket for so many rows."""
+        return min(bisect_left(self.rows, num_rows), len(self.rows) - 1)
 
 
 class DraftLengths:
@@ -49,40 +57,47 @@ class DraftLengths:
 
     def __init__(self, times: StepTimes, trial_steps: int = 1) -> None:
         """A trial takes `trial_steps` steps: the proposer may have to draft before it."""
-        self._times, self._trial_steps = times, trial_steps
+        self._lengths, self._trial_steps, self._times = times.lengths, trial_steps, times
         self._num_tried = [0.0] * times.lengths[-1]
         self._num_accepted = [0.0] * times.lengths[-1]
-        self._factors = [1.0] * len(times.lengths)  # of measured times, by length
+        # of steps without and with masks, which the host computes before them
+        self._buckets = [[_Bucket(ms_K) for ms_K in times.ms_RK] for _ in range(2)]
         self._chosen = 0  # the length that is best by now
-        self._trial_ms = 0.0  # saved up for the next trial of drafts
+        self._saved_ms = FIRST_STEPS * times.ms_RK[0][0]
         self._trial_left = 0  # steps of the trial
-        self._num_steps = 0  # since the last plain step
+        self._num_plain = 0  # steps since the last one
 
     def choose(
-        self, num_rows: int, num_taking: int | None = None, forced: Sequence[int] = ()
+        self,
+        num_rows: int,
+        num_taking: int | None = None,
+        forced: Sequence[int] = (),
+        has_masks: bool = False,
     ) -> int:
         """The number of draft tokens of the next step of so many rows; 0: a plain step. Only
         `num_taking` of the rows (default: all) would have them. Others have so many that are
         `forced`, which count as right."""
         share = 1.0 if num_taking is None else num_taking / num_rows
-        lengths = self._times.lengths
+        bucket = self._buckets[has_masks][self._times.bucket(num_rows)]
+        ms_K, lengths = bucket.ms_K, self._lengths
+        if self._saved_ms < 0.0:
+            share = 0.0  # drafts must not decide
         made_K = [1 + share * (made - 1) for made in self._tokens()]
         for idx, length in enumerate(lengths):
             made_K[idx] += sum(min(length, num) for num in forced) / num_rows
-        ms_K = self._expected_ms(num_rows)
         best = max(range(1, len(lengths)), key=lambda idx: made_K[idx] / ms_K[idx])
-        plain_ms, trial_ms = ms_K[0], max(0.0, ms_K[1] - ms_K[0])
-        if made_K[best] / ms_K[best] > MARGIN / plain_ms:
+        if made_K[best] / ms_K[best] > MARGIN / ms_K[0]:
             self._chosen = lengths[best]
-            self._num_steps = (self._num_steps + 1) % PLAIN_EVERY
-            return lengths[best] if self._num_steps else 0
+            return 0 if bucket.plain_is_due() else lengths[best]
         self._chosen = 0
-        if not self._trial_left and self._trial_ms >= self._trial_steps * trial_ms:
-            self._trial_ms, self._trial_left = 0.0, self._trial_steps
+        trial_ms = self._trial_steps * max(0.0, ms_K[1] - ms_K[0])
+        if self._num_plain >= TRIAL_EVERY and self._saved_ms >= trial_ms:
+            self._num_plain, self._trial_left = 0, self._trial_steps
+        self._saved_ms = min(self._saved_ms, trial_ms)
         if self._trial_left:
             self._trial_left -= 1
             return lengths[1]
-        self._trial_ms += TRIAL_SHARE * plain_ms
+        self._num_plain += 1
         return 0
 
     def note_accepted(self, num_drafts: int, num_accepted: int) -> None:
@@ -92,34 +107,71 @@ class DraftLengths:
             is_accepted = place < num_accepted
             self._num_accepted[place] = DECAY * self._num_accepted[place] + is_accepted
 
-    def note_ms(self, num_rows: int, num_drafts: int, ms: float) -> None:
-        """Record the time of a step, so that contexts and the host's work count. It changes what is
-        expected of all lengths, since these change alike; that of a trial what is expected of steps
-        with drafts, or of plain ones."""
-        idx = next(i for i, length in enumerate(self._times.lengths) if length >= num_drafts)
-        off = ms / self._expected_ms(num_rows)[idx]
-        off = min(max(off, 1 / MOST_OFF), MOST_OFF)
-        if num_drafts == self._chosen:
-            change = 1.0 + TIME_WEIGHT * (off - 1.0)
-            self._factors = [change * factor for factor in self._factors]
-        else:
-            change = 1.0 + TRIAL_WEIGHT * (off - 1.0)
-            for other in range(1, len(self._factors)) if idx else (0,):
-                self._factors[other] *= change
-
-    def _expected_ms(self, num_rows: int) -> list[float]:
-        of_rows = self._times.of_rows(num_rows)
-        return [ms * factor for ms, factor in zip(of_rows, self._factors)]
+    def note_step(
+        self,
+        num_rows: int,
+        num_drafts: int,
+        ms: float,
+        num_tokens: int,
+        *,
+        has_masks: bool = False,
+        reads: bool = False,
+    ) -> None:
+        """Record the time of a step and how many tokens all its rows have made. Of one before which
+        a second model `reads` tokens it tells nothing of others."""
+        bucket = self._buckets[has_masks][self._times.bucket(num_rows)]
+        if not reads:
+            idx = bisect_left(self._lengths, num_drafts)
+            ms = bucket.note(idx, ms, is_usual=num_drafts == self._chosen)
+        plain_ms = bucket.ms_K[0]
+        self._saved_ms += LOST_SHARE * plain_ms
+        if num_drafts:
+            self._saved_ms += plain_ms * num_tokens / num_rows - ms
+        self._saved_ms = min(self._saved_ms, MOST_STEPS * plain_ms)
 
     def _tokens(self) -> list[float]:
         """The expected tokens that a row makes in a step of each length. A position of which little
         is known is like the one before it."""
         share, reached, made, made_K = PRIOR_SHARE, 1.0, 1.0, []
-        for place in range(self._times.lengths[-1]):
-            if place in self._times.lengths:
+        for place in range(self._lengths[-1]):
+            if place in self._lengths:
                 made_K.append(made)
             tried, accepted = self._num_tried[place], self._num_accepted[place]
             share = (accepted + PRIOR_ROWS * share) / (tried + PRIOR_ROWS)
             reached *= share
             made += reached
         return [*made_K, made]
+
+
+class _Bucket:
+    """What is expected of the steps of one bucket: their times for each length."""
+
+    def __init__(self, ms_K: Sequence[float]) -> None:
+        self.ms_K = list(ms_K)
+        self._newest_K = [math.inf] * len(ms_K)  # measured
+        self._num_K = [0] * len(ms_K)  # so many times
+        self._num_steps = 0  # with drafts since the last plain one
+        self._plain_every = 1
+
+    def plain_is_due(self) -> bool:
+        """Whether the next step is plain, among steps with drafts."""
+        self._num_steps += 1
+        if self._num_steps <= self._plain_every:
+            return False
+        self._num_steps, self._plain_every = 0, min(2 * self._plain_every, PLAIN_EVERY)
+        return True
+
+    def note(self, idx: int, ms: float, *, is_usual: bool) -> float:
+        """Change what is expected by a measured step, so that contexts and the host's work count.
+        A usual one changes the times of all lengths, since these change alike; that of a trial
+        those of steps with drafts, or of plain ones. Returns the time, or that of the step of this
+        length before it if it is less: then something else may have held this one up."""
+        ms, self._newest_K[idx] = min(ms, self._newest_K[idx]), ms
+        self._num_K[idx] += 1
+        weight = max(TIME_WEIGHT if is_usual else TRIAL_WEIGHT, 1 / (1 + self._num_K[idx]))
+        off = min(max(ms / self.ms_K[idx], 1 / MOST_OFF), MOST_OFF)
+        change = 1.0 + weight * (off - 1.0)
+        changed = range(len(self.ms_K)) if is_usual else range(1, len(self.ms_K)) if idx else (0,)
+        for other in changed:
+            self.ms_K[other] *= change
+        return ms

@@ -46,7 +46,7 @@ class DraftPlanner:
                     request.num_drafted = min(end, request.num_known)
                 continue
             start = request.num_drafted
-            if start is None or not request.takes_drafts:
+            if start is None or not (request.takes_drafts or request.takes_masked):
                 continue
             # while verified tokens are in flight, the positions of later ones are not known
             if end <= request.num_known and end - start <= num_left:

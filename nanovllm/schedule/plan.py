@@ -18,7 +18,7 @@ PAD_BLOCK = 0  # belongs to padding, never to a request
 NO_TOKEN = -1  # in `StepResult.tokens`: no token could be chosen (`reference.sample.sample`)
 ALL_TOKENS = -1  # for `num_top` and `num_logprobs`: the whole vocabulary
 NEWEST = -1  # in `StepPlan.token_T`: the row's newest token, which may be only on the device
-MOST_FORCED = 7  # tokens that a grammar forces, of a row in one step
+MOST_MASKED = 7  # draft tokens of a row with a grammar in one step
 DRAFT = -2  # the row's next proposed token, which a proposer on the device has left in the state
 # Columns of the device's table of sampling settings. The plain sampler reads only the first one.
 SAMPLING_FIELDS = (
@@ -202,6 +202,12 @@ class SamplingMetadata:
         return not (self.has_penalties or self.has_edits or self.has_masks or self.needs_host)
 
     @property
+    def is_timed(self) -> bool:
+        """True if steps of this kind take times that are alike, with masks or without."""
+        has_others = self.has_penalties or self.has_edits or self.needs_host
+        return not (has_others or self.forbidden)
+
+    @property
     def is_plain(self) -> bool:
         return not self.has_filters and self.state_suffices
 
@@ -308,8 +314,12 @@ class StepResult:
         The last one is NO_TOKEN if all logits after the token before it are NaN or −inf.
     logprobs: those of all new tokens, row after row, if the plan requests them.
     prompt_logprobs: one entry for each entry of `StepPlan.prompt_logprobs`.
+    drafts: the draft tokens that the device has left after those of each of
+        `SamplingMetadata.masked`: the host computes masks along them. Empty without a proposer, or
+        if it rested.
     """
 
     tokens: list[list[int]]
     logprobs: Logprobs | None = None
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)

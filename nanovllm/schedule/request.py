@@ -57,11 +57,12 @@ def block_content(
 class Constraint(Protocol):
     """The grammar of an answer, and its state after the tokens so far.
 
-    is_ended: only end-of-sequence may follow. error: the reason if nothing can follow; None
-    otherwise.
+    is_ended: only end-of-sequence may follow. is_slow: what may follow takes long to compute.
+    error: the reason if nothing can follow; None otherwise.
     """
 
     is_ended: bool
+    is_slow: bool
     error: str | None
 
     @property
@@ -120,6 +121,8 @@ class Request:
     num_in_flight: int = 0
     num_cached: int | None = None  # prompt tokens found in the prefix cache at first admission
     num_ready: int = 0  # draft tokens after the newest token, of a proposer that varies
+    drafts: list[int] = field(default_factory=list)  # those, where the host computes masks
+    num_forced: int = 0  # of the drafts that a step verifies, those that its grammar forces
     num_drafted: int | None = None  # tokens that the second model has read; None: all
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
@@ -150,7 +153,7 @@ class Request:
         self.adapter = 0
         self.is_decoding = self.is_verifying = self.is_failing = False
         self.num_computed = self.num_in_flight = 0
-        self.num_ready, self.num_drafted = 0, None
+        self.num_ready, self.num_drafted, self.drafts = 0, None, []
         self.snapshot = None
         del self.logprobs[len(self.output_ids) :]  # of dropped tokens
 
@@ -172,12 +175,14 @@ class Request:
         return not (depends or must_go_on or params.disable_spec_decode)
 
     @property
-    def takes_forced(self) -> bool:
-        """Whether a step may verify tokens that its grammar forces, whose masks are then known.
-        `num_computed` counts the newest token."""
+    def takes_masked(self) -> bool:
+        """Whether a step may verify tokens that the host knows, with the masks of its grammar after
+        each. `num_computed` counts the newest token."""
+        if self.constraint is None or self.constraint.is_slow:
+            return False
         params = self.params
         depends = self.edits is not None or params.has_penalties or params.disable_spec_decode
-        return self.constraint is not None and not (depends or self.min_tokens_hold)
+        return not (depends or self.min_tokens_hold)
 
     @cached_property
     def rope_offset(self) -> int:

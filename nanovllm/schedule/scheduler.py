@@ -21,7 +21,7 @@ from nanovllm.schedule.batch_builder import Chunk, decode_plan, prefill_plan, sa
 from nanovllm.schedule.draft_planner import DraftCounts, DraftPlanner
 from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.past_answers import PastAnswers
-from nanovllm.schedule.plan import DRAFT, MOST_FORCED, NO_DRAFTS, NewBlock, StepPlan
+from nanovllm.schedule.plan import DRAFT, MOST_MASKED, NO_DRAFTS, NewBlock, StepPlan
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.schedule.request import Request, Status
 
@@ -320,22 +320,21 @@ class Scheduler:
         """The plan of a decode step, with proposals for the rows that take them, if those of the
         device pay."""
         sampling, planner, num = sampling_metadata(chosen), self.planner, self.num_drafts
-        taking: list[bool] = []
-        forced: list[Sequence[int]] = []
-        if num or self.propose is not None:
-            taking = [request.takes_drafts for request in chosen]
-        if self.max_proposals and sampling.masked:
-            forced = self._forced(chosen)
+        proposes = self.propose is not None
+        taking = [one.takes_drafts or one.takes_masked for one in chosen] if num or proposes else []
+        forced = self._forced(chosen) if self.max_proposals and sampling.masked else []
         if sampling.needs_host and len(chosen) * (1 + self.max_proposals) > self._most_logits:
             taking, forced = [], []  # log-probabilities of so many would take too much memory
-        if not (any(taking) or any(forced)) or self.propose is not None:
+        if not (any(taking) or any(forced)) or proposes:
             num = 0
-        elif num and planner is not None:
-            num = planner.lengths.choose(len(chosen), sum(taking), [len(one) for one in forced])
+        elif planner is not None:
+            nums = [len(one) for one in forced] or [0] * len(chosen)
+            others = sum(takes and not known for takes, known in zip(taking, nums))
+            num = planner.lengths.choose(len(chosen), others, nums, bool(sampling.masked))
             forced = [one[:num] for one in forced]
         drafts = NO_DRAFTS if planner is None else planner.plan(chosen, num)
         proposals: list[Sequence[int]] = []
-        if any(forced) or (any(taking) and (num or self.propose is not None)):
+        if any(forced) or (any(taking) and (num or proposes)):
             forced = forced or [()] * len(chosen)
             taking = taking or [False] * len(chosen)
             proposals = [
@@ -351,18 +350,17 @@ class Scheduler:
 
     def _forced(self, chosen: list[Request]) -> list[Sequence[int]]:
         """The tokens that each request's grammar forces, as many as a step may verify."""
-        most = min(self.max_proposals, MOST_FORCED)
+        most = min(self.max_proposals, MOST_MASKED)
         return [
-            one.constraint.forced()[:most] if one.constraint and one.takes_forced else ()
+            one.constraint.forced()[:most] if one.constraint and one.takes_masked else ()
             for one in chosen
         ]
 
     def note_accepted(self, request: Request, num_drafts: int, num_accepted: int) -> None:
         """Record how many of a request's proposed tokens a step has accepted."""
         self.counts.note(num_drafts, num_accepted)
-        if request.constraint is not None:
-            self.counts.num_forced_tokens += num_accepted
-        elif self.planner is not None:
+        self.counts.num_forced_tokens += min(num_accepted, request.num_forced)
+        if self.planner is not None and not request.num_forced:
             self.planner.lengths.note_accepted(num_drafts, num_accepted)
 
     def _proposals(
@@ -373,20 +371,24 @@ class Scheduler:
         forced: Sequence[int] = (),
     ) -> Sequence[int]:
         """The proposed tokens after a request's newest, as many as blocks and its length allow:
-        those that are `forced`, those of the host, or `num_drafts` of the device.
+        those of the host, or `num_drafts` of the device, unless others are `forced`. Those of a
+        request with a grammar are known, since masks depend on them.
 
         They count as computed and in flight until `tokens_known` gets the accepted ones.
         """
-        num_ready = num_drafts
+        num_ready, request.num_forced = num_drafts, len(forced)
         if self.planner is not None:
             num_ready = self.planner.num_ready(request, num_drafts)
-        proposed: Sequence[int] = (DRAFT,) * num_ready
         if request.no_sharing or (self.propose is not None and request.num_in_flight > 1):
             return ()
-        if forced:
-            proposed = forced
-        elif self.propose is not None:
+        proposed: Sequence[int] = (DRAFT,) * num_ready
+        if self.propose is not None:
             proposed = self.propose(request)
+        elif request.constraint is not None:
+            proposed = request.drafts[:num_ready]
+        if request.constraint is not None:
+            is_forced = list(proposed[: len(forced)]) != list(forced)
+            proposed = (forced if is_forced else proposed)[:MOST_MASKED]
         num_left = request.max_output - request.num_scheduled_outputs
         proposed = proposed[: min(self.max_proposals, num_left)]
         for num, _ in enumerate(proposed):
@@ -398,7 +400,7 @@ class Scheduler:
             request.num_computed += 1
             request.num_in_flight += 1
             request.is_verifying = self.propose is not None
-        if self.propose is None and num_drafts and not forced:
+        if self.propose is None and num_drafts:
             new_blocks += self.cache.add_ahead(request, self._num_reached(request))
         return proposed
 

@@ -10,8 +10,9 @@ prompts those of --prompts or made-up ones that training has not seen.
 
 A rate counts from the first step after all prompts to the first end of an answer, so all rows run.
 Each number of rows is measured --runs times; the median counts. Results are written after each
-engine. With --profile the tables of kernels follow: of a plain step and of the largest one that
-verifies drafts, of one row.
+engine. With --tiny a small shape runs on the CPU in seconds, which shows that the script works:
+its rates mean nothing. With --profile the tables of kernels follow: of a plain step and of the
+largest one that verifies drafts, of one row.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +44,18 @@ from scripts.bench.speculation_profile import profile_steps
 
 logger = logging.getLogger("speculation")
 PROMPT_TOKENS, DRAFTED = 128, 32_000  # tokens of a prompt, and those that a head can draft
+TINY = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 512,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "attention_bias": False,
+    "tie_word_embeddings": False, "eos_token_id": 511,
+}  # fmt: skip
+# What --tiny sets instead of the options' defaults
+TINY_OPTIONS: dict[str, Any] = {
+    "max_rows": 8, "tokens": 12, "runs": 1, "device": "cpu", "dtype": "float32",
+    "enforce_eager": True,
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -68,6 +81,11 @@ CASES = (
     Case(OWN_HEAD, "dflash", 7, 4.5, (1,), (850,)),
     Case("ngram-useless", "ngram", 3, 1.0, (1, 256), (0.97, 0.97)),
 )
+
+
+def shape_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The config.json of the model with random weights."""
+    return TINY if args.tiny else CONFIGS[args.shape]
 
 
 def head_config(shape: dict[str, Any], method: str) -> dict[str, Any]:
@@ -99,7 +117,7 @@ def speculative(case: Case, folder: Path, args: argparse.Namespace) -> dict[str,
     if case.method in ("eagle3", "dflash"):
         head = folder / case.method
         head.mkdir()
-        config = head_config(CONFIGS[args.shape], case.method)
+        config = head_config(shape_of(args), case.method)
         if case.name == OWN_HEAD:
             config["draft_vocab_size"] = DRAFTED
         (head / "config.json").write_text(json.dumps(config))
@@ -118,7 +136,7 @@ def opened(case: Case, args: argparse.Namespace) -> Iterator[LLM]:
     with TemporaryDirectory() as name:
         folder, model = Path(name), args.model
         if model is None:
-            (folder / "config.json").write_text(json.dumps(CONFIGS[args.shape]))
+            (folder / "config.json").write_text(json.dumps(shape_of(args)))
             model, options["random_weights"] = name, True
         if case.method:
             options["speculative_config"] = speculative(case, folder, args)
@@ -149,7 +167,7 @@ def rate(engine: Engine, prompts: list[list[int]], num_tokens: int) -> float:
 
 def prompts_of(llm: LLM, num: int, args: argparse.Namespace, run_idx: int) -> list[list[int]]:
     if args.model is None:
-        made, vocab_size = random.Random(run_idx), CONFIGS[args.shape]["vocab_size"]
+        made, vocab_size = random.Random(run_idx), shape_of(args)["vocab_size"]
         return [[made.randrange(vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(num)]
     _, held_out = draft_prompts.split(draft_prompts.read(args.prompts), None)
     chosen = [held_out[(run_idx * num + i) % len(held_out)] for i in range(num)]
@@ -206,12 +224,13 @@ def compare(results: list[dict[str, Any]]) -> None:
                 of_rows["of_plain"] = round(share, 3)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--shape", choices=sorted(CONFIGS), default="Qwen3-8B", help="of random weights")
+    add("--tiny", action="store_true", help="a small shape, on the CPU, for a test of the script")
     add("--model", help="a trained model: a folder, a GGUF file or a Hub id")
     add("--head", type=Path, help="the folder of its head, with --model")
     add("--method", choices=("eagle3", "dflash"), default="eagle3", help="of the head")
@@ -226,14 +245,18 @@ def arguments() -> argparse.Namespace:
     add("--dtype", default="auto")
     add("--enforce-eager", action="store_true")
     add("--out", type=Path, required=True, help="file for the results")
-    args = parser.parse_args()
+    if parser.parse_known_args(given)[0].tiny:
+        parser.set_defaults(**TINY_OPTIONS)
+    args = parser.parse_args(given)
+    if args.tiny and args.model is not None:
+        parser.error("--tiny has random weights: leave out --model")
     if (args.model is None) != (args.head is None):
         parser.error("--model and --head need each other")
     return args
 
 
-def main() -> None:
-    args = arguments()
+def main(given: Sequence[str] | None = None) -> None:
+    args = arguments(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     cases = [one for one in CASES if args.cases is None or one.name in args.cases]
     if args.model is not None:
@@ -243,12 +266,13 @@ def main() -> None:
             Case(args.method, args.method, args.num, None, rows, (1.6, 0)),
         ]
     results: list[dict[str, Any]] = []
+    command = sys.argv[1:] if given is None else list(given)
     for case in cases:
         results.append(measure(case, args))
         compare(results)
         shown = {key: value for key, value in results[-1].items() if key != "profiles"}
         logger.info("%s", json.dumps(shown))
-        about = {"versions": versions(), "command": sys.argv[1:], "results": results}
+        about = {"versions": versions(), "command": command, "results": results}
         args.out.write_text(json.dumps(about, indent=1) + "\n")
 
 

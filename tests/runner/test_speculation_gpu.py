@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.structured import matcher
 from nanovllm.structured_params import StructuredOutputsParams
 from tests.conftest import save_tiny
-from tests.engines import assert_one_distribution, greedy, random_prompts, tokens
+from tests.engines import assert_one_distribution, greedy, random_prompts, save_tokenizer, tokens
 from tests.runner.heads import EagleCase
 from tests.runner.mtp_cases import CASES
 from tests.runner.test_dflash import save as save_dflash
@@ -55,7 +56,9 @@ METHODS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("target")
-    return save_tiny(folder, "qwen3", vocab_size=512, hidden_size=64, num_hidden_layers=4)
+    save_tiny(folder, "qwen3", vocab_size=512, hidden_size=64, num_hidden_layers=4)
+    save_tokenizer(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,31 @@ def test_answers_are_those_of_plain_decoding(
 def test_answers_are_those_without_a_layer_that_proposes(proposing_model: Path) -> None:
     speculative = {"method": "mtp", "num_speculative_tokens": 2}
     assert answers(proposing_model, speculative) == answers(proposing_model, None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_with_a_grammar_verify_drafts_with_masks_along_them(
+    method: str, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matcher, "SLOW_S", 1e9)  # however busy the machine is
+    forms = [StructuredOutputsParams(regex=one) for one in ("[^q]{30}", "[a-e]{9,20}")]
+    params = [
+        SamplingParams(
+            temperature=temperature, seed=4, max_tokens=25, ignore_eos=True, structured_outputs=form
+        )
+        for temperature in (0.0, 1.2) for form in forms
+    ]  # fmt: skip
+    params.append(greedy(25))
+    given = {"method": method.removesuffix("-own-head"), "num_speculative_tokens": NUM}
+    speculative = {**given, **METHODS[method](target, tmp_path / "draft")}
+    found = []
+    for options in ({}, {"speculative_config": speculative}):
+        llm = LLM(str(target), **SIZES, tuning={"adapt_draft_length": False}, **options)
+        found.append(tokens(llm, PROMPTS, params))
+        counts = llm.engine.scheduler.counts
+        assert not options or (counts.num_drafts and not counts.num_undrafted)
+        llm.close()
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("adapts", [False, True])

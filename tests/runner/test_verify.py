@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.runner.steps import Steps
 from nanovllm.schedule.plan import LogitEdits, StepPlan
 from nanovllm.schedule.request import Request
 from tests.engines import assert_all_free, drain, greedy, random_prompts
@@ -158,3 +160,28 @@ def test_each_rows_and_tokens_bucket_is_captured_once(drafting: LLM) -> None:
         (rows, 1 + num) for rows in (1, 5) for num in DRAFTS
     }
     assert runner.compiler.sealed and runner.compiler.strict, "a compile from here on is an error"
+
+
+def test_tokens_are_rows_of_the_kernels_of_plain_steps_on_a_cpu(
+    make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many they are: the attention of prompts has other sums, which change codes of 8 bits
+    and with them answers."""
+    seen: list[tuple[str, int]] = []
+    layers = Steps._layers
+
+    def noting(self: Steps, phase: str, h_TD: Tensor, *rest: Any) -> Tensor:
+        seen.append((phase, len(h_TD)))
+        return layers(self, phase, h_TD, *rest)
+
+    llm = make_llm(draft_lengths=DRAFTS, max_num_seqs=16, device="cpu")
+    prompts = random_prompts([5] * 16, seed=9)
+    engine = llm.engine
+    plain = [one["token_ids"] for one in llm.generate(prompts, greedy(8), use_tqdm=False)]
+    monkeypatch.setattr(Steps, "_layers", noting)
+    answers = dict(zip(map(tuple, prompts), plain))
+    engine.propose = lambda one: answers[tuple(one.prompt_ids)][len(one.output_ids) :]
+    found = [one["token_ids"] for one in llm.generate(prompts, greedy(8), use_tqdm=False)]
+    assert found == plain
+    assert ("decode", 64) in seen and not any(phase == "verify" for phase, _ in seen)
+    llm.close()

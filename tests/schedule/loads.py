@@ -166,6 +166,7 @@ class SlowMask:
 
     is_ready: bool = True
     is_ended: bool = False
+    is_slow: bool = False
     error: str | None = None
     num_forced: int = 0
 
@@ -274,6 +275,8 @@ class RandomLoad:
             if isinstance(one.constraint, SlowMask):
                 one.constraint.is_ready = rng.random() < 0.5
                 one.constraint.num_forced = rng.choice([0, 0, 1, 4, 9])
+                one.constraint.is_slow = rng.random() < 0.1
+                one.drafts = [5] * s.num_drafts
             if len(one.output_ids) == one.max_output:
                 s.finish(one, "length")
 

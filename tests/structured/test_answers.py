@@ -339,6 +339,8 @@ def test_constrained_rows_verify_forced_tokens_and_those_beside_them_proposals(
     llm.engine.propose = lambda request: request.prompt_ids[:2]
     plans = plans_of(llm, monkeypatch)
     assert answers(llm, asked) == expected
+    assert llm.tokenizer is not None
+    proposed = llm.tokenizer.encode(PROMPT)[:2]
     steps = [plan for plan in plans if not plan.is_prefill]
     masked = [plan for plan in steps if plan.sampling.masked]
     free = [[num for row, num in enumerate(plan.num_tokens) if row not in plan.sampling.masked]
@@ -347,9 +349,9 @@ def test_constrained_rows_verify_forced_tokens_and_those_beside_them_proposals(
     fed = [
         plan.proposed(row) for plan in masked for row in plan.sampling.masked if len(plan.token_T)
     ]
-    assert any(fed) and PROMPT[:2] not in fed
+    assert proposed in fed, "where a grammar forces nothing else"
     counts = llm.engine.scheduler.counts
-    assert 0 < counts.num_forced_tokens == sum(map(len, fed))
+    assert 0 < counts.num_forced_tokens < sum(map(len, fed))
 
 
 def test_an_error_in_a_step_leaves_answers_as_they_are(
