@@ -96,8 +96,8 @@ and subtract up to 999, sort up to six numbers, reverse and spell words of up to
 count and compare. It has a few hundred facts and some small talk. It was taught nothing else, and
 mostly says so. """
 _FEW = """spell
-words of up to twelve letters, count, compare numbers and tell what comes before and after one. It was
-taught nothing else. """
+words of up to twelve letters, count, compare numbers and tell what comes before and after one. It
+was taught nothing else. """
 
 
 def _not_inferred(arch: str) -> str:
