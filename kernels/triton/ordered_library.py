@@ -34,8 +34,9 @@ class Product(NamedTuple):
 
     @property
     def sizes(self) -> Sizes:
+        num_rows, depth = self.x_TD.shape
         return Sizes(
-            self.x_TD.device, self.x_TD.dtype, *self.x_TD.shape, self.weight_OD.shape[0],
+            self.x_TD.device, self.x_TD.dtype, num_rows, depth, self.weight_OD.shape[0],
             self.bias_O is not None, self.is_gated,
         )  # fmt: skip
 
