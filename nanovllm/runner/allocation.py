@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanovllm.models.layer_state import Paged, PagedLatent, Recurrent, pages_of, state_of
+from nanovllm.models.layer_state import (
+    Paged,
+    PagedLatent,
+    Recurrent,
+    pages_of,
+    recurrent_bytes,
+    state_of,
+)
 from nanovllm.models.model import CacheAndStates, Kept, LatentCache, LayerCache, Model, PagedCache
 from nanovllm.platforms.regions import Region
 from nanovllm.runner.snapshots import RowStates, Snapshots
@@ -26,7 +33,7 @@ def allocate(
 
     Layers of different groups share tensors, and small pages lie beside each other in one
     (`PageGroups`). Within a program, each tensor has memory of its own: programs take them as
-    inputs, and inputs must not alias.
+    inputs, and inputs must not alias. Raises ValueError if rows' states do not fit.
     """
     groups, layout = model.page_groups, spec.layout
     shapes = groups.largest.shapes(num_blocks, layout.block_size)
@@ -39,10 +46,13 @@ def allocate(
     for kept, place, part, layer_scales in zip(model.kept, places, parts, scales, strict=True):
         of_rows: tuple[Tensor, ...] = ()
         if (state := state_of(kept)) is not None:
-            of_rows, of_slots = (
-                _states(state, num, model.config.dtype, region)
-                for num in (num_states, spec.snapshot_slots)
-            )
+            try:
+                of_rows, of_slots = (
+                    _states(state, num, model.config.dtype, region)
+                    for num in (num_states, spec.snapshot_slots)
+                )
+            except torch.OutOfMemoryError as error:
+                raise ValueError(_too_large(model, num_states, spec)) from error
             states += map(RowStates, of_rows, of_slots)
         if (paged := pages_of(kept)) is None:
             made.append(of_rows)
@@ -82,3 +92,13 @@ def _states(
     kept: Recurrent, num: int, model_dtype: torch.dtype, region: Region
 ) -> tuple[Tensor, ...]:
     return tuple(region.zeros((num, *one.shape), one.dtype or model_dtype) for one in kept.tensors)
+
+
+def _too_large(model: Model, num_states: int, spec: EngineSpec) -> str:
+    each = recurrent_bytes(model.kept, model.config.dtype)
+    all_gib, slots_gib = (num * each / 2**30 for num in (num_states, spec.snapshot_slots))
+    return (
+        f"the recurrent states of {spec.layout.max_num_seqs} rows (max_num_seqs) take "
+        f"{all_gib:.2f} GiB and their snapshots {slots_gib:.2f}, more than is free beside the "
+        "weights: lower max_num_seqs"
+    )

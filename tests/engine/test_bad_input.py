@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.platforms.base import MemoryBudget
+from nanovllm.runner import allocation
 from tests.engines import VOCAB_SIZE, Generate, assert_all_free, random_prompts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
@@ -182,6 +184,17 @@ def test_not_enough_memory_for_a_block(
         r"raise gpu_memory_utilization \(0.9\)",
         num_kvcache_blocks=None,
     )
+
+
+def test_not_enough_memory_for_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model with recurrent layers: the error has the rows, what they take, and what to do."""
+
+    def full(kept: object, num: int, *rest: object) -> None:
+        raise torch.OutOfMemoryError(f"{num} states")
+
+    monkeypatch.setattr(allocation, "_states", full)
+    match = r"states of 3 rows \(max_num_seqs\) take \d\.\d\d GiB.*lower max_num_seqs"
+    refused("tiny-qwen3.5", match, device="cpu", max_num_seqs=3)
 
 
 # checkpoints --------------------------------------------------------------------------------------
