@@ -138,7 +138,7 @@ def _start_again(fleet: Fleet, event: Event, to_clients: Sequence[socket.socket]
         except ValueError as error:
             failure = error
     if failure is not None:
-        logger.error("a replica failed, its requests end with an error: %s", failure)
+        logger.error("a replica failed: %s", failure)
         with handover.new_sockets(to_clients, replica.index) as descriptors:
             fleet.restart(replica, failure, descriptors)
 
