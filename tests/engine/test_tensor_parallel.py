@@ -224,11 +224,6 @@ def test_too_many_ranks_for_the_heads(folder: Path) -> None:
         make(folder, 3)
 
 
-def test_sleep_is_refused(two: LLM) -> None:
-    with pytest.raises(ValueError, match="sleep is not supported with tensor_parallel_size=2"):
-        two.sleep()
-
-
 def test_ctrl_c_ends_a_call_and_leaves_no_rank(folder: Path) -> None:
     """In a process of its own: one interrupt in the middle of an answer, then the end."""
     program = f"""
