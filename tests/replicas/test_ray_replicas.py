@@ -379,7 +379,7 @@ def test_folders_of_this_process_have_full_paths_elsewhere(
 
 
 def test_the_loss_of_a_node_and_of_an_actor_end_only_what_they_have_begun(
-    alone: LLM, two: LLM, two_nodes: Any, capfd: pytest.CaptureFixture[str]
+    alone: LLM, two: LLM, two_nodes: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It ends a node for good, then stops the actor on the other one, which starts again. The
     node's engine is paused before, so that it cannot finish while its node ends."""
@@ -415,7 +415,7 @@ def test_the_loss_of_a_node_and_of_an_actor_end_only_what_they_have_begun(
     os.kill(actor, signal.SIGSTOP)
     # both are started again; one of them has no place, and the requests wait for the other
     assert tokens(two, prompts, greedy(5)) == [one[:5] for one in expected]
-    assert "has not responded for 8 s" in capfd.readouterr().err
+    assert "has not responded for 8 s" in caplog.text
     wait_until(lambda: actor not in relays() and not Path(f"/proc/{engine}").exists())
     two.close()
     wait_until(lambda: not relays() and not groups_in_use())
