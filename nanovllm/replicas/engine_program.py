@@ -99,11 +99,12 @@ def serve_replicas(
     from nanovllm.replicas.messages import READY
     from nanovllm.replicas.replica import Event, ReplicaFailed
 
-    fleet = Fleet(ProcessStarter(config), config.data_parallel_size, clients)
-    for descriptor in chain.from_iterable(clients):
-        os.close(descriptor)  # a replica's end is that of its sockets
+    fleet = Fleet(ProcessStarter(config), config.data_parallel_size)
     to_clients = [socket.socket(fileno=one) for one in parents]
     try:
+        fleet.start(clients)
+        for descriptor in chain.from_iterable(clients):
+            os.close(descriptor)  # a replica's end is that of its sockets
         channel.send(READY)
 
         def listen() -> None:

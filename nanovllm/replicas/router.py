@@ -74,6 +74,16 @@ class Router:
         self._owner = OwnerProcess()
         self._fleet = Fleet(starter, config.data_parallel_size)
         self.replicas, self._inbox = self._fleet.replicas, self._fleet.inbox
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        """Start the replicas, and what depends on what they say of themselves."""
+        config = self.config
+        self._fleet.start()
         self.tokenizer, infos = self._fleet.tokenizer, self._fleet.infos
         max_num_seqs = sum(one.max_num_seqs for one in infos)
         self.info: EngineInfo = replace(infos[0], max_num_seqs=max_num_seqs)

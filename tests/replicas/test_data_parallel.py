@@ -26,7 +26,9 @@ from nanovllm.engine.request import MediaPrompt
 from nanovllm.parallel.channel import Channel, ChannelClosed, channel_pair
 from nanovllm.replicas import messages
 from nanovllm.replicas.loop import Loop
+from nanovllm.replicas.machine import ProcessStarter
 from nanovllm.replicas.messages import Add
+from nanovllm.replicas.process_replica import ProcessReplica
 from nanovllm.runner.encoders import MMItem
 from nanovllm.schedule.request import MMSpan
 from tests.conftest import save_tiny
@@ -444,14 +446,32 @@ def test_a_script_that_ends_leaves_no_process(folder: Path, tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
-def test_interrupt_while_replicas_start_leaves_nothing(folder: Path) -> None:
-    threads, processes = threading.active_count(), children()
-    timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
+@pytest.mark.parametrize("when", ["first", "second", "waiting"])
+def test_interrupt_while_replicas_start_leaves_nothing(
+    when: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as one has started, which nothing refers to yet, or while both load."""
+    threads = set(threading.enumerate())
+    start = ProcessStarter.start
+    started: list[int] = []
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupted(self: ProcessStarter, *args: Any, **options: Any) -> ProcessReplica:
+        replica = start(self, *args, **options)
+        started.append(replica.pid)
+        if when == ("first", "second")[len(started) - 1]:
+            os.kill(os.getpid(), signal.SIGINT)
+        elif len(started) == 2:
+            timer.start()
+        return replica
+
+    monkeypatch.setattr(ProcessStarter, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(folder, 2)
-    assert threading.active_count() <= threads
-    assert children() <= processes
+    if when == "waiting":
+        timer.join()
+    assert len(started) == (1 if when == "first" else 2) and not any(map(is_alive, started))
+    assert not [one for one in threading.enumerate() if one not in threads and one.name == "ranks"]
 
 
 def test_a_replica_that_cannot_start_is_an_error(folder: Path, tmp_path: Path) -> None:
