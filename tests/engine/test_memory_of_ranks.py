@@ -111,11 +111,28 @@ def test_each_rank_offloads_its_part_of_the_experts(architecture: str, tmp_path:
             assert tokens(two, prompts(101), greedy(12)) == tokens(
                 resident, prompts(101), greedy(12)
             )
-            counts = two.engine.runner.expert_counts()
-            assert any(counts)
+            assert any(two.engine.runner.expert_counts())
         finally:
             resident.close()
             two.close()
+
+
+def test_offloaded_experts_of_ranks_in_graphs(tmp_path: Path, bare_store: Path) -> None:
+    """With slots that all layers share, and experts that are predicted."""
+    folder = save_tiny(tmp_path / "model", "mixtral", vocab_size=101, **EXPERTS["mixtral"])
+    graphs = {"enforce_eager": False, "graph_batch_sizes": [4], "compile_cache": str(bare_store)}
+    alone = make(folder, 1)
+    expected = tokens(alone, prompts(101), greedy(12))
+    expert_bytes = 3 * 64 * alone.engine.runner.cfg.moe.expert_size * 4 // 2
+    alone.close()
+    prefetch = {"tuning": {"expert_prefetch": True}}
+    two = make(folder, 2, expert_offload=f"{3 * expert_bytes}B", **graphs, **prefetch)
+    try:
+        plan = two.engine.runner.spec.offload
+        assert plan is not None and plan.is_shared and plan.num_slots == 3
+        assert tokens(two, prompts(101), greedy(12)) == expected
+    finally:
+        two.close()
 
 
 def test_a_budget_of_bytes_is_that_of_each_rank(tmp_path: Path) -> None:
