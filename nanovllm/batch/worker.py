@@ -55,7 +55,7 @@ class WorkerSettings:
 def load_engine(config: EngineConfig) -> LockedEngine:
     """Load a model and warm up, or replicas of it. A lost replica's rows are answered again. Raises
     what `load` raises."""
-    engine = open_engine(config, retries=True)
+    engine = open_engine(config)
     from nanovllm.engine.locked_engine import LockedEngine  # imports torch
 
     return LockedEngine(engine)

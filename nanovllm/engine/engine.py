@@ -175,11 +175,6 @@ class Engine:
         level, while requests are unfinished, and without enable_sleep_mode where that is needed.
         """
         self._check_open()
-        if self.config.tensor_parallel_size > 1:
-            size = self.config.tensor_parallel_size
-            raise ValueError(
-                f"sleep is not supported with tensor_parallel_size={size}, only with 1"
-            )
         num_unfinished = len(self._answers.requests)
         if num_unfinished:
             raise ValueError(

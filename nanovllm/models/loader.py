@@ -287,9 +287,10 @@ def random(model: Model, target: Target, seed: int, progress: Progress) -> Any:
         if param.kind in ("norm", "bias"):
             return taken(shard, param, weight.fill_(float(param.kind == "norm")))
         weight.normal_(0.0, RANDOM_STD, generator=generator)
+        weight = taken(shard, param, weight)
         if isinstance(place, Offloader) and param.kind == "experts":
-            return place.empty(param.shape, weight.dtype).copy_(weight)
-        return converted(model, param, taken(shard, param, weight))
+            return place.empty(weight.shape, weight.dtype).copy_(weight)
+        return converted(model, param, weight)
 
     return build(model, draw, progress, place)
 
@@ -305,9 +306,10 @@ def undefined(model: Model, target: Target) -> Any:
         if param.kind == "places":
             return shard.places(*param.shape).to(device)
         weight = torch.empty(param.shape, dtype=param.dtype or model.config.dtype, device=device)
+        weight = taken(shard, param, weight)
         if isinstance(place, Offloader) and param.kind == "experts":
-            return place.empty(param.shape, weight.dtype)
-        return empty(model, param, taken(shard, param, weight))
+            return place.empty(weight.shape, weight.dtype)
+        return empty(model, param, weight)
 
     return build(model, make, lambda _: None, place, empty)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanovllm.parallel.channel import ChannelClosed
+from nanovllm.parallel.errors import RankFailed, RankRefused
 from nanovllm.parallel.folder import PrivateFolder
 from nanovllm.parallel.rank_handle import RankProcess
 from nanovllm.parallel.serve import ANSWER, CONNECTED, ERROR
@@ -27,39 +28,9 @@ GRACE_SECONDS = 3.0
 CLOSE_SECONDS = 3.0  # for ranks to exit
 
 
-class RankFailed(RuntimeError):
-    """A rank has ended, hangs, or raised an error that the others did not.
-
-    what: the rank's name and how it failed. details: texts of errors and output, which may contain
-    paths and prompts.
-    """
-
-    def __init__(self, what: str, details: str = "") -> None:
-        super().__init__(what, details)
-        self.what, self.details = what, details
-
-    def __str__(self) -> str:
-        return self.what + self.details
-
-
-class RankRefused(ValueError):
-    """A rank refused user input: its name and the text of its ValueError."""
-
-    def __init__(self, name: str, text: str) -> None:
-        super().__init__(name, text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return ": ".join(self.args)
-
-
-def without_name(error: Exception) -> Exception:
-    """The error of a process that is the only rank: a user's mistake without its name."""
-    return ValueError(error.text) if isinstance(error, RankRefused) else error
-
-
 class RpcError(NamedTuple):
-    """The error of a handler: its type, its text, and whether it is a user's mistake."""
+    """The error of a handler: its type, or what has failed (`RankFailed.what`), its text, and
+    whether it is a user's mistake."""
 
     kind: str
     text: str
@@ -70,7 +41,7 @@ class RpcError(NamedTuple):
         ValueError."""
         if self.is_mistake:
             return RankRefused(name, self.text)
-        return RankFailed(f"{name}: {self.kind}", f": {self.text}")
+        return RankFailed(f"{name}: {self.kind}", f": {self.text}" if self.text else "")
 
 
 class Rpc:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from nanovllm.parallel.channel import ChannelClosed
-from nanovllm.parallel.monitor import Monitor, RankFailed, Rpc, RpcError
+from nanovllm.parallel.errors import RankFailed
+from nanovllm.parallel.monitor import Monitor, Rpc, RpcError
 from nanovllm.parallel.serve import ASKS
 
 Result = TypeVar("Result")
@@ -139,7 +140,7 @@ class WorkerGroup:
 
     def fail(self, error: Exception) -> None:
         """Kill all ranks because this process failed during a collective operation."""
-        self._watch.fail(RankFailed(f"rank 0: {type(error).__name__}: {error}"))
+        self._watch.fail(RankFailed(f"rank 0: {type(error).__name__}", f": {error}"))
 
     def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
         """Call it with the failure, in another thread, when the ranks fail; at once if they have.

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from nanovllm import env, programs
 from nanovllm.parallel.channel import Channel, ChannelClosed
+from nanovllm.parallel.errors import RankFailed
 
 BEAT_SECONDS = 1.0
 
@@ -103,7 +104,10 @@ def serve(channel: Channel, handlers: Mapping[str, Handler]) -> None:
 def error_bytes(error: Exception) -> bytes:
     """The payload of an ERROR."""
     is_mistake = isinstance(error, ValueError)
-    return json.dumps([type(error).__name__, str(error), is_mistake]).encode()
+    kind, text = type(error).__name__, str(error)
+    if isinstance(error, RankFailed):  # of ranks that this process has started
+        kind, text = error.what, error.details.removeprefix("; ")
+    return json.dumps([kind, text, is_mistake]).encode()
 
 
 def _beat(fd: int) -> None:

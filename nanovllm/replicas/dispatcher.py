@@ -43,13 +43,12 @@ class Pending:
 class Dispatcher:
     """Sends requests to the replicas of a fleet.
 
-    A lost replica is started again. Requests wait meanwhile if no other replica is left. With
-    `retries` those that it has worked on are tried again unless some of their tokens are known
-    already: see `Suspects`.
+    A lost replica is started again. Requests wait meanwhile if no other replica is left. Those that
+    it has worked on are tried again unless some of their tokens are known already: see `Suspects`.
     """
 
-    def __init__(self, fleet: Fleet, *, retries: bool) -> None:
-        self._fleet, self._retries = fleet, retries
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
         self.pending: dict[int, Pending] = {}
         self._places = [Place(one.num_blocks) for one in fleet.infos]
         self._waiting: list[int] = []
@@ -65,8 +64,6 @@ class Dispatcher:
         while usable:
             index = choose(self._places, usable, parcel.digests, parcel.cost)
             if self._give(pending, parcel, index):
-                if not self._retries:
-                    pending.parcel = None
                 return
             usable.remove(index)
         self._waiting.append(request_id)
@@ -105,7 +102,7 @@ class Dispatcher:
     def lost(self, replica: Replica, failure: Exception) -> dict[int, str]:
         """Start a failed replica again. Returns which of its requests end, and why."""
         own = {one: found for one, found in self.pending.items() if found.replica is replica}
-        retried = [one for one, found in own.items() if self._retries and not found.row.token_ids]
+        retried = [one for one, found in own.items() if not found.row.token_ids]
         ending = {one: str(failure) for one in own}
         for request_id in retried:
             del ending[request_id]

@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from nanovllm.replicas.replica import Starter
 
 
-def open_engine(config: EngineConfig, *, retries: bool = False) -> AnyEngine:
-    """A warm engine, or several replicas of one behind a router, which gets `retries`. Errors are
-    those of `load`."""
+def open_engine(config: EngineConfig) -> AnyEngine:
+    """A warm engine, or several replicas of one behind a router. Errors are those of `load`."""
     if not config.replicas_option:
         return one_engine(config)
     from nanovllm.replicas.router import Router
 
-    return Router(config, _starter(config), retries=retries)
+    return Router(config, _starter(config))
 
 
 def _starter(config: EngineConfig) -> Starter:

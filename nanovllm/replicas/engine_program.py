@@ -99,11 +99,12 @@ def serve_replicas(
     from nanovllm.replicas.messages import READY
     from nanovllm.replicas.replica import Event, ReplicaFailed
 
-    fleet = Fleet(ProcessStarter(config), config.data_parallel_size, clients)
-    for descriptor in chain.from_iterable(clients):
-        os.close(descriptor)  # a replica's end is that of its sockets
+    fleet = Fleet(ProcessStarter(config), config.data_parallel_size)
     to_clients = [socket.socket(fileno=one) for one in parents]
     try:
+        fleet.start(clients)
+        for descriptor in chain.from_iterable(clients):
+            os.close(descriptor)  # a replica's end is that of its sockets
         channel.send(READY)
 
         def listen() -> None:
@@ -138,7 +139,7 @@ def _start_again(fleet: Fleet, event: Event, to_clients: Sequence[socket.socket]
         except ValueError as error:
             failure = error
     if failure is not None:
-        logger.error("a replica failed, its requests end with an error: %s", failure)
+        logger.error("a replica failed: %s", failure)
         with handover.new_sockets(to_clients, replica.index) as descriptors:
             fleet.restart(replica, failure, descriptors)
 

@@ -7,13 +7,18 @@ import logging
 import queue
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nanovllm import hub, progress
 from nanovllm.config import EngineConfig
 from nanovllm.engine.request import EngineInfo
+from nanovllm.parallel.ranks import deferred_interrupts
 from nanovllm.replicas import messages
 from nanovllm.replicas.replica import Inbox, Replica, ReplicaFailed, Starter
 from nanovllm.startup.ranks import checkpoint_digest
+
+if TYPE_CHECKING:
+    from nanovllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -23,33 +28,35 @@ MAX_LOSSES, STEADY_S = 8, 600.0
 
 
 class Fleet:
-    """All replicas of an engine, warm. inbox: their messages and failures. infos: what they say of
-    themselves.
+    """All replicas of an engine, warm after `start`. inbox: their messages and failures. infos:
+    what they say of themselves.
 
     A lost replica is started again in its place: `replicas` then has another object there, which
     is ready once `begin` has taken its first message.
     """
 
-    def __init__(
-        self, starter: Starter, num: int, clients: Sequence[Sequence[int]] | None = None
-    ) -> None:
-        """Start all replicas and wait. clients: per replica, descriptors of its clients' sockets.
+    tokenizer: Tokenizer | None
+    infos: list[EngineInfo]
 
-        Raises the first failure, and ValueError if replicas would give different answers.
-        """
+    def __init__(self, starter: Starter, num: int) -> None:
+        """Starts nothing. `close` it also if `start` raises."""
         self.replicas: list[Replica] = []
         self.inbox: Inbox = queue.SimpleQueue()
         self._starter = starter
         self._num_losses, self._lost_at = [0] * num, [0.0] * num
-        try:
-            for index in range(num):
-                of_clients = () if clients is None else clients[index]
-                self.replicas.append(starter.start(index, self.inbox, of_clients))
-            self.tokenizer = starter.tokenizer()
-            self.infos = infos_of(self.replicas, self.inbox)
-        except BaseException:
-            self.close()
-            raise
+
+    def start(self, clients: Sequence[Sequence[int]] | None = None) -> None:
+        """Start all replicas and wait. clients: per replica, descriptors of its clients' sockets.
+
+        Raises the first failure, and ValueError if replicas would give different answers.
+        """
+        for index in range(len(self._num_losses)):
+            of_clients = () if clients is None else clients[index]
+            # a replica that is not in the list yet would not be closed
+            with deferred_interrupts():
+                self.replicas.append(self._starter.start(index, self.inbox, of_clients))
+        self.tokenizer = self._starter.tokenizer()
+        self.infos = infos_of(self.replicas, self.inbox)
         for replica in self.replicas:
             replica.is_ready = True
 

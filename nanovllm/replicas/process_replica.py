@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from nanovllm.parallel.monitor import RankFailed
+from nanovllm.parallel.errors import RankFailed
 from nanovllm.parallel.ranks import WorkerGroup
 from nanovllm.replicas import messages
 from nanovllm.replicas.replica import Event, Inbox, Replica, ReplicaFailed

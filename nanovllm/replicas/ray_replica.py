@@ -121,8 +121,9 @@ class RayReplica(Replica):
         if name != ERROR:
             self._inbox.put(Event(self, name, payload))
             return
-        _, text, is_mistake = json.loads(payload)
-        self._fail(ValueError(text) if is_mistake else ReplicaFailed(text))
+        kind, text, is_mistake = json.loads(payload)
+        words = f"{kind}: {text}" if text else kind
+        self._fail(ValueError(text) if is_mistake else ReplicaFailed(words))
 
     def _fail(self, failure: Exception) -> None:
         """Report the first failure, unless the router is closing the replica."""

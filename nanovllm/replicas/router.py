@@ -58,13 +58,12 @@ class Router:
     """`data_parallel_size` engines in other processes, with the interface of one (`AnyEngine`).
 
     Use it from one thread at a time (`LockedEngine`). A request runs on one replica from its
-    beginning to its end. A replica that fails is started again, and ends its requests with an
-    error; the others go on. With `retries` its requests are tried again instead, unless tokens of
-    them have come (`Dispatcher`). Requests get the ids, and so the seeds, that one engine would
-    give them.
+    beginning to its end. A replica that fails is started again; the others go on. Its requests are
+    tried again, or end with an error if tokens of them have come (`Dispatcher`). Requests get the
+    ids, and so the seeds, that one engine would give them.
     """
 
-    def __init__(self, config: EngineConfig, starter: Starter, *, retries: bool = False) -> None:
+    def __init__(self, config: EngineConfig, starter: Starter) -> None:
         """Start all replicas and wait until they are warm. Errors are those of `load`, and
         ReplicaFailed."""
         self.config = config
@@ -73,9 +72,18 @@ class Router:
         self._num_added = 0
         self._is_closed = False
         self._owner = OwnerProcess()
-        self._retries = retries
         self._fleet = Fleet(starter, config.data_parallel_size)
         self.replicas, self._inbox = self._fleet.replicas, self._fleet.inbox
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        """Start the replicas, and what depends on what they say of themselves."""
+        config = self.config
+        self._fleet.start()
         self.tokenizer, infos = self._fleet.tokenizer, self._fleet.infos
         max_num_seqs = sum(one.max_num_seqs for one in infos)
         self.info: EngineInfo = replace(infos[0], max_num_seqs=max_num_seqs)
@@ -83,7 +91,7 @@ class Router:
         self.default_params = SamplingParams(**self.info.default_params)
         self.eos_ids = frozenset(self.info.eos_ids)
         self.metrics = _RouterMetrics(self.replicas)
-        self._dispatcher = Dispatcher(self._fleet, retries=retries)
+        self._dispatcher = Dispatcher(self._fleet)
         self._pending = self._dispatcher.pending
         self._intake = InputProcessor.of(config, self.tokenizer, self.info)
         self._preparing: dict[int, Ask] = {}  # requests whose media are prepared
@@ -287,7 +295,7 @@ class Router:
     def advance(self) -> None:
         """Take what the replicas have sent; if there is nothing, wait for some milliseconds.
 
-        With `retries` it raises ReplicaFailed once no replica is left.
+        Raises ReplicaFailed once no replica is left.
         """
         self._check_open()
         with deferred_interrupts():
@@ -301,7 +309,7 @@ class Router:
             if self._preparing:
                 self._send_prepared()
             if self._fleet.is_lost:
-                self._end_all()
+                raise ReplicaFailed(self._no_replica)
             self._dispatcher.give_out()
 
     def take(self, request_ids: Container[int] | None = None) -> list[OutputDelta]:
@@ -371,6 +379,8 @@ class Router:
         if pending is None:
             return  # it was aborted in the meantime
         pending.row.extend(row)
+        if row.token_ids:
+            pending.parcel = None  # it is not tried again
         if row.done is not None:
             self._finish(row.request_id)
             if pending.replica is not None:
@@ -403,13 +413,6 @@ class Router:
     def _lose(self, replica: Replica, failure: Exception) -> None:
         for request_id, reason in self._dispatcher.lost(replica, failure).items():
             self._fail(request_id, reason)
-
-    def _end_all(self) -> None:
-        """End the requests that wait for a replica, since none is left."""
-        if self._retries:
-            raise ReplicaFailed(self._no_replica)
-        for request_id in list(self._pending):
-            self._fail(request_id, self._no_replica)
 
     @property
     def _no_replica(self) -> str:

@@ -27,7 +27,7 @@ from nanovllm.models.model import Model, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.models.shards import Shard
 from nanovllm.platforms.base import MemoryBudget, Platform
-from nanovllm.platforms.regions import Region
+from nanovllm.platforms.regions import Place, Region
 from nanovllm.runner import vocab_parallel
 from nanovllm.runner.adapter_store import AdapterStore
 from nanovllm.runner.allocation import allocate
@@ -41,6 +41,7 @@ from nanovllm.runner.mm_embeds import MMEmbedInputs, fill
 from nanovllm.runner.no_grad import in_group, without_grad
 from nanovllm.runner.persistent import PersistentSteps
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs, read_logprobs
+from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import Span, new_state
 from nanovllm.runner.state_update import write
@@ -139,6 +140,10 @@ class Runner:
         """The experts of layers whose experts are in the host's memory."""
         stored = (getattr(layer, "experts", None) for layer in self.params.layers)
         return [one for one in stored if isinstance(one, Offloaded)]
+
+    def sleeper(self, weights: Region, reload: Callable[[Place], object]) -> Sleeper:
+        """What puts these weights and the cache to sleep."""
+        return Sleeper(weights, self.cache_region, reload)
 
     def expert_counts(self) -> list[int]:
         """The counters of all layers together, in the order of `COUNTERS`. Waits for the device."""

@@ -30,11 +30,7 @@ class Sleeper:
 
         Raises ValueError for another level, and on a device that cannot give memory back.
         """
-        if level not in LEVELS:
-            raise ValueError(
-                f"level is {level!r}: it must be 1 (weights move to the host) or 2 (weights are "
-                "dropped)"
-            )
+        check_level(level)
         # first, since the host may run out of memory
         self._weights.drop(keep=level == 1)
         self.asleep.add(WEIGHTS)
@@ -47,7 +43,7 @@ class Sleeper:
         Raises ValueError for an unknown name, torch.OutOfMemoryError, and what reading the weights
         raises. The part then stays asleep.
         """
-        wanted = self._checked(tags) & self.asleep
+        wanted = checked_parts(tags) & self.asleep
         if WEIGHTS in wanted:  # before the cache: reading weights takes extra memory
             self._wake_weights()
             self.asleep.discard(WEIGHTS)
@@ -76,13 +72,24 @@ class Sleeper:
             self._weights.drop(keep=False)
             raise
 
-    def _checked(self, tags: Iterable[str] | None) -> set[str]:
-        if tags is None:
-            return set(PARTS)
-        if isinstance(tags, str) or not isinstance(tags, Iterable):
-            raise ValueError(f"tags is {tags!r}: it must be a list of {' or '.join(PARTS)}")
-        wanted = list(tags)
-        for tag in wanted:
-            if tag not in PARTS:
-                raise ValueError(f"tags holds {tag!r}: it may hold {' and '.join(PARTS)}")
-        return set(wanted)
+
+def check_level(level: int) -> None:
+    """Raise ValueError unless it is a level of sleep."""
+    if level not in LEVELS:
+        raise ValueError(
+            f"level is {level!r}: it must be 1 (weights move to the host) or 2 (weights are "
+            "dropped)"
+        )
+
+
+def checked_parts(tags: Iterable[str] | None) -> set[str]:
+    """The names of parts, of all for None. Raises ValueError for an unknown name."""
+    if tags is None:
+        return set(PARTS)
+    if isinstance(tags, str) or not isinstance(tags, Iterable):
+        raise ValueError(f"tags is {tags!r}: it must be a list of {' or '.join(PARTS)}")
+    wanted = list(tags)
+    for tag in wanted:
+        if tag not in PARTS:
+            raise ValueError(f"tags holds {tag!r}: it may hold {' and '.join(PARTS)}")
+    return set(wanted)

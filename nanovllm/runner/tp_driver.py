@@ -20,9 +20,11 @@ from torch import Tensor
 
 from nanovllm import wire
 from nanovllm.parallel.ranks import WorkerGroup, deferred_interrupts
+from nanovllm.platforms.regions import Place, Region
 from nanovllm.runner.async_output import AsyncOutput
 from nanovllm.runner.encoders import MMItem
 from nanovllm.runner.runner import Runner
+from nanovllm.runner.sleep import Sleeper, check_level, checked_parts
 from nanovllm.schedule.plan import LogitEdits, StepPlan
 
 GROUP_BYTES = 1 << 27  # of patches or mel features in one message
@@ -35,6 +37,8 @@ _load_embeddings = wire.decoder(tuple[str, wire.Array])
 _load_media = wire.decoder(list[tuple[str, wire.Array, tuple[int, ...], str]])
 _load_keys = wire.decoder(list[str])
 _load_rows = wire.decoder(tuple[int, list[int]])
+_load_level = wire.decoder(int)
+_load_parts = wire.decoder(list[str])
 
 
 class TPWorkers(Protocol):
@@ -43,6 +47,27 @@ class TPWorkers(Protocol):
     @property
     def ranks(self) -> WorkerGroup: ...
     def close(self) -> None: ...
+
+
+class TPSleeper(Sleeper):
+    """The first rank's sleeper: all ranks free and take back their memory, and read their weights,
+    at the same time. If only some can, that ends them all."""
+
+    def __init__(self, *args: Any, ranks: WorkerGroup) -> None:
+        super().__init__(*args)
+        self._ranks = ranks
+
+    def sleep(self, level: int) -> None:
+        check_level(level)
+        self._on_all("sleep", int(level), partial(super().sleep, level))
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> None:
+        parts = sorted(checked_parts(tags))
+        self._on_all("wake_up", parts, partial(super().wake_up, parts))
+
+    def _on_all(self, name: str, argument: object, own: Callable[[], None]) -> None:
+        with deferred_interrupts():
+            self._ranks.call_all(name, wire.dump(argument), own)
 
 
 class TPDriver(Runner):
@@ -55,6 +80,9 @@ class TPDriver(Runner):
         # at the interpreter's exit captured graphs must end before the group that is in them
         self._at_exit = partial(_close, weakref.ref(self))
         atexit.register(self._at_exit)
+
+    def sleeper(self, weights: Region, reload: Callable[[Place], object]) -> Sleeper:
+        return TPSleeper(weights, self.cache_region, reload, ranks=self.ranks)
 
     def launch(self, plan: StepPlan) -> AsyncOutput:
         """See `Runner.launch`. An error leaves the ranks with different states and ends them."""
@@ -145,7 +173,7 @@ def _close(found: weakref.ref[TPDriver]) -> None:
         runner.close()
 
 
-def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
+def handlers(runner: Runner, sleeper: Sleeper) -> dict[str, Callable[[bytes], bytes | None]]:
     """The other ranks' handlers for the first rank's messages."""
 
     def launch(payload: bytes) -> None:
@@ -194,4 +222,16 @@ def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
         "encode": encode,
         "drop_embeddings": drop_embeddings,
         "decode_uncaptured": decode_uncaptured,
+        **_sleep_handlers(runner, sleeper),
     }
+
+
+def _sleep_handlers(runner: Runner, sleeper: Sleeper) -> dict[str, Callable[[bytes], None]]:
+    def sleep(payload: bytes) -> None:
+        runner.platform.synchronize()
+        sleeper.sleep(_load_level(payload))
+
+    def wake_up(payload: bytes) -> None:
+        sleeper.wake_up(_load_parts(payload))
+
+    return {"sleep": sleep, "wake_up": wake_up}

@@ -14,7 +14,8 @@ from typing import Any
 from nanovllm import log
 from nanovllm.config import EngineConfig
 from nanovllm.engine.engine_client import NO_PROFILE
-from nanovllm.parallel.monitor import CLOSE_SECONDS, RankFailed
+from nanovllm.parallel.errors import RankFailed
+from nanovllm.parallel.monitor import CLOSE_SECONDS
 from nanovllm.serving import admission
 from nanovllm.serving.async_engine import EngineDead
 from nanovllm.serving.client import Client

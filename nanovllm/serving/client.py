@@ -7,7 +7,7 @@ import socket
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.checks import InvalidValue
 from nanovllm.config import EngineConfig
@@ -22,13 +22,13 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.pooling_params import PoolingInfo, PoolingParams
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.replicas import child_config, messages
-from nanovllm.replicas.load_balancer import choose
 from nanovllm.replicas.messages import Add
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving import admission
 from nanovllm.serving.admission import MAX_QUEUED, Admission, Counts
 from nanovllm.serving.answer import Answer
-from nanovllm.serving.async_engine import Draining, EngineDead, Unavailable
+from nanovllm.serving.async_engine import Draining, EngineDead
+from nanovllm.serving.dispatcher import AnswerDispatcher, Parcel
 from nanovllm.serving.encoding import Encoder
 from nanovllm.serving.engine_connections import EngineConnections, Events
 from nanovllm.serving.stream import OpenStream, RequestState
@@ -38,21 +38,12 @@ if TYPE_CHECKING:
     from nanovllm.pooling_outputs import PoolingOutput, PoolingRequestOutput
 
 
-class Open(NamedTuple):
-    """An unfinished answer. engine: its index. cost: see `load_balancer`."""
-
-    feed: RequestState
-    answer: Answer
-    engine: int
-    cost: int
-
-
 class Client:
     """An `AsyncEngine` over sockets to engine processes: one engine, or its replicas.
 
-    An answer comes from one engine. One that is lost ends its answers with an error, and takes
-    requests again once it has been started again. If it does not start, or is alone, the client
-    fails.
+    An answer comes from one engine. If that is lost, it ends with an error, or is tried again if it
+    has no tokens yet (`AnswerDispatcher`). The engine takes requests again once it has been started
+    again. If it does not start, or is alone, the client fails.
 
     A client belongs to the event loop in which it is first awaited: use it in tasks of that loop.
     Only `close` works everywhere. The engine's properties (`max_model_len`, `tokenizer`, …) are
@@ -88,11 +79,12 @@ class Client:
         self._max_queued = admission.checked_limit(max_queued)
         self._next_id = 0
         self._feeds: dict[str, RequestState] = {}  # unfinished
-        self._answers: dict[int, Open] = {}  # by id
         events = Events(
             self._take_outputs, self._lost_engine, self._restarted_engine, self._ended_parent
         )
         self._engines = EngineConnections(socks, events)
+        self._dispatcher = AnswerDispatcher(self._engines)
+        self._answers = self._dispatcher.answers
         self._failure: EngineDead | None = None
         self._is_draining = self._is_closed = False
         self._owner = OwnerProcess()
@@ -130,10 +122,8 @@ class Client:
         self.eos_ids, self.pooling = frozenset(first.eos_ids), first.pooling
         self._intake = InputProcessor.of(self.config, self.tokenizer, first)
         capacities = [one.num_blocks for one in infos]
-        # with one engine there is nothing to balance
-        self._places = []
-        if len(infos) > 1:
-            self._places = admission.places(self._counts, self._index, capacities)
+        if len(infos) > 1:  # else there is nothing to balance
+            self._dispatcher.places = admission.places(self._counts, self._index, capacities)
         num_clients = admission.num_clients_of(self._counts)
         self._encoder = await Encoder.open(self.config, self._intake, first, num_clients)
         self._quota = Admission(self._index, self._counts, self.max_num_seqs + self._max_queued)
@@ -306,7 +296,7 @@ class Client:
         """Abort the unfinished answers of a request."""
         ids = [feed.first_id + answer.index for answer in feed.answers]
         unfinished = [one for one in ids if one in self._answers]
-        self._send_ends(unfinished, messages.ABORT)
+        self._dispatcher.send_ends(unfinished, messages.ABORT)
         for one in unfinished:
             self._answers[one].answer.end("abort")
             self._finish(one)
@@ -404,77 +394,44 @@ class Client:
             asked.incremental, asked.priority, asked.cache_salt, has_media=bool(media),
             adapter=asked.adapter, pooling=asked.pooling, second_at=asked.second_at,
         )  # fmt: skip
-        message = messages.dump(add)  # may raise: before any state changes
-        by_engine = self._chosen(asked, cost, params.n)
+        digests = []
+        if len(self._engines) > 1 and self.config.enable_prefix_caching:
+            digests = asked.block_digests(self._block_size)
+        self._dispatcher.send(feed, Parcel(add, media, digests, cost))
         self._next_id += params.n
         self._feeds[feed.name] = feed
         self._idle.clear()
-        for engine, indices in by_engine.items():
-            for index in indices:
-                answer = feed.answers[index]
-                self._answers[feed.first_id + index] = Open(feed, answer, engine, cost)
-            if len(by_engine) > 1:
-                add.ids = [feed.first_id + index for index in indices]
-                add.seeds = [seeds[index] for index in indices]
-                message = messages.dump(add)
-            if media:
-                self._engines[engine].send_packed(media)
-            self._engines[engine].send(messages.ADD, message)
-
-    def _chosen(self, asked: EngineRequest, cost: int, num: int) -> dict[int, list[int]]:
-        """The answers assigned to each engine."""
-        if not self._places:
-            return {0: list(range(num))}
-        digests = []
-        if self.config.enable_prefix_caching:
-            digests = asked.block_digests(self._block_size)
-        living = self._engines.living()
-        if not living:
-            raise Unavailable("all replicas are being started again")
-        found: dict[int, list[int]] = {}
-        for index in range(num):
-            engine = choose(self._places, living, digests, cost)
-            self._places[engine].add(digests, cost)
-            found.setdefault(engine, []).append(index)
-        return found
-
-    def _send_ends(self, ids: Sequence[int], reason: str) -> None:
-        """Ask the engines to end these answers."""
-        by_engine: dict[int, list[int]] = {}
-        for one in ids:
-            by_engine.setdefault(self._answers[one].engine, []).append(one)
-        for engine, own in by_engine.items():
-            self._engines.send_ends(engine, own, reason)
 
     def _take_outputs(self, engine: int, payload: bytes) -> None:
         outputs, answers = messages.load_outputs(payload), self._answers
         stopped: list[int] = []
         for request_id, token_id in zip(outputs.ids, outputs.tokens):
             if request_id in answers:  # else the answer has been aborted
-                feed, answer, _, _ = answers[request_id]
-                if answer.add_token(token_id):
+                found = answers[request_id]
+                found.parcel = None  # it is not sent again
+                if found.answer.add_token(token_id):
                     stopped.append(request_id)
-                feed.note(answer)
+                found.feed.note(found.answer)
         for row in outputs.rows:
             if row.request_id in answers:
-                feed, answer, _, _ = answers[row.request_id]
-                has_stopped = answer.add(row)
+                found = answers[row.request_id]
+                found.parcel = None
+                has_stopped = found.answer.add(row)
                 if row.done is not None:
                     self._finish(row.request_id)
                 elif has_stopped:
                     stopped.append(row.request_id)
-                feed.note(answer)
+                found.feed.note(found.answer)
         if stopped:
-            self._send_ends(stopped, messages.STOP)
+            self._dispatcher.send_ends(stopped, messages.STOP)
 
     def _finish(self, one: int) -> None:
         """Remove an answer that has ended; with the last one also its feed."""
-        feed, answer, engine, cost = self._answers.pop(one)
+        found = self._dispatcher.finish(one)
+        feed = found.feed
         self._quota.give_back(1)
-        if self._places:
-            self._places[engine].release(cost)
         feed.num_unfinished -= 1
-        feed.note(answer)
+        feed.note(found.answer)
         if not feed.num_unfinished:
             del self._feeds[feed.name]
             self._encoder.release(feed.media_key)
@@ -485,16 +442,16 @@ class Client:
         """Handle the end of the connection to an engine."""
         if self._is_closed:
             return
-        if not self.__dict__.get("_places"):  # it is the only one, or has not started
+        if not self._dispatcher.places:  # it is the only one, or has not started
             self._lost_all()
             return
         self._engines[index].rest()
-        for one in [one for one, found in self._answers.items() if found.engine == index]:
+        for one in self._dispatcher.lost(index):
             self._answers[one].answer.end("error", f"replica {index} has ended: see the log")
             self._finish(one)
 
     def _restarted_engine(self, index: int) -> None:
-        self._places[index].forget()
+        self._dispatcher.restarted(index)
 
     def _ended_parent(self) -> None:
         if not self._is_closed:

@@ -67,6 +67,12 @@ class EngineConnections:
     def living(self) -> list[int]:
         return [index for index, engine in enumerate(self._engines) if not engine.is_lost]
 
+    def send_add(self, engine: int, media: bytes, add: bytes) -> None:
+        """Send an engine answers to begin. media: packed, b"" without any."""
+        if media:
+            self._engines[engine].send_packed(media)
+        self._engines[engine].send(messages.ADD, add)
+
     def send_ends(self, engine: int, ids: list[int], reason: str) -> None:
         """Ask an engine to end these answers."""
         self._engines[engine].send(messages.END, messages.dump(End(ids, reason)))
@@ -146,5 +152,5 @@ class EngineConnections:
         await asyncio.wait([engine.info])
         call = self._on_restart()
         if call is not None and engine.info.exception() is None:  # else the client has failed
-            call(index)
             engine.is_lost = False
+            call(index)

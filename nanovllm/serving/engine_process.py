@@ -9,7 +9,7 @@ from itertools import chain
 
 from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
-from nanovllm.parallel.monitor import RankFailed, without_name
+from nanovllm.parallel.errors import RankFailed, without_name
 from nanovllm.parallel.ranks import WorkerGroup
 
 PROGRAM = "nanovllm.replicas.engine_program"

@@ -23,7 +23,7 @@ from typing import Any
 from nanovllm import programs
 from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
-from nanovllm.parallel.monitor import RankFailed, without_name
+from nanovllm.parallel.errors import RankFailed, without_name
 from nanovllm.parallel.ranks import WorkerGroup
 from nanovllm.serving import admission
 from nanovllm.serving.engine_process import EngineProcess

@@ -152,9 +152,7 @@ def load_chosen(
     if tokenizer is not None and tokenizer.eos_id is not None and not generation:
         eos_ids |= {tokenizer.eos_id}
     vision = None if runner.model.tower is None else settings.load(resolved.folder)
-    sleeper = Sleeper(
-        weights, runner.cache_region, partial(_read_weights, resolved, lambda num_layers: None)
-    )
+    sleeper = runner.sleeper(weights, partial(_read_weights, resolved, lambda num_layers: None))
     return Loaded(
         resolved.config, runner.model, runner.spec, runner, sleeper, tokenizer, vision, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),

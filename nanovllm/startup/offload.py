@@ -121,7 +121,7 @@ def _num_layers(model: Model) -> int:
 
 
 def _expert_bytes(model: Model) -> int:
-    """Bytes of one expert: gate, up and down."""
+    """Bytes of a rank's part of one expert: gate, up and down."""
     cfg = model.config
     assert cfg.moe is not None
-    return 3 * cfg.hidden_size * cfg.moe.expert_size * cfg.dtype.itemsize
+    return 3 * cfg.hidden_size * cfg.moe.expert_size * cfg.dtype.itemsize // cfg.num_ranks

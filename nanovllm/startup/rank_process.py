@@ -65,7 +65,8 @@ def load_rank(connection: RankConnection, setup: dict[str, Any]) -> dict[str, Ha
         if config.pools:
             pools = pooling_load.load_chosen(*parts, show_progress=False)
             return pool_driver.handlers(pools.runner)
-        return tp_driver.handlers(load.load_chosen(*parts, show_progress=False).runner)
+        loaded = load.load_chosen(*parts, show_progress=False)
+        return tp_driver.handlers(loaded.runner, loaded.sleeper)
 
 
 if __name__ == "__main__":

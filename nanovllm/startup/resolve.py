@@ -216,15 +216,17 @@ def on_ranks(config: EngineConfig, model: Model) -> Model:
     model cannot be divided."""
     size, moe = config.tensor_parallel_size, model.config.moe
     asked = f"tensor_parallel_size is {size}"
+    whole_offloaded = config.expert_offload is not None and config.expert_parallel is True
     alone = {
-        f"expert_offload={config.expert_offload!r}": config.expert_offload is not None,
-        "enable_sleep_mode=True": config.enable_sleep_mode,
+        "expert_offload and expert_parallel=True, since each rank fetches its part of every "
+        "expert": whole_offloaded,
         f"device={config.device!r}": ":" in config.device,
         "compressed experts": moe is not None and moe.compression is not None,
     }
     if unsupported := next((what for what, is_used in alone.items() if is_used), None):
         raise ValueError(f"{asked}, which does not go with {unsupported}")
-    return with_experts_on_ranks(config.expert_parallel, model, size).on_ranks(size)
+    parallel = False if config.expert_offload is not None else config.expert_parallel
+    return with_experts_on_ranks(parallel, model, size).on_ranks(size)
 
 
 def with_adapters(config: EngineConfig, model: Model) -> Model:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
-from nanovllm.parallel.monitor import RankFailed
+from nanovllm import LLM
+from nanovllm.parallel.errors import RankFailed
 from nanovllm.startup import ranks
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, tokens
@@ -205,14 +205,20 @@ def test_random_weights_are_those_of_one_rank(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_ends_the_engine_with_an_error(kind: signal.Signals, folder: Path) -> None:
+def test_a_rank_lost_at_load_ends_the_engine_with_an_error(
+    kind: signal.Signals, folder: Path
+) -> None:
     llm = make(folder, 2)
     (pid,) = pids(llm)
+    pieces = llm.stream(prompts(), greedy(50))
+    next(pieces)
     os.kill(pid, kind)
     started = time.monotonic()
     with pytest.raises(RankFailed, match="rank 1"):
-        llm.generate(prompts(), SamplingParams(max_tokens=20, ignore_eos=True), use_tqdm=False)
+        list(pieces)
     assert time.monotonic() - started < 10
+    with pytest.raises(RankFailed, match="rank 1"):
+        llm.generate(prompts(), greedy(1), use_tqdm=False)
     llm.close()
     assert not is_alive(pid)
 
@@ -222,11 +228,6 @@ def test_too_many_ranks_for_the_heads(folder: Path) -> None:
         ValueError, match="tensor_parallel_size is 3: it must divide the 4 attention"
     ):
         make(folder, 3)
-
-
-def test_sleep_is_refused(two: LLM) -> None:
-    with pytest.raises(ValueError, match="sleep is not supported with tensor_parallel_size=2"):
-        two.sleep()
 
 
 def test_ctrl_c_ends_a_call_and_leaves_no_rank(folder: Path) -> None:

@@ -21,7 +21,8 @@ import pytest
 
 from nanovllm import env
 from nanovllm.parallel import monitor, rank_handle
-from nanovllm.parallel.ranks import RankFailed, WorkerGroup, deferred_interrupts
+from nanovllm.parallel.errors import RankFailed
+from nanovllm.parallel.ranks import WorkerGroup, deferred_interrupts
 from tests.parallel.started import MODULE, joined, started, wait_until_gone
 
 

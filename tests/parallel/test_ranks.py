@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanovllm.parallel.errors import RankFailed
 from nanovllm.parallel.group import Group
-from nanovllm.parallel.ranks import RankFailed, WorkerGroup
+from nanovllm.parallel.ranks import WorkerGroup
 from nanovllm.parallel.serve import connect
 from tests.parallel.started import MODULE, joined, listening, started
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.parallel.ranks import RankFailed
+from nanovllm.parallel.errors import RankFailed
 from tests.parallel.captured import captured_sums, inputs
 from tests.parallel.started import joined, listening, started
 

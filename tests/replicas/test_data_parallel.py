@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,7 +26,9 @@ from nanovllm.engine.request import MediaPrompt
 from nanovllm.parallel.channel import Channel, ChannelClosed, channel_pair
 from nanovllm.replicas import messages
 from nanovllm.replicas.loop import Loop
+from nanovllm.replicas.machine import ProcessStarter
 from nanovllm.replicas.messages import Add
+from nanovllm.replicas.process_replica import ProcessReplica
 from nanovllm.runner.encoders import MMItem
 from nanovllm.schedule.request import MMSpan
 from tests.conftest import save_tiny
@@ -81,6 +83,16 @@ def counts(llm: LLM, name: str) -> list[float]:
     engine: Any = llm.engine
     found = [replica.read_metrics() for replica in engine.replicas]
     return [next(m.value for m in metrics if m.name == f"nanovllm:{name}") for metrics in found]
+
+
+def note(engine: Any, found: dict[int, list[int]], ends: dict[int, Any]) -> None:
+    """Take what has come: the tokens of each request, and its end."""
+    engine.advance()
+    for one in engine.take():
+        assert one.request_id not in ends, "nothing follows the end"
+        found[one.request_id] += one.token_ids
+        if one.completion is not None:
+            ends[one.request_id] = one.completion
 
 
 def wait_until_gone(gone: list[int]) -> None:
@@ -287,31 +299,34 @@ def test_bad_requests_are_refused_and_queue_nothing(two: LLM) -> None:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_replica_ends_its_own_requests_only_and_starts_again(
+def test_a_lost_replica_ends_what_it_has_begun_and_the_rest_is_tried_again(
     kind: signal.Signals, folder: Path, alone: LLM
 ) -> None:
+    """Each replica has begun four requests. Then it stops, so that four later ones get no token."""
     llm = make(folder, 2)
     try:
-        gone = pids(llm)
-        prompts = random_prompts([30] * 8, seed=6)
-        expected = tokens(alone, prompts, greedy(40))
-        pieces = llm.stream(prompts, greedy(40))
-        first = next(pieces)
+        gone, engine = pids(llm), cast(Any, llm.engine)
+        prompts = random_prompts([30] * 12, seed=6)
+        expected = tokens(alone, prompts, greedy(400))
+        ids = [engine.add_request(one, greedy(400)) for one in prompts[:8]]
+        found: dict[int, list[int]] = {one: [] for one in ids}
+        ends: dict[int, Any] = {}
+        while not all(found.values()):
+            note(engine, found, ends)
+        os.kill(gone[0], signal.SIGSTOP)
+        later = [engine.add_request(one, greedy(400)) for one in prompts[8:]]
+        found |= {one: [] for one in later}
+        lost = {one for one, has in engine._pending.items() if has.replica is engine.replicas[0]}
+        assert len(lost & set(ids)) == 4 and lost & set(later)
         os.kill(gone[0], kind)
-        started = time.monotonic()
-        ids: list[list[int]] = [[] for _ in prompts]
-        reasons: list[Any] = [None] * len(prompts)
-        for piece in (first, *pieces):
-            assert reasons[piece.index] is None, "nothing follows the last piece"
-            ids[piece.index] += piece.token_ids
-            reasons[piece.index] = piece.finish_reason
-            if piece.finish_reason == "error":
-                assert "replica 0" in piece.error
-        assert time.monotonic() - started < 12
-        assert reasons.count("error") in range(1, 5) and reasons.count("length") >= 4
-        for found, wanted, reason in zip(ids, expected, reasons, strict=True):
-            assert found == (wanted if reason == "length" else wanted[: len(found)])
-        engine: Any = llm.engine
+        while len(ends) < 12:
+            note(engine, found, ends)
+        for one, wanted in zip([*ids, *later], expected, strict=True):
+            if one in lost & set(ids):
+                assert ends[one].finish_reason == "error" and "replica 0" in ends[one].error
+                assert ends[one].token_ids == found[one] == wanted[: len(found[one])]
+            else:
+                assert ends[one].error is None and ends[one].token_ids == found[one] == wanted
         deadline = time.monotonic() + 60
         while not engine.replicas[0].is_ready:  # the other one answers meanwhile
             assert tokens(llm, prompts, greedy(5)) == [one[:5] for one in expected]
@@ -431,14 +446,32 @@ def test_a_script_that_ends_leaves_no_process(folder: Path, tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
-def test_interrupt_while_replicas_start_leaves_nothing(folder: Path) -> None:
-    threads, processes = threading.active_count(), children()
-    timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
+@pytest.mark.parametrize("when", ["first", "second", "waiting"])
+def test_interrupt_while_replicas_start_leaves_nothing(
+    when: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as one has started, which nothing refers to yet, or while both load."""
+    threads = set(threading.enumerate())
+    start = ProcessStarter.start
+    started: list[int] = []
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupted(self: ProcessStarter, *args: Any, **options: Any) -> ProcessReplica:
+        replica = start(self, *args, **options)
+        started.append(replica.pid)
+        if when == ("first", "second")[len(started) - 1]:
+            os.kill(os.getpid(), signal.SIGINT)
+        elif len(started) == 2:
+            timer.start()
+        return replica
+
+    monkeypatch.setattr(ProcessStarter, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(folder, 2)
-    assert threading.active_count() <= threads
-    assert children() <= processes
+    if when == "waiting":
+        timer.join()
+    assert len(started) == (1 if when == "first" else 2) and not any(map(is_alive, started))
+    assert not [one for one in threading.enumerate() if one not in threads and one.name == "ranks"]
 
 
 def test_a_replica_that_cannot_start_is_an_error(folder: Path, tmp_path: Path) -> None:

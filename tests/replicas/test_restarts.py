@@ -93,12 +93,12 @@ class Starter:
     def close(self) -> None: ...
 
 
-def make(num: int, *, retries: bool) -> tuple[Router, Starter]:
+def make(num: int) -> tuple[Router, Starter]:
     starter = Starter()
     config = EngineConfig(
         "none", device="cpu", data_parallel_size=num, distributed_executor_backend="ray"
     )
-    return Router(config, starter, retries=retries), starter
+    return Router(config, starter), starter
 
 
 def add(router: Router, prompts: list[list[int]], **options: Any) -> list[int]:
@@ -124,7 +124,7 @@ def answers(router: Router, starter: Starter, wanted: list[int]) -> dict[int, Fi
 def test_requests_that_end_replicas_are_errors_and_all_others_are_answered(
     num: int, poison: set[int], num_replicas: int
 ) -> None:
-    router, starter = make(num_replicas, retries=True)
+    router, starter = make(num_replicas)
     prompts = [[POISON] if i in poison else [20 + i % 40, 5] for i in range(num)]
     ids = add(router, prompts, incremental=False)
     found = answers(router, starter, ids)
@@ -137,9 +137,13 @@ def test_requests_that_end_replicas_are_errors_and_all_others_are_answered(
     assert [place.load for place in router._dispatcher._places] == [0] * num_replicas
 
 
-def test_without_retries_requests_of_a_lost_replica_end_and_later_ones_are_answered() -> None:
-    router, starter = make(2, retries=False)
-    ids = add(router, [[5], [6], [7], [8]], incremental=False)
+def test_requests_of_a_lost_replica_with_tokens_end_and_later_ones_are_answered() -> None:
+    router, starter = make(2)
+    ids = add(router, [[5], [6], [7], [8]])
+    for one in starter.last.values():
+        for request in one.requests:
+            one.put(RowTokens(request.ids[0], [9]))
+    router.advance()
     starter.last[0].fail()
     found = answers(router, starter, ids)
     assert sorted(one.error or "" for one in found.values()) == [
@@ -153,7 +157,7 @@ def test_without_retries_requests_of_a_lost_replica_end_and_later_ones_are_answe
 
 
 def test_an_answer_whose_tokens_are_known_is_not_tried_again() -> None:
-    router, starter = make(1, retries=True)
+    router, starter = make(1)
     begun, silent = add(router, [[5, 6], [7, 8]])
     starter.last[0].put(RowTokens(begun, [5]))
     router.advance()
@@ -164,7 +168,7 @@ def test_an_answer_whose_tokens_are_known_is_not_tried_again() -> None:
 
 
 def test_suspects_have_a_replica_for_themselves() -> None:
-    router, starter = make(2, retries=True)
+    router, starter = make(2)
     suspects = add(router, [[5], [6], [7]], incremental=False)
     starter.last[0].fail()
     starter.is_ready_at_once = False
@@ -184,7 +188,7 @@ def test_suspects_have_a_replica_for_themselves() -> None:
 
 
 def test_requests_wait_for_the_only_replica_and_can_be_aborted_meanwhile() -> None:
-    router, starter = make(1, retries=False)
+    router, starter = make(1)
     starter.is_ready_at_once = False
     starter.last[0].fail()
     router.advance()
@@ -197,7 +201,7 @@ def test_requests_wait_for_the_only_replica_and_can_be_aborted_meanwhile() -> No
 
 
 def test_a_replica_that_is_lost_again_and_again_is_given_up() -> None:
-    router, starter = make(1, retries=True)
+    router, starter = make(1)
     for _ in range(2):  # an answer in between begins anew
         for _ in range(MAX_LOSSES - 1):
             starter.last[0].fail()
@@ -216,20 +220,18 @@ def test_a_replica_that_is_lost_again_and_again_is_given_up() -> None:
 
 
 def test_a_replica_that_cannot_be_started_again_stays_lost() -> None:
-    router, starter = make(1, retries=False)
+    router, starter = make(1)
     starter.may_start = False
-    (request_id,) = add(router, [[5]])
+    add(router, [[5]])
     starter.last[0].fail()
-    (waits,) = add(router, [[5]])
-    found = answers(router, starter, [request_id, waits])
-    assert found[request_id].error == "replica 0 was lost"
-    assert found[waits].error == "no replica is left: replica 0 was lost"
+    with pytest.raises(ReplicaFailed, match="no replica is left: replica 0 was lost"):
+        router.advance()
     with pytest.raises(ReplicaFailed, match="no replica is left: replica 0 was lost"):
         add(router, [[5]])
 
 
 def test_a_replica_with_another_checkpoint_does_not_come_back() -> None:
-    router, starter = make(2, retries=False)
+    router, starter = make(2)
     starter.is_ready_at_once = False
     lost = starter.last[0]
     lost.fail()
@@ -243,7 +245,7 @@ def test_a_replica_with_another_checkpoint_does_not_come_back() -> None:
 
 
 def test_counts_of_a_lost_replica_are_kept() -> None:
-    router, starter = make(1, retries=False)
+    router, starter = make(1)
 
     def count() -> float:
         (metric,) = router.metrics.read()

@@ -18,6 +18,7 @@ import pytest
 import nanovllm
 from nanovllm import LLM, AsyncLLM
 from nanovllm.serving.async_engine import EngineDead, Unavailable
+from nanovllm.serving.stream import OpenStream
 from tests.engines import greedy
 from tests.replicas.test_data_parallel import children
 from tests.serving.served import LOOPS, run
@@ -141,8 +142,8 @@ async def _until(is_true: Callable[[], Any]) -> None:
 
 
 def test_killed_replicas_are_started_again(expected: list[Any]) -> None:
-    """First one of them, then both: the answers of a killed one end with an error, and while none
-    is there a request is refused."""
+    """First one of them, then both: answers that a killed one has begun end with an error, others
+    are begun by the other one, and while none is there a request is refused."""
 
     async def work() -> list[Any]:
         async with AsyncLLM(MODEL, **SIZES, data_parallel_size=2) as llm:
@@ -150,12 +151,17 @@ def test_killed_replicas_are_started_again(expected: list[Any]) -> None:
             streams = [await llm.open("a", greedy(100)) for _ in range(4)]
             for stream in streams:
                 await stream.take()
+            os.kill(killed, signal.SIGSTOP)
+            later = [await llm.open(one, PARAMS) for one in PROMPTS]
             os.kill(killed, signal.SIGKILL)
             ends = [(await collected(stream))[-1] for stream in streams]
             assert sorted(one.finish_reason for one in ends) == ["error"] * 2 + ["length"] * 2
             assert {one.error for one in ends if one.error} <= {
                 f"replica {index} has ended: see the log" for index in range(2)
             }
+            assert [await _token_ids(stream) for stream in later] == [
+                [answer.token_ids for answer in theirs.outputs] for theirs in expected
+            ]
             await _until(lambda: not any(one.is_lost for one in llm._engines))
             assert len(_replicas(llm)) == 2 and killed not in _replicas(llm)
             num_tokens = await _count(llm, "generation_tokens")
@@ -172,6 +178,45 @@ def test_killed_replicas_are_started_again(expected: list[Any]) -> None:
 
     for ours, theirs in zip(run(work()), expected, strict=True):
         assert comparable(ours[-1]) == comparable(theirs)
+
+
+async def _token_ids(stream: OpenStream) -> list[list[int]]:
+    """Those of each answer. None ends with an error."""
+    parts = await collected(stream)
+    assert not any(part.error for part in parts)
+    return [
+        [one for part in parts if part.output_index == index for one in part.token_ids]
+        for index in range(max(part.output_index for part in parts) + 1)
+    ]
+
+
+def test_answers_without_tokens_are_sent_to_a_second_replica_and_to_no_third(
+    expected: list[Any],
+) -> None:
+    """Both replicas stop with a request each. After the first one's loss the second has both."""
+
+    async def work() -> None:
+        async with AsyncLLM(MODEL, **SIZES, data_parallel_size=2) as llm:
+            stopped = sorted(_replicas(llm))
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            streams = [await llm.open(PROMPTS[0], greedy(12)) for _ in range(2)]
+            answers_of = llm._dispatcher.answers
+            assert sorted(one.engine or 0 for one in answers_of.values()) == [0, 1]
+            os.kill(stopped[0], signal.SIGKILL)
+            await _until(lambda: any(one.is_lost for one in llm._engines))
+            (left,) = llm._engines.living()
+            assert {one.engine for one in answers_of.values()} == {left}
+            os.kill(stopped[1], signal.SIGKILL)
+            twice, once = streams if left == 1 else reversed(streams)
+            (end,) = await collected(twice)
+            assert end.error == f"replica {left} has ended: see the log" and not end.token_ids
+            assert await _token_ids(once) == await _token_ids(
+                await llm.open(PROMPTS[0], greedy(12))
+            )
+            await until_idle(llm)
+
+    run(work())
 
 
 async def _count(llm: AsyncLLM, name: str) -> float:
