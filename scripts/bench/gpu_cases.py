@@ -143,6 +143,9 @@ FEATURES = {
         170, "ordered_tiles", "--only", "products", "--rows", "2048", "256", "16", "--out", PLACE
     ),
     "schedules": script(200, "deterministic", "--rows", "1", "--schedules", "1000", "--out", PLACE),
+    "mixers": script(
+        240, "bench_kernels", "--only", "mixer", "--variants", "--processes", "4", "--out", PLACE
+    ),
     "persistent": script(150, "persistent_step", "--models", "0.6b", "--out", PLACE),
 }
 

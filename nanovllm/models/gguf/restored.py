@@ -211,7 +211,7 @@ class _Rule:
         return x_V[self.order_V]
 
     def _logarithms(self, x_V: Tensor) -> Tensor:
-        return _Logarithms(self.header)(x_V)[self.order_V]
+        return _logarithms_of(self.header)(x_V)[self.order_V]
 
 
 # Mamba-2 -----------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _mamba2(header: Header) -> Iterator[tuple[str, Restored]]:
     for layer in _layers(header, RULE):
         stored, prefix = f"blk.{layer}.", f"model.layers.{layer}.{MIXERS[header.architecture]}."
         of_layer = (
-            ("A_log", "ssm_a", (heads, 1), (heads,), _Logarithms(header)),
+            ("A_log", "ssm_a", (heads, 1), (heads,), _logarithms_of(header)),
             ("D", "ssm_d", (heads, 1), (heads,), _same),
             ("dt_bias", "ssm_dt.bias", (heads,), (heads,), _same),
             ("conv1d.weight", "ssm_conv1d.weight", (channels, taps), (channels, 1, taps), _same),
@@ -243,15 +243,15 @@ def _mamba2(header: Header) -> Iterator[tuple[str, Restored]]:
             yield prefix + name, Restored((stored + source,), "F32", own, make)
 
 
-class _Logarithms(NamedTuple):
+def _logarithms_of(header: Header) -> Callable[[Tensor], Tensor]:
     """log(-x) of numbers that must be below 0."""
 
-    header: Header
-
-    def __call__(self, x: Tensor) -> Tensor:
+    def make(x: Tensor) -> Tensor:
         if not (x < 0).all():
-            raise GgufError(f"{self.header.path}: ssm_a has numbers that are not below 0")
+            raise GgufError(f"{header.path}: ssm_a has numbers that are not below 0")
         return torch.log(-x)
+
+    return make
 
 
 def _size(header: Header, key: str) -> int:
