@@ -64,6 +64,14 @@ def test_the_recurrence_over_the_tokens_of_rows(kernels: Any, heads: Any, each: 
     assert_close((y, kept(case, state, each)), (expected[0], kept(case, expected[1], each)), 1e-5)
 
 
+def test_states_too_large_for_the_kernels_take_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ssd, "ssd_chunks_kernel", None)
+    case = SsdCase((1, 1, triton_ssd.MAX_STATE + 1, 16), [70, 3], device=DEVICE)
+    (y, state), expected = case.ssd_of(triton_ssd.ssd), case.ssd_of(reference.ssd.ssd)
+    found = (y, kept(case, state, False))
+    assert_close(found, (expected[0], kept(case, expected[1], False)), 1e-5)
+
+
 def test_a_prompt_in_parts_is_the_whole_prompt() -> None:
     """Its second part begins with the state that the first one stored in another place."""
     case = SsdCase(ODD, [150], device=DEVICE)
