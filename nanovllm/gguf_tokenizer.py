@@ -43,12 +43,13 @@ CASES = (
 )
 TEKKEN = CASES % ("", "", "")
 GPT4O = CASES % (f"{CONTRACTIONS}?", f"{CONTRACTIONS}?", "{1,3}")
+LIKE_LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral")
 SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4"), (GPT2,)),
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (DIGITS, GPT2)
     ),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "dbrx", "smaug-bpe"), (LLAMA3,)),
+    **dict.fromkeys((*LIKE_LLAMA3, "dbrx", "smaug-bpe"), (LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), (QWEN2,)),
     "qwen35": (QWEN35,),
     "deepseek-v3": DEEPSEEK3,
@@ -56,7 +57,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "tekken": (TEKKEN,),
     **dict.fromkeys(("gpt-4o", "llama4"), (GPT4O,)),
 }
-WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})  # before merges
+WHOLE_WORDS = frozenset({*LIKE_LLAMA3, "tekken"})  # before merges
 WITH_BOS = WHOLE_WORDS  # unless the file says otherwise
 NORMALIZED = frozenset({"qwen2", "deepseek-r1-qwen", "qwen35"})  # to NFC
 

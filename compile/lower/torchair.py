@@ -188,6 +188,13 @@ def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     return (wide * 0.5 * (1 + torch.erf(wide * math.sqrt(0.5)))).to(x.dtype)
 
 
+def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    """Above the threshold torch returns x, which this is up to rounding."""
+    if beta != 1 or threshold < 20:
+        return NotImplemented
+    return x.clamp(min=0) + torch.log1p((-x.abs()).exp())
+
+
 aten = torch.ops.aten
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.bitwise_and.Scalar: _and,
@@ -197,4 +204,5 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: _index,
     aten.index_copy.default: _index_copy,
     aten.gelu.default: _gelu,
+    aten.softplus.default: _softplus,
 }

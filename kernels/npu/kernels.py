@@ -24,7 +24,14 @@ from nanovllm.kernels.npu.attention import (
 )
 from nanovllm.kernels.npu.experts import clamped_experts, expert_linear, experts, topk_softmax
 from nanovllm.kernels.npu.latent_attention import latent_inputs, no_graph
-from nanovllm.kernels.npu.state import causal_conv, gated_delta, gated_delta_step, store_state
+from nanovllm.kernels.npu.state import (
+    causal_conv,
+    gated_delta,
+    gated_delta_step,
+    ssd,
+    ssd_step,
+    store_state,
+)
 from nanovllm.kernels.npu.varlen_attention import varlen_attention_eager, varlen_attention_in_graph
 
 
@@ -122,6 +129,8 @@ EAGER: dict[str, Callable[..., Any]] = {
     "causal_conv": causal_conv,
     "gated_delta": gated_delta,
     "gated_delta_step": gated_delta_step,
+    "ssd": ssd,
+    "ssd_step": ssd_step,
     "linear": linear,
     "topk_softmax": topk_softmax,
     "experts": experts,
@@ -156,6 +165,6 @@ IN_CAPTURE: dict[str, Callable[..., Any]] = {
 NEVER_PLAIN = frozenset({
     "latent_attention", "latent_inputs", "latent_span_attention", "paged_attention",
     "varlen_attention", "store_kv", "store_state", "linear", "topk_softmax", "experts",
-    "clamped_experts", "expert_linear", "causal_conv", "gated_delta", "gated_delta_step",
-    *COMMUNICATE,
+    "clamped_experts", "expert_linear", "causal_conv", "gated_delta", "gated_delta_step", "ssd",
+    "ssd_step", *COMMUNICATE,
 })  # fmt: skip

@@ -1,6 +1,7 @@
-"""States of rows on an NPU: the store, and the gated delta rule in plain torch with that store.
+"""States of rows on an NPU: the store, and the gated delta rule and Mamba-2's recurrence in plain
+torch with that store.
 
-Shapes: those of `reference.gated_delta`.
+Shapes: those of `reference.gated_delta` and `reference.ssd`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from nanovllm.kernels import gated_delta as rule
 from nanovllm.kernels import reference
+from nanovllm.kernels import ssd as mixer
 
 
 def store_state(x: Tensor, state: Tensor, index_N: Tensor) -> None:
@@ -80,3 +82,39 @@ def gated_delta_step(
     store_state(conv_RWC, conv_state_XWC, to_R)
     store_state(after_RVHI, state_XVHI, to_R)
     return y_RP
+
+
+def ssd(
+    xbc_TC: Tensor,
+    dt_TV: Tensor,
+    log_decay_TV: Tensor,
+    state_XVHI: Tensor,
+    q_start_S: Tensor,
+    from_R: Tensor,
+    is_new_R: Tensor,
+    to_R: Tensor | None = None,
+    to_T: Tensor | None = None,
+) -> Tensor:
+    """See `reference.ssd.ssd`."""
+    out_TVI, after_NVHI, to_N = mixer.computed(
+        xbc_TC, dt_TV, log_decay_TV, state_XVHI, q_start_S, from_R, is_new_R, to_R, to_T
+    )
+    store_state(after_NVHI, state_XVHI, to_N)
+    return out_TVI
+
+
+def ssd_step(
+    xbc_RC: Tensor,
+    dt_RV: Tensor,
+    log_decay_RV: Tensor,
+    state_XVHI: Tensor,
+    from_R: Tensor,
+    is_new_R: Tensor,
+    to_R: Tensor,
+) -> Tensor:
+    """See `reference.ssd.ssd_step`."""
+    out_RVI, after_RVHI = reference.ssd.stepped(
+        xbc_RC, dt_RV, log_decay_RV, state_XVHI, from_R, is_new_R
+    )
+    store_state(after_RVHI, state_XVHI, to_R)
+    return out_RVI

@@ -16,11 +16,15 @@ from torch import Tensor
 
 from nanovllm.kernels import gated_delta as chunked
 from nanovllm.kernels.gated_delta import CHUNK
-from nanovllm.kernels.triton.common import (
-    has_matrix_units,
-    launch_options,
-    wait_for_earlier_kernels,
+from nanovllm.kernels.triton.chunks import (
+    first_chunk_of,
+    num_chunks_of,
+    row_of,
+    rows_of,
+    takes_chunks,
+    values_of_program,
 )
+from nanovllm.kernels.triton.common import launch_options, wait_for_earlier_kernels
 from nanovllm.kernels.triton.gated_delta_step import (
     NORM_EPS,
     by_rows,
@@ -61,27 +65,10 @@ def _inverse_of_unit_lower(a_LL, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 
 
 @triton.jit
-def _rows_of(at_L, inside_L, SIZE: tl.constexpr, SIZE_P: tl.constexpr):
-    """Rows of SIZE numbers that begin at `at_L`, zeros where there is none."""
-    idx = tl.arange(0, SIZE_P)[None, :]
-    return tl.load(at_L[:, None] + idx, mask=inside_L[:, None] & (idx < SIZE), other=0.0)
-
-
-@triton.jit
 def _unit_rows(x_LH, factor):
     """Rows of length 1, times a factor, in fp32."""
     x_LH = x_LH.to(tl.float32)
     return x_LH * (tl.rsqrt(tl.sum(x_LH * x_LH, 1) + NORM_EPS) * factor)[:, None]
-
-
-@triton.jit
-def _num_chunks_of(q_start_ptr, num_rows, ROWS_P: tl.constexpr, CHUNK: tl.constexpr):
-    """The number of chunks of each row."""
-    row_R = tl.arange(0, ROWS_P)
-    is_row_R = row_R < num_rows
-    start_R = tl.load(q_start_ptr + row_R, mask=is_row_R, other=0)
-    end_R = tl.load(q_start_ptr + row_R + 1, mask=is_row_R, other=0)
-    return (end_R - start_R + CHUNK - 1) // CHUNK
 
 
 @triton.jit
@@ -113,12 +100,10 @@ def prepare_chunks_kernel(
     """What one head of one chunk writes and reads, as functions of the state before the chunk."""
     wait_for_earlier_kernels(PDL)
     head, chunk = tl.program_id(0), tl.program_id(1)
-    num_R = _num_chunks_of(q_start_ptr, num_rows, ROWS_P, CHUNK)
-    end_R = tl.cumsum(num_R, 0)
-    row = tl.sum((end_R <= chunk).to(tl.int32), 0)
+    num_R = num_chunks_of(q_start_ptr, num_rows, ROWS_P, CHUNK)
+    row, chunk_in_row = row_of(chunk, num_R, ROWS_P)
     if row >= num_rows:
         return
-    chunk_in_row = chunk - tl.sum(tl.where(tl.arange(0, ROWS_P) < row, num_R, 0), 0)
     dtype = qkv_ptr.dtype.element_ty
     l_L = tl.arange(0, CHUNK)
     token_L = (tl.load(q_start_ptr + row) + chunk_in_row * CHUNK + l_L).to(tl.int64)
@@ -135,19 +120,19 @@ def prepare_chunks_kernel(
     tl.store(total_ptr + at_L, total_L)
     is_before_LL = l_L[:, None] >= l_L[None, :]
     decay_LL = tl.exp(tl.where(is_before_LL, total_L[:, None] - total_L[None, :], -1.0e30))
-    k_LH = _unit_rows(_rows_of(q_at_L + keys, inside_L, KEY, KEY_P), 1.0).to(dtype)
-    q_LH = _unit_rows(_rows_of(q_at_L, inside_L, KEY, KEY_P), KEY**-0.5).to(dtype)
+    k_LH = _unit_rows(rows_of(q_at_L + keys, inside_L, KEY, KEY_P), 1.0).to(dtype)
+    q_LH = _unit_rows(rows_of(q_at_L, inside_L, KEY, KEY_P), KEY**-0.5).to(dtype)
     scores_LL = _dot(q_LH, tl.trans(k_LH), PRECISION, UPCAST) * decay_LL
     tl.store(scores_ptr + at_L[:, None] * CHUNK + l_L[None, :], scores_LL)
     a_LL = _dot(k_LH, tl.trans(k_LH), PRECISION, UPCAST) * decay_LL * beta_L[:, None]
     a_LL = tl.where(l_L[:, None] > l_L[None, :], a_LL, 0.0)
     inverse_LL = _inverse_of_unit_lower(a_LL, CHUNK, PRECISION, UPCAST).to(dtype)
     # values and keys are loaded late, since the inverse takes most registers
-    v_LI = _rows_of(v_at_L, inside_L, VALUE, VALUE_P).to(tl.float32) * beta_L[:, None]
+    v_LI = rows_of(v_at_L, inside_L, VALUE, VALUE_P).to(tl.float32) * beta_L[:, None]
     written_LI = _dot(inverse_LL, v_LI.to(dtype), PRECISION, UPCAST)
     i_I, h_H = tl.arange(0, VALUE_P)[None, :], tl.arange(0, KEY_P)[None, :]
     tl.store(written_ptr + at_L[:, None] * VALUE + i_I, written_LI, mask=i_I < VALUE)
-    k_LH = _unit_rows(_rows_of(q_at_L + keys, inside_L, KEY, KEY_P), beta_L * tl.exp(total_L))
+    k_LH = _unit_rows(rows_of(q_at_L + keys, inside_L, KEY, KEY_P), beta_L * tl.exp(total_L))
     read_LH = _dot(inverse_LL, k_LH.to(dtype), PRECISION, UPCAST)
     tl.store(read_ptr + at_L[:, None] * KEY + h_H, read_LH, mask=h_H < KEY)
 
@@ -185,8 +170,8 @@ def scan_chunks_kernel(
     start, end = tl.load(q_start_ptr + row), tl.load(q_start_ptr + row + 1)
     if start == end:
         return
-    num_R = _num_chunks_of(q_start_ptr, num_rows, ROWS_P, CHUNK)
-    first_chunk = tl.sum(tl.where(tl.arange(0, ROWS_P) < row, num_R, 0), 0)
+    num_R = num_chunks_of(q_start_ptr, num_rows, ROWS_P, CHUNK)
+    first_chunk = first_chunk_of(row, num_R, ROWS_P)
     dtype = qkv_ptr.dtype.element_ty
     l_L, h_H = tl.arange(0, CHUNK), tl.arange(0, KEY_P)
     i_A = tl.program_id(0) * VALUES + tl.arange(0, VALUES)
@@ -203,14 +188,14 @@ def scan_chunks_kernel(
         at_L = (first_chunk.to(tl.int64) + chunk) * (NUM_HEADS * CHUNK) + head * CHUNK + l_L
         total_L = tl.load(total_ptr + at_L)
         whole = tl.sum(tl.where(l_L == CHUNK - 1, total_L, 0.0), 0)
-        read_LH = _rows_of(read_ptr + at_L * KEY, l_L >= 0, KEY, KEY_P)
+        read_LH = rows_of(read_ptr + at_L * KEY, l_L >= 0, KEY, KEY_P)
         written_at = written_ptr + at_L[:, None] * VALUE + i_A[None, :]
         written_LA = tl.load(written_at, mask=is_A, other=0.0).to(tl.float32)
         scores_LL = tl.load(scores_ptr + at_L[:, None] * CHUNK + l_L[None, :])
         q_at_L = qkv_ptr + token_L * qkv_stride + key_at
-        q_LH = _unit_rows(_rows_of(q_at_L, inside_L, KEY, KEY_P), KEY**-0.5)
+        q_LH = _unit_rows(rows_of(q_at_L, inside_L, KEY, KEY_P), KEY**-0.5)
         k_at_L = q_at_L + KEY_HEADS * KEY
-        k_LH = _unit_rows(_rows_of(k_at_L, inside_L, KEY, KEY_P), 1.0)
+        k_LH = _unit_rows(rows_of(k_at_L, inside_L, KEY, KEY_P), 1.0)
         old_HA = state_HA.to(dtype)
         value_LA = (written_LA - _dot(read_LH, old_HA, PRECISION, UPCAST)).to(dtype)
         q_LH = (q_LH * tl.exp(total_L)[:, None]).to(dtype)
@@ -276,12 +261,6 @@ def delta_tokens_kernel(
         tl.store(out_ptr + (token * NUM_HEADS + head) * VALUE + i_A, o_A, mask=is_a)
 
 
-def takes_chunks(dtype: torch.dtype, device: torch.device) -> bool:
-    """True if the kernels of chunks are used. Without matrix units they are slower than products of
-    plain torch, and with inputs in fp32 they need more registers than there are."""
-    return device.type != "cuda" or (dtype is not torch.float32 and has_matrix_units(device))
-
-
 def precision_of(device: torch.device) -> str:
     """The precision of products of fp32: nearly fp32's, on the matrix units if they can."""
     return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
@@ -291,11 +270,6 @@ def warps_of_prepare(key_size: int, value_size: int) -> int:
     """Warps of a program that prepares a chunk. Four multiply by warpgroups (wgmma), in half the
     time; with heads smaller than 128 Triton 3.6 then reads shared memory that is not there."""
     return NUM_WARPS if min(key_size, value_size) >= 128 else 2 * NUM_WARPS
-
-
-def values_of_program(value_size: int) -> int:
-    """Values of a head that one program takes while it goes over the tokens of a row."""
-    return max(16, min(triton.next_power_of_2(value_size), 32))
 
 
 def gated_delta(

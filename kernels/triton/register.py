@@ -45,6 +45,7 @@ from nanovllm.kernels.triton.ordered_gemm import ordered_linear
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
 from nanovllm.kernels.triton.sample import sample, sample_of
 from nanovllm.kernels.triton.sample_columns import sample_columns
+from nanovllm.kernels.triton.ssd import ssd
 from nanovllm.kernels.triton.ssd_step import ssd_step
 from nanovllm.kernels.triton.token_bitmask import apply_token_bitmask
 from nanovllm.kernels.triton.topk_softmax import norm_router_topk, topk_softmax
@@ -174,6 +175,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "causal_conv": causal_conv,
     "gated_delta": gated_delta,
     "gated_delta_step": gated_delta_step,
+    "ssd": ssd,
     "ssd_step": ssd_step,
     "topk_softmax": topk_softmax,
     "group_topk": group_topk,

@@ -17,6 +17,23 @@ STATES, NUM_WARPS = 8192, 4  # numbers of a program's states
 
 
 @triton.jit
+def next_state(
+    state_HI, x_at, head, i_I, dt, log_decay, NUM_HEADS: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr, STATE: tl.constexpr, STATE_P: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """(`reference.ssd.next_state`, the results) of values i of one head, whose token's channels
+    begin at `x_at`."""
+    h_H = tl.arange(0, STATE_P)
+    x_I = tl.load(x_at + head * HEAD + i_I, mask=i_I < HEAD, other=0.0).to(tl.float32)
+    b_at = x_at + NUM_HEADS * HEAD + head // HEADS_PER_GROUP * STATE + h_H
+    b_H = tl.load(b_at, mask=h_H < STATE, other=0.0).to(tl.float32)
+    c_at = b_at + NUM_HEADS // HEADS_PER_GROUP * STATE
+    c_H = tl.load(c_at, mask=h_H < STATE, other=0.0).to(tl.float32)
+    state_HI = state_HI * tl.exp(log_decay) + b_H[:, None] * (x_I * dt)[None, :]
+    return state_HI, tl.sum(state_HI * c_H[:, None], 0)
+
+
+@triton.jit
 def ssd_step_kernel(
     xbc_ptr,  # [R, C]
     dt_ptr,  # [R, V] fp32
@@ -47,24 +64,32 @@ def ssd_step_kernel(
     is_new = tl.load(is_new_ptr + row) != 0
     from_at = state_at + tl.load(from_ptr + row) * size
     state_HI = tl.load(from_at, mask=is_HI & ~is_new, other=0.0).to(tl.float32)
-    x_at = xbc_ptr + row * xbc_stride
-    x_I = tl.load(x_at + head * HEAD + i_I, mask=is_i, other=0.0).to(tl.float32)
-    b_at = x_at + NUM_HEADS * HEAD + head // HEADS_PER_GROUP * STATE + h_H
-    b_H = tl.load(b_at, mask=is_h, other=0.0).to(tl.float32)
-    c_at = b_at + NUM_HEADS // HEADS_PER_GROUP * STATE
-    c_H = tl.load(c_at, mask=is_h, other=0.0).to(tl.float32)
-    dt = tl.load(dt_ptr + row * NUM_HEADS + head)
-    decay = tl.exp(tl.load(log_decay_ptr + row * NUM_HEADS + head))
-    state_HI = state_HI * decay + b_H[:, None] * (x_I * dt)[None, :]
+    state_HI, y_I = next_state(
+        state_HI, xbc_ptr + row * xbc_stride, head, i_I,
+        tl.load(dt_ptr + row * NUM_HEADS + head), tl.load(log_decay_ptr + row * NUM_HEADS + head),
+        NUM_HEADS, HEADS_PER_GROUP, STATE, STATE_P, HEAD,
+    )  # fmt: skip
     tl.store(state_at + tl.load(to_ptr + row) * size, state_HI, mask=is_HI)
-    y_I = tl.sum(state_HI * c_H[:, None], 0)
     tl.store(out_ptr + (row * NUM_HEADS + head) * HEAD + i_I, y_I, mask=is_i)
 
 
-def values_of_program(state_size: int, head_size: int) -> int:
+def values_of_step(state_size: int, head_size: int) -> int:
     """How many values of a head a program takes: a power of two."""
     most = max(1, STATES // triton.next_power_of_2(state_size))
     return int(min(triton.next_power_of_2(head_size), most))
+
+
+def sizes(xbc_TC: Tensor, state_XVHI: Tensor) -> dict[str, int]:
+    """The constants of kernels that follow from the heads."""
+    _, num_heads, state_size, head_size = state_XVHI.shape
+    num_groups = (xbc_TC.shape[1] - num_heads * head_size) // (2 * state_size)
+    return {
+        "NUM_HEADS": num_heads,
+        "HEADS_PER_GROUP": num_heads // num_groups,
+        "STATE": state_size,
+        "STATE_P": triton.next_power_of_2(state_size),
+        "HEAD": head_size,
+    }
 
 
 def ssd_step(
@@ -80,8 +105,7 @@ def ssd_step(
     xbc_RC = by_rows(xbc_RC)
     num_rows = len(xbc_RC)
     _, num_heads, state_size, head_size = state_XVHI.shape
-    num_groups = (xbc_RC.shape[1] - num_heads * head_size) // (2 * state_size)
-    values = values_of_program(state_size, head_size)
+    values = values_of_step(state_size, head_size)
     out_RVI = torch.empty(
         (num_rows, num_heads, head_size), dtype=torch.float32, device=xbc_RC.device
     )
@@ -95,11 +119,7 @@ def ssd_step(
         to_R,
         out_RVI,
         xbc_RC.stride(0),
-        NUM_HEADS=num_heads,
-        HEADS_PER_GROUP=num_heads // num_groups,
-        STATE=state_size,
-        STATE_P=triton.next_power_of_2(state_size),
-        HEAD=head_size,
+        **sizes(xbc_RC, state_XVHI),
         VALUES=values,
         num_warps=NUM_WARPS,
         **launch_options(xbc_RC.device),

@@ -1,6 +1,6 @@
 """Checks the Triton kernels against the reference on this GPU, then times their variants.
 
-    python scripts/bench/bench_kernels.py --out kernels.json [--only decode rope norm] [--variants]
+    python scripts/bench/bench_kernels.py --out kernels.json [--only decode mixer] [--variants]
 
 Times are per launch, from replays of a CUDA graph in which each launch works on its own cache, like
 the layers of a model: with 28 or more megabytes of keys the L2 has no effect. Shares are of the
@@ -24,10 +24,12 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
 from nanovllm.tools import command_line
-from scripts.bench import kernel_times
+from scripts.bench import kernel_times, mixer_cases
 from scripts.bench.kernel_checks import Check, all_checks
 
 MAX_ERROR = 1e-2
+# a chunk of the gated delta rule is a chain of products, whose inputs are rounded
+OTHER_MAX_ERRORS = {"mixer Qwen3.5-35B-A3B": 2e-2}
 
 
 def arguments() -> argparse.Namespace:
@@ -79,7 +81,7 @@ def main() -> int:
     bad = {
         name: error
         for name, error in errors.items()
-        if not isinstance(error, float) or error > MAX_ERROR
+        if not isinstance(error, float) or error > OTHER_MAX_ERRORS.get(name, MAX_ERROR)
     }
     print(f"{len(errors) - len(bad)} checks passed, {len(bad)} failed", flush=True)
     for name, error in bad.items():
@@ -96,6 +98,7 @@ def main() -> int:
             kernel_times.time_programmatic_launch(table),
         ),
         "norm": lambda: kernel_times.time_norm(table, limits),
+        "mixer": lambda: mixer_cases.time_mixers(table, limits, args.variants),
     }
     for name in args.only:
         try:

@@ -158,6 +158,9 @@ FEATURES = {
         "--out",
         PLACE,
     ),
+    "mixers": script(
+        240, "bench_kernels", "--only", "mixer", "--variants", "--processes", "4", "--out", PLACE
+    ),
     "persistent": script(150, "persistent_step", "--models", "0.6b", "--out", PLACE),
 }
 

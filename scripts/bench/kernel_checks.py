@@ -13,6 +13,7 @@ from nanovllm.kernels.triton.attention_decode import DecodeTile, paged_attention
 from nanovllm.kernels.triton.attention_prefill import PrefillTile, paged_attention_prefill
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
+from scripts.bench import mixer_cases
 from scripts.bench.kernel_inputs import (
     BLOCK,
     DECODE_VARIANTS,
@@ -156,6 +157,8 @@ def all_checks(only: list[str], variants: bool) -> list[Check]:
         ]
     if "norm" in only:
         checks.append(("pointwise", check_pointwise))
+    if "mixer" in only:
+        checks += mixer_cases.all_checks()
     return checks
 
 

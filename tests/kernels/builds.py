@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 KB = 1024
@@ -518,13 +519,16 @@ def sums(whole: bool) -> Iterator[Build]:
 
 def delta_rules(target: Target, whole: bool) -> Iterator[Build]:
     """The kernels of layers with the gated delta rule."""
-    from tests.kernels.delta_builds import launches
+    from tests.kernels.delta_builds import launches, mixers
 
     precision = "tf32x3" if target.backend == "cuda" else "ieee"
     for dtype in ("bf16", "fp32") if whole else ("bf16",):
         takes_chunks = dtype != "fp32" and target.arch in (90, 100, "gfx942")
-        for name, kernel, constants, num_warps, num_stages, types in launches(
-            dtype, precision, takes_chunks, whole
+        # mixers compile in a second
+        mixes_chunks = dtype != "fp32" and target.has_matrix_units
+        for name, kernel, constants, num_warps, num_stages, types in chain(
+            launches(dtype, precision, takes_chunks, whole),
+            mixers(target.shared_bytes, mixes_chunks, whole),
         ):
             yield Build(
                 f"{name} {dtype}", kernel, constants, num_warps, num_stages, dtype, types=types

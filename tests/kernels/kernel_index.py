@@ -40,6 +40,7 @@ from nanovllm.kernels.triton import (
     packed_tiles,
     skinny_tiles,
     split_k_gemm,
+    ssd,
     topk_softmax,
     varlen_attention,
 )
@@ -189,6 +190,15 @@ CHOSEN: dict[str, dict[str, str]] = {
         "zero_padding_kernel": "after each of them",
     },
     "gated_delta_step": {"gated_delta_step_kernel": "always: decode steps"},
+    "ssd": {
+        "ssd_scores_kernel": (
+            f"prompts in 16 bits, on matrix units, states of up to {ssd.MAX_STATE} (else plain "
+            "torch)"
+        ),
+        "ssd_chunks_kernel": "the same",
+        "ssd_tokens_kernel": "if the states after all tokens are kept: verified proposals",
+        "zero_padding_kernel": "after each of them",
+    },
     "ssd_step": {"ssd_step_kernel": "always: decode steps"},
     "topk_softmax": {"topk_softmax_kernel": "always"},
     "group_topk": {"group_topk_kernel": "always"},

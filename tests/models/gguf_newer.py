@@ -21,6 +21,7 @@ from tests.models.gguf_cases import EXPERT, TypeOf, Written, _architecture, _in_
 
 Tensors = dict[str, Tensor]
 Named = Iterator[tuple[str, Tensor]]
+VECTORS = (".bias", ".scale", "_inp.weight", ".ssm_a", ".ssm_d")  # never in codes
 
 
 class Kind(NamedTuple):
@@ -50,7 +51,7 @@ def write(folder: Path, type_of: TypeOf, kind_name: str | None = None) -> Writte
     _common_keys(writer, config)
     kind.keys(writer, config)
     for i, (name, one) in enumerate(sorted(stored.items())):
-        is_matrix = one.dim() > 1 and not name.endswith((".bias", ".scale", "_inp.weight"))
+        is_matrix = one.dim() > 1 and not name.endswith(VECTORS)
         is_matrix = is_matrix and "conv1d" not in name and "norm" not in name
         type_name = type_of(name) if is_matrix else "F32"
         raw, values = _in_type(np.ascontiguousarray(one.float().numpy()), type_name, i)
@@ -104,8 +105,10 @@ def _common_keys(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = config.rope_parameters
+    eps = getattr(config, "layer_norm_epsilon", None) or config.rms_norm_eps
+    writer.add_layer_norm_rms_eps(eps)
+    if (rope := getattr(config, "rope_parameters", None)) is None:
+        return
     rope = rope.get("full_attention", rope)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "yarn":
@@ -307,6 +310,71 @@ def _hybrid_keys(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
 
 
+# Mamba-2 -----------------------------------------------------------------------------------------
+
+
+def _mixer(name: str, one: Tensor, config: Any) -> Named:
+    """`A_log` is changed later."""
+    name = name.replace("dt_bias", "dt_proj.bias")
+    if name.endswith((".A_log", ".D")):
+        one = one.unsqueeze(1)
+    elif name.endswith("conv1d.weight"):
+        one = one.squeeze(1)
+    elif name.endswith(("mamba.norm.weight", "mixer.norm.weight")):
+        groups = getattr(config, "n_groups", None) or config.mamba_n_groups
+        one = one.view(groups, -1)
+    if config.model_type == "nemotron_h":
+        name = name.replace("model.", "backbone.", 1)
+    yield name, one
+
+
+def _falcon_h1_keys(writer: gguf.GGUFWriter, config: Any) -> None:
+    _heads(writer, config)
+    writer.add_ssm_conv_kernel(config.mamba_d_conv)
+    writer.add_ssm_inner_size(config.mamba_d_ssm)
+    writer.add_ssm_state_size(config.mamba_d_state)
+    writer.add_ssm_time_step_rank(config.mamba_d_ssm // config.mamba_d_head)
+    writer.add_ssm_group_count(config.mamba_n_groups)
+
+
+def _nemotron_h_keys(writer: gguf.GGUFWriter, config: Any) -> None:
+    types = config.layers_block_type
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_head_count_kv(
+        [config.num_key_value_heads if one == "full_attention" else 0 for one in types]
+    )
+    writer.add_feed_forward_length(
+        [config.intermediate_size if one == "mlp" else 0 for one in types]
+    )
+    writer.add_ssm_conv_kernel(config.conv_kernel)
+    writer.add_ssm_state_size(config.ssm_state_size)
+    writer.add_ssm_group_count(config.n_groups)
+    writer.add_ssm_inner_size(config.mamba_num_heads * config.mamba_head_dim)
+    writer.add_ssm_time_step_rank(config.mamba_num_heads)
+
+
+def fold_factors(weights: Tensors, config: Any) -> None:
+    """Multiplies weights of a Falcon-H1 by its factors, as the converter does."""
+    gate, down = config.mlp_multipliers
+    factors = {
+        "down_proj": down, "gate_proj": gate, "v_proj": config.attention_in_multiplier,
+        "q_proj": config.attention_in_multiplier, "o_proj": config.attention_out_multiplier,
+        "k_proj": config.key_multiplier * config.attention_in_multiplier,
+        "mamba.out_proj": config.ssm_out_multiplier, "lm_head": config.lm_head_multiplier,
+        "mamba.in_proj": config.ssm_in_multiplier, "embed_tokens": config.embedding_multiplier,
+    }  # fmt: skip
+    of_groups = config.mamba_n_groups * config.mamba_d_state
+    parts = [config.mamba_d_ssm] * 2 + [of_groups] * 2 + [config.mamba_n_heads]
+    for name, one in weights.items():
+        for part, factor in factors.items():
+            if name.endswith(f"{part}.weight"):
+                one.mul_(factor)
+        if name.endswith("in_proj.weight"):
+            for rows, factor in zip(one.split(parts), config.ssm_multipliers, strict=True):
+                rows.mul_(factor)
+
+
 KINDS = {
     "gpt_oss": Kind("gpt-oss", _gpt_oss, _gpt_oss_keys),
     "deepseek_v2": Kind("deepseek2", _deepseek2, _deepseek2_keys),
@@ -316,4 +384,6 @@ KINDS = {
     "qwen3_next": Kind("qwen3next", _hybrid, _hybrid_keys, norms_plus_one=True),
     "qwen3_5_text": Kind("qwen35", _tiled, _hybrid_keys, norms_plus_one=True),
     "qwen3_5_moe_text": Kind("qwen35moe", _tiled, _hybrid_keys, norms_plus_one=True),
+    "falcon_h1": Kind("falcon-h1", _mixer, _falcon_h1_keys),
+    "nemotron_h": Kind("nemotron_h", _mixer, _nemotron_h_keys),
 }

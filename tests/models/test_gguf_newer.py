@@ -1,20 +1,22 @@
-"""GGUF files of gpt-oss, DeepSeek, Gemma 4, Qwen3-Next and Qwen3.5 give the logits of their real
-values, though llama.cpp's converter has cut, joined and reordered their tensors."""
+"""GGUF files of gpt-oss, DeepSeek, Gemma 4, hybrids and decoders with mixers give the logits of
+their real values, though llama.cpp's converter has cut, joined and reordered their tensors."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
+from transformers import AutoConfig
 
 from nanovllm.config import EngineConfig
 from tests.conftest import save_tiny
-from tests.models import gpt_oss_cases, harness, latent_cases
+from tests.models import gpt_oss_cases, harness, latent_cases, mamba_cases
 from tests.models.families import GEMMA4, GEMMA4_EXPERTS, GEMMA4_SMALL
 from tests.models.gguf_cases import Written, in_turns
-from tests.models.gguf_newer import write
+from tests.models.gguf_newer import fold_factors, write
 from tests.models.harness import engine_logits, max_difference, sequences, transformers_logits
 from tests.models.hybrid_cases import EXPERTS, HYBRID
 from tests.models.routes import edit
@@ -37,6 +39,16 @@ DENSE_FIRST = {"first_k_dense_replace": 1}
 RULE = {**HYBRID, "linear_key_head_dim": 16, "linear_value_head_dim": 32}
 OF_EXPERTS = {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
 WIDE = {"head_dim": 32, "global_head_dim": 64, "moe_intermediate_size": 32}
+# rows of whole blocks
+FALCON = {
+    **{key: one for key, one in mamba_cases.FALCON.items() if "multiplier" not in key},
+    "mamba_d_ssm": 96, "mamba_d_head": 16, "num_key_value_heads": 2, "num_attention_heads": 4,
+    "mamba_norm_before_gate": False,
+}  # fmt: skip
+NEMOTRON = {
+    **mamba_cases.NEMOTRON, "mamba_head_dim": 16, "num_key_value_heads": 2, "head_dim": 32,
+    "num_attention_heads": 4, "num_hidden_layers": 5, "layer_norm_epsilon": 1e-3,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("gpt_oss", gpt_oss_cases.SIZES),
     "v2-lite": (
@@ -65,6 +77,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-next": ("qwen3_next", {**RULE, **OF_EXPERTS}),
     "qwen3.5": ("qwen3_5_text", {**RULE, "tie_word_embeddings": True}),
     "qwen3.5-moe": ("qwen3_5_moe_text", {**RULE, **OF_EXPERTS}),
+    "falcon-h1": ("falcon_h1", FALCON),
+    "falcon-h1-norm": ("falcon_h1", {**FALCON, "mamba_rms_norm": True}),
+    "nemotron-h": ("nemotron_h", NEMOTRON),
 }  # fmt: skip
 
 
@@ -106,6 +121,18 @@ def test_blocks_of_several_heads_are_dequantized(tmp_path: Path) -> None:
     )  # fmt: skip
     params = check(write(saved, lambda name: "Q6_K" if "ssm_out" in name else "Q8_0"))
     assert isinstance(params.layers[0].out_DP, Tensor)
+
+
+def test_factors_of_falcon_h1_are_in_the_weights(tmp_path: Path) -> None:
+    """The file has no factors, and gives the logits of the checkpoint that has them."""
+    changes = {**SIZES, **mamba_cases.FALCON, **FALCON, "num_hidden_layers": 2}
+    whole = save_tiny(tmp_path / "whole", "falcon_h1", **changes)
+    factors, folder = AutoConfig.from_pretrained(whole), tmp_path / "folded"
+    shutil.copytree(whole, folder)
+    edit(folder, lambda weights: fold_factors(weights, factors))
+    file, known = write(folder, in_turns("F32")), sequences(99, (19, 22))
+    found = engine_logits(harness.load(file.path, "cpu", enforce_eager=True), known)
+    assert max_difference(found, transformers_logits(whole, known, "cpu")) < TOLERANCE
 
 
 @pytest.mark.parametrize(

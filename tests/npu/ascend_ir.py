@@ -95,7 +95,7 @@ def _gather(a: Attributes, x: Tensor, indices: Tensor, axis: Tensor) -> Tensor:
         indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < x.shape[dim]
     )
     rows = torch.index_select(x, dim, indices.reshape(-1).long())
-    return rows.reshape(*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
+    return rows.reshape((*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :]))
 
 
 def _strided_slice(
@@ -293,6 +293,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "ReduceSum": lambda a, x, axes: x.sum(
         axes.reshape(-1).tolist(), keepdim=a["keep_dims"], dtype=x.dtype
     ),
+    "Relu": lambda a, x: torch.relu(x),
     "Reshape": lambda a, x, shape: x.reshape(shape.tolist()),
     "Rsqrt": lambda a, x: torch.rsqrt(x),
     "RmsNorm": lambda a, x, gamma: semantics.rms_norm(x, gamma, a["epsilon"]),

@@ -1,4 +1,5 @@
-"""Hybrid decoders with a gated delta rule give the CPU's tokens on device "npu"."""
+"""Hybrid decoders, with layers of a gated delta rule or of Mamba-2, give the CPU's tokens on device
+"npu"."""
 
 from __future__ import annotations
 
@@ -14,21 +15,31 @@ from nanovllm.platforms import npu
 from nanovllm.schedule.request import Request
 from tests.engines import greedy
 from tests.engines import tokens as generated
+from tests.models import mamba_cases
 from tests.models.families import VOCAB_SIZE
 from tests.models.hybrid_cases import CASES
 from tests.npu.ge import Ge
 from tests.npu.host import Host, host_view
 from tests.npu.test_families_npu import MODES, PROMPTS, SIZES
 
-TYPES = ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
+TYPES = (
+    "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "FalconH1ForCausalLM",
+    "NemotronHForCausalLM",
+)  # fmt: skip
+CHANGES: dict[str, dict[str, Any]] = {
+    "qwen3_5": {"num_hidden_layers": 2, "layer_types": None, "full_attention_interval": 2},
+    "falcon_h1": {"num_hidden_layers": 1},
+    "nemotron_h": {"layers_block_type": mamba_cases.NEMOTRON["layers_block_type"][:3]},
+}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+@pytest.fixture(scope="module", params=CHANGES)
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[list[int]]]:
     """A dense checkpoint, and the answers of an engine on a CPU."""
-    case = next(one for one in CASES if one.name == "qwen3_5")
-    folder = case.save(tmp_path_factory.mktemp(case.name), num_hidden_layers=2, layer_types=None,
-                       full_attention_interval=2)  # fmt: skip
+    case = next(one for one in (*CASES, *mamba_cases.CASES) if one.name == request.param)
+    folder = case.save(tmp_path_factory.mktemp(case.name), **CHANGES[case.name])
     llm = LLM(str(folder), device="cpu", enforce_eager=True, **SIZES)
     expected = generated(llm, PROMPTS, greedy(12))
     llm.close()

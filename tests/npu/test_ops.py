@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from nanovllm.kernels import ops, reference
 from nanovllm.kernels.npu import attention as npu_attention
@@ -130,6 +131,13 @@ def test_attention(
         return reference.attention.paged_attention(*args)[:used] if used else torch.ones(1)
 
     compare(run, op, meaning, tensors, 1 if is_decode else num_tokens, 0.125, 0, dtype=dtype)
+
+
+def test_softplus_and_relu(run: Callable[..., Any]) -> None:
+    """Of small and large numbers: above 20 torch's softplus returns them."""
+    x = torch.cat((torch.randn(9), torch.tensor([-300.0, -20.0, 0.0, 19.9, 20.1, 300.0])))
+    compare(run, softplus, softplus, {"x": x})
+    compare(run, torch.relu, torch.relu, {"x": x})
 
 
 @pytest.mark.parametrize("vocab_size", [19, 989])

@@ -78,7 +78,33 @@ LATENTS = {
 }
 PLAIN_NORM = "linear_attn.norm.weight"  # has no 1
 HYBRID = {"post_attention_norm": "post_attention_layernorm", "ssm_norm": "linear_attn.norm"}
-BLOCK = re.compile(r"blk\.(\d{1,5})\.([a-z_0-9]+)\.(weight|bias|scale)")
+_MIXER = ("ssm_in", "in_proj"), ("ssm_conv1d", "conv1d"), ("ssm_out", "out_proj")
+FALCON_H1 = {
+    **LLAMA,
+    **{stored: f"mamba.{name}" for stored, name in _MIXER},
+    "ffn_norm": "pre_ff_layernorm",
+    "ffn_gate": "feed_forward.gate_proj",
+    "ffn_up": "feed_forward.up_proj",
+    "ffn_down": "feed_forward.down_proj",
+}
+NEMOTRON_H = {
+    **{stored: f"mixer.{name}" for stored, name in _MIXER},
+    "attn_norm": "norm",
+    "attn_q": "mixer.q_proj",
+    "attn_k": "mixer.k_proj",
+    "attn_v": "mixer.v_proj",
+    "attn_output": "mixer.o_proj",
+    "ffn_up": "mixer.up_proj",
+    "ffn_down": "mixer.down_proj",
+}
+FALCON_H1_OUTER = {**OUTER, "output_norm": "model.final_layernorm"}
+NEMOTRON_H_OUTER = {
+    "token_embd": "model.embeddings",
+    "output": "lm_head",
+    "output_norm": "model.norm_f",
+}
+# A Falcon-H1's ffn_norm is a weight without that word.
+BLOCK = re.compile(r"blk\.(\d{1,5})\.([a-z_0-9]+)(?:\.(weight|bias|scale))?")
 NEXTN = re.compile(r"blk\.(\d{1,5})\.(nextn\..*)")  # of layers that propose tokens
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
@@ -109,12 +135,13 @@ class Layout:
         found = BLOCK.fullmatch(stored)
         if found is None:
             return stored
-        if (tensor := self.layer.get(f"{found[2]}.{found[3]}")) is not None:
+        end = found[3] or "weight"
+        if (tensor := self.layer.get(f"{found[2]}.{end}")) is not None:
             return f"model.layers.{int(found[1])}.{tensor}"
         if found[2] not in self.layer:
             return stored
         name = f"model.layers.{int(found[1])}.{self.layer[found[2]]}"
-        return name if name.endswith(f"_{found[3]}") else f"{name}.{found[3]}"
+        return name if name.endswith(f"_{end}") else f"{name}.{end}"
 
 
 PHI3 = {**LLAMA, "ffn_up": "mlp.gate_up_proj"}
@@ -155,6 +182,8 @@ ARCHITECTURES: dict[str, Layout] = {
     "qwen3next": Layout(HYBRID_EXPERTS, norms_plus_one=True),
     "qwen35": Layout({**LLAMA, **HYBRID}, norms_plus_one=True),
     "qwen35moe": Layout(HYBRID_EXPERTS, norms_plus_one=True),
+    "falcon-h1": Layout(FALCON_H1, FALCON_H1_OUTER),
+    "nemotron_h": Layout(NEMOTRON_H, NEMOTRON_H_OUTER),
     "phi3": Layout(PHI3),
     "granite": Layout(permutes=True),
     "olmo2": Layout({**LLAMA, **NORMS_BEHIND}),

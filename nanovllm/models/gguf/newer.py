@@ -1,5 +1,5 @@
-"""The fields of config.json of architectures with sinks, latents, a gated delta rule, or layers of
-two sizes: see `config`."""
+"""The fields of config.json of architectures with sinks, latents, a gated delta rule, mixers, or
+layers of two sizes: see `config`."""
 
 from __future__ import annotations
 
@@ -164,6 +164,54 @@ def _hybrid(facts: Facts) -> Fields:
     }  # fmt: skip
 
 
+def _falcon_h1(facts: Facts) -> Fields:
+    """The converter multiplies weights by the factors. llama.cpp normalises after the gate."""
+    heads, inner = facts.size("ssm.time_step_rank"), facts.size("ssm.inner_size")
+    one = ("embedding", "lm_head", "key", "attention_in", "attention_out", "ssm_in", "ssm_out")
+    return {
+        "architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1",
+        "mamba_d_ssm": inner, "mamba_n_heads": heads, "mamba_d_head": inner // heads,
+        "mamba_n_groups": facts.size("ssm.group_count"),
+        "mamba_d_state": facts.size("ssm.state_size"),
+        "mamba_d_conv": facts.size("ssm.conv_kernel"),
+        "mamba_rms_norm": facts.has("blk.0.ssm_norm.weight"), "mamba_norm_before_gate": False,
+        "mamba_conv_bias": facts.has("blk.0.ssm_conv1d.bias"),
+        "mamba_proj_bias": facts.has("blk.0.ssm_in.bias"),
+        "projectors_bias": facts.has("blk.0.ssm_out.bias"),
+        "attention_bias": facts.has("blk.0.attn_q.bias"),
+        "mlp_bias": facts.has("blk.0.ffn_gate.bias"),
+        **{f"{name}_multiplier": 1.0 for name in one},
+        "mlp_multipliers": [1.0] * 2, "ssm_multipliers": [1.0] * 5,
+    }  # fmt: skip
+
+
+def _nemotron_h(facts: Facts) -> Fields:
+    """Files do not have the least time step, which llama.cpp ignores: it is that of transformers.
+    Values of each layer are 0 where it has none."""
+    num, heads = facts.size("block_count"), facts.size("ssm.time_step_rank")
+    kinds = (("ssm_a", LINEAR), ("attn_q.weight", FULL), ("ffn_up.weight", "mlp"))
+    types = [
+        next((kind for name, kind in kinds if facts.has(f"blk.{i}.{name}")), "unknown")
+        for i in range(num)
+    ]
+
+    def has(kind: str, name: str) -> bool:
+        return kind in types and facts.has(f"blk.{types.index(kind)}.{name}")
+
+    return {
+        "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h",
+        "layers_block_type": types, "mamba_num_heads": heads,
+        "mamba_head_dim": facts.size("ssm.inner_size") // heads,
+        "n_groups": facts.size("ssm.group_count"), "ssm_state_size": facts.size("ssm.state_size"),
+        "conv_kernel": facts.size("ssm.conv_kernel"),
+        "use_conv_bias": has(LINEAR, "ssm_conv1d.bias"), "use_bias": has(LINEAR, "ssm_in.bias"),
+        "mlp_bias": has("mlp", "ffn_up.bias"),
+        "num_key_value_heads": max(1, *facts.layers("attention.head_count_kv", int)),
+        "intermediate_size": max(1, *facts.layers("feed_forward_length", int)),
+        "layer_norm_epsilon": facts.number("attention.layer_norm_rms_epsilon", 1e-5),
+    }  # fmt: skip
+
+
 OWN: dict[str, Callable[[Facts], Fields]] = {
     "gpt-oss": _gpt_oss,
     "deepseek2": _deepseek2,
@@ -171,4 +219,6 @@ OWN: dict[str, Callable[[Facts], Fields]] = {
     "qwen3next": _hybrid,
     "qwen35": _hybrid,
     "qwen35moe": _hybrid,
+    "falcon-h1": _falcon_h1,
+    "nemotron_h": _nemotron_h,
 }

@@ -140,8 +140,8 @@ class _Rule:
 
     def __init__(self, header: Header, *, tiles: bool) -> None:
         self.header = header
-        keys, values, size = map(self._size, ("group_count", "time_step_rank", "state_size"))
-        inner = self._size("inner_size")
+        of_rule = ("group_count", "time_step_rank", "state_size", "inner_size", "conv_kernel")
+        keys, values, size, inner, self.taps = (_size(header, f"ssm.{key}") for key in of_rule)
         if values % keys or inner % values:
             raise GgufError(
                 f"{header.path}: {keys} key heads, {values} value heads and values of {inner} "
@@ -149,17 +149,9 @@ class _Rule:
             )
         self.keys, self.values, self.value_size = keys, values, inner // values
         self.key_rows = 2 * keys * size
-        self.taps = self._size("conv_kernel")
         order_V = torch.arange(values)
         self.order_V = order_V.view(-1, keys).t().flatten() if tiles else order_V
         self.tiles = tiles and keys not in (1, values)
-
-    def _size(self, key: str) -> int:
-        name = f"{self.header.architecture}.ssm.{key}"
-        found = self.header.get(name, int)
-        if found is None or found < 1:
-            raise GgufError(f"{self.header.path}: {name} is {found}: it must be above 0")
-        return int(found)
 
     def of_layer(self, layer: int) -> Iterator[tuple[str, Restored]]:
         stored, prefix = f"blk.{layer}.", f"model.layers.{layer}.linear_attn."
@@ -219,9 +211,56 @@ class _Rule:
         return x_V[self.order_V]
 
     def _logarithms(self, x_V: Tensor) -> Tensor:
-        if not (x_V < 0).all():
-            raise GgufError(f"{self.header.path}: ssm_a has numbers that are not below 0")
-        return torch.log(-x_V)[self.order_V]
+        return _logarithms_of(self.header)(x_V)[self.order_V]
+
+
+# Mamba-2 -----------------------------------------------------------------------------------------
+
+
+def _mamba2(header: Header) -> Iterator[tuple[str, Restored]]:
+    """Vectors of heads are columns there, and the norm has a row for each group."""
+    sizes = {key: _size(header, f"ssm.{key}") for key in MAMBA_KEYS}
+    heads, groups, inner = (sizes[key] for key in MAMBA_KEYS[:3])
+    if heads % groups or inner % heads:
+        raise GgufError(
+            f"{header.path}: {heads} heads, {groups} groups and values of {inner} numbers do not "
+            "fit each other"
+        )
+    channels, taps = inner + 2 * groups * sizes["state_size"], sizes["conv_kernel"]
+    for layer in _layers(header, RULE):
+        stored, prefix = f"blk.{layer}.", f"model.layers.{layer}.{MIXERS[header.architecture]}."
+        of_layer = (
+            ("A_log", "ssm_a", (heads, 1), (heads,), _logarithms_of(header)),
+            ("D", "ssm_d", (heads, 1), (heads,), _same),
+            ("dt_bias", "ssm_dt.bias", (heads,), (heads,), _same),
+            ("conv1d.weight", "ssm_conv1d.weight", (channels, taps), (channels, 1, taps), _same),
+            ("norm.weight", "ssm_norm.weight", (groups, inner // groups), (inner,), _same),
+        )
+        for name, source, shape, own, make in of_layer:
+            if source == "ssm_norm.weight" and stored + source not in header.tensors:
+                continue  # Falcon-H1 has mixers without one
+            _tensor(header, stored + source, *shape)
+            yield prefix + name, Restored((stored + source,), "F32", own, make)
+
+
+def _logarithms_of(header: Header) -> Callable[[Tensor], Tensor]:
+    """log(-x) of numbers that must be below 0."""
+
+    def make(x: Tensor) -> Tensor:
+        if not (x < 0).all():
+            raise GgufError(f"{header.path}: ssm_a has numbers that are not below 0")
+        return torch.log(-x)
+
+    return make
+
+
+def _size(header: Header, key: str) -> int:
+    """A number of the metadata above 0."""
+    name = f"{header.architecture}.{key}"
+    found = header.get(name, int)
+    if found is None or found < 1:
+        raise GgufError(f"{header.path}: {name} is {found}: it must be above 0")
+    return int(found)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -251,8 +290,11 @@ def _hybrid(header: Header) -> Iterator[tuple[str, Restored]]:
 
 
 HYBRID = ("qwen3next", "qwen35", "qwen35moe")
+MIXERS = {"falcon-h1": "mamba", "nemotron_h": "mixer"}
+MAMBA_KEYS = ("time_step_rank", "group_count", "inner_size", "state_size", "conv_kernel")
 MAKERS: dict[str, Callable[[Header], Iterator[tuple[str, Restored]]]] = {
     "gpt-oss": _gpt_oss,
     "deepseek2": _deepseek2,
     **dict.fromkeys(HYBRID, _hybrid),
+    **dict.fromkeys(MIXERS, _mamba2),
 }
