@@ -81,7 +81,9 @@ void tile(float* sums, const Rows& at, const char* const* x, const char* const* 
   int64_t first = 0;
   for (; first + kSteps <= at.num_steps; first += kSteps) {
     next_scales();
-#pragma GCC unroll 4
+#if LANES == 8 && defined(__AVX2__)
+#pragma GCC unroll 4  // the places of codes are constants then
+#endif
     for (int j = 0; j < kSteps; ++j) add_step(first, j);
   }
   if (first < at.num_steps) {
@@ -119,17 +121,22 @@ void wide_tile(float* sums, const Rows& at, const char* const* x, const char* co
   }
 }
 
+#if LANES == 4 && !defined(__aarch64__)
+constexpr int kTileTokens = 4, kWideTokens = 4;
+#else
 constexpr int kTileTokens = 4, kWideTokens = 8;
+#endif
 
 template <typename Codes, bool kHalves, int TB>
 constexpr TileFunction tile_function() {
-  if constexpr (TB <= kTileTokens) return tile<Codes, kHalves, TB, kTileOutputs>;
+  if constexpr (TB > kWideTokens) return nullptr;
+  else if constexpr (TB <= kTileTokens) return tile<Codes, kHalves, TB, kTileOutputs>;
   else return wide_tile<Codes, kHalves, TB>;
 }
 
 template <typename Codes, bool kHalves>
 TileFunction tile_of(int64_t num_tokens) {
-  static const TileFunction of[kWideTokens] = {
+  static const TileFunction of[] = {
       tile_function<Codes, kHalves, 1>(), tile_function<Codes, kHalves, 2>(),
       tile_function<Codes, kHalves, 3>(), tile_function<Codes, kHalves, 4>(),
       tile_function<Codes, kHalves, 5>(), tile_function<Codes, kHalves, 6>(),
