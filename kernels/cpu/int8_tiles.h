@@ -18,8 +18,8 @@ struct Rows {
 };
 
 // What a tile knows of codes:
-//   Step(from, j, rows)  where the codes of step from + j are, of those that share a vector of
-//                     scales from `from` on; first_byte is about that place in a row
+//   Step(from, j, rows)  where the codes of step from + j are; steps that share a vector of scales
+//                     begin with `from`
 //   load              the codes of a step of one row
 //   kStepBytes        about what a step takes of a row
 //   kAreSmall         codes are 0..63, else those that `dot` takes
@@ -50,7 +50,7 @@ void tile(float* sums, const Rows& at, const char* const* x, const char* const* 
     for (int o = 0; o < OB; ++o) {
       codes.load(low[o], high[o], code[o], place);
       for (int i = 0; i < Codes::kStepBytes; i += 64)
-        __builtin_prefetch(code[o] + place.first_byte + at.prefetch + i, 0, 2);
+        __builtin_prefetch(code[o] + (first + j) * Codes::kStepBytes + at.prefetch + i, 0, 2);
       low_scale[o] = permute(scales[o], at.index[kHalves ? 2 * j : j]);
       if (kHalves) high_scale[o] = permute(scales[o], at.index[(2 * j + 1) & 3]);
     }
@@ -156,7 +156,7 @@ void decode_row(uint8_t* to, const char* code, const Rows& at) {
     Bytes low, high;
     codes.load(low, high, code, place);
     for (int i = 0; i < Codes::kStepBytes; i += 64)
-      __builtin_prefetch(code + place.first_byte + at.prefetch + i, 0, 2);
+      __builtin_prefetch(code + step * Codes::kStepBytes + at.prefetch + i, 0, 2);
     const Bytes two[] = {_mm512_permutex2var_epi64(low, first, high),
                          _mm512_permutex2var_epi64(low, second, high)};
     for (int i = 0; i < kStepBlocks; ++i)
