@@ -11,13 +11,9 @@
 #include "matrix_tiles.h"
 #include "int8_tiles.h"
 #include "int8_product.h"
+#include "ggml_types.h"
 
 namespace {
-
-// 16 columns, on any machine
-typedef uint8_t Sixteen __attribute__((vector_size(16)));
-typedef uint8_t SixteenAt __attribute__((vector_size(16), aligned(1), may_alias));
-INLINE Sixteen load16(const uint8_t* p) { return *(const SixteenAt*)p; }
 
 // Bytes of a step from its blocks, 16 columns of each.
 INLINE Bytes joined(const Sixteen* of_block) {
@@ -36,144 +32,6 @@ INLINE Bytes joined(const Sixteen* of_block) {
 #endif
 }
 
-INLINE float half_at(const uint8_t* p) {
-  Fp16 number;
-  std::memcpy(&number, p, 2);
-#if defined(__AVX2__) && defined(__F16C__)
-  return _cvtsh_ss(number.bits);
-#else
-  return to_float(number);
-#endif
-}
-
-// to[i] = (byte[i] + plus) * by
-INLINE void scaled_bytes(float* to, const int8_t* byte, int n, int plus, float by) {
-#if LANES == 16 && defined(__AVX512BW__) && defined(__AVX512VL__)
-  const __mmask16 some = (__mmask16)((1u << n) - 1);
-  const IVec wide = (IVec)_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, byte)) + plus;
-  _mm512_mask_storeu_ps(to, some, (__m512)(__builtin_convertvector(wide, Vec) * by));
-  return;
-#endif
-  for (int i = 0; i < n; i += 4)
-    for (int j = i; j < i + 4; ++j) to[j] = (float)(byte[j] + plus) * by;
-}
-
-INLINE uint32_t word_at(const uint8_t* p) {
-  uint32_t word;
-  std::memcpy(&word, p, 4);
-  return word;
-}
-
-// The types. `sixteen` has the codes of columns 16 c .. 16 c + 15 of a block, and `read_scales`
-// writes the scales, and the offsets if it has some, of its groups. The level is code + kBias.
-
-struct Q6K {
-  static constexpr int kColumns = 256, kBlockBytes = 210, kGroup = 16, kBias = -32;
-  static constexpr bool kHasOffsets = false;
-
-  static INLINE Sixteen sixteen(const uint8_t* block, int c) {
-    const int part = c / 8, in_part = c % 8;
-    const Sixteen low = load16(block + part * 64 + in_part % 4 * 16) >> (in_part / 4 * 4);
-    const Sixteen high = load16(block + 128 + part * 32 + c % 2 * 16) >> (in_part / 2 * 2);
-    return (low & 15) | ((high & 3) << 4);
-  }
-
-  static INLINE void read_scales(float* scale, float*, const uint8_t* block) {
-    scaled_bytes(scale, (const int8_t*)block + 192, 16, 0, half_at(block + 208));
-  }
-};
-
-struct Q5K {
-  static constexpr int kColumns = 256, kBlockBytes = 176, kGroup = 32, kBias = 0;
-  static constexpr bool kHasOffsets = true;
-
-  static INLINE Sixteen sixteen(const uint8_t* block, int c) {
-    const Sixteen low = load16(block + 48 + c / 4 * 32 + c % 2 * 16) >> (c / 2 % 2 * 4);
-    const Sixteen high = load16(block + 16 + c % 2 * 16) >> (c / 2);
-    return (low & 15) | ((high & 1) << 4);
-  }
-
-  static INLINE void read_scales(float* scale, float* offset, const uint8_t* block) {
-    const uint32_t first = word_at(block + 4), second = word_at(block + 8),
-                   third = word_at(block + 12);
-    const uint32_t words[4] = {
-        first & 0x3f3f3f3f, (third & 0x0f0f0f0f) | ((first >> 2) & 0x30303030),
-        second & 0x3f3f3f3f, ((third >> 4) & 0x0f0f0f0f) | ((second >> 2) & 0x30303030)};
-    scaled_bytes(scale, (const int8_t*)words, 8, 0, half_at(block));
-    scaled_bytes(offset, (const int8_t*)(words + 2), 8, 0, -half_at(block + 2));
-  }
-};
-
-struct Q2K {
-  static constexpr int kColumns = 256, kBlockBytes = 84, kGroup = 16, kBias = 0;
-  static constexpr bool kHasOffsets = true;
-
-  static INLINE Sixteen sixteen(const uint8_t* block, int c) {
-    return (load16(block + 16 + c / 8 * 32 + c % 2 * 16) >> (c % 8 / 2 * 2)) & 3;
-  }
-
-  static INLINE void read_scales(float* scale, float* offset, const uint8_t* block) {
-    const Sixteen both = load16(block), low = both & 15, high = both >> 4;
-    scaled_bytes(scale, (const int8_t*)&low, 16, 0, half_at(block + 80));
-    scaled_bytes(offset, (const int8_t*)&high, 16, 0, -half_at(block + 82));
-  }
-};
-
-struct Q3K {
-  static constexpr int kColumns = 256, kBlockBytes = 110, kGroup = 16, kBias = -4;
-  static constexpr bool kHasOffsets = false;
-
-  static INLINE Sixteen sixteen(const uint8_t* block, int c) {
-    const Sixteen low = load16(block + 32 + c / 8 * 32 + c % 2 * 16) >> (c % 8 / 2 * 2);
-    const Sixteen high = load16(block + c % 2 * 16) >> (c / 2);
-    return (low & 3) | ((high & 1) << 2);
-  }
-
-  static INLINE void read_scales(float* scale, float*, const uint8_t* block) {
-    const uint32_t first = word_at(block + 96), second = word_at(block + 100),
-                   high = word_at(block + 104);
-    const auto two = [&](int shift) { return ((high >> shift) & 0x03030303) << 4; };
-    const uint32_t words[4] = {
-        (first & 0x0f0f0f0f) | two(0), (second & 0x0f0f0f0f) | two(2),
-        ((first >> 4) & 0x0f0f0f0f) | two(4), ((second >> 4) & 0x0f0f0f0f) | two(6)};
-    scaled_bytes(scale, (const int8_t*)words, 16, -32, half_at(block + 108));
-  }
-};
-
-// 16 where a bit is set
-INLINE Sixteen fifth_bits(const uint8_t* two_bytes) {
-  const Sixteen bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-  Sixteen spread;
-#if defined(__AVX2__)
-  uint16_t both;
-  std::memcpy(&both, two_bytes, 2);
-  const __m128i of_byte = _mm_set_epi8(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-  spread = (Sixteen)_mm_shuffle_epi8(_mm_set1_epi16((int16_t)both), of_byte);
-#elif defined(__aarch64__)
-  spread = (Sixteen)vcombine_u8(vdup_n_u8(two_bytes[0]), vdup_n_u8(two_bytes[1]));
-#else
-  for (int i = 0; i < 16; ++i) spread[i] = two_bytes[i / 8];
-#endif
-  return (Sixteen)((spread & bit) != 0) & 16;
-}
-
-template <bool kHasMinimum>
-struct Q5 {
-  static constexpr int kColumns = 32, kBlockBytes = kHasMinimum ? 24 : 22, kGroup = 32;
-  static constexpr int kBias = kHasMinimum ? 0 : -16;
-  static constexpr bool kHasOffsets = kHasMinimum;
-
-  static INLINE Sixteen sixteen(const uint8_t* block, int c) {
-    const uint8_t* high = block + (kHasMinimum ? 4 : 2);
-    return ((load16(high + 4) >> (4 * c)) & 15) | fifth_bits(high + 2 * c);
-  }
-
-  static INLINE void read_scales(float* scale, float* offset, const uint8_t* block) {
-    *scale = half_at(block);
-    if (kHasMinimum) *offset = half_at(block + 2);
-  }
-};
-
 // The codes of a type in the steps of a tile.
 template <typename Type>
 struct BlockCodes {
@@ -183,10 +41,13 @@ struct BlockCodes {
   struct Step {
     int64_t first_byte;  // of the first block
     int first;           // the step's first 16 columns in that block
+    int part, odd;       // with AVX2, of a block of 256 columns: its step is 2 * part + odd
     int num;             // blocks of 32 columns that the row has
-    INLINE Step(int64_t step, const Rows& at)
-        : first_byte(step * kStepColumns / Type::kColumns * Type::kBlockBytes),
-          first((int)(step * kStepColumns % Type::kColumns) / kHalf),
+    INLINE Step(int64_t from, int j, const Rows& at)
+        : first_byte((from + j) * kStepColumns / Type::kColumns * Type::kBlockBytes),
+          first((int)((from + j) * kStepColumns % Type::kColumns) / kHalf),
+          part(Type::kGroup == kHalf ? (int)(from / 2 % 2) : j / 2),
+          odd(j % 2),
           num((int)std::min<int64_t>(kStepBlocks,
                                      (at.code_bytes - first_byte) / Type::kBlockBytes)) {}
   };
@@ -195,6 +56,9 @@ struct BlockCodes {
 
   INLINE void load(Bytes& low, Bytes& high, const char* row, const Step& at) const {
     const uint8_t* block = (const uint8_t*)row + at.first_byte;
+#if LANES == 8 && defined(__AVX2__)
+    if constexpr (Type::kColumns > kBlock) return Type::load(low, high, block, at.part, at.odd);
+#endif
 #if LANES == 16 && defined(__AVX512BW__)
     if constexpr (std::is_same_v<Type, Q6K>) return load_q6_k(low, high, block, at.first / 8);
     if constexpr (std::is_same_v<Type, Q5K>) return load_q5_k(low, high, block, at.first / 8);

@@ -16,7 +16,8 @@ constexpr int kStepColumns = kStepBlocks * kBlock;
 // ------------------------------------------------------------------------------------------- bytes
 //
 // `dot` adds to each int32 lane the products of its 4 bytes. The bytes of x are -127..127. Where
-// kUnsigned, codes are 0..255, else -128..127. `dot_small` is for codes 0..15.
+// kUnsigned, codes are 0..255, else -128..127. `dot_small` is for codes 0..63, and adds the products of
+// one vector or of two.
 
 #if LANES == 16 && defined(__AVX512BW__)
 typedef __m512i Bytes;
@@ -84,6 +85,12 @@ INLINE IVec dot_small(IVec sum, Bytes code, Bytes x) {
 INLINE IVec dot(IVec sum, Bytes code, Bytes x) {  // pairs are at most 2 * 128 * 127
   return dot_small(sum, _mm256_abs_epi8(code), _mm256_sign_epi8(x, code));
 }
+#define HAS_DOT_SMALL_BOTH
+INLINE IVec dot_small(IVec sum, Bytes low, Bytes x_low, Bytes high, Bytes x_high) {
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, x_low),  // at most 4 * 63 * 127
+                                         _mm256_maddubs_epi16(high, x_high));
+  return sum + (IVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
 #endif
 #elif LANES == 4 && defined(__aarch64__)
 typedef uint8x16_t Bytes;
@@ -141,6 +148,12 @@ INLINE IVec dot(IVec sum, Bytes code, Bytes x) {
   return sum;
 }
 INLINE IVec dot_small(IVec sum, Bytes code, Bytes x) { return dot(sum, code, x); }
+#endif
+
+#ifndef HAS_DOT_SMALL_BOTH
+INLINE IVec dot_small(IVec sum, Bytes low, Bytes x_low, Bytes high, Bytes x_high) {
+  return dot_small(dot_small(sum, low, x_low), high, x_high);
+}
 #endif
 
 #if !(LANES == 16 && defined(__AVX512BW__))

@@ -18,7 +18,8 @@ struct Rows {
 };
 
 // What a tile knows of codes:
-//   Step(step, rows)  where a step's codes are; first_byte is about that place in a row
+//   Step(from, j, rows)  where the codes of step from + j are; steps that share a vector of scales
+//                     begin with `from`
 //   load              the codes of a step of one row
 //   kStepBytes        about what a step takes of a row
 //   kAreSmall         codes are 0..63, else those that `dot` takes
@@ -36,45 +37,58 @@ void tile(float* sums, const Rows& at, const char* const* x, const char* const* 
   Vec acc[OB][TB] = {};
   const Codes codes(at);
   int64_t first_scale = 0, until_next = at.scale_period;
-  for (int64_t first = 0; first < at.num_steps; first += kSteps) {
-    Vec scales[OB];
-    const SomeLanes some_scales = first_lanes(at.num_scales - first_scale);
-    for (int o = 0; o < OB; ++o) scales[o] = load_some(scale[o] + first_scale, some_scales);
+  Vec scales[OB];
+  const auto next_scales = [&]() __attribute__((always_inline)) {
+    const SomeLanes some = first_lanes(at.num_scales - first_scale);
+    for (int o = 0; o < OB; ++o) scales[o] = load_some(scale[o] + first_scale, some);
     if (--until_next == 0) first_scale += at.scale_advance, until_next = at.scale_period;
-    for (int j = 0; j < kSteps; ++j) {
-      const int64_t step = first + j;
-      if (step >= at.num_steps) break;
-      const typename Codes::Step place(step, at);
-      Bytes low[OB], high[OB];
-      Vec low_scale[OB], high_scale[OB];
+  };
+  const auto add_step = [&](int64_t first, int j) __attribute__((always_inline)) {
+    const typename Codes::Step place(first, j, at);
+    Bytes low[OB], high[OB];
+    Vec low_scale[OB], high_scale[OB];
+    for (int o = 0; o < OB; ++o) {
+      codes.load(low[o], high[o], code[o], place);
+      for (int i = 0; i < Codes::kStepBytes; i += 64)
+        __builtin_prefetch(code[o] + (first + j) * Codes::kStepBytes + at.prefetch + i, 0, 2);
+      low_scale[o] = permute(scales[o], at.index[kHalves ? 2 * j : j]);
+      if (kHalves) high_scale[o] = permute(scales[o], at.index[(2 * j + 1) & 3]);
+    }
+    for (int t = 0; t < TB; ++t) {
+      const char* from = x[t] + (first + j) * at.step_bytes;
+      const Bytes x_low = load_bytes(from), x_high = load_bytes(from + kBytes);
+      const Vec x_scale = load((const float*)(from + 2 * kBytes));
+      IVec start{}, high_start{};
+      if (Codes::kHasBias) start = *(const IVecAt*)(from + 3 * kBytes);
+      if (Codes::kHasBias && kHalves) high_start = *(const IVecAt*)(from + 4 * kBytes);
       for (int o = 0; o < OB; ++o) {
-        codes.load(low[o], high[o], code[o], place);
-        for (int i = 0; i < Codes::kStepBytes; i += 64)
-          __builtin_prefetch(code[o] + place.first_byte + at.prefetch + i, 0, 2);
-        low_scale[o] = permute(scales[o], at.index[kHalves ? 2 * j : j]);
-        if (kHalves) high_scale[o] = permute(scales[o], at.index[(2 * j + 1) & 3]);
-      }
-      for (int t = 0; t < TB; ++t) {
-        const char* from = x[t] + step * at.step_bytes;
-        const Bytes x_low = load_bytes(from), x_high = load_bytes(from + kBytes);
-        const Vec x_scale = load((const float*)(from + 2 * kBytes));
-        IVec start{}, high_start{};
-        if (Codes::kHasBias) start = *(const IVecAt*)(from + 3 * kBytes);
-        if (Codes::kHasBias && kHalves) high_start = *(const IVecAt*)(from + 4 * kBytes);
-        for (int o = 0; o < OB; ++o) {
-          IVec sum = multiply<Codes>(start, low[o], x_low);
-          if (kHalves) {
-            const IVec of_high = multiply<Codes>(high_start, high[o], x_high);
-            acc[o][t] = multiply_add(__builtin_convertvector(of_high, Vec),
-                                     high_scale[o] * x_scale, acc[o][t]);
-          } else {
-            sum = multiply<Codes>(sum, high[o], x_high);
-          }
-          acc[o][t] =
-              multiply_add(__builtin_convertvector(sum, Vec), low_scale[o] * x_scale, acc[o][t]);
+        IVec sum;
+        if (kHalves) {
+          sum = multiply<Codes>(start, low[o], x_low);
+          const IVec of_high = multiply<Codes>(high_start, high[o], x_high);
+          acc[o][t] = multiply_add(__builtin_convertvector(of_high, Vec), high_scale[o] * x_scale,
+                                   acc[o][t]);
+        } else if (Codes::kAreSmall) {
+          sum = dot_small(start, low[o], x_low, high[o], x_high);
+        } else {
+          sum = dot(dot(start, low[o], x_low), high[o], x_high);
         }
+        acc[o][t] =
+            multiply_add(__builtin_convertvector(sum, Vec), low_scale[o] * x_scale, acc[o][t]);
       }
     }
+  };
+  int64_t first = 0;
+  for (; first + kSteps <= at.num_steps; first += kSteps) {
+    next_scales();
+#if LANES == 8 && defined(__AVX2__)
+#pragma GCC unroll 4  // the places of codes are constants then
+#endif
+    for (int j = 0; j < kSteps; ++j) add_step(first, j);
+  }
+  if (first < at.num_steps) {
+    next_scales();
+    for (int j = 0; first + j < at.num_steps; ++j) add_step(first, j);
   }
   for (int64_t g = 0; g < at.num_offsets; g += kLanes) {
     const SomeLanes some = first_lanes(at.num_offsets - g);
@@ -89,7 +103,6 @@ void tile(float* sums, const Rows& at, const char* const* x, const char* const* 
     for (int o = 0; o < OB; ++o) sums[t * OB + o] = sum(acc[o][t]);
 }
 
-constexpr int kTileTokens = 4;
 constexpr int kTileOutputs = kTileRows == 8 ? 4 : 2;
 
 typedef void (*TileFunction)(float*, const Rows&, const char* const*, const char* const*,
@@ -108,15 +121,26 @@ void wide_tile(float* sums, const Rows& at, const char* const* x, const char* co
   }
 }
 
-constexpr int kWideTokens = kTileRows == 8 ? 8 : 4;
+#if LANES == 4 && !defined(__aarch64__)
+constexpr int kTileTokens = 4, kWideTokens = 4;
+#else
+constexpr int kTileTokens = 4, kWideTokens = 8;
+#endif
+
+template <typename Codes, bool kHalves, int TB>
+constexpr TileFunction tile_function() {
+  if constexpr (TB > kWideTokens) return nullptr;
+  else if constexpr (TB <= kTileTokens) return tile<Codes, kHalves, TB, kTileOutputs>;
+  else return wide_tile<Codes, kHalves, TB>;
+}
 
 template <typename Codes, bool kHalves>
 TileFunction tile_of(int64_t num_tokens) {
   static const TileFunction of[] = {
-      tile<Codes, kHalves, 1, kTileOutputs>, tile<Codes, kHalves, 2, kTileOutputs>,
-      tile<Codes, kHalves, 3, kTileOutputs>, tile<Codes, kHalves, 4, kTileOutputs>,
-      wide_tile<Codes, kHalves, 5>,          wide_tile<Codes, kHalves, 6>,
-      wide_tile<Codes, kHalves, 7>,          wide_tile<Codes, kHalves, 8>};
+      tile_function<Codes, kHalves, 1>(), tile_function<Codes, kHalves, 2>(),
+      tile_function<Codes, kHalves, 3>(), tile_function<Codes, kHalves, 4>(),
+      tile_function<Codes, kHalves, 5>(), tile_function<Codes, kHalves, 6>(),
+      tile_function<Codes, kHalves, 7>(), tile_function<Codes, kHalves, 8>()};
   return of[num_tokens - 1];
 }
 
@@ -128,11 +152,11 @@ void decode_row(uint8_t* to, const char* code, const Rows& at) {
   const Bytes first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0),
               second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
   for (int64_t step = 0; step < at.num_steps; ++step, to += kStepBlocks * kCodeBytes) {
-    const typename Codes::Step place(step, at);
+    const typename Codes::Step place(step, 0, at);
     Bytes low, high;
     codes.load(low, high, code, place);
     for (int i = 0; i < Codes::kStepBytes; i += 64)
-      __builtin_prefetch(code + place.first_byte + at.prefetch + i, 0, 2);
+      __builtin_prefetch(code + step * Codes::kStepBytes + at.prefetch + i, 0, 2);
     const Bytes two[] = {_mm512_permutex2var_epi64(low, first, high),
                          _mm512_permutex2var_epi64(low, second, high)};
     for (int i = 0; i < kStepBlocks; ++i)

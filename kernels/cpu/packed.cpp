@@ -70,8 +70,8 @@ struct Codes4 {
   struct Step {
     int64_t first_byte;
     SomeBytes some;
-    INLINE Step(int64_t step, const Rows& at)
-        : first_byte(step * kStepBytes), some(first_bytes(at.code_bytes - first_byte)) {}
+    INLINE Step(int64_t from, int j, const Rows& at)
+        : first_byte((from + j) * kStepBytes), some(first_bytes(at.code_bytes - first_byte)) {}
   };
 
   INLINE explicit Codes4(const Rows& at) : table(at.table) {}
@@ -90,8 +90,8 @@ struct Codes8 {
   struct Step {
     int64_t first_byte;
     SomeBytes some, others;
-    INLINE Step(int64_t step, const Rows& at)
-        : first_byte(step * kStepBytes),
+    INLINE Step(int64_t from, int j, const Rows& at)
+        : first_byte((from + j) * kStepBytes),
           some(first_bytes(at.code_bytes - first_byte)),
           others(first_bytes(at.code_bytes - first_byte - kBytes)) {}
   };

@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
+from nanovllm.kernels import reference
+from nanovllm.kernels.cpu import ggml, packed
 from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.kernels.cpu import linear as cpu_linear
-from nanovllm.kernels.cpu import packed
 from nanovllm.tools import command_line
 
 # (outputs, depth) of a layer's products
@@ -37,6 +39,9 @@ SHAPES = {
 MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 NF4 = tuple(i * i / 225.0 if i % 2 else -i * i / 225.0 for i in range(16))  # fits no integers
 SYMMETRIC = tuple(float(i - 8) for i in range(16))
+
+
+GGML_NAMES = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K")
 
 
 class Matrix(NamedTuple):
@@ -71,6 +76,15 @@ def packed_matrix(
     )
 
 
+def ggml_matrix(shape: tuple[int, int], ggml_type: int) -> Matrix:
+    (num_outputs, depth), kind = shape, reference.ggml.TYPES[ggml_type]
+    num = depth // kind.columns
+    block = torch.randint(0, 256, (num_outputs, num * kind.num_bytes), dtype=torch.uint8)
+    half = (torch.rand(num_outputs, num, len(kind.halves)) / 100).half()
+    block = reference.ggml.with_halves(block, ggml_type, half)
+    return Matrix(lambda x: ggml.ggml_linear(x, block, ggml_type, None), block.numel())
+
+
 def fp8_matrix(shape: tuple[int, int]) -> Matrix:
     weight = torch.randn(shape).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128))
@@ -103,11 +117,20 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Matrix]] = {
     "nf4 64": lambda shape: packed_matrix(shape, 4, 64, NF4, False, FULL),
     "q8 32": lambda shape: packed_matrix(shape, 8, 32, None, True, HALF),
     "q8 row": lambda shape: packed_matrix(shape, 8, 0, None, True, FULL),
+    **{
+        f"ggml {name}": partial(ggml_matrix, ggml_type=getattr(reference.ggml, name))
+        for name in GGML_NAMES
+    },
     "fp8 128": fp8_matrix,
     "int8": int8_matrix,
     "bf16": lambda shape: plain_matrix(shape, torch.bfloat16),
     "fp32": lambda shape: plain_matrix(shape, torch.float32),
 }
+
+
+def fits(name: str, depths: list[int]) -> bool:
+    """Types with K have blocks of 256 columns."""
+    return not name.endswith("_K") or all(depth % 256 == 0 for depth in depths)
 
 
 def copy_speed() -> float:
@@ -152,24 +175,25 @@ def main() -> None:
         print(f"\n{model}: tokens/s of a layer (GB/s of weights) at each number of rows")
         print(f"{'format':24}" + "".join(f"{rows:>18}" for rows in args.rows))
         layers, sizes = {}, {}
-        for name in chosen:
+        names = [name for name in chosen if fits(name, depths)]
+        for name in names:
             one = [FORMATS[name](shape) for shape in shapes]
             sizes[name] = sum(matrix.num_bytes for matrix in one)
             count = max(2, (args.megabytes << 20) // sizes[name])
             layers[name] = [one] + [[FORMATS[name](s) for s in shapes] for _ in range(count - 1)]
-        cells: dict[str, list[str]] = {name: [] for name in chosen}
+        cells: dict[str, list[str]] = {name: [] for name in names}
         for rows in args.rows:
             dtype = getattr(torch, args.dtype)
             inputs = {depth: torch.randn(rows, depth).to(dtype) for depth in depths}
-            used = {name: layers[name][: max(2, 800 // rows)] for name in chosen}
-            best = dict.fromkeys(chosen, float("inf"))
+            used = {name: layers[name][: max(2, 800 // rows)] for name in names}
+            best = dict.fromkeys(names, float("inf"))
             for _ in range(args.turns if rows <= 64 else max(2, args.turns // 2)):
-                for name in chosen:
+                for name in names:
                     best[name] = min(best[name], time_of(used[name], inputs, depths))
-            for name in chosen:
+            for name in names:
                 rate = f"{rows / best[name]:,.0f} ({sizes[name] / best[name] / 1e9:.1f})"
                 cells[name].append(rate)
-        for name in chosen:
+        for name in names:
             print(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells[name]), flush=True)
 
 

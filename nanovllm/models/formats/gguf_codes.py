@@ -19,6 +19,7 @@ from nanovllm.models.formats.fp4 import powers
 from nanovllm.models.formats.packed_weight import PackedWeight
 
 GROUP = 32
+CONVERTED_BYTES = 1 << 20  # of blocks that are converted at a time
 Q4_0, Q4_1, Q8_0, Q4_K, IQ4_NL, MXFP4 = 2, 3, 8, 12, 20, 39
 IQ4_LEVELS = (
     -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
@@ -56,8 +57,31 @@ CODES: dict[int, Codes] = {
 }
 
 
-def of_blocks(block: Tensor, ggml_type: int) -> PackedWeight:
-    """The weight in blocks [O, n, bytes]. Raises ValueError for a scale that is no number."""
+def of_blocks(block_OnB: Tensor, ggml_type: int) -> PackedWeight:
+    """The weight in blocks [O, n, bytes]. Raises ValueError for a scale that is no number.
+
+    Some rows are converted at a time, so that little memory is needed beside the blocks and the
+    weight.
+    """
+    num_rows = len(block_OnB)
+    step = max(1, CONVERTED_BYTES // max(1, block_OnB[:1].nbytes))
+    first = _of_rows(block_OnB[:step], ggml_type)
+    if step >= num_rows:
+        return first
+    tensors = {
+        name: one.new_empty((num_rows, *one.shape[1:]))
+        for name, one in first._asdict().items()
+        if isinstance(one, Tensor) and name != "table"
+    }
+    for begin in range(0, num_rows, step):
+        rows = slice(begin, min(begin + step, num_rows))
+        part = first if begin == 0 else _of_rows(block_OnB[rows], ggml_type)
+        for name, out in tensors.items():
+            out[rows] = getattr(part, name)
+    return first._replace(**tensors)
+
+
+def _of_rows(block: Tensor, ggml_type: int) -> PackedWeight:
     codes, minimum = CODES[ggml_type], None
     if ggml_type == Q4_K:
         code, scale, minimum = _q4_k(block)
