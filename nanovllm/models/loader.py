@@ -367,8 +367,7 @@ def build(
         if not model.head_is_table:
             table = mapped(place, convert(model, model.tied_head, table))
         outer["head_VD"] = table
-    if model.lora is not None and model.lora.embeddings:
-        outer |= with_outer_slots(model, outer, place)
+    outer |= with_outer_slots(model, outer, place)
     layers = []
     for declared, kind in zip(layer_params, model.layer_kinds):
         layers.append(made_layer(declared, kind))

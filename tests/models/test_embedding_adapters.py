@@ -1,7 +1,7 @@
 """Adapters of the head and of the table of tokens give the numbers of PEFT's, merged and not.
 
-PEFT's module of a head is beside the table's, also if both have one weight: so the merged model of a
-tied one has two.
+PEFT's module of a head is beside the table's, also if both have one weight. So the merged model of
+a tied one has two.
 """
 
 from __future__ import annotations
@@ -161,12 +161,14 @@ def test_requests_of_a_batch_have_their_own(mode: str, tmp_path: Path) -> None:
     ]
     llm = LLM(
         str(case.folder), dtype="float32", max_model_len=64, kvcache_block_size=16,
-        max_num_seqs=4, max_num_batched_tokens=64, num_kvcache_blocks=30, draft_lengths=(2,),
-        skip_tokenizer_init=True, speculative_config={"method": "ngram"}, **MODES[mode], **LORA,
+        max_num_seqs=4, max_num_batched_tokens=64, num_kvcache_blocks=30,
+        skip_tokenizer_init=True, **MODES[mode], **LORA,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 2},
     )  # fmt: skip
     num_programs = llm.engine.runner.compiler.num_compiled
     asked = [None, LoRARequest("a", 1, str(case.adapter)), LoRARequest("b", 2, str(other))]
-    prompts, params = [[5, 9, 33, 71, 20], [8, 14] * 6, [41]], greedy(8, logprobs=2)
+    prompts = [[5, 9, 33, 71, 20], [8, 14] * 6, [41]]
+    params = greedy(8, logprobs=2, prompt_logprobs=0)
     for order in ((0, 1, 2), (2, 0, 1), (1, 1, 0)):
         ids = [
             llm.engine.add_request(prompt, params, incremental=False, lora_request=asked[i])
@@ -174,9 +176,12 @@ def test_requests_of_a_batch_have_their_own(mode: str, tmp_path: Path) -> None:
         ]
         done = drain(llm)
         for prompt, i, one in zip(prompts, order, ids):
-            answer, found = done[one].token_ids, done[one].logprobs or ()
-            logits_TV = models[i](torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            assert answer == logits_TV.argmax(-1).tolist()
+            answer = done[one].token_ids
+            logits_TV = models[i](torch.tensor([prompt + answer])).logits[0, :-1]
+            assert answer == logits_TV[len(prompt) - 1 :].argmax(-1).tolist()
+            of_prompt, of_answer = done[one].prompt_logprobs, done[one].logprobs
+            assert of_prompt is not None and of_answer is not None
+            found = [top for top in (*of_prompt, *of_answer) if top is not None]
             for expected_V, top in zip(logits_TV.log_softmax(-1), found, strict=True):
                 for token_id, given in top.items():
                     assert abs(given.logprob - expected_V[token_id]) < TOLERANCE

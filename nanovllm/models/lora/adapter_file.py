@@ -31,10 +31,7 @@ MATRICES = re.compile(
     r"(?P<module>.+)\.lora_((?P<which>[AB])\.weight|embedding_(?P<of_table>[AB]))"
 )
 # Other tensors of PEFT's, by what their names contain.
-OTHERS = {
-    "lora_magnitude_vector": "DoRA",
-    "modules_to_save": "whole copies of modules",
-}
+OTHERS = {"lora_magnitude_vector": "DoRA", "modules_to_save": "whole copies of modules"}
 DTYPES = ("F64", "F32", "F16", "BF16")
 ALL_SOURCES = -1  # in place of a source's number
 ALIGNMENT = 64  # bytes between the beginnings of two matrices are a multiple of this

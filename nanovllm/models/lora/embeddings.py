@@ -33,10 +33,7 @@ def shapes_of_copies(known: Collection[Target]) -> dict[str, tuple[int, ...]]:
 
 
 def fill(
-    target: Target,
-    shard: Shard,
-    into: tuple[Tensor, Tensor],
-    given: tuple[Tensor, Tensor],
+    target: Target, shard: Shard, into: tuple[Tensor, Tensor], given: tuple[Tensor, Tensor]
 ) -> None:
     """Put a rank's part of the table into a [V, X] and b [D, X]. `given` are A [rank, all rows] and
     B [D, rank], with its factor."""

@@ -196,9 +196,10 @@ def with_slots(
 def with_outer_slots(
     model: Model, outer: dict[str, Any], place: Callable[[Tensor], Tensor]
 ) -> dict[str, Weight]:
-    """The table and the head on one rank with empty slots."""
+    """The table and the head on one rank with empty slots, if adapters can change them."""
     slots = model.lora
-    assert slots is not None
+    if slots is None or not slots.embeddings:
+        return {}
     dtype, device = model.config.dtype, tensors_of(outer["embed_VD"])[0].device
     table, *_, head = targets(model)
     a_NVX, b_NDX = (
