@@ -165,6 +165,7 @@ class EngineConfig:
     max_cpu_loras: the most adapters in host memory. None: max_loras.
     lora_biases: adapters may change the biases of linear layers.
     lora_experts: adapters may change experts, each of which then has memory as a linear layer has.
+    lora_embeddings: adapters may change the table of tokens and the head.
     enable_prefix_caching: requests that begin with the same tokens share cache blocks.
     seed: the seed from which requests without a seed draw theirs.
     tensor_parallel_size: the number of devices that share the model, each with a part of every
@@ -244,6 +245,7 @@ class EngineConfig:
     max_cpu_loras: int | None = None
     lora_biases: bool = False
     lora_experts: bool = False
+    lora_embeddings: bool = False
     enable_prefix_caching: bool = True
     seed: int = 0
     tensor_parallel_size: int = 1
@@ -435,7 +437,7 @@ class EngineConfig:
     def _check_adapters(self) -> None:
         defaults = {
             "max_loras": 1, "max_lora_rank": 16, "max_cpu_loras": None, "lora_biases": False,
-            "lora_experts": False,
+            "lora_experts": False, "lora_embeddings": False,
         }  # fmt: skip
         for name, default in defaults.items():
             value = getattr(self, name)

@@ -260,7 +260,8 @@ def expand(
     sizes = Sizes(tile_tokens(num_tokens), 0, num_splits)
     constants = expand_constants(rows, rank, sizes, y_TO.dtype.itemsize, out_TF is not None)
     width = sum(rows) if out_TF is None else out_TF.shape[1]
-    lora_expand_kernel[(width // constants["OUTPUTS"], max_tiles(num_tokens, num_slots))](
+    programs = triton.cdiv(width, constants["OUTPUTS"])
+    lora_expand_kernel[(programs, max_tiles(num_tokens, num_slots))](
         y_TO,
         y_TO if out_TF is None else out_TF,
         z_STL,

@@ -63,14 +63,15 @@ def num_outputs(
     rows: Sequence[int], rank: int, num_bytes: int, silu_mul: bool, tokens: int = TOKENS
 ) -> int:
     """The outputs of a program: no boundary between parts is within them, and their matrix fits
-    the shared memory of all GPUs. With `silu_mul` it has as many of up. Each program reads the
-    inner values, which are as many bytes as its outputs where they have several splits."""
+    the shared memory of all GPUs. Those after the only part, such as a head's, are masked. With
+    `silu_mul` it has as many of up. Each program reads the inner values, which are as many bytes as
+    its outputs where they have several splits."""
     fitting = MATRIX_BYTES // (padded_rank(rank) * num_bytes)
     most = min(MAX_OUTPUTS, max(MIN_OUTPUTS, fitting // 2 if silu_mul else fitting))
     if silu_mul:
         most = most if tokens == TOKENS else max(MIN_OUTPUTS, most // 2)
         return math.gcd(most, sum(rows) // 2, *rows)
-    return math.gcd(most, *rows)
+    return most if len(rows) == 1 else math.gcd(most, *rows)
 
 
 def expand_warps(constants: Mapping[str, int]) -> int:

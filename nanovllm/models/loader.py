@@ -20,7 +20,8 @@ from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, mapped, quantized, tensors_of
 from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.gguf.checkpoint import opened
-from nanovllm.models.lora.slots import with_expert_slots, with_slots
+from nanovllm.models.lora.regions import base_of
+from nanovllm.models.lora.slots import with_expert_slots, with_outer_slots, with_slots
 from nanovllm.models.model import LayerKind, Model, Param, Params
 from nanovllm.models.pooling import PoolWeights
 from nanovllm.models.schemes import Part
@@ -368,6 +369,7 @@ def build(
         if not model.head_is_table:
             table = mapped(place, convert(model, model.tied_head, table))
         outer["head_VD"] = table
+    outer |= with_outer_slots(model, outer, place)
     layers = []
     for declared, kind in zip(layer_params, model.layer_kinds):
         layers.append(made_layer(declared, kind))
@@ -387,7 +389,7 @@ def _with_extra(model: Model, outer: dict[str, Any]) -> dict[str, Any]:
 
 def with_second(params: Params, model: Model, second: Params) -> Params:
     """Params with those of a second `model`, which proposes tokens and may use some of them."""
-    lent = {name: getattr(params, name) for name in model.lent}
+    lent = {name: base_of(getattr(params, name)) for name in model.lent}
     return params._replace(draft=second._replace(**lent))
 
 

@@ -49,12 +49,14 @@ class Params(NamedTuple):
 
 class LoraSlots(NamedTuple):
     """The slots of each linear layer: for `num` adapters, of ranks up to `max_rank`. With `experts`
-    each expert has slots, too, and with `biases` each bias of a linear layer."""
+    each expert has slots, too, with `biases` each bias of a linear layer, and with `embeddings` the
+    table of tokens and the head."""
 
     num: int
     max_rank: int
     experts: bool = False
     biases: bool = False
+    embeddings: bool = False
 
 
 class LayerCache(NamedTuple):
@@ -222,7 +224,8 @@ class Model:
     has `keep_R`, where `kv` is what the layer keeps (`Kept`);
     `head(config, final_norm_D, head_VD, h_RD)` gives the logits [R, V], on several ranks the
     columns of this rank's `head_VD`. `call` is a `LayerCall`. All are pure functions at the top of
-    a module: keys of programs name them by module and name.
+    a module: keys of programs name them by module and name. With `LoraSlots.embeddings`, `embed`
+    and `head` have one more argument, the `AdapterRows` of the tokens.
 
     `outer_params(config)` and `layer_params(config, kind, layer_idx)` declare the parameters by the
     fields of `Params` and of `layer_type(kind)`, a named tuple. A tied head is not declared. Fields

@@ -21,7 +21,7 @@ from nanovllm.runner.inputs import SpanArrays
 from nanovllm.runner.mm_embeds import MMEmbeds
 from nanovllm.runner.sampling import Kind, Variant, logprobs
 from nanovllm.runner.state import Span, SpanTokens, accept_and_advance
-from nanovllm.runner.steps import Steps
+from nanovllm.runner.steps import Hidden, Steps
 
 Capture = Callable[[Callable[[], None]], Replay]
 
@@ -164,9 +164,13 @@ class PrefillStep(SpanStep):
         """The step without the sampler, op by op: the logits [R, V] after each row's last token."""
         return self._steps.gathered(self._steps.prefill_logits(self.span, self.given))
 
-    def hidden(self) -> tuple[Tensor, Tensor]:
+    def hidden(self) -> Hidden:
         """The step without head and sampler, op by op: see `Steps.hidden`."""
         return self._steps.hidden(self.span, self.given)
+
+    def logits_at(self, hidden: Hidden, index_R: Tensor) -> Tensor:
+        """See `Steps.logits_at`."""
+        return self._steps.logits_at(hidden, index_R)
 
     def build_hidden(self) -> None:
         """Run `hidden` if it needs programs that `launch` does not use: warm-up must build them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -510,11 +511,12 @@ class Runner:
         """A prefill step with another sampler, or with log-probabilities of prompts."""
         prompt_logprobs: list[list[LogprobCopies]] = []
         if plan.prompt_logprobs:
-            h_TD, last_R = step.hidden()
+            hidden = step.hidden()
             prompt_logprobs = [
-                self._prompt_logprobs(one, h_TD, group) for one in plan.prompt_logprobs
+                self._prompt_logprobs(one, partial(step.logits_at, hidden), group)
+                for one in plan.prompt_logprobs
             ]
-            logits_RW = self.steps.logits_at(h_TD, last_R)
+            logits_RW = step.logits_at(hidden, hidden.last_R)
             if plan.sampling.is_plain:
                 return self._launched(plan, step.sample(logits_RW), None, prompt_logprobs)
             logits_RV = self.steps.gathered(logits_RW)
@@ -526,16 +528,17 @@ class Runner:
         return self._launched(plan, token_R, logprobs, prompt_logprobs)
 
     def _prompt_logprobs(
-        self, wanted: PromptLogprobs, h_TD: Tensor, group: int
+        self, wanted: PromptLogprobs, logits_at: Callable[[Tensor], Tensor], group: int
     ) -> list[LogprobCopies]:
-        """Log-probabilities of prompt tokens, as many at a time as the head's program takes."""
+        """Log-probabilities of prompt tokens, as many at a time as the head's program takes.
+        `logits_at` gives the logits after tokens of the step."""
         found: list[LogprobCopies] = []
         for first in range(0, len(wanted.token_ids), group):
             token_ids = wanted.token_ids[first : first + group]
             index = [wanted.start + first + min(i, len(token_ids) - 1) for i in range(group)]
             following = token_ids + [0] * (group - len(token_ids))
             index_R = self.platform.upload(index, torch.int64)
-            logits_RV = self.steps.gathered(self.steps.logits_at(h_TD, index_R))
+            logits_RV = self.steps.gathered(logits_at(index_R))
             token_R = self.platform.upload(following, torch.int64)
             found.append(
                 copy_logprobs(self.platform, logits_RV, token_R, wanted.num_top, len(token_ids))

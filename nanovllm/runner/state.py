@@ -135,11 +135,12 @@ def _with_adapters(
     if state.adapter_S is None:
         return batch
     adapter_T = state.adapter_S.index_select(0, row_T)
-    kept = None if last_R is None else _grouped(adapter_T.index_select(0, last_R))
-    return batch._replace(adapters=_grouped(adapter_T), kept_adapters=kept)
+    kept = None if last_R is None else grouped(adapter_T.index_select(0, last_R))
+    return batch._replace(adapters=grouped(adapter_T), kept_adapters=kept)
 
 
-def _grouped(adapter_T: Tensor) -> AdapterRows:
+def grouped(adapter_T: Tensor) -> AdapterRows:
+    """The adapters of tokens, as kernels read them."""
     return AdapterRows(adapter_T, *ops.adapter_tiles(adapter_T))
 
 

@@ -21,8 +21,10 @@ from nanovllm.compile.trace import tensors
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
-from nanovllm.models.lora.regions import without_slots
+from nanovllm.models.formats import Weight
+from nanovllm.models.lora.regions import Adapted, AdaptedTable, without_slots
 from nanovllm.models.model import (
+    AdapterRows,
     Batch,
     Kept,
     LayerCall,
@@ -45,6 +47,7 @@ from nanovllm.runner.state import (
     choose_and_advance,
     decode_batch,
     decode_states,
+    grouped,
     span_batch,
     span_states,
 )
@@ -68,6 +71,15 @@ class Table(NamedTuple):
     cos_sin_MH: Tensor
 
 
+class Hidden(NamedTuple):
+    """The hidden states [T, D] after the last layer of a span, and the index of each row's last
+    token. `adapters` are those of the states, if the head has slots for them."""
+
+    h_TD: Tensor
+    last_R: Tensor
+    adapters: AdapterRows | None
+
+
 # Regions are functions: in eager mode the compiler keeps them, and methods would keep the weights.
 
 
@@ -83,7 +95,7 @@ def _begin(
     token_R, batch = decode_batch(block_size, state, row_idx_R)
     if places.num:
         batch = batch._replace(states=decode_states(places.num, state, row_idx_R))
-    return embed(cfg, embed_VD, token_R), batch
+    return _embedded(embed, cfg, embed_VD, token_R, batch), batch
 
 
 def _begin_span(
@@ -98,7 +110,15 @@ def _begin_span(
     tokens, batch = place(state, span)
     if places.num:
         batch = batch._replace(states=span_states(places, state, span, tokens))
-    return embed(cfg, embed_VD, tokens.token_T), tokens, batch
+    return _embedded(embed, cfg, embed_VD, tokens.token_T, batch), tokens, batch
+
+
+def _embedded(
+    embed: Callable[..., Tensor], cfg: ModelConfig, embed_VD: Weight, token_T: Tensor, batch: Batch
+) -> Tensor:
+    """The embeddings of tokens, with their adapters if the table has slots."""
+    adapters = (batch.adapters,) if isinstance(embed_VD, AdaptedTable) else ()
+    return embed(cfg, embed_VD, token_T, *adapters)
 
 
 def _inlined(
@@ -281,7 +301,7 @@ class Steps:
         if self.model.layer_inputs is not None:
             token_R = self.state.token_S.index_select(0, row_idx_R)
             batch = self._with_layer_inputs(batch, h_RD, token_R)
-        return self._head(self._layers("decode", h_RD, batch, max_q_len=1))
+        return self._head(self._layers("decode", h_RD, batch, max_q_len=1), batch.adapters)
 
     def prepare_decode(self, row_idx_R: Tensor) -> None:
         """Build what a decode step needs beside its programs, before it is captured."""
@@ -323,27 +343,28 @@ class Steps:
         needs_all = given is not None and self.model.adds_to_last
         needs_all = needs_all or (self.drafting is not None and self.drafting.reads_last)
         if self.whole or needs_all:
-            return self.logits_at(*self.hidden(span, given))
-        h_RD, _ = self._prefill(span, given, keeps_last=True)
-        return self._head(h_RD)
+            hidden = self.hidden(span, given)
+            return self.logits_at(hidden, hidden.last_R)
+        h_RD, _, adapters = self._prefill(span, given, keeps_last=True)
+        return self._head(h_RD, adapters)
 
-    def hidden(self, span: Span, given: MMEmbeds | None = None) -> tuple[Tensor, Tensor]:
-        """Write keys and values of a span; returns all hidden states [T, D] after the last layer,
-        and the index of each row's last token."""
+    def hidden(self, span: Span, given: MMEmbeds | None = None) -> Hidden:
+        """Write keys and values of a span; returns all its hidden states."""
         if self.whole:
-            return self._run_whole("prefill", Steps.hidden, span=span, given=given)
+            return Hidden(*self._run_whole("prefill", Steps.hidden, span=span, given=given))
         return self._prefill(span, given, keeps_last=False)
 
-    def _prefill(
-        self, span: Span, given: MMEmbeds | None, *, keeps_last: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The hidden states after the last layer, [R, D] with `keeps_last`, and the index of each
-        row's last token."""
+    def _prefill(self, span: Span, given: MMEmbeds | None, *, keeps_last: bool) -> Hidden:
+        """`hidden`, with `keeps_last` for each row's last token alone: [R, D]."""
         h_TD, tokens, batch = self._begin_span(span, verifies=False)
         last_R = tokens.last_R if keeps_last else None
+        adapters = batch.kept_adapters if keeps_last else batch.adapters
+        if not isinstance(self.params.head_VD, Adapted):
+            adapters = None
         if given is None:
             batch = self._with_layer_inputs(batch, h_TD, tokens.token_T)
-            return self._layers("prefill", h_TD, batch, len(h_TD), last_R), tokens.last_R
+            h_TD = self._layers("prefill", h_TD, batch, len(h_TD), last_R)
+            return Hidden(h_TD, tokens.last_R, adapters)
         h_TD, rows_TH = self._of_given(
             "with_given",
             partial(with_given, self.model.embed_factor),
@@ -358,7 +379,7 @@ class Steps:
             steps = replace(self, cos_sin_MH=rows_TH)
         batch = self._with_layer_inputs(batch._replace(end_T=given.end_T), h_TD, tokens.token_T)
         h_TD = steps._layers("prefill", h_TD, batch, len(span.token_T), last_R, given)
-        return h_TD, tokens.last_R
+        return Hidden(h_TD, tokens.last_R, adapters)
 
     def _of_given(
         self, name: str, function: Callable[..., Any], h_TD: Tensor, **inputs: object
@@ -370,9 +391,12 @@ class Steps:
             return function(*inputs.values())
         return self._run(name, (len(h_TD),), function, **inputs)
 
-    def logits_at(self, h_TD: Tensor, index_R: Tensor) -> Tensor:
+    def logits_at(self, hidden: Hidden, index_R: Tensor) -> Tensor:
         """Logits [R, W] after the tokens at `index_R` of a span's hidden states."""
-        return self._head(h_TD.index_select(0, index_R))
+        adapters = hidden.adapters
+        if adapters is not None:
+            adapters = grouped(adapters.adapter_T.index_select(0, index_R))
+        return self._head(hidden.h_TD.index_select(0, index_R), adapters)
 
     def verify_logits(self, span: Span, num: int) -> tuple[Tensor, SpanTokens]:
         """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, W] after each token,
@@ -381,7 +405,7 @@ class Steps:
         h_TD, tokens, batch = self._begin_span(span, verifies=True, each=each)
         batch = self._with_layer_inputs(batch, h_TD, tokens.token_T)
         call = ("decode", h_TD, batch, 1) if each else ("verify", h_TD, batch, num)
-        return self._head(self._layers(*call)), tokens
+        return self._head(self._layers(*call), batch.adapters), tokens
 
     def _verifies_rows(self, span: Span) -> bool:
         """Whether each token of a verifying step is a row for the layers, as in a decode step,
@@ -533,14 +557,16 @@ class Steps:
         stored = [getattr(layer, "experts", None) for layer in layers]
         return offloaded.streamed_before(stored, num_pairs)
 
-    def _head(self, h_RD: Tensor) -> Tensor:
+    def _head(self, h_RD: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        is_adapted = isinstance(self.params.head_VD, Adapted)
         return self._run(
             "head",
-            (h_RD.shape[0],),
+            (h_RD.shape[0], *(("lora",) * is_adapted)),
             partial(self.model.head, self.model.config),
             final_norm_D=self.params.final_norm_D,
             head_VD=self.params.head_VD,
             h_RD=h_RD,
+            **({"adapters": adapters} if is_adapted else {}),
         )
 
     def _run_whole(self, name: str, method: Callable[..., Any], **inputs: object) -> Any:

@@ -237,8 +237,14 @@ def with_adapters(config: EngineConfig, model: Model) -> Model:
     if refusal is not None or (config.lora_experts and config.expert_offload is not None):
         why = refusal or "its experts are offloaded"
         raise ValueError(f"lora_experts=True is not supported for {config.model!r}: {why}")
-    sizes = config.max_loras, config.max_lora_rank
-    return with_lora(model, LoraSlots(*sizes, config.lora_experts, config.lora_biases))
+    slots = LoraSlots(
+        config.max_loras,
+        config.max_lora_rank,
+        experts=config.lora_experts,
+        biases=config.lora_biases,
+        embeddings=config.lora_embeddings,
+    )
+    return with_lora(model, slots)
 
 
 def within_limit(config: EngineConfig, model: Model, hf: Any) -> EngineConfig:
@@ -357,6 +363,7 @@ def _refuse_in_whole_steps(model: Model, device: str, *, is_eager: bool) -> None
         "layers that keep pages of different sizes": any(one.per_tensor > 1 for one in groups),
         "layers that read the caches of others": any(one.readers for one in groups),
         "layers with inputs of their own": model.layer_inputs is not None,
+        "slots for adapters of table and head": model.lora is not None and model.lora.embeddings,
     }
     for what, is_so in in_graphs.items():
         if is_so and not is_eager:

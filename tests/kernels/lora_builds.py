@@ -30,6 +30,8 @@ def launches(shared_bytes: int, whole: bool) -> Iterator[Launch]:
         ("many tokens", (4096, 1024, 1024), 16, 4096, 8192, "bf16", False),
         ("down", (4096,), 64, 12288, 256, "fp32", False),
         ("largest rank", (4096,), 512, 4096, 256, "bf16", False),
+        ("head", (49155,), 16, 4096, 256, "bf16", False),
+        ("table", (4096,), 16, 16, 8192, "bf16", False),
     ]
     for name, rows, rank, depth, num_tokens, dtype, silu_mul in cases if whole else cases[:2]:
         upcast, num_bytes = {"UPCAST": False}, 4 if dtype == "fp32" else 2

@@ -151,7 +151,18 @@ def test_long_and_odd_rows_are_split(depth: int) -> None:
     check(inputs([3, 0, 1], (16, 112), depth, 16, torch.bfloat16))
 
 
-@pytest.mark.parametrize("rows", [(7,), (20, 12, 12), (16,) * 9])
+@pytest.mark.parametrize("rows", [7, 99, 515])
+@pytest.mark.parametrize("numbers", [SEVERAL, [2]])
+def test_a_head_has_any_number_of_outputs(numbers: list[int], rows: int) -> None:
+    check(inputs(numbers, (rows,), 40, 4, torch.float32))
+
+
+def test_an_identity_gives_b_the_rows_of_a_table() -> None:
+    given = inputs(SEVERAL, (64,), 8, 8, torch.float32)
+    check(given._replace(a_NLD=torch.eye(8, device=device).expand(SLOTS, -1, -1).contiguous()))
+
+
+@pytest.mark.parametrize("rows", [(20, 12, 12), (16,) * 9])
 def test_parts_that_no_program_fits_have_the_reference(rows: tuple[int, ...]) -> None:
     check(inputs(SEVERAL, rows, 40, 4, torch.float32))
 

@@ -181,7 +181,7 @@ def _prefill(
     arrays = span_arrays(rows, nums, token_ids, **sizes)
     span = Span(*(upload(array, torch.int64) for array in arrays))
     with runner.snapshots.restoring(span.row_idx_R):  # a second step with these tokens follows
-        hidden, _ = runner.steps.hidden(span)
+        hidden = runner.steps.hidden(span)
     where = [(chunk.row, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)]
     for start in range(0, len(where), num_rows):
         group = where[start : start + num_rows]

@@ -187,8 +187,10 @@ EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         lambda all: all.update({Q + "magnitude_vector": torch.ones(4)}), "is DoRA, which is not"
     ),
     "table": (
-        lambda all: all.update({"model.embed_tokens.lora_embedding_A": torch.ones(4, 4)}),
-        "is LoRA of embedding tables, which is not supported",
+        lambda all: all.update(
+            {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 4)}
+        ),
+        "embed_tokens is not .* that adapters can change: .* need the option lora_embeddings=True",
     ),
     "bias": (
         lambda all: all.update({Q.removesuffix("lora_") + "base_layer.bias": torch.ones(4)}),

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanovllm.models.checkpoint import PART_PREFIX, TEXT_PREFIXES
-from nanovllm.models.lora import expert_file
+from nanovllm.models.lora import embeddings, expert_file
 from nanovllm.models.lora.biases import BIAS, TrainedBiases, added
 from nanovllm.models.lora.peft_config import CONFIG, WEIGHTS, AdapterError, PeftConfig
 from nanovllm.models.lora.slots import Target, shapes, targets
@@ -27,13 +27,11 @@ from nanovllm.models.param import Param
 from nanovllm.models.shards import Shard, taken
 
 PREFIX = "base_model.model."
-MATRICES = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
+MATRICES = re.compile(
+    r"(?P<module>.+)\.lora_((?P<which>[AB])\.weight|embedding_(?P<of_table>[AB]))"
+)
 # Other tensors of PEFT's, by what their names contain.
-OTHERS = {
-    "lora_embedding_": "LoRA of embedding tables",
-    "lora_magnitude_vector": "DoRA",
-    "modules_to_save": "whole copies of modules",
-}
+OTHERS = {"lora_magnitude_vector": "DoRA", "modules_to_save": "whole copies of modules"}
 DTYPES = ("F64", "F32", "F16", "BF16")
 ALL_SOURCES = -1  # in place of a source's number
 ALIGNMENT = 64  # bytes between the beginnings of two matrices are a multiple of this
@@ -79,6 +77,7 @@ class _Pair(NamedTuple):
     rank: int
     prefix: str
     parameter: str | None = None  # whose matrices of all experts they change
+    is_of_table: bool = False
 
     @property
     def name(self) -> str:
@@ -86,11 +85,13 @@ class _Pair(NamedTuple):
         return self.parameter or self.module
 
     def key(self, which: str) -> str:
-        return f"{self.prefix}{self.module}.lora_{which}.weight"
+        end = f"embedding_{which}" if self.is_of_table else f"{which}.weight"
+        return f"{self.prefix}{self.module}.lora_{end}"
 
 
 class AdapterFile:
-    """An adapter's folder, checked against a model: a config, and tensors for its linear layers.
+    """An adapter's folder, checked against a model: a config, and tensors for its linear layers,
+    perhaps with head and table.
 
     `digest` changes with the files. Raises AdapterError, without reading tensors.
     """
@@ -138,7 +139,7 @@ class AdapterFile:
     def _checked(self, file: Any) -> dict[str, _Pair]:
         """The pairs in a file, by the names of modules as the model has them."""
         biases = self._biases = TrainedBiases(self._targets, self.config.bias, _own_name)
-        found_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        found_shapes: dict[tuple[str, bool], dict[str, tuple[int, ...]]] = {}
         keys = file.keys()
         self._prefix = PREFIX if all(key.startswith(PREFIX) for key in keys) else ""
         for key in keys:
@@ -147,6 +148,9 @@ class AdapterFile:
             if name.endswith(BIAS):
                 biases.note(name, key, tuple(found.get_shape()))
                 continue
+            if name.endswith(embeddings.COPY):
+                self._check_copy(name, found.get_shape())
+                continue
             if match is None:
                 raise AdapterError(f"{self._folder / WEIGHTS}: {_why_not(name)}")
             if found.get_dtype() not in DTYPES or len(found.get_shape()) != 2:
@@ -154,19 +158,20 @@ class AdapterFile:
                     f"{self._folder / WEIGHTS}: {key} is {found.get_dtype()} "
                     f"{found.get_shape()}: it must be a matrix of floating point numbers"
                 )
-            found_shapes.setdefault(match["module"], {})[match["which"]] = tuple(found.get_shape())
+            of_module = found_shapes.setdefault((match["module"], match["which"] is None), {})
+            of_module[match["which"] or match["of_table"]] = tuple(found.get_shape())
         if not found_shapes and not biases.keys:
             raise AdapterError(f"{self._folder / WEIGHTS} has no tensors")
         known, pairs = self._modules(), {}
         parameters = expert_file.parameters(self._targets)
-        for module, pair in found_shapes.items():
+        for (module, of_table), pair in found_shapes.items():
             own = _own_name(module)
             name = expert_file.parameter_of(own, pair, parameters)
-            if own in known:
-                num_outputs, depth = known[own]
+            if (own, of_table) in known:
+                num_outputs, depth = known[own, of_table]
                 rank = self.config.rank_of(module)
                 self._check_shapes(module, pair, {"A": (rank, depth), "B": (num_outputs, rank)})
-                pairs[own] = _Pair(module, rank, self._prefix)
+                pairs[own] = _Pair(module, rank, self._prefix, is_of_table=of_table)
             elif name is not None:
                 rank = self.config.rank_of(name)
                 self._check_shapes(module, pair, expert_file.sizes(parameters[name], rank))
@@ -193,18 +198,32 @@ class AdapterFile:
     def _hint(self, module: str) -> str:
         if ".experts" in module and not self._slots.experts:
             return ": those of experts need the option lora_experts=True"
-        return ""
+        return embeddings.hint(module, has_slots=self._slots.embeddings)
 
-    def _modules(self) -> dict[str, tuple[int, int]]:
-        """The outputs and the depth of each linear layer, by its name."""
+    def _modules(self) -> dict[tuple[str, bool], tuple[int, int]]:
+        """The outputs and the depth of each linear layer, by its name, and of tables, which are
+        marked."""
         found = {}
         for target in self._targets:
             param = target.param
+            if param.kind == "table":
+                found[_module(param.sources[0]), True] = param.shape[1], param.shape[0]
+                continue
             for source, rows in zip(param.sources, param.parts):
-                found[_module(source)] = rows, param.shape[-1]
+                found[_module(source), False] = rows, param.shape[-1]
             if param.other_name is not None and param.kind != "experts":
-                found[_module(param.other_name)] = param.shape[0], param.shape[1]
+                found[_module(param.other_name), False] = param.shape[0], param.shape[1]
         return found
+
+    def _check_copy(self, name: str, shape: Sequence[int]) -> None:
+        """Raises AdapterError for a copy of a weight that the model does not have so."""
+        own = _own_name(name.removesuffix(embeddings.COPY))
+        known = embeddings.shapes_of_copies(self._targets)
+        if known.get(own) != tuple(shape):
+            raise AdapterError(
+                f"{self._folder / WEIGHTS}: {name} {list(shape)} is not a copy of the model's "
+                f"table or head{self._hint(own)}"
+            )
 
     def _check_shapes(
         self, module: str, given: expert_file.Shapes, wanted: expert_file.Shapes
@@ -244,6 +263,11 @@ class AdapterFile:
             }
             stacked = both.pop(ALL_SOURCES, None)
             expert_file.fill(target, slot_rank, shard, into, stacked, both)
+            return
+        if param.kind == "table":
+            (pair,) = found.values()
+            given = self._finite(file, pair.key("A")), self._b(file, pair)
+            embeddings.fill(target, shard, into, given)
             return
         # rows go straight to their place, unless they are shared or change it
         is_plain = shard.size == 1 and param.adapt is None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, HEAD = "all-linear", "lm_head"
 MAX_CONFIG_BYTES = 1 << 20
 
 # Fields that say how an adapter was trained, or by what.
@@ -19,12 +19,12 @@ UNREAD = frozenset({
     "auto_mapping", "corda_config", "ephemeral_gpu_offload",
     "eva_config", "fan_in_fan_out", "inference_mode", "lora_dropout", "lora_ga_config",
     "loftq_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "runtime_config", "task_type", "ensure_weight_tying",
+    "revision", "runtime_config", "task_type",
 })  # fmt: skip
 READ = frozenset({
-    "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern",
-    "target_modules", "target_parameters", "use_rslora",
+    "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "peft_type", "r",
+    "rank_pattern", "target_modules", "target_parameters", "use_rslora",
 })  # fmt: skip
 # Fields that change the mathematics, and what they stand for.
 REFUSED = {
@@ -65,6 +65,7 @@ class PeftConfig:
     layers_pattern: Sequence[str]
     target_parameters: Sequence[str] = ()
     bias: str = "none"
+    ties_head: bool = False  # to the table: PEFT takes the head from the target modules then
     base: str = ""  # the name or path of the model that it was trained for, if given
 
     @classmethod
@@ -85,6 +86,7 @@ class PeftConfig:
             layers_pattern=_as_list(_names(found, "layers_pattern")),
             target_parameters=_as_list(_names(found, "target_parameters")),
             bias=found.get("bias", "none"),
+            ties_head=bool(found.get("ensure_weight_tying")),
             base=str(found.get("base_model_name_or_path") or ""),
         )
 
@@ -120,7 +122,7 @@ class PeftConfig:
         `check_target_module_exists`. With "all-linear" every linear layer has some."""
         if self.exclude_modules and _matches(self.exclude_modules, module):
             return False
-        if self.target_modules == ALL_LINEAR:
+        if self.target_modules == ALL_LINEAR or (self.ties_head and _matches([HEAD], module)):
             return True
         if not _matches(self.target_modules, module):
             return False

@@ -1,7 +1,7 @@
-"""LoRA in the graph: linear layers whose rows have adapters, and the layers that have them.
+"""LoRA in the graph: linear layers and tables whose rows have adapters, and what has them.
 
 T tokens | R rows | D depth | O outputs | N slots | M = N + 1 | P parts of the outputs
-X rank | L = P · X
+X rank | L = P · X | V rows of a table
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
@@ -59,6 +60,55 @@ class Bound(NamedTuple):
         return ops.add_lora(y_TO, x_TD, *rows, *matrices, residual_TO)
 
 
+class AdaptedTable(NamedTuple):
+    """An embedding table, in any format, and the matrices of the adapters in its slots, as in
+    `Adapted`. `a_NVX` has a row for each token; the identity `one_NXX` is in place of an a of
+    `ops.add_lora`, since a lookup gives the inner values."""
+
+    base: Weight
+    a_NVX: Tensor
+    b_NDX: Tensor
+    one_NXX: Tensor
+
+
+class BoundTable(NamedTuple):
+    """A table for the tokens of one step."""
+
+    weight: AdaptedTable
+    all_T: AdapterRows
+
+    def lookup(self, row_T: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the table, plus what the adapters of the tokens add."""
+        base, a_NVX, b_NDX, one_NXX = self.weight
+        slot_T = (self.all_T.adapter_T - 1).clamp(min=0)  # those without one are not changed
+        z_TX = formats.lookup(a_NVX.flatten(0, 1), slot_T * a_NVX.shape[1] + row_T, dtype)
+        y_TD = formats.lookup(base, row_T, dtype)
+        return ops.add_lora(y_TD, z_TX, *self.all_T, one_NXX, b_NDX, [b_NDX.shape[1]])
+
+
+def embed(
+    inner: Callable[..., Tensor],
+    cfg: ModelConfig,
+    embed_VD: AdaptedTable,
+    token_T: Tensor,
+    adapters: AdapterRows,
+) -> Tensor:
+    """`Model.embed`, `inner`, of a table with slots."""
+    return inner(cfg, BoundTable(embed_VD, adapters), token_T)
+
+
+def head(
+    inner: Callable[..., Tensor],
+    cfg: ModelConfig,
+    final_norm_D: Tensor,
+    head_VD: Adapted,
+    h_RD: Tensor,
+    adapters: AdapterRows,
+) -> Tensor:
+    """`Model.head`, `inner`, of a head with slots."""
+    return inner(cfg, final_norm_D, Bound(head_VD, adapters, None), h_RD)
+
+
 def layer(
     inner: Callable[..., Tensor], cfg: ModelConfig, call: LayerCall, w: Any, *inputs: Any
 ) -> Tensor:
@@ -86,8 +136,9 @@ def layer(
 
 def without_slots(model: Model, params: Params) -> tuple[Model, Params]:
     """A model of `with_lora` and its weights as they are without adapters, in the same memory."""
-    assert isinstance(model.layer, partial)
-    (inner,) = model.layer.args
+    assert model.lora is not None
+    adapted_regions = ("embed", "layer", "head") if model.lora.embeddings else ("layer",)
+    plain = {name: getattr(model, name).args[0] for name in adapted_regions}
     bases = (
         {
             name: one.base
@@ -97,9 +148,18 @@ def without_slots(model: Model, params: Params) -> tuple[Model, Params]:
         for w in params.layers
     )
     layers = tuple(w._replace(**base) for w, base in zip(params.layers, bases))
-    return replace(model, layer=inner, lora=None), params._replace(layers=layers)
+    outer = {name: base_of(getattr(params, name)) for name in ("embed_VD", "head_VD")}
+    return replace(model, lora=None, **plain), params._replace(layers=layers, **outer)
+
+
+def base_of(weight: Weight) -> Weight:
+    """A weight outside the layers as it is without adapters."""
+    return weight.base if isinstance(weight, Adapted | AdaptedTable) else weight
 
 
 def with_lora(model: Model, slots: LoraSlots) -> Model:
-    """The model with slots for adapters in the linear layers of its layers."""
+    """The model with slots for adapters in the linear layers of its layers, and perhaps in its
+    table and head."""
+    if slots.embeddings:
+        model = replace(model, embed=partial(embed, model.embed), head=partial(head, model.head))
     return replace(model, layer=partial(layer, model.layer), lora=slots)

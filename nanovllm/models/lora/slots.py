@@ -1,6 +1,6 @@
-"""The slots of a model's linear layers for the matrices of adapters.
+"""The slots of a model's linear layers, and of its table, for the matrices of adapters.
 
-O outputs | D depth | N slots | P parts of the outputs | X rank | L = P · X
+O outputs | D depth | N slots | P parts of the outputs | X rank | L = P · X | V rows of a table
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from nanovllm.models.experts import adapted
 from nanovllm.models.formats import Weight
-from nanovllm.models.lora.regions import Adapted
+from nanovllm.models.formats.format import tensors_of
+from nanovllm.models.lora.regions import Adapted, AdaptedTable
 from nanovllm.models.model import LoraSlots, Model, Params
 from nanovllm.models.param import Param, RowOrder
 
 # A reordered matrix, such as that of heads with gates, has a part for each run of rows of a source.
 MAX_PARTS = 8
+OUTSIDE = -1  # in place of a layer's number
+HEAD = "lm_head.weight"
 
 
 class Part(NamedTuple):
@@ -33,7 +36,8 @@ class Part(NamedTuple):
 
 class Target(NamedTuple):
     """A linear layer that adapters can change: its layer, its field, its parameter, and the parts
-    of its outputs on one rank; the field and the parameter of its bias, if they can change that."""
+    of its outputs on one rank; the field and the parameter of its bias, if they can change that.
+    The table of tokens is one, too, without parts. It and the head are OUTSIDE layers."""
 
     layer_idx: int
     field: str
@@ -62,15 +66,22 @@ def expert_parts(param: Param, num_ranks: int) -> tuple[Part, ...]:
 
 
 def targets(model: Model) -> Iterator[Target]:
-    """The linear layers of a model's layers that have slots, in the order of computation."""
-    num_ranks, (_, *layers) = model.config.num_ranks, model.declared
+    """What has slots, in the order of computation: the linear layers of a model's layers, and
+    perhaps the table before and the head after them."""
+    num_ranks, (outer, *layers) = model.config.num_ranks, model.declared
     assert model.lora is not None
+    if model.lora.embeddings:
+        yield Target(OUTSIDE, "embed_VD", outer["embed_VD"], ())
     for layer_idx, declared in enumerate(layers):
         for field, param in declared.items():
             if param.kind == "linear" and (parts := parts_of(param, num_ranks)):
                 yield Target(layer_idx, field, param, parts, *_bias(model.lora, declared, param))
             elif param.kind == "experts" and model.lora.experts:
                 yield Target(layer_idx, field, param, expert_parts(param, num_ranks))
+    if model.lora.embeddings:
+        tied = model.tied_head
+        param = outer["head_VD"] if tied is None else tied._replace(sources=(HEAD,))
+        yield Target(OUTSIDE, "head_VD", param, parts_of(param, num_ranks))
 
 
 def _bias(
@@ -102,20 +113,24 @@ def refusal_of_experts(model: Model) -> str | None:
 
 def matrices(params: Params, target: Target) -> tuple[Tensor, ...]:
     """The slots of a target: A and B of all slots, and what they add to the bias, if anything."""
-    layer = params.layers[target.layer_idx]
+    layer = params if target.layer_idx == OUTSIDE else params.layers[target.layer_idx]
     if target.param.kind == "experts":
         is_first = target.field.startswith("gate_up")
         of_experts = layer.experts.gate_up if is_first else layer.experts.down
         return of_experts.a_NELD, of_experts.b_NEOX
     weight = getattr(layer, target.field)
+    if isinstance(weight, AdaptedTable):
+        return weight.a_NVX, weight.b_NDX
     added = () if weight.c_MO is None else (weight.c_MO[1:],)
     return weight.a_NLD, weight.b_NOX, *added
 
 
 def shapes(target: Target, rank: int, num_ranks: int) -> list[tuple[int, ...]]:
-    """The shapes of A and B of one adapter on a rank, of experts with a dimension for these; then
-    that of the bias, if adapters change it."""
+    """The shapes of A and B of one adapter on a rank, of experts with a dimension for these, of a
+    table with A transposed; then that of the bias, if adapters change it."""
     *experts, num_outputs, depth = target.param.local(num_ranks).shape
+    if target.param.kind == "table":
+        return [(num_outputs, rank), (depth, rank)]
     both = [(*experts, len(target.parts) * rank, depth), (*experts, num_outputs, rank)]
     return both if target.bias is None else [*both, (num_outputs,)]
 
@@ -129,6 +144,7 @@ def slots_bytes(model: Model) -> int:
     numbers = model.lora.num * sum(map(math.prod, both))
     biases = (one for one in targets(model) if one.bias is not None)
     numbers += sum(one.param.local(num_ranks).shape[0] for one in biases)  # those of no adapter
+    numbers += model.lora.num * rank**2 * model.lora.embeddings  # identities
     return numbers * model.config.dtype.itemsize
 
 
@@ -175,3 +191,25 @@ def with_slots(
     c_MO = zeros(num + 1, num_outputs) if _bias(slots, declared, param) else None
     both = zeros(num, inner, depth), zeros(num, num_outputs, slots.max_rank)
     return Adapted(weight, *both, rows, c_MO)
+
+
+def with_outer_slots(
+    model: Model, outer: dict[str, Any], place: Callable[[Tensor], Tensor]
+) -> dict[str, Weight]:
+    """The table and the head on one rank with empty slots, if adapters can change them."""
+    slots = model.lora
+    if slots is None or not slots.embeddings:
+        return {}
+    dtype, device = model.config.dtype, tensors_of(outer["embed_VD"])[0].device
+    table, *_, head = targets(model)
+    a_NVX, b_NDX = (
+        place(torch.zeros(slots.num, *shape, dtype=dtype, device=device))
+        for shape in shapes(table, slots.max_rank, model.config.num_ranks)
+    )
+    one_XX = torch.eye(slots.max_rank, dtype=dtype, device=device)
+    one_NXX = place(one_XX.expand(slots.num, -1, -1).contiguous())
+    extent = model.config.num_ranks, dtype, device
+    return {
+        "embed_VD": AdaptedTable(outer["embed_VD"], a_NVX, b_NDX, one_NXX),
+        "head_VD": with_slots(slots, {}, head.param, outer["head_VD"], extent, place),
+    }
