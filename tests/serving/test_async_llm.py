@@ -190,35 +190,6 @@ async def _token_ids(stream: OpenStream) -> list[list[int]]:
     ]
 
 
-def test_answers_without_tokens_are_sent_to_a_second_replica_and_to_no_third(
-    expected: list[Any],
-) -> None:
-    """Both replicas stop with a request each. After the first one's loss the second has both."""
-
-    async def work() -> None:
-        async with AsyncLLM(MODEL, **SIZES, data_parallel_size=2) as llm:
-            stopped = sorted(_replicas(llm))
-            for pid in stopped:
-                os.kill(pid, signal.SIGSTOP)
-            streams = [await llm.open(PROMPTS[0], greedy(12)) for _ in range(2)]
-            answers_of = llm._dispatcher.answers
-            assert sorted(one.engine or 0 for one in answers_of.values()) == [0, 1]
-            os.kill(stopped[0], signal.SIGKILL)
-            await _until(lambda: any(one.is_lost for one in llm._engines))
-            (left,) = llm._engines.living()
-            assert {one.engine for one in answers_of.values()} == {left}
-            os.kill(stopped[1], signal.SIGKILL)
-            twice, once = streams if left == 1 else reversed(streams)
-            (end,) = await collected(twice)
-            assert end.error == f"replica {left} has ended: see the log" and not end.token_ids
-            assert await _token_ids(once) == await _token_ids(
-                await llm.open(PROMPTS[0], greedy(12))
-            )
-            await until_idle(llm)
-
-    run(work())
-
-
 async def _count(llm: AsyncLLM, name: str) -> float:
     return sum(one.value for one in await llm.metrics() if one.name == f"nanovllm:{name}")
 
