@@ -389,7 +389,7 @@ def _with_extra(model: Model, outer: dict[str, Any]) -> dict[str, Any]:
 
 def with_second(params: Params, model: Model, second: Params) -> Params:
     """Params with those of a second `model`, which proposes tokens and may use some of them."""
-    lent = {name: base_of(getattr(params, name)) for name in model.lent}
+    lent: dict[str, Any] = {name: base_of(getattr(params, name)) for name in model.lent}
     return params._replace(draft=second._replace(**lent))
 
 

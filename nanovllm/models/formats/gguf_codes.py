@@ -8,7 +8,7 @@ O outputs | D depth | n blocks in a row | g = 32 columns of a group.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def of_blocks(block_OnB: Tensor, ggml_type: int) -> PackedWeight:
     first = _of_rows(block_OnB[:step], ggml_type)
     if step >= num_rows:
         return first
-    tensors = {
+    tensors: dict[str, Any] = {
         name: one.new_empty((num_rows, *one.shape[1:]))
         for name, one in first._asdict().items()
         if isinstance(one, Tensor) and name != "table"

@@ -148,7 +148,9 @@ def without_slots(model: Model, params: Params) -> tuple[Model, Params]:
         for w in params.layers
     )
     layers = tuple(w._replace(**base) for w, base in zip(params.layers, bases))
-    outer = {name: base_of(getattr(params, name)) for name in ("embed_VD", "head_VD")}
+    outer: dict[str, Any] = {
+        name: base_of(getattr(params, name)) for name in ("embed_VD", "head_VD")
+    }
     return replace(model, lora=None, **plain), params._replace(layers=layers, **outer)
 
 

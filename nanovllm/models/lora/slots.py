@@ -113,7 +113,7 @@ def refusal_of_experts(model: Model) -> str | None:
 
 def matrices(params: Params, target: Target) -> tuple[Tensor, ...]:
     """The slots of a target: A and B of all slots, and what they add to the bias, if anything."""
-    layer = params if target.layer_idx == OUTSIDE else params.layers[target.layer_idx]
+    layer: Any = params if target.layer_idx == OUTSIDE else params.layers[target.layer_idx]
     if target.param.kind == "experts":
         is_first = target.field.startswith("gate_up")
         of_experts = layer.experts.gate_up if is_first else layer.experts.down
