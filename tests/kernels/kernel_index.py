@@ -113,6 +113,7 @@ CHOSEN: dict[str, dict[str, str]] = {
     "ordered_linear": {
         "ordered_gemm_kernel": "deterministic engines on sm_90",
         "gated_gemm_kernel": "SiLU·up of one chain, where it has a tile",
+        "silu_mul_kernel": "after a product of cuBLAS, from 33 rows on where its bits are the same",
     },
     "latent_inputs": {"latent_inputs_kernel": "always; cuBLAS absorbs the queries"},
     "head_linear": {},
