@@ -176,8 +176,8 @@ class Request:
 
     @property
     def takes_masked(self) -> bool:
-        """Whether a step may verify tokens that the host knows, with the masks of its grammar after
-        each. `num_computed` counts the newest token."""
+        """Whether a step may verify tokens whose ids are on the host, with the masks of its grammar
+        after each. `num_computed` counts the newest token."""
         if self.constraint is None or self.constraint.is_slow:
             return False
         params = self.params
