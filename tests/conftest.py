@@ -112,6 +112,19 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _as_loud_as_before() -> Generator[None]:
+    """A command that runs in this process with --quiet sets these variables for good."""
+    names = ("NANOVLLM_LOG_LEVEL", "TQDM_DISABLE")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 def save_tiny(
     folder: Path, architecture: str = "qwen3", *, dtype: str = "float32", **changes: Any
 ) -> Path:

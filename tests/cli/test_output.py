@@ -30,11 +30,10 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def _variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands may set them, and monkeypatch takes that back."""
+def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the caller of the tests has chosen."""
     for name in ("TQDM_DISABLE", "NANOVLLM_LOG_LEVEL"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+        monkeypatch.delenv(name, raising=False)
 
 
 def shown_by(stderr: Any, monkeypatch: pytest.MonkeyPatch) -> str:

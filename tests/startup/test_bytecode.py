@@ -33,7 +33,7 @@ subprocess.run(command, check=True)
 
 def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     root = str(Path(__file__).parents[2])
-    unset = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
+    unset = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "NANOVLLM_LOG_LEVEL")
     kept = {name: text for name, text in os.environ.items() if name not in unset}
     return subprocess.run(
         [sys.executable, "-c", code, str(folder)],
