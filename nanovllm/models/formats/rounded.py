@@ -1,6 +1,6 @@
 """Weights that are rounded as they are read, or by `nanovllm quantize`: 4 and 8 bits without zeros.
 
-O outputs | D depth | G groups of inputs | g inputs of a group.
+O outputs | D depth | G groups of inputs | g inputs of a group | P scales that are tried.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from nanovllm.models.formats.packed_format import Layout, PackedFormat
 from nanovllm.models.formats.packed_weight import PackedWeight
 
 GROUP = 128
-# Parts of a group's largest magnitude that become the largest code: larger ones are clipped. With
-# 4 bits a smaller step for all others lowers the error of most groups; with 8 bits of few.
-CLIPPED = tuple(1 - i / 20 for i in range(9))
-ROWS_AT_ONCE = 1024  # the search takes several times the memory of its rows
+# From 20 down, so many twentieths of a group's largest magnitude are tried as the largest code:
+# larger magnitudes are clipped. With 4 bits a smaller step for all others lowers the error of most
+# groups; with 8 bits of few.
+NUM_CLIPPED = 9
+# The search takes some 80 bytes for each of these weights. A CPU's cache holds few; on a GPU a
+# step costs the host as much for few weights as for many.
+AT_ONCE, AT_ONCE_ON_CPU = 2**21, 2**17
 
 
 def rounded(
@@ -31,7 +34,9 @@ def rounded(
     Of a few scales, a group has the one with the smallest sum of squares of its errors. Raises
     ValueError, with the name, for a weight that holds NaN or infinity.
     """
-    found = [_rounded(name, some, bits, group, dtype) for some in weight_OD.split(ROWS_AT_ONCE)]
+    at_once = AT_ONCE_ON_CPU if weight_OD.device.type == "cpu" else AT_ONCE
+    rows = max(1, at_once // weight_OD.shape[1])
+    found = [_rounded(name, some, bits, group, dtype) for some in weight_OD.split(rows)]
     codes, scales = zip(*found)
     return torch.cat(codes), torch.cat(scales)
 
@@ -45,17 +50,21 @@ def _rounded(
     largest_OG = grouped_OGg.abs().amax(-1)
     if not largest_OG.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity, so that it cannot be quantized")
-    smallest = torch.finfo(dtype).tiny
-    least_OG = torch.full_like(largest_OG, torch.inf)
-    best_OG = torch.empty_like(largest_OG)
-    for part in CLIPPED if bits == 4 else CLIPPED[:1]:
-        scale_OG = (largest_OG * part / (half - 0.5)).clamp(min=smallest).to(dtype).float()
-        value = (grouped_OGg / scale_OG.unsqueeze(-1)).round_().clamp_(-half, half - 1)
-        error_OG = (value * scale_OG.unsqueeze(-1)).sub_(grouped_OGg).square_().sum(-1)
-        best_OG = torch.where(error_OG < least_OG, scale_OG, best_OG)
-        least_OG = torch.minimum(error_OG, least_OG)
+    num = NUM_CLIPPED if bits == 4 else 1
+    part_P11 = torch.arange(20, 20 - num, -1, device=weight_OD.device).view(-1, 1, 1) / 20
+    scale_POG = largest_OG * part_P11 / (half - 0.5)
+    scale_POG = scale_POG.clamp_(min=torch.finfo(dtype).tiny).to(dtype).float()
+    best_OG = scale_POG[0] if num == 1 else _best(scale_POG, grouped_OGg, half)
     value = (weight_OD.float() / spread(best_OG, group, depth, 1)).round_().clamp_(-half, half - 1)
     return (value + half).to(torch.uint8), best_OG.to(dtype)
+
+
+def _best(scale_POG: Tensor, grouped_OGg: Tensor, half: int) -> Tensor:
+    """The scale of each group with the smallest sum of squares of its errors: the first of equal
+    ones."""
+    value = (grouped_OGg / scale_POG.unsqueeze(-1)).round_().clamp_(-half, half - 1)
+    error_POG = value.mul_(scale_POG.unsqueeze(-1)).sub_(grouped_OGg).square_().sum(-1)
+    return scale_POG.gather(0, error_POG.argmin(0, keepdim=True)).squeeze(0)
 
 
 @dataclass(frozen=True)
