@@ -292,6 +292,44 @@ CONFIGS["Gemma-4-26B-A4B"] = {
     "dtype": "bfloat16",
 }
 
+# Quantized checkpoints as their publisher writes them.
+_KINDS: dict[str, dict[str, Any]] = {
+    "FP8": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head"],
+    },
+    "AWQ": {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+        "modules_to_not_convert": None,
+    },
+    "GPTQ-Int4": {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": 4,
+        "group_size": 128,
+        "sym": True,
+        "desc_act": False,
+        "lm_head": False,
+    },
+}
+CONFIGS |= {
+    f"{model}-{kind}": {**CONFIGS[model], "quantization_config": _KINDS[kind]}
+    for model, kind in (
+        ("Qwen3-8B", "FP8"),
+        ("Qwen3-8B", "AWQ"),
+        ("Qwen3-8B", "GPTQ-Int4"),
+        ("Qwen3-30B-A3B", "FP8"),
+        ("Qwen3-30B-A3B", "GPTQ-Int4"),
+    )
+}
+
 _QWEN2_5_VL_VISION: dict[str, Any] = {
     "model_type": "qwen2_5_vl",
     "depth": 32,

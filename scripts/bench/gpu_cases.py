@@ -79,22 +79,30 @@ TESTS = {
     "tests-two-answers": tests(120, "tests/structured/test_answers.py", num_gpus=2),
 }
 
+GPTQ_8B, AWQ_8B, FP8_8B = "Qwen3-8B-GPTQ-Int4", "Qwen3-8B-AWQ", "Qwen3-8B-FP8"
+GPTQ_30B, FP8_30B = "Qwen3-30B-A3B-GPTQ-Int4", "Qwen3-30B-A3B-FP8"
 QUANTIZED = {
-    "int4-1": throughput(90, "Qwen3-8B", *INT4, *LATENCY),
-    "int4-16": throughput(90, "Qwen3-8B", *INT4, *ROWS_16),
-    "int4-64": throughput(90, "Qwen3-8B", *INT4, *ROWS_64),
-    "int4-256": throughput(120, "Qwen3-8B", *INT4),
+    "int4-1": throughput(90, GPTQ_8B, *LATENCY),
+    "int4-16": throughput(90, GPTQ_8B, *ROWS_16),
+    "int4-64": throughput(90, GPTQ_8B, *ROWS_64),
+    "int4-256": throughput(120, GPTQ_8B),
+    "awq-1": throughput(90, AWQ_8B, *LATENCY),
+    "awq-256": throughput(120, AWQ_8B),
     "bf16-16": throughput(90, "Qwen3-8B", *ROWS_16),
     "bf16-64": throughput(90, "Qwen3-8B", *ROWS_64),
-    "fp8-1": throughput(90, "Qwen3-8B", *FP8, *LATENCY),
-    "fp8-256": throughput(120, "Qwen3-8B", *FP8),
-    "fp8-cache-256": throughput(120, "Qwen3-8B", *FP8, *FP8_CACHE),
-    "30b-int4-1": throughput(120, "Qwen3-30B-A3B", *INT4, *LATENCY),
-    "30b-int4-16": throughput(120, "Qwen3-30B-A3B", *INT4, *ROWS_16),
-    "30b-int4-256": throughput(150, "Qwen3-30B-A3B", *INT4),
-    "30b-fp8-1": throughput(120, "Qwen3-30B-A3B", *FP8, *LATENCY),
-    "30b-fp8-16": throughput(120, "Qwen3-30B-A3B", *FP8, *ROWS_16),
-    "30b-fp8-256": throughput(150, "Qwen3-30B-A3B", *FP8),
+    "fp8-1": throughput(90, FP8_8B, *LATENCY),
+    "fp8-256": throughput(120, FP8_8B),
+    "fp8-cache-256": throughput(120, FP8_8B, *FP8_CACHE),
+    "30b-int4-1": throughput(120, GPTQ_30B, *LATENCY),
+    "30b-int4-16": throughput(120, GPTQ_30B, *ROWS_16),
+    "30b-int4-256": throughput(150, GPTQ_30B),
+    "30b-fp8-1": throughput(120, FP8_30B, *LATENCY),
+    "30b-fp8-16": throughput(120, FP8_30B, *ROWS_16),
+    "30b-fp8-256": throughput(150, FP8_30B),
+    # rounded as they are loaded
+    "rounded-int4-1": throughput(90, "Qwen3-8B", *INT4, *LATENCY),
+    "rounded-fp8-256": throughput(120, "Qwen3-8B", *FP8),
+    "rounded-30b-int4-1": throughput(150, "Qwen3-30B-A3B", *INT4, *LATENCY),
     "packed-8b": script(150, "packed_tiles", "--models", "8b", "--out", PLACE),
 }
 
@@ -146,7 +154,7 @@ FEATURES = {
         170, "ordered_tiles", "--only", "products", "--rows", "2048", "256", "16", "--out", PLACE
     ),
     "schedules": script(
-        120,
+        240,
         "deterministic",
         "--rows",
         "256",
