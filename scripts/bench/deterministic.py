@@ -78,7 +78,9 @@ def other_bits(llm: LLM, vocab_size: int, num_rows: int, num_schedules: int) -> 
     params = SamplingParams(temperature=0.8, max_tokens=16, ignore_eos=True, seed=1, logprobs=1)
     (alone,) = llm.generate([first], params, use_tqdm=False)
     expected = bits(alone["logprobs"], alone["token_ids"])
-    for _ in range(num_schedules):
+    for done in range(num_schedules):
+        if done % 100 == 0:
+            print(done, "schedules,", different, "with other bits", flush=True)
         num = min(num_rows - 1, rng.choice((0, 1, 2, 7, 15, 16, 33, 100, 255)))
         place = rng.randrange(num + 1)
         prompts = [

@@ -125,23 +125,12 @@ ARCHITECTURES = {
 }
 
 # The trained models of `nanovllm/assets`; {place} is a folder here.
+TINY_HYBRID = "--arch qwen3_5 --minutes 4 --examples 1000000"
 TRAINING = {
-    "tiny-hybrid": Case(
-        400,
-        (
-            "scripts/train_tiny.py",
-            "--arch",
-            "qwen3_5",
-            "--out",
-            PLACE,
-            "--minutes",
-            "4",
-            "--examples",
-            "1000000",
-        ),
-    )
+    "tiny-hybrid": Case(400, ("scripts/train_tiny.py", *TINY_HYBRID.split(), "--out", PLACE))
 }
 
+SCHEDULES = "--rows 1 16 64 256 --tokens 20 --schedules 1000 --skip-plain"
 FEATURES = {
     "lora-8b": script(240, "lora", "--shape", "Qwen3-8B", "--out", PLACE),
     "lora-tiles": script(120, "lora_tiles", "--out", PLACE),
@@ -153,19 +142,7 @@ FEATURES = {
     "ordered-tiles": script(
         170, "ordered_tiles", "--only", "products", "--rows", "2048", "256", "16", "--out", PLACE
     ),
-    "schedules": script(
-        240,
-        "deterministic",
-        "--rows",
-        "256",
-        "--tokens",
-        "20",
-        "--schedules",
-        "1000",
-        "--skip-plain",
-        "--out",
-        PLACE,
-    ),
+    "schedules": script(240, "deterministic", *SCHEDULES.split(), "--out", PLACE),
     "mixers": script(
         240, "bench_kernels", "--only", "mixer", "--variants", "--processes", "4", "--out", PLACE
     ),
