@@ -224,44 +224,70 @@ def ssd(
 ) -> Tensor:
     """See `reference.ssd.ssd`."""
     xbc_TC, dt_TV, log_decay_TV = by_rows(xbc_TC), dt_TV.contiguous(), log_decay_TV.contiguous()
-    num_tokens, num_rows, device = len(xbc_TC), len(from_R), xbc_TC.device
-    places = (q_start_S, from_R, is_new_R)
-    _, num_heads, state_size, head_size = state_XVHI.shape
-    takes = takes_chunks(xbc_TC.dtype, device) and state_size <= MAX_STATE
+    of_tokens, places = (xbc_TC, dt_TV, log_decay_TV), (q_start_S, from_R, is_new_R)
+    takes = takes_chunks(xbc_TC.dtype, xbc_TC.device) and state_XVHI.shape[2] <= MAX_STATE
     if to_R is not None and not takes:
-        return chunked.ssd(xbc_TC, dt_TV, log_decay_TV, state_XVHI, *places, to_R)
-    of_heads, options = sizes(xbc_TC, state_XVHI), launch_options(device)
-    out_TVI = dt_TV.new_empty((num_tokens, num_heads, head_size))
-    stride = xbc_TC.stride(0)
+        return chunked.ssd(*of_tokens, state_XVHI, *places, to_R)
+    out_TVI = dt_TV.new_empty((*dt_TV.shape, state_XVHI.shape[3]))
     if to_R is None:
-        values = values_of_step(state_size, head_size)
-        ssd_tokens_kernel[(triton.cdiv(head_size, values), num_heads, num_rows)](
-            xbc_TC, dt_TV, log_decay_TV, state_XVHI, *places, to_T, out_TVI, stride,
-            **of_heads, VALUES=values, num_warps=NUM_WARPS, **options,
-        )  # fmt: skip
-        zero_padding_(out_TVI, q_start_S)
-        return out_TVI
-    of_heads["STATE_P"] = max(16, of_heads["STATE_P"])
-    values = values_of_program(head_size)
-    warps, stages = warps_and_stages(state_size, shared_memory_bytes(device))
-    num_chunks = num_tokens // CHUNK + num_rows
-    num_groups = num_heads // of_heads["HEADS_PER_GROUP"]
+        assert to_T is not None
+        _by_token(*of_tokens, state_XVHI, places, to_T, out_TVI)
+    else:
+        _in_chunks(*of_tokens, state_XVHI, places, to_R, out_TVI)
+    zero_padding_(out_TVI, q_start_S)
+    return out_TVI
+
+
+def _by_token(
+    xbc_TC: Tensor,
+    dt_TV: Tensor,
+    log_decay_TV: Tensor,
+    state_XVHI: Tensor,
+    places: tuple[Tensor, Tensor, Tensor],
+    to_T: Tensor,
+    out_TVI: Tensor,
+) -> None:
+    """Write the results, and the state after each token. places: q_start_S, from_R, is_new_R."""
+    _, num_heads, state_size, head_size = state_XVHI.shape
+    values = values_of_step(state_size, head_size)
+    ssd_tokens_kernel[(triton.cdiv(head_size, values), num_heads, len(places[1]))](
+        xbc_TC, dt_TV, log_decay_TV, state_XVHI, *places, to_T, out_TVI, xbc_TC.stride(0),
+        **sizes(xbc_TC, state_XVHI), VALUES=values, num_warps=NUM_WARPS,
+        **launch_options(xbc_TC.device),
+    )  # fmt: skip
+
+
+def _in_chunks(
+    xbc_TC: Tensor,
+    dt_TV: Tensor,
+    log_decay_TV: Tensor,
+    state_XVHI: Tensor,
+    places: tuple[Tensor, Tensor, Tensor],
+    to_R: Tensor,
+    out_TVI: Tensor,
+) -> None:
+    """Write the results, and each row's state after its last token. `places`: see `_by_token`."""
+    q_start_S, num_rows, device = places[0], len(to_R), xbc_TC.device
+    _, num_heads, state_size, head_size = state_XVHI.shape
+    of_heads, options = sizes(xbc_TC, state_XVHI), launch_options(device)
     of_chunks = {
         **of_heads,
+        "STATE_P": max(16, of_heads["STATE_P"]),
         "ROWS_P": triton.next_power_of_2(num_rows),
         "CHUNK": CHUNK,
         "UPCAST": device.type != "cuda",
     }
+    num_chunks, per_group = len(xbc_TC) // CHUNK + num_rows, of_heads["HEADS_PER_GROUP"]
+    num_groups, stride = num_heads // per_group, xbc_TC.stride(0)
     scores = dt_TV.new_empty((num_chunks, num_groups, CHUNK, CHUNK))
     total = dt_TV.new_empty((num_chunks, num_heads, CHUNK))
     ssd_scores_kernel[(num_groups, num_chunks)](
-        xbc_TC, log_decay_TV, q_start_S, scores, total, stride, num_rows,
-        **of_chunks, GROUP_P=triton.next_power_of_2(of_heads["HEADS_PER_GROUP"]),
-        num_warps=NUM_WARPS, **options,
+        xbc_TC, log_decay_TV, q_start_S, scores, total, stride, num_rows, **of_chunks,
+        GROUP_P=triton.next_power_of_2(per_group), num_warps=NUM_WARPS, **options,
     )  # fmt: skip
+    values = values_of_program(head_size)
+    warps, stages = warps_and_stages(state_size, shared_memory_bytes(device))
     ssd_chunks_kernel[(triton.cdiv(head_size, values), num_heads, num_rows)](
         xbc_TC, dt_TV, scores, total, state_XVHI, *places, to_R, out_TVI, stride, num_rows,
         **of_chunks, VALUES=values, num_warps=warps, num_stages=stages, **options,
     )  # fmt: skip
-    zero_padding_(out_TVI, q_start_S)
-    return out_TVI

@@ -167,9 +167,11 @@ class Masks:
 
     def _after(self, one: Matcher, token_ids: list[int]) -> np.ndarray:
         """The masks after each of the tokens, all bits 0 where none may follow. The matcher keeps
-        its state."""
+        its state. If they are slow, its answer has no drafts until a mask of it has been fast."""
         allowed_NW = np.zeros((len(token_ids), self._own_words), np.int32)
-        copy = one.of_library.deep_copy() if token_ids else one.of_library
+        if not token_ids:
+            return allowed_NW[:, : self._num_words]
+        start, copy = time.perf_counter(), one.of_library.deep_copy()
         for place, token_id in enumerate(token_ids):
             copy.consume_token(token_id)
             if copy.is_error():
@@ -178,6 +180,8 @@ class Masks:
             if copy.is_error():
                 allowed_NW[place] = 0  # the library's mask allows the end of the sequence
                 break
+        if time.perf_counter() - start > len(token_ids) * SLOW_S:
+            one.is_slow = True
         if one.ignores_eos:
             allowed_NW &= self._not_eos_W
         return allowed_NW[:, : self._num_words]

@@ -134,6 +134,8 @@ def measure(case: Case, tree: Path, store: Path, place: Path, gpus: list[int]) -
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
     }  # fmt: skip
     result: dict[str, Any] = {"command": " ".join(["python", *words])}
+    if own.is_file():
+        own.unlink()  # of an earlier run, which failed
     started = time.monotonic()
     try:
         run([sys.executable, *words], environment, Limit(case.seconds), folder=tree, output=place)
@@ -144,10 +146,16 @@ def measure(case: Case, tree: Path, store: Path, place: Path, gpus: list[int]) -
     lines = [found for line in output if (found := json_of(line))]
     result |= {"lines": lines} if lines else {"last_line": "".join(output[-1:])}
     if own.is_file() and (text := own.read_text()):
-        result["results"] = (
-            [json.loads(one) for one in text.splitlines()] if _has_lines(text) else json.loads(text)
-        )
+        try:
+            result["results"] = of_file(text)
+        except ValueError as error:  # it was killed while it wrote
+            result.setdefault("error", f"{own.name}: {error}")
     return result
+
+
+def of_file(text: str) -> Any:
+    """The results in a file: its JSON, or a list of the objects that are its lines."""
+    return [json.loads(one) for one in text.splitlines()] if _has_lines(text) else json.loads(text)
 
 
 def _has_lines(text: str) -> bool:

@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-from tests.kernels import builds
+from tests.kernels import builds, compile_builds
 
 # Lines that depend on the sources' text alone: comments, line numbers, labels of debug information.
 _DROPPED = re.compile(
@@ -37,11 +37,11 @@ def write(folder: Path, name: str) -> None:
     from triton.runtime import driver
 
     target = builds.TARGETS[name]
-    driver.set_active(builds.AbsentDevice(target))  # type: ignore[arg-type]
+    driver.set_active(compile_builds.AbsentDevice(target))  # type: ignore[arg-type]
     knobs.compilation.disable_line_info = True
     (folder / name).mkdir(parents=True)
     for number, build in enumerate(builds.all_builds(name)):
-        compiled = builds.compile_build(build, target)
+        compiled = compile_builds.compile_build(build, target)
         kernel = build.kernel.__name__
         text = stripped(compiled.asm.get("ptx") or compiled.asm["amdgcn"], kernel)
         path = folder / name / f"{number:03} {kernel}.txt"

@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for the GPUs that we name and fits their shared memory.
 
-No GPU is needed. `builds.py` has the table of GPUs, models and kernels, and compiles them in a
-process of its own.
+No GPU is needed. `builds.py` has the table of GPUs, models and kernels, and `compile_builds.py`
+compiles them in a process of its own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Builds:
         unset = ("TRITON_INTERPRET", "TRITON_STORE_BINARY_ONLY")
         environment = {name: value for name, value in os.environ.items() if name not in unset}
         environment["PYTHONPATH"] = str(REPOSITORY)
-        command = [sys.executable, str(Path(__file__).with_name("builds.py")), *TARGETS]
+        command = [sys.executable, str(Path(__file__).with_name("compile_builds.py")), *TARGETS]
         self._process = subprocess.Popen(
             command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
         )

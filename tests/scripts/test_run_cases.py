@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from scripts.bench import run_cases
-from scripts.bench.gpu_cases import CASES, Case
+from scripts.bench.gpu_cases import CASES, PLACE, Case
 
 
 @pytest.fixture
@@ -66,6 +66,21 @@ def test_a_case_that_ends_at_its_limit_keeps_its_lines(call: Any) -> None:
     code = "import time; print({1: 2}); print('{\"a\": 1}', flush=True); time.sleep(100)"
     status, found = call({"slow": Case(2, ("-c", code))}, "--gpus", "1")
     assert status == 1 and "2 s" in found["slow"]["error"] and found["slow"]["lines"] == [{"a": 1}]
+
+
+def test_a_case_that_is_killed_while_it_writes_keeps_its_error(call: Any, tmp_path: Path) -> None:
+    """Its file is not taken for that of a later run, which fails before it writes one."""
+    code = (
+        "import pathlib, sys, time\nplace, first = map(pathlib.Path, sys.argv[1:])\n"
+        "first.touch(exist_ok=False)\nplace.write_text('{\"a\": 1, ')\ntime.sleep(100)"
+    )
+    cases = {"killed": Case(2, ("-c", code, PLACE, str(tmp_path / "first")))}
+    status, found = call(cases, "--gpus", "1")
+    assert status == 1 and "2 s" in found["killed"]["error"] and "results" not in found["killed"]
+    (tmp_path / "out" / "killed.json").write_text('{"a": 1}')
+    status, found = call(cases, "--gpus", "1")
+    assert status == 1 and "FileExistsError" in found["killed"]["error"]
+    assert "results" not in found["killed"]
 
 
 def test_another_tree_runs_first(call: Any, tmp_path: Path) -> None:

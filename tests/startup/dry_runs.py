@@ -50,7 +50,8 @@ from nanovllm.startup import resolve
 from nanovllm.startup.compile_farm.builder import Builder
 from scripts.bench.speculation import head_config
 from tests.conftest import tiny_config
-from tests.kernels.builds import TARGETS, WHOLE, AbsentDevice, Target, all_builds
+from tests.kernels.builds import TARGETS, WHOLE, Target, all_builds
+from tests.kernels.compile_builds import AbsentDevice
 from tests.models import tower_cases
 
 Stage = Callable[[Any, dict[str, Any]], Any]  # of a compile: from module and metadata to a module

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 from nanovllm.models.lora.slots import HEAD, OUTSIDE, Target
@@ -39,7 +40,7 @@ def fill(
     B [D, rank], with its factor."""
     (a_VX, b_DX), (a_RV, b_DR), param = into, given, target.param
     rank = len(a_RV)
-    whole_VX = a_VX.new_zeros(param.shape[0], a_VX.shape[1]).float()
+    whole_VX = a_VX.new_zeros((param.shape[0], a_VX.shape[1]), dtype=torch.float32)
     whole_VX[:, :rank] = a_RV.t()
     own_VX = taken(shard, _of_rank(param, a_VX.shape[1]), whole_VX)
     if param.adapt is not None:
