@@ -13,7 +13,7 @@ from nanovllm.models.checkpoint import Checkpoint
 from nanovllm.models.gguf.header import is_gguf
 from nanovllm.models.model import Model
 from nanovllm.models.pooling import Pooler, Pooling, of_decoder, without_prefix
-from nanovllm.models.registry import CAUSAL, REWARD, SCORES
+from nanovllm.models.registry import CAUSAL, REWARD, SCORES, SEEING
 from nanovllm.pooling_params import PoolingInfo
 from nanovllm.runner.pool_runner import STEP
 from nanovllm.startup import pooling_modules as modules
@@ -131,7 +131,7 @@ def _makes(config: EngineConfig, name: str, labels: tuple[str, ...]) -> str:
         return "embed"
     if not has_head:
         hint = ""
-        if name.endswith(CAUSAL):
+        if name.endswith((CAUSAL, SEEING)):
             hint = ", and hf_overrides={'classifier_from_token': [...]} names no tokens of it"
         raise ValueError(f"task is {config.task!r}, but {name} has no head of classes{hint}")
     return "classify"
