@@ -93,7 +93,7 @@ def handlers(runner: PoolRunner) -> dict[str, Callable[[bytes], bytes | None]]:
 
 def _dumped(one: PoolSequence) -> _Sequence:
     ids, positions = wire.array(np.asarray(one.token_ids, np.int32)), one.position_3T
-    given = [tuple(span) for span in one.given]
+    given = [(span.key, span.source, span.start, span.num) for span in one.given]
     return ids, one.second_at, given, None if positions is None else wire.array(positions)
 
 

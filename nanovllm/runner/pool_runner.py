@@ -213,9 +213,9 @@ class PoolRunner:
                 cos_sin_MH=self._tables[0],
                 h_TD=h_TD,
             )
-            # the rotations of such a step are a table with a row for each token
-            place_T = batch.rope_pos_T if rows_TH is None else given.row_T
-            batch = batch._replace(rope_pos_T=place_T, end_T=given.end_T)
+            batch = batch._replace(end_T=given.end_T)
+            if given.row_T is not None:  # rotations are a table with a row for each token
+                batch = batch._replace(rope_pos_T=given.row_T)
         keeps_last = pooler.pooling != "mean"
         needs_all = given is not None and self.model.adds_to_last
         h_XD = h_TD
