@@ -306,8 +306,12 @@ def _one_each(params: Params, num: int) -> list[PoolingParams]:
 
 
 def _texts(name: str, given: str | Sequence[str]) -> list[str]:
-    texts = [given] if isinstance(given, str) else list(given)
+    texts = [given] if isinstance(given, (str, Mapping)) else list(given)
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{name} has {text!r}: it must be a text, or a list of texts")
+            what = "a prompt" if isinstance(text, Mapping) else repr(text)
+            raise ValueError(
+                f"{name} has {what}: it must be a text, or a list of texts. Images are not scored "
+                "in pairs: compare the results of embed, or give classify the whole prompt"
+            )
     return texts

@@ -192,10 +192,18 @@ def _info(
         normalizes if asked is None else asked,
         activation=_activation(fields, pooler.size) if makes == "classify" else "none",
         labels=names,
-        template="qwen3" if labels == RERANKER_LABELS else "",
+        template=_template(fields, labels),
         has_pairs=not pooler.is_causal,
         has_types=pooler.has_types,
     )
+
+
+def _template(fields: Mapping[str, Any], labels: tuple[str, ...]) -> str:
+    """The published form of pairs: see `PoolingInfo`."""
+    names = fields.get("architectures") or [""]
+    if labels != RERANKER_LABELS:
+        return ""
+    return "qwen3_vl" if str(names[0]).startswith("Qwen3VL") else "qwen3"
 
 
 def _activation(fields: Mapping[str, Any], size: int) -> str:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm import LLM, PoolingParams
+from nanovllm import LLM, PoolingParams, pairs
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.pooling_outputs import PoolingFailed
+from nanovllm.pooling_params import PoolingInfo
+from nanovllm.startup.pooling import _template
 from tests.api.engine_server import MODEL, Served, through_http
 from tests.engine.seeing import FILM, PICTURE, Seeing, make
 from tests.engine.test_images import data_url, pictures
@@ -164,6 +166,29 @@ def test_tokens_score_prompts_with_images(seeing: Seeing) -> None:
         both = seeing.hf.lm_head(last)[ids].softmax(-1).detach()
         assert one.outputs.probs == pytest.approx([float(both[1])], abs=1e-4)
     llm.close()
+
+
+def test_pairs_are_texts(llm: LLM) -> None:
+    for data in (ASKED[0], [ASKED[0]]):
+        with pytest.raises(ValueError, match="data_2 has a prompt: it must be a text"):
+            llm.score("a", data, use_tqdm=False)
+
+
+def test_the_prompt_of_the_reranker_that_sees_is_the_published_one(seeing: Seeing) -> None:
+    labels: dict[str, Any] = {"hf_overrides": {
+        "architectures": ["Qwen3VLForSequenceClassification"], "classifier_from_token": ["a", "b"]
+    }}  # fmt: skip
+    llm = seeing_llm(seeing, "score", **labels)
+    assert llm.engine.info.pooling is not None and llm.engine.info.pooling.size == 1
+    llm.close()
+    template = _template({"architectures": labels["hf_overrides"]["architectures"]}, ("no", "yes"))
+    info = PoolingInfo("classify", 1, template=template)
+    assert pairs.pair_prompt(info, None, "q", "d", "i").text == (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query "
+        'and the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+        "<|im_start|>user\n<Instruct>: i<Query>:q\n<Document>:d<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
 
 
 def test_images_of_gemma_are_pooled(tmp_path: Path) -> None:
