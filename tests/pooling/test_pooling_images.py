@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm import LLM, PoolingParams, pairs
+from nanovllm import LLM, EngineConfig, PoolingParams, pairs
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.pooling_outputs import PoolingFailed
 from nanovllm.pooling_params import PoolingInfo
-from nanovllm.startup.pooling import _template
+from nanovllm.startup.compile_farm import builder
+from nanovllm.startup.pooling import _template, for_task
+from nanovllm.startup.resolve import resolve_without_weights
 from tests.api.engine_server import MODEL, Served, through_http
-from tests.engine.seeing import FILM, PICTURE, Seeing, make
+from tests.engine.seeing import FILM, PICTURE, TEXT, Seeing, make
 from tests.engine.test_images import data_url, pictures
 from tests.media.vision_cases import picture, without_torchvision
 from tests.models import gemma_images
@@ -85,6 +88,45 @@ def test_images_of_qwen2_5_are_pooled(tmp_path: Path) -> None:
     llm = seeing_llm(seeing)
     assert_near(embeddings(llm, ASKED), wanted(seeing))
     llm.close()
+
+
+def test_features_may_follow_the_last_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TEXT, "num_hidden_layers", 2)
+    seeing = make("Qwen3VLProcessor", tmp_path)
+    llm = seeing_llm(seeing)
+    assert llm.engine.runner.model.adds_to_last  # type: ignore[attr-defined]
+    assert_near(embeddings(llm, ASKED), wanted(seeing))
+    llm.close()
+
+
+def test_the_model_alone_has_its_own_names(seeing: Seeing, tmp_path: Path) -> None:
+    for path in seeing.folder.iterdir():
+        if not path.name.endswith(".safetensors"):
+            shutil.copy(path, tmp_path)
+    seeing.hf.model.save_pretrained(tmp_path)  # architectures: Qwen3VLModel
+    llm = pooling_llm(tmp_path)
+    assert_near(embeddings(llm, ASKED), wanted(seeing))
+    llm.close()
+
+
+def test_workers_build_every_bucket(seeing: Seeing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "lower_if_worth_it", eager.lower)
+    options = {
+        "task": "embed", "device": "cpu", "max_model_len": 32, "max_num_batched_tokens": 32,
+        "tuning": {"vision_patch_budgets": BUDGETS[:1]}, "dtype": "float32",
+    }  # fmt: skip
+    config = EngineConfig.from_options(str(seeing.folder), options)
+    resolved = for_task(resolve_without_weights(config))
+    buckets = resolved.spec.layout.buckets
+    assert buckets == [("prefill", 32), ("vision", 64)]
+    runner = builder.small_pool_runner(resolved)
+    for bucket in buckets:
+        runner.run_bucket(*bucket)
+    num = runner.compiler.num_compiled
+    runner.warm_up(str)
+    assert runner.compiler.num_compiled == num > 0
 
 
 def test_order_and_company_change_only_rounding(llm: LLM) -> None:
