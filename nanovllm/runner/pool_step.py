@@ -6,17 +6,34 @@ R rows (sequences) | O numbers of a result
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from nanovllm.models.pooling import PoolInputs
-from nanovllm.platforms.base import Replay
-from nanovllm.runner.mm_embeds import fill
+from nanovllm.models.model import Model
+from nanovllm.models.pooling import Pooler, PoolInputs
+from nanovllm.platforms.base import Platform, Replay
+from nanovllm.runner.embeddings import Embeddings
+from nanovllm.runner.mm_embeds import MMEmbedInputs, MMEmbeds, fill
 from nanovllm.runner.pool_inputs import InputShape, PoolSequence, step_plan
+from nanovllm.runner.spec import Layout
 
-if TYPE_CHECKING:
-    from nanovllm.runner.pool_runner import PoolRunner
+
+class Programs(Protocol):
+    """What runs steps: a `PoolRunner`."""
+
+    model: Model
+    pooler: Pooler
+    platform: Platform
+    layout: Layout
+    embeddings: Embeddings
+
+    @property
+    def given_inputs(self) -> MMEmbedInputs: ...
+    def run(
+        self, inputs: PoolInputs, given: MMEmbeds | None = None, layers: Sequence[int] | None = None
+    ) -> Tensor: ...
 
 
 class PoolStep:
@@ -24,7 +41,7 @@ class PoolStep:
     tokens stand for images."""
 
     def __init__(
-        self, runner: PoolRunner, num_tokens: int, num_rows: int, *, has_given: bool = False
+        self, runner: Programs, num_tokens: int, num_rows: int, *, has_given: bool = False
     ) -> None:
         pooler, device = runner.pooler, runner.platform.device
         self._shape = InputShape(
