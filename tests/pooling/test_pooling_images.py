@@ -242,7 +242,7 @@ def test_images_of_gemma_are_pooled(tmp_path: Path) -> None:
     for seed, parts in enumerate(gemma_images.PROMPTS):
         ids, starts = gemma_images.prompt_of(parts, NUM_TOKENS, seed)
         pixels = images(len(starts), seed)
-        media = [(patches(one), GRID) for one in pixels]
+        media: Any = [(patches(one), GRID) for one in pixels]
         prompt = gemma_images.media_prompt(ids, starts, NUM_TOKENS, media)
         order.append(engine.add_request(prompt, PoolingParams()))
         types = torch.tensor([[int(one == gemma_images.IMAGE) for one in ids]])
