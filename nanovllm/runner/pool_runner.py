@@ -179,7 +179,7 @@ class PoolRunner:
             self.__dict__.pop(name, None)
         self.platform.release()
 
-    def _step(self, num_tokens: int, num_rows: int, has_given: bool) -> PoolStep:
+    def _step(self, num_tokens: int, num_rows: int, has_given: bool = False) -> PoolStep:
         """The step of a bucket; without padding, a new one."""
         if self.layout.pad:
             num_tokens = buckets.smallest_fit(self.layout.prefill_tokens, num_tokens)
