@@ -27,6 +27,9 @@ START = (
 )
 END = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+# That of Qwen3-VL-Reranker: vLLM's examples/pooling/score/template/qwen3_vl_reranker.jinja
+VL_END = "<|im_end|>\n<|im_start|>assistant\n"
+VL_INSTRUCTION = "Given a search query, retrieve relevant candidates that answer the query."
 IS_WRITTEN = "<|im_start|>"  # texts that begin so have the prompt's form already
 
 
@@ -49,16 +52,22 @@ def pair_prompt(
         if not text:
             raise PromptRefused("a text of the pair is empty: it must have at least 1 token")
         checked_text("a text of the pair", text)
-    if info.template == "qwen3" and not first.startswith(IS_WRITTEN):
-        what = instruction or INSTRUCTION
-        words = f"<Instruct>: {what}\n<Query>: {first}\n<Document>: {second}"
-        return Prompt(f"{START}{words}{END}", None)
+    if info.template and not first.startswith(IS_WRITTEN):
+        return Prompt(_published(info.template, first, second, instruction), None)
     if instruction is not None:
         raise InvalidValue("instruction", "instruction is given, but this model reads none")
     if not info.has_pairs or tokenizer is None:
         return Prompt(first + second, None)
     token_ids, second_at = tokenizer.encode_pair(first, second, limit)
     return Prompt(None, token_ids, second_at=second_at if info.has_types else 0)
+
+
+def _published(template: str, first: str, second: str, instruction: str | None) -> str:
+    if template == "qwen3_vl":
+        what = instruction or VL_INSTRUCTION
+        return f"{START}<Instruct>: {what}<Query>:{first}\n<Document>:{second}{VL_END}"
+    what = instruction or INSTRUCTION
+    return f"{START}<Instruct>: {what}\n<Query>: {first}\n<Document>: {second}{END}"
 
 
 def paired(firsts: Sequence[Text], seconds: Sequence[Text]) -> list[tuple[Text, Text]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,14 +26,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CHUNK = 32  # prompts that are encoded at once, while the device computes earlier ones
 Params = PoolingParams | Sequence[PoolingParams] | None
+ChatFields = Mapping[str, Any] | None
 
 
 class PoolingMethods:
     """All raise ValueError, and leave nothing queued, if a prompt is invalid or the model does not
-    do what is asked, and `PoolingFailed` for a prompt without a result."""
+    do what is asked, and `PoolingFailed` for a prompt without a result.
+
+    A prompt may also be a conversation, a list of messages, in the checkpoint's chat template.
+    `chat_options` are those of `LLM.chat`; by default nothing follows the last message."""
 
     engine: AnyEngine
     shared: LockedEngine
+    _chat_prompts: Callable[[Any, Mapping[str, Any]], list[Prompt]]
 
     def embed(
         self,
@@ -43,12 +48,14 @@ class PoolingMethods:
         pooling_params: Params = None,
         truncate_prompt_tokens: int | None = None,
         lora_request: None = None,
+        chat_options: ChatFields = None,
     ) -> list[EmbeddingRequestOutput]:
         """The embeddings of prompts: `output.outputs.embedding` is a list of numbers."""
         from nanovllm.pooling_outputs import embedding_output
 
         params = _params(pooling_params, "embed", truncate_prompt_tokens)
-        return self._pooled(each_prompt(prompts), params, use_tqdm, lora_request, embedding_output)
+        given = self._given(prompts, chat_options)
+        return self._pooled(given, params, use_tqdm, lora_request, embedding_output)
 
     def classify(
         self,
@@ -58,14 +65,14 @@ class PoolingMethods:
         pooling_params: Params = None,
         truncate_prompt_tokens: int | None = None,
         lora_request: None = None,
+        chat_options: ChatFields = None,
     ) -> list[ClassificationRequestOutput]:
         """The probabilities of classes for prompts: `output.outputs.probs`."""
         from nanovllm.pooling_outputs import classification_output
 
         params = _params(pooling_params, "classify", truncate_prompt_tokens)
-        return self._pooled(
-            each_prompt(prompts), params, use_tqdm, lora_request, classification_output
-        )
+        given = self._given(prompts, chat_options)
+        return self._pooled(given, params, use_tqdm, lora_request, classification_output)
 
     def encode(
         self,
@@ -76,13 +83,15 @@ class PoolingMethods:
         truncate_prompt_tokens: int | None = None,
         lora_request: None = None,
         pooling_task: str | None = None,
+        chat_options: ChatFields = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """The results of prompts as tensors: `output.outputs.data`. `pooling_task` is "embed" or
         "classify", None for what the model makes."""
         from nanovllm.pooling_outputs import pooling_output
 
         params = _params(pooling_params, pooling_task, truncate_prompt_tokens)
-        return self._pooled(each_prompt(prompts), params, use_tqdm, lora_request, pooling_output)
+        given = self._given(prompts, chat_options)
+        return self._pooled(given, params, use_tqdm, lora_request, pooling_output)
 
     def reward(
         self,
@@ -179,6 +188,18 @@ class PoolingMethods:
             outputs.append(scoring_output(str(i), score, prompt_ids))
         return outputs
 
+    def _given(self, prompts: Any, chat_options: ChatFields) -> list[Any]:
+        """The prompts of a call; conversations are rendered."""
+        given = [prompts] if _is_conversation(prompts) else each_prompt(prompts)
+        conversations = [one for one in given if _is_conversation(one)]
+        if not conversations:
+            if chat_options:
+                raise ValueError("chat_options are given, but no prompt is a list of messages")
+            return given
+        options = {"add_generation_prompt": False, **(chat_options or {})}
+        rendered = iter(self._chat_prompts(conversations, options))
+        return [next(rendered) if _is_conversation(one) else one for one in given]
+
     def _pooled(
         self,
         prompts: Sequence[Any],
@@ -224,7 +245,9 @@ class PoolingMethods:
     def _encoded(self, prompts: Sequence[Prompt], each: Sequence[PoolingParams]) -> list[Prompt]:
         """The prompts with token ids, if all are texts with the same limit of tokens."""
         tokenizer, limits = self.engine.tokenizer, {one.truncate_prompt_tokens for one in each}
-        texts = [one.text for one in prompts if one.token_ids is None and one.text]
+        texts = [
+            one.text for one in prompts if one.token_ids is None and one.text and not one.media
+        ]
         if tokenizer is None or len(limits) > 1 or len(texts) < len(prompts):
             return list(prompts)
         limit = limits.pop()
@@ -249,6 +272,12 @@ class PoolingMethods:
                 num_before = len(made)
                 note(self.shared.outputs(ids))
                 bar.update(len(made) - num_before)
+
+
+def _is_conversation(given: Any) -> bool:
+    if not isinstance(given, Sequence) or not given or isinstance(given, (str, bytes)):
+        return False
+    return isinstance(given[0], Mapping) and "role" in given[0]
 
 
 def _params(given: Params, task: str | None, truncate: int | None) -> Any:
@@ -277,8 +306,12 @@ def _one_each(params: Params, num: int) -> list[PoolingParams]:
 
 
 def _texts(name: str, given: str | Sequence[str]) -> list[str]:
-    texts = [given] if isinstance(given, str) else list(given)
+    texts = [given] if isinstance(given, (str, Mapping)) else list(given)
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{name} has {text!r}: it must be a text, or a list of texts")
+            what = "a prompt" if isinstance(text, Mapping) else repr(text)
+            raise ValueError(
+                f"{name} has {what}: it must be a text, or a list of texts. Images are not scored "
+                "in pairs: compare the results of embed, or give classify the whole prompt"
+            )
     return texts

@@ -78,9 +78,9 @@ class PoolingInfo:
 
     makes: "embed" for embeddings, "classify" for scores of classes. size: numbers of a result.
     normalizes: whether results are normalized, or activated, by default. activation: "softmax",
-    "sigmoid" or "none" of classes. labels: their names. template: "qwen3" for prompts of pairs in
-    the published form of Qwen3-Reranker. has_pairs: whether the tokenizer joins two texts, whose
-    tokens may have types.
+    "sigmoid" or "none" of classes. labels: their names. template: "qwen3" or
+    "qwen3_vl" for prompts of pairs in the published form of Qwen3-Reranker or Qwen3-VL-Reranker.
+    has_pairs: whether the tokenizer joins two texts, whose tokens may have types.
     """
 
     makes: str

@@ -488,7 +488,7 @@ class Engine:
                 if self._draft_times is not None:
                     self._draft_times.launching()
                 plan = self._with_masks(plan)
-                self._held.encode(plan)
+                self._held.encode(plan.embeddings)
                 self._in_flight.append(self._runner.launch(plan))
             if plan is None and not self._in_flight and self.scheduler.has_work:
                 self._wait_for_threads()

@@ -18,6 +18,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
 from nanovllm.lora_request import LoRARequest
 from nanovllm.lora_request import checked as lora_request_checked
+from nanovllm.media import mm_inputs as media_given
 from nanovllm.pooling_params import PoolingInfo, PoolingParams
 from nanovllm.prompts import (
     AnyPrompt,
@@ -106,14 +107,9 @@ class InputProcessor:
             raise ValueError(f"{self.model!r} was loaded to pool: generating needs task='generate'")
         self.check(params)
         adapter = lora_request_checked(lora_request, is_enabled=self.has_adapters)
-        media: dict[str, MMItem] = {}
-        media_contents: tuple[MMSpan, ...] = ()
+        given, media, media_contents = self._parts(prompt)
         if isinstance(prompt, MediaPrompt):
             positions = prompt.position_3T
-            media = {content.key: item for content, item in prompt.images}
-            media_contents = tuple(content for content, _ in prompt.images)
-            prompt = Prompt(None, prompt.token_ids, prompt.cache_salt)
-        given = as_prompt(prompt)
         prompt_ids = self.prompt_ids(given, params)
         contents = self.contents(embeddings, len(prompt_ids))
         self.check_positions(positions, len(prompt_ids))
@@ -123,8 +119,6 @@ class InputProcessor:
                 f"an image has {longest} tokens, and max_num_batched_tokens is "
                 f"{self.max_image_tokens}: tokens that see the whole image need it in one step"
             )
-        if media and not self.has_towers:
-            raise ValueError(f"the prompt has images, but {self.model!r} accepts text only")
         return EngineRequest(
             prompt_ids,
             params,
@@ -153,22 +147,40 @@ class InputProcessor:
                 "'score'"
             )
         self.pooling.check(params)
-        if isinstance(prompt, MediaPrompt) or (given := as_prompt(prompt)).media:
-            raise ValueError(f"the prompt has images, but {self.model!r} accepts text only")
+        given, media, contents = self._parts(prompt)
+        if given.media and not self.has_towers:
+            media_given.refuse(self.model, given.media)
         prompt_ids = self._checked_ids(self._pooled_ids(given, params))
         if len(prompt_ids) > self.max_model_len:
             raise PromptTooLong(
                 f"the prompt has {len(prompt_ids)} tokens: at most max_model_len "
                 f"({self.max_model_len}) fit, or set truncate_prompt_tokens"
             )
+        positions = prompt.position_3T if isinstance(prompt, MediaPrompt) else None
+        self.check_positions(positions, len(prompt_ids))
         return EngineRequest(
             prompt_ids,
             NO_SAMPLING,
             incremental,
             checked_priority(priority),
+            contents=contents,
+            media=media,
+            positions=positions,
             pooling=params,
             second_at=given.second_at,
         )
+
+    def _parts(
+        self, prompt: AnyPrompt | Prompt | MediaPrompt
+    ) -> tuple[Prompt, dict[str, MMItem], tuple[MMSpan, ...]]:
+        """A prompt, the media that are prepared for it, and their places."""
+        if not isinstance(prompt, MediaPrompt):
+            return as_prompt(prompt), {}, ()
+        if prompt.images and not self.has_towers:
+            raise ValueError(f"the prompt has images, but {self.model!r} accepts text only")
+        media = {content.key: item for content, item in prompt.images}
+        given = Prompt(None, prompt.token_ids, prompt.cache_salt)
+        return given, media, tuple(content for content, _ in prompt.images)
 
     def _pooled_ids(self, prompt: Prompt, params: PoolingParams) -> list[int]:
         """The prompt's tokens, truncated as `params` require."""

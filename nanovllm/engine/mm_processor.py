@@ -23,6 +23,7 @@ from nanovllm.media.prepare import MediaPreparation, Prepared, Preparer
 from nanovllm.media.settings import VisionSettings
 from nanovllm.models.vision import positions
 from nanovllm.models.vision.vision_encoder import TowerConfig
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.programs import DoesNotStart
 from nanovllm.prompts import Prompt
 from nanovllm.runner.encoders import MMItem
@@ -96,7 +97,7 @@ class MediaPrompts:
             videos = [one for one in media if one.kind == mm_inputs.VIDEO]
             mm_inputs.refuse(self._model, videos, "accepts no videos")
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> None:
+    def check(self, prompt: Prompt, params: SamplingParams | PoolingParams) -> None:
         """`check_media`. Also raises ValueError for more or fewer media than placeholders, and for
         parameters that media exclude."""
         if params.truncate_prompt_tokens is not None:
@@ -192,7 +193,7 @@ class MMProcessor:
     def check(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         embeddings: Embeddings,
         positions: np.ndarray | None,
     ) -> None:

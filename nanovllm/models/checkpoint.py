@@ -34,7 +34,9 @@ PIECE_BYTES = 1 << 24  # that a thread reads at a time
 
 # The prefixes of a text model's tensors, in place of "model.", in checkpoints with towers and in
 # those of Nemotron-H.
-TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "backbone.")
+TEXT_PREFIXES = (
+    "model.language_model.", "language_model.model.", "language_model.", "backbone.",
+)  # fmt: skip
 # The head of some of them.
 TEXT_HEAD = "language_model.lm_head."
 # The module that some checkpoints have around their vision tower, and without it.

@@ -52,6 +52,9 @@ class PoolWeights(NamedTuple):
 
     outer: Any
     layers: tuple[Any, ...]
+    # those of `Params`
+    tower: Any = None
+    audio_tower: Any = None
 
 
 @dataclass(frozen=True)
@@ -227,8 +230,8 @@ def of_decoder(
     """A decoder that pools: for embeddings, with the logits of `num_scores` classes, perhaps by a
     head with an `inner` layer, or with those of `num_labels` tokens.
 
-    Raises ValueError for a decoder that needs a cache of another kind than keys and values, and for
-    embeddings of one whose last norm is not an RMS norm.
+    A model that sees keeps its vision tower. Raises ValueError for a decoder that needs a cache of
+    another kind than keys and values, and for embeddings of one whose last norm is not an RMS norm.
     """
     cfg = model.config
     _check(model)
@@ -281,8 +284,10 @@ def _check(model: Model) -> None:
         )
     if any(kind.has_sinks for kind in model.layer_kinds):
         raise ValueError(f"{name} does not pool: attention with sinks is not supported")
-    if model.towers:
-        raise ValueError(f"{name} does not pool: models of images or sound are not supported")
+    if model.audio_tower is not None:
+        raise ValueError(f"{name} does not pool: models of sound are not supported")
+    if model.layer_inputs is not None:
+        raise ValueError(f"{name} does not pool: layers with inputs of their own are not supported")
 
 
 def _check_norm(model: Model) -> None:

@@ -149,7 +149,8 @@ READ_AS: dict[str, tuple[str, dict[str, object]]] = {
 
 
 # Endings of the names of models that pool. "Model" has no head, and the others have that of scores.
-CAUSAL, NO_HEAD = "ForCausalLM", "Model"
+# Models with a vision tower have the second ending of those that generate.
+CAUSAL, SEEING, NO_HEAD = "ForCausalLM", "ForConditionalGeneration", "Model"
 SCORES, REWARD = "ForSequenceClassification", "ForRewardModel"
 
 
@@ -177,9 +178,12 @@ def pooled(name: str) -> Architecture | None:
     """The architecture of a model that pools; None for an unknown name."""
     if name in ENCODERS:
         return ENCODERS[name]
-    for ending in (SCORES, REWARD, CAUSAL, NO_HEAD):
+    for ending in (SCORES, REWARD, CAUSAL, SEEING, NO_HEAD):
         if name.endswith(ending):
-            return ARCHITECTURES.get(name.removesuffix(ending) + CAUSAL)
+            base = name.removesuffix(ending)
+            endings = (ending,) if ending in (CAUSAL, SEEING) else (CAUSAL, SEEING)
+            found = (ARCHITECTURES.get(base + one) for one in endings)
+            return next((one for one in found if one is not None), None)
     return None
 
 

@@ -6,6 +6,7 @@ It has the interface of `engine.engine.Engine`, so `LLM`, replicas and servers u
 from __future__ import annotations
 
 import heapq
+import logging
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple, NoReturn
@@ -13,23 +14,28 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from nanovllm.engine.input_processor import Embeddings, InputProcessor
-from nanovllm.engine.metrics import PREFIX, Counter, Gauge, Metric
+from nanovllm.engine.mm_processor import MediaPrompts, MMProcessor, Scale
+from nanovllm.engine.mm_store import MMStore
 from nanovllm.engine.owner import OwnerProcess
 from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
 from nanovllm.lora_request import LoRARequest
-from nanovllm.media import mm_inputs as media_given
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.platforms.base import HostCopy
+from nanovllm.pooling.metrics import PoolingMetrics
 from nanovllm.pooling.results import result
 from nanovllm.pooling_params import PoolingParams
-from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
-from nanovllm.runner.pool_runner import PoolRunner, PoolSequence
+from nanovllm.prompts import AnyPrompt, Prompt, PromptRefused, as_prompt
+from nanovllm.runner.pool_inputs import PoolSequence
+from nanovllm.runner.pool_runner import PoolRunner
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import FinishedOutput, Outbox, OutputDelta
+from nanovllm.schedule.plan import EmbeddingSpan
 from nanovllm.startup.pooling_load import LoadedPooling
 
+logger = logging.getLogger(__name__)
+
 LOOKAHEAD = 64  # requests that a step may leave for the next one
-REASONS = ("stop", "abort", "error")
+PREPARING_WAIT_S = 0.02  # the longest wait of a thread that holds the engine
 
 
 class InFlight(NamedTuple):
@@ -37,26 +43,6 @@ class InFlight(NamedTuple):
 
     request_ids: list[int]
     results_RO: HostCopy
-
-
-class PoolingMetrics:
-    """Counts of an engine's work."""
-
-    def __init__(self) -> None:
-        self.num_prompt_tokens = self.num_steps = self.num_waiting = self.num_running = 0
-        self.num_finished = dict.fromkeys(REASONS, 0)
-
-    def read(self) -> list[Metric]:
-        gauges = {
-            "num_requests_running": self.num_running, "num_requests_waiting": self.num_waiting
-        }  # fmt: skip
-        counters = {"prompt_tokens": self.num_prompt_tokens, "num_steps": self.num_steps}
-        found: list[Metric] = [Gauge(PREFIX + name, num) for name, num in gauges.items()]
-        found += [Counter(PREFIX + name, num) for name, num in counters.items()]
-        return found + [
-            Counter(PREFIX + "request_success", num, {"finished_reason": reason})
-            for reason, num in self.num_finished.items()
-        ]
 
 
 class PoolingEngine:
@@ -75,7 +61,15 @@ class PoolingEngine:
         run_ahead = loaded.config.tuned.run_ahead
         platform = loaded.runner.platform
         self.run_ahead = platform.traits.run_ahead if run_ahead is None else run_ahead
+        tower, uses_mrope = loaded.runner.model.tower, bool(self.model_config.rope_axes)
+        self.media_scale = None if tower is None else Scale.of(tower.config, uses_mrope=uses_mrope)
         self._intake = InputProcessor.of(loaded.config, self.tokenizer, self.info)
+        prompts = MediaPrompts(
+            loaded.config.model, self.tokenizer, self.media_scale, loaded.vision,
+            loaded.config.media,
+        )  # fmt: skip
+        self._media = MMProcessor(prompts, loaded.config.media)
+        self._held = MMStore(self._runner)
         self._requests: dict[int, EngineRequest] = {}  # unfinished
         self._queue: list[tuple[int, int]] = []  # a heap of (priority, id)
         self._in_flight: deque[InFlight] = deque()
@@ -94,6 +88,8 @@ class PoolingEngine:
         return EngineInfo(
             "", self.max_model_len, self.max_num_seqs, cfg.vocab_size, cfg.hidden_size,
             layout.block_size, layout.prefill_tokens[-1] // layout.block_size, [], {},
+            num_deepstack=cfg.num_deepstack, uses_mrope=bool(cfg.rope_axes),
+            has_towers=bool(self._runner.towers.by_name), media_scale=self.media_scale,
             pooling=self.pooling,
         )  # fmt: skip
 
@@ -127,8 +123,8 @@ class PoolingEngine:
         return self._intake.encoded(prompt)
 
     def check_media(self, media: Sequence[MMInput]) -> None:
-        """Raises ValueError for any."""
-        media_given.refuse(self.config.model, media)
+        """Raises ValueError for images or videos that this model does not support."""
+        self._media.check_media(media)
 
     # requests ---------------------------------------------------------------------------------
 
@@ -144,27 +140,62 @@ class PoolingEngine:
         lora_request: LoRARequest | None = None,
     ) -> int:
         """Queue a prompt; returns the request's id. Raises ValueError, and queues nothing, for a
-        prompt that does not fit, and for anything but text or token ids."""
+        prompt that does not fit. Media are prepared in threads: if one cannot be read, the request
+        ends with an error."""
+        given = prompt if isinstance(prompt, MediaPrompt) else as_prompt(prompt)
+        params = PoolingParams() if params is None else params
+        with_media = given if isinstance(given, Prompt) and given.media else None
+        if with_media is not None:
+            self._media.check(with_media, params, embeddings, positions)
         asked = self._intake.request(
-            prompt if isinstance(prompt, MediaPrompt) else as_prompt(prompt),
-            PoolingParams() if params is None else params,
+            given,
+            params,
             incremental=incremental,
             embeddings=embeddings,
             positions=positions,
             priority=priority,
             lora_request=lora_request,
         )
-        return self.add(asked)
+        return self.add(asked, with_media)
 
     def add(self, asked: EngineRequest, with_media: Prompt | None = None) -> int:
-        """Queue a request that `InputProcessor` has checked; returns its id."""
+        """Queue a request that `InputProcessor` has checked; returns its id. with_media: the
+        prompt, if its media are not prepared yet."""
         self._check_open()
-        assert asked.pooling is not None and with_media is None
+        assert asked.pooling is not None
         request_id = self._num_added
         self._num_added += 1
         self._requests[request_id] = asked
-        heapq.heappush(self._queue, (asked.priority, request_id))
+        if with_media is None:
+            self._enqueue(request_id, asked)
+        else:
+            self._media.add(request_id, with_media)
         return request_id
+
+    def _enqueue(self, request_id: int, asked: EngineRequest) -> None:
+        self._held.hold(asked.media)
+        heapq.heappush(self._queue, (asked.priority, request_id))
+
+    def _queue_prepared(self, wait_s: float) -> None:
+        """Queue requests whose media are ready, and end those whose media cannot be read.
+
+        If none is ready, wait up to `wait_s` for one.
+        """
+        for request_id, found in self._media.take(wait_s):
+            asked = self._requests[request_id]
+            assert asked.pooling is not None
+            try:
+                if isinstance(found, str):
+                    raise PromptRefused(found)
+                whole = self._intake.pooling_request(
+                    found, asked.pooling, asked.incremental, asked.priority
+                )
+            except ValueError as error:
+                logger.error("request %d: %s", request_id, error)
+                self._end(request_id, self._requests.pop(request_id), "error", error=str(error))
+                continue
+            self._requests[request_id] = whole
+            self._enqueue(request_id, whole)
 
     def abort(self, request_id: int, reason: str = "abort") -> None:
         """End a request now; its last output follows. Unknown ids are ignored."""
@@ -205,13 +236,16 @@ class PoolingEngine:
         """
         self._check_open()
         try:
+            if self._media:
+                is_idle = not self._in_flight and not self._queue
+                self._queue_prepared(PREPARING_WAIT_S if is_idle else 0.0)
             num_to_leave = self.run_ahead if self._launch() else 0
             while len(self._in_flight) > num_to_leave:
                 self._collect(self._in_flight.popleft())
         except BaseException:
             self._restart()
             raise
-        self.metrics.num_waiting = len(self._queue)
+        self.metrics.num_waiting = len(self._queue) + len(self._media)
         self.metrics.num_running = sum(len(one.request_ids) for one in self._in_flight)
 
     def run_full_steps(self) -> None:
@@ -233,7 +267,8 @@ class PoolingEngine:
         """Launch the next step, if any request waits."""
         chosen = self._next()
         if chosen:
-            sequences = [PoolSequence(one.prompt_ids, one.second_at) for _, one in chosen]
+            sequences = [_sequence(one) for _, one in chosen]
+            self._held.encode(span for one in sequences for span in one.given)
             launched = self._runner.launch(sequences)
             self._in_flight.append(InFlight([one for one, _ in chosen], launched))
             self.metrics.num_steps += 1
@@ -283,6 +318,8 @@ class PoolingEngine:
         error: str | None = None,
     ) -> None:
         self.metrics.num_finished[reason] += 1
+        self._media.drop(request_id)
+        self._held.release(asked, self._requests.values())
         done = FinishedOutput(
             "", [], reason, None, asked.prompt_ids, 0, None, None, error, pooled=pooled
         )
@@ -291,7 +328,11 @@ class PoolingEngine:
     def _restart(self) -> None:
         """After an error or Ctrl-C: all unfinished requests wait for a step."""
         self._in_flight.clear()
-        self._queue = [(one.priority, request_id) for request_id, one in self._requests.items()]
+        self._queue = [
+            (one.priority, request_id)
+            for request_id, one in self._requests.items()
+            if request_id not in self._media
+        ]
         heapq.heapify(self._queue)
 
     # the engine -------------------------------------------------------------------------------
@@ -303,6 +344,7 @@ class PoolingEngine:
         self._is_closed = True
         self._in_flight.clear()
         self._requests.clear()
+        self._media.close()
         self._runner.close()
 
     def __del__(self) -> None:
@@ -338,3 +380,8 @@ class PoolingEngine:
         self._owner.check()
         if self._is_closed:
             raise RuntimeError("this engine is closed: load the model again")
+
+
+def _sequence(asked: EngineRequest) -> PoolSequence:
+    given = [EmbeddingSpan(one.key, 0, one.start, one.num) for one in asked.contents]
+    return PoolSequence(asked.prompt_ids, asked.second_at, given, asked.positions)

@@ -186,8 +186,6 @@ class Router:
         self._check_open()
         params = params or SamplingParams()
         given = prompt if isinstance(prompt, MediaPrompt) else as_prompt(prompt)
-        if isinstance(params, PoolingParams):
-            return self.add(self._intake.pooling_request(given, params, incremental, priority))
         media = self._media_for(given, params, embeddings, positions)
         if media is not None:
             params = params.clone()  # it is used once they are prepared
@@ -199,7 +197,8 @@ class Router:
             lora_request=lora_request,
         )
         asked = ask(given, embeddings=embeddings, positions=positions)
-        self._intake.check_forms(params)
+        if isinstance(params, SamplingParams):
+            self._intake.check_forms(params)
         if media is None or isinstance(given, MediaPrompt):
             return self.add(asked)
         with deferred_interrupts():
@@ -211,7 +210,7 @@ class Router:
     def _media_for(
         self,
         prompt: Prompt | MediaPrompt,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         embeddings: Embeddings,
         positions: np.ndarray | None,
     ) -> MMProcessor | None:

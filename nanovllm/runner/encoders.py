@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanovllm.compile.program import Compiler
 from nanovllm.models.model import Model, Params
+from nanovllm.models.pooling import PoolWeights
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.audio_tower import AudioSteps
 from nanovllm.runner.device_graphs import Capture
@@ -39,7 +40,7 @@ class Encoders:
     def __init__(
         self,
         model: Model,
-        params: Params,
+        params: Params | PoolWeights,
         platform: Platform,
         compiler: Compiler,
         layout: Layout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,15 @@ import numpy as np
 from nanovllm import wire
 from nanovllm.parallel.ranks import deferred_interrupts
 from nanovllm.platforms.base import HostCopy
+from nanovllm.runner import encoding_ranks
+from nanovllm.runner.encoders import MMItem
 from nanovllm.runner.pool_runner import PoolRunner, PoolSequence
 from nanovllm.runner.tp_driver import TPWorkers
+from nanovllm.schedule.plan import EmbeddingSpan
 
-_load_sequences = wire.decoder(list[tuple[wire.Array, int]])
+# token ids, where the second of two texts begins, places of embeddings, and positions
+_Sequence = tuple[wire.Array, int, list[tuple[str, int, int, int]], wire.Array | None]
+_load_sequences = wire.decoder(list[_Sequence])
 
 
 class _Checked:
@@ -48,15 +53,20 @@ class PoolDriver(PoolRunner):
 
     def launch(self, sequences: Sequence[PoolSequence]) -> HostCopy:
         """See `PoolRunner.launch`. An error ends the other ranks."""
-        message = [(wire.array(np.asarray(ids, np.int32)), second) for ids, second in sequences]
         with deferred_interrupts():
-            self.ranks.send("launch", wire.dump(message))
+            self.ranks.send("launch", wire.dump(list(map(_dumped, sequences))))
             try:
                 launched = super().launch(sequences)
             except Exception as error:
                 self.ranks.fail(error)
                 raise
         return _Checked(launched, self.ranks.check)
+
+    def encode(self, media: Mapping[str, MMItem]) -> None:
+        encoding_ranks.encode(self.ranks, media, super().encode)
+
+    def drop_embeddings(self, keys: Iterable[str]) -> None:
+        encoding_ranks.drop(self.ranks, keys, super().drop_embeddings)
 
     def close(self) -> None:
         atexit.unregister(self._at_exit)
@@ -76,7 +86,22 @@ def handlers(runner: PoolRunner) -> dict[str, Callable[[bytes], bytes | None]]:
     """The other ranks' handlers for the first rank's messages."""
 
     def launch(payload: bytes) -> None:
-        found = _load_sequences(payload)
-        runner.launch([PoolSequence(wire.tensor(ids).tolist(), second) for ids, second in found])
+        runner.launch(list(map(_loaded, _load_sequences(payload))))
 
-    return {"launch": launch}
+    return {"launch": launch, **encoding_ranks.handlers(runner)}
+
+
+def _dumped(one: PoolSequence) -> _Sequence:
+    ids, positions = wire.array(np.asarray(one.token_ids, np.int32)), one.position_3T
+    given = [(span.key, span.source, span.start, span.num) for span in one.given]
+    return ids, one.second_at, given, None if positions is None else wire.array(positions)
+
+
+def _loaded(found: _Sequence) -> PoolSequence:
+    ids, second_at, given, positions = found
+    return PoolSequence(
+        wire.tensor(ids).tolist(),
+        second_at,
+        tuple(EmbeddingSpan(*span) for span in given),
+        None if positions is None else wire.tensor(positions).numpy(),
+    )

@@ -6,12 +6,11 @@ H head size | P blocks of a row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import product
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,22 +23,19 @@ from nanovllm.models.model import Batch, LayerCache, LayerCall, Model
 from nanovllm.models.pooling import Pooler, PoolInputs, PoolWeights, pool
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import attention
-from nanovllm.platforms.base import DryRun, HostCopy, Platform, Replay
+from nanovllm.platforms.base import DryRun, HostCopy, Platform
+from nanovllm.runner.embeddings import Embeddings
+from nanovllm.runner.encoders import Encoders, MMItem
+from nanovllm.runner.mm_embeds import MMEmbedInputs, MMEmbeds, add_features, with_given
 from nanovllm.runner.no_grad import in_group
+from nanovllm.runner.pool_inputs import PoolSequence as PoolSequence
+from nanovllm.runner.pool_step import PoolStep
 from nanovllm.runner.spec import EngineSpec
 
 STEP = 16  # the tokens of every step are a multiple of it
 # Steps of the same tokens for few rows, which have so many tokens or more on average, and for many:
 # kernels of attention start programs for each row.
 LONG = 128
-ALIGNED = 16  # bytes, of each input
-
-
-class PoolSequence(NamedTuple):
-    """One sequence of a step. second_at: where the second of two texts begins, 0 for one text."""
-
-    token_ids: Sequence[int]
-    second_at: int = 0
 
 
 class PoolRunner:
@@ -72,7 +68,19 @@ class PoolRunner:
         self._memory = self._new_memory() if self.pooler.is_causal else {}
         num_blocks = -(-min(length, self.layout.prefill_tokens[-1]) // self.layout.block_size)
         self._block_P = torch.arange(num_blocks, dtype=torch.int32, device=platform.device)
-        self._steps: dict[tuple[int, int], PoolStep] = {}
+        self.embeddings = Embeddings(spec.embedding_cache_bytes)
+        self.towers = Encoders(model, params, platform, compiler, self.layout, self.embeddings)
+        self._steps: dict[tuple[int, int, bool], PoolStep] = {}
+
+    @cached_property
+    def given_inputs(self) -> MMEmbedInputs:
+        """The memory that steps with images share."""
+        return MMEmbedInputs(self.model.config, self.platform, self.layout.prefill_tokens[-1])
+
+    @property
+    def variants(self) -> tuple[bool, ...]:
+        """The kinds of steps that have programs: with images or not."""
+        return (False, True) if self.model.takes_embeddings else (False,)
 
     def _new_memory(self) -> dict[tuple[int, ...], LayerCache]:
         """Memory for the keys and values of a step, which all layers of one shape share, by their
@@ -103,28 +111,32 @@ class PoolRunner:
         # from the largest down: captured steps share one memory pool, and the first one sizes it
         for num_tokens in reversed(self.layout.prefill_tokens):
             progress(f"pooling {num_tokens}")
-            for num_rows in self.row_counts(num_tokens):
-                self._step(num_tokens, num_rows)
+            for num_rows, has_given in product(self.row_counts(num_tokens), self.variants):
+                self._step(num_tokens, num_rows, has_given)
+        self.towers.warm_up(self.platform.capture if self.captures else None, progress)
         self.platform.synchronize()
         self.compiler.seal()
 
     @in_group
     def run_bucket(self, kind: str, size: int) -> None:
         """Build and run the programs of one bucket on padding, and capture nothing. `kind` is
-        "prefill"."""
-        assert kind == "prefill", kind
-        for num_rows in self.row_counts(size):
-            PoolStep(self, size, num_rows).launch()
+        "prefill", or "vision" with a size in patches."""
+        if kind in self.towers:
+            self.towers.run_bucket(kind, size)
+        else:
+            assert kind == "prefill", kind
+            for num_rows, has_given in product(self.row_counts(size), self.variants):
+                PoolStep(self, size, num_rows, has_given=has_given).launch()
         self.platform.synchronize()
 
     @in_group
     def dry_run_bucket(self, size: int, dry_run: DryRun) -> None:
         """Build the programs of one bucket and call them with fake tensors: see
         `warmup.dry_run_bucket`."""
-        for num_rows in self.row_counts(size):
+        for num_rows, has_given in product(self.row_counts(size), self.variants):
             with dry_run.mode:
-                step = PoolStep(self, size, num_rows)
-            self.run(step.inputs)
+                step = PoolStep(self, size, num_rows, has_given=has_given)
+            self.run(step.inputs, step.given)
 
     def row_counts(self, num_tokens: int) -> list[int]:
         """The rows of the steps of a bucket, ascending: one number where steps are synchronous, and
@@ -139,60 +151,121 @@ class PoolRunner:
         """Start a step; returns the copy of its results [R, O], in fp32, R the number of
         sequences."""
         num_tokens = sum(len(one.token_ids) for one in sequences)
-        step = self._step(-(-num_tokens // STEP) * STEP, len(sequences))
+        has_given = any(one.given for one in sequences)
+        step = self._step(-(-num_tokens // STEP) * STEP, len(sequences), has_given)
         step.fill(sequences)
         step.replay()
+        self.embeddings.trim()
         return self.platform.read_back(step.result_RO[: len(sequences)])
+
+    def encode(self, media: Mapping[str, MMItem]) -> None:
+        """See `Encoders.encode`."""
+        self.towers.encode(media)
+
+    def drop_embeddings(self, keys: Iterable[str]) -> None:
+        """See `Embeddings.drop`."""
+        self.embeddings.drop(keys)
 
     def close(self) -> None:
         """Drop everything that holds device memory."""
         self.platform.synchronize()
+        self.embeddings.clear()
+        self.towers.by_name.clear()
         for step in self._steps.values():
             step.__dict__.clear()
         self._steps.clear()
-        for name in ("params", "compiler", "_memory", "_tables", "_block_P", "group"):
+        names = ("params", "compiler", "_memory", "_tables", "_block_P", "given_inputs", "group")
+        for name in names:
             self.__dict__.pop(name, None)
         self.platform.release()
 
-    def _step(self, num_tokens: int, num_rows: int) -> PoolStep:
+    def _step(self, num_tokens: int, num_rows: int, has_given: bool = False) -> PoolStep:
         """The step of a bucket; without padding, a new one."""
         if self.layout.pad:
             num_tokens = buckets.smallest_fit(self.layout.prefill_tokens, num_tokens)
             num_rows = buckets.smallest_fit(self.row_counts(num_tokens), num_rows)
-        found = self._steps.get((num_tokens, num_rows))
+        found = self._steps.get((num_tokens, num_rows, has_given))
         if found is not None:
             return found
-        made = PoolStep(self, num_tokens, num_rows)
+        made = PoolStep(self, num_tokens, num_rows, has_given=has_given)
         if self.layout.pad:
             made.capture(self.platform.capture if self.captures else None)
-            self._steps[num_tokens, num_rows] = made
+            self._steps[num_tokens, num_rows, has_given] = made
         return made
 
     # regions ----------------------------------------------------------------------------------
 
-    def run(self, inputs: PoolInputs, layers: Sequence[int] | None = None) -> Tensor:
-        """A step, op by op: results [R, O]. `layers` are all unless they are given."""
+    def run(
+        self, inputs: PoolInputs, given: MMEmbeds | None = None, layers: Sequence[int] | None = None
+    ) -> Tensor:
+        """A step, op by op: results [R, O]. `given` has the embeddings of images, and positions.
+        `layers` are all unless they are given."""
         cfg, pooler, outer = self.model.config, self.pooler, self.params.outer
         key = (len(inputs.token_T), len(inputs.chosen_R))
         h_TD = self._run("embed", key, partial(pooler.embed, cfg), params=outer, inputs=inputs)
-        batch, longest = self._batch(inputs), min(key[0], self.layout.max_model_len)
-        programs = self.model.layer_programs(keeps_last=pooler.pooling != "mean")
-        backend = self.spec.attention.key(max(longest, 2), key[0])
-        for layer_idx in range(len(programs)) if layers is None else layers:
-            name, kind = programs[layer_idx]
-            keep_R = inputs.chosen_R if name == "last_layer" else None
-            h_TD = self._run(
-                name,
-                (*key, kind.name),
-                partial(self.model.layer, cfg, LayerCall(backend, kind, longest)),
-                w=self.params.layers[layer_idx],
-                kv=self._memory_of(layer_idx),
-                cos_sin_MH=self._table_of(layer_idx),
-                batch=batch._replace(keep_R=keep_R),
+        batch, rows_TH = self._batch(inputs), None
+        if given is not None:
+            h_TD, rows_TH = self._run(
+                "with_given",
+                key[:1],
+                partial(with_given, self.model.embed_factor),
+                given=given._replace(embeds_LTD=given.embeds_LTD.narrow(0, 0, 1)),
+                cos_sin_MH=self._tables[0],
                 h_TD=h_TD,
             )
+            batch = batch._replace(end_T=given.end_T)
+            if given.row_T is not None:  # rotations are a table with a row for each token
+                batch = batch._replace(rope_pos_T=given.row_T)
+        keeps_last = pooler.pooling != "mean"
+        needs_all = given is not None and self.model.adds_to_last
+        h_XD = h_TD
+        for layer_idx, name in self._layer_names(layers, keeps_last and not needs_all):
+            keep_R = inputs.chosen_R if name == "last_layer" else None
+            h_XD = self._layer(layer_idx, name, batch._replace(keep_R=keep_R), rows_TH, h_XD)
+            if given is not None and name != "last_layer":
+                h_XD = self._with_features(layer_idx, given, h_XD)
+        if keeps_last and needs_all:
+            h_XD = h_XD.index_select(0, inputs.chosen_R)
         region = partial(pool, cfg, pooler.pooling, pooler.norm, pooler.head)
-        return self._run("pool", key, region, params=outer, inputs=inputs, h_XD=h_TD)
+        return self._run("pool", key, region, params=outer, inputs=inputs, h_XD=h_XD)
+
+    def _layer_names(self, layers: Sequence[int] | None, keeps_last: bool) -> list[tuple[int, str]]:
+        """The layers that run, all if `layers` is None, with the names of their programs."""
+        names = [name for name, _ in self.model.layer_programs(keeps_last=keeps_last)]
+        return [(i, names[i]) for i in (range(len(names)) if layers is None else layers)]
+
+    def _layer(
+        self, layer_idx: int, name: str, batch: Batch, rows_TH: Tensor | None, h_TD: Tensor
+    ) -> Tensor:
+        kind, num_rows = self.model.layer_kinds[layer_idx], len(batch.seq_len_R)
+        longest = min(len(h_TD), self.layout.max_model_len)
+        backend = self.spec.attention.key(max(longest, 2), len(h_TD))
+        ahead = () if batch.end_T is None else ("ahead",)
+        made: Tensor = self._run(
+            name,
+            (len(h_TD), num_rows, kind.name, *ahead),
+            partial(self.model.layer, self.model.config, LayerCall(backend, kind, longest)),
+            w=self.params.layers[layer_idx],
+            kv=self._memory_of(layer_idx),
+            cos_sin_MH=self._table_of(layer_idx) if rows_TH is None else rows_TH,
+            batch=batch,
+            h_TD=h_TD,
+        )
+        return made
+
+    def _with_features(self, layer_idx: int, given: MMEmbeds, h_TD: Tensor) -> Tensor:
+        """The hidden states after a layer, with the level of features that is added there."""
+        if layer_idx + 1 >= len(given.embeds_LTD):
+            return h_TD
+        added: Tensor = self._run(
+            "add_features",
+            (len(h_TD),),
+            add_features,
+            is_given_T=given.is_given_T,
+            features_TD=given.embeds_LTD.select(0, layer_idx + 1),
+            h_TD=h_TD,
+        )
+        return added
 
     def _batch(self, inputs: PoolInputs) -> Batch:
         """The inputs of layers. The blocks of a row follow one another."""
@@ -221,95 +294,3 @@ class PoolRunner:
     ) -> Any:
         program = self.compiler.program(f"pooling_{name}", key, function, inputs)
         return program(*inputs.values())
-
-
-class PoolStep:
-    """The static inputs and results of a bucket. Initially all padding."""
-
-    def __init__(self, runner: PoolRunner, num_tokens: int, num_rows: int) -> None:
-        pooler, device = runner.pooler, runner.platform.device
-        self._shape = InputShape(
-            num_tokens, num_rows, pooler.has_types, runner.layout.block_size, pooler.is_causal
-        )
-        self._buffer = torch.zeros(self._shape.num_bytes, dtype=torch.uint8, device=device)
-        self.inputs = PoolInputs(**{
-            name: self._buffer.narrow(0, first, size * dtype.itemsize).view(dtype)
-            for name, (first, size, dtype) in self._shape.fields.items()
-        })  # fmt: skip
-        size = (num_rows, pooler.size)
-        self.result_RO = torch.zeros(size, dtype=torch.float32, device=device)
-        self._runner = runner
-        self.replay: Replay = self.launch
-
-    def fill(self, sequences: Sequence[PoolSequence]) -> None:
-        """Copy sequences to the static inputs, at once. Does not synchronise."""
-        is_last = self._runner.pooler.pooling == "last"
-        self._runner.platform.write(self._buffer, self._shape.filled(sequences, is_last=is_last))
-
-    def capture(self, capture: Callable[[Callable[[], None]], Replay] | None) -> None:
-        """Run the step's programs, and capture it as `replay` if `capture` is given."""
-        if capture is None:
-            self.launch()
-            return
-        self._runner.run(self.inputs, self._runner.model.distinct_layers)
-        self.replay = capture(self.launch)
-
-    def launch(self) -> None:
-        """The whole step, op by op."""
-        self.result_RO.copy_(self._runner.run(self.inputs))
-
-
-class InputShape:
-    """Where each of the inputs of a bucket is in one piece of memory: `fields` are by the names of
-    `PoolInputs` (first byte, number of values, dtype)."""
-
-    def __init__(
-        self, num_tokens: int, num_rows: int, has_types: bool, block_size: int, is_causal: bool
-    ) -> None:
-        self._block_size = block_size
-        wide, narrow = torch.int64, torch.int32
-        sizes: dict[str, tuple[int, torch.dtype]] = {
-            "token_T": (num_tokens, wide),
-            "pos_T": (num_tokens, wide),
-            "start_S": (num_rows + 1, narrow),
-            "chosen_R": (num_rows, wide),
-        }
-        if has_types:
-            sizes["type_T"] = num_tokens, wide
-        if is_causal:
-            sizes |= {"slot_T": (num_tokens, wide), "block_R": (num_rows, narrow)}
-        self.fields: dict[str, tuple[int, int, torch.dtype]] = {}
-        self.num_bytes = 0
-        for name, (size, dtype) in sizes.items():
-            self.fields[name] = self.num_bytes, size, dtype
-            self.num_bytes += -(-size * dtype.itemsize // ALIGNED) * ALIGNED
-
-    def filled(self, sequences: Sequence[PoolSequence], *, is_last: bool) -> np.ndarray:
-        """The bytes of all inputs, padded. `is_last`: rows are chosen by their last tokens, else by
-        the first."""
-        whole = np.zeros(self.num_bytes, np.uint8)
-        at = {
-            name: whole[first : first + size * dtype.itemsize].view(f"i{dtype.itemsize}")
-            for name, (first, size, dtype) in self.fields.items()
-        }
-        len_R = np.array([len(one.token_ids) for one in sequences])
-        end_R = len_R.cumsum()
-        first_R, num_tokens, num_rows = end_R - len_R, int(end_R[-1]), len(sequences)
-        ids = chain.from_iterable(one.token_ids for one in sequences)
-        at["token_T"][:num_tokens] = np.fromiter(ids, np.int64, num_tokens)
-        pos_T = np.arange(num_tokens) - np.repeat(first_R, len_R)
-        at["pos_T"][:num_tokens] = pos_T
-        at["start_S"][1 : num_rows + 1] = end_R
-        at["start_S"][num_rows + 1 :] = num_tokens
-        at["chosen_R"][:num_rows] = end_R - 1 if is_last else first_R
-        if "type_T" in at:
-            second_R = np.array([one.second_at or len(one.token_ids) for one in sequences])
-            at["type_T"][:num_tokens] = pos_T >= np.repeat(second_R, len_R)
-        if "slot_T" in at:
-            num_R = -(-len_R // self._block_size)
-            block_R = num_R.cumsum() - num_R
-            at["block_R"][:num_rows] = block_R
-            at["block_R"][num_rows:] = block_R[-1] + num_R[-1]
-            at["slot_T"][:num_tokens] = pos_T + np.repeat(block_R * self._block_size, len_R)
-            at["slot_T"][num_tokens:] = (block_R[-1] + num_R[-1]) * self._block_size
-        return whole

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,21 +21,17 @@ from torch import Tensor
 from nanovllm import wire
 from nanovllm.parallel.ranks import WorkerGroup, deferred_interrupts
 from nanovllm.platforms.regions import Place, Region
+from nanovllm.runner import encoding_ranks
 from nanovllm.runner.async_output import AsyncOutput
 from nanovllm.runner.encoders import MMItem
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.sleep import Sleeper, check_level, checked_parts
 from nanovllm.schedule.plan import LogitEdits, StepPlan
 
-GROUP_BYTES = 1 << 27  # of patches or mel features in one message
-
-
 _load_needs = wire.decoder(tuple[LogitEdits | None, bool, bool])
 _load_adapter = wire.decoder(tuple[int, str])
 _load_id = wire.decoder(int)
 _load_embeddings = wire.decoder(tuple[str, wire.Array])
-_load_media = wire.decoder(list[tuple[str, wire.Array, tuple[int, ...], str]])
-_load_keys = wire.decoder(list[str])
 _load_rows = wire.decoder(tuple[int, list[int]])
 _load_level = wire.decoder(int)
 _load_parts = wire.decoder(list[str])
@@ -124,20 +120,10 @@ class TPDriver(Runner):
         self.ranks.call("add_embeddings", wire.dump((key, wire.array(embeds))))
 
     def encode(self, media: Mapping[str, MMItem]) -> None:
-        """See `Runner.encode`. Every rank encodes the same media together, since the embeddings
-        must be equal to the last bit."""
-        for group in _groups(media):
-            items = [
-                (key, wire.array(one.values), one.grid, one.tower) for key, one in group.items()
-            ]
-            self.ranks.send("encode", wire.dump(items))
-            super().encode(group)
+        encoding_ranks.encode(self.ranks, media, super().encode)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
-        dropped = list(keys)
-        super().drop_embeddings(dropped)
-        if dropped:
-            self.ranks.send("drop_embeddings", wire.dump(dropped))
+        encoding_ranks.drop(self.ranks, keys, super().drop_embeddings)
 
     def decode_uncaptured(
         self, num_rows: int, watch: AbstractContextManager[object], rows: Sequence[int] = ()
@@ -151,20 +137,6 @@ class TPDriver(Runner):
             super().close()  # before the group: NCCL waits for captured graphs
         finally:
             self._followers.close()
-
-
-def _groups(media: Mapping[str, MMItem]) -> Iterator[dict[str, MMItem]]:
-    """The media of each message: up to GROUP_BYTES, unless a single item is larger."""
-    group: dict[str, MMItem] = {}
-    num_bytes = 0
-    for key, one in media.items():
-        if group and num_bytes + one.values.nbytes > GROUP_BYTES:
-            yield group
-            group, num_bytes = {}, 0
-        group[key] = one
-        num_bytes += one.values.nbytes
-    if group:
-        yield group
 
 
 def _close(found: weakref.ref[TPDriver]) -> None:
@@ -197,17 +169,6 @@ def handlers(runner: Runner, sleeper: Sleeper) -> dict[str, Callable[[bytes], by
         key, embeds = _load_embeddings(payload)
         runner.add_embeddings(key, wire.tensor(embeds))
 
-    def encode(payload: bytes) -> None:
-        runner.encode(
-            {
-                key: MMItem(wire.tensor(values), grid, tower)
-                for key, values, grid, tower in _load_media(payload)
-            }
-        )
-
-    def drop_embeddings(payload: bytes) -> None:
-        runner.drop_embeddings(_load_keys(payload))
-
     def decode_uncaptured(payload: bytes) -> None:
         num_rows, rows = _load_rows(payload)
         runner.decode_uncaptured(num_rows, nullcontext(), rows)
@@ -219,9 +180,8 @@ def handlers(runner: Runner, sleeper: Sleeper) -> dict[str, Callable[[bytes], by
         "read_adapter": read_adapter,
         "drop_adapter": drop_adapter,
         "add_embeddings": add_embeddings,
-        "encode": encode,
-        "drop_embeddings": drop_embeddings,
         "decode_uncaptured": decode_uncaptured,
+        **encoding_ranks.handlers(runner),
         **_sleep_handlers(runner, sleeper),
     }
 

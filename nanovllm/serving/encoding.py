@@ -58,11 +58,7 @@ class Encoder:
         invalid prompt."""
         text, tokenizer = prompt.text or "", self._intake.tokenizer
         is_long = prompt.token_ids is None and len(text) > LONG_TEXT_CHARACTERS
-        if isinstance(params, PoolingParams):
-            pooled = partial(self._intake.request, prompt, params, incremental=False)
-            make = partial(pooled, priority=priority, lora_request=lora_request)
-            return await asyncio.to_thread(make) if is_long else make(), b"", None
-        incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
+        incremental = _is_incremental(params)
         asked = partial(
             self._intake.request,
             params=params,
@@ -74,6 +70,8 @@ class Encoder:
             self.check_media(prompt.media)
             assert self._seeing is not None
             return await self._seeing.prepare(prompt, params, asked)
+        if isinstance(params, PoolingParams):
+            return await asyncio.to_thread(asked, prompt) if is_long else asked(prompt), b"", None
         if is_long and tokenizer is not None:
             token_ids = await asyncio.to_thread(tokenizer.encode, text)
             prompt = replace(prompt, token_ids=token_ids)
@@ -93,3 +91,9 @@ class Encoder:
         """Wait for the threads to end. May be called from any thread."""
         if self._seeing is not None:
             self._seeing.close()
+
+
+def _is_incremental(params: SamplingParams | PoolingParams) -> bool:
+    if isinstance(params, PoolingParams):
+        return False
+    return bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY

@@ -19,6 +19,7 @@ from nanovllm.engine.mm_admission import MediaGate
 from nanovllm.engine.request import EngineRequest, MediaPrompt
 from nanovllm.media.mm_inputs import MMInput
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES, pack
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.programs import DoesNotStart
 from nanovllm.prompts import Prompt
 from nanovllm.replicas import messages
@@ -72,7 +73,9 @@ class MMPreprocessor:
         """Raises ValueError for media that the model or the options do not allow."""
         self._prompts.check_media(media)
 
-    async def prepare(self, prompt: Prompt, params: SamplingParams, ask: Ask) -> Prepared:
+    async def prepare(
+        self, prompt: Prompt, params: SamplingParams | PoolingParams, ask: Ask
+    ) -> Prepared:
         """The request that `ask` makes of the prompt with its media, the message with the media,
         and their key: pass it to the gate's `leave` when the answers have ended.
 

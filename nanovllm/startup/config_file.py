@@ -27,7 +27,7 @@ OTHER_NAMES = frozenset(
 OF_ALL = (
     "architectures", "tie_word_embeddings", "dtype", "quantization_config", "image_token_id",
     "video_token_id", "vision_start_token_id", "vision_end_token_id", "audio_token_id",
-    "position_id_per_seconds", "mm_tokens_per_image",
+    "position_id_per_seconds", "mm_tokens_per_image", "classifier_from_token",
 )  # fmt: skip
 # The largest values of config fields, so that a damaged or hostile file cannot cause huge lists or
 # tables. Real models are far below.

@@ -21,6 +21,7 @@ from nanovllm.models import loader
 from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.model import Model, Params
 from nanovllm.models.vision import weights
+from nanovllm.models.vision.weights import AnyParams, AnyTower
 from nanovllm.platforms.regions import Place, Region
 from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.runner.runner import Runner
@@ -229,11 +230,17 @@ def _read_weights(resolved: ResolvedConfig, progress: loader.Progress, place: Pl
     if draft is not None and draft.model is not None and resolved.draft_folder is not None:
         second = read(draft.model, resolved.draft_folder, lambda num_layers: None)
         params = loader.with_second(params, draft.model, second)
+    return with_towers(resolved, target, params)
+
+
+def with_towers(resolved: ResolvedConfig, target: loader.Target, params: AnyParams) -> AnyParams:
+    """The parameters with those of the model's towers: the checkpoint's, or random ones."""
+    make: Callable[[AnyTower[Any]], Any]
     if resolved.config.random_weights:
-        make = partial(weights.random, target=target, seed=seed)
+        make = partial(weights.random, target=target, seed=resolved.config.seed)
     else:
         make = partial(weights.load, folder=resolved.folder, target=target)
-    return weights.with_towers(params, model, make)
+    return weights.with_towers(params, resolved.model, make)
 
 
 def wait_for_workers(farm: CompileFarm) -> None:

@@ -13,7 +13,7 @@ from nanovllm.models.checkpoint import Checkpoint
 from nanovllm.models.gguf.header import is_gguf
 from nanovllm.models.model import Model
 from nanovllm.models.pooling import Pooler, Pooling, of_decoder, without_prefix
-from nanovllm.models.registry import CAUSAL, REWARD, SCORES
+from nanovllm.models.registry import CAUSAL, REWARD, SCORES, SEEING
 from nanovllm.pooling_params import PoolingInfo
 from nanovllm.runner.pool_runner import STEP
 from nanovllm.startup import pooling_modules as modules
@@ -131,7 +131,7 @@ def _makes(config: EngineConfig, name: str, labels: tuple[str, ...]) -> str:
         return "embed"
     if not has_head:
         hint = ""
-        if name.endswith(CAUSAL):
+        if name.endswith((CAUSAL, SEEING)):
             hint = ", and hf_overrides={'classifier_from_token': [...]} names no tokens of it"
         raise ValueError(f"task is {config.task!r}, but {name} has no head of classes{hint}")
     return "classify"
@@ -192,10 +192,18 @@ def _info(
         normalizes if asked is None else asked,
         activation=_activation(fields, pooler.size) if makes == "classify" else "none",
         labels=names,
-        template="qwen3" if labels == RERANKER_LABELS else "",
+        template=_template(fields, labels),
         has_pairs=not pooler.is_causal,
         has_types=pooler.has_types,
     )
+
+
+def _template(fields: Mapping[str, Any], labels: tuple[str, ...]) -> str:
+    """The published form of pairs: see `PoolingInfo`."""
+    names = fields.get("architectures") or [""]
+    if labels != RERANKER_LABELS:
+        return ""
+    return "qwen3_vl" if str(names[0]).startswith("Qwen3VL") else "qwen3"
 
 
 def _activation(fields: Mapping[str, Any], size: int) -> str:

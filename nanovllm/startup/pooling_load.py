@@ -14,6 +14,8 @@ from nanovllm import env
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.code_files import BUILDING
 from nanovllm.kernels.collectives import Communicator
+from nanovllm.media import settings
+from nanovllm.media.settings import VisionSettings
 from nanovllm.models import loader
 from nanovllm.models.pooling import PoolWeights
 from nanovllm.pooling_params import PoolingInfo
@@ -24,7 +26,7 @@ from nanovllm.startup.build import make_compiler
 from nanovllm.startup.checkpoint_cache import read_tokenizer_of
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.compile_workers import num_workers
-from nanovllm.startup.load import begin, count_buckets, wait_for_workers
+from nanovllm.startup.load import begin, count_buckets, wait_for_workers, with_towers
 from nanovllm.startup.pooling import with_names, with_pooling
 from nanovllm.startup.pooling_modules import PoolingPlan
 from nanovllm.startup.resolve import ResolvedConfig, resolve
@@ -39,12 +41,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedPooling:
-    """The parts of a warm engine that pools. `tokenizer` is None if the checkpoint has none."""
+    """The parts of a warm engine that pools. `tokenizer` and `vision` are None if the checkpoint
+    has none."""
 
     config: EngineConfig
     runner: PoolRunner
     info: PoolingInfo
     tokenizer: Tokenizer | None
+    vision: VisionSettings | None
     max_model_len: int
     seconds: dict[str, float]
 
@@ -105,7 +109,8 @@ def load_chosen(
         resolved.model.config.architecture, resolved.platform.device, chosen.info.makes,
         chosen.info.size, length, seconds,
     )  # fmt: skip
-    return LoadedPooling(config, runner, chosen.info, tokenizer, length, laps.seconds)
+    vision = None if runner.model.tower is None else settings.load(resolved.folder)
+    return LoadedPooling(config, runner, chosen.info, tokenizer, vision, length, laps.seconds)
 
 
 def _read_weights(resolved: ResolvedConfig, bar: tqdm[Any]) -> PoolWeights:
@@ -116,8 +121,9 @@ def _read_weights(resolved: ResolvedConfig, bar: tqdm[Any]) -> PoolWeights:
     else:
         named = with_names(model, resolved.folder)
         params = loader.load(named, resolved.folder, target, bar.update)
-    platform.synchronize()
     assert isinstance(params, PoolWeights)
+    params = with_towers(resolved, target, params)
+    platform.synchronize()
     return params
 
 

@@ -40,6 +40,7 @@ IMPORTS, FLAGS = "tests/compat/test_imports.py", "tests/cli/test_flags.py"
 ASYNC = "tests/serving/test_async_llm.py"
 ADAPTERS, SERVED = "tests/engine/test_adapters.py", "tests/api/test_served_adapters.py"
 POOLING = "tests/pooling/test_decoders.py"
+POOLING_IMAGES = "tests/pooling/test_pooling_images.py"
 SLEEP, NANO = "tests/engine/test_sleep.py", "tests/compat/test_nano_vllm.py"
 
 # vLLM's SamplingParams: each field with a value that is not its default, and the test of its effect
@@ -111,8 +112,13 @@ LLM_METHODS = {
     "generate": CALLS, "chat": CALLS, "beam_search": METHODS, "get_tokenizer": CALLS,
     "set_tokenizer": METHODS, "get_default_sampling_params": CALLS, "llm_engine": CALLS,
     "reset_prefix_cache": CALLS, "get_metrics": METHODS, "sleep": SLEEP, "wake_up": SLEEP,
-    **dict.fromkeys(("encode", "embed", "classify", "reward", "score"), POOLING),
+    "encode": POOLING, "embed": POOLING_IMAGES, "classify": POOLING_IMAGES, "reward": POOLING,
+    "score": POOLING,
 }  # fmt: skip
+LLM_WORDS = {
+    **dict.fromkeys(("embed", "classify"), "works, also for images and conversations"),
+    "score": "works for pairs of texts",
+}
 LLM_REFUSED = ("start_profile", "stop_profile")
 LLM_ABSENT = ("collective_rpc", "apply_model", "reset_mm_cache")
 ASYNC_METHODS = {
@@ -230,7 +236,7 @@ def method_rows() -> list[str]:
     rows = []
     for name, path in LLM_METHODS.items():
         assert hasattr(LLM, name)
-        rows.append(row(f"`LLM.{name}`", "works", shown(name, path)))
+        rows.append(row(f"`LLM.{name}`", LLM_WORDS.get(name, "works"), shown(name, path)))
     for name in LLM_REFUSED:
         method = getattr(LLM, name)
         error = refusal(lambda method=method: method(None), name)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nanovllm.parallel.ranks import WorkerGroup
-from nanovllm.runner import tp_driver
+from nanovllm.runner import encoding_ranks
 from tests.models.test_vision_text import MODELS, NAMES, Given, answers, engine, saved
 
 # more patches than a socket takes at once, images beside each other, text alone
@@ -59,7 +59,7 @@ def test_four_ranks_get_each_image_in_a_message(
         send(self, name, payload)
 
     monkeypatch.setattr(WorkerGroup, "send", watched)
-    monkeypatch.setattr(tp_driver, "GROUP_BYTES", 1)
+    monkeypatch.setattr(encoding_ranks, "GROUP_BYTES", 1)
     check(saved("qwen3", tmp_path), tmp_path, 4)
     assert sent.count("encode") == 4
 

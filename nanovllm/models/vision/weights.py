@@ -12,8 +12,10 @@ from torch import Tensor
 from nanovllm.models.checkpoint import Checkpoint, CheckpointError
 from nanovllm.models.loader import RANDOM_STD, Target
 from nanovllm.models.model import Model, Param, Params
+from nanovllm.models.pooling import PoolWeights
 
 Weights = TypeVar("Weights", covariant=True)
+AnyParams = TypeVar("AnyParams", Params, PoolWeights)
 
 
 class AnyTower(Protocol[Weights]):
@@ -79,7 +81,7 @@ def random(tower: AnyTower[Weights], target: Target, seed: int) -> Weights:
     return tower.build(draw)
 
 
-def with_towers(params: Params, model: Model, make: Callable[[AnyTower[Any]], Any]) -> Params:
+def with_towers(params: AnyParams, model: Model, make: Callable[[AnyTower[Any]], Any]) -> AnyParams:
     """The parameters of a model with those that `make` gives for its towers."""
     return params._replace(**{name: make(tower) for name, tower in model.towers.items()})
 

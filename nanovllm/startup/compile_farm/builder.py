@@ -85,6 +85,7 @@ def small_pool_runner(
     with mode or nullcontext():
         target = Target(platform.device, shard=Shard(0, model.config.num_ranks))
         params = _weights(model, target, has_numbers=mode is None)
+        params = weights.with_towers(params, model, partial(weights.random, target=target, seed=0))
         return PoolRunner(model, params, resolved.spec, platform, compiler)
 
 
