@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.engine import Engine
+from nanovllm.kernels.cpu.recording import RecordedStep
 from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.runner.draft_head import DraftHead
 from nanovllm.startup.draft_heads import Eagle3
@@ -133,6 +134,27 @@ def test_captured_steps_with_a_head_give_the_same_answers_and_drafts(
         seen.append(sorted(watched.seen))
         engine.close()
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_verifying_steps_with_a_head_are_recorded(
+    quantization: str | None, target: Path, tmp_path: Path, expected: list[list[int]]
+) -> None:
+    """On a CPU: else most of such a step of a small model is Python."""
+    speculative = {
+        "method": "eagle3", "model": str(PLAIN.save(tmp_path / "head")),
+        "num_speculative_tokens": 2,
+    }  # fmt: skip
+    if quantization is not None:
+        speculative["quantization"] = quantization
+    options = {"graph_batch_sizes": (4,), "tuning": {"adapt_draft_length": False}}
+    engine = Engine(load(config_of(target, {"speculative_config": speculative, **options})))
+    assert isinstance(engine.runner.buckets.verify(4, 3).replay, RecordedStep)
+    drafting = engine.runner.steps.drafting
+    assert drafting is not None
+    assert isinstance(drafting.steps.params.head_VD, torch.Tensor) == (quantization is None)
+    assert tokens(engine, PROMPTS, greedy(15)) == expected
+    engine.close()
 
 
 def test_a_perfect_head_is_accepted(target: Path, tmp_path: Path) -> None:
