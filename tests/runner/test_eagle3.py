@@ -147,14 +147,24 @@ def test_verifying_steps_with_a_head_are_recorded(
     }  # fmt: skip
     if quantization is not None:
         speculative["quantization"] = quantization
-    options = {"graph_batch_sizes": (4,), "tuning": {"adapt_draft_length": False}}
-    engine = Engine(load(config_of(target, {"speculative_config": speculative, **options})))
-    assert isinstance(engine.runner.buckets.verify(4, 3).replay, RecordedStep)
-    drafting = engine.runner.steps.drafting
-    assert drafting is not None
-    assert isinstance(drafting.steps.params.head_VD, torch.Tensor) == (quantization is None)
-    assert tokens(engine, PROMPTS, greedy(15)) == expected
-    engine.close()
+    common = {"speculative_config": speculative, "tuning": {"adapt_draft_length": False}}
+    drafts = []
+    for mode in ({"graph_batch_sizes": (1,)}, MODES["eager"]):
+        engine = Engine(load(config_of(target, {**common, **mode, "max_num_seqs": 1})))
+        drafting = engine.runner.steps.drafting
+        assert drafting is not None
+        assert isinstance(drafting.steps.params.head_VD, torch.Tensor) == (quantization is None)
+        if mode is not MODES["eager"]:
+            assert isinstance(engine.runner.buckets.verify(1, 3).replay, RecordedStep)
+        engine.add_request(PROMPTS[0], greedy(15), incremental=False)
+        (request,), seen = engine.scheduler.waiting, []
+        while engine.has_unfinished:
+            engine.step()
+            seen.append(engine.runner.steps.state.draft_SK[:-1].tolist())  # type: ignore[index]
+        assert request.output_ids == expected[0]
+        drafts.append(seen)
+        engine.close()
+    assert drafts[0] == drafts[1] and len(drafts[0]) > 4
 
 
 def test_a_perfect_head_is_accepted(target: Path, tmp_path: Path) -> None:
