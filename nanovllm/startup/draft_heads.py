@@ -55,9 +55,9 @@ def quantized(model: HeadModel, option: str, traits: Traits) -> HeadModel:
     does not take them."""
     check_quantization(option, traits)
     # storing multiplies a part of a weight, which a format may not have: the layer runs instead
-    made = replace(model.with_scheme(OPTIONS[option]), store=None)
+    made = model.with_scheme(OPTIONS[option])
     assert isinstance(made, HeadModel)
-    return made
+    return replace(made, store=None)
 
 
 @dataclass(frozen=True)
