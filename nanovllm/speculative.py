@@ -26,7 +26,7 @@ class Method(NamedTuple):
 # `startup/speculation.py` has the function that makes each method's proposer.
 METHODS: dict[str, Method] = {
     "draft_model": Method(needs=("model", "num_speculative_tokens")),
-    "eagle3": Method(needs=("model", "num_speculative_tokens")),
+    "eagle3": Method(("model", "num_speculative_tokens"), ("quantization",)),
     "dflash": Method(needs=("model", "num_speculative_tokens")),
     "mtp": Method(needs=("num_speculative_tokens",)),
     "ngram": Method(("num_speculative_tokens",), ("prompt_lookup_min", "prompt_lookup_max")),
@@ -39,6 +39,7 @@ METHODS: dict[str, Method] = {
 ALLOWED: dict[str, Rule] = {
     "model": ("a folder or a Hub id", lambda value: str(value) != ""),
     "num_speculative_tokens": whole(1, MAX_TOKENS),
+    "quantization": one_of("int8", "fp8", "int4", None),
     "prompt_lookup_min": whole(1, MAX_NGRAM),
     "prompt_lookup_max": whole(1, MAX_NGRAM),
     "suffix_decoding_max_tree_depth": whole(1, MAX_NGRAM),
@@ -59,6 +60,8 @@ class SpeculativeConfig:
         (the checkpoint's own). None: "draft_model".
     model: the checkpoint that drafts: a folder or a Hub id. It needs the model's vocabulary.
     num_speculative_tokens: the draft tokens of each row in a step.
+    quantization: converts the weights of an "eagle3" head as they are read, as the engine's option
+        of this name does those of the model. None: they keep the model's dtype.
     prompt_lookup_min, prompt_lookup_max: how many of a row's last tokens "ngram" looks for in the
         tokens before them: the longest that occur. Without one of them it is the other, without
         both they are 5, as in vLLM.
@@ -77,6 +80,7 @@ class SpeculativeConfig:
     method: str | None = None
     model: str | PathLike[str] | None = None
     num_speculative_tokens: int | None = None
+    quantization: str | None = None
     prompt_lookup_min: int | None = None
     prompt_lookup_max: int | None = None
     suffix_decoding_max_tree_depth: int | None = None

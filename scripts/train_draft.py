@@ -11,11 +11,15 @@ trained in plain torch, on a GPU if there is one, and saved in the layout that S
 At the end the engine drafts with it on held-out prompts, greedily, and a line of JSON tells how
 often the draft tokens at each position were accepted, and the mean tokens of a step.
 
---prompts FILE has a prompt on each line; without it there are about 200 made-up ones. Give your
-own: a head drafts well what it was trained on. For SmolLM2-135M, in a GGUF file, on two CPU cores:
+--prompts FILE has a prompt on each line; without it there are about 400 made-up ones. Give your
+own: a head drafts well what it was trained on. Accept lengths are those of each kind of held-out
+prompts: prose, code and chat of other subjects and forms, or every tenth prompt of the file. With
+--texts FILE the answers are kept, and another run with the same model and prompts reads them. For
+SmolLM2-135M, in a GGUF file, on two CPU cores:
 
     python scripts/train_draft.py --model SmolLM2-135M-Instruct.Q4_1.gguf --out HEAD \\
-        --num-tokens 128 --minutes 20
+        --layers 14 26 29 --draft-vocab-size 4096 --num-speculative-tokens 2 \\
+        --num-tokens 112 --learning-rate 1.5e-3 --texts answers.jsonl --minutes 20
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +63,7 @@ def parse_args(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, default=3, help="of a DFlash draft")
     parser.add_argument("--prompts", type=Path, help="file with a prompt on each line")
     parser.add_argument("--num-prompts", type=int, help="for training; default: all")
+    parser.add_argument("--texts", type=Path, help="file of answers, written if it is not there")
     parser.add_argument("--num-tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answers")
     parser.add_argument("--answers", type=int, default=1, help="to each prompt, to train on")
@@ -147,17 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     options = {"device": args.device, "dtype": args.dtype, "max_model_len": args.max_model_len,
                "max_num_seqs": args.batch}  # fmt: skip
-    training, held_out = prompts.split(prompts.read(args.prompts), args.num_prompts)
-    asked = training * args.answers
-    params = [
-        SamplingParams(
-            temperature=args.temperature, max_tokens=args.num_tokens, seed=args.seed + number
-        )
-        for number in range(len(asked) + len(held_out))
-    ]
-    answering = {**options, "enforce_eager": True, "max_num_seqs": args.max_num_seqs}
-    texts = collect.answers(args.model, asked + held_out, params, answering)
-    texts, others = texts[: len(asked)], texts[len(asked) :]
+    texts, others = answered(args, options)
     by_depth = read_layers if args.method == "eagle3" else block_layers
     layers = tuple(args.layers or by_depth(collect.num_layers(args.model, options)))
     examples, target = collect.examples(args.model, texts, layers, options)
@@ -170,7 +166,36 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     make = trained_head if args.method == "eagle3" else trained_block
     drafts = make(examples, target, layers, args, device)
     num = args.num_speculative_tokens
-    return accept_lengths(collect.accepted(args.model, drafts, others, num, options), num)
+    counts = collect.accepted(args.model, drafts, others, num, options)
+    found = accept_lengths([one for some in counts.values() for one in some], num)
+    if len(counts) > 1:
+        found["kinds"] = {kind: accept_lengths(some, num) for kind, some in counts.items()}
+    return found
+
+
+def answered(
+    args: argparse.Namespace, options: dict[str, Any]
+) -> tuple[list[collect.Text], dict[str, list[collect.Text]]]:
+    """What the model answers to the prompts for training, and to the held-out ones by kind."""
+    asked = prompts.training(args.prompts, args.num_prompts) * args.answers
+    held_out = prompts.held_out(args.prompts)
+    others = [one for some in held_out.values() for one in some]
+    num = len(asked) + len(others)
+    if args.texts is not None and args.texts.is_file():
+        texts = collect.read(args.texts, num)
+    else:
+        params = [
+            SamplingParams(
+                temperature=args.temperature, max_tokens=args.num_tokens, seed=args.seed + number
+            )
+            for number in range(num)
+        ]
+        answering = {**options, "enforce_eager": True, "max_num_seqs": args.max_num_seqs}
+        texts = collect.answers(args.model, asked + others, params, answering)
+        if args.texts is not None:
+            collect.write(args.texts, texts)
+    rest = iter(texts[len(asked) :])
+    return texts[: len(asked)], {kind: list(islice(rest, len(held_out[kind]))) for kind in held_out}
 
 
 def trained_head(

@@ -15,6 +15,7 @@ from nanovllm.startup.speculation import BUILDERS
 
 DRAFT = {"method": "draft_model", "model": "a/b", "num_speculative_tokens": 3}
 
+EAGLE3 = {"method": "eagle3"}
 NGRAM = {"method": "ngram", "model": None, "num_speculative_tokens": 3}
 
 SUFFIX: dict[str, Any] = {"method": "suffix", "model": None, "num_speculative_tokens": 3}
@@ -46,6 +47,8 @@ def test_it_reaches_other_processes_as_it_is() -> None:
         ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0: .* at least 1, at most 64"),
         ({"num_speculative_tokens": 65}, "num_speculative_tokens is 65"),
         ({"num_speculative_tokens": True}, "num_speculative_tokens is True"),
+        ({"quantization": "int8"}, "quantization is 'int8', which method 'draft_model' does not"),
+        ({**EAGLE3, "quantization": "int2"}, "quantization is 'int2': it must be one of"),
         ({"prompt_lookup_min": 2}, "prompt_lookup_min is 2, which method 'draft_model' does not"),
         ({**NGRAM, "model": "a"}, "model is 'a', which method 'ngram' does not take"),
         ({**NGRAM, "num_speculative_tokens": None}, "'ngram' needs num_speculative_tokens"),

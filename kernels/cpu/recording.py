@@ -5,7 +5,8 @@ each: its arguments, its results, the call. All of it is equal in each run of a 
 inputs. So one run is recorded: kernels and copies are noted and not run, and their memory is kept.
 
 A step is recorded only if it consists of these: our kernels, new and viewed tensors, copies, and
-products and look-ups of torch. Others, such as those that read numbers on the host, run as before.
+products, look-ups and joins of torch. Others, such as those that read numbers on the host, run as
+before.
 Addresses change when memory is freed for sleep (`recorded.moved`); the step is then recorded again.
 """
 
@@ -16,6 +17,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +34,9 @@ MAX_BYTES = 16 << 20
 
 _NEW = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _COPIES = frozenset({"_to_copy", "clone"})
-_LIBRARY = frozenset({"addmm", "embedding", "mm"})
-_WRITES = frozenset({"add_", "copy_", "fill_", "zero_"})
+_JOINS = {"cat": torch.cat, "stack": torch.stack}
+_LIBRARY = frozenset({"addmm", "clamp", "embedding", "index_select", "mm"})
+_WRITES = frozenset({"add_", "copy_", "fill_", "index_copy_", "zero_"})
 _ARGUMENTS = (ctypes.c_char_p,)
 # These only answer; what follows from the answer is recorded.
 _QUESTIONS = frozenset({"nanovllm_packed_is_integer"})
@@ -117,8 +120,12 @@ class _Recorder(TorchDispatchMode):
             copy = self.keep(torch.empty_like(func(*args, **kwargs)))
             self.note(lambda: copy.copy_(args[0]))
             return copy
+        if name in _JOINS:
+            joined = self.keep(func(*args, **kwargs))
+            self.note(partial(_JOINS[name], *args, **kwargs, out=joined))
+            return joined
         if name in _LIBRARY:
-            out = self.keep(_result_of(name, [one for one in args if isinstance(one, Tensor)]))
+            out = self.keep(_result_of(name, args))
             self.note(lambda: out.copy_(func(*args, **kwargs)))
             return out
         if name in _WRITES:
@@ -128,12 +135,17 @@ class _Recorder(TorchDispatchMode):
         raise Unrecordable(f"{func} is not a kernel of ours")
 
 
-def _result_of(name: str, args: list[Tensor]) -> Tensor:
+def _result_of(name: str, args: tuple[Any, ...]) -> Tensor:
     """Memory for the result of one of _LIBRARY. (On meta tensors torch would import SymPy.)"""
+    if name == "clamp":
+        return torch.empty_like(args[0])
+    if name == "index_select":
+        x, dim, index = args
+        return x.new_empty((*x.shape[:dim], len(index), *x.shape[dim + 1 :]))
     if name == "embedding":
         weight_VD, index = args
         return weight_VD.new_empty((*index.shape, weight_VD.shape[1]))
-    *_, x_TD, weight_DO = args
+    *_, x_TD, weight_DO = (one for one in args if isinstance(one, Tensor))
     return x_TD.new_empty((x_TD.shape[0], weight_DO.shape[1]))
 
 

@@ -26,7 +26,7 @@ def sample_of(
     pos_R: Tensor,
 ) -> Tensor:
     """`reference.drafts.sample_of`."""
-    logits_RV = logits_RX.new_full((logits_RX.shape[0], vocab_size), float("-inf"))
+    logits_RV = logits_RX.new_empty((logits_RX.shape[0], vocab_size)).fill_(float("-inf"))
     logits_RV.index_copy_(1, token_X, logits_RX)
     return sample(logits_RV, temperature_R, seed_R, pos_R)
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanovllm import hub
 from nanovllm.models import dflash, eagle3, mtp
+from nanovllm.models.draft_head import HeadModel
 from nanovllm.models.gguf.header import is_gguf
+from nanovllm.models.schemes import OPTIONS
+from nanovllm.platforms.base import Traits
 from nanovllm.runner.draft_block import DraftBlock
 from nanovllm.runner.draft_head import DraftHead
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.draft import divided
 from nanovllm.startup.head_config import dflash_config, eagle3_config, tensor_names
-from nanovllm.startup.resolve import ResolvedConfig, make_model
+from nanovllm.startup.resolve import ResolvedConfig, check_quantization, make_model
 
 
 @dataclass(frozen=True)
 class Eagle3:
     """An EAGLE-3 head that drafts `num` tokens. `model` is its checkpoint: a folder, or a name on
-    the Hugging Face Hub."""
+    the Hugging Face Hub. `quantization` converts its weights, see `OPTIONS`."""
 
     num: int
     model: str
+    quantization: str | None = None
 
     def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path]:
         """See `Drafts`."""
@@ -41,7 +45,19 @@ class Eagle3:
                 f"the head reads hidden states of {hf.state_size} numbers, the model has "
                 f"{cfg.hidden_size}"
             )
+        if self.quantization is not None:
+            found = quantized(found, self.quantization, resolved.platform.traits)
         return DraftSpec(DraftHead(self.num, found.reads), divided(resolved, found)), folder
+
+
+def quantized(model: HeadModel, option: str, traits: Traits) -> HeadModel:
+    """The head with weights that the option converts. Raises ValueError if a device or the head
+    does not take them."""
+    check_quantization(option, traits)
+    # storing multiplies a part of a weight, which a format may not have: the layer runs instead
+    made = model.with_scheme(OPTIONS[option])
+    assert isinstance(made, HeadModel)
+    return replace(made, store=None)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from nanovllm.models.schemes import OPTIONS, UNQUANTIZED, Dequantizing
 from nanovllm.models.shards import ALL, Shard
 from nanovllm.models.vision.budgets import budgets
 from nanovllm.platforms import attention
-from nanovllm.platforms.base import Platform
+from nanovllm.platforms.base import Platform, Traits
 from nanovllm.runner.audio_tower import BUDGETS as AUDIO_BUDGETS
 from nanovllm.runner.spec import EngineSpec, Layout
 from nanovllm.startup.checkpoint_cache import read_config
@@ -133,12 +133,8 @@ def resolve_model(
     With `weights`, the checkpoint's tensors decide whether a tied head is one.
     """
     traits = platform.traits
-    if config.quantization is not None and config.quantization not in traits.quantizations:
-        raise ValueError(
-            f"quantization {config.quantization!r} is not supported on a {traits.name} device "
-            f"(supported: {', '.join(map(repr, traits.quantizations)) or 'none'}): leave it out or "
-            "use device='cpu'"
-        )
+    if config.quantization is not None:
+        check_quantization(config.quantization, traits)
     hf = read_config(folder, store, config.hf_overrides)
     dtype = choose_dtype(config.dtype, hf, platform)
     if weights and hf.tie_word_embeddings and has_own_head(folder, dtype):
@@ -163,6 +159,16 @@ def resolve_model(
     shard = Shard(0, config.tensor_parallel_size)
     eos_ids = eos_token_ids(folder, hf)
     return ResolvedConfig(config, platform, store, folder, hf, model, spec, eos_ids, shard=shard)
+
+
+def check_quantization(option: str, traits: Traits) -> None:
+    """Raises ValueError if a device has no products for the option `quantization`."""
+    if option not in traits.quantizations:
+        raise ValueError(
+            f"quantization {option!r} is not supported on a {traits.name} device "
+            f"(supported: {', '.join(map(repr, traits.quantizations)) or 'none'}): leave it out or "
+            "use device='cpu'"
+        )
 
 
 def for_device(model: Model, folder: Path, platform: Platform) -> Model:

@@ -24,7 +24,7 @@ def draft_model(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
 
 def eagle3(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:
     assert config.num_speculative_tokens is not None and config.model is not None
-    return Eagle3(config.num_speculative_tokens, str(config.model))
+    return Eagle3(config.num_speculative_tokens, str(config.model), config.quantization)
 
 
 def dflash(config: SpeculativeConfig, resolved: ResolvedConfig) -> Drafts:

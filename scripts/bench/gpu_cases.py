@@ -1,14 +1,16 @@
 """The measurements and tests that need a GPU, each with its command and time limit.
 
-`run_cases.py` runs them. Weights are random and have the models' real shapes.
+`run_cases.py` runs them. Weights are random and have the models' real shapes, but for the cases of
+a trained model (`--model`).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Replaced in the words of a case by the folder of compiled programs, and by a file for results.
-STORE, PLACE = "{store}", "{place}"
+# Replaced in the words of a case by the folder of compiled programs, by a file for results, and by
+# the trained model of --model, without which such a case is left out.
+STORE, PLACE, MODEL = "{store}", "{place}", "{model}"
 
 
 class Case(NamedTuple):
@@ -130,12 +132,36 @@ TRAINING = {
     "tiny-hybrid": Case(400, ("scripts/train_tiny.py", *TINY_HYBRID.split(), "--out", PLACE))
 }
 
+# A small model, as SmolLM2-135M-Instruct: an EAGLE-3 head that is trained on its answers for two
+# minutes, and what it gains at batch 1. Drafts of random weights are accepted at random elsewhere.
+GAIN = "--num 3 5 --train-minutes 2 --turns 5 --tokens 256"
+TRAINED = (
+    "--layers 14 26 29 --draft-vocab-size 8192 --batch 32 --num-tokens 256 --answers 4 "
+    "--temperature 0.7 --max-num-seqs 256 --num-speculative-tokens 3"
+)
+OF_A_MODEL = {
+    "trained-head": script(
+        400, "draft_gain", "--model", MODEL, "--out", PLACE, *GAIN.split(), "--", *TRAINED.split()
+    )
+}
+
 SCHEDULES = "--rows 1 16 64 256 --tokens 20 --schedules 1000 --skip-plain"
 FEATURES = {
     "lora-8b": script(240, "lora", "--shape", "Qwen3-8B", "--out", PLACE),
     "lora-tiles": script(120, "lora_tiles", "--out", PLACE),
     "embeddings": script(180, "embeddings", "--texts", "2048", "--output", PLACE),
     "speculation": script(300, "speculation", "--shape", "Qwen3-8B", "--out", PLACE),
+    "speculation-useless": script(
+        150,
+        "speculation",
+        "--shape",
+        "Qwen3-0.6B",
+        "--cases",
+        "plain",
+        "ngram-useless",
+        "--out",
+        PLACE,
+    ),
     "deterministic-0.6b": script(90, "deterministic", "--shape", "Qwen3-0.6B", "--out", PLACE),
     "deterministic-8b": script(120, "deterministic", "--shape", "Qwen3-8B", "--out", PLACE),
     "deterministic-30b": script(200, "deterministic", "--shape", "Qwen3-30B-A3B", "--out", PLACE),
@@ -172,5 +198,6 @@ TWO_GPUS = {
 }
 
 CASES: dict[str, Case] = {
-    **HOT_PATH, **TESTS, **QUANTIZED, **ARCHITECTURES, **TRAINING, **FEATURES, **TWO_GPUS,
+    **HOT_PATH, **TESTS, **QUANTIZED, **ARCHITECTURES, **TRAINING, **OF_A_MODEL, **FEATURES,
+    **TWO_GPUS,
 }  # fmt: skip

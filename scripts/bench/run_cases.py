@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
 from nanovllm.tools import command_line
-from scripts.bench.gpu_cases import CASES, PLACE, STORE, Case
+from scripts.bench.gpu_cases import CASES, MODEL, PLACE, STORE, Case
 from scripts.bench.server_process import Limit, run
 
 RATE = "tokens_per_second"
@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("cases"), metavar="FOLDER", help="results and output")
     add("--store", type=Path, default=Path("store"), metavar="DIR", help="compiled programs")
     add("--other", type=Path, metavar="TREE", help="another revision, which runs each case first")
+    add("--model", metavar="PATH", help="a trained model, as a GGUF file, for the cases of one")
     add("--gpus", type=int, metavar="N", help="default: all of this machine")
     add("--seconds", type=float, default=560.0, metavar="X", help="for all cases together")
     return parser.parse_args()
@@ -67,6 +68,7 @@ class Round:
         self._folder: Path = args.out
         self._store: Path = args.store
         self._other: Path | None = args.other
+        self._model = str(Path(args.model).absolute()) if args.model else None
         self._end = time.monotonic() + args.seconds
         self._num_gpus = num_gpus
         self._free = list(range(num_gpus))
@@ -92,6 +94,9 @@ class Round:
         """Wait for the GPUs of a case; None if there is no time, or there are too few."""
         case = CASES[name]
         seconds = case.seconds * (2 if self._other else 1)
+        if MODEL in case.words and self._model is None:
+            print(f"{name}: needs --model", file=sys.stderr)
+            return None
         if case.num_gpus > self._num_gpus:
             print(f"{name}: needs {case.num_gpus} GPUs", file=sys.stderr)
             return None
@@ -107,6 +112,9 @@ class Round:
     def _run(self, name: str, gpus: list[int]) -> None:
         try:
             case = CASES[name]
+            if self._model is not None:
+                words = (self._model if word == MODEL else word for word in case.words)
+                case = case._replace(words=tuple(words))
             result: dict[str, Any] = {}
             if self._other:
                 store = self._store.with_name(f"{self._store.name}-other")

@@ -169,7 +169,7 @@ def prompts_of(llm: LLM, num: int, args: argparse.Namespace, run_idx: int) -> li
     if args.model is None:
         made, vocab_size = random.Random(run_idx), shape_of(args)["vocab_size"]
         return [[made.randrange(vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(num)]
-    _, held_out = draft_prompts.split(draft_prompts.read(args.prompts), None)
+    held_out = [one for some in draft_prompts.held_out(args.prompts).values() for one in some]
     chosen = [held_out[(run_idx * num + i) % len(held_out)] for i in range(num)]
     chats: list[Any] = [[{"role": "user", "content": one}] for one in chosen]
     tokenizer = llm.get_tokenizer()

@@ -1,10 +1,11 @@
 """What a model says to prompts, and its hidden states over that, both from the engine.
 
-T tokens of one text | D hidden | V vocabulary
+T tokens of one text | D hidden | V vocabulary | P likely tokens
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from nanovllm.startup.draft import Draft, Drafts
 from nanovllm.startup.load import load
 from nanovllm.startup.resolve import ResolvedConfig
 
+LIKELY = 16  # tokens whose probabilities are kept
+
 
 class Text(NamedTuple):
     """A prompt and its answer: `token_T`, of which the first `num_prompt` are the prompt's."""
@@ -35,12 +38,20 @@ class Text(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A text with the hidden states after the layers that are read, beside each other, and with the
-    token that the model would choose after each."""
+    """A text with the model's hidden states: those after the layers that are read, beside each
+    other, and those after the last layer. After each token the model finds the tokens `likely_TP`
+    most likely, the first the most, with the probabilities `chance_TP`."""
 
     text: Text
     states_TJ: Tensor
-    choice_T: Tensor
+    last_TD: Tensor
+    likely_TP: Tensor
+    chance_TP: Tensor
+
+    @property
+    def choice_T(self) -> Tensor:
+        """The token that the model would choose after each."""
+        return self.likely_TP[:, 0]
 
 
 class Target(NamedTuple):
@@ -68,6 +79,22 @@ def answers(
         ]
     finally:
         llm.close()
+
+
+def write(file: Path, texts: Sequence[Text]) -> None:
+    """Write texts to a file, one on each line."""
+    lines = [json.dumps({"num_prompt": one.num_prompt, "tokens": one.token_T}) for one in texts]
+    file.write_text("\n".join(lines) + "\n")
+
+
+def read(file: Path, num: int) -> list[Text]:
+    """The texts of a file of `write`. Raises ValueError if they are not `num`."""
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    if len(found) != num:
+        raise ValueError(
+            f"{file} has {len(found)} texts, but there are {num} prompts: name another file"
+        )
+    return [Text(one["tokens"], one["num_prompt"]) for one in found]
 
 
 @dataclass(frozen=True)
@@ -117,8 +144,10 @@ def examples(
             *states, last_TD = (torch.cat(parts) for parts in zip(*collector.seen))
             with torch.no_grad():
                 h_TD = last_TD.to(reader.runner.platform.device, reader.runner.model_dtype)
-                choice_T = torch.cat([steps._head(one).argmax(-1) for one in h_TD.split(256)])
-            found.append(Example(text, torch.cat(states, -1), choice_T.cpu()))
+                likely = [likely_of(steps._head(one)) for one in h_TD.split(256)]
+            found.append(
+                Example(text, torch.cat(states, -1), last_TD, *map(torch.cat, zip(*likely)))
+            )
         target = Target(
             reader.runner.cfg,
             formats.rows(params.embed_VD, 0).cpu(),
@@ -128,6 +157,12 @@ def examples(
         return found, target
     finally:
         reader.close()
+
+
+def likely_of(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely tokens [T, P], and their probabilities."""
+    chance_TP, likely_TP = logits_TV.float().softmax(-1).topk(min(LIKELY, logits_TV.shape[-1]))
+    return likely_TP.cpu(), chance_TP.cpu()
 
 
 def num_layers(model: str, options: dict[str, Any]) -> int:
@@ -177,18 +212,20 @@ class Counted:
 
 
 def accepted(
-    model: str, drafts: Drafts, texts: Sequence[Text], num: int, options: dict[str, Any]
-) -> list[int]:
+    model: str, drafts: Drafts, texts: dict[str, list[Text]], num: int, options: dict[str, Any]
+) -> dict[str, list[int]]:
     """The numbers of draft tokens that were accepted, step by step, in answers to the prompts of
-    `texts` of the same lengths."""
+    each kind of `texts`, of the same lengths."""
     counts: list[int] = []
-    one = engine(model, Counted(drafts, counts), num, options)
+    one, found = engine(model, Counted(drafts, counts), num, options), {}
     try:
-        counts.clear()  # those of warm-up
-        nums = [max(len(text.token_T) - text.num_prompt, 1) for text in texts]
-        params = [SamplingParams(temperature=0, max_tokens=num, ignore_eos=True) for num in nums]
-        prompts = [text.token_T[: text.num_prompt] for text in texts]
-        run(one, list(zip(prompts, params)))
-        return counts
+        for kind, some in texts.items():
+            counts.clear()  # those of warm-up, or of another kind
+            nums = [max(len(text.token_T) - text.num_prompt, 1) for text in some]
+            params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in nums]
+            prompts = [text.token_T[: text.num_prompt] for text in some]
+            run(one, list(zip(prompts, params)))
+            found[kind] = list(counts)
+        return found
     finally:
         one.close()

@@ -5,7 +5,7 @@ An entry then sees the entries of round 0 up to k places before it, and those of
 rounds 1 … k. Source: Li et al. 2025, https://arxiv.org/abs/2503.01840, section 3.2.
 
 B texts | T entries | D hidden | J = 3·D states | N heads | K kv heads | H head size | X tokens that
-the head can draft
+the head can draft | P likely tokens
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ from torch.nn import functional as F
 
 THETA = 10_000.0
 DECAY = 0.8  # of a round's weight in the loss
+STATE_WEIGHT = 1.0  # of the distance of states in the loss
 NOT_DRAFTED = -100  # the label of tokens that the head cannot draft
 
 
 class Batch(NamedTuple):
     """Texts, padded at the end. Entry t has token t + 1 and the states after token t, and should
-    give the number of token t + 2 (`label_BT`)."""
+    give the model's last state after token t + 1, and the numbers of the tokens that it finds
+    likely there, with their probabilities. The first is the label."""
 
     token_BT: Tensor
     states_BTJ: Tensor
-    label_BT: Tensor
+    last_BTD: Tensor
+    likely_BTP: Tensor
+    chance_BTP: Tensor
 
 
 class Layer(nn.Module):
@@ -85,26 +89,45 @@ class Head(nn.Module):
         self.norm = nn.RMSNorm(hidden, cfg.norm_eps)
         self.lm_head = nn.Linear(hidden, len(target_X), bias=False)
         self.register_buffer("embed_VD", target.embed_VD, persistent=False)
+        goal_D = target.final_norm_D.clone()
+        self.register_buffer("goal_norm_D", goal_D, persistent=False)
         with torch.no_grad():  # it chooses among the tokens as the model does
             self.norm.weight.copy_(target.final_norm_D)
             self.lm_head.weight.copy_(target.head_VD[target_X])
 
     def loss(self, batch: Batch, num_rounds: int) -> tuple[Tensor, list[float]]:
-        """The loss, and the share of right tokens in each round."""
+        """The loss, and the share of right tokens in each round.
+
+        The head learns the model's probabilities, which tell more than its choices, and its last
+        states, normalised, which tell more again: there is more to learn from few texts.
+        """
         embed_BTD = F.embedding(batch.token_BT, self.embed_VD)
         state_BTD, seen = self.fc(batch.states_BTJ), []
+        goal_D = self.goal_norm_D
+        goal_BTD = F.rms_norm(batch.last_BTD, goal_D.shape, goal_D, self.norm.eps)
         total, shares = torch.zeros((), device=state_BTD.device), []
         for number in range(num_rounds):
             if number:  # the state of the entry before
                 state_BTD = F.pad(state_BTD, (0, 0, 1, 0))[:, :-1]
             state_BTD = self.midlayer(embed_BTD, state_BTD, seen)
-            logits_BTX = self.lm_head(self.norm(state_BTD))[:, number:]
-            label_BT = batch.label_BT[:, number:]
-            num_labels = (label_BT >= 0).sum().clamp(min=1)
-            loss = F.cross_entropy(logits_BTX.flatten(0, 1), label_BT.flatten(), reduction="sum")
-            total = total + DECAY**number * loss / num_labels
-            shares.append(float((logits_BTX.argmax(-1) == label_BT).sum() / num_labels))
+            is_label_BT = batch.likely_BTP[..., 0] >= 0
+            is_label_BT[:, :number] = False
+            # only what counts is multiplied by the head
+            out_ND, likely_NP = self.norm(state_BTD[is_label_BT]), batch.likely_BTP[is_label_BT]
+            loss, logits_NX = self._loss(out_ND, likely_NP, batch.chance_BTP[is_label_BT])
+            num_labels = max(len(out_ND), 1)
+            distance = (out_ND - goal_BTD[is_label_BT]).pow(2).sum() / num_labels
+            distance = distance / goal_BTD.pow(2).sum(-1).mean()
+            total = total + DECAY**number * (loss + STATE_WEIGHT * distance)
+            shares.append(float((logits_NX.argmax(-1) == likely_NP[:, 0]).sum() / num_labels))
         return total, shares
+
+    def _loss(self, out_ND: Tensor, likely_NP: Tensor, chance_NP: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross entropy with the probabilities of likely tokens, and the logits [N, X]."""
+        logits_NX = self.lm_head(out_ND)
+        log_NP = logits_NX.log_softmax(-1).gather(1, likely_NP.clamp(min=0))
+        chance_NP = chance_NP * (likely_NP >= 0)
+        return -(log_NP * chance_NP).sum() / chance_NP.sum().clamp(min=1e-6), logits_NX
 
 
 def rotated(x_BTNH: Tensor) -> Tensor:
@@ -153,16 +176,21 @@ def batch_of(examples: Sequence[Example], target_X: Tensor, vocab_size: int) -> 
     number_V = torch.full((vocab_size,), NOT_DRAFTED)
     number_V[target_X] = torch.arange(len(target_X))
     size = max(len(one.text.token_T) for one in examples) - 1
-    tokens, states, labels = [], [], []
+    padded = []
     for one in examples:
-        token_T, choice_T = torch.tensor(one.text.token_T), one.choice_T
-        label_T = number_V[choice_T[1:]]
-        label_T[: max(one.text.num_prompt - 2, 0)] = NOT_DRAFTED
-        rest = size - len(label_T)
-        tokens.append(F.pad(token_T[1:], (0, rest)))
-        states.append(F.pad(one.states_TJ[:-1], (0, 0, 0, rest)))
-        labels.append(F.pad(label_T, (0, rest), value=NOT_DRAFTED))
-    return Batch(torch.stack(tokens), torch.stack(states), torch.stack(labels))
+        token_T, likely_TP = torch.tensor(one.text.token_T[1:]), number_V[one.likely_TP[1:]]
+        likely_TP[: max(one.text.num_prompt - 2, 0)] = NOT_DRAFTED
+        rest = size - len(token_T)
+        padded.append(
+            (
+                F.pad(token_T, (0, rest)),
+                F.pad(one.states_TJ[:-1], (0, 0, 0, rest)),
+                F.pad(one.last_TD[1:], (0, 0, 0, rest)),
+                F.pad(likely_TP, (0, 0, 0, rest), value=NOT_DRAFTED),
+                F.pad(one.chance_TP[1:], (0, 0, 0, rest)),
+            )
+        )
+    return Batch(*map(torch.stack, zip(*padded)))
 
 
 def save(head: Head, target: Target, target_X: Tensor, layers: Sequence[int], out: Path) -> None:

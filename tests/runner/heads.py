@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanovllm.engine.engine import Engine
+from nanovllm.kernels import recorded
 from nanovllm.runner.proposer import DeviceProposer, Fed
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.runner.state import DeviceState
@@ -27,7 +28,7 @@ Draft = tuple[int, list[int]]  # (position of the newest token, the tokens draft
 
 @dataclass(frozen=True)
 class Noting:
-    """Notes what a proposer drafts, row by row."""
+    """Notes what a proposer drafts, row by row, in steps that a CPU does not record."""
 
     inner: DeviceProposer
     seen: list[Draft] = field(default_factory=list, repr=False, compare=False)
@@ -44,6 +45,7 @@ class Noting:
         token_RK = self.inner.propose(state, fed, steps)
         if token_RK is None:
             return None
+        recorded.refuse("a proposer that reads on the host")
         pos_R = state.pos_S.index_select(0, fed.row_idx_R)
         for row_idx, pos, drafted in zip(
             fed.row_idx_R.tolist(), pos_R.tolist(), token_RK.tolist(), strict=True

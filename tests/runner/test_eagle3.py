@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.engine import Engine
+from nanovllm.kernels.cpu.recording import RecordedStep
 from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.runner.draft_head import DraftHead
 from nanovllm.startup.draft_heads import Eagle3
@@ -133,6 +134,37 @@ def test_captured_steps_with_a_head_give_the_same_answers_and_drafts(
         seen.append(sorted(watched.seen))
         engine.close()
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_verifying_steps_with_a_head_are_recorded(
+    quantization: str | None, target: Path, tmp_path: Path, expected: list[list[int]]
+) -> None:
+    """On a CPU: else most of such a step of a small model is Python."""
+    speculative = {
+        "method": "eagle3", "model": str(PLAIN.save(tmp_path / "head")),
+        "num_speculative_tokens": 2,
+    }  # fmt: skip
+    if quantization is not None:
+        speculative["quantization"] = quantization
+    common = {"speculative_config": speculative, "tuning": {"adapt_draft_length": False}}
+    drafts = []
+    for mode in ({"graph_batch_sizes": (1,)}, MODES["eager"]):
+        engine = Engine(load(config_of(target, {**common, **mode, "max_num_seqs": 1})))
+        drafting = engine.runner.steps.drafting
+        assert drafting is not None
+        assert isinstance(drafting.steps.params.head_VD, torch.Tensor) == (quantization is None)
+        if mode is not MODES["eager"]:
+            assert isinstance(engine.runner.buckets.verify(1, 3).replay, RecordedStep)
+        engine.add_request(PROMPTS[0], greedy(15), incremental=False)
+        (request,), seen = engine.scheduler.waiting, []
+        while engine.has_unfinished:
+            engine.step()
+            seen.append(engine.runner.steps.state.draft_SK[:-1].tolist())  # type: ignore[index]
+        assert request.output_ids == expected[0]
+        drafts.append(seen)
+        engine.close()
+    assert drafts[0] == drafts[1] and len(drafts[0]) > 4
 
 
 def test_a_perfect_head_is_accepted(target: Path, tmp_path: Path) -> None:

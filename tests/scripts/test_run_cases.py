@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from scripts.bench import run_cases
-from scripts.bench.gpu_cases import CASES, PLACE, Case
+from scripts.bench.gpu_cases import CASES, MODEL, PLACE, Case
 
 
 @pytest.fixture
@@ -41,6 +41,18 @@ def test_cases_go_on_where_an_earlier_call_ended(call: Any, tmp_path: Path) -> N
     code, found = call(cases, "--gpus", "1")
     assert code == 0 and found["later"]["last_line"] == "done"
     assert "error" not in found["once"] and found.keys() == {"later", "once"}
+
+
+def test_cases_of_a_trained_model_need_one(
+    call: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show = "import json, sys; print(json.dumps({'model': sys.argv[1]}))"
+    cases = {"trained": Case(20, ("-c", show, MODEL)), "other": Case(20, ("-c", show, "x"))}
+    code, found = call(cases, "--gpus", "1")
+    assert code == 0 and found.keys() == {"other"}
+    assert "trained: needs --model" in capsys.readouterr().err
+    _, found = call(cases, "--gpus", "1", "--model", str(tmp_path / "a.gguf"))
+    assert found["trained"]["lines"] == [{"model": str(tmp_path / "a.gguf")}]
 
 
 def test_cases_share_the_gpus(call: Any, tmp_path: Path) -> None:

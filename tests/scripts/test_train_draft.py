@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 # scripts are run as files, and import each other as such
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import train_draft
-from draft import block, prompts
+from draft import block, collect, prompts
 from draft.collect import Example, Target, Text
 from draft.head import Batch, Head, batch_of, save
 from tiny import tasks
@@ -39,6 +41,14 @@ def made_target() -> Target:
     return Target(
         config, torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN), torch.ones(HIDDEN)
     )
+
+
+def made_example(token_T: list[int], num_prompt: int, choice_T: Tensor, num_states: int) -> Example:
+    """A text with random states."""
+    num = len(token_T)
+    states_TJ, last_TD = torch.randn(num, num_states * HIDDEN), torch.randn(num, HIDDEN)
+    chance_TP = torch.ones(num, 1)
+    return Example(Text(token_T, num_prompt), states_TJ, last_TD, choice_T[:, None], chance_TP)
 
 
 def test_a_head_that_is_trained_for_seconds_is_accepted(tmp_path: Path) -> None:
@@ -81,14 +91,16 @@ def test_the_rounds_of_training_are_the_passes_of_use(tmp_path: Path) -> None:
         # the same entries and the drafted ones, whose states come from the rounds before
         token_T = torch.tensor([*tokens[1:], *plain[:-1]])
         padded_TJ = torch.cat((states_TJ, torch.full((num - 1, 3 * HIDDEN), 9.0)))
-        label_T = torch.full_like(token_T, -100)
-        label_T[-num:] = torch.tensor(plain) // 2
-        batch = Batch(*(one.unsqueeze(0) for one in (token_T, padded_TJ, label_T)))
+        label_T1 = torch.full((len(token_T), 1), -100)
+        label_T1[-num:, 0] = torch.tensor(plain) // 2
+        last_TD = torch.zeros(len(token_T), HIDDEN)
+        parts = (token_T, padded_TJ, last_TD, label_T1, torch.ones_like(label_T1))
+        batch = Batch(*(one.unsqueeze(0) for one in parts))
         for number in range(num):
             # of the labels, only that of this round's chain counts
-            own_T = torch.full_like(label_T, -100)
-            own_T[len(tokens) - 2 + number] = label_T[len(tokens) - 2 + number]
-            _, shares = head.loss(batch._replace(label_BT=own_T.unsqueeze(0)), num)
+            own_T1, place = torch.full_like(label_T1, -100), len(tokens) - 2 + number
+            own_T1[place] = label_T1[place]
+            _, shares = head.loss(batch._replace(likely_BTP=own_T1.unsqueeze(0)), num)
             assert shares[number] == 1.0
 
 
@@ -125,8 +137,8 @@ def test_training_a_block_lowers_its_loss() -> None:
     torch.manual_seed(1)
     target = made_target()
     token_T = torch.randint(0, VOCAB, (30,))
-    example = Example(Text(token_T.tolist(), 9), torch.randn(30, 2 * HIDDEN), token_T.roll(-1))
-    texts = block.texts_of([example, Example(Text([1, 2], 1), torch.randn(2, 96), token_T[:2])])
+    example = made_example(token_T.tolist(), 9, token_T.roll(-1), 2)
+    texts = block.texts_of([example, made_example([1, 2], 1, token_T[:2], 2)])
     assert texts.choice_BT[0].tolist() == [-100] * 8 + token_T.roll(-1)[8:].tolist()
     made = block.Block(target, 1, 2)
     optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
@@ -142,11 +154,12 @@ def test_training_a_block_lowers_its_loss() -> None:
 
 def test_labels_are_the_models_choices_in_answers() -> None:
     choice_T = torch.tensor([4, 6, 8, 10, 12])
-    example = Example(Text([1, 2, 3, 4, 5], 3), torch.zeros(5, 6), choice_T)
-    shorter = Example(Text([1, 2, 3], 1), torch.zeros(3, 6), choice_T[:3])
+    example = made_example([1, 2, 3, 4, 5], 3, choice_T, 3)
+    shorter = made_example([1, 2, 3], 1, choice_T[:3], 3)
     batch = batch_of([example, shorter], torch.tensor([6, 8, 12]), 20)
     assert batch.token_BT.tolist() == [[2, 3, 4, 5], [2, 3, 0, 0]]
-    assert batch.label_BT.tolist() == [[-100, 1, -100, 2], [0, 1, -100, -100]]
+    assert batch.likely_BTP[..., 0].tolist() == [[-100, 1, -100, 2], [0, 1, -100, -100]]
+    assert batch.last_BTD[0].equal(example.last_TD[1:]) and not batch.last_BTD[1, 2:].any()
 
 
 def test_the_default_layers_are_those_of_eagle3() -> None:
@@ -154,14 +167,28 @@ def test_the_default_layers_are_those_of_eagle3() -> None:
     assert train_draft.read_layers(6) == (1, 3, 5)
 
 
-def test_every_tenth_prompt_is_held_out(tmp_path: Path) -> None:
-    training, held_out = prompts.split(prompts.made(), None)
-    assert not set(training) & set(held_out) and len(training) == len(set(training)) > 150
-    assert len(held_out) == len(prompts.made()) // 10
+def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
+    training, held_out = prompts.training(None), prompts.held_out(None)
+    assert len(training) == len(set(training)) > 300 == len(prompts.training(None, 300))
+    assert sorted(held_out) == ["chat", "code", "prose"]
+    subjects = [*prompts.SUBJECTS, *prompts.TASKS]
+    for one in [one for some in held_out.values() for one in some]:
+        assert not any(re.search(rf"\b{subject}\b", one) for subject in subjects)
     file = tmp_path / "few"
+    file.write_text("\n\n".join(map(str, range(20))))
+    assert prompts.held_out(file) == {"file": ["9", "19"]}
+    assert len(prompts.training(file)) == 18 and "9" not in prompts.training(file)
     file.write_text("a\n\nb\n")
     with pytest.raises(ValueError, match="few has 2 prompts: it must have at least 10"):
         prompts.read(file)
+
+
+def test_texts_are_read_again(tmp_path: Path) -> None:
+    texts = [Text([1, 2, 3], 2), Text([4], 1)]
+    collect.write(tmp_path / "texts", texts)
+    assert collect.read(tmp_path / "texts", 2) == texts
+    with pytest.raises(ValueError, match="has 2 texts, but there are 3 prompts"):
+        collect.read(tmp_path / "texts", 3)
 
 
 def test_accept_lengths_are_means_over_steps() -> None:
