@@ -84,8 +84,8 @@ ARCHITECTURES: dict[str, Entry] = {
     ),
     "NemotronHForCausalLM": Entry(
         TEXT, "Nemotron-H (8B, 47B, 56B), Nemotron Nano 2, Nemotron 3 (Nano 30B-A3B, Super)",
-        "most layers are a Mamba-2 mixer; experts without gates; `expert_offload` is refused; no "
-        "more ranks than `n_groups`",
+        "most layers are a Mamba-2 mixer; experts have no gate, `expert_offload` and GGUF files of "
+        "them are refused, and they are not tested on an NPU; no more ranks than `n_groups`",
     ),
     "Olmo2ForCausalLM": Entry(
         TEXT, "OLMo-2", '`kv_cache_dtype="fp8"` is refused: values have no bound'

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm.kernels.triton import experts as triton_experts
 from nanovllm.models import formats
+from nanovllm.models.config import Compression
 from nanovllm.models.experts import ungated
 from nanovllm.models.experts.ungated import Ungated
 from tests.models import test_shards
@@ -128,3 +129,12 @@ def real_values(stored: Any) -> Any:
 def test_what_needs_a_gate_is_refused(options: Any, message: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load(folder, "cpu", enforce_eager=True, **options)
+
+
+def test_compressed_experts_are_refused(folder: Path) -> None:
+    model = load(folder, "cpu", enforce_eager=True).model
+    assert model.config.moe is not None
+    moe = replace(model.config.moe, compression=Compression(4, torch.float32))
+    compressed = replace(model, config=replace(model.config, moe=moe))
+    with pytest.raises(ValueError, match="NemotronHForCausalLM, whose experts have no gate"):
+        compressed.layer_params(compressed.config, compressed.layer_kinds[0], 0)
