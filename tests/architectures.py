@@ -83,9 +83,9 @@ ARCHITECTURES: dict[str, Entry] = {
         TEXT, "Mistral-Small 3.1 and 3.2, Ministral 3 (3B, 8B, 14B)", "images are refused"
     ),
     "NemotronHForCausalLM": Entry(
-        TEXT, "Nemotron-H (8B, 47B, 56B), Nemotron Nano 2",
-        "most layers are a Mamba-2 mixer; layers with experts are refused; no more ranks than "
-        "`n_groups`",
+        TEXT, "Nemotron-H (8B, 47B, 56B), Nemotron Nano 2, Nemotron 3 (Nano 30B-A3B, Super)",
+        "most layers are a Mamba-2 mixer; experts have no gate, `expert_offload` and GGUF files of "
+        "them are refused, and they are not tested on an NPU; no more ranks than `n_groups`",
     ),
     "Olmo2ForCausalLM": Entry(
         TEXT, "OLMo-2", '`kv_cache_dtype="fp8"` is refused: values have no bound'

@@ -149,6 +149,8 @@ def save_tiny(
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             torch.nn.init.normal_(buffer, mean=1.0, std=0.1)
+        elif architecture == "nemotron_h" and name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.3)
     model.save_pretrained(folder)
     return folder
 

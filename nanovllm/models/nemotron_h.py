@@ -1,6 +1,6 @@
-"""Nemotron-H: each layer is one of a Mamba-2 mixer, attention without positions, or an MLP.
+"""Nemotron-H: each layer is a Mamba-2 mixer, attention without positions, an MLP, or experts.
 
-An MLP has no gate: its activation is relu². Layers with experts are refused.
+An MLP has no gate: its activation is relu². So it is with experts (`ungated_moe`).
 
 The letters of shapes are those of `dense` and `mamba2`.
 """
@@ -8,19 +8,19 @@ The letters of shapes are those of `dense` and `mamba2`.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models import dense
+from nanovllm.models import dense, ungated_moe
 from nanovllm.models import kv_scales as bounds
 from nanovllm.models.config import ModelConfig, dense_config, require_type
+from nanovllm.models.experts.ungated import relu2
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.layer_state import LayerState, PagedKV, Recurrent
-from nanovllm.models.mamba2 import Mamba2, Mamba2Config, mixed, mixer_params, of_config, with_mamba
+from nanovllm.models.mamba2 import Mamba2, Mamba2Config, mixed, mixer_params, of_config
 from nanovllm.models.model import (
     Batch,
     CacheAndStates,
@@ -33,9 +33,10 @@ from nanovllm.models.model import (
     Param,
 )
 from nanovllm.models.scaled import check_factor
+from nanovllm.models.ungated_moe import NemotronConfig, SparseLayer
 
 NAME = "NemotronHForCausalLM"
-MAMBA, ATTENTION, MLP = "linear_attention", "full_attention", "mlp"
+MAMBA, ATTENTION, MLP, MOE = "linear_attention", "full_attention", "mlp", "moe"
 MAMBA_TYPE, MLP_TYPE = "silu", "relu2"
 
 
@@ -73,7 +74,7 @@ class MlpLayer(NamedTuple):
     down_bias_D: Tensor | None
 
 
-Layer = MambaLayer | AttentionLayer | MlpLayer
+Layer = MambaLayer | AttentionLayer | MlpLayer | SparseLayer
 
 
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
@@ -91,15 +92,20 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         max_model_len=max_model_len,
         norm_eps=hf.layer_norm_epsilon,
         mlp_bias=hf.mlp_bias,
+        moe=ungated_moe.moe_config(hf) if MOE in hf.layers_block_type else None,
     )
     # transformers has a head of its own, whatever tie_word_embeddings is
-    config = with_mamba(replace(config, tied_embeddings=False), mixer(hf))
+    values = {**vars(config), "tied_embeddings": False}
+    if config.moe is not None:
+        values["latent_size"] = ungated_moe.latent_size(hf)
+    config = NemotronConfig(**values, mamba=mixer(hf))
     keeps: dict[str, LayerState] = {
         MAMBA: mixer(hf).keeps,
         ATTENTION: dense.paged_kv(config),
         MLP: Recurrent(()),  # nothing
+        MOE: Recurrent(()),
     }
-    kinds = {name: LayerKind(name, kept) for name, kept in keeps.items()}
+    kinds = {name: LayerKind(name, kept, name == MOE) for name, kept in keeps.items()}
     return Model(
         config=config,
         layer_kinds=tuple(kinds[name] for name in hf.layers_block_type),
@@ -116,10 +122,10 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
 
 def _refuse(hf: Any) -> None:
     """Raise ValueError for what no region computes."""
-    if unknown := set(hf.layers_block_type) - {MAMBA, ATTENTION, MLP}:
+    if unknown := set(hf.layers_block_type) - {MAMBA, ATTENTION, MLP, MOE}:
         raise ValueError(
             f"layers_block_type {sorted(unknown)} of {NAME} is not supported: only {MAMBA!r}, "
-            f"{ATTENTION!r} and {MLP!r} are"
+            f"{ATTENTION!r}, {MLP!r} and {MOE!r} are"
         )
     for name, own in (("mamba_hidden_act", MAMBA_TYPE), ("mlp_hidden_act", MLP_TYPE)):
         if (found := getattr(hf, name)) != own:
@@ -154,11 +160,13 @@ def layer(
     h_TD: Tensor,
 ) -> Tensor:
     """One layer: see `dense.layer`."""
+    if isinstance(w, SparseLayer):
+        return ungated_moe.layer(cfg, w, batch, h_TD)
     if isinstance(w, MlpLayer):
         (h_TD,) = dense.kept(batch, h_TD)
     x_TD = ops.rms_norm(h_TD, w.norm_D, cfg.norm_eps)
     if isinstance(w, MlpLayer):
-        inner_TF = torch.relu(linear(x_TD, w.up_FD, w.up_bias_F)).square()
+        inner_TF = relu2(linear(x_TD, w.up_FD, w.up_bias_F))
         return dense.summed_linear(cfg, inner_TF, w.down_DF, w.down_bias_D, h_TD)
     if isinstance(w, AttentionLayer):
         assert isinstance(kv, LayerCache)
@@ -183,6 +191,8 @@ def layer_type(kind: LayerKind) -> type[Layer]:
     if isinstance(kind.keeps, PagedKV):
         return AttentionLayer
     assert isinstance(kind.keeps, Recurrent)
+    if kind.sparse:
+        return SparseLayer
     return MambaLayer if kind.keeps.tensors else MlpLayer
 
 
@@ -204,6 +214,8 @@ def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str,
     norm = {"norm_D": Param.one("norm", prefix + "norm.weight", hidden)}
     if found is AttentionLayer:
         return norm | attention_params(cfg, mixer_prefix)
+    if found is SparseLayer:
+        return norm | ungated_moe.layer_params(cfg, mixer_prefix)
     if found is MlpLayer:
         return norm | mlp_params(cfg, mixer_prefix)
     mamba = of_config(cfg)

@@ -292,6 +292,45 @@ CONFIGS["Gemma-4-26B-A4B"] = {
     "dtype": "bfloat16",
 }
 
+# A layer is a mixer (M), experts (E) or attention (*).
+CONFIGS["Nemotron-3-Nano-30B-A3B"] = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "hidden_size": 2688,
+    "intermediate_size": 1856,
+    "num_hidden_layers": 52,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "ssm_state_size": 128,
+    "conv_kernel": 4,
+    "chunk_size": 128,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "vocab_size": 131072,
+    "max_position_embeddings": 262144,
+    "layer_norm_epsilon": 1e-5,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "mlp_hidden_act": "relu2",
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "dtype": "bfloat16",
+}
+
 # Quantized checkpoints as their publisher writes them.
 _KINDS: dict[str, dict[str, Any]] = {
     "FP8": {

@@ -120,6 +120,9 @@ ARCHITECTURES = {
     "qwen3.5-256": throughput(150, "Qwen3.5-35B-A3B", "--layers", "20"),
     "deepseek-1": throughput(120, "DeepSeek-V2-Lite", *LATENCY),
     "deepseek-256": throughput(150, "DeepSeek-V2-Lite"),
+    # 63.2 GB of weights, and states of 49 MB a row: 256 rows have no room on a GPU of 80 GB
+    "nemotron-3-1": throughput(150, "Nemotron-3-Nano-30B-A3B", *LATENCY),
+    "nemotron-3-64": throughput(150, "Nemotron-3-Nano-30B-A3B", *FEW),
     "long-gpt-oss": script(120, "long_context", "--shape", "gpt-oss-20b", "--out", PLACE),
     "long-qwen3.5": script(
         150, "long_context", "--shape", "Qwen3.5-35B-A3B", "--layers", "20", "--out", PLACE

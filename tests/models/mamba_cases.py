@@ -21,6 +21,13 @@ NEMOTRON: dict[str, Any] = {
     "mamba_num_heads": 6, "mamba_head_dim": 12, "n_groups": 2, "ssm_state_size": 16,
     "chunk_size": 16, "tie_word_embeddings": False, "initializer_range": 0.1,
 }  # fmt: skip
+# layers with experts in two groups of four, of which one is chosen from
+EXPERTS: dict[str, Any] = {
+    **NEMOTRON, "layers_block_type": ["moe", "linear_attention", "full_attention", "mlp", "moe"],
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1,
+    "moe_intermediate_size": 40, "moe_shared_expert_intermediate_size": 48,
+    "routed_scaling_factor": 2.5,
+}  # fmt: skip
 CASES = (
     Family("falcon_h1", "falcon_h1", FALCON),
     Family(
@@ -36,6 +43,15 @@ CASES = (
         {
             **NEMOTRON, "use_bias": True, "mlp_bias": True, "time_step_min": 0.7,
             "layers_block_type": NEMOTRON["layers_block_type"][1:4],
+        },
+        modes=("eager",),
+    ),
+    Family("nemotron_h-experts", "nemotron_h", EXPERTS),
+    Family(
+        "nemotron_h-latent", "nemotron_h",
+        {
+            **EXPERTS, "moe_latent_size": 24, "mlp_bias": True, "norm_topk_prob": False,
+            "layers_block_type": ["moe", "linear_attention", "full_attention", "moe"],
         },
         modes=("eager",),
     ),

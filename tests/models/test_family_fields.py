@@ -215,10 +215,13 @@ def usual_logits(plain: Path, family: str, case: Case, tmp_path: Path) -> Tensor
 def check(
     family: str, case: Case, plain: dict[str, Path], base: dict[str, Any], tmp_path: Path
 ) -> None:
-    """`base` are the fields of the family's checkpoint in `plain`."""
+    """`base` are the fields of the family's checkpoint in `plain`. Its name is transformers' model
+    type, and may have another word after a hyphen."""
     options = {"enforce_eager": True, "max_model_len": LENGTH, "num_kvcache_blocks": 17}
     if case.draws:
-        folder = save_tiny(tmp_path, family, **{**base, **case.beside, **case.values})
+        folder = save_tiny(
+            tmp_path, family.partition("-")[0], **{**base, **case.beside, **case.values}
+        )
     else:
         folder = edited(plain[family], tmp_path, {**case.beside, **case.values})
     if case.outcome not in (HONOURED, UNREAD):

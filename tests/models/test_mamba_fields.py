@@ -13,20 +13,26 @@ import pytest
 from transformers import FalconH1Config, NemotronHConfig, PretrainedConfig
 
 from tests.conftest import save_tiny
-from tests.models.mamba_cases import FALCON, NEMOTRON
+from tests.models.mamba_cases import EXPERTS, FALCON, NEMOTRON
 from tests.models.test_config_fields import HONOURED, UNREAD, YARN
 from tests.models.test_family_fields import NOT_READ, Case, check, rope
 
-F, N = ("falcon_h1",), ("nemotron_h",)
+# the third is Nemotron-H with experts
+F, N, E = ("falcon_h1",), ("nemotron_h",), ("nemotron_h-experts",)
 FAMILIES: dict[str, type[PretrainedConfig]] = {
     "falcon_h1": FalconH1Config,
     "nemotron_h": NemotronHConfig,
+    "nemotron_h-experts": NemotronHConfig,
 }
-MIXER, ATTENTION, MLP = "linear_attention", "full_attention", "mlp"
+MIXER, ATTENTION, MLP, MOE = "linear_attention", "full_attention", "mlp", "moe"
 PLAIN: dict[str, dict[str, Any]] = {
     "falcon_h1": {**FALCON, "vocab_size": 96, "num_hidden_layers": 1, "mamba_rms_norm": True},
     "nemotron_h": {
         **NEMOTRON, "vocab_size": 96, "layers_block_type": [MIXER, ATTENTION, MLP],
+    },
+    "nemotron_h-experts": {
+        **EXPERTS, "vocab_size": 96, "layers_block_type": [MIXER, ATTENTION, MOE],
+        "topk_group": 2,
     },
 }  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
@@ -41,6 +47,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3, "head_dim": 16, "mamba_num_heads": 9, "mamba_head_dim": 8,
         "n_groups": 3, "ssm_state_size": 8, "conv_kernel": 3,
         "layers_block_type": [MLP, MLP, ATTENTION, MIXER],
+    },
+    "nemotron_h-experts": {
+        "n_routed_experts": 9, "num_experts_per_tok": 4, "n_group": 3, "topk_group": 2,
+        "moe_intermediate_size": 20, "moe_shared_expert_intermediate_size": 28,
+        "moe_latent_size": 16, "layers_block_type": [MOE, ATTENTION, MOE],
     },
 }  # fmt: skip
 UNREAD_FIELDS: dict[str, dict[str, Any]] = {
@@ -100,7 +111,15 @@ CASES = (
     Case({"time_step_min": 0.9}, HONOURED, N),
     Case({"chunk_size": 64}, HONOURED, N),
     Case({"layers_block_type": [MLP, ATTENTION, MIXER]}, HONOURED, N, draws=True),
-    Case({"layers_block_type": [MIXER, "moe", ATTENTION]}, r"layers_block_type \['moe'\] of Ne", N),
+    Case({"topk_group": 1}, HONOURED, E),
+    Case({"norm_topk_prob": False}, HONOURED, E),
+    Case({"routed_scaling_factor": 0.7}, HONOURED, E),
+    Case({"routed_scaling_factor": 0.0}, "routed_scaling_factor is 0.0: it must be a number", E),
+    Case({"n_group": 3}, "n_group is 3: it must divide 8 experts", E),
+    Case({"topk_group": 3}, "topk_group is 3: it must be from 1 to n_group 2", E),
+    Case({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 8 experts", E),
+    Case({"moe_latent_size": 0}, "moe_latent_size is 0: it must be null or at least 1", E),
+    Case({"moe_shared_expert_intermediate_size": 0}, HONOURED, E, draws=True),
     Case({"model_type": "gpt2"}, "model_type 'gpt2' does not go with", F),
     Case({"architectures": ["GPT2Model"]}, r"architecture \['GPT2Model'\] is not", F + N),
     Case({"quantization_config": {"quant_method": "awq"}}, "quantization_config", F + N),
@@ -114,13 +133,16 @@ def sizes(family: str) -> Case:
 
 
 def unread(family: str) -> Case:
+    """With experts these are the fields that no logits depend on without, but those of experts."""
     known = {field.name for field in fields(FAMILIES[family])}
     read = {name for case in CASES if family in case.families for name in case.values}
-    others = {name: x for name, x in NOT_READ.items() if name in known - read}
-    return Case({**others, **UNREAD_FIELDS[family]}, UNREAD)
+    if family in E:
+        read |= set(SIZES[family])
+    known_unread = {**NOT_READ, **UNREAD_FIELDS[FAMILIES[family].model_type]}
+    return Case({name: x for name, x in known_unread.items() if name in known - read}, UNREAD)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", F + N)
 def test_every_field_has_a_case(family: str) -> None:
     cases = [case for case in CASES if family in case.families]
     decided = {name for case in (*cases, sizes(family), unread(family)) for name in case.values}
@@ -130,7 +152,10 @@ def test_every_field_has_a_case(family: str) -> None:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("plain")
-    return {family: save_tiny(folder / family, family, **PLAIN[family]) for family in FAMILIES}
+    return {
+        family: save_tiny(folder / family, config.model_type, **PLAIN[family])
+        for family, config in FAMILIES.items()
+    }
 
 
 @pytest.mark.parametrize(("family", "case"), PAIRS)

@@ -17,6 +17,7 @@ from nanovllm.models.experts import (
     expert_parallel,
     offloaded,
     stacked,
+    ungated,
 )
 from nanovllm.models.experts.offloaded import Offloaded
 
@@ -46,7 +47,9 @@ class Form(Protocol):
         `reference.experts.experts`."""
 
 
-FORMS: tuple[Form, ...] = (expert_parallel, stacked, compressed, offloaded, adapted)
+FORMS: tuple[Form, ...] = (
+    expert_parallel, stacked, compressed, offloaded, ungated, adapted,
+)  # fmt: skip
 # Supersets first: `gather` takes the first type whose fields without a default are all present.
 # The first one has an `apply` of its own. No checkpoint has `adapted` experts.
 TYPES: tuple[type[Any], ...] = (clamped.Clamped, *(form.Stored for form in FORMS[:-1]))
