@@ -271,10 +271,15 @@ def test_arrow_keys_show_earlier_values_of_a_chart(open_page: Open) -> None:
     ask(page, "Go on forever")
     expect(chart.locator(".value").first).to_have_text("running 1")
     chart.locator("svg").focus()
-    for _ in range(120):
-        page.keyboard.press("ArrowLeft")
+    # a chosen value is as old as it is, so on a busy machine a later one takes its place
+    for _ in range(10):
+        for _ in range(120):
+            page.keyboard.press("ArrowLeft")
+        if chart.locator(".value").first.inner_text() == "running 0":
+            break
+    else:
+        pytest.fail("the chart does not show the value before the request")
     expect(chart.locator(".when")).to_have_text(re.compile(r"^\d+ s ago$"))
-    expect(chart.locator(".value").first).to_have_text("running 0")
     page.keyboard.press("Tab")
     expect(chart.locator(".value").first).to_have_text("running 1")
 
