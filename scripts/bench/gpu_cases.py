@@ -70,13 +70,19 @@ TESTS = {
     "tests-kernels": tests(300, "tests/kernels"),
     "tests-engine": tests(300, *ENGINE_TESTS),
     "tests-order": tests(
-        150, "tests/kernels/test_ordered.py", "tests/engine/test_determinism_gpu.py"
+        300, "tests/kernels/test_ordered.py", "tests/engine/test_determinism_gpu.py"
     ),
     "tests-pooling": tests(180, "tests/pooling/test_pooling_gpu.py"),
     "tests-speculation": tests(180, "tests/runner/test_speculation_gpu.py"),
     "tests-adapters": tests(200, "tests/engine/test_adapters.py"),
     "tests-answers": tests(120, "tests/structured/test_answers.py", "tests/tools/test_report.py"),
-    "tests-ranks": tests(180, "tests/parallel/test_ranks_gpu.py", num_gpus=2),
+    "tests-ranks": tests(120, "tests/parallel/test_ranks_gpu.py", num_gpus=2),
+    "tests-ranks-models": tests(
+        240,
+        "tests/engine/test_ranks_models.py",
+        "tests/engine/test_memory_of_ranks_gpu.py",
+        num_gpus=2,
+    ),
     "tests-sums": tests(120, "tests/kernels/test_triton_all_reduce.py", num_gpus=2),
     "tests-two-answers": tests(120, "tests/structured/test_answers.py", num_gpus=2),
 }
