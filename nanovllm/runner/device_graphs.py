@@ -112,7 +112,13 @@ class SpanStep(ABC):
 
         self.span = Span(zeros(num_rows) + steps.state.pad_row, zeros(num_rows), zeros(num_tokens))
         self._steps, self._platform = steps, platform
-        self.replay: Replay = self.launch
+        self._captured: Replay | None = None
+
+    @property
+    def replay(self) -> Replay:
+        """The whole step: as captured, else op by op. An attribute would hold the step itself, and
+        so the weights, until garbage is collected."""
+        return self._captured or self.launch
 
     def fill(self, arrays: SpanArrays) -> None:
         """Copy arrays to the step's static inputs. Does not synchronise."""
@@ -122,7 +128,7 @@ class SpanStep(ABC):
     def capture(self, capture: Capture) -> None:
         """Capture the launches as `replay`. This runs the step, so it must hold only padding."""
         self._launch(self._steps.of_each_program())
-        self.replay = capture(self.launch)
+        self._captured = capture(self.launch)
 
     def launch(self) -> None:
         """The whole step, op by op."""

@@ -56,7 +56,12 @@ class PoolStep:
         self.result_RO = torch.zeros(size, dtype=torch.float32, device=device)
         self.given = runner.given_inputs.of(num_tokens) if has_given else None
         self._runner = runner
-        self.replay: Replay = self.launch
+        self._captured: Replay | None = None
+
+    @property
+    def replay(self) -> Replay:
+        """The whole step: as captured, else op by op."""
+        return self._captured or self.launch
 
     def fill(self, sequences: Sequence[PoolSequence]) -> None:
         """Copy sequences to the static inputs, at once. Does not synchronise."""
@@ -72,7 +77,7 @@ class PoolStep:
             self.launch()
             return
         self._runner.run(self.inputs, self.given, self._runner.model.distinct_layers)
-        self.replay = capture(self.launch)
+        self._captured = capture(self.launch)
 
     def launch(self) -> None:
         """The whole step, op by op."""

@@ -77,12 +77,8 @@ TESTS = {
     "tests-adapters": tests(200, "tests/engine/test_adapters.py"),
     "tests-answers": tests(120, "tests/structured/test_answers.py", "tests/tools/test_report.py"),
     "tests-ranks": tests(120, "tests/parallel/test_ranks_gpu.py", num_gpus=2),
-    "tests-ranks-models": tests(
-        240,
-        "tests/engine/test_ranks_models.py",
-        "tests/engine/test_memory_of_ranks_gpu.py",
-        num_gpus=2,
-    ),
+    "tests-ranks-models": tests(240, "tests/engine/test_ranks_models.py", num_gpus=2),
+    "tests-ranks-memory": tests(120, "tests/engine/test_memory_of_ranks_gpu.py", num_gpus=2),
     "tests-sums": tests(120, "tests/kernels/test_triton_all_reduce.py", num_gpus=2),
     "tests-two-answers": tests(120, "tests/structured/test_answers.py", num_gpus=2),
 }

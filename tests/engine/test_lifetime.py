@@ -39,10 +39,15 @@ def test_two_engines_in_one_process(
     assert tokens(llm, prompts, greedy()) == expected
 
 
+@pytest.mark.parametrize("how", ["del", "close"])
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])
-def test_nothing_is_left_after_del(make_llm: Callable[..., LLM], enforce_eager: bool) -> None:
-    """Weights, cache and state are freed without the garbage collector, and no thread is left."""
-    options = {"enforce_eager": enforce_eager, "graph_batch_sizes": (1, 5, 16)}
+def test_nothing_is_left(make_llm: Callable[..., LLM], enforce_eager: bool, how: str) -> None:
+    """Weights, cache and state are freed without the garbage collector, and no thread is left. The
+    cache has the size that the engine chooses, for which it measures steps that are not kept."""
+    options = {
+        "enforce_eager": enforce_eager, "graph_batch_sizes": (1, 5, 16), "num_kvcache_blocks": None,
+        "max_model_len": 256,
+    }  # fmt: skip
     (prompt,) = random_prompts([40], seed=96)
     params = [greedy(), greedy(logprobs=2, prompt_logprobs=1, top_k=5, presence_penalty=1.0)]
     # the first engine starts helpers that the process keeps
@@ -69,7 +74,11 @@ def test_nothing_is_left_after_del(make_llm: Callable[..., LLM], enforce_eager: 
         ]
         refs = [weakref.ref(tensor) for tensor in kept]
         engine = weakref.ref(llm.engine)
-        del kept, runner, llm
+        del kept, runner
+        if how == "close":
+            llm.close()
+            assert [ref for ref in refs if ref() is not None] == []
+        del llm
         assert [ref for ref in refs if ref() is not None] == []
         assert engine() is None
     finally:
