@@ -139,7 +139,7 @@ def measure(case: Case, tree: Path, store: Path, place: Path, gpus: list[int]) -
     words = [filled.get(word, word) for word in case.words]
     environment = {
         **os.environ, "NANOVLLM_CACHE": str(store.absolute()), "PYTHONPATH": _path(tree),
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
+        "CUDA_VISIBLE_DEVICES": _visible(gpus),
     }  # fmt: skip
     result: dict[str, Any] = {"command": " ".join(["python", *words])}
     if own.is_file():
@@ -186,6 +186,13 @@ def shown(result: dict[str, Any]) -> list[str]:
     words = [f"{result['seconds']:g} s", *(f"{rate:,.1f} tok/s" for rate in rates)]
     words += [f"the other: {', '.join(shown(result['other']))}"] if "other" in result else []
     return [*words, result["error"][-300:]] if "error" in result else words
+
+
+def _visible(gpus: Sequence[int]) -> str:
+    """These of the GPUs that this process may use."""
+    own = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = own.split(",") if own else list(map(str, range(max(gpus) + 1)))
+    return ",".join(names[gpu] for gpu in gpus)
 
 
 def _path(tree: Path) -> str:

@@ -113,3 +113,11 @@ def test_patterns_choose_cases() -> None:
 def test_scripts_of_cases_exist() -> None:
     named = [word for case in CASES.values() for word in case.words if word.endswith(".py")]
     assert named and all((run_cases.TREE / word).exists() for word in named)
+
+
+def test_a_machine_may_be_shared(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs are those that the environment leaves, so two calls can have different ones."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    show = "import os; print('{\"gpus\": \"%s\"}' % os.environ['CUDA_VISIBLE_DEVICES'])"
+    _, found = call({"both": Case(20, ("-c", show), 2)}, "--gpus", "2")
+    assert found["both"]["lines"] == [{"gpus": "5,7"}]
