@@ -42,7 +42,7 @@ def load_rank(connection: RankConnection, setup: dict[str, Any]) -> dict[str, Ha
     from nanovllm.startup import load, pooling_load
     from nanovllm.startup.compile_farm.farm import CompileFarm
     from nanovllm.startup.pooling import for_task
-    from nanovllm.startup.resolve import resolve_model, select_platform
+    from nanovllm.startup.resolve import open_platform, resolve_model
     from nanovllm.startup.startup_timer import StartupTimer
     from nanovllm.startup.store_folder import open_store
 
@@ -52,7 +52,7 @@ def load_rank(connection: RankConnection, setup: dict[str, Any]) -> dict[str, Ha
     folder = hub.resolve(config.model, weights=has_weights, revision=config.revision)
     if checkpoint_digest(folder) != setup["checkpoint"]:
         raise ValueError(f"rank {rank} has another checkpoint than rank 0 in {folder}")
-    platform, store = select_platform(config), open_store(config)
+    platform, store = open_platform(config), open_store(config)
     resolved = resolve_model(config, platform, store, folder, weights=has_weights)
     resolved = for_task(replace(resolved, shard=Shard(rank, size)))
     resolved.prepare_kernels()

@@ -102,9 +102,7 @@ def resolve(config: EngineConfig, farm: CompileFarm, laps: StartupTimer) -> Reso
 
     Raises ValueError for options that the device or the checkpoint does not support.
     """
-    platform = select_platform(config)
-    if config.enable_sleep_mode:
-        platform.enable_sleep()
+    platform = open_platform(config)
     laps.end("device")
     folder = hub.resolve(config.model, weights=not config.random_weights, revision=config.revision)
     store = open_store(config)
@@ -284,6 +282,14 @@ def resolve_without_weights(
     resolved = resolve_model(config, platform, open_store(config, must_keep=must_keep), folder)
     resolved.prepare_kernels()
     return resolved
+
+
+def open_platform(config: EngineConfig) -> Platform:
+    """The device of a process that holds weights. Raises ValueError if it cannot sleep and must."""
+    platform = select_platform(config)
+    if config.enable_sleep_mode:
+        platform.enable_sleep()
+    return platform
 
 
 def select_platform(config: EngineConfig) -> Platform:
