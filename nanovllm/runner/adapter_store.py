@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanovllm.models.lora.adapter_file import AdapterFile, HostAdapter, layout
+from nanovllm.models.lora.adapter_file import AdapterFile
+from nanovllm.models.lora.host_adapter import HostAdapter, layout
 from nanovllm.models.lora.slots import matrices, targets
 from nanovllm.models.model import Model, Params
 from nanovllm.models.shards import Shard
 from nanovllm.platforms.base import Platform
 from nanovllm.schedule.plan import RowSettings
-
-MAX_RESERVED_BYTES = 2 << 30
 
 
 class AdapterStore:
@@ -38,19 +37,19 @@ class AdapterStore:
         slots = [one for target in self._targets for one in matrices(params, target)]
         if model.lora is not None:
             _stay_alone(self._reader)
-            self._reserve(layout(model, self._targets, shard.size)[1], model.lora.num)
+            self._reader.submit(self._reserve)
         # of each slot, in the order of `HostAdapter.places`
         self._slots: list[list[Tensor]] = [
             [one.select(0, slot) for one in slots]
             for slot in range(0 if model.lora is None else model.lora.num)
         ]
 
-    def _reserve(self, num_bytes: int, num: int) -> None:
-        """Let the allocator of host memory have blocks for adapters: to pin memory is slow,
-        and steps may wait meanwhile."""
-        num = min(num + 1, max(1, MAX_RESERVED_BYTES // num_bytes))
-        buffers = [self._platform.host_buffer(num_bytes) for _ in range(num)]
-        buffers.clear()
+    def _reserve(self) -> None:
+        """Let the allocator of host memory have blocks for one more adapter: a request would wait
+        until they are pinned."""
+        _, sizes = layout(self._model, self._targets, self._shard.size)
+        blocks = [self._platform.host_buffer(size) for size in sizes]
+        blocks.clear()
 
     def note(self, settings: Iterable[RowSettings]) -> None:
         """Remember the slots of new rows of the state."""
@@ -75,6 +74,7 @@ class AdapterStore:
         """Begin to read the numbers of a checked adapter."""
         read = self._files[adapter_id].read
         self._host[adapter_id] = self._reader.submit(read, self._shard, self._platform.host_buffer)
+        self._reader.submit(self._reserve)
 
     def is_read(self, adapter_id: int) -> bool:
         """Whether the numbers are in host memory. Raises AdapterError if they cannot be read."""
@@ -97,8 +97,8 @@ class AdapterStore:
         """Copy an adapter to the slot `number`, from 1 on; waits until it is read, but not for the
         device."""
         host = self._host[adapter_id].result()
-        numbers = host.numbers.to(self._platform.device, non_blocking=True)
-        torch._foreach_copy_(self._slots[number - 1], host.matrices(numbers))
+        blocks = [one.to(self._platform.device, non_blocking=True) for one in host.blocks]
+        torch._foreach_copy_(self._slots[number - 1], host.matrices(blocks))
 
     def close(self) -> None:
         self._reader.shutdown(wait=False, cancel_futures=True)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm.config import EngineConfig
 from nanovllm.models import formats
+from nanovllm.models.lora import host_adapter
 from nanovllm.models.lora.adapter_file import AdapterFile
 from nanovllm.models.lora.peft_config import AdapterError, PeftConfig
 from nanovllm.models.lora.regions import Adapted, Bound, with_lora
@@ -227,7 +228,7 @@ def test_tensors_that_do_not_fit_are_refused(
         (WEIGHTS, None, "adapter_model.safetensors cannot be read"),
         (CONFIG, "[", "adapter_config.json cannot be read"),
         (CONFIG, "[]", "adapter_config.json cannot be read: it is not a JSON object"),
-        (WEIGHTS, "no safetensors", "adapter_model.safetensors cannot be read"),
+        (WEIGHTS, "no safetensors", "adapter_model.safetensors: damaged or not a safetensors file"),
     ],
 )
 def test_files_that_cannot_be_read_are_refused(
@@ -268,10 +269,41 @@ def test_names_of_models_with_towers_are_those_of_their_text(
             for name, one in weights.items()
         }
         save_file(renamed, folder / WEIGHTS)
-        found = AdapterFile(model, folder).read(
-            ALL, lambda num: torch.empty(num, dtype=torch.uint8)
-        )
-        assert found.numbers.any()
+        found = AdapterFile(model, folder).read(ALL, used_memory)
+        assert all(one.any() for one in found.blocks)
+
+
+def used_memory(num_bytes: int) -> torch.Tensor:
+    """Bytes that are no number in any dtype, as memory that was used before may have them."""
+    return torch.full((num_bytes,), 255, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("block_bytes", [64, 4096])
+def test_matrices_are_in_blocks(
+    block_bytes: int, model: Model, checkpoint: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """With zeros where the file has nothing: modules of its own, and ranks below the slots'."""
+    folder = save_adapter(tmp_path, checkpoint, named=lambda module: "k_proj" not in module)
+    whole = AdapterFile(model, folder).read(ALL, used_memory)
+    monkeypatch.setattr(host_adapter, "BLOCK_BYTES", block_bytes)
+    found = AdapterFile(model, folder).read(ALL, used_memory)
+    largest = max(math.prod(place.shape) for place in found.places) * 4
+    assert len(found.blocks) > len(whole.blocks) == 1
+    assert {one.nbytes for one in found.blocks} <= {block_bytes, *range(64, largest + 64, 64)}
+    matrices = found.matrices(found.blocks)
+    assert any((one == 0).any() for one in matrices)
+    torch.testing.assert_close(matrices, whole.matrices(whole.blocks), rtol=0, atol=0)
+
+
+def test_a_file_that_changed_after_its_check_is_refused(
+    model: Model, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = save_adapter(tmp_path, checkpoint)
+    file = AdapterFile(model, folder)
+    weights = load_file(folder / WEIGHTS)
+    save_file({name: one[:1] for name, one in weights.items()}, folder / WEIGHTS)
+    with pytest.raises(AdapterError, match="has changed since it was checked"):
+        file.read(ALL, used_memory)
 
 
 # PEFT's rules -------------------------------------------------------------------------------------

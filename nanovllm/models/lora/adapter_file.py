@@ -5,23 +5,22 @@ O outputs | D depth | P parts of the outputs | X rank of the slots | L = P · X
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanovllm.models.checkpoint import PART_PREFIX, TEXT_PREFIXES
+from nanovllm.models.checkpoint import DTYPES, PART_PREFIX, TEXT_PREFIXES, CheckpointError, File
 from nanovllm.models.lora import embeddings, expert_file
 from nanovllm.models.lora.biases import BIAS, TrainedBiases, added
+from nanovllm.models.lora.host_adapter import HostAdapter, layout
 from nanovllm.models.lora.peft_config import CONFIG, WEIGHTS, AdapterError, PeftConfig
-from nanovllm.models.lora.slots import Target, shapes, targets
+from nanovllm.models.lora.slots import Target, targets
 from nanovllm.models.model import Model
 from nanovllm.models.param import Param
 from nanovllm.models.shards import Shard, taken
@@ -32,42 +31,8 @@ MATRICES = re.compile(
 )
 # Other tensors of PEFT's, by what their names contain.
 OTHERS = {"lora_magnitude_vector": "DoRA", "modules_to_save": "whole copies of modules"}
-DTYPES = ("F64", "F32", "F16", "BF16")
 ALL_SOURCES = -1  # in place of a source's number
-ALIGNMENT = 64  # bytes between the beginnings of two matrices are a multiple of this
-
 Buffer = Callable[[int], Tensor]
-Places = list[tuple[int, tuple[int, ...]]]
-
-
-class HostAdapter(NamedTuple):
-    """An adapter in host memory: all its matrices in one tensor, one after another, and where each
-    begins, with its shape: those of each of `targets(model)`, a [L, D], b [O, X] and perhaps c [O],
-    which is added to the bias. Of experts a is [E, L, D] and b [E, O, X]."""
-
-    numbers: Tensor
-    places: Places
-
-    def matrices(self, numbers: Tensor) -> list[Tensor]:
-        """The matrices in a copy of the numbers."""
-        return [
-            numbers[start : start + math.prod(shape)].view(shape) for start, shape in self.places
-        ]
-
-
-def layout(model: Model, known: Sequence[Target], num_ranks: int) -> tuple[Places, int]:
-    """Where the matrices of adapters begin in a rank's block of numbers, with their shapes, and the
-    block's bytes. `known` are the model's targets."""
-    assert model.lora is not None
-    dtype, rank = model.config.dtype, model.lora.max_rank
-    places: Places = []
-    size = 0
-    for target in known:
-        for shape in shapes(target, rank, num_ranks):
-            places.append((size, shape))
-            unit = ALIGNMENT // dtype.itemsize
-            size += -(-math.prod(shape) // unit) * unit
-    return places, size * dtype.itemsize
 
 
 class _Pair(NamedTuple):
@@ -116,11 +81,14 @@ class AdapterFile:
 
     def read(self, shard: Shard, buffer: Buffer) -> HostAdapter:
         """The matrices of a rank. `buffer` makes host memory of so many bytes. Raises
-        AdapterError for numbers that are not finite."""
-        places, num_bytes = layout(self._model, self._targets, shard.size)
-        found = HostAdapter(buffer(num_bytes).view(self._model.config.dtype).zero_(), places)
-        matrices = iter(found.matrices(found.numbers))
+        AdapterError for numbers that are not finite, and for a file that has changed."""
+        places, sizes = layout(self._model, self._targets, shard.size)
+        blocks = [buffer(size).view(self._model.config.dtype) for size in sizes]
+        found = HostAdapter(blocks, places)
+        matrices = iter(found.matrices(blocks))
         with self._opened() as file:
+            if file.tensors != self._tensors:
+                raise AdapterError(f"{self._folder / WEIGHTS} has changed since it was checked")
             for i, target in enumerate(self._targets):
                 self._fill(file, target, shard, (next(matrices), next(matrices)))
                 if target.bias is not None:
@@ -128,38 +96,37 @@ class AdapterFile:
         return found
 
     @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        path = self._folder / WEIGHTS
+    def _opened(self) -> Iterator[File]:
         try:
-            with safe_open(path, framework="pt") as file:
+            with closing(File(self._folder / WEIGHTS)) as file:
                 yield file
-        except (OSError, SafetensorError) as error:
-            raise AdapterError(f"{path} cannot be read: {error}") from error
+        except CheckpointError as error:
+            raise AdapterError(str(error)) from error
 
-    def _checked(self, file: Any) -> dict[str, _Pair]:
+    def _checked(self, file: File) -> dict[str, _Pair]:
         """The pairs in a file, by the names of modules as the model has them."""
         biases = self._biases = TrainedBiases(self._targets, self.config.bias, _own_name)
         found_shapes: dict[tuple[str, bool], dict[str, tuple[int, ...]]] = {}
-        keys = file.keys()
-        self._prefix = PREFIX if all(key.startswith(PREFIX) for key in keys) else ""
-        for key in keys:
-            name, found = key.removeprefix(self._prefix), file.get_slice(key)
+        self._tensors = file.tensors
+        self._prefix = PREFIX if all(key.startswith(PREFIX) for key in file.tensors) else ""
+        for key, found in file.tensors.items():
+            name = key.removeprefix(self._prefix)
             match = MATRICES.fullmatch(name)
             if name.endswith(BIAS):
-                biases.note(name, key, tuple(found.get_shape()))
+                biases.note(name, key, found.shape)
                 continue
             if name.endswith(embeddings.COPY):
-                self._check_copy(name, found.get_shape())
+                self._check_copy(name, found.shape)
                 continue
             if match is None:
                 raise AdapterError(f"{self._folder / WEIGHTS}: {_why_not(name)}")
-            if found.get_dtype() not in DTYPES or len(found.get_shape()) != 2:
+            if found.dtype not in DTYPES or len(found.shape) != 2:
                 raise AdapterError(
-                    f"{self._folder / WEIGHTS}: {key} is {found.get_dtype()} "
-                    f"{found.get_shape()}: it must be a matrix of floating point numbers"
+                    f"{self._folder / WEIGHTS}: {key} is {found.dtype} {list(found.shape)}: "
+                    "it must be a matrix of floating point numbers"
                 )
             of_module = found_shapes.setdefault((match["module"], match["which"] is None), {})
-            of_module[match["which"] or match["of_table"]] = tuple(found.get_shape())
+            of_module[match["which"] or match["of_table"]] = found.shape
         if not found_shapes and not biases.keys:
             raise AdapterError(f"{self._folder / WEIGHTS} has no tensors")
         known, pairs = self._modules(), {}
@@ -184,7 +151,7 @@ class AdapterFile:
             self._check_is_named(pairs[own if name is None else name])
         return pairs
 
-    def _added_bias(self, file: Any, target_idx: int, shard: Shard) -> Tensor:
+    def _added_bias(self, file: File, target_idx: int, shard: Shard) -> Tensor:
         """What an adapter adds to a rank's part of a bias."""
         param = self._targets[target_idx].bias
         assert param is not None
@@ -249,11 +216,15 @@ class AdapterFile:
                 f"fields of {CONFIG} leave out"
             )
 
-    def _fill(self, file: Any, target: Target, shard: Shard, into: tuple[Tensor, Tensor]) -> None:
+    def _fill(self, file: File, target: Target, shard: Shard, into: tuple[Tensor, Tensor]) -> None:
         """Read the matrices of one linear layer, or of experts: this rank's columns of A, or its
-        rows of B."""
+        rows of B; zeros for what the file does not have."""
         (a_LD, b_OX), param, slot_rank = into, target.param, self._slots.max_rank
         found = self._sources(param)
+        has_all = ALL_SOURCES in found or len(found) == len(param.sources)
+        if not has_all or any(pair.rank < slot_rank for pair in found.values()):
+            a_LD.zero_()
+            b_OX.zero_()
         if not found:
             return
         if param.kind == "experts":
@@ -269,26 +240,45 @@ class AdapterFile:
             given = self._finite(file, pair.key("A")), self._b(file, pair)
             embeddings.fill(target, shard, into, given)
             return
-        # rows go straight to their place, unless they are shared or change it
+        self._fill_b(file, param, shard, b_OX, found)
+        self._fill_a(file, target, shard, a_LD, found)
+
+    def _fill_b(
+        self, file: File, param: Param, shard: Shard, b_OX: Tensor, found: Mapping[int, _Pair]
+    ) -> None:
+        # rows are read to their place, unless they are shared or change it
         is_plain = shard.size == 1 and param.adapt is None
-        whole_OX = b_OX if is_plain else b_OX.new_zeros(param.shape[0], slot_rank)
+        whole_OX = b_OX if is_plain else b_OX.new_zeros(param.shape[0], b_OX.shape[1])
         if not is_plain and whole_OX.dtype is not torch.float32:
             whole_OX = whole_OX.float()  # what is folded into a weight is rounded once
         parts = whole_OX.split(param.parts)
-        of_source: dict[int, Tensor] = {}
         for source_idx, pair in found.items():
             rows_OX = whole_OX if source_idx == ALL_SOURCES else parts[source_idx]
-            rows_OX[:, : pair.rank] = self._b(file, pair)
-            of_source[source_idx] = self._finite(file, pair.key("A"))
+            place_OX = rows_OX[:, : pair.rank]
+            own_OX = self._b(file, pair, place_OX)
+            if own_OX is not place_OX:
+                place_OX.copy_(own_OX)
         if not is_plain:
-            own_OX = taken(shard, _rows(param, slot_rank), whole_OX)
+            taken_OX = taken(shard, _rows(param, b_OX.shape[1]), whole_OX)
             if param.adapt is not None:
-                param.adapt(own_OX, param.local(shard.size).parts)
-            b_OX.copy_(own_OX)
-        for a_XD, part in zip(a_LD.split(slot_rank), target.parts):
-            own_XD = of_source.get(part.source_idx, of_source.get(ALL_SOURCES))
-            if own_XD is not None:
-                a_XD[: own_XD.shape[0]] = taken(shard, _columns(param, own_XD), own_XD)
+                param.adapt(taken_OX, param.local(shard.size).parts)
+            b_OX.copy_(taken_OX)
+
+    def _fill_a(
+        self, file: File, target: Target, shard: Shard, a_LD: Tensor, found: Mapping[int, _Pair]
+    ) -> None:
+        param, of_source = target.param, dict[int, Tensor]()
+        for a_XD, part in zip(a_LD.split(self._slots.max_rank), target.parts):
+            source_idx = ALL_SOURCES if ALL_SOURCES in found else part.source_idx
+            if (pair := found.get(source_idx)) is None:
+                continue
+            place_XD = a_XD[: pair.rank]
+            if source_idx not in of_source:
+                into = place_XD if shard.size == 1 else None
+                of_source[source_idx] = self._finite(file, pair.key("A"), into=into)
+            own_XD = of_source[source_idx]
+            if own_XD is not place_XD:
+                place_XD.copy_(taken(shard, _columns(param, own_XD), own_XD))
 
     def _sources(self, param: Param) -> dict[int, _Pair]:
         """The pairs for a parameter, by the numbers of its sources; ALL_SOURCES if they are one
@@ -303,25 +293,33 @@ class AdapterFile:
             raise AdapterError(f"{self._folder} has both {joined.module} and {first.module}")
         return {ALL_SOURCES: joined}
 
-    def _b(self, file: Any, pair: _Pair) -> Tensor:
+    def _b(self, file: File, pair: _Pair, into: Tensor | None = None) -> Tensor:
         """B times its factor, which is rounded once."""
         scale = self.config.scale_of(pair.name)
-        b_OX = self._finite(file, pair.key("B"), scale)
-        return b_OX.to(torch.promote_types(b_OX.dtype, self._model.config.dtype)) * scale
+        b_OX = self._finite(file, pair.key("B"), scale, into)
+        b_OX = b_OX.to(torch.promote_types(b_OX.dtype, self._model.config.dtype))
+        return b_OX if scale == 1.0 else b_OX.mul_(scale)
 
-    def _finite(self, file: Any, key: str, scale: float = 1.0) -> Tensor:
-        """A tensor whose numbers, times a factor, are finite in the model's dtype.
+    def _finite(
+        self, file: File, key: str, scale: float = 1.0, into: Tensor | None = None
+    ) -> Tensor:
+        """A tensor whose numbers, times a factor, are finite in the model's dtype. It is `into`, if
+        that has the file's dtype and its numbers are beside each other.
 
         All ranks look at the whole tensor, so all refuse it.
         """
-        found: Tensor = file.get_tensor(key)
-        largest = max(abs(one.item() * scale) for one in found.aminmax())
+        stored = file.tensors[key]
+        dtype = DTYPES[stored.dtype]
+        if into is None or into.dtype != dtype or not into.is_contiguous():
+            into = torch.empty(stored.shape, dtype=dtype)
+        file.fill(into, stored.begin)
+        largest = max(abs(one.item() * scale) for one in into.aminmax())
         if not largest <= torch.finfo(self._model.config.dtype).max:
             raise AdapterError(
                 f"{self._folder / WEIGHTS}: {key} has numbers that are not finite in "
                 f"{str(self._model.config.dtype).removeprefix('torch.')}"
             )
-        return found
+        return into
 
 
 def _rows(param: Param, rank: int) -> Param:
