@@ -12,7 +12,9 @@
 // SCALE (0 fp32, 1 bf16, 2 fp16), NT (tiles of 8 rows of x), M, WK, WR, STAGES,
 // MIN_PROGRAMS (of a multiprocessor), SILU, NORM (one row of x is normed first),
 // CLAMP (SILU is a clamped SwiGLU), PAIRS (0 a product, 1 a product for each pair, 2 the sum over a
-// token's pairs), TOP_K (pairs of a token, if PAIRS is 2), PDL.
+// token's pairs, 3 a product for up to 8 · NT pairs of one expert), TOP_K (pairs of a token, if PAIRS
+// is 2), X_BY_PLACE and OUT_BY_PLACE (if PAIRS is 3: rows of x or of the result are in the order of
+// sorted pairs), PDL.
 //
 // t thread of four | g group of four threads: the weight row in a tile of 8, and the row of x
 
@@ -28,9 +30,12 @@ struct Args {
   const u16* residual;   // [T, num_outs]
   const int* expert;     // [T, K]
   const float* factor;   // [T, K]
+  const int* pair;       // [P], sorted by expert: `moe_sort.Groups`
+  const int* start;      // [E + 1]
   u16* out;              // [T, num_outs]
   u64 x_stride;
-  u32 num_rows, num_lines, depth;
+  u32 num_rows;          // of x; if PAIRS is 3 the number of experts
+  u32 num_lines, depth;
   u32 group_shift;       // a scale is for 2^group_shift columns
   u32 rows_shift;        // and for 2^rows_shift weight rows
   u32 num_groups, x_shared_by;
@@ -51,6 +56,12 @@ __device__ __forceinline__ Four load_once(const void* at) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.a), "=r"(v.b), "=r"(v.c), "=r"(v.d) : "l"(at));
   return v;
+}
+
+// Begins to copy 16 bytes to shared memory: so many of them, and then zeros.
+__device__ __forceinline__ void copy_piece(u8* to, const void* from, u32 num_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(num_bytes));
 }
 
 struct Slot {  // a chunk of a warp on its way
@@ -122,6 +133,20 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
 #endif
 #if PAIRS == 1
   expert = a.expert[blockIdx.y];
+#elif PAIRS == 3
+  // Tiles of expert e begin at start[e] / (8 · NT) + e, so there is room for those of all earlier ones.
+  float num_begun = 0;
+  for (u32 e = lane; e < a.num_rows; e += 32)
+    num_begun += (u32)a.start[e] / (8 * NT) + e <= blockIdx.y;
+#pragma unroll
+  for (int i = 16; i; i /= 2) num_begun += __shfl_xor_sync(0xffffffff, num_begun, i);
+  expert = (u32)num_begun - 1;
+  const u32 begin = a.start[expert], end = a.start[expert + 1];
+  const u32 first_place = begin + (blockIdx.y - (begin / (8 * NT) + (u32)expert)) * (8 * NT);
+  if (first_place >= end) return;
+  auto x_row_of = [&](u32 place) {
+    return X_BY_PLACE ? place : (u32)a.pair[place] / a.x_shared_by;
+  };
 #endif
 
 #if PAIRS == 2
@@ -205,6 +230,10 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
 
 #if NT == 1
   // columns of this thread in row g of x
+#if PAIRS == 3
+  const bool has_row = first_place + g < end;
+  const u16* const own_x = a.x + (has_row ? x_row_of(first_place + g) * a.x_stride : 0);
+#endif
   auto load_x = [&](Four (&x)[XS], u32 step) {
     const u32 column = chunk_of(step) * CHUNK + t * EACH;
     bool is_real = step < num_steps && column < depth;
@@ -214,6 +243,9 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
 #elif PAIRS == 1
     is_real = is_real && g == 0;
     const u16* at = a.x + (u64)(blockIdx.y / a.x_shared_by) * a.x_stride + column;
+#elif PAIRS == 3
+    is_real = is_real && has_row;
+    const u16* at = own_x + column;
 #elif NORM
     is_real = is_real && g == 0;
     const u16* at = normed + column;
@@ -227,7 +259,19 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
 #else
   // Warps that share a chunk of x copy it to shared memory, a step ahead: [8 · NT rows, CHUNK]. The
   // pieces of 16 bytes of a row are exchanged so that eight threads read from different banks.
+#define COPIES ((8 * NT * CHUNK / 8 + 32 * WR - 1) / (32 * WR))  // of a thread
   u8* const staged = shared + warp * (8 * NT * CHUNK * 2);
+#if PAIRS == 3
+  const u32 num_rows = end - first_place;
+  u64 x_at[COPIES];  // of the rows that this thread copies
+#pragma unroll
+  for (int i = 0; i < COPIES; i++) {
+    const u32 row = (i * (32 * WR) + side * 32 + lane) / (CHUNK / 8);
+    x_at[i] = row < num_rows ? x_row_of(first_place + row) * a.x_stride : 0;
+  }
+#else
+  const u32 num_rows = a.num_rows;
+#endif
   auto place = [](u32 row, u32 piece) {
     const u32 moved = CHUNK == 128 ? piece ^ (piece >> 3 & 1) ^ (row & 1) << 1 : piece ^ (row & 1);
     return row * (CHUNK * 2) + moved * 16;
@@ -236,15 +280,17 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
     u8* const to = staged + (step & 1) * (WK * 8 * NT * CHUNK * 2);
     const u32 first_column = chunk_of(step) * CHUNK;
 #pragma unroll
-    for (int i = 0; i < (8 * NT * CHUNK / 8 + 32 * WR - 1) / (32 * WR); i++) {
+    for (int i = 0; i < COPIES; i++) {
       const u32 idx = i * (32 * WR) + side * 32 + lane;
       const u32 row = idx / (CHUNK / 8), piece = idx % (CHUNK / 8), column = first_column + piece * 8;
-      const bool is_real = step < num_steps && row < a.num_rows && column < depth;
+      const bool is_real = step < num_steps && row < num_rows && column < depth;
+#if PAIRS == 3
+      const u16* from = is_real ? a.x + x_at[i] + column : a.x;
+#else
       const u16* from = is_real ? a.x + (u64)row * a.x_stride + column : a.x;
+#endif
       if (8 * NT * CHUNK / 8 % (32 * WR) == 0 || idx < 8 * NT * CHUNK / 8)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                         (u32)__cvta_generic_to_shared(to + place(row, piece))),
-                     "l"(from), "r"(is_real ? 16 : 0));
+        copy_piece(to + place(row, piece), from, is_real ? 16 : 0);
     }
     asm volatile("cp.async.commit_group;");
   };
@@ -419,7 +465,11 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       u32 token = 8 * n + 2 * (i & 3) + j;
-#if PAIRS
+#if PAIRS == 3
+      if (first_place + token >= end) continue;
+      const u32 pair = a.pair[first_place + token];
+      token = OUT_BY_PLACE ? first_place + token : pair;
+#elif PAIRS
       if (token) continue;
       token = blockIdx.y;
 #else
@@ -440,6 +490,9 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
 #else
         const u16* const bias = a.bias + expert * num_lines;
         if (a.bias) y += of_bf16(bias[out]);
+#endif
+#if PAIRS == 3
+        if (a.factor) y *= a.factor[pair];
 #endif
         y = rounded(y);
 #if SILU

@@ -1,6 +1,6 @@
 """Products of few rows in bf16 with packed weights, by packed_linear.cu.
 
-One to 64 rows of a weight, or pairs of a token and an expert.
+One to 64 rows of a weight; pairs of a token and an expert, one by one or sorted by expert.
 
 Shapes: T tokens | D depth | O weight rows | K experts per token
 """
@@ -23,8 +23,11 @@ MAX_ROWS = 64
 ROWS = (8, 16, 32, 64)  # of x in a launch
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ONE_GROUP = 31  # the shift of columns if a row has one scale
-# Args in packed_linear.cu: ten pointers, the stride of x, seven sizes, three numbers
-_ARGUMENTS = struct.Struct("10PQ7I3f")
+PLAIN = {
+    "SILU": 0, "NORM": 0, "CLAMP": 0, "PAIRS": 0, "TOP_K": 1, "X_BY_PLACE": 0, "OUT_BY_PLACE": 0
+}  # fmt: skip
+# Args in packed_linear.cu: twelve pointers, the stride of x, seven sizes, three numbers
+_ARGUMENTS = struct.Struct("12PQ7I3f")
 
 
 class Tile(NamedTuple):
@@ -120,14 +123,15 @@ def packed_linear(
     tile = tile or tile_of(num_rows, codes, depth)
     x_TD = aligned(x_TD)
     row_tiles = next(most for most in ROWS if num_rows <= most) // 8
-    function = _function(x_TD, codes, tile, row_tiles, silu_mul, norm_D is not None, 0)
+    function = function_of(x_TD, codes, tile, row_tiles, SILU=silu_mul, NORM=norm_D is not None)
     outs = tile.units * tile.row_warps * (8 if silu_mul else 16)
     grid = (-(-num_outs // outs), 1, 1)
     arguments = functools.partial(
-        _arguments, x_TD, codes, norm_D, bias_O, residual_TO, None, None, out_TO, num_rows, 1, eps
-    )
+        arguments_of, x_TD, codes, out_TO, norm=norm_D, bias=bias_O, residual=residual_TO,
+        num_rows=num_rows, eps=eps,
+    )  # fmt: skip
     num_bytes = shared_bytes(tile, num_rows, codes, 0 if norm_D is None else depth)
-    nvrtc.launch(function, _launch(grid, tile, num_bytes, x_TD), arguments, x_TD.device)
+    nvrtc.launch(function, launch_of(grid, tile, num_bytes, x_TD), arguments, x_TD.device)
     return out_TO
 
 
@@ -167,28 +171,18 @@ def packed_pairs(
     num_out_rows = num_tokens if adds else num_tokens * top_k
     out = torch.empty((num_out_rows, num_outs), dtype=x_PD.dtype, device=x_PD.device)
     tile = tile or (_sum_tile(top_k) if adds else Tile(2, 4, 2))
-    function = _function(
-        x_PD, codes, tile, 1, silu_mul, False, 2 if adds else 1, top_k, clamp is not None
-    )
+    function = function_of(
+        x_PD, codes, tile, 1, SILU=silu_mul, CLAMP=clamp is not None, PAIRS=2 if adds else 1,
+        TOP_K=top_k if adds else 1,
+    )  # fmt: skip
     outs = tile.units * tile.row_warps * (8 if silu_mul else 16)
     grid = (-(-num_outs // outs), num_out_rows, 1)
     arguments = functools.partial(
-        _arguments,
-        x_PD,
-        codes,
-        None,
-        bias_EO,
-        residual_TO,
-        expert_TK,
-        factor_TK,
-        out,
-        1,
-        x_shared_by,
-        0.0,
-        clamp or (0.0, 0.0),
-    )
+        arguments_of, x_PD, codes, out, bias=bias_EO, residual=residual_TO, expert=expert_TK,
+        factor=factor_TK, num_rows=1, x_shared_by=x_shared_by, clamp=clamp or (0.0, 0.0),
+    )  # fmt: skip
     num_bytes = tile.num_warps * tile.units * 512
-    nvrtc.launch(function, _launch(grid, tile, num_bytes, x_PD), arguments, x_PD.device)
+    nvrtc.launch(function, launch_of(grid, tile, num_bytes, x_PD), arguments, x_PD.device)
     return out
 
 
@@ -204,17 +198,9 @@ def aligned(x_TD: Tensor) -> Tensor:
     return x_TD
 
 
-def _function(
-    x: Tensor,
-    codes: Codes,
-    tile: Tile,
-    row_tiles: int,
-    silu_mul: bool,
-    norm: bool,
-    pairs: int,
-    top_k: int = 1,
-    clamps: bool = False,
-) -> Function:
+def function_of(x: Tensor, codes: Codes, tile: Tile, row_tiles: int, **form: int) -> Function:
+    """The program for rows of x in so many tiles of 8; `form` has those of the constants SILU, NORM,
+    CLAMP, PAIRS, TOP_K, X_BY_PLACE and OUT_BY_PLACE of packed_linear.cu that are not PLAIN."""
     values = {
         "BITS": codes.bits,
         "FP8": codes.is_fp8,
@@ -227,36 +213,40 @@ def _function(
         "WR": tile.row_warps,
         "MIN_PROGRAMS": tile.min_programs,
         "STAGES": tile.num_stages,
-        "SILU": silu_mul,
-        "NORM": norm,
-        "CLAMP": clamps,
-        "PAIRS": pairs,
-        "TOP_K": top_k if pairs == 2 else 1,
+        **PLAIN,
+        **form,
         "PDL": launch_options(x.device)["PDL"],
     }
     return Function("packed_linear", nvrtc.constants(values))
 
 
-def _launch(grid: tuple[int, int, int], tile: Tile, shared_bytes: int, x: Tensor) -> Launch:
+def launch_of(grid: tuple[int, int, int], tile: Tile, shared_bytes: int, x: Tensor) -> Launch:
     return Launch(grid, tile.num_warps * 32, shared_bytes, launch_options(x.device)["PDL"])
 
 
-def _arguments(
+def arguments_of(
     x: Tensor,
     codes: Codes,
-    norm: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    expert: Tensor | None,
-    factor: Tensor | None,
     out: Tensor,
+    *,
+    norm: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    expert: Tensor | None = None,
+    factor: Tensor | None = None,
+    pair: Tensor | None = None,
+    start: Tensor | None = None,
     num_rows: int,
-    x_shared_by: int,
-    eps: float,
+    x_shared_by: int = 1,
+    eps: float = 0.0,
     clamp: tuple[float, float] = (0.0, 0.0),
 ) -> bytes:
+    """Args of packed_linear.cu."""
     depth = x.shape[1]
-    tensors = x, codes.code, codes.scale, codes.offset, norm, bias, residual, expert, factor, out
+    tensors = (
+        x, codes.code, codes.scale, codes.offset, norm, bias, residual, expert, factor, pair, start,
+        out,
+    )  # fmt: skip
     group_shift = ONE_GROUP if codes.group >= depth else codes.group.bit_length() - 1
     return _ARGUMENTS.pack(
         *(0 if one is None else one.data_ptr() for one in tensors),

@@ -56,9 +56,9 @@ def compile_all(models: list[str], kinds: list[str], rows: Sequence[int]) -> int
                     row_tiles = next((most for most in ROWS if num_rows <= most), 0) // 8
                     for tile in tiles(num_rows) if row_tiles else ():
                         functions.add(
-                            cuda_packed._function(
-                                case.norm, case.codes[0], tile, row_tiles, shape.silu,
-                                shape.norm and num_rows == 1, 0,
+                            cuda_packed.function_of(
+                                case.norm, case.codes[0], tile, row_tiles, SILU=shape.silu,
+                                NORM=shape.norm and num_rows == 1,
                             )
                         )  # fmt: skip
                     for wgmma_tile in wgmma_tiles(num_rows, case.codes[0], shape.depth):

@@ -209,6 +209,11 @@ static void copy(unsigned to, const u8* from, unsigned num_bytes, unsigned barri
   memcpy(all_shared + to, from, num_bytes);
   change(barrier, 0, -(long)num_bytes);
 }
+// in place of copy_piece
+static void copy_piece(u8* to, const void* from, u32 num_bytes) {
+  memset(to, 0, 16);
+  memcpy(to, from, num_bytes);
+}
 // in place of load_once
 static Four load_once(const void* at) { return load_four(at); }
 // in place of copy_box

@@ -14,7 +14,9 @@ from nanovllm.kernels.cuda import nvrtc
 HOST = Path(__file__).with_suffix(".hpp")
 COMPILER = shutil.which("g++")
 # instructions about launches and orders of memory
-_IGNORED = re.compile(r'asm volatile\("(griddepcontrol|fence)[^;]*;"( ::: "memory")?\);')
+_IGNORED = re.compile(
+    r'asm volatile\("(griddepcontrol|fence|cp\.async\.(commit|wait))[^;]*;"( ::: "memory")?\);'
+)
 
 
 def host_source(function: nvrtc.Function) -> str:

@@ -13,8 +13,10 @@ from torch import Tensor
 from nanovllm.kernels import reference
 from nanovllm.kernels.cuda import nvrtc
 from nanovllm.kernels.cuda import packed_linear as cuda_packed
+from nanovllm.kernels.cuda.packed_groups import packed_groups
 from nanovllm.kernels.cuda.packed_linear import FP8_TILES, INTEGER_TILES, ROWS, Tile
 from nanovllm.kernels.triton import fp8_products, packed_codes
+from nanovllm.kernels.triton.moe_sort import Groups
 from nanovllm.kernels.triton.packed_codes import Codes
 from tests.kernels import cuda_on_host
 
@@ -138,16 +140,22 @@ def test_clamped_experts_in_e2m1_match_the_formula(top_k: int) -> None:
     check_clamped(top_k, 2, (5, 192, 352), "cuda")
 
 
-@pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
-def test_the_arithmetic_of_clamped_experts_is_right_on_a_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def on_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run on the CPU."""
+    if cuda_on_host.COMPILER is None:
+        pytest.skip("no g++")
+
     def launch(function: Any, how: Any, arguments: Any, device: torch.device) -> None:
         num_programs, num_rows, _ = how.grid
         cuda_on_host.run(function, arguments(), num_programs, tmp_path, num_rows)
 
     monkeypatch.setattr(nvrtc, "launch", launch)
     monkeypatch.setattr(cuda_packed, "is_supported", lambda device: True)
+
+
+@pytest.mark.usefixtures("on_host")
+def test_the_arithmetic_of_clamped_experts_is_right_on_a_cpu() -> None:
     check_clamped(4, 1, (5, 32, 160), "cpu")
 
 
@@ -180,6 +188,86 @@ def check_clamped(top_k: int, num_tokens: int, sizes: tuple[int, int, int], devi
     assert error(y_TD, exact.sum(1) + residual_TD.double()) < LIMIT
 
 
+GROUPED_KINDS = [*KINDS[:1], *KINDS[-2:], ("e2m1", 32, torch.bfloat16)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most_pairs", ROWS)
+@pytest.mark.parametrize("kind, group, dtype", GROUPED_KINDS)
+def test_groups_of_pairs_match_the_formula(
+    kind: str, group: int, dtype: torch.dtype, most_pairs: int
+) -> None:
+    """An expert that all tokens chose, one that none did, and ranks with half of the experts."""
+    tile = most_pairs, Tile(1, 4, 2, 2)
+    for num_tokens, is_local in ((2, False), (41, False), (41, True)):
+        check_groups((kind, group, dtype), num_tokens, (6, 128, 448), tile, "cuda", is_local)
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize(("kind", "most_pairs"), [("e2m1", 8), ("fp8", 16), ("4", 16)])
+def test_the_arithmetic_of_groups_is_right_on_a_cpu(kind: str, most_pairs: int) -> None:
+    form = next(one for one in GROUPED_KINDS if one[0] == kind)
+    hidden = 160 if kind == "e2m1" else 256  # a part of a chunk
+    check_groups(form, 9, (4, 128, hidden), (most_pairs, Tile(1, 2, 2)), "cpu", True)
+
+
+def check_groups(
+    form: tuple[str, int, torch.dtype],
+    num_tokens: int,
+    sizes: tuple[int, int, int],
+    tile: tuple[int, Tile],
+    device: str,
+    is_local: bool,
+) -> None:
+    """Both products of clamped experts, 3 for each token: with `is_local` every second one is here,
+    in another order."""
+    (num_experts, size, hidden), top_k = sizes, 3
+    kind, group, dtype = form
+    shapes = (num_experts, 2 * size, hidden), (num_experts, hidden, size)
+    gate_up, down = (
+        random_e2m1(one, device)
+        if kind == "e2m1"
+        else random_codes(kind, group, dtype, one, device)
+        for one in shapes
+    )
+    num_all = 2 * num_experts if is_local else num_experts
+    logits = torch.randn(num_tokens, num_all, device=device)
+    logits[:, 0], logits[:, 2] = 10, -10
+    weight_TK, expert_TK = reference.experts.topk_softmax(logits, top_k, True)
+    local_X = None
+    if is_local:
+        local_X = torch.full((num_all,), -1, dtype=torch.int32, device=device)
+        local_X[::2] = torch.arange(num_experts, device=device, dtype=torch.int32).flip(0)
+    place_P = (expert_TK if local_X is None else local_X[expert_TK.long()]).flatten().long()
+    order_P = torch.sort(torch.where(place_P < 0, num_experts, place_P), stable=True).indices
+    counts_E = torch.bincount(place_P[place_P >= 0], minlength=num_experts)
+    start_E1 = torch.cat([counts_E.new_zeros(1), counts_E.cumsum(0)]).int()
+    groups = Groups(order_P.int(), start_E1, 1.0)
+    own_P = order_P[: int(start_E1[-1])]
+    clamp = 1.702, 0.9
+    x_TD = torch.randn(num_tokens, hidden, device=device).to(DTYPE)
+    inner_bias, bias = (
+        torch.randn(num_experts, n, device=device).to(DTYPE) for n in (2 * size, hidden)
+    )
+    inner_PF = packed_groups(
+        x_TD, gate_up, groups, tile, x_shared_by=top_k, by_place=True, silu_mul=True,
+        bias_EO=inner_bias, clamp=clamp,
+    )[: len(own_P)]  # fmt: skip
+    chosen_P = place_P[own_P]
+    exact = torch.einsum(
+        "pd,pod->po", x_TD[own_P // top_k].double(), real(gate_up, hidden)[chosen_P]
+    )
+    exact = exact + inner_bias[chosen_P].double()
+    assert error(inner_PF, reference.norm_act.clamped_swiglu(exact, *clamp)) < LIMIT
+    y_PD = packed_groups(inner_PF, down, groups, tile, factor_TK=weight_TK, bias_EO=bias)
+    exact = torch.einsum("pf,pof->po", inner_PF.double(), real(down, size)[chosen_P])
+    exact = (exact + bias[chosen_P].double()) * weight_TK.double().flatten()[own_P].unsqueeze(1)
+    assert error(y_PD[own_P], exact) < LIMIT
+    y_PD = packed_groups(inner_PF, down, groups, tile, by_place=True)
+    exact = torch.einsum("pf,pof->po", inner_PF.double(), real(down, size)[chosen_P])
+    assert error(y_PD[: len(own_P)], exact) < LIMIT
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", [128, 0])
 @pytest.mark.parametrize("num_rows", [33, 65, 250])
@@ -210,17 +298,22 @@ def test_the_largest_magnitude_of_a_group_becomes_the_largest_number(group: int)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
 def test_the_kernel_compiles(capability: tuple[int, int], folder: Path) -> None:
     """One tile for each number of rows, alternately of integers and fp8; and pairs."""
-    functions = []
+    functions: list[tuple[Codes, Tile, int, dict[str, int]]] = []
     for i, row_tiles in enumerate(most // 8 for most in ROWS):
         kind, group, dtype = KINDS[0] if i % 2 else KINDS[-2]
         codes = random_codes(kind, group, dtype, (256, 256), "cpu")
         tile = (INTEGER_TILES if i % 2 else FP8_TILES)[i][0]
-        functions.append((codes, tile, row_tiles, i == 1, i == 0, 0))
-    functions += [(functions[1][0], Tile(1, 8, 2), 1, False, False, pairs) for pairs in (1, 2)]
-    functions.append((random_e2m1((256, 256), "cpu"), Tile(2, 4, 2), 1, True, False, 1, 4, True))
+        functions.append((codes, tile, row_tiles, {"SILU": i == 1, "NORM": i == 0}))
+    functions += [(functions[1][0], Tile(1, 8, 2), 1, {"PAIRS": pairs}) for pairs in (1, 2)]
+    e2m1 = random_e2m1((256, 256), "cpu")
+    functions.append((e2m1, Tile(2, 4, 2), 1, {"SILU": True, "PAIRS": 1, "CLAMP": True}))
+    functions += [
+        (codes, Tile(1, 4, 2, 2), row_tiles, {"PAIRS": 3, "SILU": codes is e2m1})
+        for codes, row_tiles in ((e2m1, 1), (functions[0][0], 2), (e2m1, 4))
+    ]
     x = torch.empty(1, 256, dtype=DTYPE)
-    for one in functions:
-        function = cuda_packed._function(x, *one)
+    for codes, tile, row_tiles, form in functions:
+        function = cuda_packed.function_of(x, codes, tile, row_tiles, **form)
         program = nvrtc.compile_function(function, capability)
         assert program.startswith(b"\x7fELF") and b"packed_linear" in program
         assert nvrtc.compile_function(function, capability) == program
@@ -236,9 +329,7 @@ def test_a_source_that_nvrtc_refuses_is_an_error_with_its_message(folder: Path) 
 
 def test_a_damaged_program_is_compiled_again(folder: Path) -> None:
     codes = random_codes(*KINDS[0], (256, 256), "cpu")
-    function = cuda_packed._function(
-        torch.empty(1, 256, dtype=DTYPE), codes, Tile(1, 4, 2), 1, False, False, 0
-    )
+    function = cuda_packed.function_of(torch.empty(1, 256, dtype=DTYPE), codes, Tile(1, 4, 2), 1)
     program = nvrtc.compile_function(function, (9, 0))
     (path,) = folder.glob("*.cubin")
     path.write_bytes(program[:-1] + b"x")
