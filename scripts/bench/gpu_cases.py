@@ -114,7 +114,7 @@ ARCHITECTURES = {
     "gpt-oss-1": throughput(120, "gpt-oss-20b", *LATENCY),
     "gpt-oss-16": throughput(120, "gpt-oss-20b", *ROWS_16),
     "gpt-oss-256": throughput(150, "gpt-oss-20b"),
-    "gpt-oss-experts": script(90, "mxfp4_experts"),
+    "expert-tiles": script(250, "expert_tiles", "--out", PLACE),
     "gemma-4-1": throughput(120, "Gemma-4-26B-A4B", *LATENCY),
     "gemma-4-256": throughput(150, "Gemma-4-26B-A4B"),
     "qwen3.5-1": throughput(120, "Qwen3.5-35B-A3B", *LATENCY),
@@ -153,6 +153,9 @@ OF_A_MODEL = {
 SCHEDULES = "--rows 1 16 64 256 --tokens 20 --schedules 1000 --skip-plain"
 FEATURES = {
     "lora-8b": script(240, "lora", "--shape", "Qwen3-8B", "--out", PLACE),
+    "lora-loading": script(
+        120, "lora", "--shape", "Qwen3-8B", "--cases", "loading", "--out", PLACE
+    ),
     "lora-tiles": script(120, "lora_tiles", "--out", PLACE),
     "embeddings": script(180, "embeddings", "--texts", "2048", "--output", PLACE),
     "speculation": script(300, "speculation", "--shape", "Qwen3-8B", "--out", PLACE),
