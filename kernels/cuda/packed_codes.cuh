@@ -52,6 +52,12 @@ __device__ __forceinline__ float load_scale(const u8* at, u32 idx) {
 // Numbers in fp8 are exact, and without their scales. In e2m1 the three bits of a magnitude are the
 // last of a bf16 exponent and the first of its fraction, the number times 2⁻¹²⁶; `low` is the scale
 // times 2¹⁰⁶.
+// A multiplication puts both the sign and the magnitude of a nibble in their places: it is not one
+// of the operations on bits, of which there are more than of others.
+__device__ __forceinline__ u32 of_nibbles(u32 nibbles, u32 places) {
+  return nibbles * places & 0x81c081c0;
+}
+
 struct Pairs { u32 of[8 / (BITS / 4) / 2]; };
 
 __device__ __forceinline__ Pairs numbers(u32 word, u32 low, u32 high, u32 less) {
@@ -64,10 +70,10 @@ __device__ __forceinline__ Pairs numbers(u32 word, u32 low, u32 high, u32 less) 
   r.of[1] = fma2(n, 0x7b807b80, 0x80008000);
 #elif E2M1
   u32 p = spread(word, 0x4140), q = spread(word, 0x4342);
-  r.of[0] = fma2((p << 6 & 0x01c001c0) | (p << 12 & 0x80008000), low, less);
-  r.of[1] = fma2((q << 6 & 0x01c001c0) | (q << 12 & 0x80008000), low, less);
-  r.of[2] = fma2((p << 2 & 0x01c001c0) | (p << 8 & 0x80008000), low, less);
-  r.of[3] = fma2((q << 2 & 0x01c001c0) | (q << 8 & 0x80008000), low, less);
+  r.of[0] = fma2(of_nibbles(p & 0x000f000f, 0x1040), low, less);
+  r.of[1] = fma2(of_nibbles(q & 0x000f000f, 0x1040), low, less);
+  r.of[2] = fma2(of_nibbles(p & 0x00f000f0, 0x0104), low, less);
+  r.of[3] = fma2(of_nibbles(q & 0x00f000f0, 0x0104), low, less);
 #elif BITS == 8
   r.of[0] = fma2(spread(word, 0x4140), low, less);
   r.of[1] = fma2(spread(word, 0x4342), low, less);

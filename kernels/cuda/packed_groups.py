@@ -23,12 +23,23 @@ from nanovllm.kernels.triton.moe_sort import Groups
 from nanovllm.kernels.triton.packed_codes import Codes
 
 
+MOST_PAIRS = 8  # the mean number of pairs of an expert: more are multiplied in Triton
+FEW_CHUNKS = 8
+
+
+def tile_of(codes: Codes) -> tuple[int, Tile]:
+    """The pairs and the sizes of a program: the fastest of some for the experts of gpt-oss-20b and
+    Qwen3-30B-A3B with 16 and 64 rows on an H100 (docs/log.md)."""
+    num_chunks = codes.code.shape[-1] // 64
+    return 8, Tile(4, 2 if num_chunks <= FEW_CHUNKS else 4, 1)
+
+
 def packed_groups(
     x_PD: Tensor,
     codes: Codes,
     groups: Groups,
-    tile: tuple[int, Tile],
     *,
+    tile: tuple[int, Tile] | None = None,
     x_shared_by: int | None = None,
     by_place: bool = False,
     silu_mul: bool = False,
@@ -39,11 +50,11 @@ def packed_groups(
     """(x · weightᵀ + bias) · factor of the expert of each pair [P, O].
 
     `x_shared_by` pairs share a row of x; without it rows of x are in the order of sorted pairs. So
-    are those of the result, if `by_place`. `tile` has the pairs of a program, one of
+    are those of the result, if `by_place`. `tile` overrides the pairs of a program, one of
     `packed_linear.ROWS`, and its sizes. With `clamp`, (alpha, limit), `silu_mul` is
     `reference.norm_act.clamped_swiglu`. `packed_linear.takes` is true.
     """
-    (most_pairs, sizes), x_PD = tile, aligned(x_PD)
+    (most_pairs, sizes), x_PD = tile or tile_of(codes), aligned(x_PD)
     num_pairs, num_experts = len(groups.pair_P), codes.code.shape[0]
     num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
     out_PO = torch.empty((num_pairs, num_outs), dtype=x_PD.dtype, device=x_PD.device)

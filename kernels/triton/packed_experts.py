@@ -19,6 +19,7 @@ from torch import Tensor
 from nanovllm.kernels import dequantized, ops, reference
 from nanovllm.kernels.cuda import packed_linear as cuda_packed
 from nanovllm.kernels.cuda import packed_stream
+from nanovllm.kernels.cuda.packed_groups import MOST_PAIRS, packed_groups
 from nanovllm.kernels.triton import packed_codes
 from nanovllm.kernels.triton.common import (
     NO_CLAMP,
@@ -200,9 +201,17 @@ def _expert_linear(x: Tensor, expert_TK: Tensor, codes: Codes) -> Tensor | None:
             y_PO = packed_gemv(x_PD, codes, expert_TK=expert_TK, x_shared_by=shared_by)
     else:
         groups = sort_pairs(expert_TK, codes.code.shape[0])
+        if _in_cuda(x_PD, codes, groups):
+            y_PO = packed_groups(x_PD, codes, groups, x_shared_by=shared_by)
+            return y_PO.view(*expert_TK.shape, -1)
         x_by = BY_TOKEN.value if x.dim() == 2 else BY_PAIR.value
         y_PO = packed_grouped(x_PD, codes, groups, top_k, x_by=x_by, out_by=BY_PAIR.value)
     return y_PO.view(*expert_TK.shape, -1)
+
+
+def _in_cuda(x_PD: Tensor, codes: Codes, groups: Groups) -> bool:
+    """True if packed_linear.cu multiplies sorted pairs."""
+    return groups.pairs_each <= MOST_PAIRS and cuda_packed.takes(x_PD, codes)
 
 
 def _streams(x_TD: Tensor, gate_up: Codes, down: Codes, top_k: int) -> bool:
@@ -324,6 +333,13 @@ def run_experts(
             adds_pairs=True,
         )
     groups = sort_pairs(expert_TK, num_here, local_X)
+    if limit >= 0 and all(_in_cuda(x_TD, one, groups) for one in (gate_up, down)):
+        inner_PF = packed_groups(
+            x_TD, gate_up, groups, x_shared_by=top_k, by_place=True, silu_mul=True,
+            bias_EO=gate_up_bias_EG, clamp=(alpha, limit) if limit else None,
+        )  # fmt: skip
+        y_PD = packed_groups(inner_PF, down, groups, factor_TK=weight_TK, bias_EO=down_bias_ED)
+        return combine(y_PD, expert_TK, residual_TD, local_X)
     by_token, by_pair, by_place = BY_TOKEN.value, BY_PAIR.value, BY_PLACE.value
     inner_PF = packed_grouped(
         x_TD, gate_up, groups, top_k, x_by=by_token, out_by=by_place, bias_EO=gate_up_bias_EG,

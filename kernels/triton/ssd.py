@@ -12,6 +12,7 @@ Shapes: those of `kernels/ssd.py`; K heads of a group; A values of one program; 
 padded to a power of two
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,6 +40,7 @@ from nanovllm.kernels.triton.zero_padding import zero_padding_
 
 NUM_WARPS = 4
 MAX_STATE = 256  # larger ones do not fit the shared memory
+ALIGNMENT = 16  # of strides, in numbers, and of addresses, in bytes: what Triton tells apart
 
 
 @triton.jit
@@ -203,6 +205,15 @@ def ssd_tokens_kernel(
         tl.store(out_ptr + (token * NUM_HEADS + head) * HEAD + i_A, y_A, mask=i_A < HEAD)
 
 
+def _aligned(xbc_TC: Tensor) -> Tensor:
+    """The same numbers at addresses that Triton knows to be aligned. It copies other rows without
+    stages, and then the results on sm_90 are wrong from a row's second chunk on (triton 3.6)."""
+    offset = xbc_TC.storage_offset() * xbc_TC.element_size()
+    if xbc_TC.stride(0) % ALIGNMENT == 0 == offset % ALIGNMENT:
+        return xbc_TC
+    return xbc_TC.clone(memory_format=torch.contiguous_format)
+
+
 def warps_and_stages(state_size: int, shared_bytes: int) -> tuple[int, int]:
     """Warps of a program that goes from chunk to chunk, so that large states fit its registers, and
     the chunks whose B and C are in its shared memory."""
@@ -225,7 +236,11 @@ def ssd(
     """See `reference.ssd.ssd`."""
     xbc_TC, dt_TV, log_decay_TV = by_rows(xbc_TC), dt_TV.contiguous(), log_decay_TV.contiguous()
     of_tokens, places = (xbc_TC, dt_TV, log_decay_TV), (q_start_S, from_R, is_new_R)
-    takes = takes_chunks(xbc_TC.dtype, xbc_TC.device) and state_XVHI.shape[2] <= MAX_STATE
+    takes = (
+        takes_chunks(xbc_TC.dtype, xbc_TC.device)
+        and state_XVHI.shape[2] <= MAX_STATE
+        and (xbc_TC.device.type != "cuda" or xbc_TC.shape[1] % ALIGNMENT == 0)
+    )
     if to_R is not None and not takes:
         return chunked.ssd(*of_tokens, state_XVHI, *places, to_R)
     out_TVI = dt_TV.new_empty((*dt_TV.shape, state_XVHI.shape[3]))
@@ -267,6 +282,7 @@ def _in_chunks(
     out_TVI: Tensor,
 ) -> None:
     """Write the results, and each row's state after its last token. `places`: see `_by_token`."""
+    xbc_TC = _aligned(xbc_TC)
     q_start_S, num_rows, device = places[0], len(to_R), xbc_TC.device
     _, num_heads, state_size, head_size = state_XVHI.shape
     of_heads, options = sizes(xbc_TC, state_XVHI), launch_options(device)

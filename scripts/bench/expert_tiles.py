@@ -49,7 +49,8 @@ LAYERS, NUM_THREADS, MOST_ERROR = 4, 16, 2e-2
 SHARED = [(1, 4, 2, 2), (1, 4, 2, 4), (2, 4, 2, 2), (2, 4, 1, 2), (2, 2, 2, 4)]
 TILES = {
     8: [
-        (1, 4, 4), (2, 4, 2), (2, 4, 3), (1, 8, 2), (2, 8, 2), (2, 2, 2, 2), (1, 4, 2, 2), (4, 4, 1),
+        (4, 4, 1), (4, 2, 1), (4, 2, 1, 2), (4, 8, 1), (2, 4, 2), (2, 2, 2, 2), (2, 2, 3, 2),
+        (3, 4, 1), (6, 4, 1),
     ],
     16: [*SHARED, (1, 8, 2, 2), (1, 4, 3)],
     32: [*SHARED, (1, 2, 2, 4), (2, 2, 2, 2)],
@@ -121,7 +122,7 @@ class Rows:
                 launch=launch,
             )  # fmt: skip
         return packed_groups(
-            self.x, codes, self.groups, launch, x_shared_by=self.sizes.top_k, by_place=True,
+            self.x, codes, self.groups, tile=launch, x_shared_by=self.sizes.top_k, by_place=True,
             silu_mul=True, bias_EO=bias, clamp=(alpha, limit) if limit else None,
         )  # fmt: skip
 
@@ -133,7 +134,7 @@ class Rows:
                 out_by=BY_PAIR.value, bias_EO=bias, launch=launch,
             )  # fmt: skip
         return packed_groups(
-            self.inner, codes, self.groups, launch, factor_TK=self.weight, bias_EO=bias
+            self.inner, codes, self.groups, tile=launch, factor_TK=self.weight, bias_EO=bias
         )
 
 
@@ -188,10 +189,9 @@ def bench(rows: Rows, name: str, bandwidth: float) -> dict[str, Any]:
         best = sorted(times.items(), key=lambda one: one[1])
         found[part] = dict(best)
         share = rows.share * num_bytes(codes) / bandwidth * 1e6
-        shown = "; ".join(f"{what} {us:.1f}" for what, us in best[:4])
-        print(
-            f"  {part}: bytes {share:.1f}; {next(iter(times))} {next(iter(times.values())):.1f}; {shown}"
-        )
+        print(f"  {part}: bytes {share:.1f}; {next(iter(times.items()))}", flush=True)
+        for what, us in best[:4]:
+            print(f"    {us:.1f} {what}")
     return found
 
 

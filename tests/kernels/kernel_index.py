@@ -27,7 +27,7 @@ from nanovllm.kernels.cpu import ordered as cpu_ordered
 from nanovllm.kernels.cpu import packed as cpu_packed
 from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.kernels.cpu import step as cpu_step
-from nanovllm.kernels.cuda import packed_stream, packed_wgmma
+from nanovllm.kernels.cuda import packed_groups, packed_stream, packed_wgmma
 from nanovllm.kernels.npu import kernels as npu_kernels
 from nanovllm.kernels.triton import (
     all_reduce,
@@ -269,11 +269,14 @@ _PACKED_ROWS = {
     "silu_mul_kernel": "SiLU·up after cuBLAS",
 }
 _PACKED_FEW = f"one token, or at most {packed_tiles.PAIRS_PER_EXPERT:g} pairs per expert"
+_PACKED_SORTED = f"sorted pairs, if there are at most {packed_groups.MOST_PAIRS} per expert"
 _PACKED_GROUPS = {
-    "packed_linear.cu": f"{_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
+    "packed_linear.cu": (
+        f"{_PACKED_FEW}, without expert parallelism, and {_PACKED_SORTED}: {_CUDA_PACKED}"
+    ),
     "packed_gemv_kernel": f"else {_PACKED_FEW}",
     "sort_pairs_kernel": "more pairs",
-    "packed_grouped_kernel": "more pairs",
+    "packed_grouped_kernel": "else more pairs",
 }
 for _name in ("packed_linear", "fp8_linear", "fused_packed_linear", "fused_fp8_linear"):
     CHOSEN[_name] = _PACKED_ROWS
@@ -285,7 +288,7 @@ for _name in ("packed_experts", "fp8_experts", "packed_clamped_experts"):
             "one token on sm_90 and sm_100, as for products, without biases and expert parallelism"
         ),
         **_PACKED_GROUPS,
-        "packed_linear.cu": f"else {_PACKED_FEW}: {_CUDA_PACKED}, without expert parallelism",
+        "packed_linear.cu": f"else {_PACKED_GROUPS['packed_linear.cu']}",
         "combine_kernel": "more pairs",
     }
 

@@ -250,7 +250,7 @@ def check_groups(
         torch.randn(num_experts, n, device=device).to(DTYPE) for n in (2 * size, hidden)
     )
     inner_PF = packed_groups(
-        x_TD, gate_up, groups, tile, x_shared_by=top_k, by_place=True, silu_mul=True,
+        x_TD, gate_up, groups, tile=tile, x_shared_by=top_k, by_place=True, silu_mul=True,
         bias_EO=inner_bias, clamp=clamp,
     )[: len(own_P)]  # fmt: skip
     chosen_P = place_P[own_P]
@@ -259,11 +259,11 @@ def check_groups(
     )
     exact = exact + inner_bias[chosen_P].double()
     assert error(inner_PF, reference.norm_act.clamped_swiglu(exact, *clamp)) < LIMIT
-    y_PD = packed_groups(inner_PF, down, groups, tile, factor_TK=weight_TK, bias_EO=bias)
+    y_PD = packed_groups(inner_PF, down, groups, tile=tile, factor_TK=weight_TK, bias_EO=bias)
     exact = torch.einsum("pf,pof->po", inner_PF.double(), real(down, size)[chosen_P])
     exact = (exact + bias[chosen_P].double()) * weight_TK.double().flatten()[own_P].unsqueeze(1)
     assert error(y_PD[own_P], exact) < LIMIT
-    y_PD = packed_groups(inner_PF, down, groups, tile, by_place=True)
+    y_PD = packed_groups(inner_PF, down, groups, tile=tile, by_place=True)
     exact = torch.einsum("pf,pof->po", inner_PF.double(), real(down, size)[chosen_P])
     assert error(y_PD[: len(own_P)], exact) < LIMIT
 
