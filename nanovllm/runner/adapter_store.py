@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanovllm.models.lora.adapter_file import AdapterFile
+from nanovllm.models.lora.adapter_file import AdapterFile, Buffer
 from nanovllm.models.lora.host_adapter import HostAdapter, layout
 from nanovllm.models.lora.slots import matrices, targets
 from nanovllm.models.model import Model, Params
@@ -18,9 +18,15 @@ from nanovllm.models.shards import Shard
 from nanovllm.platforms.base import Platform
 from nanovllm.schedule.plan import RowSettings
 
+MAX_RESERVED_BYTES = 2 << 30
+
 
 class AdapterStore:
     """Reads adapters to host memory in a thread, and copies them to slots of the layers.
+
+    Host memory is pinned, for one adapter more than there are slots, up to MAX_RESERVED_BYTES. All
+    of it is reserved at the start: steps that run meanwhile would wait for the device's driver.
+    Further adapters are in other memory, from which a copy takes longer.
 
     A copy is a launch like that of a step: steps before it read what was in the slot, steps after
     it the adapter. Programs and captured steps have the addresses of the slots, and stay.
@@ -30,6 +36,8 @@ class AdapterStore:
         self._model, self._platform, self._shard = model, platform, shard
         self._files: dict[int, AdapterFile] = {}
         self._host: dict[int, Future[HostAdapter]] = {}
+        self._pinned: set[int] = set()  # adapters
+        self._num_reserved = 0
         self._number_of_row: dict[int, int] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._targets = [] if model.lora is None else list(targets(model))
@@ -37,19 +45,18 @@ class AdapterStore:
         slots = [one for target in self._targets for one in matrices(params, target)]
         if model.lora is not None:
             _stay_alone(self._reader)
-            self._reader.submit(self._reserve)
+            self._reserve(layout(model, self._targets, shard.size)[1], model.lora.num + 1)
         # of each slot, in the order of `HostAdapter.places`
         self._slots: list[list[Tensor]] = [
             [one.select(0, slot) for one in slots]
             for slot in range(0 if model.lora is None else model.lora.num)
         ]
 
-    def _reserve(self) -> None:
-        """Let the allocator of host memory have blocks for one more adapter: a request would wait
-        until they are pinned."""
-        _, sizes = layout(self._model, self._targets, self._shard.size)
-        blocks = [self._platform.host_buffer(size) for size in sizes]
-        blocks.clear()
+    def _reserve(self, sizes: list[int], num: int) -> None:
+        """Let the allocator of host memory have pinned blocks for so many adapters."""
+        self._num_reserved = min(num, max(1, MAX_RESERVED_BYTES // sum(sizes)))
+        buffers = [self._platform.host_buffer(size) for size in sizes * self._num_reserved]
+        buffers.clear()
 
     def note(self, settings: Iterable[RowSettings]) -> None:
         """Remember the slots of new rows of the state."""
@@ -73,8 +80,11 @@ class AdapterStore:
     def read(self, adapter_id: int) -> None:
         """Begin to read the numbers of a checked adapter."""
         read = self._files[adapter_id].read
-        self._host[adapter_id] = self._reader.submit(read, self._shard, self._platform.host_buffer)
-        self._reader.submit(self._reserve)
+        buffer: Buffer = pageable
+        if len(self._pinned) < self._num_reserved:
+            self._pinned.add(adapter_id)
+            buffer = self._platform.host_buffer
+        self._host[adapter_id] = self._reader.submit(read, self._shard, buffer)
 
     def is_read(self, adapter_id: int) -> bool:
         """Whether the numbers are in host memory. Raises AdapterError if they cannot be read."""
@@ -89,6 +99,7 @@ class AdapterStore:
     def drop(self, adapter_id: int) -> None:
         """Forget an adapter, and free its host memory. Slots keep what they have."""
         self._files.pop(adapter_id, None)
+        self._pinned.discard(adapter_id)
         found = self._host.pop(adapter_id, None)
         if found is not None:
             found.cancel()
@@ -106,6 +117,11 @@ class AdapterStore:
         self._host.clear()
         self._slots.clear()
         self._layers = ()
+
+
+def pageable(num_bytes: int) -> Tensor:
+    """Bytes on the host that are not pinned."""
+    return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def _stay_alone(reader: ThreadPoolExecutor) -> None:

@@ -15,8 +15,7 @@ from nanovllm.models.lora.slots import Target, shapes
 from nanovllm.models.model import Model
 
 ALIGNMENT = 64  # bytes between the beginnings of two matrices are a multiple of this
-# Pinning memory holds the device's driver, and steps wait for that: a millisecond for a block.
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 2 << 20  # torch rounds the size of pinned memory up to a power of two
 
 
 class Place(NamedTuple):
