@@ -1,16 +1,17 @@
 // Products in bf16 with packed weights by warpgroups (wgmma, sm_90a).
 //
-//   y = silu_mul(x · weightᵀ + bias) + residual
+//   y = silu_mul(x · weightᵀ + bias) + residual, and (x · weightᵀ + bias) · factor of experts
 //
 // A program multiplies 64 · GROUPS weight rows by NR rows of x, over a part of the depth. One warp
 // copies: codes and x come as chunks of 128 columns through the copy unit into a ring of STAGES; the
 // codes are on their way before the kernel that makes x has ended. Each of GROUPS warpgroups takes 64
 // weight rows: a code becomes a number in the registers of the thread that the matrix units want it
 // from, as the left operand. SPLIT programs of a cluster share the depth and add their sums in shared
-// memory, in their order.
+// memory, in their order. Of experts, whose pairs are sorted, a program has pairs of one.
 //
-// Constants, by -D: BITS (4 or 8), OFFSET, SCALE (0 fp32, 1 bf16, 2 fp16), SCALES (of a weight row in
-// a chunk: 1, 2 or 4), GROUPS, NR, STAGES, SPLIT, SILU, PDL.
+// Constants, by -D: BITS (4 or 8), E2M1 (numbers in e2m1), OFFSET, SCALE (0 fp32, 1 bf16, 2 fp16),
+// SCALES (of a weight row in a chunk: 1, 2 or 4), GROUPS, NR, STAGES, SPLIT, SILU, CLAMP (SILU is a
+// clamped SwiGLU), EXPERTS (x and, if OUT_BY_PLACE, the result are in the order of pairs), PDL.
 //
 // t thread of four | g group of four threads: the weight row in a tile of 8
 
@@ -20,17 +21,22 @@ struct __align__(64) Map { u64 words[16]; };  // CUtensorMap
 
 struct Args {
   Map x_map;             // [T, D] bf16 in boxes of NR rows and 64 columns
-  Map code_map;          // [O, D · BITS / 8] in boxes of the rows of a program and 128 columns
-  const u8* scale;       // [R, G]
-  const u8* offset;      // [O, G]
-  const u16* bias;       // [O]
+  Map code_map;          // [(E ·) O, D · BITS / 8] in boxes of the rows of a program and 128 columns
+  const u8* scale;       // [(E,) R, G]
+  const u8* offset;      // [(E,) O, G]
+  const u16* bias;       // [(E,) O]
   const u16* residual;   // [T, num_outs]
+  const int* pair;       // [P], sorted by expert: `moe_sort.Groups`
+  const int* start;      // [E + 1]
+  const float* factor;   // [P]
   u16* out;              // [T, num_outs]
   u32 num_rows, num_lines, depth;
   u32 group_shift;       // a scale is for 2^group_shift columns
   u32 rows_shift;        // and for 2^rows_shift weight rows
   u32 num_groups;
-  u32 tiles_of_x;        // programs that share codes
+  u32 tiles_of_x;        // programs that share codes; of experts, tiles of weight rows
+  u32 num_experts;
+  float alpha, limit;    // of CLAMP
 };
 
 #define CHUNK 128
@@ -58,7 +64,8 @@ __device__ __forceinline__ void multiply(float (&acc)[NUM_ACC], const u32 (&left
 #define N4 "%0, %1, %2, %3"
 #define N8 N4 ", %4, %5, %6, %7"
 #define N16 N8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define N32 N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define N24 N16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define N32 N24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define N40 N32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define N48 N40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define N56 N48 ", %48, %49, %50, %51, %52, %53, %54, %55"
@@ -74,6 +81,8 @@ __device__ __forceinline__ void multiply(float (&acc)[NUM_ACC], const u32 (&left
   PRODUCT("m64n16k16", N8, R4(0) COMMA R4(4), 8, 9, 10, 11, 12);
 #elif NR == 32
   PRODUCT("m64n32k16", N16, R16(0), 16, 17, 18, 19, 20);
+#elif NR == 48
+  PRODUCT("m64n48k16", N24, R16(0) COMMA R4(16) COMMA R4(20), 24, 25, 26, 27, 28);
 #elif NR == 64
   PRODUCT("m64n64k16", N32, R16(0) COMMA R16(16), 32, 33, 34, 35, 36);
 #elif NR == 80
@@ -117,10 +126,18 @@ __device__ __forceinline__ float4 load_part(u32 address, u32 s) {
   return r;
 }
 
+// What a program multiplies: rows of x from `first` on, by a weight.
+struct Part {
+  u32 first, num_rows;
+  u32 first_line;        // of its codes, where the weights of all experts are below each other
+  const u8 *scale, *offset;
+  const u16* bias;
+};
+
 struct Scales { float scale[SCALES][2], offset[SCALES][2]; };
 
-__device__ __forceinline__ void load_scales(Scales& s, const Args& a, const u32 (&line)[2],
-                                            u32 column) {
+__device__ __forceinline__ void load_scales(Scales& s, const Args& a, const Part& of,
+                                            const u32 (&line)[2], u32 column) {
 #pragma unroll
   for (int i = 0; i < SCALES; i++) {
     u32 at = column + i * (CHUNK / SCALES);
@@ -128,8 +145,8 @@ __device__ __forceinline__ void load_scales(Scales& s, const Args& a, const u32 
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const u32 idx = (line[h] >> a.rows_shift) * a.num_groups + (at >> a.group_shift);
-      s.scale[i][h] = load_scale(a.scale, idx);
-      s.offset[i][h] = OFFSET ? load_scale(a.offset, idx) : 0;
+      s.scale[i][h] = load_scale(of.scale, idx);
+      s.offset[i][h] = OFFSET ? load_scale(of.offset, idx) : 0;
     }
   }
 }
@@ -152,26 +169,43 @@ __device__ __forceinline__ Residual read_residual(const Args& a, const u32 (&lin
 }
 
 // The sums of a thread for 8 rows of x: {row g, row g + 8} × {2t, 2t + 1}.
-__device__ __forceinline__ void finish(const Args& a, const float4& sum, const Residual& residual,
-                                       const u32 (&line)[2], u32 token, u32 num_outs) {
+__device__ __forceinline__ void finish(const Args& a, const Part& of, const float4& sum,
+                                       const Residual& residual, const u32 (&line)[2], u32 token,
+                                       u32 num_outs) {
   const float values[2][2] = {{sum.x * 0x1p20f, sum.y * 0x1p20f},
                               {sum.z * 0x1p20f, sum.w * 0x1p20f}};
 #pragma unroll
   for (int j = 0; j < 2; j++) {
-    if (token + j >= a.num_rows) continue;
+    if (token + j >= of.num_rows) continue;
+    u32 row = token + j;
+#if EXPERTS
+    const u32 place = of.first + row, pair = a.pair[place];
+    const float factor = a.factor ? a.factor[pair] : 1;
+    row = OUT_BY_PLACE ? place : pair;
+#endif
 #pragma unroll
     for (int h = 0; h < (SILU ? 1 : 2); h++) {
       if (line[h] >= num_outs) continue;
       float y = values[h][j];
-      if (a.bias) y += of_bf16(a.bias[line[h]]);
+      if (a.bias) y += of_bf16(of.bias[line[h]]);
+#if EXPERTS
+      y *= factor;
+#endif
       y = rounded(y);
 #if SILU
       float up = values[1][j];
-      if (a.bias) up += of_bf16(a.bias[line[1]]);
+      if (a.bias) up += of_bf16(of.bias[line[1]]);
+#if CLAMP  // NaN stays
+      up = rounded(up);
+      y = y > a.limit ? a.limit : y;
+      up = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
+      y = (up + 1.0f) * y / (1.0f + __expf(-a.alpha * y));
+#else
       y = rounded(y / (1.0f + __expf(-y))) * rounded(up);
 #endif
+#endif
       if (a.residual) y = rounded(y) + of_bf16(residual.of[j][h]);
-      a.out[(u64)(token + j) * num_outs + line[h]] = to_bf16(y);
+      a.out[(u64)row * num_outs + line[h]] = to_bf16(y);
     }
   }
 }
@@ -187,14 +221,35 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
   u64* const barriers = reinterpret_cast<u64*>(shared + STAGES * STAGE_BYTES);
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
   const u32 part = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT;
-  const u32 x_tile = tile % a.tiles_of_x, line_tile = tile / a.tiles_of_x;
   const u32 num_outs = SILU ? a.num_lines / 2 : a.num_lines;
+#if EXPERTS
+  const u32 x_tile = 0, line_tile = tile % a.tiles_of_x, pairs_tile = tile / a.tiles_of_x;
+#else
+  const u32 x_tile = tile % a.tiles_of_x, line_tile = tile / a.tiles_of_x;
+#endif
   const u32 num_chunks = (a.depth + CHUNK - 1) / CHUNK, each = (num_chunks + SPLIT - 1) / SPLIT;
   const u32 first_chunk = part * each;
   const u32 num_steps =
       first_chunk >= num_chunks ? 0 : (num_chunks - first_chunk < each ? num_chunks - first_chunk : each);
 #if PDL
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+#if EXPERTS
+  // as in packed_linear.cu: the tiles of expert e begin at start[e] / NR + e
+  wait_for_earlier_kernels();
+  float num_begun = 0;
+  for (u32 e = threadIdx.x % 32; e < a.num_experts; e += 32)
+    num_begun += (u32)a.start[e] / NR + e <= pairs_tile;
+#pragma unroll
+  for (int i = 16; i; i /= 2) num_begun += __shfl_xor_sync(0xffffffff, num_begun, i);
+  const u32 expert = (u32)num_begun - 1, begin = a.start[expert], last = a.start[expert + 1];
+  const u32 first = begin + (pairs_tile - (begin / NR + expert)) * NR;
+  if (first >= last) return;
+  const u64 num_scales = (u64)(((a.num_lines - 1) >> a.rows_shift) + 1) * a.num_groups * SCALE_BYTES;
+  const Part of = {first, last - first, expert * a.num_lines, a.scale + expert * num_scales,
+                   a.offset + expert * num_scales, a.bias + (u64)expert * a.num_lines};
+#else
+  const Part of = {x_tile * NR, a.num_rows, 0, a.scale, a.offset, a.bias};
 #endif
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -228,20 +283,21 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                      "n"(STAGE_BYTES)
                      : "memory");
-        copy_box(&a.code_map, to, barrier, at, first_line);
+        copy_box(&a.code_map, to, barrier, at, of.first_line + first_line);
 #if SILU
-        copy_box(&a.code_map, to + CODE_BYTES / 2, barrier, at, num_outs + first_line);
+        copy_box(&a.code_map, to + CODE_BYTES / 2, barrier, at,
+                 of.first_line + num_outs + first_line);
 #endif
       };
       auto copy_x = [&](u32 step) {
         const u32 barrier = full + 8 * (step % STAGES);
         const u32 to = ring + step % STAGES * STAGE_BYTES, column = (first_chunk + step) * CHUNK;
-        copy_box(&a.x_map, to, barrier, column, x_tile * NR);
-        copy_box(&a.x_map, to + X_BYTES / 2, barrier, column + 64, x_tile * NR);
+        copy_box(&a.x_map, to, barrier, column, of.first);
+        copy_box(&a.x_map, to + X_BYTES / 2, barrier, column + 64, of.first);
       };
       const u32 ahead = num_steps < STAGES ? num_steps : STAGES;
       for (u32 step = 0; step < ahead; step++) copy_codes(step);
-      wait_for_earlier_kernels();
+      if (!EXPERTS) wait_for_earlier_kernels();
       for (u32 step = 0; step < ahead; step++) copy_x(step);
       for (u32 step = STAGES; step < num_steps; step++) {
         wait_for(empty + 8 * (step % STAGES), (step / STAGES - 1) & 1);
@@ -255,14 +311,14 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
     for (int h = 0; h < 2; h++)
       real_line[h] = line[h] < a.num_lines ? line[h] : a.num_lines - 1;
     Scales next;
-    load_scales(next, a, real_line, first_chunk * CHUNK);
-    wait_for_earlier_kernels();
+    load_scales(next, a, of, real_line, first_chunk * CHUNK);
+    if (!EXPERTS) wait_for_earlier_kernels();
     u32 left[2][2][4];
     hold(acc);
     for (u32 step = 0; step < num_steps; step++) {
       const u32 stage = step % STAGES;
       const Scales now = next;
-      load_scales(next, a, real_line, (first_chunk + step + 1) * CHUNK);
+      load_scales(next, a, of, real_line, (first_chunk + step + 1) * CHUNK);
       u32 low[SCALES][2], high[SCALES][2], less[SCALES][2];
 #pragma unroll
       for (int i = 0; i < SCALES; i++)
@@ -317,7 +373,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
 #pragma unroll
       for (int b = 0; b < 2; b++) {
         const int i = first + b;
-        finish(a, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]),
+        finish(a, of, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]),
                residual[b], line, x_tile * NR + 8 * i + 2 * t, num_outs);
       }
     }
@@ -362,7 +418,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
         const float4& one = parts[b][s];
         sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
       }
-      finish(a, sum, residual[b], lines[b], token[b], num_outs);
+      finish(a, of, sum, residual[b], lines[b], token[b], num_outs);
     }
   }
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

@@ -1,12 +1,14 @@
-"""Products in bf16 with packed weights by warpgroups, by packed_wgmma.cu: 9 to 256 rows on sm_90.
+"""Products in bf16 with packed weights by warpgroups, by packed_wgmma.cu: 9 to 256 rows on sm_90,
+and experts whose pairs are sorted.
 
-Shapes: T tokens | D depth | O weight rows
+Shapes: T tokens | D depth | O weight rows | P pairs of a token and an expert | E experts
 """
 
 from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,14 +18,15 @@ from nanovllm.kernels.cuda import nvrtc, packed_linear, tensor_map
 from nanovllm.kernels.cuda.nvrtc import Function, Launch
 from nanovllm.kernels.cuda.packed_linear import DEEP, LARGE, MEDIUM, ONE_GROUP, SCALES, aligned
 from nanovllm.kernels.triton.common import launch_options
-from nanovllm.kernels.triton.packed_codes import Codes
+from nanovllm.kernels.triton.packed_codes import E2M1, Codes
 
 MIN_ROWS, MAX_ROWS = 9, 256
 ROWS = (16, 32, 64, 80, 96, 112, 128)  # of x in a program
 CHUNK = 128  # columns
 MAX_SHARED_BYTES = 227 << 10
-# Args in packed_wgmma.cu: two maps, five pointers, seven sizes; aligned to 64 bytes
-_ARGUMENTS = struct.Struct(f"{2 * tensor_map.NUM_BYTES}s5P7I60x")
+PLAIN = {"SILU": 0, "CLAMP": 0, "EXPERTS": 0, "OUT_BY_PLACE": 0}
+# Args in packed_wgmma.cu: two maps, eight pointers, eight sizes, two numbers; aligned to 64 bytes
+_ARGUMENTS = struct.Struct(f"{2 * tensor_map.NUM_BYTES}s8P8I2f24x")
 
 
 class Tile(NamedTuple):
@@ -78,7 +81,7 @@ def tile_of(num_rows: int, codes: Codes, depth: int) -> Tile | None:
     if tile is None:
         return None
     split = min(tile.split, _power_below(-(-depth // CHUNK)))
-    most = _most_stages(rows_of_program(num_rows), tile.groups, codes.bits)
+    most = most_stages(rows_of_program(num_rows), tile.groups, codes.bits)
     return tile._replace(split=split, num_stages=min(tile.num_stages, most))
 
 
@@ -104,7 +107,7 @@ def _stage_bytes(rows: int, groups: int, bits: int) -> int:
     return 64 * groups * CHUNK * bits // 8 + rows * CHUNK * 2
 
 
-def _most_stages(rows: int, groups: int, bits: int) -> int:
+def most_stages(rows: int, groups: int, bits: int) -> int:
     return (MAX_SHARED_BYTES - 2048) // _stage_bytes(rows, groups, bits)
 
 
@@ -125,35 +128,34 @@ def packed_wgmma(
     lines = 64 * tile.groups // (2 if silu_mul else 1)  # of a box
     grid = (-(-num_outs // lines) * x_tiles * tile.split, 1, 1)
     how = Launch(
-        grid, 128 * tile.groups + 32, _shared_bytes(tile, rows, codes.bits),
+        grid, 128 * tile.groups + 32, shared_bytes(tile, rows, codes.bits),
         launch_options(x_TD.device)["PDL"],
     )  # fmt: skip
 
     def arguments() -> bytes:
         x_map = tensor_map.encode(x_TD, (rows, CHUNK // 2))
         code_map = tensor_map.encode(codes.code, (lines, CHUNK * codes.bits // 8))
-        tensors = codes.scale, codes.offset, bias_O, residual_TO, out_TO
-        group_shift = ONE_GROUP if codes.group >= depth else codes.group.bit_length() - 1
-        return _ARGUMENTS.pack(
-            x_map + code_map, *(0 if one is None else one.data_ptr() for one in tensors), num_rows,
-            codes.num_rows, depth, group_shift, codes.group_rows.bit_length() - 1,
-            codes.scale.shape[-1], x_tiles,
-        )  # fmt: skip
+        tensors = codes.scale, codes.offset, bias_O, residual_TO, None, None, None, out_TO
+        return arguments_of(x_map + code_map, tensors, codes, num_rows, depth, x_tiles)
 
-    nvrtc.launch(_function(x_TD, codes, tile, rows, silu_mul), how, arguments, x_TD.device)
+    function = function_of(x_TD, codes, tile, rows, SILU=silu_mul)
+    nvrtc.launch(function, how, arguments, x_TD.device)
     return out_TO
 
 
-def _shared_bytes(tile: Tile, rows: int, bits: int) -> int:
+def shared_bytes(tile: Tile, rows: int, bits: int) -> int:
     """The ring with its barriers, or the sums of a part of the depth; and up to 1,024 for the
     alignment."""
     ring = tile.num_stages * (_stage_bytes(rows, tile.groups, bits) + 16)
     return max(ring, 64 * tile.groups * rows * 4 if tile.split > 1 else 0) + 1024
 
 
-def _function(x: Tensor, codes: Codes, tile: Tile, rows: int, silu_mul: bool) -> Function:
+def function_of(x: Tensor, codes: Codes, tile: Tile, rows: int, **form: int) -> Function:
+    """The program for so many rows of x; `form` has those of the constants SILU, CLAMP, EXPERTS and
+    OUT_BY_PLACE of packed_wgmma.cu that are not 0."""
     values = {
         "BITS": codes.bits,
+        "E2M1": codes.form == E2M1.value,
         "OFFSET": codes.offset is not None,
         "SCALE": SCALES[codes.scale.dtype],
         "SCALES": 1 if codes.group >= x.shape[1] else max(1, CHUNK // codes.group),
@@ -161,7 +163,26 @@ def _function(x: Tensor, codes: Codes, tile: Tile, rows: int, silu_mul: bool) ->
         "NR": rows,
         "STAGES": tile.num_stages,
         "SPLIT": tile.split,
-        "SILU": silu_mul,
+        **PLAIN,
+        **form,
         "PDL": launch_options(x.device)["PDL"],
     }
     return Function("packed_wgmma", nvrtc.constants(values), is_specific=True)
+
+
+def arguments_of(
+    maps: bytes,
+    tensors: Sequence[Tensor | None],
+    codes: Codes,
+    num_rows: int,
+    depth: int,
+    num_tiles: int,
+    clamp: tuple[float, float] = (0.0, 0.0),
+) -> bytes:
+    """Args of packed_wgmma.cu; `tensors` are those behind its pointers."""
+    group_shift = ONE_GROUP if codes.group >= depth else codes.group.bit_length() - 1
+    return _ARGUMENTS.pack(
+        maps, *(0 if one is None else one.data_ptr() for one in tensors), num_rows, codes.num_rows,
+        depth, group_shift, codes.group_rows.bit_length() - 1, codes.scale.shape[-1], num_tiles,
+        len(codes.code), *clamp,
+    )  # fmt: skip

@@ -90,6 +90,50 @@ def sort_pairs(expert_TK: Tensor, num_experts: int, local_X: Tensor | None = Non
     return Groups(pair_P, start_E1, num_pairs / num_all)
 
 
+@triton.jit(do_not_specialize=["last"])
+def gather_kernel(
+    x_ptr,  # [T, D]
+    pair_ptr,  # [P] int32
+    start_ptr,  # [E + 1] int32
+    out_ptr,  # [P, D], written
+    last,
+    x_stride,
+    TOP_K: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_earlier_kernels(PDL)
+    place = tl.program_id(1).to(tl.int64)
+    if place >= tl.load(start_ptr + last):
+        return
+    d_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = (tl.load(pair_ptr + place) // TOP_K).to(tl.int64)
+    x_B = tl.load(x_ptr + token * x_stride + d_B, mask=d_B < DIM)
+    tl.store(out_ptr + place * DIM + d_B, x_B, mask=d_B < DIM)
+
+
+def gather(x_TD: Tensor, groups: Groups, top_k: int) -> Tensor:
+    """The tokens of sorted pairs in their order: [P, D]. The rest is undefined."""
+    num_pairs, dim = len(groups.pair_P), x_TD.shape[1]
+    out_PD = torch.empty((num_pairs, dim), dtype=x_TD.dtype, device=x_TD.device)
+    block = min(2048, triton.next_power_of_2(dim))
+    gather_kernel[(triton.cdiv(dim, block), num_pairs)](
+        x_TD,
+        groups.pair_P,
+        groups.start_E1,
+        out_PD,
+        len(groups.start_E1) - 1,
+        x_TD.stride(0),
+        TOP_K=top_k,
+        DIM=dim,
+        BLOCK=block,
+        num_warps=4,
+        **launch_options(x_TD.device),
+    )
+    return out_PD
+
+
 @triton.jit
 def combine_kernel(
     y_ptr,  # [P, D]

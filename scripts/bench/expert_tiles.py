@@ -26,13 +26,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.cuda import nvrtc, packed_linear
+from nanovllm.kernels.cuda import nvrtc, packed_linear, packed_wgmma, wgmma_groups
 from nanovllm.kernels.cuda.packed_groups import packed_groups
 from nanovllm.kernels.cuda.packed_linear import Tile
 from nanovllm.kernels.triton import packed_tiles
 from nanovllm.kernels.triton.common import NO_CLAMP, Clamp, shared_memory_bytes
 from nanovllm.kernels.triton.grouped_gemm import BY_PAIR, BY_PLACE, BY_TOKEN
-from nanovllm.kernels.triton.moe_sort import sort_pairs
+from nanovllm.kernels.triton.moe_sort import gather, sort_pairs
 from nanovllm.kernels.triton.packed_codes import Codes, of_packed
 from nanovllm.kernels.triton.packed_experts import packed_grouped, run_experts
 from nanovllm.tools import command_line
@@ -94,6 +94,17 @@ def random_layer(kind: str, sizes: Sizes) -> Layer:
     return Layer(make(2 * inner, hidden, (experts,)), make(hidden, inner, (experts,)), clamp)
 
 
+def depth_of(codes: Codes) -> int:
+    return codes.code.shape[-1] * 8 // codes.bits
+
+
+def all_tiles(pairs_each: float, codes: Codes) -> Iterator[Any]:
+    yield from tiles(pairs_each, codes)
+    yield from wgmma_tiles(
+        pairs_each, torch.empty(1, depth_of(codes), device=DEVICE, dtype=DTYPE), codes
+    )
+
+
 class Rows:
     """The inputs of so many rows, and the calls of both products: in Triton, or with a tile in CUDA
     C++."""
@@ -121,9 +132,15 @@ class Rows:
                 out_by=BY_PLACE.value, bias_EO=bias, silu_mul=True, alpha=alpha, limit=limit,
                 launch=launch,
             )  # fmt: skip
+        known = {"silu_mul": True, "bias_EO": bias, "clamp": (alpha, limit) if limit else None}
+        if isinstance(launch, wgmma_groups.Tile):
+            x_PD = gather(self.x, self.groups, self.sizes.top_k)
+            return wgmma_groups.wgmma_groups(
+                x_PD, codes, self.groups, launch, by_place=True, **known
+            )
         return packed_groups(
             self.x, codes, self.groups, tile=launch, x_shared_by=self.sizes.top_k, by_place=True,
-            silu_mul=True, bias_EO=bias, clamp=(alpha, limit) if limit else None,
+            **known,
         )  # fmt: skip
 
     def down(self, i: int, launch: Any) -> Tensor:
@@ -133,13 +150,24 @@ class Rows:
                 self.inner, codes, self.groups, self.sizes.top_k, self.weight, x_by=BY_PLACE.value,
                 out_by=BY_PAIR.value, bias_EO=bias, launch=launch,
             )  # fmt: skip
-        return packed_groups(
-            self.inner, codes, self.groups, tile=launch, factor_TK=self.weight, bias_EO=bias
-        )
+        known = {"factor_TK": self.weight, "bias_EO": bias}
+        if isinstance(launch, wgmma_groups.Tile):
+            return wgmma_groups.wgmma_groups(self.inner, codes, self.groups, launch, **known)
+        return packed_groups(self.inner, codes, self.groups, tile=launch, **known)
+
+
+def wgmma_tiles(pairs_each: float, x: Tensor, codes: Codes) -> Iterator[wgmma_groups.Tile]:
+    """Tiles of packed_wgmma.cu for so many pairs of an expert."""
+    if not wgmma_groups.takes(x, codes):
+        return
+    for rows in wgmma_groups.ROWS:
+        if rows / 4 <= pairs_each <= 2 * rows:
+            for sizes in ((1, 3), (1, 4), (1, 6), (2, 3), (2, 4), (2, 6), (3, 3), (3, 4)):
+                yield wgmma_groups.Tile(rows, *sizes)
 
 
 def tiles(pairs_each: float, codes: Codes) -> Iterator[tuple[int, Tile]]:
-    """Tiles in CUDA C++ for so many pairs of an expert."""
+    """Tiles of packed_linear.cu for so many pairs of an expert."""
     for most, sizes in TILES.items():
         if most / 8 <= max(1.0, pairs_each) * 2 and pairs_each <= 4 * most:
             for one in sizes:
@@ -148,17 +176,24 @@ def tiles(pairs_each: float, codes: Codes) -> Iterator[tuple[int, Tile]]:
 
 
 def compile_all(layer: Layer, sizes: Sizes, pairs_each: float) -> None:
-    def compile_one(job: tuple[Codes, bool, tuple[int, Tile]]) -> None:
-        codes, is_gate_up, (most, tile) = job
-        function = packed_linear.function_of(
-            torch.empty(1, 1, device=DEVICE), codes, tile, most // 8, SILU=is_gate_up,
-            CLAMP=is_gate_up and layer.clamp is not NO_CLAMP, PAIRS=3, X_BY_PLACE=not is_gate_up,
-            OUT_BY_PLACE=is_gate_up,
-        )  # fmt: skip
+    def compile_one(job: tuple[Codes, bool, Any]) -> None:
+        codes, is_gate_up, tile = job
+        x = torch.empty(1, depth_of(codes), device=DEVICE, dtype=DTYPE)
+        form = {
+            "SILU": is_gate_up,
+            "CLAMP": is_gate_up and layer.clamp is not NO_CLAMP,
+            "OUT_BY_PLACE": is_gate_up,
+        }
+        if isinstance(tile, wgmma_groups.Tile):
+            shape = packed_wgmma.Tile(tile.groups, 1, tile.num_stages)
+            function = packed_wgmma.function_of(x, codes, shape, tile.rows, EXPERTS=1, **form)
+        else:
+            form |= {"PAIRS": 3, "X_BY_PLACE": not is_gate_up}
+            function = packed_linear.function_of(x, codes, tile[1], tile[0] // 8, **form)
         nvrtc.compile_function(function, torch.cuda.get_device_capability())
 
     parts = (layer.gate_up, True), (layer.down, False)
-    jobs = [(*part, tile) for part in parts for tile in tiles(pairs_each, part[0])]
+    jobs = [(*part, tile) for part in parts for tile in all_tiles(pairs_each, part[0])]
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         list(threads.map(compile_one, jobs))
 
@@ -173,12 +208,13 @@ def bench(rows: Rows, name: str, bandwidth: float) -> dict[str, Any]:
     print(f"{name}: {all_us:.1f} µs, bytes {limit:.1f} ({limit / all_us:.0%})")
     pairs_each, shared = rows.groups.pairs_each, shared_memory_bytes(DEVICE)
     for part, run, codes in (("gate_up", rows.gate_up, layer[0]), ("down", rows.down, layer[1])):
-        depth = codes.code.shape[-1] * 8 // codes.bits
-        chosen = packed_tiles.grouped_tile(pairs_each, codes, depth, shared)
+        chosen = packed_tiles.grouped_tile(pairs_each, codes, depth_of(codes), shared)
         wanted = run(0, chosen).float()
         times = {f"triton {tuple(chosen)}": time_launches(run, [(i, chosen) for (i,) in calls])}
-        for tile in tiles(pairs_each, codes):
-            what = f"cuda {tile[0]} {tuple(tile[1])}"
+        for tile in all_tiles(pairs_each, codes):
+            what = f"linear {tile[0]} {tuple(tile[1])}"
+            if isinstance(tile, wgmma_groups.Tile):
+                what = f"wgmma {tuple(tile)}"
             try:
                 error = float((run(0, tile).float() - wanted).norm() / wanted.norm())
                 us = time_launches(run, [(i, tile) for (i,) in calls])

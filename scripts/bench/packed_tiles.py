@@ -64,8 +64,12 @@ def compile_all(models: list[str], kinds: list[str], rows: Sequence[int]) -> int
                     for wgmma_tile in wgmma_tiles(num_rows, case.codes[0], shape.depth):
                         rows_each = packed_wgmma.rows_of_program(num_rows)
                         functions.add(
-                            packed_wgmma._function(
-                                case.norm[None], case.codes[0], wgmma_tile, rows_each, shape.silu
+                            packed_wgmma.function_of(
+                                case.norm[None],
+                                case.codes[0],
+                                wgmma_tile,
+                                rows_each,
+                                SILU=shape.silu,
                             )
                         )
     capability = torch.cuda.get_device_capability()
@@ -115,11 +119,11 @@ def wgmma_tiles(num_rows: int, codes: Codes, depth: int) -> list[packed_wgmma.Ti
         return []
     rows, found = packed_wgmma.rows_of_program(num_rows), []
     for groups, split in itertools.product((1, 2, 3), (1, 2, 3, 4, 6, 8)):
-        most = packed_wgmma._most_stages(rows, groups, codes.bits)
+        most = packed_wgmma.most_stages(rows, groups, codes.bits)
         for num_stages in {min(most, 6), min(most, 6) // 2}:
             tile = packed_wgmma.Tile(groups, split, num_stages)
             programs = -(-codes.num_rows // (64 * groups)) * -(-num_rows // rows) * split
-            fits = packed_wgmma._shared_bytes(tile, rows, codes.bits) <= MAX_SHARED_BYTES
+            fits = packed_wgmma.shared_bytes(tile, rows, codes.bits) <= MAX_SHARED_BYTES
             if num_stages > 1 and fits and programs <= 300 and split * 256 <= depth:
                 found.append(tile)
     return found

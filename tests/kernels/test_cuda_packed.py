@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,8 @@ def check_clamped(top_k: int, num_tokens: int, sizes: tuple[int, int, int], devi
     assert error(y_TD, exact.sum(1) + residual_TD.double()) < LIMIT
 
 
-GROUPED_KINDS = [*KINDS[:1], *KINDS[-2:], ("e2m1", 32, torch.bfloat16)]
+E2M1 = "e2m1", 32, torch.bfloat16
+GROUPED_KINDS = [*KINDS[:1], *KINDS[-2:], E2M1]
 
 
 @pytest.mark.gpu
@@ -198,9 +199,9 @@ def test_groups_of_pairs_match_the_formula(
     kind: str, group: int, dtype: torch.dtype, most_pairs: int
 ) -> None:
     """An expert that all tokens chose, one that none did, and ranks with half of the experts."""
-    tile = most_pairs, Tile(1, 4, 2, 2)
+    multiply = grouped(most_pairs, Tile(1, 4, 2, 2))
     for num_tokens, is_local in ((2, False), (41, False), (41, True)):
-        check_groups((kind, group, dtype), num_tokens, (6, 128, 448), tile, "cuda", is_local)
+        check_groups((kind, group, dtype), num_tokens, (6, 128, 448), multiply, "cuda", is_local)
 
 
 @pytest.mark.usefixtures("on_host")
@@ -208,19 +209,28 @@ def test_groups_of_pairs_match_the_formula(
 def test_the_arithmetic_of_groups_is_right_on_a_cpu(kind: str, most_pairs: int) -> None:
     form = next(one for one in GROUPED_KINDS if one[0] == kind)
     hidden = 160 if kind == "e2m1" else 256  # a part of a chunk
-    check_groups(form, 9, (4, 128, hidden), (most_pairs, Tile(1, 2, 2)), "cpu", True)
+    multiply = grouped(most_pairs, Tile(1, 2, 2))
+    check_groups(form, 9, (4, 128, hidden), multiply, "cpu", True)
+
+
+def grouped(most_pairs: int, tile: Tile) -> Callable[..., Tensor]:
+    def multiply(x: Tensor, codes: Codes, groups: Groups, top_k: int, **how: Any) -> Tensor:
+        tiles = most_pairs, tile
+        return packed_groups(x, codes, groups, tile=tiles, x_shared_by=top_k or None, **how)
+
+    return multiply
 
 
 def check_groups(
     form: tuple[str, int, torch.dtype],
     num_tokens: int,
     sizes: tuple[int, int, int],
-    tile: tuple[int, Tile],
+    multiply: Callable[..., Tensor],
     device: str,
     is_local: bool,
 ) -> None:
     """Both products of clamped experts, 3 for each token: with `is_local` every second one is here,
-    in another order."""
+    in another order. `multiply` gets how many pairs share a row, or 0 for rows in their order."""
     (num_experts, size, hidden), top_k = sizes, 3
     kind, group, dtype = form
     shapes = (num_experts, 2 * size, hidden), (num_experts, hidden, size)
@@ -249,21 +259,20 @@ def check_groups(
     inner_bias, bias = (
         torch.randn(num_experts, n, device=device).to(DTYPE) for n in (2 * size, hidden)
     )
-    inner_PF = packed_groups(
-        x_TD, gate_up, groups, tile=tile, x_shared_by=top_k, by_place=True, silu_mul=True,
-        bias_EO=inner_bias, clamp=clamp,
-    )[: len(own_P)]  # fmt: skip
+    inner_PF = multiply(
+        x_TD, gate_up, groups, top_k, by_place=True, silu_mul=True, bias_EO=inner_bias, clamp=clamp
+    )[: len(own_P)]
     chosen_P = place_P[own_P]
     exact = torch.einsum(
         "pd,pod->po", x_TD[own_P // top_k].double(), real(gate_up, hidden)[chosen_P]
     )
     exact = exact + inner_bias[chosen_P].double()
     assert error(inner_PF, reference.norm_act.clamped_swiglu(exact, *clamp)) < LIMIT
-    y_PD = packed_groups(inner_PF, down, groups, tile=tile, factor_TK=weight_TK, bias_EO=bias)
+    y_PD = multiply(inner_PF, down, groups, 0, factor_TK=weight_TK, bias_EO=bias)
     exact = torch.einsum("pf,pof->po", inner_PF.double(), real(down, size)[chosen_P])
     exact = (exact + bias[chosen_P].double()) * weight_TK.double().flatten()[own_P].unsqueeze(1)
     assert error(y_PD[own_P], exact) < LIMIT
-    y_PD = packed_groups(inner_PF, down, groups, tile=tile, by_place=True)
+    y_PD = multiply(inner_PF, down, groups, 0, by_place=True)
     exact = torch.einsum("pf,pof->po", inner_PF.double(), real(down, size)[chosen_P])
     assert error(y_PD[: len(own_P)], exact) < LIMIT
 
