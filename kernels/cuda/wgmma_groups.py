@@ -28,6 +28,16 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+# By the mean number of pairs of an expert, the fastest of some for gpt-oss-20b in e2m1 and
+# Qwen3-30B-A3B in int4 on an H100 (docs/log.md). The tiles of most experts are not full.
+TILES = ((10, Tile(16, 1, 4)), (20, Tile(32, 1, 3)), (38, Tile(48, 2, 4)), (96, Tile(64, 2, 3)))
+LARGE = Tile(128, 3, 3)
+
+
+def tile_of(pairs_each: float) -> Tile:
+    return next((tile for most, tile in TILES if pairs_each <= most), LARGE)
+
+
 def takes(x_PD: Tensor, codes: Codes) -> bool:
     """True if the kernel can multiply pairs of the dtype of x with the experts: integers of 4 or 8
     bits or e2m1, and x in bf16."""
@@ -46,8 +56,8 @@ def wgmma_groups(
     x_PD: Tensor,
     codes: Codes,
     groups: Groups,
-    tile: Tile,
     *,
+    tile: Tile | None = None,
     by_place: bool = False,
     silu_mul: bool = False,
     factor_TK: Tensor | None = None,
@@ -55,11 +65,13 @@ def wgmma_groups(
     clamp: tuple[float, float] | None = None,
 ) -> Tensor:
     """(x · weightᵀ + bias) · factor of the expert of each pair [P, O]. Rows of x are in the order
-    of sorted pairs, and so are those of the result, if `by_place`. `takes` is true.
+    of sorted pairs, and so are those of the result, if `by_place`. `tile` overrides the sizes.
+    `takes` is true.
 
     With `clamp`, (alpha, limit), `silu_mul` is `reference.norm_act.clamped_swiglu`.
     """
     num_pairs, depth, num_experts = len(groups.pair_P), x_PD.shape[1], len(codes.code)
+    tile = tile or tile_of(groups.pairs_each)
     num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
     out_PO = torch.empty((num_pairs, num_outs), dtype=x_PD.dtype, device=x_PD.device)
     sizes, x_PD = packed_wgmma.Tile(tile.groups, 1, tile.num_stages), packed_linear.aligned(x_PD)

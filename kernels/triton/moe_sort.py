@@ -104,10 +104,10 @@ def gather_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_earlier_kernels(PDL)
-    place = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0).to(tl.int64)
     if place >= tl.load(start_ptr + last):
         return
-    d_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = (tl.load(pair_ptr + place) // TOP_K).to(tl.int64)
     x_B = tl.load(x_ptr + token * x_stride + d_B, mask=d_B < DIM)
     tl.store(out_ptr + place * DIM + d_B, x_B, mask=d_B < DIM)
@@ -118,7 +118,7 @@ def gather(x_TD: Tensor, groups: Groups, top_k: int) -> Tensor:
     num_pairs, dim = len(groups.pair_P), x_TD.shape[1]
     out_PD = torch.empty((num_pairs, dim), dtype=x_TD.dtype, device=x_TD.device)
     block = min(2048, triton.next_power_of_2(dim))
-    gather_kernel[(triton.cdiv(dim, block), num_pairs)](
+    gather_kernel[(num_pairs, triton.cdiv(dim, block))](
         x_TD,
         groups.pair_P,
         groups.start_E1,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanovllm.kernels import dequantized, ops, reference
 from nanovllm.kernels.cuda import packed_linear as cuda_packed
-from nanovllm.kernels.cuda import packed_stream
+from nanovllm.kernels.cuda import packed_stream, wgmma_groups
 from nanovllm.kernels.cuda.packed_groups import MOST_PAIRS, packed_groups
 from nanovllm.kernels.triton import packed_codes
 from nanovllm.kernels.triton.common import (
@@ -30,7 +30,7 @@ from nanovllm.kernels.triton.common import (
     wait_for_earlier_kernels,
 )
 from nanovllm.kernels.triton.grouped_gemm import BY_PAIR, BY_PLACE, BY_TOKEN, _group_of
-from nanovllm.kernels.triton.moe_sort import Groups, combine, sort_pairs
+from nanovllm.kernels.triton.moe_sort import Groups, combine, gather, sort_pairs
 from nanovllm.kernels.triton.packed_codes import Codes
 from nanovllm.kernels.triton.packed_gemm import columns_of, lines_of, packed_sums, results_of
 from nanovllm.kernels.triton.packed_gemv import packed_gemv
@@ -187,6 +187,38 @@ def packed_grouped(
     return out_PO
 
 
+def grouped_product(
+    x_PD: Tensor,
+    codes: Codes,
+    groups: Groups,
+    top_k: int,
+    *,
+    x_by: int = BY_TOKEN.value,
+    by_place: bool = False,
+    silu_mul: bool = False,
+    factor_TK: Tensor | None = None,
+    bias_EO: Tensor | None = None,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+) -> Tensor:
+    """`packed_grouped` by the kernel that is the fastest for so many pairs of an expert. The result
+    is in the order of sorted pairs, if `by_place`, else in that of pairs."""
+    known: dict[str, Any] = {"silu_mul": silu_mul, "factor_TK": factor_TK, "bias_EO": bias_EO}
+    if limit >= 0 and cuda_packed.takes(x_PD, codes):
+        known |= {"by_place": by_place, "clamp": (alpha, limit) if limit else None}
+        shared_by = {BY_TOKEN.value: top_k, BY_PAIR.value: 1, BY_PLACE.value: None}[x_by]
+        if groups.pairs_each <= MOST_PAIRS:
+            return packed_groups(x_PD, codes, groups, x_shared_by=shared_by, **known)
+        if wgmma_groups.takes(x_PD, codes):
+            x_PD = x_PD if shared_by is None else gather(x_PD, groups, shared_by)
+            return wgmma_groups.wgmma_groups(x_PD, codes, groups, **known)
+    out_by = BY_PLACE.value if by_place else BY_PAIR.value
+    return packed_grouped(
+        x_PD, codes, groups, top_k, factor_TK, x_by=x_by, out_by=out_by, silu_mul=silu_mul,
+        bias_EO=bias_EO, alpha=alpha, limit=limit,
+    )  # fmt: skip
+
+
 def _expert_linear(x: Tensor, expert_TK: Tensor, codes: Codes) -> Tensor | None:
     """[T, K, O], or None if the kernels cannot take these."""
     x_PD = x.flatten(0, -2)
@@ -201,17 +233,9 @@ def _expert_linear(x: Tensor, expert_TK: Tensor, codes: Codes) -> Tensor | None:
             y_PO = packed_gemv(x_PD, codes, expert_TK=expert_TK, x_shared_by=shared_by)
     else:
         groups = sort_pairs(expert_TK, codes.code.shape[0])
-        if _in_cuda(x_PD, codes, groups):
-            y_PO = packed_groups(x_PD, codes, groups, x_shared_by=shared_by)
-            return y_PO.view(*expert_TK.shape, -1)
         x_by = BY_TOKEN.value if x.dim() == 2 else BY_PAIR.value
-        y_PO = packed_grouped(x_PD, codes, groups, top_k, x_by=x_by, out_by=BY_PAIR.value)
+        y_PO = grouped_product(x_PD, codes, groups, top_k, x_by=x_by)
     return y_PO.view(*expert_TK.shape, -1)
-
-
-def _in_cuda(x_PD: Tensor, codes: Codes, groups: Groups) -> bool:
-    """True if packed_linear.cu multiplies sorted pairs."""
-    return groups.pairs_each <= MOST_PAIRS and cuda_packed.takes(x_PD, codes)
 
 
 def _streams(x_TD: Tensor, gate_up: Codes, down: Codes, top_k: int) -> bool:
@@ -333,20 +357,12 @@ def run_experts(
             adds_pairs=True,
         )
     groups = sort_pairs(expert_TK, num_here, local_X)
-    if limit >= 0 and all(_in_cuda(x_TD, one, groups) for one in (gate_up, down)):
-        inner_PF = packed_groups(
-            x_TD, gate_up, groups, x_shared_by=top_k, by_place=True, silu_mul=True,
-            bias_EO=gate_up_bias_EG, clamp=(alpha, limit) if limit else None,
-        )  # fmt: skip
-        y_PD = packed_groups(inner_PF, down, groups, factor_TK=weight_TK, bias_EO=down_bias_ED)
-        return combine(y_PD, expert_TK, residual_TD, local_X)
-    by_token, by_pair, by_place = BY_TOKEN.value, BY_PAIR.value, BY_PLACE.value
-    inner_PF = packed_grouped(
-        x_TD, gate_up, groups, top_k, x_by=by_token, out_by=by_place, bias_EO=gate_up_bias_EG,
-        silu_mul=True, alpha=alpha, limit=limit,
+    inner_PF = grouped_product(
+        x_TD, gate_up, groups, top_k, by_place=True, silu_mul=True, bias_EO=gate_up_bias_EG,
+        alpha=alpha, limit=limit,
     )  # fmt: skip
-    y_PD = packed_grouped(
-        inner_PF, down, groups, top_k, weight_TK, x_by=by_place, out_by=by_pair,
+    y_PD = grouped_product(
+        inner_PF, down, groups, top_k, x_by=BY_PLACE.value, factor_TK=weight_TK,
         bias_EO=down_bias_ED,
     )  # fmt: skip
     return combine(y_PD, expert_TK, residual_TD, local_X)

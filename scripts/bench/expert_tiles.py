@@ -136,7 +136,7 @@ class Rows:
         if isinstance(launch, wgmma_groups.Tile):
             x_PD = gather(self.x, self.groups, self.sizes.top_k)
             return wgmma_groups.wgmma_groups(
-                x_PD, codes, self.groups, launch, by_place=True, **known
+                x_PD, codes, self.groups, tile=launch, by_place=True, **known
             )
         return packed_groups(
             self.x, codes, self.groups, tile=launch, x_shared_by=self.sizes.top_k, by_place=True,
@@ -152,7 +152,7 @@ class Rows:
             )  # fmt: skip
         known = {"factor_TK": self.weight, "bias_EO": bias}
         if isinstance(launch, wgmma_groups.Tile):
-            return wgmma_groups.wgmma_groups(self.inner, codes, self.groups, launch, **known)
+            return wgmma_groups.wgmma_groups(self.inner, codes, self.groups, tile=launch, **known)
         return packed_groups(self.inner, codes, self.groups, tile=launch, **known)
 
 
@@ -161,7 +161,7 @@ def wgmma_tiles(pairs_each: float, x: Tensor, codes: Codes) -> Iterator[wgmma_gr
     if not wgmma_groups.takes(x, codes):
         return
     for rows in wgmma_groups.ROWS:
-        if rows / 4 <= pairs_each <= 2 * rows:
+        if rows / 4 <= pairs_each <= 2 * rows or rows == wgmma_groups.ROWS[-1] < pairs_each:
             for sizes in ((1, 3), (1, 4), (1, 6), (2, 3), (2, 4), (2, 6), (3, 3), (3, 4)):
                 yield wgmma_groups.Tile(rows, *sizes)
 
@@ -212,9 +212,10 @@ def bench(rows: Rows, name: str, bandwidth: float) -> dict[str, Any]:
         wanted = run(0, chosen).float()
         times = {f"triton {tuple(chosen)}": time_launches(run, [(i, chosen) for (i,) in calls])}
         for tile in all_tiles(pairs_each, codes):
-            what = f"linear {tile[0]} {tuple(tile[1])}"
             if isinstance(tile, wgmma_groups.Tile):
                 what = f"wgmma {tuple(tile)}"
+            else:
+                what = f"linear {tile[0]} {tuple(tile[1])}"
             try:
                 error = float((run(0, tile).float() - wanted).norm() / wanted.norm())
                 us = time_launches(run, [(i, tile) for (i,) in calls])

@@ -276,6 +276,8 @@ _PACKED_GROUPS = {
     ),
     "packed_gemv_kernel": f"else {_PACKED_FEW}",
     "sort_pairs_kernel": "more pairs",
+    "packed_wgmma.cu": "else sorted pairs: bf16 on sm_90, with codes that are integers or e2m1",
+    "gather_kernel": "the rows of tokens before it, in the order of their sorted pairs",
     "packed_grouped_kernel": "else more pairs",
 }
 for _name in ("packed_linear", "fp8_linear", "fused_packed_linear", "fused_fp8_linear"):
@@ -323,6 +325,10 @@ def all_ops() -> list[str]:
     return list(dict.fromkeys(name for one in found if (name := ops.op_name(one)) is not None))
 
 
+# Modules that launch the kernel of another one's source.
+SOURCES = {"packed_groups": "packed_linear", "wgmma_groups": "packed_wgmma"}
+
+
 def launched(kernel: Callable[..., Any]) -> dict[str, str]:
     """{kernel: its module} of the kernels that a registered function can launch: those of Triton,
     and files in CUDA C++."""
@@ -335,7 +341,8 @@ def launched(kernel: Callable[..., Any]) -> dict[str, str]:
                 if function.__name__.endswith("_kernel"):
                     found[function.__name__] = function.__module__
             elif _is_of_cuda(value):
-                found[f"{value.__module__.rpartition('.')[2]}.cu"] = value.__module__
+                own = value.__module__.rpartition(".")[2]
+                found.setdefault(f"{SOURCES.get(own, own)}.cu", value.__module__)
             elif isinstance(value, types.FunctionType) and value not in seen:
                 seen.add(value)
                 waiting.append(value)

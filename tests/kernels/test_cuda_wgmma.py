@@ -97,7 +97,7 @@ def test_groups_of_pairs_match_the_formula(form: tuple[str, int, torch.dtype], r
         x_PD = gather(x, groups, top_k) if top_k else x
         assert wgmma_groups.takes(x_PD, codes)
         tile = wgmma_groups.Tile(rows, 1 + rows % 3, 3)
-        return wgmma_groups.wgmma_groups(x_PD, codes, groups, tile, **how)
+        return wgmma_groups.wgmma_groups(x_PD, codes, groups, tile=tile, **how)
 
     for num_tokens, is_local in ((2, False), (90, False), (90, True)):
         check_groups(form, num_tokens, (6, 128, 448), multiply, "cuda", is_local)

@@ -124,6 +124,17 @@ def test_sorted_pairs(num_tokens: int, num_experts: int) -> None:
     assert groups.start_E1.tolist() == [0, *counts.cumsum(0).tolist()]
 
 
+@pytest.mark.parametrize("is_local", [False, True])
+def test_tokens_of_sorted_pairs(is_local: bool) -> None:
+    """Behind the pairs of experts that are here nothing is written."""
+    expert_TK = torch.randint(6, (37, 2), dtype=torch.int32, device=device)
+    local_X = torch.tensor([-1, 0, 1, -1, 2, -1], dtype=torch.int32, device=device)
+    groups = moe_sort.sort_pairs(expert_TK, 3 if is_local else 6, local_X if is_local else None)
+    x_TD = torch.randn(37, 75, device=device)[:, 2:-1]
+    pairs = groups.pair_P[: groups.start_E1[-1]].long()
+    assert torch.equal(moe_sort.gather(x_TD, groups, 2)[: len(pairs)], x_TD[pairs // 2])
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 2), (60, 4), (128, 8), (7, 7)])
