@@ -141,7 +141,8 @@ class ServerConfig:
     special_tokens_as_text: encode special tokens in the contents of users and tools, and in names,
         as plain text, so that a request cannot forge turns. If off, they are special tokens.
     drain_timeout: the seconds that running requests get to finish after SIGTERM.
-    api_processes: the number of processes that serve HTTP.
+    api_processes: the number of processes that serve HTTP. None: one for each replica
+        (`data_parallel_size`), or a single one with `allowed_lora_path`.
     access_log: log every request: its id, status, tokens and times. Requests for /health, /ready,
         /metrics and the page are logged only if they fail.
     log_prompts: include prompts in the access log.
@@ -192,7 +193,7 @@ class ServerConfig:
     reasoning_parser: str = "auto"
     special_tokens_as_text: bool = True
     drain_timeout: float = 30.0
-    api_processes: int = 1
+    api_processes: int | None = None
     access_log: bool = True
     log_prompts: bool = False
     uvicorn_log_level: str = "error"
@@ -226,13 +227,19 @@ class ServerConfig:
         check_fields(self, ALLOWED, secrets=("api_key",))
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("ssl_certfile and ssl_keyfile must be given together")
-        if self.allowed_lora_path is not None and self.api_processes > 1:
+        if self.allowed_lora_path is not None and (self.api_processes or 1) > 1:
             raise ValueError(
                 f"allowed_lora_path does not go with api_processes={self.api_processes}: the other "
                 "processes would not know what one has loaded"
             )
         if len(self.adapter_paths) < len(self.lora_modules):
             raise ValueError("lora_modules has two adapters of one name")
+
+    def num_api_processes(self, num_replicas: int) -> int:
+        """The number of processes that serve HTTP in front of so many replicas."""
+        if self.api_processes is not None:
+            return self.api_processes
+        return 1 if self.allowed_lora_path is not None else num_replicas
 
     @property
     def adapter_paths(self) -> dict[str, str]:

@@ -29,15 +29,16 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     server.check_engine(engine)
     if server.otlp_traces_endpoint is not None:
         traces.check_installed()
+    num_processes = server.num_api_processes(engine.data_parallel_size)
     with bind(server) as listener:
         service = supervisor.ServerProcesses(
             config=engine,
             target=TARGET,
             listener=listener,
             options={"server": to_options(server), "cache_secret": secrets.token_hex()},
-            num_api_processes=server.api_processes,
+            num_api_processes=num_processes,
             drain_timeout=server.drain_timeout,
             max_queued=server.max_queue_len,
-            shared_bytes=server.api_processes * Latencies.SIZE_BYTES,
+            shared_bytes=num_processes * Latencies.SIZE_BYTES,
         )
         return supervisor.Supervisor(service).run()

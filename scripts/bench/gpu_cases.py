@@ -40,7 +40,7 @@ def tests(seconds: float, *words: str, num_gpus: int = 1) -> Case:
 
 def served(seconds: float, *words: str, num_gpus: int = 1) -> Case:
     """`nanovllm serve` under a load without a rate."""
-    load = ("--shape", "Qwen3-0.6B", "--cases", "rate-inf", "--requests", "2000")
+    load = ("--shape", "Qwen3-0.6B", "--cases", "rate-inf", "--requests", "10000")
     return script(seconds, "server", *load, "--output", PLACE, *words, num_gpus=num_gpus)
 
 

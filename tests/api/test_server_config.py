@@ -95,3 +95,9 @@ def test_an_address_that_cannot_be_opened_is_named(host: str) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"host '{host}', port {port}: [A-Z]"):
             bind(ServerConfig(host=host, port=port))
+
+
+def test_each_replica_has_an_api_process_unless_their_number_is_given(tmp_path: Path) -> None:
+    assert ServerConfig().num_api_processes(3) == 3
+    assert ServerConfig(api_processes=2).num_api_processes(3) == 2
+    assert ServerConfig(allowed_lora_path=tmp_path).num_api_processes(3) == 1
