@@ -22,7 +22,6 @@ from nanovllm.kernels.cuda.packed_linear import (
 from nanovllm.kernels.triton.moe_sort import Groups
 from nanovllm.kernels.triton.packed_codes import Codes
 
-
 MOST_PAIRS = 4  # the mean number of pairs of an expert: other kernels are faster with more
 FEW_CHUNKS = 8
 

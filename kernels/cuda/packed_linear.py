@@ -199,8 +199,8 @@ def aligned(x_TD: Tensor) -> Tensor:
 
 
 def function_of(x: Tensor, codes: Codes, tile: Tile, row_tiles: int, **form: int) -> Function:
-    """The program for rows of x in so many tiles of 8; `form` has those of the constants SILU, NORM,
-    CLAMP, PAIRS, TOP_K, X_BY_PLACE and OUT_BY_PLACE of packed_linear.cu that are not PLAIN."""
+    """The program for rows of x in so many tiles of 8; `form` has those of the constants in PLAIN
+    that are not as there."""
     values = {
         "BITS": codes.bits,
         "FP8": codes.is_fp8,

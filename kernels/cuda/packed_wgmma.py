@@ -151,8 +151,8 @@ def shared_bytes(tile: Tile, rows: int, bits: int) -> int:
 
 
 def function_of(x: Tensor, codes: Codes, tile: Tile, rows: int, **form: int) -> Function:
-    """The program for so many rows of x; `form` has those of the constants SILU, CLAMP, EXPERTS and
-    OUT_BY_PLACE of packed_wgmma.cu that are not 0."""
+    """The program for so many rows of x; `form` has those of the constants in PLAIN that are not as
+    there."""
     values = {
         "BITS": codes.bits,
         "E2M1": codes.form == E2M1.value,
