@@ -34,7 +34,8 @@ from nanovllm.kernels.triton.common import NO_CLAMP, Clamp, shared_memory_bytes
 from nanovllm.kernels.triton.grouped_gemm import BY_PAIR, BY_PLACE, BY_TOKEN
 from nanovllm.kernels.triton.moe_sort import gather, sort_pairs
 from nanovllm.kernels.triton.packed_codes import Codes, of_packed
-from nanovllm.kernels.triton.packed_experts import packed_grouped, run_experts
+from nanovllm.kernels.triton.packed_experts import run_experts
+from nanovllm.kernels.triton.packed_grouped import packed_grouped
 from nanovllm.tools import command_line
 from nanovllm.tools.device_limits import measure_limits
 from nanovllm.tools.shapes import CONFIGS

@@ -121,16 +121,16 @@ def dequantized(name: str, kind: Kind, num_outs: int, depth: int) -> Launch:
 
 def experts(name: str, kind: Kind, shared_bytes: int) -> Launch:
     """gate and up of Qwen3-30B-A3B for groups of one pair."""
-    from nanovllm.kernels.triton import grouped_gemm, packed_experts, packed_tiles
+    from nanovllm.kernels.triton import grouped_gemm, packed_grouped, packed_tiles
 
     codes = weight(kind, 1536, 2048, 128)
     tile = packed_tiles.grouped_tile(1.0, codes, 2048, shared_bytes)
-    constants = packed_experts.grouped_constants(768, 2048, codes, True, tile, 8) | {
+    constants = packed_grouped.grouped_constants(768, 2048, codes, True, tile, 8) | {
         "X_BY": grouped_gemm.BY_TOKEN.value, "OUT_BY": grouped_gemm.BY_PLACE.value,
         "HAS_FACTOR": False, "UPCAST": False, "HAS_BIAS": False, "ALPHA": 0.0, "LIMIT": 0.0,
         "bias_ptr": None,
     }  # fmt: skip
-    kernel, types = packed_experts.packed_grouped_kernel, types_of(kind, False)
+    kernel, types = packed_grouped.packed_grouped_kernel, types_of(kind, False)
     return f"packed {name} group", kernel, constants, tile.num_warps, tile.num_stages, types
 
 
@@ -140,15 +140,15 @@ CLAMP: dict[str, Any] = {"HAS_BIAS": True, "ALPHA": 1.702, "LIMIT": 7.0}
 
 def clamped_experts(name: str, kind: Kind, shared_bytes: int, pairs_each: float) -> Launch:
     """gate and up of gpt-oss-20b for groups of so many pairs."""
-    from nanovllm.kernels.triton import grouped_gemm, packed_experts, packed_tiles
+    from nanovllm.kernels.triton import grouped_gemm, packed_grouped, packed_tiles
 
     codes = weight(kind, 2 * SIZE, SIZE, NUM_EXPERTS)
     tile = packed_tiles.grouped_tile(pairs_each, codes, SIZE, shared_bytes)
-    constants = packed_experts.grouped_constants(SIZE, SIZE, codes, True, tile, TOP_K) | {
+    constants = packed_grouped.grouped_constants(SIZE, SIZE, codes, True, tile, TOP_K) | {
         "X_BY": grouped_gemm.BY_TOKEN.value, "OUT_BY": grouped_gemm.BY_PLACE.value,
         "HAS_FACTOR": False, "UPCAST": False, **CLAMP,
     }  # fmt: skip
-    kernel, types = packed_experts.packed_grouped_kernel, types_of(kind, False)
+    kernel, types = packed_grouped.packed_grouped_kernel, types_of(kind, False)
     label = f"packed {name} group of {pairs_each:g} clamped"
     return label, kernel, constants, tile.num_warps, tile.num_stages, types
 
