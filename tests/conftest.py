@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ os.environ.setdefault("NANOVLLM_EXACT_INPUTS", "1")
 # Processes that tests start use one thread, like `one_thread` here. On a busy machine a tiny model
 # takes ten times the processor time with two, since OpenMP's threads spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Containers often set this. Each worker would then rewrite the assertions of all tests, half of the
+# time of a collection, and each process that a test starts would compile this package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Shells start background jobs with SIGINT ignored; Python keeps that, and children inherit it.
 # Tests interrupt themselves and the processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
