@@ -8,7 +8,7 @@ SOURCES := setup.py constraints.txt
 NPU := $(VENV)/npu
 NPU_SOURCES := $(addprefix tests/npu/,requirements.txt cann_stub/build.py cann_stub/runtime.c)
 
-.PHONY: run serve check test test-npu lint checked-tests browser clean
+.PHONY: run serve check test test-npu lint checked-tests cpu-kernels browser clean
 
 run: $(VENV)/.installed
 	$(BIN)/python example.py $(ARGS)
@@ -26,9 +26,14 @@ check: $(VENV)/.installed-test
 checked-tests: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q $(XDIST) $$(cat tests/check.txt) $(ARGS)
 
-test: $(VENV)/.installed-test lint
+test: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory --jobs=2 lint cpu-kernels
 	$(BIN)/python -m pytest $(XDIST) $(ARGS)
 	@problem="$$($(BIN)/python tests/npu/run.py --problem)"; if [ -z "$$problem" ]; then $(MAKE) test-npu; else echo "$$problem"; fi
+
+# once, before each worker builds its own
+cpu-kernels: $(VENV)/.installed-test
+	$(BIN)/python -m tests.kernels.cpu_libraries
 
 # torch_npu without an NPU: the real package over libraries with the names of CANN's (tests/npu/run.py)
 test-npu: $(NPU)/.installed

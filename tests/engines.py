@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams, env, platforms
+from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.kernels import ops
-from nanovllm.kernels.cpu import build, experts, ggml, library, packed, step
 from nanovllm.platforms import preload
 from nanovllm.schedule.outputs import FinishedOutput
 from tests.conftest import save_tiny
+from tests.kernels.cpu_libraries import build_all
 
 VOCAB_SIZE = 512
 NUM_TOKENS = 12  # length of answers, unless a test sets another
@@ -102,15 +102,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cpu_kernels() -> Path:
-    """The folder of the built CPU kernels: building them takes half a minute of a processor."""
-    folder = env.read().store_folder(None) / "cpp"
-    before = build._LibraryState.settings
-    build.configure(folder, env.read().cxx, may_compile=True)
-    for load in (library.load, step._load, experts._load, packed._load, ggml._load):
-        # not what this process has loaded, perhaps from a store of one test
-        load.__wrapped__()
-    build._LibraryState.settings = before
-    return folder
+    """The folder of the built CPU kernels: building them takes a minute of a processor."""
+    return build_all()
 
 
 @pytest.fixture(scope="session")
