@@ -29,7 +29,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,14 @@ def accept_lengths(counts: list[int], num: int) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Log how long a part took."""
+    start = time.monotonic()
+    yield
+    logger.info("%s: %.1f s", what, time.monotonic() - start)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train and save a head; returns its accept lengths on held-out prompts."""
     torch.manual_seed(args.seed)
@@ -153,10 +162,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     options = {"device": args.device, "dtype": args.dtype, "max_model_len": args.max_model_len,
                "max_num_seqs": args.batch}  # fmt: skip
-    texts, others = answered(args, options)
+    with timed("answers"):
+        texts, others = answered(args, options)
     by_depth = read_layers if args.method == "eagle3" else block_layers
     layers = tuple(args.layers or by_depth(collect.num_layers(args.model, options)))
-    examples, target = collect.examples(args.model, texts, layers, options)
+    with timed("hidden states"):
+        examples, target = collect.examples(args.model, texts, layers, options)
     examples.sort(key=lambda one: len(one.text.token_T))  # little padding
     device = (
         args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,9 +175,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True  # its engines multiply in their own dtypes
     make = trained_head if args.method == "eagle3" else trained_block
-    drafts = make(examples, target, layers, args, device)
+    with timed("training"):
+        drafts = make(examples, target, layers, args, device)
     num = args.num_speculative_tokens
-    counts = collect.accepted(args.model, drafts, others, num, options)
+    with timed("accept lengths"):
+        counts = collect.accepted(args.model, drafts, others, num, options)
     found = accept_lengths([one for some in counts.values() for one in some], num)
     if len(counts) > 1:
         found["kinds"] = {kind: accept_lengths(some, num) for kind, some in counts.items()}

@@ -20,6 +20,7 @@ from nanovllm.engine.engine import Engine
 from nanovllm.kernels.reference.sample import NO_TOKEN
 from nanovllm.models import formats
 from nanovllm.models.config import ModelConfig
+from nanovllm.progress import bar
 from nanovllm.runner.proposer import DeviceProposer, Fed
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.runner.state import DeviceState
@@ -138,7 +139,7 @@ def examples(
     reader, found = engine(model, Draft(collector), 1, plan), []
     try:
         params, steps = reader.runner.params, reader.runner.steps
-        for text in texts:
+        for text in bar(texts, desc="hidden states", unit="text"):
             collector.seen.clear()
             run(reader, [(text.token_T, SamplingParams(temperature=0, max_tokens=1))])
             *states, last_TD = (torch.cat(parts) for parts in zip(*collector.seen))
