@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from nanovllm.kernels import reference
 from nanovllm.kernels.cuda import nvrtc, packed_wgmma, wgmma_groups
 from nanovllm.kernels.cuda.packed_wgmma import MAX_ROWS, ROWS, TILES, Tile
+from nanovllm.kernels.triton import packed_experts
 from nanovllm.kernels.triton.dry_run import function_of
 from nanovllm.kernels.triton.moe_sort import Groups, gather
 from nanovllm.kernels.triton.packed_codes import Codes
@@ -101,6 +103,27 @@ def test_groups_of_pairs_match_the_formula(form: tuple[str, int, torch.dtype], r
 
     for num_tokens, is_local in ((2, False), (90, False), (90, True)):
         check_groups(form, num_tokens, (6, 128, 448), multiply, "cuda", is_local)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [2, 9, 40, 700])
+@pytest.mark.parametrize("form", [INTEGERS[0], E2M1, KINDS[-2]], ids=str)
+def test_products_of_experts_by_any_kernel(
+    form: tuple[str, int, torch.dtype], num_tokens: int
+) -> None:
+    """One token's pairs share its row, or each has a row of its own; few pairs of an expert, and so
+    many that a program has 128."""
+    kind, group, dtype = form
+    num_experts, depth = 12, 512
+    make = random_e2m1 if kind == "e2m1" else partial(random_codes, kind, group, dtype)
+    codes = make((num_experts, 192, depth), "cuda")
+    logits = torch.randn(num_tokens, num_experts, device="cuda")
+    expert_TK = reference.experts.topk_softmax(logits, 4, True)[1]
+    matrices = real(codes, depth)[expert_TK.long()]
+    for x in torch.randn(num_tokens, 5, depth, device="cuda").to(DTYPE).split((1, 4), 1):
+        found = packed_experts._expert_linear(x.squeeze(1), expert_TK, codes)
+        exact = torch.einsum("tkd,tkod->tko", x.double().expand(-1, 4, -1), matrices)
+        assert found is not None and error(found, exact) < LIMIT
 
 
 def test_sizes_fit_the_product() -> None:
