@@ -43,20 +43,21 @@ class HostAdapter(NamedTuple):
 
 
 def layout(model: Model, known: Sequence[Target], num_ranks: int) -> tuple[list[Place], list[int]]:
-    """The places of a rank's matrices in blocks of memory, and the bytes of each block: those of a
-    matrix, if it is larger than BLOCK_BYTES. `known` are the model's targets."""
+    """The places of a rank's matrices in blocks of memory, and the bytes of each block:
+    BLOCK_BYTES, or the power of two that a larger matrix needs. `known` are the model's targets."""
     assert model.lora is not None
     dtype, rank = model.config.dtype, model.lora.max_rank
-    unit, whole = ALIGNMENT // dtype.itemsize, BLOCK_BYTES // dtype.itemsize
+    unit = ALIGNMENT // dtype.itemsize
     places: list[Place] = []
     sizes: list[int] = []
-    end = whole
+    end = whole = 0  # numbers of the last block
     for target in known:
         for shape in shapes(target, rank, num_ranks):
             size = -(-math.prod(shape) // unit) * unit
             if end + size > whole:
-                sizes.append(max(size, whole) * dtype.itemsize)
-                end = 0
+                num_bytes = max(size * dtype.itemsize, BLOCK_BYTES)
+                sizes.append(1 << (num_bytes - 1).bit_length())
+                end, whole = 0, sizes[-1] // dtype.itemsize
             places.append(Place(len(sizes) - 1, end, shape))
             end += size
     return places, sizes
