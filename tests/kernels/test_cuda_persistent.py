@@ -69,7 +69,7 @@ def test_a_lost_result_ends_the_step_and_is_named(tmp_path: Path) -> None:
     """Later steps do nothing until the failure is cleared."""
     one = case((9,), Shape(layers=1))
     # a busy machine may let a result that is not lost wait for many polls, too
-    step = without_a_task(one, 2, max_polls=40000)
+    step = without_a_task(one, 2, max_polls=20000)
     run_on_host(step, one, tmp_path)
     message = "'product down of layer 0 .*' for inner of layer 0"
     with pytest.raises(steps.Stuck, match=message):
