@@ -266,7 +266,7 @@ def test_products_of_quantized_weights_are_found_by_a_dry_run(dry_runs: dict[str
     found = dry_runs["mixtral:int4"]
     assert isinstance(found, dict), found
     assert found["problems"] == [None, None, None]
-    assert {"packed_linear.cu", "packed_grouped_kernel"} <= set(found["names"])
+    assert {"packed_linear.cu", "packed_wgmma.cu", "gather_kernel"} <= set(found["names"])
     assert found["in_cuda"] == found["requests"] - found["compiled"] > 3
 
 
