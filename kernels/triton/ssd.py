@@ -206,8 +206,8 @@ def ssd_tokens_kernel(
 
 
 def _aligned(xbc_TC: Tensor) -> Tensor:
-    """The same numbers at addresses that Triton knows to be aligned. It copies other rows without
-    stages, and then the results on sm_90 are wrong from a row's second chunk on (triton 3.6)."""
+    """The same numbers in rows at aligned addresses. For other rows Triton 3.6 makes a loop without
+    stages, and on sm_90 its results are wrong from a row's second chunk on."""
     offset = xbc_TC.storage_offset() * xbc_TC.element_size()
     if xbc_TC.stride(0) % ALIGNMENT == 0 == offset % ALIGNMENT:
         return xbc_TC

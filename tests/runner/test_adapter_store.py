@@ -28,11 +28,11 @@ def test_no_more_is_pinned_than_was_reserved(
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     monkeypatch.setattr(runner.platform, "host_buffer", host_buffer)
-    given: tuple[Any, ...] = runner.model, runner.params, runner.platform, ALL
+    parts: tuple[Any, ...] = runner.model, runner.params, runner.platform, ALL
     folders = [save_adapter(tmp_path / str(i), checkpoint) for i in range(3)]
     for most_bytes, num in ((adapter_store.MAX_RESERVED_BYTES, 2), (1, 1)):
         monkeypatch.setattr(adapter_store, "MAX_RESERVED_BYTES", most_bytes)
-        store = AdapterStore(*given)
+        store = AdapterStore(*parts)
         num_blocks = len(pinned) // num  # of one adapter
         pinned.clear()
         for number, folder in enumerate(folders, 1):
