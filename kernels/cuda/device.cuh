@@ -16,14 +16,17 @@ __device__ __forceinline__ u32 word_of(const Four& v, int w) {
 }
 
 __device__ __forceinline__ float of_bf16(u32 bits) { return __uint_as_float(bits << 16); }
+__device__ __forceinline__ float low_of(u32 word) { return __uint_as_float(word << 16); }
+__device__ __forceinline__ float high_of(u32 word) { return __uint_as_float(word & 0xffff0000); }
 
-__device__ __forceinline__ u32 to_bf16(float v) {
-  u16 r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
+__device__ __forceinline__ u32 to_bf16_pair(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
 
-__device__ __forceinline__ float rounded(float v) { return of_bf16(to_bf16(v)); }
+__device__ __forceinline__ u32 to_bf16(float v) { return to_bf16_pair(v, 0.0f); }
+__device__ __forceinline__ float rounded(float v) { return __uint_as_float(to_bf16_pair(0.0f, v)); }
 
 __device__ __forceinline__ void multiply(float (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
                                          u32 b1) {
@@ -69,8 +72,8 @@ __device__ __forceinline__ void copy(u32 to, const u8* from, u32 num_bytes, u32 
 }
 
 struct Ring {
-  u32 at = 0, parity = 0;
+  u32 at = 0, parity = 0, turn = 0;
   __device__ __forceinline__ void advance(u32 size) {
-    if (++at == size) at = 0, parity ^= 1;
+    if (++at == size) at = 0, parity ^= 1, turn++;
   }
 };

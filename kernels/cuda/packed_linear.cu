@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
       const float low = of_bf16(words[j] & 0xffff) * factor * of_bf16(weights[j] & 0xffff);
       const float high = __uint_as_float(words[j] & 0xffff0000) * factor *
                          __uint_as_float(weights[j] & 0xffff0000);
-      found[j] = to_bf16(low) | to_bf16(high) << 16;
+      found[j] = to_bf16_pair(low, high);
     }
     *reinterpret_cast<Four*>(normed + i) = Four{found[0], found[1], found[2], found[3]};
   }

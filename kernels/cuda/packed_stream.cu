@@ -307,8 +307,6 @@ __device__ __forceinline__ void store_piece(const X& to, const float (&v)[8], u3
   }
 }
 
-__device__ __forceinline__ float low_of(u32 word) { return of_bf16(word & 0xffff); }
-__device__ __forceinline__ float high_of(u32 word) { return __uint_as_float(word & 0xffff0000); }
 
 // Stores a row of x, times the norm's weight.
 __device__ __forceinline__ void store_row(const X& to, const Four (&x)[MINE],

@@ -13,8 +13,9 @@
 // A thread polls at most `max_polls` times in a step. Then it writes to `status` which task waited for
 // what, and goes on without waiting, so that the kernel ends.
 //
-// Constants, by -D: ROWS, HIDDEN, HEADS, KV_HEADS, SPLITS (parts of a row's keys), NUM_TASKS (of a
-// program), MAX_DEPTH (of products), STAGES, WARPS, CLOCKS (times of tasks are kept).
+// Constants, by -D: ROWS, HIDDEN, FFN, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF,
+// OUT_HALF, DOWN_HALF and HEAD_HALF (their tiles are halves), NUM_TASKS (of a program), STAGES,
+// IN_FLIGHT (that memory is asked for at a time), WARPS, CLOCKS (times of tasks are kept).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 
@@ -44,7 +45,7 @@ struct Args {
   const int* seq_len;     // [R]
   u32* steps;             // [grid], those that ended
   u32* status;            // [8]
-  u64* clocks;            // [grid, NUM_TASKS, 3]
+  u64* clocks;            // [grid, NUM_TASKS, TIMES]
   u64 block_stride, slot_stride, head_stride;  // of keys and values, in numbers
   u32 table_stride, block_size, num_phases, max_polls;
   float eps, scale;       // scale: of scores, times log2(e)
@@ -61,6 +62,14 @@ struct Args {
 #define ADD 8      // adds a residual
 #define LOGITS 16  // results go to `logits`
 
+// times of a task: its inputs have arrived, are in shared memory, are computed with
+#define START 0
+#define ARRIVED 1
+#define READY 2
+#define COMPUTED 3
+#define FINISHED 4
+#define TIMES 5
+
 #define WORKERS (32 * WARPS)
 #define GROUP (HEADS / KV_HEADS)
 #define HEAD 128
@@ -68,43 +77,62 @@ struct Args {
 #define WIDE 512                                // columns of a stage with 16 rows
 #define STAGE_BYTES (16 * (WIDE * 2 + 64))      // rows g and g + 1 are in different banks
 #define TOKENS 32                               // keys and values of so many tokens are a stage
-#define X_PITCH(depth) ((depth) * 2 + 64)
-#define NORM_PIECES (HIDDEN / 4 / WORKERS)      // of 4 numbers, of a thread
-#define BATCH (ROWS == 1 ? 4 : ROWS == 2 ? 6 : 12)  // pieces that a thread waits for at once
-#define NORM_BATCH (ROWS * NORM_PIECES < 16 ? ROWS * NORM_PIECES : 16)
+#define MAX_CHUNK (ROWS > 4 ? 2048 : 4096)      // columns of x that are in registers
 #define PART_WORDS 132                          // of a part of a head's result
 #define MIN_PART 32                             // keys in a part
 #define NO_SCORE -1e30f
-#define LANES (GROUP > 2 ? 16 : 8)              // threads that share a key
-#define EACH (HEAD / LANES)                     // numbers of a thread
-#define GROUPS (WORKERS / LANES)                // of LANES threads
 
+#define POLLS 256                               // of a thread, before it looks for a failure
 #define AT_ONCE 4                               // tiles whose sums are added at the same time
 #define COLUMN_PAIRS ((ROWS + 1) / 2)
 #define SUMS_OF_TILE (8 * COLUMN_PAIRS * WARPS)
 
-// floats for the sums of two times AT_ONCE tiles, or for the states of all warps
-#define SUM_FLOATS (2 * AT_ONCE * SUMS_OF_TILE * 4)
-#define STATE_FLOATS (WARPS * GROUP * (HEAD + 2))
-#define SCRATCH_FLOATS (SUM_FLOATS > STATE_FLOATS ? SUM_FLOATS : STATE_FLOATS)
+// shared memory: the ring | tasks | barriers of stages that are full, and empty | tokens of rows, and a
+// failure | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] | the step's own key and value [2, HEAD]
+// | scores [2, GROUP, TOKENS] | sums of tiles | x, of each warp its columns
+#define AT_TASKS (STAGES * STAGE_BYTES)
+#define AT_FULL (AT_TASKS + NUM_TASKS * 80)
+#define AT_EMPTY (AT_FULL + 8 * STAGES)
+#define AT_LENS (AT_EMPTY + 8 * STAGES)
+#define AT_SQUARES (AT_LENS + 48)
+#define AT_QUERIES (AT_SQUARES + 8 * WARPS * 4)
+#define AT_OWN (AT_QUERIES + GROUP * HEAD * 4)
+#define AT_SCORES (AT_OWN + HEAD * 4)
+#define AT_SUMS (AT_SCORES + 2 * GROUP * TOKENS * 4)
+#define AT_X (AT_SUMS + 2 * AT_ONCE * SUMS_OF_TILE * 16)
+
+template <class T>
+__device__ __forceinline__ T* shared(u32 at) {
+  extern __shared__ __align__(16) u8 memory[];
+  return reinterpret_cast<T*>(memory + at);
+}
+
+__device__ __forceinline__ u32 full_barrier(u32 stage) {
+  return shared_address(shared<u8>(AT_FULL)) + 8 * stage;
+}
+__device__ __forceinline__ u32 empty_barrier(u32 stage) {
+  return shared_address(shared<u8>(AT_EMPTY)) + 8 * stage;
+}
 
 #include "persistent_words.cuh"
 
-// A row's parts: the keys of each, and their number.
+// The parts of a row's earlier keys: the keys of each, and the number of parts, at least one.
 __device__ __forceinline__ u32 part_len(u32 len) {
-  const u32 each = (len + SPLITS - 1) / SPLITS;
+  const u32 each = (len - 1 + SPLITS - 1) / SPLITS;
   return each > MIN_PART ? each : MIN_PART;
 }
-__device__ __forceinline__ u32 num_parts(u32 len) { return (len + part_len(len) - 1) / part_len(len); }
+__device__ __forceinline__ u32 num_parts(u32 len) {
+  return len < 2 ? 1 : (len - 1 + part_len(len) - 1) / part_len(len);
+}
 
 struct Unit { u32 row, head, part, from, to; bool is_last, is_real; };
 
 // A unit of attention: keys from .. to − 1 of a row, for the queries of a key-value head. The last
 // part ends with the step's own token.
-__device__ __forceinline__ Unit unit_of(u32 unit, const int* seq_len) {
+__device__ __forceinline__ Unit unit_of(u32 unit) {
   Unit u;
   u.row = unit / (KV_HEADS * SPLITS), u.head = unit / SPLITS % KV_HEADS, u.part = unit % SPLITS;
-  const u32 len = seq_len[u.row], each = part_len(len);
+  const u32 len = shared<int>(AT_LENS)[u.row], each = part_len(len);
   u.is_real = u.part < num_parts(len), u.is_last = u.part + 1 == num_parts(len);
   u.from = u.part * each, u.to = u.is_last ? len - 1 : u.from + each;
   return u;
@@ -112,30 +140,45 @@ __device__ __forceinline__ Unit unit_of(u32 unit, const int* seq_len) {
 
 // the copying warp -------------------------------------------------------------------------------
 
-__device__ __forceinline__ void copy_weights(const Task& t, u32 ring, u32 full, u32 empty, Ring& stage,
-                                             u32 lane) {
-  const u32 rows = t.flags & HALF ? 8 : 16, wide = t.flags & HALF ? 2 * WIDE : WIDE;
-  const u32 upper = t.flags & SILU ? t.num_outs : 8;
-  for (u32 tile = t.first; tile < t.first + t.count; tile++) {
-    const u32 row = (t.flags & (SILU | HALF) ? tile * 8 : tile * 16) + lane % 8 + (lane < 8 ? 0 : upper);
-    const u8* const from = t.first_input + (u64)row * t.depth * 2;
-    for (u32 column = 0; column < t.depth; column += wide) {
-      const u32 num_bytes = (t.depth - column < wide ? t.depth - column : wide) * 2;
-      wait_for(empty + 8 * stage.at, stage.parity);
-      if (lane == 0) expect(full + 8 * stage.at, num_bytes * rows);
-      __syncwarp();
-      if (lane < rows)
-        copy(ring + stage.at * STAGE_BYTES + lane * (wide * 2 + 64), from + column * 2, num_bytes,
-             full + 8 * stage.at);
-      stage.advance(STAGES);
-    }
-  }
+// Waits for a place in the ring, and until no more than IN_FLIGHT - 1 stages are on their way.
+__device__ __forceinline__ void await_place(const Ring& stage) {
+  wait_for(empty_barrier(stage.at), stage.parity);
+  const bool is_back = stage.at < IN_FLIGHT;  // the stage before is of the turn before
+  const u32 before = stage.at + (is_back ? STAGES : 0) - IN_FLIGHT;
+  // a turn's parity is that of `empty`, inverted
+  if (stage.turn > 0 || !is_back) wait_for(full_barrier(before), stage.parity ^ 1 ^ is_back);
 }
 
-__device__ __forceinline__ void copy_keys(const Args& a, const Task& t, u32 ring, u32 full, u32 empty,
-                                          Ring& stage, u32 lane, const int* seq_len) {
+__device__ __forceinline__ void copy_weights(const Task& t, Ring& stage, u32 lane) {
+  const u32 ring = shared_address(shared<u8>(0));
+  const u32 rows = t.flags & HALF ? 8 : 16, wide = t.flags & HALF ? 2 * WIDE : WIDE;
+  const u32 upper = t.flags & SILU ? t.num_outs : 8;
+  const u32 chunk = t.depth < MAX_CHUNK ? t.depth : MAX_CHUNK, end = t.first + t.count;
+  // the order in which `product` needs them
+  for (u32 first = t.first; first < end; first += AT_ONCE)
+    for (u32 from_column = 0; from_column < t.depth; from_column += chunk)
+      for (u32 tile = first; tile < end && tile < first + AT_ONCE; tile++) {
+        const u32 row =
+            (t.flags & (SILU | HALF) ? tile * 8 : tile * 16) + lane % 8 + (lane < 8 ? 0 : upper);
+        const u8* const from = t.first_input + (u64)row * t.depth * 2;
+        const u32 to_column = t.depth < from_column + chunk ? t.depth : from_column + chunk;
+        for (u32 column = from_column; column < to_column; column += wide) {
+          const u32 num_bytes = (to_column - column < wide ? to_column - column : wide) * 2;
+          await_place(stage);
+          if (lane == 0) expect(full_barrier(stage.at), num_bytes * rows);
+          __syncwarp();
+          if (lane < rows)
+            copy(ring + stage.at * STAGE_BYTES + lane * (wide * 2 + 64), from + column * 2, num_bytes,
+                 full_barrier(stage.at));
+          stage.advance(STAGES);
+        }
+      }
+}
+
+__device__ __forceinline__ void copy_keys(const Args& a, const Task& t, Ring& stage, u32 lane) {
+  const u32 ring = shared_address(shared<u8>(0));
   for (u32 unit = t.first; unit < t.first + t.count; unit++) {
-    const Unit u = unit_of(unit, seq_len);
+    const Unit u = unit_of(unit);
     if (!u.is_real) continue;
     for (u32 token = u.from; token < u.to; token += TOKENS) {
       const u32 num = u.to - token < TOKENS ? u.to - token : TOKENS;
@@ -145,13 +188,13 @@ __device__ __forceinline__ void copy_keys(const Args& a, const Task& t, u32 ring
         const u64 block = a.table[(u64)u.row * a.table_stride + key / a.block_size];
         at = block * a.block_stride + key % a.block_size * a.slot_stride + u.head * a.head_stride;
       }
-      wait_for(empty + 8 * stage.at, stage.parity);
-      if (lane == 0) expect(full + 8 * stage.at, num * HEAD * 4);
+      await_place(stage);
+      if (lane == 0) expect(full_barrier(stage.at), num * HEAD * 4);
       __syncwarp();
       const u32 to = ring + stage.at * STAGE_BYTES + lane * HEAD * 2;
       if (lane < num) {
-        copy(to, t.first_input + at * 2, HEAD * 2, full + 8 * stage.at);
-        copy(to + TOKENS * HEAD * 2, t.second_input + at * 2, HEAD * 2, full + 8 * stage.at);
+        copy(to, t.first_input + at * 2, HEAD * 2, full_barrier(stage.at));
+        copy(to + TOKENS * HEAD * 2, t.second_input + at * 2, HEAD * 2, full_barrier(stage.at));
       }
       stage.advance(STAGES);
     }
@@ -169,57 +212,72 @@ __device__ __forceinline__ void embed(Worker& w) {
     store_word(w.a.words + t.out_at + i, reinterpret_cast<const u32*>(w.a.h)[i], w.base + t.out_phase);
 }
 
-extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) persistent(const __grid_constant__ Args a) {
-  extern __shared__ u8 unaligned[];
-  u8* const shared = unaligned + (-shared_address(unaligned) & 127u);
-  // the ring | tasks | barriers | lengths | squares | queries | own key and value | scratch | x
-  Task* const tasks = reinterpret_cast<Task*>(shared + STAGES * STAGE_BYTES);
-  u8* const barriers = reinterpret_cast<u8*>(tasks + NUM_TASKS);
-  int* const seq_len = reinterpret_cast<int*>(barriers + 16 * STAGES);
-  float* const squares = reinterpret_cast<float*>(seq_len + 12);
-  float* const queries = squares + 8 * WARPS;
-  u16* const own = reinterpret_cast<u16*>(queries + GROUP * HEAD);
-  float* const scratch = queries + (GROUP + 1) * HEAD;
-  u8* const x = reinterpret_cast<u8*>(scratch + SCRATCH_FLOATS);
-  const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) init_barrier(full + 8 * i, 1), init_barrier(empty + 8 * i, WARPS);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    seq_len[8] = load_status(a.status);
-  }
-  if (threadIdx.x < ROWS) seq_len[threadIdx.x] = a.seq_len[threadIdx.x];
-  const Four* const from = reinterpret_cast<const Four*>(a.tasks + (u64)blockIdx.x * NUM_TASKS);
-  for (u32 i = threadIdx.x; i < NUM_TASKS * sizeof(Task) / 16; i += WORKERS + 32)
-    reinterpret_cast<Four*>(tasks)[i] = from[i];
-  const u32 step = a.steps[blockIdx.x] + 1;
-  __syncthreads();
-  if (seq_len[8]) return;  // an earlier step failed
-  if (warp == WARPS) {
-    Ring stage;
-    stage.parity = 1;  // a first pass finds every place empty
-    for (u32 i = 0; i < NUM_TASKS && tasks[i].kind != END; i++)
-      if (tasks[i].kind == PRODUCT)
-        copy_weights(tasks[i], shared_address(shared), full, empty, stage, lane);
-      else if (tasks[i].kind == ATTEND)
-        copy_keys(a, tasks[i], shared_address(shared), full, empty, stage, lane, seq_len);
-    return;
-  }
-  Worker w = {a,       tasks, 0,      step * a.num_phases, a.max_polls, x,  scratch, squares,
-              queries, own,   shared, full,                empty,       seq_len, {},  0,
-              warp,    lane};
+__device__ __forceinline__ void multiply_by_weight(Worker& w) {
+  const u32 flags = w.task->flags;
+  if (flags & SILU)
+    product<HIDDEN, NORM | SILU>(w);
+  else if (flags & LOGITS)
+    product<HIDDEN, NORM | LOGITS | (HEAD_HALF ? HALF : 0)>(w);
+  else if (flags & NORM)
+    product<HIDDEN, NORM | (QKV_HALF ? HALF : 0)>(w);
+  else if (w.task->depth == HEADS * HEAD)  // or both have this depth
+    product<HEADS * HEAD, ADD | (OUT_HALF ? HALF : 0)>(w);
+  else
+    product<FFN, ADD | (DOWN_HALF ? HALF : 0)>(w);
+}
+
+__device__ __forceinline__ void copy_tasks(const Args& a, const Task* tasks, u32 lane) {
+  Ring stage;
+  stage.parity = 1;  // a first pass finds every place empty
+  for (u32 i = 0; i < NUM_TASKS && tasks[i].kind != END; i++)
+    if (tasks[i].kind == PRODUCT)
+      copy_weights(tasks[i], stage, lane);
+    else if (tasks[i].kind == ATTEND)
+      copy_keys(a, tasks[i], stage, lane);
+}
+
+__device__ __forceinline__ void run_tasks(const Args& a, const Task* tasks, u32 step) {
+  Worker w = {a, tasks, 0, step * a.num_phases, a.max_polls, {}, 0, (int)threadIdx.x / 32,
+              (int)threadIdx.x % 32};
   for (; w.task_idx < NUM_TASKS && w.task->kind != END; w.task_idx++, w.task++) {
-    note(w, 0);
+    // what a task needs of these is made in the task: kept for all tasks, it would fill registers
+    asm volatile("" : "+r"(w.warp), "+r"(w.lane));
+    note(w, START);
     if (w.task->kind == PRODUCT)
-      product(w);
+      multiply_by_weight(w);
     else if (w.task->kind == ATTEND)
       attend(w);
     else if (w.task->kind == MERGE)
       merge(w);
     else
       embed(w);
-    note(w, 2);
+    note(w, FINISHED);
   }
   if (threadIdx.x == 0) a.steps[blockIdx.x] = step;
+}
+
+// Four warps share a number of registers: those of the copying warp have few, so the others have more.
+extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const __grid_constant__ Args a) {
+  Task* const tasks = shared<Task>(AT_TASKS);
+  int* const lens = shared<int>(AT_LENS);
+  if (threadIdx.x == 0) {
+    for (u32 i = 0; i < STAGES; i++) init_barrier(full_barrier(i), 1), init_barrier(empty_barrier(i), WARPS);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    lens[8] = load_status(a.status);
+  }
+  if (threadIdx.x < ROWS) lens[threadIdx.x] = a.seq_len[threadIdx.x];
+  const Four* const from = reinterpret_cast<const Four*>(a.tasks + (u64)blockIdx.x * NUM_TASKS);
+  for (u32 i = threadIdx.x; i < NUM_TASKS * sizeof(Task) / 16; i += WORKERS)
+    if (threadIdx.x < WORKERS) reinterpret_cast<Four*>(tasks)[i] = from[i];
+  const u32 step = a.steps[blockIdx.x] + 1;
+  __syncthreads();
+  if (lens[8]) return;  // an earlier step failed
+  if (threadIdx.x >= WORKERS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x < WORKERS + 32) copy_tasks(a, tasks, threadIdx.x - WORKERS);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    run_tasks(a, tasks, step);
+  }
 }

@@ -19,9 +19,14 @@ KINDS = "end", "embed", "product", "attend", "merge"
 SILU, HALF, NORM, ADD, LOGITS = 1, 2, 4, 8, 16
 HEAD, WARPS, WIDE, TOKENS, PART_WORDS, MIN_PART, AT_ONCE = 128, 8, 512, 32, 132, 32, 4
 MAX_GROUP = 4  # query heads that share a key
+MAYBE_HALF = "qkv", "out", "down", "head"  # products by their weights
+TIMES = "start", "arrived", "ready", "computed", "finished"  # of a task
 STAGE_BYTES = 16 * (WIDE * 2 + 64)
 MAX_SHARED_BYTES = 227 << 10
 MIN_STAGES = 4
+# Stages of a program that memory is asked for at a time. More make the results of tasks wait behind
+# them, up to 7 us with a full ring.
+IN_FLIGHT = 3
 MAX_POLLS = 4 << 20  # of a thread in a step, seconds
 _TASK = struct.Struct("4Q12I")
 # Args in persistent.cu
@@ -59,16 +64,17 @@ class Task(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a program is compiled for. `num_tasks` are those of a program, `max_depth` of a product;
-    `splits` parts of a row's keys."""
+    """What a program is compiled for. `num_tasks` are those of a program, `splits` the most parts
+    of a row's keys. `halves` names the products whose tiles are halves."""
 
     num_rows: int
     hidden: int
+    ffn: int
     num_heads: int
     num_kv_heads: int
     splits: int
+    halves: frozenset[str]
     num_tasks: int
-    max_depth: int
     num_warps: int = WARPS
     has_clocks: bool = False
 
@@ -78,10 +84,11 @@ class Sizes(NamedTuple):
         barriers are in `stage_bytes`."""
         group = self.num_heads // self.num_kv_heads
         sums = 2 * AT_ONCE * 8 * ((self.num_rows + 1) // 2) * self.num_warps * 4
-        scratch = (
-            8 * self.num_warps + (group + 1) * HEAD + max(sums, self.num_warps * group * (HEAD + 2))
-        )
-        x = self.num_rows * (2 * self.max_depth + 64)
+        scratch = 8 * self.num_warps + (group + 1) * HEAD + 2 * group * TOKENS + sums
+        depth = max(self.hidden, self.num_heads * HEAD, self.ffn)
+        chunk = min(depth, 2048 if self.num_rows > 4 else 4096)  # as MAX_CHUNK there
+        # a row of a warp is some pieces of 32 columns, and one more place
+        x = self.num_rows * self.num_warps * 64 * (-(-chunk // 1024) * 4 + 1)
         return 128 + self.num_tasks * _TASK.size + 48 + scratch * 4 + x
 
     @property
@@ -95,20 +102,21 @@ class Sizes(NamedTuple):
     @property
     def function(self) -> Function:
         values = {
-            "ROWS": self.num_rows, "HIDDEN": self.hidden, "HEADS": self.num_heads,
+            "ROWS": self.num_rows, "HIDDEN": self.hidden, "FFN": self.ffn, "HEADS": self.num_heads,
             "KV_HEADS": self.num_kv_heads, "SPLITS": self.splits, "NUM_TASKS": self.num_tasks,
-            "MAX_DEPTH": self.max_depth, "STAGES": self.num_stages, "WARPS": self.num_warps,
-            "CLOCKS": self.has_clocks,
+            **{f"{name.upper()}_HALF": name in self.halves for name in MAYBE_HALF},
+            "STAGES": self.num_stages, "WARPS": self.num_warps,
+            "IN_FLIGHT": min(IN_FLIGHT, self.num_stages), "CLOCKS": self.has_clocks,
         }  # fmt: skip
-        return Function("persistent", nvrtc.constants(values))
+        return Function("persistent", nvrtc.constants(values), is_specific=True)
 
 
 class Buffers(NamedTuple):
     """The memory of a step: what tasks exchange, and what they tell.
 
     tasks uint8 [grid · NUM_TASKS · 80] | words int64 | steps int32 [grid], those that ended
-    status int32 [8] | clocks int64 [grid · NUM_TASKS · 3], cycles of each multiprocessor: a task's
-    start, the time at which its inputs were there (0: it has none), and its end
+    status int32 [8] | clocks int64 [grid · NUM_TASKS · 5], cycles of each multiprocessor: a task's
+    TIMES, as thread 0 has them (0: there is none)
     """
 
     tasks: Tensor
@@ -124,7 +132,7 @@ class Buffers(NamedTuple):
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        num_clocks = num_programs * sizes.num_tasks * 3 if sizes.has_clocks else 0
+        num_clocks = num_programs * sizes.num_tasks * len(TIMES) if sizes.has_clocks else 0
         return cls(
             torch.frombuffer(bytearray(tasks), dtype=torch.uint8).to(device),
             zeros(num_words),
@@ -184,7 +192,7 @@ def load(sizes: Sizes, device: torch.device) -> None:
 def launch(sizes: Sizes, buffers: Buffers, inputs: Inputs, numbers: Numbers) -> None:
     """Run a step: its logits are in `inputs.logits_RV`. It can be captured."""
     how = Launch(
-        (len(buffers.steps), 1, 1), 32 * sizes.num_warps + 32, sizes.shared_bytes,
+        (len(buffers.steps), 1, 1), 32 * sizes.num_warps + 128, sizes.shared_bytes,
         overlaps=False, all_run=True,
     )  # fmt: skip
     device = inputs.h_RD.device

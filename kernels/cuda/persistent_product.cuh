@@ -1,218 +1,262 @@
 // Products of persistent.cu: a program's tiles of a weight, for all rows of x.
+//
+// Warp w has the columns 32 w .. 32 w + 31 of each 256, a piece. It waits only for its own columns of x
+// and keeps them in registers, as the matrix units read them: thread t of group g has eight columns of
+// a piece, of row g. The sums over all columns meet once, behind the tiles; a norm's factor is a factor
+// of these sums.
 
-// Waits for x, normed if NORM, and puts it into shared memory.
-__device__ __forceinline__ void read_normed(Worker& w) {
-  const Task& t = *w.task;
-  uint2 weight[NORM_PIECES];
-  const uint2* const norm = reinterpret_cast<const uint2*>(t.second_input);
-#pragma unroll
-  for (int i = 0; i < NORM_PIECES; i++) weight[i] = __ldg(norm + threadIdx.x + i * WORKERS);
-  u32 x[ROWS * NORM_PIECES][2];
-  const u64* const words = w.a.words + t.in_at + 2 * threadIdx.x;
-#pragma unroll
-  for (int first = 0; first < ROWS * NORM_PIECES; first += NORM_BATCH) {
-    Pair v[NORM_BATCH];
-    fetch(w, v, t.in_phase, [&](int i) -> const u64* {
-      return first + i < ROWS * NORM_PIECES ? words + 2 * (first + i) * WORKERS : nullptr;
-    });
-#pragma unroll
-    for (int i = 0; i < NORM_BATCH; i++)
-      if (first + i < ROWS * NORM_PIECES) x[first + i][0] = v[i].a, x[first + i][1] = v[i].b;
+// Of a product over DEPTH columns: x of CHUNK columns is in registers at a time.
+template <u32 DEPTH, u32 FLAGS>
+struct Of {
+  static constexpr bool IS_HALF = FLAGS & HALF;
+  static constexpr u32 IN_STAGE = (IS_HALF ? 2 : 1) * WIDE;  // columns
+  static constexpr u32 PITCH = IN_STAGE * 2 + 64;
+  static constexpr u32 CHUNK = DEPTH < MAX_CHUNK ? DEPTH : MAX_CHUNK;
+  static constexpr u32 CHUNKS = (DEPTH + CHUNK - 1) / CHUNK;
+  static constexpr u32 NUM_STAGES = (CHUNK + IN_STAGE - 1) / IN_STAGE;  // of a tile
+  static constexpr u32 TURNS = IN_STAGE / WORKERS;           // pieces of a stage
+  static constexpr u32 PIECES = NUM_STAGES * TURNS;          // of 8 columns, of a thread
+  static constexpr bool IS_EVEN = DEPTH % IN_STAGE == 0 && DEPTH % CHUNK == 0;
+
+  // Whether a warp has columns in a piece of a chunk.
+  __device__ static __forceinline__ bool has(u32 chunk, u32 piece, u32 warp) {
+    return IS_EVEN || (piece * WORKERS < CHUNK && chunk * CHUNK + piece * WORKERS + warp * 32 < DEPTH);
   }
-#pragma unroll
-  for (int row = 0; row < ROWS; row++) {
-    float square = 0;
-#pragma unroll
-    for (int i = 0; i < 2 * NORM_PIECES; i++) {
-      const u32 word = x[row * NORM_PIECES + i / 2][i % 2];
-      const float low = of_bf16(word & 0xffff), high = __uint_as_float(word & 0xffff0000);
-      square += low * low + high * high;
-    }
-#pragma unroll
-    for (int i = 16; i; i /= 2) square += __shfl_xor_sync(0xffffffff, square, i);
-    if (w.lane == 0) w.squares[row * WARPS + w.warp] = square;
-  }
-  meet();
-#pragma unroll
-  for (int row = 0; row < ROWS; row++) {
-    float square = 0;
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) square += w.squares[row * WARPS + i];
-    const float factor = rsqrtf(square / HIDDEN + w.a.eps);
-#pragma unroll
-    for (int i = 0; i < NORM_PIECES; i++) {
-      u32 found[2];
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const u32 word = x[row * NORM_PIECES + i][j], by = j ? weight[i].y : weight[i].x;
-        const float low = rounded(of_bf16(word & 0xffff) * factor) * of_bf16(by & 0xffff);
-        const float high =
-            rounded(__uint_as_float(word & 0xffff0000) * factor) * __uint_as_float(by & 0xffff0000);
-        found[j] = to_bf16(low) | to_bf16(high) << 16;
-      }
-      u8* const to = w.x + row * X_PITCH(HIDDEN) + (threadIdx.x + i * WORKERS) * 8;
-      *reinterpret_cast<uint2*>(to) = make_uint2(found[0], found[1]);
-    }
-  }
+};
+
+// Two numbers of x times the norm's weight; `square` grows by their squares.
+__device__ __forceinline__ u32 weighted(u32 word, u32 weight, float& square) {
+  const float low = low_of(word), high = high_of(word);
+  square += low * low + high * high;
+  return to_bf16_pair(low * low_of(weight), high * high_of(weight));
 }
 
-__device__ __forceinline__ void read_plain(Worker& w) {
-  const Task& t = *w.task;
-  const u32 each = t.depth / 4, total = ROWS * each;
-  const u64* const words = w.a.words + t.in_at;
-  const float inverse = 1.0f / each;  // exact enough for so few pieces
-  for (u32 first = threadIdx.x; first < total; first += BATCH * WORKERS) {
+// Waits for a warp's columns of a chunk of x, and passes them on through the warp's own shared memory
+// to the threads that multiply them. Of a norm, they are multiplied by its weight, and the sums of
+// their squares are added to `square`, a thread's part of each row.
+template <u32 DEPTH, u32 FLAGS>
+__device__ __forceinline__ void read_x(Worker& w, const Task& t, u32 chunk,
+                                       Four (&x)[Of<DEPTH, FLAGS>::PIECES], float (&square)[ROWS]) {
+  using P = Of<DEPTH, FLAGS>;
+  constexpr u32 OF_ROW = (P::PIECES + 3) / 4, LOADS = ROWS * OF_ROW, BATCH = LOADS < 8 ? LOADS : 8;
+  constexpr u32 PITCH = P::PIECES * 64 + 64;  // rows g and g + 1 are in different banks
+  // a load is of four numbers; those of a warp are of 32 columns in four pieces
+  const u32 column = w.lane / 8 * WORKERS + w.warp * 32 + w.lane % 8 * 4 + chunk * P::CHUNK;
+  const u64* const words = w.a.words + t.in_at + column / 2;
+  const u8* const norm = t.second_input + column * 2;
+  u8* const own = shared<u8>(AT_X) + w.warp * (ROWS * PITCH), *const to = own + w.lane * 8;
+#pragma unroll
+  for (u32 first = 0; first < LOADS; first += BATCH) {
+    uint2 weight[BATCH];
     Pair v[BATCH];
-    fetch(w, v, t.in_phase, [&](int i) -> const u64* {
-      return first + i * WORKERS < total ? words + 2 * (first + i * WORKERS) : nullptr;
+    const auto is_read = [&](u32 i) {
+      const u32 piece = (first + i) % OF_ROW * 4 + w.lane / 8;
+      return first + i < LOADS && (P::PIECES % 4 == 0 || piece < P::PIECES) && P::has(chunk, piece, w.warp);
+    };
+#pragma unroll
+    for (u32 i = 0; i < BATCH; i++)
+      if (FLAGS & NORM && is_read(i))
+        weight[i] = *reinterpret_cast<const uint2*>(norm + (first + i) % OF_ROW * (8 * WORKERS));
+    fetch(w, v, t.in_phase, is_read, [&](u32 i) {
+      return words + (first + i) / OF_ROW * (DEPTH / 2) + (first + i) % OF_ROW * (2 * WORKERS);
     });
 #pragma unroll
-    for (int i = 0; i < BATCH; i++) {
-      const u32 piece = first + i * WORKERS;
-      if (piece >= total) continue;
-      const u32 row = ROWS == 1 ? 0 : (u32)((piece + 0.5f) * inverse);
-      u8* const to = w.x + row * X_PITCH(t.depth) + (piece - row * each) * 8;
-      *reinterpret_cast<uint2*>(to) = make_uint2(v[i].a, v[i].b);
+    for (u32 i = 0; i < BATCH; i++) {
+      if (!is_read(i)) continue;
+      float& of_row = square[(first + i) / OF_ROW < ROWS ? (first + i) / OF_ROW : 0];
+      if (FLAGS & NORM) {
+        v[i].a = weighted(v[i].a, weight[i].x, of_row);
+        v[i].b = weighted(v[i].b, weight[i].y, of_row);
+      }
+      *reinterpret_cast<uint2*>(to + (first + i) / OF_ROW * PITCH + (first + i) % OF_ROW * 256) =
+          make_uint2(v[i].a, v[i].b);
     }
+  }
+  __syncwarp();
+  const u32 g = w.lane / 4;
+#pragma unroll
+  for (u32 piece = 0; piece < P::PIECES; piece++) {
+    x[piece] = Four{0, 0, 0, 0};
+    if (g < ROWS && P::has(chunk, piece, w.warp))
+      x[piece] = load_four(own + g * PITCH + piece * 64 + w.lane % 4 * 16);
+  }
+  __syncwarp();
+}
+
+// A thread's part of a stage: of the weight rows g and, unless it is a half tile, g + 8.
+template <class P>
+struct Piece { Four lower[P::TURNS], upper[P::IS_HALF ? 1 : P::TURNS]; };
+
+// Waits for the next stage and loads from it. Returns the barrier that frees its place.
+template <class P>
+__device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage) {
+  const u8* const from = shared<u8>(w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH + w.warp * 64 +
+                                    w.lane % 4 * 16);
+  const u32 place = empty_barrier(w.stage.at);
+  wait_for(full_barrier(w.stage.at), w.stage.parity);
+#pragma unroll
+  for (u32 i = 0; i < P::TURNS; i++) {
+    to.lower[i] = Four{0, 0, 0, 0};
+    if (!P::IS_HALF) to.upper[i] = Four{0, 0, 0, 0};
+    if (!P::has(chunk, stage * P::TURNS + i, w.warp)) continue;
+    to.lower[i] = load_four(from + i * WORKERS * 2);
+    if (!P::IS_HALF) to.upper[i] = load_four(from + 8 * P::PITCH + i * WORKERS * 2);
+  }
+  w.stage.advance(STAGES);
+  return place;
+}
+
+// Sums of a thread's weight rows g and g + 8 with rows 2t and 2t + 1 of x, over a warp's columns.
+template <class P>
+__device__ __forceinline__ void multiply_piece(float (&acc)[4][4], const Piece<P>& by, const Four* x) {
+#pragma unroll
+  for (u32 i = 0; i < P::TURNS; i++) {
+    const Four &low = by.lower[i], high = P::IS_HALF ? Four{0, 0, 0, 0} : by.upper[P::IS_HALF ? 0 : i];
+    multiply(acc[i % 2 * 2], low.a, high.a, low.b, high.b, x[i].a, x[i].b);
+    multiply(acc[i % 2 * 2 + 1], low.c, high.c, low.d, high.d, x[i].c, x[i].d);
   }
 }
 
-// The number of the first of the two results that a thread and its neighbour have together.
-__device__ __forceinline__ u32 out_of(const Task& t, u32 tile, int g, int h) {
-  return (t.flags & (SILU | HALF) ? tile * 8 : tile * 16 + 8 * h) + (g & ~1);
-}
-
-// Residuals of a thread's results, in pairs of words of which one is read.
-struct Residual { Pair of[2][2]; };
-
-__device__ __forceinline__ const u64* residual_at(const Worker& w, const Task& t, u32 token, u32 out) {
-  return w.a.words + t.add_at + ((token * t.num_outs + out) / 2 & ~1u);
-}
-
-__device__ __forceinline__ bool has_result(const Task& t, int thread, int h, int j) {
-  return (j == 0 || ROWS > 1) && 2 * thread + j < ROWS && !(h && t.flags & (SILU | HALF));
-}
-
-// Stores the results of a tile: of the thread's weight rows g and g + 8 and rows 2t and 2t + 1 of x.
-__device__ __forceinline__ void finish(Worker& w, const Task& t, const float (&sum)[4], Residual& residual,
-                                       u32 tile) {
-  const int g = w.lane / 4, thread = w.lane % 4;
+// Multiplies `num` tiles by a chunk of x. A warp's sums of a tile go to `to`, SUMS_OF_TILE apart.
+template <class P>
+__device__ __forceinline__ void multiply_tiles(Worker& w, const Four (&x)[P::PIECES], u32 chunk, u32 num,
+                                               float4* to) {
+  Piece<P> next;
+  u32 place = load_stage<P>(w, next, chunk, 0);
+  for (u32 tile = 0; tile < num; tile++, to += SUMS_OF_TILE) {
+    float acc[4][4] = {};
 #pragma unroll
-  for (int j = 0; j < (ROWS > 1 ? 2 : 1); j++) {
-    const u32 token = 2 * thread + j;
+    for (u32 stage = 0; stage < P::NUM_STAGES; stage++) {
+      const Piece<P> piece = next;
+      const u32 loaded = place;
+      if (stage + 1 < P::NUM_STAGES)
+        place = load_stage<P>(w, next, chunk, stage + 1);
+      else if (tile + 1 < num)
+        place = load_stage<P>(w, next, chunk, 0);
+      multiply_piece<P>(acc, piece, x + stage * P::TURNS);
+      __syncwarp();
+      if (w.lane == 0) arrive(loaded);
+    }
+    if (w.lane % 4 >= COLUMN_PAIRS) continue;
+    float4 sum = make_float4(0, 0, 0, 0);
+    if (P::CHUNKS > 1 && chunk) sum = *to;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      if (h && t.flags & (SILU | HALF)) continue;
-      float y = rounded(sum[2 * h + j]);
-      if (t.flags & SILU) y = rounded(__fdividef(y, 1.0f + __expf(-y))) * rounded(sum[2 + j]);
-      const float other = __shfl_xor_sync(0xffffffff, y, 4);  // of the next weight row
-      if (token >= ROWS || g & 1) continue;
-      const u32 out = out_of(t, tile, g, h), at = (token * t.num_outs + out) / 2;
-      float low = y, high = other;
-      if (t.flags & ADD) {
-        Pair& v = residual.of[h][j];
+    for (int i = 0; i < 4; i++)
+      sum.x += acc[i][0], sum.y += acc[i][1], sum.z += acc[i][2], sum.w += acc[i][3];
+    *to = sum;
+  }
+}
+
+// Where a thread's results go, and what is added to them: of the weight rows g and g + 8, whose
+// neighbours it stores too, and of the rows 2t and 2t + 1 of x.
+struct Results {
+  u32 at[2][2];  // pairs of numbers from the first on
+  Pair residual[2][2];
+};
+
+template <u32 FLAGS>
+__device__ __forceinline__ bool has_result(const Worker& w, int h, int j) {
+  const u32 token = w.lane % 4 * 2 + j;
+  return (j == 0 || ROWS > 1) && token < ROWS && !(w.lane & 4) && !(h && FLAGS & (SILU | HALF));
+}
+
+// Of a tile; loads residuals, which have been there since the last phase but one.
+template <u32 FLAGS>
+__device__ __forceinline__ void prepare(const Worker& w, const Task& t, u32 tile, bool is_real,
+                                        u32 num_outs, Results& r) {
+#pragma unroll
+  for (int h = 0; h < 2; h++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      if (!is_real || !has_result<FLAGS>(w, h, j)) continue;
+      const u32 out = (FLAGS & (SILU | HALF) ? tile * 8 : tile * 16 + 8 * h) + w.lane / 4;
+      r.at[h][j] = ((w.lane % 4 * 2 + j) * num_outs + out) / 2;
+      if (FLAGS & ADD) r.residual[h][j] = load_words(w.a.words + t.add_at + (r.at[h][j] & ~1u));
+    }
+}
+
+// Finishes a tile, of whose sums the first warp's are at `from`.
+template <u32 FLAGS>
+__device__ __forceinline__ void finish(Worker& w, const Task& t, const float4* from, Results& r) {
+  const int thread = w.lane % 4;
+  float sum[4] = {0, 0, 0, 0}, factor[2] = {1, 1};
+  if (thread < COLUMN_PAIRS) {
+#pragma unroll
+    for (int k = 0; k < WARPS; k++) {
+      const float4 one = from[k * (8 * COLUMN_PAIRS)];
+      sum[0] += one.x, sum[1] += one.y, sum[2] += one.z, sum[3] += one.w;
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      if (!(FLAGS & NORM) || 2 * thread + j >= ROWS) continue;
+      float square = 0;
+#pragma unroll
+      for (int k = 0; k < WARPS; k++) square += shared<float>(AT_SQUARES)[(2 * thread + j) * WARPS + k];
+      factor[j] = rsqrtf(square / HIDDEN + w.a.eps);
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    if (h && FLAGS & (SILU | HALF)) continue;
+#pragma unroll
+    for (int j = 0; j < (ROWS > 1 ? 2 : 1); j++) {
+      float low = rounded(sum[2 * h + j] * factor[j]);
+      if (FLAGS & SILU)
+        low = rounded(__fdividef(low, 1.0f + __expf(-low))) * rounded(sum[2 + j] * factor[j]);
+      float high = __shfl_xor_sync(0xffffffff, low, 4);  // of the next weight row
+      if (!has_result<FLAGS>(w, h, j)) continue;
+      if (FLAGS & ADD) {
+        Pair& v = r.residual[h][j];
         if (!has(v, w.base + t.add_phase)) {
           Pair again[1];
-          fetch(w, again, t.add_phase, [&](int) { return residual_at(w, t, token, out); });
+          fetch(
+              w, again, t.add_phase, [](int) { return true; },
+              [&](int) { return w.a.words + t.add_at + (r.at[h][j] & ~1u); });
           v = again[0];
         }
-        const u32 word = at & 1 ? v.b : v.a;
-        low = rounded(low) + of_bf16(word & 0xffff);
-        high = rounded(high) + __uint_as_float(word & 0xffff0000);
+        const u32 word = r.at[h][j] & 1 ? v.b : v.a;
+        low = rounded(low) + low_of(word), high = rounded(high) + high_of(word);
       }
-      const u32 word = to_bf16(low) | to_bf16(high) << 16;
-      if (t.flags & LOGITS)
-        reinterpret_cast<u32*>(w.a.logits)[at] = word;
+      const u32 word = to_bf16_pair(low, high);
+      if (FLAGS & LOGITS)
+        reinterpret_cast<u32*>(w.a.logits)[r.at[h][j]] = word;
       else
-        store_word(w.a.words + t.out_at + at, word, w.base + t.out_phase);
+        store_word(w.a.words + t.out_at + r.at[h][j], word, w.base + t.out_phase);
     }
   }
 }
 
-// A warp's columns of a stage: 32 from `first` on, and so on for each WARPS · 32. Rows g and g + 8 of
-// the tile are 8 rows of the stage apart; of a half there are no rows g + 8.
-template <bool IS_HALF>
-__device__ __forceinline__ void multiply_stage(float (&acc)[2][4], const u8* weights, const u8* x, u32 num,
-                                               u32 first, bool has_x) {
-  constexpr u32 PITCH = (IS_HALF ? 2 : 1) * WIDE * 2 + 64, TURNS = (IS_HALF ? 2 : 1) * WIDE / WORKERS;
-  Four lower[TURNS], upper[TURNS], by[TURNS];
-#pragma unroll
-  for (u32 i = 0; i < TURNS; i++) {
-    const u32 c = first + i * WORKERS;
-    lower[i] = upper[i] = by[i] = Four{0, 0, 0, 0};
-    if (c < num) {
-      lower[i] = load_four(weights + c * 2);
-      if (!IS_HALF) upper[i] = load_four(weights + 8 * PITCH + c * 2);
-      if (has_x) by[i] = load_four(x + c * 2);
-    }
-  }
-#pragma unroll
-  for (u32 i = 0; i < TURNS; i++) {
-    multiply(acc[0], lower[i].a, upper[i].a, lower[i].b, upper[i].b, by[i].a, by[i].b);
-    multiply(acc[1], lower[i].c, upper[i].c, lower[i].d, upper[i].d, by[i].c, by[i].d);
-  }
-}
-
-// Multiplies a tile: the warp's part of the depth. Sums of the rows of x that there are go to `to`.
-__device__ __forceinline__ void multiply_tile(Worker& w, const u8* x_row, u32 depth, bool is_half,
-                                              float4* to) {
-  const int g = w.lane / 4, thread = w.lane % 4;
-  const u32 wide = is_half ? 2 * WIDE : WIDE;
-  float acc[2][4] = {};
-  for (u32 column = 0; column < depth; column += wide) {
-    const u32 num = depth - column < wide ? depth - column : wide;
-    const u8* const from = w.ring + w.stage.at * STAGE_BYTES + g * (wide * 2 + 64) + thread * 16;
-    wait_for(w.full + 8 * w.stage.at, w.stage.parity);
-    if (is_half)
-      multiply_stage<true>(acc, from, x_row + column * 2, num, w.warp * 32, g < ROWS);
-    else
-      multiply_stage<false>(acc, from, x_row + column * 2, num, w.warp * 32, g < ROWS);
-    __syncwarp();
-    if (w.lane == 0) arrive(w.empty + 8 * w.stage.at);
-    w.stage.advance(STAGES);
-  }
-  if (thread < COLUMN_PAIRS)
-    *to = make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2],
-                      acc[0][3] + acc[1][3]);
-}
-
+// The tiles of a task, AT_ONCE at a time: all warps multiply these, then the first finish one each.
+template <u32 DEPTH, u32 FLAGS>
 __device__ __forceinline__ void product(Worker& w) {
+  using P = Of<DEPTH, FLAGS>;
   const Task t = *w.task;  // in registers: shared memory would be read again after each store
-  if (t.flags & NORM)
-    read_normed(w);
-  else
-    read_plain(w);
-  meet();
-  note(w, 1);
-  const int g = w.lane / 4, thread = w.lane % 4;
-  const u8* const x_row = w.x + g * X_PITCH(t.depth) + thread * 16;
-  for (u32 first = t.first; first < t.first + t.count; first += AT_ONCE, w.turn ^= 1) {
-    // warps multiply all of these tiles, then the first warps finish one each
-    const u32 num = t.first + t.count - first < AT_ONCE ? t.first + t.count - first : AT_ONCE;
-    const bool is_finishing = w.warp < (int)num;
-    const u32 own = first + w.warp;
-    Residual residual = {};
-    if (is_finishing && t.flags & ADD && !(g & 1))
+  const u32 num_outs = t.num_outs, place = w.lane / 4 * COLUMN_PAIRS + w.lane % 4;
+  Four x[P::PIECES];
+  for (u32 first = 0; first < t.count; first += AT_ONCE, w.turn ^= 1) {
+    const u32 num = t.count - first < AT_ONCE ? t.count - first : AT_ONCE;
+    Results results;
+    prepare<FLAGS>(w, t, t.first + first + w.warp, w.warp < (int)num, num_outs, results);
+    float4* const sums = shared<float4>(AT_SUMS) + w.turn * (AT_ONCE * SUMS_OF_TILE);
+    float square[ROWS] = {};
+    for (u32 chunk = 0; chunk < P::CHUNKS; chunk++) {
+      if (P::CHUNKS > 1 || first == 0) {
+        read_x<DEPTH, FLAGS>(w, t, chunk, x, square);
+        note(w, ARRIVED);
+        if (FLAGS & NORM && first == 0 && chunk + 1 == P::CHUNKS) {
 #pragma unroll
-      for (int h = 0; h < 2; h++)
+          for (int row = 0; row < ROWS; row++) {
 #pragma unroll
-        for (int j = 0; j < 2; j++)
-          if (has_result(t, thread, h, j))
-            residual.of[h][j] = load_words(residual_at(w, t, 2 * thread + j, out_of(t, own, g, h)));
-    float4* const sums = reinterpret_cast<float4*>(w.scratch) + w.turn * (AT_ONCE * SUMS_OF_TILE);
-    const u32 place = g * COLUMN_PAIRS + thread;
-    for (u32 i = 0; i < num; i++)
-      multiply_tile(w, x_row, t.depth, t.flags & HALF,
-                    sums + i * SUMS_OF_TILE + w.warp * (8 * COLUMN_PAIRS) + place);
-    meet();
-    if (!is_finishing) continue;
-    float sum[4] = {0, 0, 0, 0};
-    if (thread < COLUMN_PAIRS)
-#pragma unroll
-      for (int k = 0; k < WARPS; k++) {
-        const float4 one = sums[w.warp * SUMS_OF_TILE + k * (8 * COLUMN_PAIRS) + place];
-        sum[0] += one.x, sum[1] += one.y, sum[2] += one.z, sum[3] += one.w;
+            for (int i = 16; i; i /= 2) square[row] += __shfl_xor_sync(0xffffffff, square[row], i);
+            if (w.lane == 0) shared<float>(AT_SQUARES)[row * WARPS + w.warp] = square[row];
+          }
+        }
+        note(w, READY);
       }
-    finish(w, t, sum, residual, own);
+      multiply_tiles<P>(w, x, chunk, num, sums + w.warp * (8 * COLUMN_PAIRS) + place);
+    }
+    meet();
+    note(w, COMPUTED);
+    if (w.warp < (int)num) finish<FLAGS>(w, t, sums + w.warp * SUMS_OF_TILE + place, results);
   }
 }

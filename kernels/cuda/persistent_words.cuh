@@ -46,15 +46,9 @@ __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(WO
 // What a thread has while it computes.
 struct Worker {
   const Args& a;
-  const Task* task;
+  const Task* task;    // in shared memory
   u32 task_idx, base;  // the tag of phase 0
   u32 polls_left;
-  u8* x;               // [R, depth], X_PITCH
-  float *scratch, *squares, *queries;
-  u16* own;            // the key and the value of the step's own token [2, H]
-  const u8* ring;
-  u32 full, empty;
-  const int* seq_len;
   Ring stage;
   u32 turn;            // of the two places for sums
   int warp, lane;
@@ -64,11 +58,10 @@ __device__ __forceinline__ bool has(const Pair& v, u32 tag) {
   return v.a_tag == tag && v.b_tag == tag;
 }
 
-// Counts a poll in vain. False if the polls are used up: then the words are what they are.
+// After POLLS polls in vain. False if all are used up: then the words are what they are.
 __device__ __forceinline__ bool may_poll(Worker& w, u32 phase) {
   if (w.polls_left == 0) return false;
-  rest();
-  if (--w.polls_left % 256 == 0 && load_status(w.a.status)) w.polls_left = 0;
+  w.polls_left = load_status(w.a.status) || w.polls_left <= POLLS ? 0 : w.polls_left - POLLS;
   if (w.polls_left == 0 && claim(w.a.status)) {
     u32* const status = w.a.status;
     status[1] = blockIdx.x, status[2] = w.task_idx, status[3] = phase, status[4] = threadIdx.x;
@@ -76,28 +69,31 @@ __device__ __forceinline__ bool may_poll(Worker& w, u32 phase) {
   return true;
 }
 
-// Waits for N pairs of words of a phase; `at(i)` is the place of pair i, or null. All loads are on
-// their way at the same time, since each takes as long as a result's whole way.
-template <int N, class At>
-__device__ __forceinline__ void fetch(Worker& w, Pair (&v)[N], u32 phase, At at) {
+// Waits for those of N pairs of words of a phase for which `is_read(i)`; `at(i)` is the place of
+// pair i. All loads are on their way at the same time, since each takes as long as a result's whole
+// way.
+template <int N, class IsRead, class At>
+__device__ __forceinline__ void fetch(Worker& w, Pair (&v)[N], u32 phase, IsRead is_read, At at) {
   const u32 tag = w.base + phase;
+  do {
+#pragma unroll 1
+    for (u32 polls = 0; polls < POLLS; polls++) {
 #pragma unroll
-  for (int i = 0; i < N; i++)
-    if (at(i)) v[i] = load_words(at(i));
-  while (true) {
-    bool is_missing = false;
+      for (int i = 0; i < N; i++)
+        if (is_read(i)) v[i] = load_words(at(i));
+      u32 difference = 0;
 #pragma unroll
-    for (int i = 0; i < N; i++) is_missing |= at(i) && !has(v[i], tag);
-    if (!is_missing || !may_poll(w, phase)) return;
-#pragma unroll
-    for (int i = 0; i < N; i++)
-      if (at(i) && !has(v[i], tag)) v[i] = load_words(at(i));
-  }
+      for (int i = 0; i < N; i++)
+        if (is_read(i)) difference |= v[i].a_tag ^ tag | v[i].b_tag ^ tag;
+      if (!difference) return;
+      rest();
+    }
+  } while (may_poll(w, phase));
 }
 
 __device__ __forceinline__ void note(const Worker& w, int which) {
 #if CLOCKS
   if (threadIdx.x == 0)
-    w.a.clocks[((u64)blockIdx.x * NUM_TASKS + w.task_idx) * 3 + which] = now();
+    w.a.clocks[((u64)blockIdx.x * NUM_TASKS + w.task_idx) * TIMES + which] = now();
 #endif
 }

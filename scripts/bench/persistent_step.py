@@ -33,7 +33,7 @@ from nanovllm import LLM
 from nanovllm.cli.bench.engines import engine_of, versions
 from nanovllm.compile.lower.persistent.step import Step
 from nanovllm.kernels import reference
-from nanovllm.kernels.cuda.persistent import KINDS
+from nanovllm.kernels.cuda.persistent import KINDS, TIMES
 from nanovllm.models.model import Batch
 from nanovllm.runner.persistent import PersistentSteps
 from nanovllm.runner.runner import Runner
@@ -110,7 +110,7 @@ def bench(runner: Runner, num_rows: int, context: int, bandwidth: float) -> dict
         "error_of_today": error(expected, exact),
         "stages": step.sizes.num_stages,
         "splits": step.schedule.splits,
-        "tasks": waits(runner, row_idx_R),
+        "tasks": by_kind(clocked(runner, row_idx_R), MAX_CYCLES),
     }
 
 
@@ -196,9 +196,8 @@ def time_us(replay: Callable[[], object], steps: Steps) -> float:
     return begin.elapsed_time(end) * 1000 / REPLAYS
 
 
-def waits(runner: Runner, row_idx_R: Tensor) -> dict[str, Any]:
-    """From clocks: for each kind of task, microseconds of a step in a program, by mean, that it
-    waits and computes; and how many microseconds the longest program takes."""
+def clocked(runner: Runner, row_idx_R: Tensor) -> Step:
+    """A step that has run and kept the times of its tasks."""
     own = PersistentSteps(runner.platform.device, has_clocks=True)
     steps = replace(runner.steps, persistent=own)
     steps.prepare_decode(row_idx_R)
@@ -209,24 +208,32 @@ def waits(runner: Runner, row_idx_R: Tensor) -> dict[str, Any]:
     torch.cuda.synchronize()
     step = own.steps[len(row_idx_R)]
     step.check()
-    return by_kind(step, MAX_CYCLES)
+    return step
+
+
+def clocks_of(step: Step) -> list[list[list[int]]]:
+    """Cycles of each multiprocessor, by program, task and time."""
+    num = len(step.schedule.programs)
+    found: list[list[list[int]]] = step.buffers.clocks.view(num, -1, len(TIMES)).tolist()
+    return found
 
 
 def by_kind(step: Step, rate: float) -> dict[str, Any]:
-    num = len(step.schedule.programs)
-    clocks = step.buffers.clocks.view(num, -1, 3).tolist()
+    """For each kind of task, microseconds of a step in a program, by mean, that it waits and
+    computes; and how many microseconds the longest program takes."""
+    clocks, num = clocks_of(step), len(step.schedule.programs)
     found: dict[str, list[float]] = {}
     longest = 0.0
     for program, tasks in enumerate(step.schedule.programs):
         for idx, task in enumerate(tasks[:-1]):
-            start, ready, end = clocks[program][idx]
+            start, _, ready, _, end = clocks[program][idx]
             ready = ready if start <= ready <= end else end
             name = " ".join((KINDS[task.kind], *task.inputs[:1]))
             sums = found.setdefault(name, [0.0, 0.0, 0.0])
             sums[0] += (ready - start) / rate / num
             sums[1] += (end - ready) / rate / num
             sums[2] += 1 / num
-        first, last = clocks[program][0][0], clocks[program][len(tasks) - 2][2]
+        first, last = clocks[program][0][0], clocks[program][len(tasks) - 2][-1]
         longest = max(longest, (last - first) / rate)
     names = "waits_us", "computes_us", "tasks"
     report: dict[str, Any] = {

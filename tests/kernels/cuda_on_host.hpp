@@ -66,6 +66,14 @@ static float __shfl_xor_sync(unsigned, float v, int mask) {
   return r;
 }
 
+static float __shfl_sync(unsigned, float v, int from) {
+  own->exchanged[warp()][lane()] = v;
+  __syncwarp();
+  const float r = own->exchanged[warp()][from];
+  __syncwarp();
+  return r;
+}
+
 static float __uint_as_float(unsigned v) { float r; memcpy(&r, &v, 4); return r; }
 static unsigned __float_as_uint(float v) { unsigned r; memcpy(&r, &v, 4); return r; }
 template <class T> static T __ldg(const T* at) { return *at; }
@@ -96,8 +104,8 @@ static void change(unsigned barrier, int num_arrivals, long num_bytes) {
   }
 }
 
-// in place of to_bf16
-static unsigned to_bf16(float v) { return bits_of_bf16(v); }
+// in place of to_bf16_pair
+static unsigned to_bf16_pair(float low, float high) { return bits_of_bf16(low) | bits_of_bf16(high) << 16; }
 // in place of twice
 static unsigned twice(float v) { return bits_of_bf16(v) * 0x10001; }
 // in place of fma2

@@ -38,12 +38,12 @@ class Span(NamedTuple):
 
 
 def part_len(seq_len: int, splits: int) -> int:
-    """The keys of a row's parts."""
-    return max(MIN_PART, -(-seq_len // splits))
+    """The earlier keys of a row's parts; the last part has the step's own key too."""
+    return max(MIN_PART, -(-(seq_len - 1) // splits))
 
 
 def num_parts(seq_len: int, splits: int) -> int:
-    return -(-seq_len // part_len(seq_len, splits))
+    return max(1, -(-(seq_len - 1) // part_len(seq_len, splits)))
 
 
 class Interpreter:

@@ -202,7 +202,7 @@ def _check(plan: Plan) -> None:
     if group > persistent.MAX_GROUP:
         raise Unfit(f"{group} queries share a key, which is more than {persistent.MAX_GROUP}")
     multiples = {
-        "hidden size": (plan.hidden, 4 * 32 * persistent.WARPS),
+        "hidden size": (plan.hidden, 64),
         "width of the MLP": (plan.ffn, 64),
         "vocabulary": (plan.vocab, 16),
     }

@@ -46,9 +46,15 @@ class Schedule(NamedTuple):
     @property
     def sizes(self) -> Sizes:
         plan = self.plan
+        halves = frozenset(
+            task.inputs[0]
+            for tasks in self.programs
+            for task in tasks
+            if task.kind == persistent.PRODUCT and task.flags & persistent.HALF
+        )
         return Sizes(
-            plan.num_rows, plan.hidden, plan.num_heads, plan.num_kv_heads, self.splits,
-            max(map(len, self.programs)), max(plan.hidden, plan.attended, plan.ffn),
+            plan.num_rows, plan.hidden, plan.ffn, plan.num_heads, plan.num_kv_heads, self.splits,
+            halves, max(map(len, self.programs)),
         )  # fmt: skip
 
     def phase_name(self, phase: int) -> str:

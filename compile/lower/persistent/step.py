@@ -98,8 +98,8 @@ def build(
     plan, sizes = weights.plan, schedule.sizes._replace(has_clocks=has_clocks)
     if sizes.num_stages < persistent.MIN_STAGES:
         raise Unfit(
-            f"{plan.num_rows} rows of {sizes.max_depth} numbers leave room for {sizes.num_stages} "
-            f"stages of weights, not {persistent.MIN_STAGES}"
+            f"{plan.num_rows} rows leave room for {sizes.num_stages} stages of weights, not "
+            f"{persistent.MIN_STAGES}"
         )
     cache, strides = _cache(weights)
 
