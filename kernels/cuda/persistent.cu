@@ -7,7 +7,7 @@
 // results. WARPS warps compute.
 //
 // Results go from task to task through words of 64 bits in global memory: 32 bits of data, two numbers
-// in bf16 or one in fp32, and a tag. A word is stored and loaded as a whole, so a reader that finds the
+// in bf16, and a tag, or, of parts of attention, 128 bits with three numbers in fp32. A word is stored and loaded as a whole, so a reader that finds the
 // tag of the phase that it waits for has the data too: nothing is counted, cleared or fenced. A tag is
 // the number of the step times the number of phases, plus the phase; each program counts the steps.
 // A thread polls at most `max_polls` times in a step. Then it writes to `status` which task waited for
@@ -78,7 +78,6 @@ struct Args {
 #define STAGE_BYTES (16 * (WIDE * 2 + 64))      // rows g and g + 1 are in different banks
 #define TOKENS 32                               // keys and values of so many tokens are a stage
 #define MAX_CHUNK (ROWS > 4 ? 2048 : 4096)      // columns of x that are in registers
-#define PART_WORDS 132                          // of a part of a head's result
 #define MIN_PART 32                             // keys in a part
 #define NO_SCORE -1e30f
 

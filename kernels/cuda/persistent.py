@@ -17,7 +17,7 @@ from nanovllm.kernels.cuda.nvrtc import Function, Launch
 END, EMBED, PRODUCT, ATTEND, MERGE = range(5)
 KINDS = "end", "embed", "product", "attend", "merge"
 SILU, HALF, NORM, ADD, LOGITS = 1, 2, 4, 8, 16
-HEAD, WARPS, WIDE, TOKENS, PART_WORDS, MIN_PART, AT_ONCE = 128, 8, 512, 32, 132, 32, 4
+HEAD, WARPS, WIDE, TOKENS, PART_WORDS, MIN_PART, AT_ONCE = 128, 8, 512, 32, 128, 32, 4
 MAX_GROUP = 4  # query heads that share a key
 MAYBE_HALF = "qkv", "out", "down", "head"  # products by their weights
 TIMES = "start", "arrived", "ready", "computed", "finished"  # of a task
@@ -26,7 +26,7 @@ MAX_SHARED_BYTES = 227 << 10
 MIN_STAGES = 4
 # Stages of a program that memory is asked for at a time. More make the results of tasks wait behind
 # them, up to 7 us with a full ring.
-IN_FLIGHT = 3
+IN_FLIGHT = 4
 MAX_POLLS = 4 << 20  # of a thread in a step, seconds
 _TASK = struct.Struct("4Q12I")
 # Args in persistent.cu

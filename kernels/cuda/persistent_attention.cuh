@@ -214,6 +214,12 @@ __device__ __forceinline__ u32 sum_of_lanes(State& s, int lane) {
   return first;
 }
 
+// The place of two numbers of a part of a head's result: those of 16 numbers follow each other, then
+// those of the next part.
+__device__ __forceinline__ u32 part_at(u32 q_head, u32 number, u32 part) {
+  return ((q_head * (HEAD / 16) + number / 16) * SPLITS + part) * 16 + number % 16;
+}
+
 // Stores a thread's two numbers of a query's result or, if the row has several parts, of a part.
 __device__ __forceinline__ void store_part(const Worker& w, const State& s, const Unit& u, u32 q_head,
                                            u32 number, u32 parts) {
@@ -224,10 +230,8 @@ __device__ __forceinline__ void store_part(const Worker& w, const State& s, cons
     store_word(w.a.words + t.out_at + at, to_bf16_pair(low, high), w.base + t.out_phase);
     return;
   }
-  u64* const to = w.a.words + t.add_at + (u64)(q_head * SPLITS + u.part) * PART_WORDS;
-  const u32 tag = w.base + t.add_phase;
-  store_words(to + number, __float_as_uint(low), __float_as_uint(high), tag);
-  if (number == 0) store_words(to + HEAD, __float_as_uint(s.most + log2f(s.sum)), 0, tag);
+  const Wide word = {low, high, s.most + log2f(s.sum), w.base + t.add_phase};
+  store_wide(w.a.words + t.add_at + part_at(q_head, number, u.part), word);
 }
 
 // Attention of one token of each row. Its words: in_at queries, keys and values of the step, out_at
@@ -287,36 +291,43 @@ __device__ __forceinline__ void attend(Worker& w) {
   }
 }
 
-// Merges parts. A unit is so many pairs of numbers of all rows' heads that each thread has a part of
-// one: a thread that waits for much notices it late.
+// Merges parts. A unit is a head of a row; a warp has 16 of its numbers, and a thread two of them, of
+// every fourth part.
 __device__ __forceinline__ void merge(Worker& w) {
+  constexpr u32 EACH = (SPLITS + 3) / 4;
   const Task& t = *w.task;
-  const u32 part = threadIdx.x % SPLITS;
-  for (u32 unit = t.first; unit < t.first + t.count; unit++) {
-    const u32 pair = unit * (WORKERS / SPLITS) + threadIdx.x / SPLITS, head = pair / (HEAD / 2);
-    const u32 parts = head < ROWS * HEADS ? num_parts(shared<int>(AT_LENS)[head / HEADS]) : 1;
-    const bool is_real = parts > 1 && part < parts;  // the result of one part is there already
-    const u64* const from = w.a.words + t.in_at + (head * SPLITS + part) * PART_WORDS;
-    Pair v[2] = {};  // the numbers, and the log of the sums
-    if (is_real)
-      fetch(
-          w, v, t.in_phase, [](int) { return true; },
-          [&](int i) { return from + (i ? HEAD : pair % (HEAD / 2) * 2); });
+  const u32 number = w.warp * 16 + w.lane % 8 * 2, first = w.lane / 8;
+  for (u32 head = t.first; head < t.first + t.count; head++) {
+    const u32 parts = num_parts(shared<int>(AT_LENS)[head / HEADS]);
+    if (parts == 1) continue;  // the result is there already
+    const u64* const from = w.a.words + t.in_at + part_at(head, number, first);
+    Wide v[EACH];
+    fetch(
+        w, v, t.in_phase, [&](u32 i) { return first + 4 * i < parts; },
+        [&](u32 i) { return from + 4 * 16 * i; });
     __syncwarp();
     note(w, ARRIVED);
     note(w, READY);
-    const float lse = is_real ? __uint_as_float(v[1].a) : NO_SCORE;
-    float most = lse;
+    float most = NO_SCORE, sum = 0, low = 0, high = 0;
 #pragma unroll
-    for (int i = 1; i < SPLITS; i *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, i));
-    float sum = exp2f(lse - most), low = sum * __uint_as_float(v[0].a), high = sum * __uint_as_float(v[0].b);
+    for (u32 i = 0; i < EACH; i++)
+      if (first + 4 * i < parts) most = fmaxf(most, v[i].c);
+    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 8));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 16));
 #pragma unroll
-    for (int i = 1; i < SPLITS; i *= 2) {
+    for (u32 i = 0; i < EACH; i++) {
+      if (first + 4 * i >= parts) continue;
+      const float by = exp2f(v[i].c - most);
+      sum += by, low += by * v[i].a, high += by * v[i].b;
+    }
+#pragma unroll
+    for (int i = 8; i < 32; i *= 2) {
       sum += __shfl_xor_sync(0xffffffff, sum, i);
       low += __shfl_xor_sync(0xffffffff, low, i), high += __shfl_xor_sync(0xffffffff, high, i);
     }
-    if (is_real && part == 0)
-      store_word(w.a.words + t.out_at + pair, to_bf16_pair(low / sum, high / sum),
+    const float by = 1.0f / sum;
+    if (w.lane < 8)
+      store_word(w.a.words + t.out_at + (head * HEAD + number) / 2, to_bf16_pair(low * by, high * by),
                  w.base + t.out_phase);
   }
 }

@@ -207,7 +207,7 @@ __device__ __forceinline__ void finish(Worker& w, const Task& t, const float4* f
       if (!has_result<FLAGS>(w, h, j)) continue;
       if (FLAGS & ADD) {
         Pair& v = r.residual[h][j];
-        if (!has(v, w.base + t.add_phase)) {
+        if (difference(v, w.base + t.add_phase)) {
           Pair again[1];
           fetch(
               w, again, t.add_phase, [](int) { return true; },

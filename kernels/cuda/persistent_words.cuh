@@ -1,7 +1,8 @@
-// Words of 64 bits, through which tasks of persistent.cu exchange results, and what a thread has while
-// it computes.
+// Words, through which tasks of persistent.cu exchange results, and what a thread has while it computes.
+// Those of 64 bits have 32 bits of data, those of 128 bits have 96, and both a tag.
 
 struct __align__(16) Pair { u32 a, a_tag, b, b_tag; };  // two words
+struct __align__(16) Wide { float a, b, c; u32 tag; };
 
 __device__ __forceinline__ Pair load_words(const u64* at) {
   u64 a, b;
@@ -13,11 +14,25 @@ __device__ __forceinline__ void store_word(u64* at, u32 value, u32 tag) {
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(at), "l"((u64)tag << 32 | value) : "memory");
 }
 
-__device__ __forceinline__ void store_words(u64* at, u32 a, u32 b, u32 tag) {
-  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(at), "l"((u64)tag << 32 | a),
-               "l"((u64)tag << 32 | b)
+__device__ __forceinline__ Wide load_wide(const u64* at) {
+  u64 a, b;
+  asm volatile("{ .reg .b128 v;\nld.relaxed.gpu.global.b128 v, [%2];\nmov.b128 {%0, %1}, v; }"
+               : "=l"(a), "=l"(b)
+               : "l"(at));
+  return Wide{__uint_as_float((u32)a), __uint_as_float((u32)(a >> 32)), __uint_as_float((u32)b),
+              (u32)(b >> 32)};
+}
+
+__device__ __forceinline__ void store_wide(u64* at, const Wide& v) {
+  const u64 a = (u64)__float_as_uint(v.b) << 32 | __float_as_uint(v.a);
+  const u64 b = (u64)v.tag << 32 | __float_as_uint(v.c);
+  asm volatile("{ .reg .b128 v;\nmov.b128 v, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], v; }" ::"l"(at),
+               "l"(a), "l"(b)
                : "memory");
 }
+
+__device__ __forceinline__ void load(Pair& to, const u64* at) { to = load_words(at); }
+__device__ __forceinline__ void load(Wide& to, const u64* at) { to = load_wide(at); }
 
 // True for the first that calls it.
 __device__ __forceinline__ bool claim(u32* at) {
@@ -54,9 +69,11 @@ struct Worker {
   int warp, lane;
 };
 
-__device__ __forceinline__ bool has(const Pair& v, u32 tag) {
-  return v.a_tag == tag && v.b_tag == tag;
+// 0 if all words have the tag.
+__device__ __forceinline__ u32 difference(const Pair& v, u32 tag) {
+  return v.a_tag ^ tag | v.b_tag ^ tag;
 }
+__device__ __forceinline__ u32 difference(const Wide& v, u32 tag) { return v.tag ^ tag; }
 
 // After POLLS polls in vain. False if all are used up: then the words are what they are.
 __device__ __forceinline__ bool may_poll(Worker& w, u32 phase) {
@@ -69,23 +86,23 @@ __device__ __forceinline__ bool may_poll(Worker& w, u32 phase) {
   return true;
 }
 
-// Waits for those of N pairs of words of a phase for which `is_read(i)`; `at(i)` is the place of
-// pair i. All loads are on their way at the same time, since each takes as long as a result's whole
+// Waits for those of N pairs of words, or wide words, of a phase for which `is_read(i)`; `at(i)` is the
+// place of i. All loads are on their way at the same time, since each takes as long as a result's whole
 // way.
-template <int N, class IsRead, class At>
-__device__ __forceinline__ void fetch(Worker& w, Pair (&v)[N], u32 phase, IsRead is_read, At at) {
+template <class Word, int N, class IsRead, class At>
+__device__ __forceinline__ void fetch(Worker& w, Word (&v)[N], u32 phase, IsRead is_read, At at) {
   const u32 tag = w.base + phase;
   do {
 #pragma unroll 1
     for (u32 polls = 0; polls < POLLS; polls++) {
 #pragma unroll
       for (int i = 0; i < N; i++)
-        if (is_read(i)) v[i] = load_words(at(i));
-      u32 difference = 0;
+        if (is_read(i)) load(v[i], at(i));
+      u32 missing = 0;
 #pragma unroll
       for (int i = 0; i < N; i++)
-        if (is_read(i)) difference |= v[i].a_tag ^ tag | v[i].b_tag ^ tag;
-      if (!difference) return;
+        if (is_read(i)) missing |= difference(v[i], tag);
+      if (!missing) return;
       rest();
     }
   } while (may_poll(w, phase));

@@ -252,9 +252,21 @@ static Pair load_words(const u64* at) {
 static void store_word(u64* at, u32 value, u32 tag) {
   std::atomic_ref<u64>(*at).store((u64)tag << 32 | value, std::memory_order_relaxed);
 }
-// in place of store_words
-static void store_words(u64* at, u32 a, u32 b, u32 tag) {
-  store_word(at, a, tag), store_word(at + 1, b, tag);
+// in place of load_wide
+static Wide load_wide(const u64* at) {
+  u64 v[2];  // the half with the tag was stored last
+  v[1] = std::atomic_ref<u64>(const_cast<u64*>(at)[1]).load(std::memory_order_acquire);
+  v[0] = std::atomic_ref<u64>(const_cast<u64*>(at)[0]).load(std::memory_order_relaxed);
+  Wide r;
+  memcpy(&r, v, sizeof r);
+  return r;
+}
+// in place of store_wide
+static void store_wide(u64* at, const Wide& from) {
+  u64 v[2];
+  memcpy(v, &from, sizeof v);
+  std::atomic_ref<u64>(at[0]).store(v[0], std::memory_order_relaxed);
+  std::atomic_ref<u64>(at[1]).store(v[1], std::memory_order_release);
 }
 // in place of claim
 static bool claim(u32* at) { return std::atomic_ref<u32>(*at).exchange(1) == 0; }

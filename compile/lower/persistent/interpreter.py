@@ -147,11 +147,9 @@ class Interpreter:
             for row, head, _, part in self._units(task):
                 yield from self._attend_reads(task, row, head, part)
         elif task.kind == persistent.MERGE:
-            for head, begin, num, parts in self._merged(task):
-                for part in range(parts):
-                    first = task.in_at + (head * self.schedule.splits + part) * PART_WORDS
-                    yield Span(first + begin, num, task.in_phase)
-                    yield Span(first + HEAD, 2, task.in_phase)
+            for head, parts in self._merged(task):
+                first = task.in_at + head * self.schedule.splits * PART_WORDS
+                yield Span(first, parts * PART_WORDS, task.in_phase)
 
     def _attend_reads(self, task: Task, row: int, head: int, part: int) -> Iterator[Span]:
         plan = self.plan
@@ -179,18 +177,12 @@ class Interpreter:
             if part < parts:
                 yield row, head, parts, part
 
-    def _merged(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
-        """Row · N + query head, first number, how many numbers, and the parts of what is merged."""
-        each, of_head = schedules.pairs_merged(self.schedule.splits), HEAD // 2
-        at, heads = task.first * each, self.plan.num_rows * self.plan.num_heads
-        end = min((task.first + task.num) * each, heads * of_head)
-        while at < end:
-            head, begin = divmod(at, of_head)
-            num = min(of_head - begin, end - at)
+    def _merged(self, task: Task) -> Iterator[tuple[int, int]]:
+        """Row · N + query head, and the parts of what is merged."""
+        for head in range(task.first, task.first + task.num):
             parts = num_parts(self.lens[head // self.plan.num_heads], self.schedule.splits)
             if parts > 1:
-                yield head, 2 * begin, 2 * num, parts
-            at += num
+                yield head, parts
 
     # what tasks compute ---------------------------------------------------------------------------
 
@@ -241,8 +233,9 @@ class Interpreter:
                     self._write(task, task.out_at + unit * HEAD // 2, values, task.out_phase)
                     continue
                 first = task.add_at + (unit * self.schedule.splits + part) * PART_WORDS
-                column = torch.cat((out_GH[i], lse_G[i : i + 1], torch.zeros(1)))
-                values = torch.stack((column, torch.zeros_like(column)), -1)
+                # two numbers, and in the next word the log of the sums
+                lse_n2 = lse_G[i].expand(HEAD // 2, 2)
+                values = torch.stack((out_GH[i].view(-1, 2), lse_n2), 1).view(-1, 2)
                 self._write(task, first, values, task.add_phase)
 
     def _attend_unit(
@@ -279,14 +272,15 @@ class Interpreter:
         return reference.rope_store.rope(x_NH[None], self.inputs.cos_sin_MH, pos)[0]
 
     def _merge(self, task: Task) -> None:
-        for head, begin, num, parts in self._merged(task):
+        for head, parts in self._merged(task):
             first = task.in_at + head * self.schedule.splits * PART_WORDS
-            part_PW = self.values[first : first + parts * PART_WORDS, 0].view(parts, PART_WORDS)
-            weight_P1 = torch.exp2(part_PW[:, HEAD] - part_PW[:, HEAD].max())[:, None]
-            sum_n = (weight_P1 * part_PW[:, begin : begin + num]).sum(0)
-            out_n = (sum_n / weight_P1.sum()).bfloat16()
-            at = task.out_at + (head * HEAD + begin) // 2
-            self._write(task, at, out_n.view(-1, 2), task.out_phase)
+            part_Pn22 = self.values[first : first + parts * PART_WORDS].view(parts, -1, 2, 2)
+            lse_P = part_Pn22[:, 0, 1, 0]
+            weight_P1 = torch.exp2(lse_P - lse_P.max())[:, None]
+            sum_H = (weight_P1 * part_Pn22[:, :, 0].reshape(parts, HEAD)).sum(0)
+            out_H = (sum_H / weight_P1.sum()).bfloat16()
+            at = task.out_at + head * HEAD // 2
+            self._write(task, at, out_H.view(-1, 2), task.out_phase)
 
 
 _RUN: dict[int, Callable[[Interpreter, Task], None]] = {

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from nanovllm.compile.lower.persistent.plan import Plan
 from nanovllm.kernels.cuda import persistent
-from nanovllm.kernels.cuda.persistent import HEAD, Sizes, Task
+from nanovllm.kernels.cuda.persistent import Sizes, Task
 
 MAX_SPLITS = 16  # of a row's keys
 OF_LAYER = ("qkv", "parts", "attended", "out", "inner", "hidden")  # results of a layer's phases
@@ -75,11 +75,6 @@ def phase_of(layer: int, name: str) -> int:
     return 1 + len(OF_LAYER) * layer + OF_LAYER.index(name)
 
 
-def pairs_merged(splits: int) -> int:
-    """The pairs of numbers that a unit of MERGE has: each thread has a part of one."""
-    return 32 * persistent.WARPS // splits
-
-
 def build(plan: Plan, num_programs: int) -> Schedule:
     """The schedule of a step for so many multiprocessors."""
     return _Builder(plan, num_programs).schedule()
@@ -91,9 +86,7 @@ class _Builder:
         self.programs: list[list[Task]] = [[] for _ in range(num_programs)]
         self.load = [0] * num_programs  # bytes of weights
         units = plan.num_rows * plan.num_kv_heads
-        # a power of two: the threads of a warp merge the parts
-        self.splits = 1 << max(1, min(MAX_SPLITS, num_programs // units)).bit_length() - 1
-        self.pairs_merged = pairs_merged(self.splits)
+        self.splits = max(1, min(MAX_SPLITS, num_programs // units))
         self.areas = self._areas()
 
     def _areas(self) -> dict[str, Area]:
@@ -210,7 +203,7 @@ class _Builder:
             persistent.MERGE, layer, in_phase=phases["parts"], out_phase=phases["attended"],
             in_at=self.areas["parts"].first, out_at=self.areas["attended"].first,
         )  # fmt: skip
-        num_units = -(-plan.num_rows * plan.num_heads * HEAD // 2 // self.pairs_merged)
+        num_units = plan.num_rows * plan.num_heads
         # the last programs first: they have the fewest units of attention
         for idx, (first, count) in enumerate(_spans(num_units, self.num_programs)):
             if count:
