@@ -58,6 +58,18 @@ __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
       : "memory");
 }
 
+__device__ __forceinline__ bool is_done(u32 barrier, u32 parity) {
+  u32 r;
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done; }"
+      : "=r"(r)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return r;
+}
+
 __device__ __forceinline__ void expect(u32 barrier, u32 num_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes)
                : "memory");

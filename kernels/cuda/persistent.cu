@@ -139,13 +139,21 @@ __device__ __forceinline__ Unit unit_of(u32 unit) {
 
 // the copying warp -------------------------------------------------------------------------------
 
-// Waits for a place in the ring, and until no more than IN_FLIGHT - 1 stages are on their way.
+// Waits until the stage that was begun `num` before one has been copied.
+__device__ __forceinline__ bool is_copied(const Ring& stage, u32 num) {
+  const bool is_back = stage.at < num;  // it is of the turn before
+  // a turn's parity is that of `empty`, inverted
+  return (stage.turn == 0 && is_back) ||
+         is_done(full_barrier(stage.at + (is_back ? STAGES : 0) - num), stage.parity ^ 1 ^ is_back);
+}
+
+// Waits for a place in the ring, and until no more than IN_FLIGHT - 1 stages are on their way, or
+// WAITING_IN_FLIGHT - 1 while results are waited for: they would queue behind the copies.
 __device__ __forceinline__ void await_place(const Ring& stage) {
   wait_for(empty_barrier(stage.at), stage.parity);
-  const bool is_back = stage.at < IN_FLIGHT;  // the stage before is of the turn before
-  const u32 before = stage.at + (is_back ? STAGES : 0) - IN_FLIGHT;
-  // a turn's parity is that of `empty`, inverted
-  if (stage.turn > 0 || !is_back) wait_for(full_barrier(before), stage.parity ^ 1 ^ is_back);
+  while (!is_copied(stage, IN_FLIGHT)) {}
+  volatile int* const is_waiting = shared<volatile int>(AT_LENS) + 9;
+  while (WAITING_IN_FLIGHT < IN_FLIGHT && *is_waiting && !is_copied(stage, WAITING_IN_FLIGHT)) {}
 }
 
 __device__ __forceinline__ void copy_weights(const Task& t, Ring& stage, u32 lane) {
@@ -263,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const 
     for (u32 i = 0; i < STAGES; i++) init_barrier(full_barrier(i), 1), init_barrier(empty_barrier(i), WARPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    lens[8] = load_status(a.status);
+    lens[8] = load_status(a.status), lens[9] = 0;
   }
   if (threadIdx.x < ROWS) lens[threadIdx.x] = a.seq_len[threadIdx.x];
   const Four* const from = reinterpret_cast<const Four*>(a.tasks + (u64)blockIdx.x * NUM_TASKS);

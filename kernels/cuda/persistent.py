@@ -26,7 +26,8 @@ MAX_SHARED_BYTES = 227 << 10
 MIN_STAGES = 4
 # Stages of a program that memory is asked for at a time. More make the results of tasks wait behind
 # them, up to 7 us with a full ring.
-IN_FLIGHT = 4
+IN_FLIGHT = 3
+WAITING_IN_FLIGHT = 2
 MAX_POLLS = 4 << 20  # of a thread in a step, seconds
 _TASK = struct.Struct("4Q12I")
 # Args in persistent.cu
@@ -106,7 +107,7 @@ class Sizes(NamedTuple):
             "KV_HEADS": self.num_kv_heads, "SPLITS": self.splits, "NUM_TASKS": self.num_tasks,
             **{f"{name.upper()}_HALF": name in self.halves for name in MAYBE_HALF},
             "STAGES": self.num_stages, "WARPS": self.num_warps,
-            "IN_FLIGHT": min(IN_FLIGHT, self.num_stages), "CLOCKS": self.has_clocks,
+            "IN_FLIGHT": min(IN_FLIGHT, self.num_stages), "WAITING_IN_FLIGHT": WAITING_IN_FLIGHT, "CLOCKS": self.has_clocks,
         }  # fmt: skip
         return Function("persistent", nvrtc.constants(values), is_specific=True)
 

@@ -92,20 +92,24 @@ __device__ __forceinline__ bool may_poll(Worker& w, u32 phase) {
 template <class Word, int N, class IsRead, class At>
 __device__ __forceinline__ void fetch(Worker& w, Word (&v)[N], u32 phase, IsRead is_read, At at) {
   const u32 tag = w.base + phase;
+  volatile int* const is_waiting = shared<volatile int>(AT_LENS) + 9;
+  if (threadIdx.x == 0) *is_waiting = 1;
+  u32 missing;
   do {
 #pragma unroll 1
     for (u32 polls = 0; polls < POLLS; polls++) {
 #pragma unroll
       for (int i = 0; i < N; i++)
         if (is_read(i)) load(v[i], at(i));
-      u32 missing = 0;
+      missing = 0;
 #pragma unroll
       for (int i = 0; i < N; i++)
         if (is_read(i)) missing |= difference(v[i], tag);
-      if (!missing) return;
+      if (!missing) break;
       rest();
     }
-  } while (may_poll(w, phase));
+  } while (missing && may_poll(w, phase));
+  if (threadIdx.x == 0) *is_waiting = 0;
 }
 
 __device__ __forceinline__ void note(const Worker& w, int which) {
