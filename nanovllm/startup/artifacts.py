@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 READY = "ready"  # the kind of the marker that a store has every bucket of a model and layout
 SHARED_MODULES = (
     "config", "dense", "encoders", "group_router", "latent", "layer_state", "model", "moe",
-    "pooling",
+    "pooling", "region_inputs",
 )  # fmt: skip
 STEP_MODULES = (
     vocab_parallel, mm_embeds, state, steps, tower, draft_head, draft_block, pool_runner,
