@@ -46,7 +46,8 @@ from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import Span, new_state
 from nanovllm.runner.state_update import write
-from nanovllm.runner.steps import ALONE, Steps, Table
+from nanovllm.runner.step_regions import Table
+from nanovllm.runner.steps import ALONE, Steps
 from nanovllm.schedule.plan import DraftReading, LogitEdits, PromptLogprobs, StepPlan
 
 

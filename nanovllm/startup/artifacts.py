@@ -28,6 +28,7 @@ from nanovllm.runner import (
     mm_embeds,
     pool_runner,
     state,
+    step_regions,
     steps,
     tower,
     vocab_parallel,
@@ -45,7 +46,8 @@ SHARED_MODULES = (
     "pooling", "region_inputs",
 )  # fmt: skip
 STEP_MODULES = (
-    vocab_parallel, mm_embeds, state, steps, tower, draft_head, draft_block, pool_runner,
+    vocab_parallel, mm_embeds, state, step_regions, steps, tower, draft_head, draft_block,
+    pool_runner,
 )  # fmt: skip
 # The folders of models whose modules regions of several architectures may use.
 SHARED_FOLDERS = ("audio", "formats", "experts", "vision")
