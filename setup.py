@@ -80,6 +80,7 @@ setup(
         "nanovllm.kernels.cuda",
         "nanovllm.kernels.npu",
         "nanovllm.kernels.reference",
+        "nanovllm.kernels.schemas",
         "nanovllm.kernels.triton",
         "nanovllm.media",
         "nanovllm.models",

@@ -249,7 +249,7 @@ def test_imports_point_one_way(layer: str) -> None:
 
 
 def test_the_interface_of_models_knows_no_architecture() -> None:
-    names = ("config", "formats", "layer_state", "param", "schemes")
+    names = ("config", "formats", "layer_state", "param", "region_inputs", "schemes")
     below = [f"nanovllm.models.{name}" for name in names]
     for name in imports(PACKAGE / "models" / "model.py"):
         assert not is_within(name, "nanovllm") or any(is_within(name, one) for one in below), name

@@ -20,8 +20,6 @@ head size | S tokens in a tile | W workers per key-value head. A name's suffix g
 after a letter: padded to a power of two.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -37,23 +35,13 @@ from nanovllm.kernels.triton.common import (
     from_fp8_in_place,
     launch_options,
     load_index,
-    load_sinks,
     num_multiprocessors,
     shared_memory_bytes,
     to_fp16,
     wait_for_earlier_kernels,
 )
-
-
-@triton.jit
-def _worker_of(tile_idx, num_long, tiles_per_worker):
-    """The worker whose span holds a tile. The first num_long workers have one tile more."""
-    long_tiles = num_long * (tiles_per_worker + 1)
-    return tl.where(
-        tile_idx < long_tiles,
-        tile_idx // (tiles_per_worker + 1),
-        num_long + (tile_idx - long_tiles) // tiles_per_worker,
-    )
+from nanovllm.kernels.triton.decode_parts import report_part, store_result
+from nanovllm.kernels.triton.decode_tiles import DecodeTile, decode_constants, decode_tile
 
 
 @triton.jit
@@ -121,121 +109,6 @@ def _widened(q_MHp, k_SHp, v_SHp, FP8: tl.constexpr, UPCAST: tl.constexpr):
             from_fp8_in_place(v_SHp, q_MHp.dtype, UPCAST),
         )
     return q_MHp, k_SHp, v_SHp
-
-
-@triton.jit
-def _store_result(acc_MHp, max_M, sum_M, v_scale, row_idx, row_begin, row_end, span_begin, span_end,
-                  out_ptr, part_out_ptr, part_lse_ptr, sinks_ptr, out_at_MHp, part_at_MHp, mask_MHp,
-                  q_head_M, SLOT: tl.constexpr, GROUP: tl.constexpr, GROUP_M: tl.constexpr,
-                  HEAD_P: tl.constexpr, FP8: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
-    """Stores the result of a row if it lies within the span, else of the span's part of it.
-
-    A part has no share of the sink: see `_merge`.
-    """
-    safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)
-    out_MHp = acc_MHp / safe_sum_M[:, None]
-    if FP8:
-        out_MHp *= v_scale
-    if (row_begin >= span_begin) & (row_end <= span_end):
-        if HAS_SINKS:
-            is_head_M = tl.arange(0, GROUP_M) < GROUP
-            sink_M = load_sinks(sinks_ptr + q_head_M, is_head_M)
-            out_MHp *= (safe_sum_M / (safe_sum_M + tl.exp2(sink_M - max_M)))[:, None]
-        out_at = out_ptr + row_idx * SLOT + out_at_MHp
-        tl.store(out_at, out_MHp.to(out_ptr.dtype.element_ty), mask=mask_MHp)
-    else:
-        # slot 1 holds the beginning of a row (at most one a worker), slot 0 its continuation
-        part_at = tl.where(row_begin >= span_begin, SLOT, 0) + part_at_MHp
-        lse_MHp = tl.broadcast_to((max_M + tl.log2(safe_sum_M))[:, None], [GROUP_M, HEAD_P])
-        tl.store(part_out_ptr + part_at, out_MHp, mask=mask_MHp)
-        tl.store(part_lse_ptr + part_at, lse_MHp, mask=mask_MHp)
-
-
-@triton.jit
-def _merge(
-    part_out_ptr,  # [W, 2, K, G, H]
-    part_lse_ptr,  # [W, 2, K, G, H]
-    sinks_ptr,  # [N], read if HAS_SINKS
-    out_ptr,  # this row's and key-value head's [G, H]
-    head_idx,
-    first_worker,
-    num_parts,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_P: tl.constexpr,
-    HEAD: tl.constexpr,
-    HEAD_P: tl.constexpr,
-    PARTS: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):
-    """out = Σ 2^lse_i · out_i / Σ 2^lse_i over the parts. PARTS of them are loaded at a time.
-    A sink joins the second sum.
-
-    All operations are elementwise in [G, H] (the lse is stored once per element), so no thread
-    waits for another.
-    """
-    group_Gp = tl.arange(0, GROUP_P)
-    h_Hp = tl.arange(0, HEAD_P)
-    mask_GpHp = (group_Gp < GROUP)[:, None] & (h_Hp < HEAD)[None, :]
-    at_GpHp = group_Gp[:, None] * HEAD + h_Hp[None, :]
-    SLOT: tl.constexpr = NUM_KV_HEADS * GROUP * HEAD
-    max_GpHp = tl.full([GROUP_P, HEAD_P], NO_SCORE, tl.float32)
-    sum_GpHp = tl.zeros([GROUP_P, HEAD_P], tl.float32)
-    acc_GpHp = tl.zeros([GROUP_P, HEAD_P], tl.float32)
-    for first_part in range(0, num_parts, PARTS):
-        lses, outs = (), ()
-        for i in tl.static_range(PARTS):
-            part = first_part + i
-            # the first part begins the row (slot 1), the others continue it (slot 0)
-            base = (
-                (first_worker + part) * (2 * SLOT)
-                + head_idx * (GROUP * HEAD)
-                + tl.where(part == 0, SLOT, 0)
-            )
-            mask = mask_GpHp & (part < num_parts)
-            # other multiprocessors wrote these, so .cg bypasses L1
-            lse = tl.load(
-                part_lse_ptr + base + at_GpHp, mask=mask, other=NO_SCORE, cache_modifier=".cg"
-            )
-            out = tl.load(part_out_ptr + base + at_GpHp, mask=mask, other=0.0, cache_modifier=".cg")
-            lses, outs = lses + (lse,), outs + (out,)  # noqa: RUF005 (Triton has no unpacking)
-        new_max_GpHp = max_GpHp
-        for i in tl.static_range(PARTS):
-            new_max_GpHp = tl.maximum(new_max_GpHp, lses[i])
-        alpha_GpHp = tl.exp2(max_GpHp - new_max_GpHp)
-        sum_GpHp *= alpha_GpHp
-        acc_GpHp *= alpha_GpHp
-        for i in tl.static_range(PARTS):
-            weight_GpHp = tl.exp2(lses[i] - new_max_GpHp)
-            sum_GpHp += weight_GpHp
-            acc_GpHp += weight_GpHp * outs[i]
-        max_GpHp = new_max_GpHp
-    if HAS_SINKS:
-        sink_Gp = load_sinks(sinks_ptr + head_idx * GROUP + group_Gp, group_Gp < GROUP)
-        sum_GpHp += tl.exp2(sink_Gp[:, None] - max_GpHp)
-    tl.store(out_ptr + at_GpHp, (acc_GpHp / sum_GpHp).to(out_ptr.dtype.element_ty), mask=mask_GpHp)
-
-
-@triton.jit
-def _report_part(row_idx, row_begin, row_end, num_long, tiles_per_worker, head_idx, arrived_ptr,
-                 part_out_ptr, part_lse_ptr, sinks_ptr, out_ptr, NUM_KV_HEADS: tl.constexpr,
-                 GROUP: tl.constexpr, GROUP_P: tl.constexpr, HEAD: tl.constexpr,
-                 HEAD_P: tl.constexpr, PARTS: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
-    """Counts this worker among those of a row. The last of them merges the parts."""
-    first_worker = _worker_of(row_begin, num_long, tiles_per_worker)
-    num_parts = _worker_of(row_end - 1, num_long, tiles_per_worker) - first_worker + 1
-    # all threads store before the one thread's release; its acquire comes before all loads
-    tl.debug_barrier()
-    arrived_at = arrived_ptr + first_worker * NUM_KV_HEADS + head_idx
-    num_before = tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu")
-    if num_before == num_parts - 1:
-        tl.store(arrived_at, 0)
-        _merge(
-            part_out_ptr, part_lse_ptr, sinks_ptr,
-            out_ptr + (row_idx * NUM_KV_HEADS + head_idx) * (GROUP * HEAD),
-            head_idx, first_worker, num_parts,
-            NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS, HAS_SINKS,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_workers", "table_blocks", "table_stride"])
@@ -367,7 +240,7 @@ def decode_kernel(
         max_M = new_max_M
 
         if is_last:
-            _store_result(
+            store_result(
                 acc_MHp, max_M, sum_M, v_scale, row_idx, row_begin, row_end, span_begin, span_end,
                 out_ptr, part_out_ptr, part_lse_ptr, sinks_ptr, out_at_MHp, part_at_MHp, q_mask_MHp,
                 q_head_M, SLOT, GROUP, GROUP_M, HEAD_P, FP8, HAS_SINKS,
@@ -388,76 +261,11 @@ def decode_kernel(
             part_row = tl.where(i == 0, first_row, row_idx)
             part_row_begin = tl.where(i == 0, first_begin, row_begin)
             part_row_end = tl.where(i == 0, first_end, row_end)
-            _report_part(
+            report_part(
                 part_row, part_row_begin, part_row_end, num_long, tiles_per_worker, head_idx,
                 arrived_ptr, part_out_ptr, part_lse_ptr, sinks_ptr, out_ptr,
                 NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS, HAS_SINKS,
             )  # fmt: skip
-
-
-class DecodeTile(NamedTuple):
-    """Tile sizes and launch options of a decode launch."""
-
-    tile: int  # tokens in a tile of keys
-    num_warps: int
-    num_stages: int
-    programs: int  # programs per multiprocessor
-    max_parts: int  # most parts of a row that the merge loads at a time
-
-
-def decode_tile(
-    head_bytes: int, block_size: int, num_rows: int, shared_bytes: int, is_fp8: bool = False
-) -> DecodeTile:
-    """The launch for heads of head_bytes (padded to a power of two).
-
-    Two programs on a multiprocessor, each with two tiles of 16 KB of keys and two of values, keep
-    128 KB in flight; bandwidth times latency needs about 40 KB. With shared memory of 99 KB (sm_86,
-    sm_89) tiles are half as large. Tiles of an fp8 cache have the same bytes, so twice the tokens
-    if its blocks hold them. The fp8 tiles are not measured.
-    """
-    most = 128 if is_fp8 and block_size % 128 == 0 else 64
-    tile = min(most, max(16, (16384 if shared_bytes >= 160 * 1024 else 8192) // head_bytes))
-    single = num_rows == 1 and block_size % tile == 0
-    # a tile in flight holds keys, values and queries; the result on its way out needs space, too
-    tile_bytes, out_bytes = (2 * tile + 16) * head_bytes, 32 * head_bytes
-    if is_fp8:  # queries have two bytes; values and probabilities are also held in fp16
-        tile_bytes, out_bytes = (2 * tile + 32) * head_bytes, tile * (2 * head_bytes + 32)
-    buffers = min(3 if single else 2, (shared_bytes - out_bytes) // tile_bytes)
-    programs = 1 if single or 2 * (buffers * tile_bytes + out_bytes) > shared_bytes else 2
-    # if a tile spans blocks, the load of its block numbers takes pipeline stages, too
-    num_stages = 1 + buffers * (2 if block_size % tile else 1)
-    return DecodeTile(tile, 4, num_stages, programs, 16 if single else 8)
-
-
-def decode_constants(
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    num_rows: int,
-    window: int,
-    launch: DecodeTile,
-) -> dict[str, int]:
-    """The kernel's compile-time constants. ROWS_P has few values, so buckets share kernels."""
-    group = num_heads // num_kv_heads
-    group_p, head_p = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
-    return {
-        "NUM_KV_HEADS": num_kv_heads,
-        "GROUP": group,
-        "GROUP_M": max(16, group_p),
-        "GROUP_P": group_p,
-        "HEAD": head_dim,
-        "HEAD_P": head_p,
-        "BLOCK": block_size,
-        "TILE": launch.tile,
-        "ROWS_P": next(
-            (rows for rows in (1, 16, 64, 256) if num_rows <= rows),
-            triton.next_power_of_2(num_rows),
-        ),
-        "PARTS": max(1, min(launch.max_parts, 4096 // (group_p * head_p))),  # 64 registers a thread
-        "MIN_WORKERS": 16,
-        "WINDOW": max(0, window),
-    }
 
 
 def paged_attention_decode(

@@ -1,6 +1,6 @@
 """Products of sorted pairs with the packed weights of their experts in Triton.
 
-As in `grouped_gemm.py`, with the products of `packed_gemm.py`.
+As in `grouped_gemm.py`, with the sums of `packed_chunks.py`.
 
 Shapes: T tokens | P pairs | E experts | D depth | O weight rows | L weight rows of a tile
 """
@@ -21,8 +21,8 @@ from nanovllm.kernels.triton.common import (
 )
 from nanovllm.kernels.triton.grouped_gemm import BY_PAIR, BY_PLACE, BY_TOKEN, _group_of
 from nanovllm.kernels.triton.moe_sort import Groups
+from nanovllm.kernels.triton.packed_chunks import columns_of, lines_of, packed_sums, results_of
 from nanovllm.kernels.triton.packed_codes import Codes
-from nanovllm.kernels.triton.packed_gemm import columns_of, lines_of, packed_sums, results_of
 from nanovllm.kernels.triton.packed_tiles import PackedGemmTile, grouped_tile
 
 

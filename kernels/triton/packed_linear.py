@@ -16,8 +16,9 @@ from nanovllm.kernels.cuda import packed_stream, packed_wgmma
 from nanovllm.kernels.triton import fp8_products, packed_codes, packed_tiles
 from nanovllm.kernels.triton.norm_act import rms_norm, silu_mul
 from nanovllm.kernels.triton.packed_codes import Codes
+from nanovllm.kernels.triton.packed_dequantize import dequantize
 from nanovllm.kernels.triton.packed_experts import DTYPES, has_units
-from nanovllm.kernels.triton.packed_gemm import dequantize, packed_gemm
+from nanovllm.kernels.triton.packed_gemm import packed_gemm
 from nanovllm.kernels.triton.packed_gemv import packed_gemv
 
 # cuBLAS gets the real values of so many rows of a weight at a time, which bounds their memory.

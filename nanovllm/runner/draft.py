@@ -21,7 +21,8 @@ from nanovllm.runner.allocation import paged_cache
 from nanovllm.runner.proposer import Drafting, Fed
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import DeviceState
-from nanovllm.runner.steps import Steps, Table
+from nanovllm.runner.step_regions import Table
+from nanovllm.runner.steps import Steps
 
 PREFIX = "draft_"  # in the names of programs
 

@@ -28,6 +28,7 @@ from nanovllm.runner import (
     mm_embeds,
     pool_runner,
     state,
+    step_regions,
     steps,
     tower,
     vocab_parallel,
@@ -42,10 +43,11 @@ logger = logging.getLogger(__name__)
 READY = "ready"  # the kind of the marker that a store has every bucket of a model and layout
 SHARED_MODULES = (
     "config", "dense", "encoders", "group_router", "latent", "layer_state", "model", "moe",
-    "pooling",
+    "pooling", "region_inputs",
 )  # fmt: skip
 STEP_MODULES = (
-    vocab_parallel, mm_embeds, state, steps, tower, draft_head, draft_block, pool_runner,
+    vocab_parallel, mm_embeds, state, step_regions, steps, tower, draft_head, draft_block,
+    pool_runner,
 )  # fmt: skip
 # The folders of models whose modules regions of several architectures may use.
 SHARED_FOLDERS = ("audio", "formats", "experts", "vision")

@@ -14,10 +14,10 @@ from nanovllm.compile.program import Compiler
 from nanovllm.kernels.collectives import Communicator
 from nanovllm.models.model import VARYING, Params
 from nanovllm.platforms.base import MemoryBudget
-from nanovllm.runner import steps
 from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.runner.no_grad import without_grad
 from nanovllm.runner.runner import Runner
+from nanovllm.runner.step_regions import FROZEN
 from nanovllm.runner.warmup import (
     measure_bus,
     measure_pace,
@@ -141,7 +141,7 @@ def make_compiler(resolved: ResolvedConfig, group: Communicator | None = None) -
         passes=passes,
         dump_dir=environment.dump_graphs,
         varying=() if platform.traits.whole_steps else VARYING,
-        frozen=steps.FROZEN,
+        frozen=FROZEN,
         strict=environment.strict,
         store=None if config.enforce_eager else resolved.store,
         ingredients=common_ingredients(platform, names, resolved.model, draft_model),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton.attention_decode import DecodeTile, paged_attention_decode
+from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import PrefillTile, paged_attention_prefill
+from nanovllm.kernels.triton.decode_tiles import DecodeTile
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
 from scripts.bench import mixer_cases

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.triton.attention_decode import DecodeTile
 from nanovllm.kernels.triton.attention_prefill import PrefillTile
+from nanovllm.kernels.triton.decode_tiles import DecodeTile
 from nanovllm.tools.shapes import CONFIGS
 
 DTYPE = torch.bfloat16

@@ -42,7 +42,7 @@ from nanovllm.models.vision import layout as layouts
 from nanovllm.models.vision import weights
 from nanovllm.models.vision.vision_encoder import TowerConfig
 from nanovllm.platforms.base import Platform
-from nanovllm.runner.steps import FROZEN
+from nanovllm.runner.step_regions import FROZEN
 from nanovllm.runner.tower import TowerSteps
 from nanovllm.tools import command_line
 from nanovllm.tools.device_limits import best_seconds, measure_limits

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanovllm.compile.lower import calls, inductor
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
+from nanovllm.kernels.schemas import registry
 
 
 def region(x_TD: Tensor, weight_OD: Tensor, norm_D: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +172,7 @@ def test_kernels_are_called_without_dispatch_unless_a_mode_watches(
         called.append(args)
         return torch.zeros(3, 8), torch.ones(3, 8)
 
-    monkeypatch.setitem(ops._registered, ("CPU", "add_rms_norm"), kernel)
+    monkeypatch.setitem(registry._registered, ("CPU", "add_rms_norm"), kernel)
 
     seen: list[str] = []
 

@@ -271,8 +271,8 @@ def test_the_platform_and_its_passes_are_ingredients(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "file, counts",
-    [("model.py", True), ("config.py", True), ("formats/int8.py", True),
-     ("formats/new.py", True),
+    [("model.py", True), ("region_inputs.py", True), ("config.py", True),
+     ("formats/int8.py", True), ("formats/new.py", True),
      ("loader.py", False), ("rope.py", False), ("kv_scales.py", False), ("qwen3.py", False)],
 )  # fmt: skip
 def test_sources_of_regions_count_and_no_others_of_models(

@@ -176,8 +176,9 @@ def attention(
 ) -> Iterator[Build]:
     import triton
 
-    from nanovllm.kernels.triton import attention_decode as decode
     from nanovllm.kernels.triton import attention_prefill as prefill
+    from nanovllm.kernels.triton.attention_decode import decode_kernel
+    from nanovllm.kernels.triton.decode_tiles import decode_constants, decode_tile
 
     num_heads, num_kv_heads, head_dim, block_size, dtype = model
     element_size = 4 if dtype == "fp32" else 2
@@ -199,11 +200,11 @@ def attention(
     head_bytes = head_p * (1 if is_fp8 else element_size)
     if "decode" in sizes:
         num_rows, window = sizes["decode"]
-        launch = decode.decode_tile(head_bytes, block_size, num_rows, target.shared_bytes, is_fp8)
-        constants = decode.decode_constants(*heads, num_rows, window, launch) | strides
+        launch = decode_tile(head_bytes, block_size, num_rows, target.shared_bytes, is_fp8)
+        constants = decode_constants(*heads, num_rows, window, launch) | strides
         yield Build(
             f"{name}: decode rows {num_rows} window {window}",
-            decode.decode_kernel,
+            decode_kernel,
             constants,
             launch.num_warps,
             launch.num_stages,

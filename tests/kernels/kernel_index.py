@@ -299,10 +299,11 @@ HEAD = """
 `python -m tests.kernels.kernel_index` writes this page from the registrations, and a test compares
 the two.
 
-`ops.py` declares an op: its schema, and its reference in plain torch (`reference/`). A platform
-registers kernels for torch's dispatch key of its device. torch calls the registered kernel, or the
-reference if there is none. In compiled graphs the pass `replace_ops` keeps the ops that the
-platform names. Any other becomes plain torch, which the lowering fuses with its neighbours.
+A file of `schemas/` defines an op: its schema, and its reference in plain torch (`reference/`). Ops
+are imported from `ops.py`. A platform registers kernels for torch's dispatch key of its device.
+torch calls the registered kernel, or the reference if there is none. In compiled graphs the pass
+`replace_ops` keeps the ops that the platform names. Any other becomes plain torch, which the
+lowering fuses with its neighbours.
 """
 TABLE_HEAD = """
 A kernel with (eager) runs outside compiled graphs only. An empty cell is plain torch; `linear` on a
@@ -320,8 +321,11 @@ from sm_90 on.
 
 
 def all_ops() -> list[str]:
-    """The names of all ops, in the order of their definitions."""
-    found = [*vars(ops).values(), *ops.ATTENTION.values()]
+    """The names of all ops, by subject and in the order of their definitions."""
+    rooms = sorted(path.stem for path in (FOLDER / "schemas").glob("*.py"))
+    modules = (importlib.import_module(f"{ROOT}schemas.{room}") for room in rooms)
+    found = [value for module in modules for value in vars(module).values()]
+    found += ops.ATTENTION.values()
     return list(dict.fromkeys(name for one in found if (name := ops.op_name(one)) is not None))
 
 

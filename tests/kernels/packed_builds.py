@@ -107,7 +107,7 @@ def some_rows(
 
 
 def dequantized(name: str, kind: Kind, num_outs: int, depth: int) -> Launch:
-    from nanovllm.kernels.triton import packed_gemm, packed_tiles
+    from nanovllm.kernels.triton import packed_dequantize, packed_tiles
 
     codes = weight(kind, num_outs, depth)
     columns = packed_tiles.chunk_columns(codes, depth)
@@ -115,7 +115,7 @@ def dequantized(name: str, kind: Kind, num_outs: int, depth: int) -> Launch:
         "NUM_OUTS": num_outs, "DEPTH": depth, "LINES": 64, "COLUMNS": columns,
         "EACH": max(1, 512 // columns), "UPCAST": False,
     }  # fmt: skip
-    kernel, types = packed_gemm.dequantize_kernel, types_of(kind, False)
+    kernel, types = packed_dequantize.dequantize_kernel, types_of(kind, False)
     return f"packed {name} dequantize", kernel, constants, 4, 3, types
 
 

@@ -11,7 +11,13 @@ from torch._subclasses import FakeTensorMode
 
 from nanovllm.kernels import dequantized, ops, reference
 from nanovllm.kernels.reference.packed import pack
-from nanovllm.kernels.triton import packed_codes, packed_experts, packed_gemm, packed_gemv
+from nanovllm.kernels.triton import (
+    packed_codes,
+    packed_dequantize,
+    packed_experts,
+    packed_gemm,
+    packed_gemv,
+)
 from nanovllm.kernels.triton import packed_linear as packed
 from nanovllm.kernels.triton.packed_tiles import PackedGemmTile, PackedGemvTile
 from nanovllm.models import formats
@@ -187,7 +193,7 @@ def test_each_tile_of_some_rows_matches_the_formula(tile: str, form: str) -> Non
 @pytest.mark.parametrize("group", [16, 64, 160])
 def test_dequantized_weights_are_the_real_ones(bits: int, group: int) -> None:
     weight = packed_weight(70, 160, bits, group, "offset")
-    found = packed_gemm.dequantize(codes_of(weight), 160, torch.float16)
+    found = packed_dequantize.dequantize(codes_of(weight), 160, torch.float16)
     assert error(found, real(weight, 160)) < LIMIT[torch.float16]
 
 
@@ -292,7 +298,7 @@ def test_all_levels_of_e2m1_are_exact(dtype: torch.dtype) -> None:
         scale[:, 1] *= 4
         weight = pack(code_OD, 4), scale, None, table, 4, 32
         wanted = 2.0**power * table.float()
-        found = packed_gemm.dequantize(packed_codes.of_packed(*weight), 64, dtype).float()
+        found = packed_dequantize.dequantize(packed_codes.of_packed(*weight), 64, dtype).float()
         assert torch.equal(found[:, :32], wanted.unsqueeze(1).expand(-1, 32))
         assert torch.equal(found[:, 32:], 4 * found[:, :32])
         for num_rows in (1, 2, 9):

@@ -21,7 +21,7 @@ from nanovllm.models.vision import weights
 from nanovllm.platforms import cpu
 from nanovllm.platforms.base import Platform, Replay
 from nanovllm.runner.audio_tower import AudioSteps, Inputs
-from nanovllm.runner.steps import FROZEN
+from nanovllm.runner.step_regions import FROZEN
 from tests.models import omni_cases
 
 TOLERANCE = 1e-4

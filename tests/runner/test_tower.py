@@ -25,7 +25,7 @@ from nanovllm.models.vision.budgets import budgets
 from nanovllm.models.vision.registry import tower
 from nanovllm.platforms import cpu
 from nanovllm.platforms.base import Platform
-from nanovllm.runner.steps import FROZEN
+from nanovllm.runner.step_regions import FROZEN
 from nanovllm.runner.tower import TowerSteps
 from tests.models import tower_cases
 from tests.models.tower_cases import BUDGETS

@@ -16,7 +16,7 @@ from nanovllm.models.loader import Target
 from nanovllm.models.vision import weights
 from nanovllm.models.vision.registry import tower
 from nanovllm.platforms.base import Platform, Replay
-from nanovllm.runner.steps import FROZEN
+from nanovllm.runner.step_regions import FROZEN
 from nanovllm.runner.tower import TowerSteps
 from tests.models import tower_cases
 
