@@ -411,6 +411,11 @@ class EngineConfig:
             raise ValueError(
                 "persistent_step=True needs enforce_eager=False: eager mode runs op by op"
             )
+        if tuned.persistent_step and self.deterministic:
+            raise ValueError(
+                "persistent_step=True does not go with deterministic=True: its sums have another "
+                "order"
+            )
         if tuned.expert_prefetch and self.expert_offload is None:
             raise ValueError("expert_prefetch=True needs expert_offload: all are on the device")
         captures = self.npu_graph_mode in ("aclgraph", "npugraph_ex")

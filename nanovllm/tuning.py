@@ -46,8 +46,8 @@ class Tuning:
     expert_prefetch: with expert_offload, fetch the experts that a layer's input would choose while
         its attention runs. It gains little where the bus is the limit, and wrong guesses cost time.
     persistent_step: run the layers and the head of a decode step as one kernel where it takes the
-        GPU, the model and the number of rows; the log says why not elsewhere. See
-        docs/persistent.md.
+        GPU, the model and the number of rows; the log says why not elsewhere. None: where it is
+        faster, so far at few rows. See docs/persistent.md.
     """
 
     capture: bool = True
@@ -59,7 +59,7 @@ class Tuning:
     npu_graph_options: Mapping[str, object] | None = None
     snapshot_bytes: int = 1 << 30
     expert_prefetch: bool = False
-    persistent_step: bool = False
+    persistent_step: bool | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, ALLOWED)

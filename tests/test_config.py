@@ -199,6 +199,8 @@ def test_prefetching_experts_needs_offload() -> None:
     assert make(tuning={"expert_prefetch": True}, expert_offload=2).tuned.expert_prefetch
     with pytest.raises(ValueError, match="persistent_step=True needs enforce_eager=False"):
         make(tuning={"persistent_step": True}, enforce_eager=True)
+    with pytest.raises(ValueError, match="persistent_step=True does not go with deterministic"):
+        make(tuning={"persistent_step": True}, deterministic=True)
 
 
 EVERYTHING: dict[str, Any] = {

@@ -15,7 +15,7 @@
 //
 // Constants, by -D: ROWS, HIDDEN, FFN, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF,
 // OUT_HALF, DOWN_HALF and HEAD_HALF (their tiles are halves), NUM_TASKS (of a program), STAGES,
-// IN_FLIGHT (that memory is asked for at a time), WARPS, CLOCKS (times of tasks are kept).
+// IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time), WARPS, CLOCKS (times of tasks are kept).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 

@@ -24,10 +24,6 @@ TIMES = "start", "arrived", "ready", "computed", "finished"  # of a task
 STAGE_BYTES = 16 * (WIDE * 2 + 64)
 MAX_SHARED_BYTES = 227 << 10
 MIN_STAGES = 4
-# Stages of a program that memory is asked for at a time. More make the results of tasks wait behind
-# them, up to 7 us with a full ring.
-IN_FLIGHT = 3
-WAITING_IN_FLIGHT = 2
 MAX_POLLS = 4 << 20  # of a thread in a step, seconds
 _TASK = struct.Struct("4Q12I")
 # Args in persistent.cu
@@ -64,6 +60,18 @@ class Task(NamedTuple):
         return _TASK.pack(*pointers, *[0] * (4 - len(pointers)), self.kind, *self[3:])
 
 
+class InFlight(NamedTuple):
+    """The stages of a program that memory is asked for at a time: at most, and while results are
+    waited for, which queue behind them."""
+
+    most: int
+    waiting: int
+
+
+SHORT, LONG = InFlight(3, 2), InFlight(4, 4)
+LONG_BYTES = 512 << 10  # of a program's weights of a layer: waits are a small part of it
+
+
 class Sizes(NamedTuple):
     """What a program is compiled for. `num_tasks` are those of a program, `splits` the most parts
     of a row's keys. `halves` names the products whose tiles are halves."""
@@ -75,6 +83,7 @@ class Sizes(NamedTuple):
     num_kv_heads: int
     splits: int
     halves: frozenset[str]
+    in_flight: InFlight
     num_tasks: int
     num_warps: int = WARPS
     has_clocks: bool = False
@@ -107,7 +116,8 @@ class Sizes(NamedTuple):
             "KV_HEADS": self.num_kv_heads, "SPLITS": self.splits, "NUM_TASKS": self.num_tasks,
             **{f"{name.upper()}_HALF": name in self.halves for name in MAYBE_HALF},
             "STAGES": self.num_stages, "WARPS": self.num_warps,
-            "IN_FLIGHT": min(IN_FLIGHT, self.num_stages), "WAITING_IN_FLIGHT": WAITING_IN_FLIGHT, "CLOCKS": self.has_clocks,
+            "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
+            "CLOCKS": self.has_clocks,
         }  # fmt: skip
         return Function("persistent", nvrtc.constants(values), is_specific=True)
 

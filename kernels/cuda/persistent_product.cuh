@@ -18,6 +18,11 @@ struct Of {
   static constexpr u32 PIECES = NUM_STAGES * TURNS;          // of 8 columns, of a thread
   static constexpr bool IS_EVEN = DEPTH % IN_STAGE == 0 && DEPTH % CHUNK == 0;
 
+  // The last chunk may have fewer stages than the others.
+  __device__ static __forceinline__ bool has_stage(u32 chunk, u32 stage) {
+    return stage < NUM_STAGES && (IS_EVEN || chunk * CHUNK + stage * IN_STAGE < DEPTH);
+  }
+
   // Whether a warp has columns in a piece of a chunk.
   __device__ static __forceinline__ bool has(u32 chunk, u32 piece, u32 warp) {
     return IS_EVEN || (piece * WORKERS < CHUNK && chunk * CHUNK + piece * WORKERS + warp * 32 < DEPTH);
@@ -127,9 +132,10 @@ __device__ __forceinline__ void multiply_tiles(Worker& w, const Four (&x)[P::PIE
     float acc[4][4] = {};
 #pragma unroll
     for (u32 stage = 0; stage < P::NUM_STAGES; stage++) {
+      if (!P::has_stage(chunk, stage)) continue;
       const Piece<P> piece = next;
       const u32 loaded = place;
-      if (stage + 1 < P::NUM_STAGES)
+      if (P::has_stage(chunk, stage + 1))
         place = load_stage<P>(w, next, chunk, stage + 1);
       else if (tile + 1 < num)
         place = load_stage<P>(w, next, chunk, 0);

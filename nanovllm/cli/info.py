@@ -136,13 +136,16 @@ def _persistent_step(resolved: ResolvedConfig, config: EngineConfig) -> tuple[bo
     from nanovllm.compile.lower.persistent.plan import Unfit
     from nanovllm.compile.lower.persistent.step import num_programs
 
-    if not config.tuned.persistent_step:
-        return False, "off by default"
+    asked = config.tuned.persistent_step
+    if asked is False:
+        return False, GIVEN
+    if config.deterministic or config.enforce_eager:
+        return False, f"{'deterministic' if config.deterministic else 'enforce_eager'} is given"
     try:
         num_programs(resolved.platform.device)
     except Unfit as why:
         return False, str(why)
-    return True, f"{GIVEN}; for the sizes that the log names"
+    return True, f"{GIVEN if asked else 'the default'}; for the sizes that the log names"
 
 
 def _name(dtype: object) -> str:

@@ -32,7 +32,7 @@ from nanovllm.runner.encoders import Encoders
 from nanovllm.runner.graph_cache import Captures, GraphCache
 from nanovllm.runner.mm_embeds import MMEmbedInputs
 from nanovllm.runner.no_grad import in_group
-from nanovllm.runner.persistent import PersistentSteps
+from nanovllm.runner.persistent import FASTER_ROWS, PersistentSteps
 from nanovllm.runner.sampling import Sampler
 from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
@@ -177,6 +177,8 @@ class DeviceOwner:
             return
         self.platform.synchronize()
         used_bytes = self.platform.used_bytes()
+        sizes = self.layout.decode_rows
+        self.steps.begin_decode(self._padding_rows(sizes[0]), sizes)
         # from the largest down: captured steps share one memory pool, and the first one sizes it
         for num_tokens in reversed(self.layout.prefill_tokens):
             progress(f"prefill {num_tokens}")
@@ -210,7 +212,7 @@ class DeviceOwner:
         elif kind in self.towers:
             self.towers.run_bucket(kind, size)
         else:
-            row_idx_R = torch.full((size,), self.state.pad_row, device=self.platform.device)
+            row_idx_R = self._padding_rows(size)
             for steps in self.all_steps:
                 with ALONE if self.rests else steps.proposing(row_idx_R):
                     steps.decode(row_idx_R)
@@ -219,6 +221,9 @@ class DeviceOwner:
             if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
                 self.sampler.warm_up()
         self.platform.synchronize()
+
+    def _padding_rows(self, num_rows: int) -> Tensor:
+        return torch.full((num_rows,), self.state.pad_row, device=self.platform.device)
 
     @in_group
     def decode_uncaptured(
@@ -273,13 +278,20 @@ class DeviceOwner:
             verifies_rows=self.platform.traits.verifies_rows,
             synthetic_rate=None if self.spec.draft is None else self.spec.draft.synthetic_rate,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
-            persistent=PersistentSteps(self.platform.device) if self.spec.persistent else None,
+            persistent=self._persistent_steps(),
             drafting=(
                 None
                 if self._draft is None
                 else self._draft.drafting(num_blocks, self.cache_region.zeros, compiler)
             ),
         )
+
+    def _persistent_steps(self) -> PersistentSteps | None:
+        """Without being asked for, only of the rows of which they are faster."""
+        asked, device = self.spec.persistent, self.platform.device
+        if asked is None and device.type == "cuda":
+            return PersistentSteps(device, max_rows=FASTER_ROWS, is_asked=False)
+        return PersistentSteps(device) if asked else None
 
     @property
     def all_steps(self) -> list[Steps]:

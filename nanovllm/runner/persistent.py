@@ -6,7 +6,8 @@ R rows | D hidden | V vocabulary
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -17,14 +18,18 @@ from nanovllm.compile.lower.persistent import plan as plans
 from nanovllm.compile.lower.persistent import schedule as schedules
 from nanovllm.compile.lower.persistent import step as lowered
 from nanovllm.compile.lower.persistent.plan import Unfit
+from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.compile.lower.persistent.step import Inputs as Inputs
-from nanovllm.compile.lower.persistent.step import Step, Weights
+from nanovllm.compile.lower.persistent.step import Step, Tensors, Weights
 from nanovllm.compile.trace import input_leaves
+from nanovllm.kernels.cuda import nvrtc
 from nanovllm.models.model import VARYING, Batch, Kept, LayerCache, LayerCall, Model, Params
 from nanovllm.platforms.attention import Attention
 from nanovllm.platforms.base import HostCopy
 
 logger = logging.getLogger(__name__)
+
+FASTER_ROWS = 4  # up to so many rows it is the default
 
 
 class Parts(NamedTuple):
@@ -42,30 +47,79 @@ class Parts(NamedTuple):
 class PersistentSteps:
     """The steps of one model and cache, by rows, and why other sizes run without.
 
-    `has_clocks` keeps the times of tasks, for profiles.
+    max_rows: of larger steps none is one kernel. is_asked: the log says why a step is several
+    kernels. has_clocks: the times of tasks are kept, for profiles.
     """
 
-    def __init__(self, device: torch.device, *, has_clocks: bool = False) -> None:
-        self.device, self.has_clocks = device, has_clocks
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        max_rows: int = plans.MAX_ROWS,
+        is_asked: bool = True,
+        has_clocks: bool = False,
+    ) -> None:
+        self.device, self.max_rows, self.has_clocks = device, max_rows, has_clocks
+        self._level = logging.INFO if is_asked else logging.DEBUG
         self.steps: dict[int, Step] = {}
         self.reasons: dict[int, str] = {}
+        self._schedules: dict[int, Schedule] = {}
+        self._kernels: dict[int, Future[object]] = {}
+
+    def may_take(self, num_rows: int) -> bool:
+        """Whether steps of so many rows may be one kernel, before a model is read."""
+        try:
+            lowered.num_programs(self.device)
+            if num_rows > self.max_rows:
+                raise Unfit(f"{num_rows} rows are more than {self.max_rows}")
+        except Unfit as why:
+            self._refuse(num_rows, why)
+        return num_rows not in self.reasons
+
+    def begin(self, parts: Parts, h_RD: Tensor, batch: Batch, sizes: Sequence[int]) -> None:
+        """Read the model, and compile the kernels of steps of `sizes` rows in other threads."""
+        try:
+            plan = weights_of(parts, h_RD, batch).plan
+        except Unfit as why:
+            for num_rows in sizes:
+                self._refuse(num_rows, why)
+            return
+        num_programs = lowered.num_programs(self.device)
+        compiling = ThreadPoolExecutor(len(sizes), "persistent")
+        capability = torch.cuda.get_device_capability(self.device)
+        for num_rows in sizes:
+            schedule = schedules.build(plan._replace(num_rows=num_rows), num_programs)
+            function = schedule.sizes._replace(has_clocks=self.has_clocks).function
+            self._schedules[num_rows] = schedule
+            self._kernels[num_rows] = compiling.submit(nvrtc.compile_function, function, capability)
+        compiling.shutdown(wait=False)
 
     def prepare(self, parts: Parts, h_RD: Tensor, batch: Batch) -> None:
         """Build the step of so many rows, with any inputs, before it is captured."""
         num_rows = len(h_RD)
-        if num_rows in self.steps or num_rows in self.reasons:
+        if num_rows in self.steps or not self.may_take(num_rows):
+            return
+        if num_rows not in self._kernels:
+            self.begin(parts, h_RD, batch, [num_rows])
+        if num_rows in self.reasons:
             return
         try:
-            num_programs = lowered.num_programs(self.device)
-            weights = weights_of(parts, h_RD, batch)
-            schedule = schedules.build(weights.plan, num_programs)
+            schedule = self._schedules[num_rows]
+            weights = Weights(schedule.plan, *_inputs(parts, h_RD, batch))
             step = lowered.build(weights, schedule, self.device, has_clocks=self.has_clocks)
-            step.load()
-            self.steps[num_rows] = step
-            logger.info("a decode step of %d row(s) is one kernel", num_rows)
         except Unfit as why:
+            self._refuse(num_rows, why)
+            return
+        self._kernels[num_rows].result()
+        step.load()
+        self.steps[num_rows] = step
+        logger.info("a decode step of %d row(s) is one kernel", num_rows)
+
+    def _refuse(self, num_rows: int, why: Unfit) -> None:
+        if num_rows not in self.reasons:
             self.reasons[num_rows] = str(why)
-            logger.info("a decode step of %d row(s) is several kernels: %s", num_rows, why)
+            message = "a decode step of %d row(s) is several kernels: %s"
+            logger.log(self._level, message, num_rows, why)
 
     def logits(self, cos_sin_MH: Tensor, h_RD: Tensor, batch: Batch) -> Tensor | None:
         """The logits [R, V] of a prepared step, or None where other programs run."""
@@ -91,7 +145,7 @@ class PersistentSteps:
 
 def weights_of(parts: Parts, h_RD: Tensor, batch: Batch) -> Weights:
     """The plan and the tensors of a decode step. Raises Unfit."""
-    model, params = parts.model, parts.params
+    model = parts.model
     kind = model.layer_kinds[0]
     if set(model.layer_kinds) != {kind} or not parts.is_plain:
         raise Unfit("its layers are not all alike, or something runs between them")
@@ -101,13 +155,24 @@ def weights_of(parts: Parts, h_RD: Tensor, batch: Batch) -> Weights:
         raise Unfit("its layers do not keep keys and values")
     key = parts.attention.key(1, len(h_RD))
     layer = partial(model.layer, model.config, LayerCall(key, kind, 1))
-    shared = {"cos_sin_MH": parts.cos_sin_MH, "batch": batch, "h_TD": h_RD}
-    inputs: list[dict[str, object]] = [
-        {"w": w, "kv": kv, **shared} for w, kv in zip(params.layers, parts.caches, strict=True)
-    ]
-    of_head: dict[str, object] = {
-        "final_norm_D": params.final_norm_D, "head_VD": params.head_VD, "h_RD": h_RD
-    }  # fmt: skip
     head = partial(model.head, model.config)
-    plan = plans.read(layer, inputs[0], head, of_head, len(inputs), varying=VARYING)
-    return Weights(plan, [dict(input_leaves(one)) for one in inputs], dict(input_leaves(of_head)))
+    given = _layer_inputs(parts, h_RD, batch)
+    plan = plans.read(layer, given[0], head, _head_inputs(parts, h_RD), len(given), varying=VARYING)
+    return Weights(plan, *_inputs(parts, h_RD, batch))
+
+
+def _inputs(parts: Parts, h_RD: Tensor, batch: Batch) -> tuple[list[Tensors], Tensors]:
+    """The tensors of the layers and of the head, by the names of their inputs."""
+    layers: list[Tensors] = [dict(input_leaves(one)) for one in _layer_inputs(parts, h_RD, batch)]
+    return layers, dict(input_leaves(_head_inputs(parts, h_RD)))
+
+
+def _layer_inputs(parts: Parts, h_RD: Tensor, batch: Batch) -> list[dict[str, object]]:
+    shared = {"cos_sin_MH": parts.cos_sin_MH, "batch": batch, "h_TD": h_RD}
+    own = zip(parts.params.layers, parts.caches, strict=True)
+    return [{"w": w, "kv": kv, **shared} for w, kv in own]
+
+
+def _head_inputs(parts: Parts, h_RD: Tensor) -> dict[str, object]:
+    params = parts.params
+    return {"final_norm_D": params.final_norm_D, "head_VD": params.head_VD, "h_RD": h_RD}

@@ -123,7 +123,7 @@ class EngineSpec:
     values. `offload` is the placement of experts, None for all on the device. Embeddings of images
     take `embedding_cache_bytes` of the device at most between steps. `draft` proposes tokens on the
     device. `snapshot_slots` are those for states of recurrent layers. With
-    `persistent` decode steps are one kernel where it takes them.
+    `persistent`: decode steps are one kernel where it takes them; None: where it is faster.
     """
 
     layout: Layout
@@ -133,4 +133,4 @@ class EngineSpec:
     embedding_cache_bytes: int = 0
     draft: DraftSpec | None = None
     snapshot_slots: int = 0
-    persistent: bool = False
+    persistent: bool | None = False

@@ -8,7 +8,7 @@ W columns of this rank's logits: V, or its part on several ranks (`columns.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -196,16 +196,28 @@ class Steps(StepRegions):
             batch = self._with_layer_inputs(batch, h_RD, token_R)
         return self._head(self._layers("decode", h_RD, batch, max_q_len=1), batch.adapters)
 
+    def begin_decode(self, row_idx_R: Tensor, sizes: Sequence[int]) -> None:
+        """Begin to build what decode steps of `sizes` rows need beside their programs."""
+        persistent = None if self.whole else self.persistent
+        if persistent is None:
+            return
+        taken = [num_rows for num_rows in sizes if persistent.may_take(num_rows)]
+        if taken:
+            persistent.begin(self._parts, *self.begin(row_idx_R), taken)
+
     def prepare_decode(self, row_idx_R: Tensor) -> None:
         """Build what a decode step needs beside its programs, before it is captured."""
-        if self.persistent is None or self.whole:
-            return
+        persistent = None if self.whole else self.persistent
+        if persistent is not None and persistent.may_take(row_idx_R.shape[0]):
+            persistent.prepare(self._parts, *self.begin(row_idx_R))
+
+    @property
+    def _parts(self) -> Parts:
         is_plain = self.drafting is None and not self.other_tables
-        parts = Parts(
+        return Parts(
             self.model, self.params, self.caches, self.cos_sin_MH, self.attention,
             is_plain=is_plain and self.model.layer_inputs is None,
         )  # fmt: skip
-        self.persistent.prepare(parts, *self.begin(row_idx_R))
 
     def decode(self, row_idx_R: Tensor) -> tuple[Tensor, Tensor]:
         """A decode step with the plain sampler; returns token_R and the logits [R, W].

@@ -359,7 +359,8 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
     embedding_bytes = config.media.embedding_cache_bytes if model.takes_embeddings else 0
     slots = _snapshot_slots(config, model, layout)
     spec = EngineSpec(layout, backend, cache_dtype, offload, embedding_bytes)
-    return replace(spec, snapshot_slots=slots, persistent=config.tuned.persistent_step)
+    persistent = False if config.deterministic else config.tuned.persistent_step
+    return replace(spec, snapshot_slots=slots, persistent=persistent)
 
 
 def _refuse_in_whole_steps(model: Model, device: str, *, is_eager: bool) -> None:

@@ -15,7 +15,8 @@ HOST = Path(__file__).with_suffix(".hpp")
 COMPILER = shutil.which("g++")
 # instructions about launches and orders of memory
 _IGNORED = re.compile(
-    r'asm volatile\("(griddepcontrol|fence|setmaxnreg|cp\.async\.(commit|wait))[^;]*;"( ::: "memory")?\);'
+    r'asm volatile\("(griddepcontrol|fence|setmaxnreg|cp\.async\.(commit|wait))'
+    r'[^;]*;"( ::: "memory")?\);'
 )
 
 

@@ -47,13 +47,21 @@ def compared(one: Case, before: list[Tensor]) -> None:
 
 
 @pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
-@pytest.mark.parametrize("lens, heads, num_steps", [((70,), 2, 2), ((1, 37), 4, 1)])
+@pytest.mark.parametrize(
+    "lens, shape, num_steps",
+    [
+        ((70,), Shape(layers=1), 2), ((1, 37), Shape(layers=1, heads=4), 1),
+        ((40,), Shape(layers=1, heads=3, hidden=192), 1),
+        ((3, 1, 9, 2, 35), Shape(layers=1, heads=1, hidden=64, ffn=3072), 1),
+    ],
+)  # fmt: skip
 def test_the_kernel_is_right_on_a_cpu(
-    lens: tuple[int, ...], heads: int, num_steps: int, tmp_path: Path
+    lens: tuple[int, ...], shape: Shape, num_steps: int, tmp_path: Path
 ) -> None:
     """One row in two parts, in two steps: the words of the first are still there in the second. Two
-    rows of one part each, with four queries a key."""
-    one = case(lens, Shape(layers=1, heads=heads))
+    rows of one part each, with four queries a key. Three queries a key. Five rows with one query a
+    key, whose MLP is wider than the columns that fit registers, by a part."""
+    one = case(lens, shape)
     before = [cache.clone() for cache in one.caches()]
     step = built(one, 2)
     for _ in range(num_steps):

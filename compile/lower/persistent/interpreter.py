@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.compile.lower.persistent import schedule as schedules
 from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.kernels import reference
 from nanovllm.kernels.cuda import persistent

@@ -59,10 +59,14 @@ class Plan(NamedTuple):
         return self.num_heads * persistent.HEAD
 
     @property
+    def layer_bytes(self) -> int:
+        """Of the products of a layer."""
+        return 2 * self.hidden * (self.qkv + self.attended + 3 * self.ffn)
+
+    @property
     def weight_bytes(self) -> int:
         """Of all products of a step."""
-        layer = self.hidden * (self.qkv + self.attended + 3 * self.ffn)
-        return 2 * (self.num_layers * layer + self.hidden * self.vocab)
+        return self.num_layers * self.layer_bytes + 2 * self.hidden * self.vocab
 
 
 def read(

@@ -52,9 +52,11 @@ class Schedule(NamedTuple):
             for task in tasks
             if task.kind == persistent.PRODUCT and task.flags & persistent.HALF
         )
+        each = plan.layer_bytes // len(self.programs)
+        in_flight = persistent.LONG if each > persistent.LONG_BYTES else persistent.SHORT
         return Sizes(
             plan.num_rows, plan.hidden, plan.ffn, plan.num_heads, plan.num_kv_heads, self.splits,
-            halves, max(map(len, self.programs)),
+            halves, in_flight, max(map(len, self.programs)),
         )  # fmt: skip
 
     def phase_name(self, phase: int) -> str:
