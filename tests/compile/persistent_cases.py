@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from nanovllm.compile.lower.persistent import plan as plans
 from nanovllm.compile.lower.persistent.plan import Plan
@@ -56,6 +57,20 @@ class Case(NamedTuple):
 
     def caches(self) -> list[Tensor]:
         return [one for inputs in self.inputs for one in inputs["kv"][:2]]  # type: ignore[index]
+
+    def exact(self) -> Case:
+        """The same regions with tensors in fp32 on a CPU, and caches of their own."""
+
+        def copied(one: Any) -> Any:
+            if not isinstance(one, Tensor):
+                return one
+            return one.float().cpu() if one.is_floating_point() else one.cpu()
+
+        inputs = [tree_map(copied, one) for one in self.inputs]
+        head = {name: copied(one) for name, one in self.weights.head.items()}
+        weights = self.weights._replace(head=head)
+        given = self.given._replace(h_RD=copied(self.given.h_RD))
+        return self._replace(inputs=inputs, weights=weights, given=given)
 
 
 def config(shape: Shape, **changed: Any) -> ModelConfig:

@@ -36,14 +36,19 @@ def run_on_host(step: Step, one: Case, folder: Path) -> None:
 
 
 def compared(one: Case, before: list[Tensor]) -> None:
-    """The logits and caches of a step and those of the regions."""
+    """The logits and caches of a step are as near to those in fp32 as those of the regions."""
     found = [one.given.logits_RV.clone(), *(cache.clone() for cache in one.caches())]
     for cache, old in zip(one.caches(), before, strict=True):
         cache.copy_(old)
+    in_fp32 = one.exact()
+    exact = [in_fp32.expected(), *in_fp32.caches()]
     expected = [one.expected(), *one.caches()]
-    assert [error(*pair) < LIMIT for pair in zip(found, expected, strict=True)] == [True] * len(
-        found
-    )
+    errors = [
+        (error(a.cpu(), c), error(b.cpu(), c))
+        for a, b, c in zip(found, expected, exact, strict=True)
+    ]
+    too_large = [pair for pair in errors if pair[0] > max(LIMIT, 1.2 * pair[1])]
+    assert not too_large
 
 
 @pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
