@@ -36,13 +36,19 @@ def run_on_host(step: Step, one: Case, folder: Path) -> None:
 
 
 def compared(one: Case, before: list[Tensor]) -> None:
-    """The logits and caches of a step are as near to those in fp32 as those of the regions."""
-    found = [one.given.logits_RV.clone(), *(cache.clone() for cache in one.caches())]
+    """The logits of a step, and the keys and values of the first and the last layer, are as near to
+    those in fp32 as those of the regions."""
+    some = [0, 1, -2, -1]
+
+    def results(case: Case, logits_RV: Tensor) -> list[Tensor]:
+        return [logits_RV, *(case.caches()[idx] for idx in some)]
+
+    found = [result.clone() for result in results(one, one.given.logits_RV)]
     for cache, old in zip(one.caches(), before, strict=True):
         cache.copy_(old)
     in_fp32 = one.exact()
-    exact = [in_fp32.expected(), *in_fp32.caches()]
-    expected = [one.expected(), *one.caches()]
+    exact = results(in_fp32, in_fp32.expected())
+    expected = results(one, one.expected())
     errors = [
         (error(a.cpu(), c), error(b.cpu(), c))
         for a, b, c in zip(found, expected, exact, strict=True)
@@ -119,7 +125,7 @@ def without_a_task(one: Case, num_programs: int, max_polls: int) -> Step:
 
 # on a GPU ---------------------------------------------------------------------------------------
 
-QWEN3_06B = Shape(1024, 16, 8, 3072, 151936, 28)
+QWEN3_06B = Shape(1024, 16, 8, 3072, 151936, 8)
 QWEN3_8B = Shape(4096, 32, 8, 12288, 151936, 4)
 
 
@@ -136,7 +142,7 @@ def num_programs() -> int:
     "shape, lens",
     [
         (SMALL, (100,)), (SMALL, (1, 37, 2000)), (SMALL, (5,) * 8),
-        (QWEN3_06B, (777,)), (QWEN3_06B, (1, 2, 40, 64, 65, 500, 1000, 3000)),
+        (QWEN3_06B, (777,)), (QWEN3_06B, (1, 2, 40, 64, 65, 500, 1000, 1500)),
         (QWEN3_8B, (300,)), (QWEN3_8B, (1, 33, 1000, 70)),
     ],
 )  # fmt: skip
