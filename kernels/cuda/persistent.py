@@ -195,6 +195,11 @@ def packed_arguments(buffers: Buffers, inputs: Inputs, numbers: Numbers) -> byte
     )
 
 
+def compile_kernel(sizes: Sizes, device: torch.device) -> None:
+    """Compile the kernel of a step, or find it on disk."""
+    nvrtc.compile_function(sizes.function, torch.cuda.get_device_capability(device))
+
+
 def load(sizes: Sizes, device: torch.device) -> None:
     """Compile and load the kernel of a step, which cannot be done while one is captured."""
     nvrtc.load(sizes.function, sizes.shared_bytes, device)

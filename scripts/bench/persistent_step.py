@@ -8,7 +8,8 @@ the best of some rounds of replays; the time that the bytes of weights and cache
 bandwidth of a copy; the errors of the logits of both beside those in fp32, relative to their root
 mean square;
 and, from clocks in the kernel, for each kind of task the microseconds that a program waits and
-computes in a step. Results are written after each size.
+computes in a step, and the timeline of two layers, which scripts/draw_step.py draws. Results are
+written after each size.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without ins
 
 from nanovllm import LLM
 from nanovllm.cli.bench.engines import engine_of, versions
+from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.compile.lower.persistent.step import Step
 from nanovllm.kernels import reference
-from nanovllm.kernels.cuda.persistent import KINDS, TIMES
+from nanovllm.kernels.cuda.persistent import KINDS, PRODUCT, TIMES
 from nanovllm.models.model import Batch
 from nanovllm.runner.persistent import PersistentSteps
 from nanovllm.runner.runner import Runner
@@ -44,7 +47,6 @@ from nanovllm.tools.shapes import CONFIGS
 
 MODELS = {"0.6b": "Qwen3-0.6B", "8b": "Qwen3-8B"}
 ROUNDS, REPLAYS = 7, 30
-MAX_CYCLES = 1980.0  # of an H100 and an H200 in a microsecond; under load they may be fewer
 
 
 def main() -> None:
@@ -67,7 +69,8 @@ def main() -> None:
                     continue
                 found = bench(runner, num_rows, args.context, limits.bandwidth)
                 report[f"{model} {num_rows}"] = found
-                print(model, num_rows, json.dumps(found), flush=True)
+                printed = {name: value for name, value in found.items() if name != "timeline"}
+                print(model, num_rows, json.dumps(printed), flush=True)
                 args.out.write_text(json.dumps(report, indent=1))
 
 
@@ -81,6 +84,7 @@ def engine(shape: str, args: argparse.Namespace) -> LLM:
             folder, random_weights=True, skip_tokenizer_init=True, graph_batch_sizes=args.rows,
             max_num_seqs=max(args.rows), max_model_len=args.context + 1024,
             max_num_batched_tokens=1024, gpu_memory_utilization=0.6,
+            tuning={"persistent_step": False},
         )  # fmt: skip
 
 
@@ -100,17 +104,19 @@ def bench(runner: Runner, num_rows: int, context: int, bandwidth: float) -> dict
     plan = step.schedule.plan
     cache_bytes = num_rows * context * plan.num_kv_heads * 128 * 4 * plan.num_layers
     # one after the other, twice: the clock changes
-    times = [(measured(runner, today, row_idx_R), measured(runner, one, row_idx_R)) for _ in "12"]
+    pairs = [(measured(runner, today, row_idx_R), measured(runner, one, row_idx_R)) for _ in "12"]
     step.check()
+    times = clocked(runner, row_idx_R)
     return {
-        "today_us": min(pair[0] for pair in times),
-        "persistent_us": min(pair[1] for pair in times),
+        "today_us": min(pair[0] for pair in pairs),
+        "persistent_us": min(pair[1] for pair in pairs),
         "bytes_us": round((plan.weight_bytes + cache_bytes) / bandwidth * 1e6, 1),
         "error": error(logits, exact),
         "error_of_today": error(expected, exact),
         "stages": step.sizes.num_stages,
         "splits": step.schedule.splits,
-        "tasks": by_kind(clocked(runner, row_idx_R), MAX_CYCLES),
+        "tasks": by_kind(times),
+        "timeline": timeline(times, range(plan.num_layers // 2 - 1, plan.num_layers // 2 + 1)),
     }
 
 
@@ -196,50 +202,84 @@ def time_us(replay: Callable[[], object], steps: Steps) -> float:
     return begin.elapsed_time(end) * 1000 / REPLAYS
 
 
-def clocked(runner: Runner, row_idx_R: Tensor) -> Step:
-    """A step that has run and kept the times of its tasks."""
+class Times(NamedTuple):
+    """The tasks of a step that has run: its schedule, cycles [program][task][time] of each
+    multiprocessor, and how many there are in a microsecond."""
+
+    schedule: Schedule
+    cycles: list[list[list[int]]]
+    rate: float
+
+
+def clocked(runner: Runner, row_idx_R: Tensor) -> Times:
+    """The times of a step's tasks, in one of many replays."""
     own = PersistentSteps(runner.platform.device, has_clocks=True)
     steps = replace(runner.steps, persistent=own)
     steps.prepare_decode(row_idx_R)
     with steps.restoring_state():
         replay = runner.platform.capture(lambda: steps.decode_logits(row_idx_R))
-        for _ in range(20):
-            replay()
-    torch.cuda.synchronize()
+        step_us = min(time_us(replay, steps) for _ in range(ROUNDS))
     step = own.steps[len(row_idx_R)]
     step.check()
-    return step
+    programs = step.schedule.programs
+    cycles = step.buffers.clocks.view(len(programs), -1, len(TIMES)).tolist()
+    longest = max(times[len(tasks) - 2][-1] - times[0][0] for times, tasks in zip(cycles, programs))
+    return Times(step.schedule, cycles, longest / step_us)
 
 
-def clocks_of(step: Step) -> list[list[list[int]]]:
-    """Cycles of each multiprocessor, by program, task and time."""
-    num = len(step.schedule.programs)
-    found: list[list[list[int]]] = step.buffers.clocks.view(num, -1, len(TIMES)).tolist()
-    return found
-
-
-def by_kind(step: Step, rate: float) -> dict[str, Any]:
+def by_kind(times: Times) -> dict[str, Any]:
     """For each kind of task, microseconds of a step in a program, by mean, that it waits and
-    computes; and how many microseconds the longest program takes."""
-    clocks, num = clocks_of(step), len(step.schedule.programs)
+    computes."""
+    num = len(times.cycles)
     found: dict[str, list[float]] = {}
-    longest = 0.0
-    for program, tasks in enumerate(step.schedule.programs):
+    for cycles, tasks in zip(times.cycles, times.schedule.programs):
         for idx, task in enumerate(tasks[:-1]):
-            start, _, ready, _, end = clocks[program][idx]
+            start, _, ready, _, end = cycles[idx]
             ready = ready if start <= ready <= end else end
             name = " ".join((KINDS[task.kind], *task.inputs[:1]))
             sums = found.setdefault(name, [0.0, 0.0, 0.0])
-            sums[0] += (ready - start) / rate / num
-            sums[1] += (end - ready) / rate / num
+            sums[0] += (ready - start) / times.rate / num
+            sums[1] += (end - ready) / times.rate / num
             sums[2] += 1 / num
-        first, last = clocks[program][0][0], clocks[program][len(tasks) - 2][-1]
-        longest = max(longest, (last - first) / rate)
     names = "waits_us", "computes_us", "tasks"
     report: dict[str, Any] = {
         kind: dict(zip(names, (round(one, 2) for one in sums))) for kind, sums in found.items()
     }
-    return {**report, "longest_program_us": round(longest, 1), "cycles_per_us": rate}
+    return {**report, "cycles_per_us": round(times.rate)}
+
+
+def timeline(times: Times, layers: range) -> dict[str, Any]:
+    """Of some layers, the tasks of each program: kind, and microseconds at which it starts, has its
+    inputs and ends. The multiprocessors' clocks differ by what their waits for the same results do.
+    """
+    programs = times.schedule.programs
+    waits: dict[int, dict[int, int]] = {}  # when a phase's results were there, by program
+    for program, (cycles, tasks) in enumerate(zip(times.cycles, programs)):
+        for idx, task in enumerate(tasks):
+            if task.kind == PRODUCT and task.layer >= 0:
+                waits.setdefault(task.in_phase, {})[program] = cycles[idx][TIMES.index("arrived")]
+    whole = [list(one.values()) for one in waits.values() if len(one) == len(programs)]
+    late = [[one - fmean(phase) for one in phase] for phase in whole]
+    offsets = [median(phase[program] for phase in late) for program in range(len(programs))]
+    found = [
+        [
+            [
+                " ".join((KINDS[task.kind], *task.inputs[:1])),
+                *((one - offset) / times.rate for one in (cycles[0], cycles[2], cycles[4])),
+            ]
+            for task, cycles in zip(tasks, of_program)
+            if task.layer in layers
+        ]
+        for tasks, of_program, offset in zip(programs, times.cycles, offsets)
+    ]
+    begin = min(task[1] for tasks in found for task in tasks)
+    return {
+        "layers": list(layers),
+        "programs": [
+            [[name, *(round(one - begin, 2) for one in at)] for name, *at in tasks]
+            for tasks in found
+        ],
+    }
 
 
 def arguments() -> argparse.Namespace:

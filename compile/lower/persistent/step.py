@@ -74,16 +74,25 @@ class Step(NamedTuple):
             one.zero_()
 
 
+def is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def num_programs(device: torch.device) -> int:
     """The multiprocessors of a GPU, each of which has a program. Raises Unfit for other devices
     than GPUs of compute capability 9.0."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if not is_nvidia(device):
         raise Unfit(f"device {device.type!r} is not an NVIDIA GPU")
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) != (9, 0):
         found = f"{properties.major}.{properties.minor}"
         raise Unfit(f"the GPU has compute capability {found}, not 9.0")
     return int(properties.multi_processor_count)
+
+
+def compile_kernel(schedule: Schedule, device: torch.device, *, has_clocks: bool = False) -> None:
+    """Compile a step's kernel, so that `Step.load` finds it on disk. It may run in any thread."""
+    persistent.compile_kernel(schedule.sizes._replace(has_clocks=has_clocks), device)
 
 
 def build(
