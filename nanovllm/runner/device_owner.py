@@ -22,7 +22,7 @@ from nanovllm.models.rope import rotary_table
 from nanovllm.models.shards import Shard
 from nanovllm.platforms.base import MemoryBudget, Platform
 from nanovllm.platforms.regions import Place, Region
-from nanovllm.runner import vocab_parallel
+from nanovllm.runner import persistent, vocab_parallel
 from nanovllm.runner.adapter_store import AdapterStore
 from nanovllm.runner.allocation import allocate
 from nanovllm.runner.device_graphs import VerifyStep
@@ -32,7 +32,6 @@ from nanovllm.runner.encoders import Encoders
 from nanovllm.runner.graph_cache import Captures, GraphCache
 from nanovllm.runner.mm_embeds import MMEmbedInputs
 from nanovllm.runner.no_grad import in_group
-from nanovllm.runner.persistent import FASTER_ROWS, PersistentSteps
 from nanovllm.runner.sampling import Sampler
 from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
@@ -278,20 +277,13 @@ class DeviceOwner:
             verifies_rows=self.platform.traits.verifies_rows,
             synthetic_rate=None if self.spec.draft is None else self.spec.draft.synthetic_rate,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
-            persistent=self._persistent_steps(),
+            persistent=persistent.chosen(self.platform.device, self.spec.persistent),
             drafting=(
                 None
                 if self._draft is None
                 else self._draft.drafting(num_blocks, self.cache_region.zeros, compiler)
             ),
         )
-
-    def _persistent_steps(self) -> PersistentSteps | None:
-        """Without being asked for, only of the rows of which they are faster."""
-        asked, device = self.spec.persistent, self.platform.device
-        if asked is None and device.type == "cuda":
-            return PersistentSteps(device, max_rows=FASTER_ROWS, is_asked=False)
-        return PersistentSteps(device) if asked else None
 
     @property
     def all_steps(self) -> list[Steps]:

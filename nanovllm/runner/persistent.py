@@ -22,7 +22,6 @@ from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.compile.lower.persistent.step import Inputs as Inputs
 from nanovllm.compile.lower.persistent.step import Step, Tensors, Weights
 from nanovllm.compile.trace import input_leaves
-from nanovllm.kernels.cuda import nvrtc
 from nanovllm.models.model import VARYING, Batch, Kept, LayerCache, LayerCall, Model, Params
 from nanovllm.platforms.attention import Attention
 from nanovllm.platforms.base import HostCopy
@@ -42,6 +41,14 @@ class Parts(NamedTuple):
     cos_sin_MH: Tensor
     attention: Attention
     is_plain: bool
+
+
+def chosen(device: torch.device, asked: bool | None) -> PersistentSteps | None:
+    """The steps of an engine whose option says `asked`: None takes the rows of which they are
+    faster, where the device may have them."""
+    if asked is None and lowered.is_nvidia(device):
+        return PersistentSteps(device, max_rows=FASTER_ROWS, is_asked=False)
+    return PersistentSteps(device) if asked else None
 
 
 class PersistentSteps:
@@ -86,12 +93,13 @@ class PersistentSteps:
             return
         num_programs = lowered.num_programs(self.device)
         compiling = ThreadPoolExecutor(len(sizes), "persistent")
-        capability = torch.cuda.get_device_capability(self.device)
+        compile_kernel = partial(
+            lowered.compile_kernel, device=self.device, has_clocks=self.has_clocks
+        )
         for num_rows in sizes:
             schedule = schedules.build(plan._replace(num_rows=num_rows), num_programs)
-            function = schedule.sizes._replace(has_clocks=self.has_clocks).function
             self._schedules[num_rows] = schedule
-            self._kernels[num_rows] = compiling.submit(nvrtc.compile_function, function, capability)
+            self._kernels[num_rows] = compiling.submit(compile_kernel, schedule)
         compiling.shutdown(wait=False)
 
     def prepare(self, parts: Parts, h_RD: Tensor, batch: Batch) -> None:
