@@ -19,8 +19,10 @@ from nanovllm.kernels.triton.packed_linear import (
     fused_packed_linear,
     packed_linear,
 )
+from nanovllm.kernels.triton.packed_lookup import packed_lookup
 
 KERNELS: dict[str, Callable[..., Any]] = {
+    "packed_lookup": packed_lookup,
     "packed_linear": packed_linear,
     "packed_expert_linear": packed_expert_linear,
     "packed_clamped_experts": packed_clamped_experts,

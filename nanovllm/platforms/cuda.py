@@ -39,7 +39,7 @@ from nanovllm.platforms.regions import Region, SplitRegion
 # programmatic dependent launch and takes seconds per bucket.
 KERNEL_OPS = STEP_OPS | {
     "fp8_linear", "fused_fp8_linear", "fused_linear", "fused_packed_linear", "layer_norm",
-    "linear_", "norm_router_topk", "packed_linear", "ssd_step",
+    "linear_", "norm_router_topk", "packed_linear", "packed_lookup", "ssd_step",
 }  # fmt: skip
 
 

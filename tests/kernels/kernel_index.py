@@ -162,6 +162,7 @@ CHOSEN: dict[str, dict[str, str]] = {
     "add_rms_norm": {"rms_norm_kernel": "always"},
     "layer_norm": {"layer_norm_kernel": "always"},
     "silu_mul": {"silu_mul_kernel": "always"},
+    "packed_lookup": {"packed_lookup_kernel": "always"},
     "rope": {"rope_kernel": "always"},
     "store_kv": {"store_kv_kernel": "always"},
     "qk_norm_rope_store": {"qk_norm_rope_store_kernel": "always"},

@@ -61,6 +61,7 @@ def types_of(kind: Kind, words: bool) -> dict[str, str]:
 def launches(shared_bytes: int, has_matrix_units: bool, whole: bool) -> Iterator[Launch]:
     """Of sizes of Qwen3-8B: one row, and some; for `whole` also many rows, a table, and experts."""
     size = (4096, 4096)
+    yield rows_of_a_table()
     int4, fp8 = ("int4", KINDS["int4"], *size), ("fp8", KINDS["fp8"], *size)
     yield one_row(*int4, silu=True)
     if has_matrix_units:
@@ -104,6 +105,18 @@ def some_rows(
     label = f"packed {name} {num_rows}x{num_outs}x{depth}"
     kernel, types = packed_gemm.packed_gemm_kernel, types_of(kind, False)
     return label, kernel, constants, tile.num_warps, tile.num_stages, types
+
+
+def rows_of_a_table() -> Launch:
+    """Of SmolLM2-135M, in Q8_0."""
+    from nanovllm.kernels.triton import packed_lookup
+
+    constants = {
+        "NUM_BYTES": 576, "NUM_GROUPS": 18, "DEPTH": 576, "BITS": 8, "GROUP": 32, "HALF_BLOCK": 16,
+        "HAS_OFFSET": True, "HAS_TABLE": False, "COLUMNS": 1024,
+    }  # fmt: skip
+    types = types_of(KINDS["int4"], False) | {"row_ptr": "*i64"}
+    return "packed lookup", packed_lookup.packed_lookup_kernel, constants, 4, 3, types
 
 
 def dequantized(name: str, kind: Kind, num_outs: int, depth: int) -> Launch:

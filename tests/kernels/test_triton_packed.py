@@ -19,6 +19,7 @@ from nanovllm.kernels.triton import (
     packed_gemv,
 )
 from nanovllm.kernels.triton import packed_linear as packed
+from nanovllm.kernels.triton import packed_lookup
 from nanovllm.kernels.triton.packed_tiles import PackedGemmTile, PackedGemvTile
 from nanovllm.models import formats
 from nanovllm.models.formats.fp8 import Fp8Weight
@@ -385,6 +386,21 @@ def test_experts_are_one_op_where_the_device_has_a_kernel(
 def packed_of(code: Tensor, scale: Tensor, offset: Any, table: Any, bits: int, group: int) -> Any:
     depth = code.shape[-1] * 8 // bits
     return PackedWeight(code, scale, offset, table, None, bits, group, depth)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "form"),
+    [(8, 32, "offset narrow"), (4, 32, "offset"), (4, 16, "table"), (4, 32, "e2m1"), (8, 2000, "")],
+)
+@pytest.mark.parametrize("depth", [64, 1040])
+def test_rows_of_a_table_are_its_real_values(bits: int, group: int, form: str, depth: int) -> None:
+    weight = packed_weight(19, depth, bits, group, form)
+    for row_T in (torch.tensor([18, 0, 7]), torch.tensor([3], dtype=torch.int32)):
+        args = row_T.to(device), *weight, depth, torch.float32
+        found = packed_lookup.packed_lookup(*args)
+        torch.testing.assert_close(found, reference.packed.packed_lookup(*args))
+    none = packed_lookup.packed_lookup(row_T[:0].to(device), *weight, depth, torch.float16)
+    assert none.shape == (0, depth) and none.dtype is torch.float16
 
 
 @pytest.mark.parametrize("silu", [False, True])

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
@@ -52,7 +53,7 @@ from scripts.bench.speculation import head_config
 from tests.conftest import tiny_config
 from tests.kernels.builds import TARGETS, WHOLE, Target, all_builds
 from tests.kernels.compile_builds import AbsentDevice
-from tests.models import tower_cases
+from tests.models import gguf_cases, tower_cases
 
 Stage = Callable[[Any, dict[str, Any]], Any]  # of a compile: from module and metadata to a module
 SHORT = "advance_kernel"
@@ -62,6 +63,7 @@ ADAPTERS = "adapters"  # and of one with slots for adapters
 SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5}
 DRAFTS: dict[str, dict[str, Any]] = {"ngram": {}, "eagle3": {}, "dflash": SYNTHETIC}  # by method
 ORDERED = "ordered"  # of a deterministic engine
+GGUF = "gguf"  # of a file whose matrices, the table of tokens too, are in Q8_0
 NAMES = {"qwen3_vl": "Qwen3VLForConditionalGeneration", "mixtral": "MixtralForCausalLM",
          "qwen3": "Qwen3ForCausalLM", "bert": "BertModel"}  # fmt: skip
 BUCKETS = (
@@ -196,6 +198,15 @@ def save_head(folder: Path, method: str, model: Path) -> str:
     return str(folder)
 
 
+def model_of(folder: Path, option: str) -> Path:
+    """The checkpoint of a case. A GGUF file has weights: its header has their types."""
+    if option != GGUF:
+        return folder / "model"
+    config = AutoConfig.from_pretrained(folder / "model")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
+    return gguf_cases.write(folder / "model", lambda name: "Q8_0").path
+
+
 def options_of(option: str, folder: Path) -> dict[str, Any]:
     if option.isdigit():
         return {"expert_offload": int(option)}
@@ -204,7 +215,7 @@ def options_of(option: str, folder: Path) -> dict[str, Any]:
         if option != "ngram":
             drafts["model"] = save_head(folder / "head", option, folder / "model")
         return {"speculative_config": drafts, "random_weights": True}
-    named = {"": {}, POOLS: {"task": "embed"}, ADAPTERS: {"enable_lora": True}}
+    named: dict[str, dict[str, Any]] = {"": {}, GGUF: {}, POOLS: {"task": "embed"}, ADAPTERS: {"enable_lora": True}}
     named[ORDERED] = {"deterministic": True}
     return named.get(option, {"quantization": option})
 
@@ -227,7 +238,7 @@ def dry_run(folder: Path, architecture: str, option: str = "") -> dict[str, Any]
 
     triton_dry_run._request = seen
     config = EngineConfig(
-        str(folder / "model"), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
+        str(model_of(folder, option)), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
         max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
         **options_of(option, folder),
     )  # fmt: skip

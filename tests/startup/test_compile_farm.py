@@ -193,6 +193,7 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "qwen3:ngram",
             "qwen3:eagle3",
             "qwen3:dflash",
+            "qwen3:gguf",
             "qwen3:pools",
             "bert:pools",
         ],
@@ -268,6 +269,16 @@ def test_products_of_quantized_weights_are_found_by_a_dry_run(dry_runs: dict[str
     assert found["problems"] == [None, None, None]
     assert {"packed_linear.cu", "packed_wgmma.cu", "gather_kernel"} <= set(found["names"])
     assert found["in_cuda"] == found["requests"] - found["compiled"] > 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
+def test_a_packed_table_of_tokens_needs_no_inductor(dry_runs: dict[str, Any]) -> None:
+    """A program of Inductor cannot be dry-run, so each bucket would be run, at each start."""
+    found = dry_runs["qwen3:gguf"]
+    assert isinstance(found, dict), found
+    assert found["problems"] == [None, None, None]
+    assert "packed_lookup_kernel" in found["names"]
+    assert found["compiled_after_launches"] == found["compiled"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
