@@ -49,10 +49,7 @@ def packed_lookup_kernel(
         code_at = code_ptr + row * NUM_BYTES + byte_K
         shift_K = d_K // HALF_BLOCK % 2 * 4
         code_K = (tl.load(code_at, mask=is_column_K, other=0).to(tl.int32) >> shift_K) & 15
-    if HAS_TABLE:
-        level_K = tl.load(table_ptr + code_K).to(tl.float32)
-    else:
-        level_K = code_K.to(tl.float32)
+    level_K = (tl.load(table_ptr + code_K) if HAS_TABLE else code_K).to(tl.float32)
     group_K = row * NUM_GROUPS + d_K // GROUP
     value_K = level_K * tl.load(scale_ptr + group_K, mask=is_column_K, other=0.0).to(tl.float32)
     if HAS_OFFSET:

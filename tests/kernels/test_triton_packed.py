@@ -17,9 +17,9 @@ from nanovllm.kernels.triton import (
     packed_experts,
     packed_gemm,
     packed_gemv,
+    packed_lookup,
 )
 from nanovllm.kernels.triton import packed_linear as packed
-from nanovllm.kernels.triton import packed_lookup
 from nanovllm.kernels.triton.packed_tiles import PackedGemmTile, PackedGemvTile
 from nanovllm.models import formats
 from nanovllm.models.formats.fp8 import Fp8Weight

@@ -215,8 +215,8 @@ def options_of(option: str, folder: Path) -> dict[str, Any]:
         if option != "ngram":
             drafts["model"] = save_head(folder / "head", option, folder / "model")
         return {"speculative_config": drafts, "random_weights": True}
-    named: dict[str, dict[str, Any]] = {"": {}, GGUF: {}, POOLS: {"task": "embed"}, ADAPTERS: {"enable_lora": True}}
-    named[ORDERED] = {"deterministic": True}
+    named: dict[str, dict[str, Any]] = {"": {}, GGUF: {}, POOLS: {"task": "embed"}}
+    named |= {ADAPTERS: {"enable_lora": True}, ORDERED: {"deterministic": True}}
     return named.get(option, {"quantization": option})
 
 
@@ -238,8 +238,8 @@ def dry_run(folder: Path, architecture: str, option: str = "") -> dict[str, Any]
 
     triton_dry_run._request = seen
     config = EngineConfig(
-        str(model_of(folder, option)), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
-        max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
+        str(model_of(folder, option)), dtype="bfloat16", max_model_len=512, max_num_seqs=48,
+        max_num_batched_tokens=256, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
         **options_of(option, folder),
     )  # fmt: skip
     builder = Builder(config, Platform())
