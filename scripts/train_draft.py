@@ -8,18 +8,22 @@ The model answers prompts through the engine, which then gives its hidden states
 So any checkpoint that the engine loads will do, also a GGUF file or a quantized one. The head (with
 --method dflash the draft, whose blocks have as many mask tokens as --num-speculative-tokens) is
 trained in plain torch, on a GPU if there is one, and saved in the layout that SGLang and vLLM read.
+Every 100 steps the log has the share of tokens that the head has right at each position: in
+training, in answers to prompts that are set apart, one of fifty, and in those to held-out prompts.
 At the end the engine drafts with it on held-out prompts, greedily, and a line of JSON tells how
 often the draft tokens at each position were accepted, and the mean tokens of a step.
 
---prompts FILE has a prompt on each line; without it there are about 400 made-up ones. Give your
-own: a head drafts well what it was trained on. Accept lengths are those of each kind of held-out
-prompts: prose, code and chat of other subjects and forms, or every tenth prompt of the file. With
---texts FILE the answers are kept, and another run with the same model and prompts reads them. For
-SmolLM2-135M, in a GGUF file, on two CPU cores:
+--prompts FILE has a prompt on each line; without it there are some thousand made-up ones, of which
+--num-prompts takes the first. Give your own: a head drafts well what it was trained on. Accept
+lengths are those of each kind of held-out prompts: prose, code and chat of other subjects and
+forms, or every tenth prompt of the file. With --texts FILE the answers are kept, and another run
+with the same model and prompts reads them. Hidden states stay on the GPU if they take at most half
+of its free memory: (layers + 1) x 2 bytes x the hidden size, for each token. For SmolLM2-135M, in a
+GGUF file, on two CPU cores:
 
     python scripts/train_draft.py --model SmolLM2-135M-Instruct.Q4_1.gguf --out HEAD \\
         --layers 14 26 29 --draft-vocab-size 4096 --num-speculative-tokens 2 \\
-        --num-tokens 112 --learning-rate 1.5e-3 --texts answers.jsonl --minutes 20
+        --num-prompts 400 --num-tokens 112 --learning-rate 1.5e-3 --texts answers.jsonl --minutes 20
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,11 +44,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 
-from draft import block, collect, head, prompts
+from draft import block, collect, head, prompts, training
+from draft.collect import Counts, Examples, Target, Text
+from torch import nn
 
 from nanovllm import SamplingParams
-from nanovllm.startup.draft import Drafts
-from nanovllm.startup.draft_heads import DFlash, Eagle3
 from nanovllm.tools import command_line
 
 logger = logging.getLogger("train_draft")
@@ -51,7 +56,7 @@ POSITIVE = (
     "num_speculative_tokens", "num_prompts", "num_tokens", "draft_vocab_size", "batch", "minutes",
     "max_model_len", "threads", "steps", "answers", "max_num_seqs", "num_layers",
 )  # fmt: skip
-WARM_STEPS = 20  # until the full learning rate
+READ_TEXTS = 64  # of a step that reads hidden states, at most
 
 
 def parse_args(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -106,44 +111,13 @@ def block_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(1 + i * (num_layers - 4) // 4 for i in range(5))
 
 
-def train(drafter: Any, batches: Sequence[Any], args: argparse.Namespace, device: str) -> int:
-    """Train a module with a `loss` over batches for the steps or minutes of the options; returns
-    the number of steps."""
-    drafter.to(device)
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=args.learning_rate, betas=(0.9, 0.95))
-    order = torch.Generator().manual_seed(args.seed)
-    start, step = time.monotonic(), 0
-
-    def done() -> float:
-        if args.steps is not None:
-            return step / float(args.steps)
-        return (time.monotonic() - start) / (60 * args.minutes)
-
-    while (part := done()) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(1, (step + 1) / WARM_STEPS) * (1 - part)
-        number = int(torch.randint(len(batches), (), generator=order))
-        batch = type(batches[number])(*(one.to(device) for one in batches[number]))
-        loss, shares = drafter.loss(batch, args.num_speculative_tokens)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0:
-            right = " ".join(f"{share:.2f}" for share in shares)
-            logger.info("step %d: loss %.3f, right %s", step, loss.item(), right)
-        step += 1
-    return step
-
-
-def accept_lengths(counts: list[int], num: int) -> dict[str, Any]:
+def accept_lengths(counts: Counts) -> dict[str, Any]:
     """How often the draft token at each position was accepted, and the mean tokens of a step."""
-    num_steps = max(len(counts), 1)
-    shares = [sum(count > place for count in counts) / num_steps for place in range(num)]
+    shares = [count / max(counts.num_steps, 1) for count in counts.accepted]
     return {
         "accepted_per_position": [round(share, 3) for share in shares],
         "accept_length": round(1 + sum(shares), 3),
-        "steps": len(counts),
+        "steps": counts.num_steps,
     }
 
 
@@ -155,40 +129,69 @@ def timed(what: str) -> Iterator[None]:
     logger.info("%s: %.1f s", what, time.monotonic() - start)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train and save a head; returns its accept lengths on held-out prompts."""
+def device_of(args: argparse.Namespace) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    return torch.device(args.device if args.device != "auto" else "cuda" if has_gpu else "cpu")
+
+
+def engine_options(args: argparse.Namespace, num_seqs: int) -> dict[str, Any]:
+    """Of an engine for prompts of which so many are answered at a time. A GPU has graphs of that
+    size, and of two smaller ones for the last answers; on a CPU a start with graphs takes long."""
+    options = common_options(args) | {"max_num_seqs": num_seqs}
+    if device_of(args).type == "cpu":
+        return options | {"enforce_eager": True}
+    return options | {
+        "graph_batch_sizes": sorted({num_seqs, -(-num_seqs // 4), -(-num_seqs // 16)})
+    }
+
+
+def common_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"device": args.device, "dtype": args.dtype, "max_model_len": args.max_model_len}
+
+
+def run(args: argparse.Namespace, measures: bool = True) -> dict[str, Any]:
+    """Train and save a head; returns what it has right, and with `measures` its accept lengths on
+    held-out prompts."""
     torch.manual_seed(args.seed)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    options = {"device": args.device, "dtype": args.dtype, "max_model_len": args.max_model_len,
-               "max_num_seqs": args.batch}  # fmt: skip
     with timed("answers"):
-        texts, others = answered(args, options)
+        texts, others = answered(args)
+    options = common_options(args) | {"max_num_seqs": min(args.max_num_seqs, READ_TEXTS)}
     by_depth = read_layers if args.method == "eagle3" else block_layers
     layers = tuple(args.layers or by_depth(collect.num_layers(args.model, options)))
+    every = texts + [one for some in others.values() for one in some]
+    device = device_of(args)
     with timed("hidden states"):
-        examples, target = collect.examples(args.model, texts, layers, options)
-    examples.sort(key=lambda one: len(one.text.token_T))  # little padding
-    device = (
-        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    if device == "cuda":
+        examples, target = collect.examples(args.model, every, layers, options, device)
+    if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True  # its engines multiply in their own dtypes
+    parts = training.parts_of(len(texts) // args.answers, args.answers, len(every) - len(texts))
     make = trained_head if args.method == "eagle3" else trained_block
     with timed("training"):
-        drafts = make(examples, target, layers, args, device)
-    num = args.num_speculative_tokens
-    with timed("accept lengths"):
-        counts = collect.accepted(args.model, drafts, others, num, options)
-    found = accept_lengths([one for some in counts.values() for one in some], num)
-    if len(counts) > 1:
-        found["kinds"] = {kind: accept_lengths(some, num) for kind, some in counts.items()}
+        found = make(examples, parts, target, layers, args)
+    del examples
+    if measures:
+        with timed("accept lengths"):
+            found |= measured(args, others)
     return found
 
 
-def answered(
-    args: argparse.Namespace, options: dict[str, Any]
-) -> tuple[list[collect.Text], dict[str, list[collect.Text]]]:
+def measured(args: argparse.Namespace, others: dict[str, list[Text]]) -> dict[str, Any]:
+    """Accept lengths on held-out prompts, of all kinds together and of each."""
+    num = args.num_speculative_tokens
+    drafts = {"method": args.method, "model": str(args.out), "num_speculative_tokens": num}
+    options = engine_options(args, max(map(len, others.values())))
+    counts = collect.accepted(args.model, drafts, others, options)
+    together = [sum(places) for places in zip(*(one.accepted for one in counts.values()))]
+    num_steps = sum(one.num_steps for one in counts.values())
+    found = accept_lengths(Counts(num_steps, tuple(together)))
+    if len(counts) > 1:
+        found["kinds"] = {kind: accept_lengths(some) for kind, some in counts.items()}
+    return found
+
+
+def answered(args: argparse.Namespace) -> tuple[list[Text], dict[str, list[Text]]]:
     """What the model answers to the prompts for training, and to the held-out ones by kind."""
     asked = prompts.training(args.prompts, args.num_prompts) * args.answers
     held_out = prompts.held_out(args.prompts)
@@ -199,45 +202,59 @@ def answered(
     else:
         params = [
             SamplingParams(
-                temperature=args.temperature, max_tokens=args.num_tokens, seed=args.seed + number
+                temperature=args.temperature, max_tokens=args.num_tokens, seed=args.seed + number,
+                detokenize=False,
             )
             for number in range(num)
-        ]
-        answering = {**options, "enforce_eager": True, "max_num_seqs": args.max_num_seqs}
-        texts = collect.answers(args.model, asked + others, params, answering)
+        ]  # fmt: skip
+        options = engine_options(args, args.max_num_seqs)
+        texts = collect.answers(args.model, asked + others, params, options)
         if args.texts is not None:
             collect.write(args.texts, texts)
     rest = iter(texts[len(asked) :])
     return texts[: len(asked)], {kind: list(islice(rest, len(held_out[kind]))) for kind in held_out}
 
 
+def trained(
+    made: nn.Module, make_batch: training.MakeBatch, examples: Examples, parts: training.Parts,
+    args: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a module on batches; returns its steps, and what it has right."""
+    plan = training.Plan(
+        args.num_speculative_tokens, args.batch, args.learning_rate, args.minutes, args.steps,
+        args.seed, device_of(args),
+    )  # fmt: skip
+    lengths = [len(one.token_T) for one in examples.texts]
+    found = training.train(made, make_batch, lengths, parts, plan)
+    logger.info("%d steps over %d texts", found["trained_steps"], found["texts"])
+    return found
+
+
 def trained_head(
-    examples: list[collect.Example], target: collect.Target, layers: tuple[int, ...],
-    args: argparse.Namespace, device: str,
-) -> Drafts:  # fmt: skip
+    examples: Examples, parts: training.Parts, target: Target, layers: tuple[int, ...],
+    args: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
     """Train and save an EAGLE-3 head."""
     vocab_size = target.config.vocab_size
-    target_X = head.drafted_tokens(examples, min(args.draft_vocab_size, vocab_size), vocab_size)
-    groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
-    batches = [head.batch_of(group, target_X, vocab_size) for group in groups]
+    choice_N = examples.likely_NP[: examples.firsts[parts.held_out[0]], 0]
+    target_X = head.drafted_tokens(choice_N, min(args.draft_vocab_size, vocab_size), vocab_size)
+    number_V = head.numbers_of(target_X, vocab_size).to(examples.token_N.device)
     made = head.Head(target, target_X)
-    logger.info("%d steps over %d texts", train(made, batches, args, device), len(examples))
+    make_batch = partial(head.batch_of, examples, number_V=number_V)
+    found = trained(made, make_batch, examples, parts, args)
     head.save(made, target, target_X, layers, args.out)
-    return Eagle3(args.num_speculative_tokens, str(args.out))
+    return found
 
 
 def trained_block(
-    examples: list[collect.Example], target: collect.Target, layers: tuple[int, ...],
-    args: argparse.Namespace, device: str,
-) -> Drafts:  # fmt: skip
+    examples: Examples, parts: training.Parts, target: Target, layers: tuple[int, ...],
+    args: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
     """Train and save a DFlash draft."""
-    num = args.num_speculative_tokens
-    groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
-    batches = [block.texts_of(group) for group in groups]
     made = block.Block(target, args.num_layers, len(layers))
-    logger.info("%d steps over %d texts", train(made, batches, args, device), len(examples))
-    block.save(made, target, layers, num, args.out)
-    return DFlash(num, str(args.out))
+    found = trained(made, partial(block.texts_of, examples), examples, parts, args)
+    block.save(made, target, layers, args.num_speculative_tokens, args.out)
+    return found
 
 
 def main() -> int:

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import train_draft
 from draft import prompts as draft_prompts
+from draft.collect import counts_of
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.cli.bench.engines import engine_of, versions
@@ -50,13 +51,6 @@ class Answer(NamedTuple):
     processor_seconds: float
 
 
-class Drafted(NamedTuple):
-    """num_drafts: rows of steps that verified. accepted: those whose draft at a position was."""
-
-    num_drafts: int
-    accepted: tuple[int, ...]
-
-
 def answer(llm: LLM, prompt: list[int], num_tokens: int) -> Answer:
     """Answer one prompt greedily, up to its stop token."""
     engine = engine_of(llm)
@@ -70,13 +64,6 @@ def answer(llm: LLM, prompt: list[int], num_tokens: int) -> Answer:
         engine.step()
     times = time.perf_counter() - begun, time.process_time() - processor_begun
     return Answer(tuple(request.output_ids), *times)
-
-
-def drafted(llm: LLM, num: int) -> Drafted:
-    """What the engine has drafted until now."""
-    counts = engine_of(llm).scheduler.counts
-    accepted = [counts.accepted_at[place] for place in range(num)]
-    return Drafted(counts.num_drafts, tuple(accepted))
 
 
 def opened(args: argparse.Namespace, num: int) -> LLM:
@@ -103,7 +90,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for llm in llms.values():  # what only the first request does
             answer(llm, next(iter(asked.values()))[0], args.tokens)
         for kind, prompts in asked.items():
-            before = {num: drafted(llms[num], num) for num in args.num}
+            before = {num: counts_of(llms[num], num) for num in args.num}
             found: dict[int, list[list[Answer]]] = {num: [] for num in llms}  # by turn and prompt
             for _ in range(args.turns):
                 for num in llms:
@@ -112,15 +99,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     for num, llm in llms.items():
                         found[num][-1].append(answer(llm, prompt, args.tokens))
             for num in args.num:
-                after = drafted(llms[num], num)
-                shares = [
-                    round((new - old) / max(1, after.num_drafts - before[num].num_drafts), 3)
-                    for new, old in zip(after.accepted, before[num].accepted)
-                ]
-                yield {
-                    "kind": kind, "num": num, "accepted_per_position": shares,
-                    "accept_length": round(1 + sum(shares), 3), **gains(found[0], found[num]),
-                }  # fmt: skip
+                counts = counts_of(llms[num], num).since(before[num])
+                lengths = train_draft.accept_lengths(counts)
+                yield {"kind": kind, "num": num, **lengths, **gains(found[0], found[num])}
 
 
 def gains(plain: list[list[Answer]], drafts: list[list[Answer]]) -> dict[str, Any]:
@@ -166,7 +147,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train the head with the options after `--`."""
     words = ["--model", args.model, "--out", str(args.head), "--device", args.device]
     words += ["--minutes", str(args.train_minutes), *args.rest]
-    return train_draft.run(train_draft.parse_args(words))
+    return train_draft.run(train_draft.parse_args(words), measures=False)
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

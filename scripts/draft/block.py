@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from draft.collect import Example, Target
+from draft.collect import Examples, Target
 from draft.head import DECAY, NOT_DRAFTED, THETA
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -66,8 +66,8 @@ class Layer(nn.Module):
             attn[f"{name}_proj"](x).unflatten(-1, (num, self.head_dim))
             for name, num, x in zip("qkv", self.sizes, (x_BQD, both_BSD, both_BSD))
         )
-        q = rotated(attn["q_norm"](q), pos_BS[:, -q.shape[1] :])
-        k = rotated(attn["k_norm"](k), pos_BS)
+        q = rotated(attn["q_norm"](q.float()), pos_BS[:, -q.shape[1] :])
+        k = rotated(attn["k_norm"](k.float()), pos_BS)
         repeats = self.sizes[0] // self.sizes[1]
         k, v = (one.repeat_interleave(repeats, 2).transpose(1, 2) for one in (k, v))
         o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask_BQS.unsqueeze(1))
@@ -105,7 +105,7 @@ class Block(nn.Module):
     def forward(self, token_BT: Tensor, states_BTJ: Tensor, place_BN: Tensor, num: int) -> Tensor:
         """Logits [B, N, K, V] of the K = `num` tokens after the tokens at `place_BN`."""
         num_texts, num_blocks = place_BN.shape
-        context_BTD = self.hidden_norm(self.fc(states_BTJ))
+        context_BTD = self.hidden_norm(self.fc(states_BTJ).float())
         offset_K = torch.arange(num + 1, device=token_BT.device)
         pos_BQ = (place_BN.unsqueeze(-1) + offset_K).flatten(1)
         first_BN1 = token_BT.gather(1, place_BN).unsqueeze(-1)
@@ -122,7 +122,7 @@ class Block(nn.Module):
         h_BNKD = self.norm(h_BQD.unflatten(1, (num_blocks, num + 1))[:, :, 1:])
         return F.linear(h_BNKD, self.head_VD)
 
-    def loss(self, texts: Texts, num: int) -> tuple[Tensor, list[float]]:
+    def loss(self, texts: Texts, num: int) -> tuple[Tensor, Tensor]:
         """The loss of blocks at random places, and the share of right tokens at each of theirs."""
         token_BT, states_BTJ, choice_BT = texts
         place_BN = torch.multinomial((choice_BT >= 0).float(), BLOCKS, replacement=True)
@@ -137,21 +137,19 @@ class Block(nn.Module):
             loss = F.cross_entropy(logits_XV, label_X.flatten(), reduction="sum")
             total = total + DECAY**number * loss / num_labels
             is_right_X = logits_XV.argmax(-1) == label_X.flatten()
-            shares.append(float(is_right_X.sum() / num_labels))
-        return total, shares
+            shares.append(is_right_X.sum() / num_labels)
+        return total, torch.stack(shares).detach()
 
 
-def texts_of(examples: Sequence[Example]) -> Texts:
+def texts_of(examples: Examples, numbers: Sequence[int]) -> Texts:
     """Padded texts. Only choices from the first token of an answer on count."""
-    size = max(len(one.text.token_T) for one in examples)
-    tokens, states, choices = [], [], []
-    for one in examples:
-        rest, choice_T = size - len(one.text.token_T), one.choice_T.clone()
-        choice_T[: one.text.num_prompt - 1] = NOT_DRAFTED
-        tokens.append(F.pad(torch.tensor(one.text.token_T), (0, rest)))
-        states.append(F.pad(one.states_TJ, (0, 0, 0, rest)))
-        choices.append(F.pad(choice_T, (0, rest), value=NOT_DRAFTED))
-    return Texts(torch.stack(tokens), torch.stack(states), torch.stack(choices))
+    at_BT, is_own_BT, of_answer_BT = examples.places(numbers)
+    choice_BT = examples.likely_NP[at_BT, 0].long()
+    return Texts(
+        examples.token_N[at_BT],
+        examples.states_NJ[at_BT].float(),
+        choice_BT.where(is_own_BT & (of_answer_BT >= -1), NOT_DRAFTED),
+    )
 
 
 def save(block: Block, target: Target, layers: Sequence[int], num: int, out: Path) -> None:

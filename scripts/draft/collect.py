@@ -1,13 +1,16 @@
 """What a model says to prompts, and its hidden states over that, both from the engine.
 
-T tokens of one text | D hidden | V vocabulary | P likely tokens
+T tokens of a step or a text | N tokens of all texts | B texts of a batch | D hidden | V vocabulary
+P likely tokens | J = D times the states
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +18,20 @@ import torch
 from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.cli.bench.engines import engine_of
 from nanovllm.config import EngineConfig
 from nanovllm.engine.engine import Engine
 from nanovllm.kernels.reference.sample import NO_TOKEN
 from nanovllm.models import formats
 from nanovllm.models.config import ModelConfig
 from nanovllm.progress import bar
-from nanovllm.runner.proposer import DeviceProposer, Fed
-from nanovllm.runner.spec import DraftSpec
+from nanovllm.runner.proposer import Fed
 from nanovllm.runner.state import DeviceState
-from nanovllm.startup.draft import Draft, Drafts
+from nanovllm.startup.draft import Draft
 from nanovllm.startup.load import load
-from nanovllm.startup.resolve import ResolvedConfig
 
 LIKELY = 16  # tokens whose probabilities are kept
+HEAD_TOKENS = 1024  # whose logits are computed at a time
 
 
 class Text(NamedTuple):
@@ -38,21 +41,45 @@ class Text(NamedTuple):
     num_prompt: int
 
 
-class Example(NamedTuple):
-    """A text with the model's hidden states: those after the layers that are read, beside each
-    other, and those after the last layer. After each token the model finds the tokens `likely_TP`
-    most likely, the first the most, with the probabilities `chance_TP`."""
+class Places(NamedTuple):
+    """Where the tokens of some texts, padded to the longest one, are among those of all texts.
 
-    text: Text
-    states_TJ: Tensor
-    last_TD: Tensor
-    likely_TP: Tensor
-    chance_TP: Tensor
+    at_BT: places of padding are those of a text's last token. is_own_BT: False for padding.
+    of_answer_BT: the number of a token in its answer; negative in prompts.
+    """
 
-    @property
-    def choice_T(self) -> Tensor:
-        """The token that the model would choose after each."""
-        return self.likely_TP[:, 0]
+    at_BT: Tensor
+    is_own_BT: Tensor
+    of_answer_BT: Tensor
+
+
+class Examples(NamedTuple):
+    """Texts with the model's hidden states after each token, text after text: those after the
+    layers that are read, beside each other, and those after the last layer. After each token the
+    model finds the tokens `likely_NP` most likely, the first the most, with the probabilities
+    `chance_NP`."""
+
+    texts: Sequence[Text]
+    firsts: Sequence[int]  # the place of each text's first token
+    token_N: Tensor
+    states_NJ: Tensor
+    last_ND: Tensor
+    likely_NP: Tensor
+    chance_NP: Tensor
+
+    def places(self, numbers: Sequence[int]) -> Places:
+        """Those of the texts of these numbers."""
+        some = [self.texts[one] for one in numbers]
+        rows = [
+            (self.firsts[number], len(one.token_T), one.num_prompt)
+            for number, one in zip(numbers, some)
+        ]
+        column_3B = torch.tensor(rows, device=self.token_N.device).T.unsqueeze(-1)
+        first_B1, num_B1, num_prompt_B1 = column_3B
+        size = max(len(one.token_T) for one in some)
+        number_T = torch.arange(size, device=self.token_N.device)
+        at_BT = first_B1 + number_T.minimum(num_B1 - 1)
+        return Places(at_BT, number_T < num_B1, number_T - num_prompt_B1)
 
 
 class Target(NamedTuple):
@@ -68,8 +95,7 @@ def answers(
     model: str, prompts: Sequence[str], params: list[SamplingParams], options: dict[str, Any]
 ) -> list[Text]:
     """What the model answers to prompts, in its chat template if it has one."""
-    llm = LLM(model, **options)
-    try:
+    with closing(LLM(model, **options)) as llm:
         template = getattr(llm.get_tokenizer(), "chat_template", None)
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         given: Any = llm.chat_prompts(chats) if template else list(prompts)
@@ -78,8 +104,6 @@ def answers(
             Text([*one.prompt_token_ids, *one.outputs[0].token_ids], len(one.prompt_token_ids))
             for one in found
         ]
-    finally:
-        llm.close()
 
 
 def write(file: Path, texts: Sequence[Text]) -> None:
@@ -100,70 +124,104 @@ def read(file: Path, num: int) -> list[Text]:
 
 @dataclass(frozen=True)
 class Collector:
-    """Proposes nothing, and keeps the hidden states of prompts."""
+    """Proposes nothing, and keeps the tokens and the hidden states of steps with prompts."""
 
     layers: tuple[int, ...]
     num: int = 1
-    seen: list[tuple[Tensor, ...]] = field(default_factory=list, repr=False, compare=False)
+    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor:
         if fed.phase == "prefill":
-            num_tokens = int(fed.batch.q_start_S[1])  # of the only row
+            num_tokens = int(fed.batch.q_start_S[-1])  # padding follows
             assert fed.states_TJ is not None
-            states_TJ = fed.states_TJ[:num_tokens].float().cpu()
-            self.seen.append(states_TJ.chunk(len(self.layers), dim=1))
+            # the next step writes to the same memory
+            self.seen.append((fed.token_T[:num_tokens], fed.states_TJ[:num_tokens].clone()))
         return fed.row_idx_R.unsqueeze(1).new_full((len(fed.row_idx_R), self.num), NO_TOKEN)
 
 
-def engine(model: str, drafts: Drafts, num: int, options: dict[str, Any]) -> Engine:
+def reader(model: str, collector: Collector, options: dict[str, Any]) -> Engine:
     """An eager engine, whose proposer may read numbers on the host."""
-    given = {**options, "enforce_eager": True, "draft_lengths": (num,)}
-    config = EngineConfig.from_options(model, given)
-    return Engine(load(config, show_progress=False, draft=drafts))
+    plan = {**options, "enable_prefix_caching": False, "enforce_eager": True, "draft_lengths": (1,)}
+    config = EngineConfig.from_options(model, plan)
+    return Engine(load(config, show_progress=False, draft=Draft(collector)))
 
 
-def run(one: Engine, requests: Sequence[tuple[list[int], SamplingParams]]) -> None:
-    for prompt, params in requests:
-        one.add_request(prompt, params, incremental=False)
-    while one.has_unfinished:
-        one.step()
-
-
+@torch.no_grad()
 def examples(
-    model: str, texts: Sequence[Text], layers: tuple[int, ...], options: dict[str, Any]
-) -> tuple[list[Example], Target]:
-    """The texts with hidden states after `layers`, and what a head shares with the model."""
-    plan = {**options, "enable_prefix_caching": False}
-    last = num_layers(model, options) - 1
-    collector = Collector((*layers, last))
-    reader, found = engine(model, Draft(collector), 1, plan), []
-    try:
-        params, steps = reader.runner.params, reader.runner.steps
-        for text in bar(texts, desc="hidden states", unit="text"):
+    model: str, texts: Sequence[Text], layers: tuple[int, ...], options: dict[str, Any],
+    device: torch.device,
+) -> tuple[Examples, Target]:  # fmt: skip
+    """The texts with hidden states after `layers`, on `device` if they take at most half of its
+    free memory, else on the host; and what a head shares with its model.
+
+    A step reads as many texts as the engine's steps have room for.
+    """
+    collector = Collector((*layers, num_layers(model, options) - 1))
+    with closing(reader(model, collector, options)) as one:
+        found = made_room(texts, len(layers), one, device)
+        collector.seen.clear()  # what warm-up has read
+        for text in texts:
+            params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+            one.add_request(text.token_T, params, incremental=False)
+        progress, done = bar(range(len(found.token_N)), desc="hidden states", unit="token"), 0
+        while one.has_unfinished:
+            one.step()
+            for token_T, states_TJ in collector.seen:
+                keep(found, done, token_T, states_TJ, one)
+                done += len(token_T)
+                progress.update(len(token_T))
             collector.seen.clear()
-            run(reader, [(text.token_T, SamplingParams(temperature=0, max_tokens=1))])
-            *states, last_TD = (torch.cat(parts) for parts in zip(*collector.seen))
-            with torch.no_grad():
-                h_TD = last_TD.to(reader.runner.platform.device, reader.runner.model_dtype)
-                likely = [likely_of(steps._head(one)) for one in h_TD.split(256)]
-            found.append(
-                Example(text, torch.cat(states, -1), last_TD, *map(torch.cat, zip(*likely)))
-            )
-        target = Target(
-            reader.runner.cfg,
-            formats.rows(params.embed_VD, 0).cpu(),
-            formats.rows(params.head_VD, 0).cpu(),
-            params.final_norm_D.float().cpu(),
-        )
-        return found, target
-    finally:
-        reader.close()
+        told = torch.tensor([token for text in texts for token in text.token_T])
+        # requests are read in their order, so that a place tells the text
+        assert torch.equal(found.token_N.cpu(), told), "steps read the texts in another order"
+        return found, target_of(one)
 
 
-def likely_of(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely tokens [T, P], and their probabilities."""
-    chance_TP, likely_TP = logits_TV.float().softmax(-1).topk(min(LIKELY, logits_TV.shape[-1]))
-    return likely_TP.cpu(), chance_TP.cpu()
+def made_room(
+    texts: Sequence[Text], num_layers: int, one: Engine, device: torch.device
+) -> Examples:
+    """Examples without numbers."""
+    cfg, dtype = one.runner.cfg, one.runner.model_dtype
+    firsts = [0, *accumulate(len(text.token_T) for text in texts)]
+    num, num_likely = firsts.pop(), min(LIKELY, cfg.vocab_size)
+    token_bytes = (num_layers + 1) * cfg.hidden_size * dtype.itemsize + 8 + 8 * num_likely
+    if device.type == "cuda" and num * token_bytes > torch.cuda.mem_get_info()[0] // 2:
+        device = torch.device("cpu")
+    return Examples(
+        texts,
+        firsts,
+        torch.full((num,), NO_TOKEN, dtype=torch.int64, device=device),
+        torch.empty(num, num_layers * cfg.hidden_size, dtype=dtype, device=device),
+        torch.empty(num, cfg.hidden_size, dtype=dtype, device=device),
+        torch.empty(num, num_likely, dtype=torch.int32, device=device),
+        torch.empty(num, num_likely, device=device),
+    )
+
+
+def keep(found: Examples, first: int, token_T: Tensor, states_TJ: Tensor, one: Engine) -> None:
+    """Write the tokens of a step, and what the model made of them, from place `first` on."""
+    place, hidden = slice(first, first + len(token_T)), found.last_ND.shape[1]
+    found.token_N[place] = token_T.to(found.token_N.device)
+    found.states_NJ[place] = states_TJ[:, :-hidden].to(found.states_NJ.device)
+    last_TD = states_TJ[:, -hidden:].contiguous()
+    found.last_ND[place] = last_TD.to(found.last_ND.device)
+    for part_TD in last_TD.split(HEAD_TOKENS):
+        logits_TV = one.runner.steps._head(part_TD).float()
+        chance_TP, likely_TP = logits_TV.softmax(-1).topk(found.likely_NP.shape[1])
+        place = slice(first, first + len(part_TD))
+        found.likely_NP[place] = likely_TP.int().to(found.likely_NP.device)
+        found.chance_NP[place] = chance_TP.to(found.chance_NP.device)
+        first += len(part_TD)
+
+
+def target_of(one: Engine) -> Target:
+    params = one.runner.params
+    return Target(
+        one.runner.cfg,
+        formats.rows(params.embed_VD, 0).cpu(),
+        formats.rows(params.head_VD, 0).cpu(),
+        params.final_norm_D.float().cpu(),
+    )
 
 
 def num_layers(model: str, options: dict[str, Any]) -> int:
@@ -176,57 +234,37 @@ def num_layers(model: str, options: dict[str, Any]) -> int:
 # accept lengths -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Counting:
-    """Counts how many draft tokens of each step were accepted."""
+class Counts(NamedTuple):
+    """num_steps: rows of steps that verified drafts. accepted: those whose draft at a position was
+    accepted."""
 
-    inner: DeviceProposer
-    accepted: list[int] = field(repr=False, compare=False)
+    num_steps: int
+    accepted: tuple[int, ...]
 
-    @property
-    def num(self) -> int:
-        return self.inner.num
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return self.inner.layers
-
-    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor | None:
-        if fed.phase == "verify":
-            fed_R = fed.batch.q_start_S.diff()
-            moved_R = state.pos_S[fed.row_idx_R] - (fed.batch.seq_len_R - fed_R)
-            is_whole_R = (fed_R == self.num + 1) & (fed.row_idx_R != state.pad_row)
-            self.accepted.extend((moved_R[is_whole_R] - 1).tolist())
-        return self.inner.propose(state, fed, steps)
+    def since(self, before: Counts) -> Counts:
+        later = (new - old for new, old in zip(self.accepted, before.accepted))
+        return Counts(self.num_steps - before.num_steps, tuple(later))
 
 
-@dataclass(frozen=True)
-class Counted:
-    """Drafts whose accepted tokens are counted."""
-
-    drafts: Drafts
-    accepted: list[int]
-
-    def parts(self, resolved: ResolvedConfig) -> tuple[DraftSpec, Path | None]:
-        spec, folder = self.drafts.parts(resolved)
-        return replace(spec, proposer=Counting(spec.proposer, self.accepted)), folder
+def counts_of(llm: LLM, num: int) -> Counts:
+    """What an engine has drafted until now, `num` tokens of a step at most."""
+    counts = engine_of(llm).scheduler.counts
+    return Counts(counts.num_drafts, tuple(counts.accepted_at[place] for place in range(num)))
 
 
 def accepted(
-    model: str, drafts: Drafts, texts: dict[str, list[Text]], num: int, options: dict[str, Any]
-) -> dict[str, list[int]]:
-    """The numbers of draft tokens that were accepted, step by step, in answers to the prompts of
-    each kind of `texts`, of the same lengths."""
-    counts: list[int] = []
-    one, found = engine(model, Counted(drafts, counts), num, options), {}
-    try:
+    model: str, drafts: dict[str, Any], texts: dict[str, list[Text]], options: dict[str, Any]
+) -> dict[str, Counts]:
+    """How many draft tokens of each step were accepted in greedy answers to the prompts of each
+    kind of `texts`, of the same lengths. `drafts` is a `speculative_config`."""
+    num, found = drafts["num_speculative_tokens"], {}
+    always = {"speculative_config": drafts, "tuning": {"adapt_draft_length": False}}
+    with closing(LLM(model, **options, **always)) as llm:
         for kind, some in texts.items():
-            counts.clear()  # those of warm-up, or of another kind
             nums = [max(len(text.token_T) - text.num_prompt, 1) for text in some]
             params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in nums]
-            prompts = [text.token_T[: text.num_prompt] for text in some]
-            run(one, list(zip(prompts, params)))
-            found[kind] = list(counts)
-        return found
-    finally:
-        one.close()
+            prompts = [{"prompt_token_ids": text.token_T[: text.num_prompt]} for text in some]
+            before = counts_of(llm, num)
+            llm.generate(prompts, params, use_tqdm=False)
+            found[kind] = counts_of(llm, num).since(before)
+    return found

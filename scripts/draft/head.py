@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from draft.collect import Example, Target
+from draft.collect import Examples, Target
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -95,14 +95,14 @@ class Head(nn.Module):
             self.norm.weight.copy_(target.final_norm_D)
             self.lm_head.weight.copy_(target.head_VD[target_X])
 
-    def loss(self, batch: Batch, num_rounds: int) -> tuple[Tensor, list[float]]:
+    def loss(self, batch: Batch, num_rounds: int) -> tuple[Tensor, Tensor]:
         """The loss, and the share of right tokens in each round.
 
         The head learns the model's probabilities, which tell more than its choices, and its last
         states, normalised, which tell more again: there is more to learn from few texts.
         """
         embed_BTD = F.embedding(batch.token_BT, self.embed_VD)
-        state_BTD, seen = self.fc(batch.states_BTJ), []
+        state_BTD, seen = self.fc(batch.states_BTJ).float(), []  # sums of layers are in fp32
         goal_D = self.goal_norm_D
         goal_BTD = F.rms_norm(batch.last_BTD, goal_D.shape, goal_D, self.norm.eps)
         total, shares = torch.zeros((), device=state_BTD.device), []
@@ -119,8 +119,8 @@ class Head(nn.Module):
             distance = (out_ND - goal_BTD[is_label_BT]).pow(2).sum() / num_labels
             distance = distance / goal_BTD.pow(2).sum(-1).mean()
             total = total + DECAY**number * (loss + STATE_WEIGHT * distance)
-            shares.append(float((logits_NX.argmax(-1) == likely_NP[:, 0]).sum() / num_labels))
-        return total, shares
+            shares.append((logits_NX.argmax(-1) == likely_NP[:, 0]).sum() / num_labels)
+        return total, torch.stack(shares).detach()
 
     def _loss(self, out_ND: Tensor, likely_NP: Tensor, chance_NP: Tensor) -> tuple[Tensor, Tensor]:
         """The cross entropy with the probabilities of likely tokens, and the logits [N, X]."""
@@ -163,34 +163,33 @@ def attend(q_BTNH: Tensor, seen: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return out
 
 
-def drafted_tokens(examples: Sequence[Example], num: int, vocab_size: int) -> Tensor:
+def drafted_tokens(choice_N: Tensor, num: int, vocab_size: int) -> Tensor:
     """The ids of the `num` tokens that the model chooses most often, ascending."""
-    counts_V = torch.zeros(vocab_size, dtype=torch.int64)
-    for one in examples:
-        counts_V += torch.bincount(one.choice_T, minlength=vocab_size)
+    counts_V = torch.bincount(choice_N, minlength=vocab_size).cpu()
     return counts_V.argsort(descending=True, stable=True)[:num].sort().values
 
 
-def batch_of(examples: Sequence[Example], target_X: Tensor, vocab_size: int) -> Batch:
-    """Padded texts. Only tokens of answers are labels."""
+def numbers_of(target_X: Tensor, vocab_size: int) -> Tensor:
+    """The head's number of each token, or NOT_DRAFTED: [V]."""
     number_V = torch.full((vocab_size,), NOT_DRAFTED)
     number_V[target_X] = torch.arange(len(target_X))
-    size = max(len(one.text.token_T) for one in examples) - 1
-    padded = []
-    for one in examples:
-        token_T, likely_TP = torch.tensor(one.text.token_T[1:]), number_V[one.likely_TP[1:]]
-        likely_TP[: max(one.text.num_prompt - 2, 0)] = NOT_DRAFTED
-        rest = size - len(token_T)
-        padded.append(
-            (
-                F.pad(token_T, (0, rest)),
-                F.pad(one.states_TJ[:-1], (0, 0, 0, rest)),
-                F.pad(one.last_TD[1:], (0, 0, 0, rest)),
-                F.pad(likely_TP, (0, 0, 0, rest), value=NOT_DRAFTED),
-                F.pad(one.chance_TP[1:], (0, 0, 0, rest)),
-            )
-        )
-    return Batch(*map(torch.stack, zip(*padded)))
+    return number_V
+
+
+def batch_of(examples: Examples, numbers: Sequence[int], number_V: Tensor) -> Batch:
+    """Padded texts. Only tokens of answers are labels. `number_V` is that of `numbers_of`, on the
+    device of the examples."""
+    places = examples.places(numbers)
+    at_BT, after_BT = places.at_BT[:, :-1], places.at_BT[:, 1:]
+    is_label_BT = places.is_own_BT[:, 1:] & (places.of_answer_BT[:, 1:] >= -1)
+    likely_BTP = number_V[examples.likely_NP[after_BT].long()]
+    return Batch(
+        examples.token_N[after_BT],
+        examples.states_NJ[at_BT].float(),
+        examples.last_ND[after_BT].float(),
+        likely_BTP.where(is_label_BT.unsqueeze(-1), NOT_DRAFTED),
+        examples.chance_NP[after_BT],
+    )
 
 
 def save(head: Head, target: Target, target_X: Tensor, layers: Sequence[int], out: Path) -> None:

@@ -5,34 +5,12 @@ The held-out prompts of made-up ones have subjects and forms that training has n
 
 from __future__ import annotations
 
+import random
 from itertools import product, zip_longest
 from pathlib import Path
 
-PROSE = (
-    "Write a short story about {}.", "Write a paragraph about {}.", "Describe {} in detail.",
-    "Write a letter to a friend about {}.", "Write the introduction of an essay about {}.",
-)  # fmt: skip
-CHAT = (
-    "Explain {} to a child.", "What are three facts about {}?", "Why do people care about {}?",
-    "Give me advice about {}.", "Compare {} of today and the past.", "How can I learn about {}?",
-)  # fmt: skip
-SUBJECTS = (
-    "rain", "the moon", "trains", "bread", "whales", "chess", "volcanoes", "bicycles", "honey bees",
-    "electricity", "the sea", "mountains", "music", "clocks", "gardens", "winter", "bridges",
-    "libraries", "coffee", "rivers", "sleep", "money", "tea", "markets", "cats", "maps",
-)  # fmt: skip
-CODE = (
-    "Write a Python function that {}.", "Show me JavaScript code that {}.",
-    "Write a test in Python for a function that {}.", "Explain step by step how a program {}.",
-    "Write a Java method that {}.", "Show me C code that {}.",
-)  # fmt: skip
-TASKS = (
-    "reverses a string", "sorts a list of numbers", "counts the words in a file",
-    "finds the largest number", "checks if a number is prime", "adds two matrices",
-    "removes duplicates from a list", "computes the factorial of n", "reads a CSV file",
-    "merges two dictionaries", "finds the longest word", "converts Celsius to Fahrenheit",
-    "validates an email address", "computes a Fibonacci number", "searches a binary tree",
-)  # fmt: skip
+from draft.prompt_words import CHAT, CODE, PROSE, SUBJECTS, TASKS
+
 HELD_OUT = {
     "prose": (
         "Tell the legend of a lighthouse keeper who lost his lamp.",
@@ -63,9 +41,11 @@ HELD_OUT_EVERY = 10  # of the prompts of a file
 
 
 def made() -> list[str]:
-    """Prompts of all kinds, taking turns."""
+    """Prompts of all kinds, taking turns, in an order in which the first ones are varied, too."""
     pairs = (SUBJECTS, PROSE), (TASKS, CODE), (SUBJECTS, CHAT)
     kinds = [[text.format(one) for one, text in product(*pair)] for pair in pairs]
+    for some in kinds:
+        random.Random(0).shuffle(some)
     return [one for turn in zip_longest(*kinds) for one in turn if one is not None]
 
 

@@ -116,7 +116,7 @@ def rows_of_a_table() -> Launch:
         "HAS_OFFSET": True, "HAS_TABLE": False, "COLUMNS": 1024,
     }  # fmt: skip
     types = types_of(KINDS["int4"], False) | {"row_ptr": "*i64"}
-    return "packed lookup", packed_lookup.packed_lookup_kernel, constants, 4, 3, types
+    return "rows of a packed table", packed_lookup.packed_lookup_kernel, constants, 4, 3, types
 
 
 def dequantized(name: str, kind: Kind, num_outs: int, depth: int) -> Launch:

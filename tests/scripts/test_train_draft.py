@@ -6,8 +6,9 @@ import json
 import re
 import sys
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import train_draft
-from draft import block, collect, prompts
-from draft.collect import Example, Target, Text
-from draft.head import Batch, Head, batch_of, save
+from draft import block, collect, prompt_words, prompts, training
+from draft.collect import Counts, Examples, Target, Text
+from draft.head import Batch, Head, batch_of, drafted_tokens, numbers_of, save
 from tiny import tasks
 
 from nanovllm.models.config import ModelConfig
@@ -43,12 +44,13 @@ def made_target() -> Target:
     )
 
 
-def made_example(token_T: list[int], num_prompt: int, choice_T: Tensor, num_states: int) -> Example:
-    """A text with random states."""
-    num = len(token_T)
-    states_TJ, last_TD = torch.randn(num, num_states * HIDDEN), torch.randn(num, HIDDEN)
-    chance_TP = torch.ones(num, 1)
-    return Example(Text(token_T, num_prompt), states_TJ, last_TD, choice_T[:, None], chance_TP)
+def made_examples(texts: list[Text], choices: list[Tensor], num_states: int) -> Examples:
+    """Texts with random states."""
+    num, token_N = sum(map(len, choices)), torch.tensor([one for text in texts for one in text[0]])
+    firsts = [0, *accumulate(len(text.token_T) for text in texts)][:-1]
+    states_NJ, last_ND = torch.randn(num, num_states * HIDDEN), torch.randn(num, HIDDEN)
+    likely_NP = torch.cat(choices)[:, None]
+    return Examples(texts, firsts, token_N, states_NJ, last_ND, likely_NP, torch.ones(num, 1))
 
 
 def test_a_head_that_is_trained_for_seconds_is_accepted(tmp_path: Path) -> None:
@@ -137,8 +139,8 @@ def test_training_a_block_lowers_its_loss() -> None:
     torch.manual_seed(1)
     target = made_target()
     token_T = torch.randint(0, VOCAB, (30,))
-    example = made_example(token_T.tolist(), 9, token_T.roll(-1), 2)
-    texts = block.texts_of([example, made_example([1, 2], 1, token_T[:2], 2)])
+    given = [Text(token_T.tolist(), 9), Text([1, 2], 1)]
+    texts = block.texts_of(made_examples(given, [token_T.roll(-1), token_T[:2]], 2), [0, 1])
     assert texts.choice_BT[0].tolist() == [-100] * 8 + token_T.roll(-1)[8:].tolist()
     made = block.Block(target, 1, 2)
     optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
@@ -154,12 +156,75 @@ def test_training_a_block_lowers_its_loss() -> None:
 
 def test_labels_are_the_models_choices_in_answers() -> None:
     choice_T = torch.tensor([4, 6, 8, 10, 12])
-    example = made_example([1, 2, 3, 4, 5], 3, choice_T, 3)
-    shorter = made_example([1, 2, 3], 1, choice_T[:3], 3)
-    batch = batch_of([example, shorter], torch.tensor([6, 8, 12]), 20)
-    assert batch.token_BT.tolist() == [[2, 3, 4, 5], [2, 3, 0, 0]]
+    texts = [Text([7], 1), Text([1, 2, 3, 4, 5], 3), Text([1, 2, 3], 1)]
+    examples = made_examples(texts, [choice_T[:1], choice_T, choice_T[:3]], 3)
+    batch = batch_of(examples, [1, 2], numbers_of(torch.tensor([6, 8, 12]), 20))
+    assert batch.token_BT.tolist() == [[2, 3, 4, 5], [2, 3, 3, 3]]
     assert batch.likely_BTP[..., 0].tolist() == [[-100, 1, -100, 2], [0, 1, -100, -100]]
-    assert batch.last_BTD[0].equal(example.last_TD[1:]) and not batch.last_BTD[1, 2:].any()
+    assert batch.last_BTD[0].equal(examples.last_ND[2:6])
+    assert batch.states_BTJ[1, :2].equal(examples.states_NJ[6:8])
+    assert drafted_tokens(examples.likely_NP[:, 0], 3, 20).tolist() == [4, 6, 8]
+
+
+def test_states_of_texts_that_share_steps_are_those_of_each_text(tmp_path: Path) -> None:
+    """Also of a text that two steps read, and after a padded step."""
+    from transformers import AutoModelForCausalLM
+
+    folder = save_tiny(tmp_path / "model", vocab_size=VOCAB, num_hidden_layers=3)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.manual_seed(2)
+    texts = [Text(torch.randint(4, VOCAB, (num,)).tolist(), 2) for num in (5, 9, 3, 30, 4)]
+    options = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "max_num_seqs": 3,
+               "max_num_batched_tokens": 16}  # fmt: skip
+    found, target = collect.examples(str(folder), texts, (0, 1), options, torch.device("cpu"))
+    assert found.firsts == [0, 5, 14, 17, 47] and len(found.token_N) == 51
+    for text, first in zip(texts, found.firsts):
+        place = slice(first, first + len(text.token_T))
+        expected = torch.cat(states(hf, text.token_T, (0, 1)), -1)
+        torch.testing.assert_close(found.states_NJ[place], expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            chance_TV = hf(torch.tensor([text.token_T])).logits[0].softmax(-1)
+        assert found.likely_NP[place, 0].tolist() == chance_TV.argmax(-1).tolist()
+        torch.testing.assert_close(found.chance_NP[place, 0], chance_TV.max(-1).values)
+    assert target.embed_VD.shape == (VOCAB, 64)
+
+
+@pytest.mark.filterwarnings("error")  # norms in a slower form
+@pytest.mark.parametrize("method", ["eagle3", "dflash"])
+def test_half_precision_hardly_changes_the_loss(method: str) -> None:
+    torch.manual_seed(1)
+    token_T, target = torch.randint(0, VOCAB, (20,)), made_target()
+    examples = made_examples([Text(token_T.tolist(), 4)], [token_T.roll(-1)], 3)
+    target_X = torch.arange(0, VOCAB, 2)
+    made: Any = Head(target, target_X) if method == "eagle3" else block.Block(target, 1, 3)
+    number_V = numbers_of(target_X, VOCAB)
+    batch: Any = batch_of(examples, [0], number_V)
+    batch = batch if method == "eagle3" else block.texts_of(examples, [0])
+    torch.manual_seed(2)
+    exact = made.loss(batch, 3)[0]
+    torch.manual_seed(2)  # of the places of blocks
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made.loss(batch, 3)[0]
+    found.backward()
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, exact, rtol=2e-2, atol=0)
+
+
+def test_prompts_are_set_apart_with_all_their_answers() -> None:
+    parts = training.parts_of(100, 2, 3)
+    assert parts.apart == [49, 99, 149, 199] and parts.held_out == [200, 201, 202]
+    assert sorted(parts.trained + parts.apart) == list(range(200))
+
+
+def test_a_pass_has_each_text_once_with_others_of_its_length() -> None:
+    lengths = [(7 * one) % 40 + 1 for one in range(40)]
+    order = torch.Generator().manual_seed(0)
+    given = training.batches(range(40), lengths, 4, order)
+    passes = [[next(given) for _ in range(10)] for _ in range(2)]
+    for one in passes:
+        assert sorted(number for batch in one for number in batch) == list(range(40))
+        assert all(len({(lengths[number] - 1) // 4 for number in batch}) == 1 for batch in one)
+    assert passes[0] != passes[1]
 
 
 def test_the_default_layers_are_those_of_eagle3() -> None:
@@ -168,12 +233,17 @@ def test_the_default_layers_are_those_of_eagle3() -> None:
 
 
 def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
-    training, held_out = prompts.training(None), prompts.held_out(None)
-    assert len(training) == len(set(training)) > 300 == len(prompts.training(None, 300))
+    given, held_out = prompts.training(None), prompts.held_out(None)
+    assert len(given) == len(set(given)) > 5000 and len(prompts.training(None, 300)) == 300
     assert sorted(held_out) == ["chat", "code", "prose"]
-    subjects = [*prompts.SUBJECTS, *prompts.TASKS]
+    subjects = [*prompt_words.SUBJECTS, *prompt_words.TASKS]
+    forms = [*prompt_words.PROSE, *prompt_words.CODE, *prompt_words.CHAT]
+    assert len({*subjects, *forms}) == len(subjects) + len(forms)
+    assert all(form.count("{}") == 1 and "{}" not in form.format("") for form in forms)
+    begins = {" ".join(form.split()[:4]) for form in forms if form.split("{}")[0].count(" ") > 3}
     for one in [one for some in held_out.values() for one in some]:
         assert not any(re.search(rf"\b{subject}\b", one) for subject in subjects)
+        assert not any(one.startswith(begin) for begin in begins)
     file = tmp_path / "few"
     file.write_text("\n\n".join(map(str, range(20))))
     assert prompts.held_out(file) == {"file": ["9", "19"]}
@@ -192,7 +262,7 @@ def test_texts_are_read_again(tmp_path: Path) -> None:
 
 
 def test_accept_lengths_are_means_over_steps() -> None:
-    found = train_draft.accept_lengths([0, 3, 1, 2], 3)
-    assert found == {
+    counts = Counts(6, (4, 2, 2)).since(Counts(2, (1, 0, 1)))
+    assert train_draft.accept_lengths(counts) == {
         "accepted_per_position": [0.75, 0.5, 0.25], "accept_length": 2.5, "steps": 4
     }  # fmt: skip
