@@ -263,7 +263,7 @@ def accepted(
         for kind, some in texts.items():
             nums = [max(len(text.token_T) - text.num_prompt, 1) for text in some]
             params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in nums]
-            prompts = [{"prompt_token_ids": text.token_T[: text.num_prompt]} for text in some]
+            prompts: Any = [{"prompt_token_ids": text.token_T[: text.num_prompt]} for text in some]
             before = counts_of(llm, num)
             llm.generate(prompts, params, use_tqdm=False)
             found[kind] = counts_of(llm, num).since(before)

@@ -27,7 +27,7 @@ CHAT = (
     "Tell me something surprising about {}.", "How did {} change over the centuries?",
     "What mistakes do beginners make with {}?", "Give me a list of words that go with {}.",
     "Write a quiz of four questions about {}, with answers.", "What is your opinion of {}?",
-    "How would you explain {} to an expert from another field?", "Is {} important? Why?",
+    "How would you explain {} to an expert from another field?", "Do we need {}? Why, or why not?",
     "Recommend activities that have to do with {}.", "What will {} be like in fifty years?",
     "I am writing a talk about {}. Give me an outline.", "Suggest a title for a book about {}.",
     "What are common myths about {}?", "How does {} influence our daily life?",

@@ -73,7 +73,7 @@ def batches(
 def optimizer_of(drafter: torch.nn.Module, plan: Plan) -> torch.optim.AdamW:
     matrices = [one for one in drafter.parameters() if one.dim() > 1]
     others = [one for one in drafter.parameters() if one.dim() <= 1]
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         groups,
         lr=plan.learning_rate,
