@@ -31,7 +31,7 @@ from nanovllm.structured.grammars import GrammarCompiler, GrammarLimits, Grammar
 
 
 class EngineParts:
-    """Makes the parts of an engine, knows their facts, and frees their memory."""
+    """Makes the parts of an engine, reports their sizes, and frees their memory."""
 
     def __init__(self, loaded: Loaded) -> None:
         config = loaded.config

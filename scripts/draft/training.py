@@ -1,7 +1,7 @@
 """Training of a head or a draft: the order of texts, the steps, and what it has learned so far.
 
 Some prompts are set apart: the head never learns from their texts, so the share of tokens that it
-has right there, beside that in training, tells how much it knows by heart.
+has right there, beside that in training, shows how far it is overfitted.
 """
 
 from __future__ import annotations
