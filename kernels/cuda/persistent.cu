@@ -7,15 +7,17 @@
 // results. WARPS warps compute.
 //
 // Results go from task to task through words of 64 bits in global memory: 32 bits of data, two numbers
-// in bf16, and a tag, or, of parts of attention, 128 bits with three numbers in fp32. A word is stored and loaded as a whole, so a reader that finds the
-// tag of the phase that it waits for has the data too: nothing is counted, cleared or fenced. A tag is
+// in bf16, and a tag. Parts of attention have words of 128 bits, with three numbers in fp32. A word is
+// stored and loaded as a whole, so a reader that finds the tag of the phase that it waits for has the
+// data too: nothing is counted, cleared or fenced. A tag is
 // the number of the step times the number of phases, plus the phase; each program counts the steps.
 // A thread polls at most `max_polls` times in a step. Then it writes to `status` which task waited for
 // what, and goes on without waiting, so that the kernel ends.
 //
 // Constants, by -D: ROWS, HIDDEN, FFN, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF,
 // OUT_HALF, DOWN_HALF and HEAD_HALF (their tiles are halves), NUM_TASKS (of a program), STAGES,
-// IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time), WARPS, CLOCKS (times of tasks are kept).
+// IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time),
+// WARPS, CLOCKS (times of tasks are kept).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 
