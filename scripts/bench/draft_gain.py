@@ -181,6 +181,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     args = arguments(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # it logs the times of steps by their numbers of drafts
+    logging.getLogger("nanovllm.runner.warmup").setLevel(logging.DEBUG)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     about: dict[str, Any] = {"versions": versions(), "results": []}
