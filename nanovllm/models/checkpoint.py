@@ -30,7 +30,12 @@ PACKED_DTYPES = {
 }  # fmt: skip
 FLOATING_POINT = "a floating point dtype"
 READERS = 8  # threads: one reads 3 to 8 GB/s from the page cache
-PIECE_BYTES = 1 << 24  # that a thread reads at a time
+PIECE_BYTES = 1 << 24  # that a thread reads at a time, at most
+LEAST_PIECE_BYTES = 1 << 20  # of what is divided among the threads
+# Bytes between two runs that are read too, and dropped: reading them takes less than a call of the
+# system for each run, in which threads wait for each other.
+MOST_GAP_BYTES = 1 << 15
+RUNS_AT_ONCE = 512  # half of the buffers that a call of the system takes
 
 # The prefixes of a text model's tensors, in place of "model.", in checkpoints with towers and in
 # those of Nemotron-H.
@@ -111,8 +116,11 @@ class _Piece(NamedTuple):
 
     def fill(self, out: Tensor) -> None:
         """Read to `out`, bytes on the host."""
-        for i, run in enumerate(out.split(self.run_bytes)):
-            self.file.fill(run, self.begin + i * self.step_bytes)
+        view, size = _bytes_of(out), self.run_bytes
+        runs = [view[i : i + size] for i in range(0, len(view), size or 1)]
+        for first in range(0, len(runs), RUNS_AT_ONCE):
+            some = runs[first : first + RUNS_AT_ONCE]
+            self.file.fill_runs(some, self.begin + first * self.step_bytes, self.step_bytes)
 
 
 def plain_buffer(num_bytes: int) -> Tensor:
@@ -176,12 +184,16 @@ class Checkpoint:
         ones, must be stored in it. Reads these parts alone, in the order of the files. Raises
         CheckpointError for a tensor that is missing, of another shape, or of such a dtype.
         """
-        pieces = [piece for name, out, cut in wanted for piece in self._pieces(name, out, cut)]
+        wanted = list(wanted)
+        # all threads have work, also for few bytes
+        share = sum(out.nbytes for _, out, _ in wanted) // READERS + 1
+        most = min(PIECE_BYTES, max(share, LEAST_PIECE_BYTES))
+        pieces = [piece for one in wanted for piece in self._pieces(*one, most)]
         pieces.sort(key=lambda piece: (piece.file.path, piece.begin))
         if any(_staged(piece) for piece in pieces) and self._buffers.empty():
             for _ in range(READERS):  # not in a thread, whose current device may differ
                 self._buffers.put(self._buffer(PIECE_BYTES))
-        batches = _batches(pieces)
+        batches = _batches(pieces, most)
         if len(batches) == 1:
             self._fill(batches[0])
         else:
@@ -196,7 +208,7 @@ class Checkpoint:
         self._fill([_Piece(file, begin, dtype, out.view(-1), out.nbytes, 0)])
         return out
 
-    def _pieces(self, name: str, out: Tensor, cut: Cut) -> list[_Piece]:
+    def _pieces(self, name: str, out: Tensor, cut: Cut, most_bytes: int) -> list[_Piece]:
         file, stored = self._find(name)
         dtype = self._dtype(name, out.dtype)
         if stored.shape != cut.shape:
@@ -204,7 +216,7 @@ class Checkpoint:
                 f"{self.folder}: tensor {name} has shape {list(stored.shape)}, but the config asks "
                 f"for {list(cut.shape)}"
             )
-        size, run_len = PIECE_BYTES // dtype.itemsize, (cut.stop - cut.start) * cut.unit
+        size, run_len = max(1, most_bytes // dtype.itemsize), (cut.stop - cut.start) * cut.unit
         if not run_len:
             return []
         run_bytes, step_bytes = run_len * dtype.itemsize, cut.step * dtype.itemsize
@@ -216,8 +228,9 @@ class Checkpoint:
                 _Piece(file, begin + i * num * step_bytes, dtype, part, run_bytes, step_bytes)
                 for i, part in enumerate(map(torch.flatten, runs.split(num)))
             ]
+        piece_bytes = size * dtype.itemsize
         return [
-            _Piece(file, begin + r * step_bytes + i * PIECE_BYTES, dtype, part, PIECE_BYTES, 0)
+            _Piece(file, begin + r * step_bytes + i * piece_bytes, dtype, part, piece_bytes, 0)
             for r, run in enumerate(runs)
             for i, part in enumerate(run.split(size))
         ]
@@ -317,21 +330,35 @@ class File:
 
         Raises CheckpointError if the file ends too early.
         """
-        # through a numpy array the tensor's storage could not be freed (sleep)
-        left = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")
+        self._fill(_bytes_of(out), begin)
+
+    def fill_runs(self, runs: Sequence[memoryview], begin: int, step_bytes: int) -> None:
+        """Read runs, the first from byte `begin` of the file on, each further one from `step_bytes`
+        after the one before it. Raises CheckpointError if the file ends too early."""
+        gap_bytes = step_bytes - len(runs[0])
+        if len(runs) > 1 and gap_bytes <= MOST_GAP_BYTES and hasattr(os, "preadv"):
+            dropped = memoryview(bytearray(gap_bytes))
+            parts = [dropped] * (2 * len(runs) - 1)
+            parts[::2] = runs
+            if self._read(parts, begin) == sum(map(len, parts)):
+                return
+        for i, run in enumerate(runs):
+            self._fill(run, begin + i * step_bytes)
+
+    def _fill(self, left: memoryview, begin: int) -> None:
         while left:
-            count = self._read(left, begin)
+            count = self._read([left], begin)
             if not count:
                 raise CheckpointError(f"{self.path}: the file has become shorter")
             left, begin = left[count:], begin + count
 
-    def _read(self, out: memoryview, begin: int) -> int:
+    def _read(self, parts: list[memoryview], begin: int) -> int:
         try:
             if hasattr(os, "preadv"):
-                return os.preadv(self._file.fileno(), [out], begin)
+                return os.preadv(self._file.fileno(), parts, begin)
             with self._lock:  # on Windows a file has one position for all threads
                 self._file.seek(begin)
-                return self._file.readinto(out) or 0
+                return self._file.readinto(parts[0]) or 0
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
 
@@ -351,13 +378,19 @@ def _staged(piece: _Piece) -> bool:
     return piece.out.device.type != "cpu" or piece.out.dtype is not piece.dtype
 
 
-def _batches(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+def _bytes_of(out: Tensor) -> memoryview:
+    """The memory of a tensor on the host."""
+    # through a numpy array the tensor's storage could not be freed (sleep)
+    return memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")
+
+
+def _batches(pieces: Sequence[_Piece], most_bytes: int) -> list[list[_Piece]]:
     """Groups neighbours up to the size of one piece: small pieces are not worth a task each."""
     batches: list[list[_Piece]] = [[]]
     num_bytes = 0
     for piece in pieces:
         num_bytes += piece.num_bytes
-        if num_bytes > PIECE_BYTES and batches[-1]:
+        if num_bytes > most_bytes and batches[-1]:
             batches.append([])
             num_bytes = piece.num_bytes
         batches[-1].append(piece)

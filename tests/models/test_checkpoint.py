@@ -72,6 +72,31 @@ def test_a_file_is_read_the_same_where_files_have_one_position(
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.parametrize("calls", ["whole", "short", "of one run"])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_columns_are_read_in_runs_with_the_gaps_between_them(
+    wanted: torch.dtype, calls: str, piece_bytes: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(files, "RUNS_AT_ONCE", 100)  # 989 rows need several calls
+    whole_read = getattr(os, "preadv", None)
+    if calls == "of one run":
+        monkeypatch.setattr(files, "MOST_GAP_BYTES", 0)
+    elif calls == "short" and whole_read is not None:
+
+        def short_read(file: int, parts: list[memoryview], begin: int) -> int:
+            return int(whole_read(file, parts[:1], begin))
+
+        monkeypatch.setattr(os, "preadv", short_read)
+    tensors = write(tmp_path)
+    for start, stop in ((0, 4), (4, 11), (10, 11)):
+        cut = files.Cut((989, 11), (989, 11), 1, start, stop)
+        out = torch.full((989 * (stop - start),), float("nan"), dtype=wanted)
+        with Checkpoint(tmp_path) as checkpoint:
+            checkpoint.read_parts([("2.large", out, cut)])
+        assert torch.equal(out.view(989, -1), tensors["2.large"][:, start:stop].to(wanted))
+
+
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every file that is opened from here on."""
