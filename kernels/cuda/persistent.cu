@@ -1,10 +1,11 @@
-// A decode step of a dense model in bf16 as one kernel: a program on each multiprocessor goes through
-// its list of tasks (persistent.py; docs/persistent.md).
+// A decode step of a model in bf16 as one kernel: a program on each multiprocessor goes through its list
+// of tasks (persistent.py; docs/persistent.md).
 //
 // One warp copies: it goes through the tasks ahead of the others and fills a ring of STAGES with the
 // weights and the keys and values of earlier tokens that they read. These are there before the step,
 // so it waits for nothing but places in the ring, and memory is not idle while tasks wait for
-// results. WARPS warps compute.
+// results. A second warp copies the weights of experts into a ring of EXPERT_STAGES, once it has the
+// router's results. WARPS warps compute.
 //
 // Results go from task to task through words of 64 bits in global memory: 32 bits of data, two numbers
 // in bf16, and a tag. Parts of attention have words of 128 bits, with three numbers in fp32. A word is
@@ -14,9 +15,10 @@
 // A thread polls at most `max_polls` times in a step. Then it writes to `status` which task waited for
 // what, and goes on without waiting, so that the kernel ends.
 //
-// Constants, by -D: ROWS, HIDDEN, FFN, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF,
+// Constants, by -D: ROWS, HIDDEN, FFN (of a token's experts together), EXPERTS (0: none), TOP_K,
+// EXPERT_FFN, NORMALIZE, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF,
 // OUT_HALF, DOWN_HALF and HEAD_HALF (their tiles are halves), NUM_TASKS (of a program), STAGES,
-// IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time),
+// EXPERT_STAGES, IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time, of a ring),
 // WARPS, CLOCKS (times of tasks are kept).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
@@ -24,7 +26,7 @@
 #include "device.cuh"
 
 struct __align__(16) Task {
-  const u8* first_input;   // PRODUCT weight [O, D], ATTEND keys [C, B, K, H]
+  const u8* first_input;   // PRODUCT weight [O, D] or of all experts, ATTEND keys [C, B, K, H]
   const u8* second_input;  // PRODUCT norm [D] or none, ATTEND values
   const u16* q_norm;       // ATTEND [H] or none
   const u16* k_norm;
@@ -63,6 +65,7 @@ struct Args {
 #define NORM 4
 #define ADD 8      // adds a residual
 #define LOGITS 16  // results go to `logits`
+#define EXPERT 32  // of the experts that a token chose; with SILU, by the words from `add_at` on
 
 // times of a task: its inputs have arrived, are in shared memory, are computed with
 #define START 0
@@ -73,13 +76,15 @@ struct Args {
 #define TIMES 5
 
 #define WORKERS (32 * WARPS)
+#define COPYING_WARPS (EXPERTS ? 2 : 1)
 #define GROUP (HEADS / KV_HEADS)
 #define HEAD 128
 #define QKV ((HEADS + 2 * KV_HEADS) * HEAD)
 #define WIDE 512                                // columns of a stage with 16 rows
 #define STAGE_BYTES (16 * (WIDE * 2 + 64))      // rows g and g + 1 are in different banks
 #define TOKENS 32                               // keys and values of so many tokens are a stage
-#define MAX_CHUNK (ROWS > 4 ? 2048 : 4096)      // columns of x that are in registers
+// columns of x that are in registers: more would go to local memory
+#define MAX_CHUNK (ROWS > 4 || EXPERTS ? 2048u : 4096u)
 #define MIN_PART 32                             // keys in a part
 #define NO_SCORE -1e30f
 
@@ -88,16 +93,19 @@ struct Args {
 #define COLUMN_PAIRS ((ROWS + 1) / 2)
 #define SUMS_OF_TILE (8 * COLUMN_PAIRS * WARPS)
 
-// shared memory: the ring | tasks | barriers of stages that are full, and empty | tokens of rows, and a
-// failure | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] | the step's own key and value [2, HEAD]
+// shared memory: the rings | tasks | barriers of stages that are full, and empty | tokens of rows, and a
+// failure | the experts of rows, and their weights | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] | the step's own key and value [2, HEAD]
 // | scores [2, GROUP, TOKENS] | sums of tiles | x, of each warp its columns
-#define AT_TASKS (STAGES * STAGE_BYTES)
+#define ALL_STAGES (STAGES + EXPERT_STAGES)
+#define AT_TASKS (ALL_STAGES * STAGE_BYTES)
 #define AT_FULL (AT_TASKS + NUM_TASKS * 80)
-#define AT_EMPTY (AT_FULL + 8 * STAGES)
-#define AT_LENS (AT_EMPTY + 8 * STAGES)
-#define AT_SQUARES (AT_LENS + 48)
+#define AT_EMPTY (AT_FULL + 8 * ALL_STAGES)
+#define AT_LENS (AT_EMPTY + 8 * ALL_STAGES)
+#define AT_CHOSEN (AT_LENS + 48)
+#define AT_SHARES (AT_CHOSEN + ROWS * TOP_K * 4)
+#define AT_SQUARES (AT_CHOSEN + (ROWS * TOP_K * 8 + 15) / 16 * 16)
 #define AT_QUERIES (AT_SQUARES + 8 * WARPS * 4)
-#define AT_OWN (AT_QUERIES + GROUP * HEAD * 4)
+#define AT_OWN (AT_QUERIES + GROUP * HEAD * 2)
 #define AT_SCORES (AT_OWN + HEAD * 4)
 #define AT_SUMS (AT_SCORES + 2 * GROUP * TOKENS * 4)
 #define AT_X (AT_SUMS + 2 * AT_ONCE * SUMS_OF_TILE * 16)
@@ -115,7 +123,14 @@ __device__ __forceinline__ u32 empty_barrier(u32 stage) {
   return shared_address(shared<u8>(AT_EMPTY)) + 8 * stage;
 }
 
+// The columns of x that are in registers at a time.
+__device__ __forceinline__ constexpr u32 chunk_of(u32 depth) {
+  const u32 num = (depth + MAX_CHUNK - 1) / MAX_CHUNK;
+  return depth % (num * 2 * WIDE) ? (depth < MAX_CHUNK ? depth : MAX_CHUNK) : depth / num;
+}
+
 #include "persistent_words.cuh"
+#include "persistent_experts.cuh"
 
 // The parts of a row's earlier keys: the keys of each, and the number of parts, at least one.
 __device__ __forceinline__ u32 part_len(u32 len) {
@@ -142,44 +157,73 @@ __device__ __forceinline__ Unit unit_of(u32 unit) {
 // the copying warp -------------------------------------------------------------------------------
 
 // Waits until the stage that was begun `num` before one has been copied.
+template <u32 FLAGS>
 __device__ __forceinline__ bool is_copied(const Ring& stage, u32 num) {
+  using Own = RingOf<FLAGS>;
   const bool is_back = stage.at < num;  // it is of the turn before
   // a turn's parity is that of `empty`, inverted
   return (stage.turn == 0 && is_back) ||
-         is_done(full_barrier(stage.at + (is_back ? STAGES : 0) - num), stage.parity ^ 1 ^ is_back);
+         is_done(full_barrier(Own::FIRST + stage.at + (is_back ? Own::NUM : 0) - num),
+                 stage.parity ^ 1 ^ is_back);
 }
 
 // Waits for a place in the ring, and until no more than IN_FLIGHT - 1 stages are on their way, or
 // WAITING_IN_FLIGHT - 1 while results are waited for: they would queue behind the copies.
+template <u32 FLAGS>
 __device__ __forceinline__ void await_place(const Ring& stage) {
-  wait_for(empty_barrier(stage.at), stage.parity);
-  while (!is_copied(stage, IN_FLIGHT)) {}
+  wait_for(empty_barrier(RingOf<FLAGS>::FIRST + stage.at), stage.parity);
+  while (!is_copied<FLAGS>(stage, IN_FLIGHT)) {}
   volatile int* const is_waiting = shared<volatile int>(AT_LENS) + 9;
-  while (WAITING_IN_FLIGHT < IN_FLIGHT && *is_waiting && !is_copied(stage, WAITING_IN_FLIGHT)) {}
+  while (WAITING_IN_FLIGHT < IN_FLIGHT && *is_waiting && !is_copied<FLAGS>(stage, WAITING_IN_FLIGHT)) {}
 }
 
-__device__ __forceinline__ void copy_weights(const Task& t, Ring& stage, u32 lane) {
-  const u32 ring = shared_address(shared<u8>(0));
-  const u32 rows = t.flags & HALF ? 8 : 16, wide = t.flags & HALF ? 2 * WIDE : WIDE;
+// Copies some columns of a weight row of a tile.
+template <u32 FLAGS>
+__device__ __forceinline__ void copy_row(const Task& t, u32 tile, u32 idx, u32 column, u32 num, u32 to,
+                                         u32 barrier) {
+  const u32 rows = t.flags & (SILU | HALF) ? 8 : 16;
   const u32 upper = t.flags & SILU ? t.num_outs : 8;
-  const u32 chunk = t.depth < MAX_CHUNK ? t.depth : MAX_CHUNK, end = t.first + t.count;
+  const u32 in_tile = idx % 8 + (idx < 8 ? 0 : upper);
+  if (!(FLAGS & EXPERT)) {
+    copy(to, t.first_input + ((u64)(tile * rows + in_tile) * t.depth + column) * 2, num * 2, barrier);
+    return;
+  }
+  const u32* const chosen = shared<u32>(AT_CHOSEN);
+  const u32 of_token = (t.flags & SILU ? EXPERT_FFN : HIDDEN) / rows, first = tile / of_token;
+  const u32 row = tile % of_token * rows + in_tile;
+  if (t.flags & SILU) {
+    const u64 at = ((u64)chosen[first] * (2 * EXPERT_FFN) + row) * HIDDEN + column;
+    copy(to, t.first_input + at * 2, num * 2, barrier);
+    return;
+  }
+  while (num) {  // a token's experts have their columns one after the other
+    const u32 from = column % EXPERT_FFN, part = num < EXPERT_FFN - from ? num : EXPERT_FFN - from;
+    const u64 expert = chosen[first * TOP_K + column / EXPERT_FFN];
+    copy(to, t.first_input + ((expert * HIDDEN + row) * EXPERT_FFN + from) * 2, part * 2, barrier);
+    to += part * 2, column += part, num -= part;
+  }
+}
+
+template <u32 FLAGS>
+__device__ __forceinline__ void copy_weights(const Task& t, Ring& stage, u32 lane) {
+  using Own = RingOf<FLAGS>;
+  const u32 rows = t.flags & HALF ? 8 : 16, wide = t.flags & HALF ? 2 * WIDE : WIDE;
+  const u32 chunk = chunk_of(t.depth), end = t.first + t.count;
   // the order in which `product` needs them
   for (u32 first = t.first; first < end; first += AT_ONCE)
     for (u32 from_column = 0; from_column < t.depth; from_column += chunk)
       for (u32 tile = first; tile < end && tile < first + AT_ONCE; tile++) {
-        const u32 row =
-            (t.flags & (SILU | HALF) ? tile * 8 : tile * 16) + lane % 8 + (lane < 8 ? 0 : upper);
-        const u8* const from = t.first_input + (u64)row * t.depth * 2;
         const u32 to_column = t.depth < from_column + chunk ? t.depth : from_column + chunk;
         for (u32 column = from_column; column < to_column; column += wide) {
-          const u32 num_bytes = (to_column - column < wide ? to_column - column : wide) * 2;
-          await_place(stage);
-          if (lane == 0) expect(full_barrier(stage.at), num_bytes * rows);
+          const u32 num = to_column - column < wide ? to_column - column : wide;
+          const u32 barrier = full_barrier(Own::FIRST + stage.at);
+          await_place<FLAGS>(stage);
+          if (lane == 0) expect(barrier, num * 2 * rows);
           __syncwarp();
-          if (lane < rows)
-            copy(ring + stage.at * STAGE_BYTES + lane * (wide * 2 + 64), from + column * 2, num_bytes,
-                 full_barrier(stage.at));
-          stage.advance(STAGES);
+          const u32 to = shared_address(shared<u8>(0)) + (Own::FIRST + stage.at) * STAGE_BYTES +
+                         lane * (wide * 2 + 64);
+          if (lane < rows) copy_row<FLAGS>(t, tile, lane, column, num, to, barrier);
+          stage.advance(Own::NUM);
         }
       }
 }
@@ -197,7 +241,7 @@ __device__ __forceinline__ void copy_keys(const Args& a, const Task& t, Ring& st
         const u64 block = a.table[(u64)u.row * a.table_stride + key / a.block_size];
         at = block * a.block_stride + key % a.block_size * a.slot_stride + u.head * a.head_stride;
       }
-      await_place(stage);
+      await_place<0>(stage);
       if (lane == 0) expect(full_barrier(stage.at), num * HEAD * 4);
       __syncwarp();
       const u32 to = ring + stage.at * STAGE_BYTES + lane * HEAD * 2;
@@ -222,32 +266,49 @@ __device__ __forceinline__ void embed(Worker& w) {
 }
 
 __device__ __forceinline__ void multiply_by_weight(Worker& w) {
+  constexpr u32 OF_EXPERTS = EXPERTS ? EXPERT : 0;
   const u32 flags = w.task->flags;
   if (flags & SILU)
-    product<HIDDEN, NORM | SILU>(w);
+    product<HIDDEN, NORM | SILU | OF_EXPERTS>(w);
   else if (flags & LOGITS)
     product<HIDDEN, NORM | LOGITS | (HEAD_HALF ? HALF : 0)>(w);
   else if (flags & NORM)
     product<HIDDEN, NORM | (QKV_HALF ? HALF : 0)>(w);
-  else if (w.task->depth == HEADS * HEAD)  // or both have this depth
+  else if (w.task->depth == HEADS * HEAD && !(flags & EXPERT))  // or both have this depth
     product<HEADS * HEAD, ADD | (OUT_HALF ? HALF : 0)>(w);
   else
-    product<FFN, ADD | (DOWN_HALF ? HALF : 0)>(w);
+    product<FFN, ADD | (DOWN_HALF ? HALF : 0) | OF_EXPERTS>(w);
 }
 
+__device__ __forceinline__ Worker worker(const Args& a, const Task* tasks, u32 step) {
+  return {a, tasks, 0, step * a.num_phases, a.max_polls, {}, {}, 0, (int)threadIdx.x / 32,
+          (int)threadIdx.x % 32};
+}
+
+// Copies what tasks read, but for the weights of experts.
 __device__ __forceinline__ void copy_tasks(const Args& a, const Task* tasks, u32 lane) {
   Ring stage;
   stage.parity = 1;  // a first pass finds every place empty
   for (u32 i = 0; i < NUM_TASKS && tasks[i].kind != END; i++)
-    if (tasks[i].kind == PRODUCT)
-      copy_weights(tasks[i], stage, lane);
+    if (tasks[i].kind == PRODUCT && !(tasks[i].flags & EXPERT))
+      copy_weights<0>(tasks[i], stage, lane);
     else if (tasks[i].kind == ATTEND)
       copy_keys(a, tasks[i], stage, lane);
 }
 
+// Copies the weights of the experts that tokens choose.
+__device__ __forceinline__ void copy_experts(const Args& a, const Task* tasks, u32 step) {
+  Worker w = worker(a, tasks, step);
+  w.expert_stage.parity = 1;
+  for (; w.task_idx < NUM_TASKS && w.task->kind != END; w.task_idx++, w.task++) {
+    if (!(w.task->flags & EXPERT)) continue;
+    if (w.task->flags & SILU) choose_experts(w);
+    copy_weights<EXPERT>(*w.task, w.expert_stage, w.lane);
+  }
+}
+
 __device__ __forceinline__ void run_tasks(const Args& a, const Task* tasks, u32 step) {
-  Worker w = {a, tasks, 0, step * a.num_phases, a.max_polls, {}, 0, (int)threadIdx.x / 32,
-              (int)threadIdx.x % 32};
+  Worker w = worker(a, tasks, step);
   for (; w.task_idx < NUM_TASKS && w.task->kind != END; w.task_idx++, w.task++) {
     // what a task needs of these is made in the task: kept for all tasks, it would fill registers
     asm volatile("" : "+r"(w.warp), "+r"(w.lane));
@@ -270,7 +331,8 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const 
   Task* const tasks = shared<Task>(AT_TASKS);
   int* const lens = shared<int>(AT_LENS);
   if (threadIdx.x == 0) {
-    for (u32 i = 0; i < STAGES; i++) init_barrier(full_barrier(i), 1), init_barrier(empty_barrier(i), WARPS);
+    for (u32 i = 0; i < ALL_STAGES; i++)
+      init_barrier(full_barrier(i), 1), init_barrier(empty_barrier(i), WARPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     lens[8] = load_status(a.status), lens[9] = 0;
@@ -283,10 +345,11 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const 
   __syncthreads();
   if (lens[8]) return;  // an earlier step failed
   if (threadIdx.x >= WORKERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(EXPERTS ? 56 : 40));
     if (threadIdx.x < WORKERS + 32) copy_tasks(a, tasks, threadIdx.x - WORKERS);
+    if (EXPERTS && threadIdx.x >= WORKERS + 32 && threadIdx.x < WORKERS + 64) copy_experts(a, tasks, step);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(EXPERTS ? 224 : 232));
     run_tasks(a, tasks, step);
   }
 }

@@ -1,4 +1,4 @@
-"""A decode step of a dense model in bf16 as one kernel: tasks and launch of persistent.cu."""
+"""A decode step of a model in bf16 as one kernel: tasks and launch of persistent.cu."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from nanovllm.kernels.cuda.nvrtc import Function, Launch
 # As in persistent.cu.
 END, EMBED, PRODUCT, ATTEND, MERGE = range(5)
 KINDS = "end", "embed", "product", "attend", "merge"
-SILU, HALF, NORM, ADD, LOGITS = 1, 2, 4, 8, 16
+SILU, HALF, NORM, ADD, LOGITS, EXPERT = 1, 2, 4, 8, 16, 32
 HEAD, WARPS, WIDE, TOKENS, PART_WORDS, MIN_PART, AT_ONCE = 128, 8, 512, 32, 128, 32, 4
-MAX_GROUP = 4  # query heads that share a key
+MAX_GROUP = 8  # query heads that share a key
+MAX_EXPERTS, MAX_TOP_K = 256, 32
 MAYBE_HALF = "qkv", "out", "down", "head"  # products by their weights
 TIMES = "start", "arrived", "ready", "computed", "finished"  # of a task
 STAGE_BYTES = 16 * (WIDE * 2 + 64)
@@ -72,9 +73,20 @@ SHORT, LONG = InFlight(3, 2), InFlight(4, 4)
 LONG_BYTES = 512 << 10  # of a program's weights of a layer: waits are a small part of it
 
 
+class Experts(NamedTuple):
+    """The experts of each layer: of `num`, a token chooses `top_k` of width `ffn`. With `normalize`
+    their weights are divided by their sum."""
+
+    num: int
+    top_k: int
+    ffn: int
+    normalize: bool
+
+
 class Sizes(NamedTuple):
-    """What a program is compiled for. `num_tasks` are those of a program, `splits` the most parts
-    of a row's keys. `halves` names the products whose tiles are halves."""
+    """What a program is compiled for. `ffn` is that of a token's experts together. `num_tasks` are
+    those of a program, `splits` the most parts of a row's keys. `halves` names the products whose
+    tiles are halves."""
 
     num_rows: int
     hidden: int
@@ -85,6 +97,7 @@ class Sizes(NamedTuple):
     halves: frozenset[str]
     in_flight: InFlight
     num_tasks: int
+    experts: Experts | None = None
     num_warps: int = WARPS
     has_clocks: bool = False
 
@@ -94,16 +107,24 @@ class Sizes(NamedTuple):
         barriers are in `stage_bytes`."""
         group = self.num_heads // self.num_kv_heads
         sums = 2 * AT_ONCE * 8 * ((self.num_rows + 1) // 2) * self.num_warps * 4
-        scratch = 8 * self.num_warps + (group + 1) * HEAD + 2 * group * TOKENS + sums
+        scratch = 8 * self.num_warps + (group + 2) * HEAD // 2 + 2 * group * TOKENS + sums
         depth = max(self.hidden, self.num_heads * HEAD, self.ffn)
-        chunk = min(depth, 2048 if self.num_rows > 4 else 4096)  # as MAX_CHUNK there
+        few = self.num_rows > 4 or self.experts is not None
+        chunk = min(depth, 2048 if few else 4096)  # at most, as MAX_CHUNK there
         # a row of a warp is some pieces of 32 columns, and one more place
         x = self.num_rows * self.num_warps * 64 * (-(-chunk // 1024) * 4 + 1)
-        return 128 + self.num_tasks * _TASK.size + 48 + scratch * 4 + x
+        chosen = self.num_rows * (1 if self.experts is None else self.experts.top_k)
+        return 128 + self.num_tasks * _TASK.size + 48 + -(-chosen // 2) * 16 + scratch * 4 + x
 
     @property
     def num_stages(self) -> int:
+        """Of weights, those of experts included."""
         return max(0, MAX_SHARED_BYTES - self.other_bytes) // (STAGE_BYTES + 16)
+
+    @property
+    def expert_stages(self) -> int:
+        """Which hold weights of experts."""
+        return 0 if self.experts is None else self.num_stages // 2
 
     @property
     def shared_bytes(self) -> int:
@@ -111,11 +132,14 @@ class Sizes(NamedTuple):
 
     @property
     def function(self) -> Function:
+        experts = self.experts or Experts(0, 1, self.ffn, False)
         values = {
             "ROWS": self.num_rows, "HIDDEN": self.hidden, "FFN": self.ffn, "HEADS": self.num_heads,
             "KV_HEADS": self.num_kv_heads, "SPLITS": self.splits, "NUM_TASKS": self.num_tasks,
             **{f"{name.upper()}_HALF": name in self.halves for name in MAYBE_HALF},
-            "STAGES": self.num_stages, "WARPS": self.num_warps,
+            "EXPERTS": experts.num, "TOP_K": experts.top_k, "EXPERT_FFN": experts.ffn,
+            "NORMALIZE": experts.normalize, "STAGES": self.num_stages - self.expert_stages,
+            "EXPERT_STAGES": self.expert_stages, "WARPS": self.num_warps,
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
             "CLOCKS": self.has_clocks,
         }  # fmt: skip

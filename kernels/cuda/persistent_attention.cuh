@@ -1,19 +1,18 @@
 // Attention of persistent.cu: one token of each row, over parts of the row's keys, and their merge.
 //
-// A stage has up to TOKENS keys and their values. First a group of SHARING threads has the score of
-// a key with each query; then each warp sums values for its part of the results, by lanes of 8
-// numbers, which take turns with the keys.
+// A stage has up to TOKENS keys and their values. First two warps multiply the keys, 16 each, by all
+// queries, which are columns of the matrix units; then each warp sums values for its part of the results,
+// by lanes of 8 numbers, which take turns with the keys.
 
-#define SHARING 8                             // threads that share a key
-#define QUERIES (GROUP == 3 ? 4 : GROUP)
+#define QUERIES (GROUP == 3 ? 4 : GROUP > 4 ? 8 : GROUP)
 #define LANES (2 * QUERIES)                   // of 8 numbers: a warp's part of the results
 #define KEYS_AT_ONCE (32 / LANES)
 #define MAKING 16                             // threads that make a query
+#define KEPT (LANES == 16 ? 4 : 2)            // of a query's numbers, that a thread stores
 
-// Numbers of a head for thread l of so many that share it: as many from 64 on as from 0.
-template <int THREADS>
-struct Numbers {
-  static constexpr int EACH = HEAD / THREADS;
+// Numbers of a head for thread l of the MAKING that share it: as many from 64 on as from 0.
+struct Made {
+  static constexpr int EACH = HEAD / MAKING;
   float of[EACH];
 
   __device__ static __forceinline__ int place(int l, int i) {
@@ -21,28 +20,16 @@ struct Numbers {
   }
 };
 
-template <int THREADS>
-__device__ __forceinline__ Numbers<THREADS> load_numbers(const void* head, int l) {
-  using N = Numbers<THREADS>;
-  N r;
+__device__ __forceinline__ Made load_numbers(const u16* head, int l) {
+  Made r;
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    u32 words[N::EACH / 4];
-    const u16* const from = static_cast<const u16*>(head) + N::place(l, h * N::EACH / 2);
-    if (N::EACH == 16)
-      *reinterpret_cast<Four*>(words) = load_four(from);
-    else
-      *reinterpret_cast<uint2*>(words) = *reinterpret_cast<const uint2*>(from);
-#pragma unroll
-    for (int i = 0; i < N::EACH / 4; i++) {
-      const int at = h * N::EACH / 2 + 2 * i;
-      r.of[at] = low_of(words[i]), r.of[at + 1] = high_of(words[i]);
-    }
+  for (int i = 0; i < Made::EACH; i += 4) {
+    const uint2 words = *reinterpret_cast<const uint2*>(head + Made::place(l, i));
+    r.of[i] = low_of(words.x), r.of[i + 1] = high_of(words.x);
+    r.of[i + 2] = low_of(words.y), r.of[i + 3] = high_of(words.y);
   }
   return r;
 }
-
-using Made = Numbers<MAKING>;
 
 __device__ __forceinline__ Made numbers_of(const Pair* words) {
   Made r;
@@ -83,13 +70,14 @@ __device__ __forceinline__ void store_head(u16* to, const Made& v, int l) {
         make_uint2(to_bf16_pair(v.of[i], v.of[i + 1]), to_bf16_pair(v.of[i + 2], v.of[i + 3]));
 }
 
-// A warp makes a query, and another the step's own key and value: normed, rotated, in shared memory,
-// and the key and value in their cache.
+// Half a warp makes a query, and another half the step's own key and value: normed, rotated, in shared
+// memory, and the key and value in their cache. The second half of a warp does what the first does, but
+// for that which makes the key beside eight queries.
 __device__ __forceinline__ void make_heads(Worker& w, const Unit& u) {
   const Task& t = *w.task;
-  const bool has_query = w.warp < GROUP, has_new = u.is_last && w.warp == GROUP;
-  if (!has_query && !has_new) return;
-  const int l = w.lane % MAKING;
+  if (w.warp > GROUP || (w.warp == GROUP && !u.is_last)) return;
+  const int l = w.lane % MAKING, maker = w.warp + w.lane / MAKING * WARPS == GROUP ? GROUP : w.warp;
+  const bool has_query = maker < GROUP, has_new = u.is_last && maker == GROUP;
   const u64* const words = w.a.words + t.in_at + u.row * (QKV / 2);
   const u64* const k_at = words + (HEADS + u.head) * (HEAD / 2);
   const u16* const norm_at = has_query ? t.q_norm : t.k_norm;
@@ -97,11 +85,11 @@ __device__ __forceinline__ void make_heads(Worker& w, const Unit& u) {
   // loaded before results are waited for
   const u32 slot = has_new ? (u32)w.a.slot[u.row] : 0;
   Made norm = {};
-  if (norm_at) norm = load_numbers<MAKING>(norm_at, l);
+  if (norm_at) norm = load_numbers(norm_at, l);
   Rotation by;
 #pragma unroll
   for (int i = 0; i < Made::EACH / 2; i++) by.cos[i] = cos_sin[i], by.sin[i] = cos_sin[HEAD / 2 + i];
-  const u64* const first = has_query ? words + (u.head * GROUP + w.warp) * (HEAD / 2) : k_at;
+  const u64* const first = has_query ? words + (u.head * GROUP + maker) * (HEAD / 2) : k_at;
   Pair found[4];  // of the query, or of the key and the value
   const u64* const second = k_at + KV_HEADS * (HEAD / 2);
   fetch(
@@ -111,15 +99,9 @@ __device__ __forceinline__ void make_heads(Worker& w, const Unit& u) {
   note(w, ARRIVED);
   Made made = numbers_of(found);
   norm_and_rotate(made, norm, by, norm_at, w.a.eps);
-  if (w.lane >= MAKING) return;
-  if (has_query) {
-#pragma unroll
-    for (int i = 0; i < Made::EACH; i += 4)
-      *reinterpret_cast<float4*>(shared<float>(AT_QUERIES) + w.warp * HEAD + Made::place(l, i)) =
-          make_float4(made.of[i] * w.a.scale, made.of[i + 1] * w.a.scale, made.of[i + 2] * w.a.scale,
-                      made.of[i + 3] * w.a.scale);
-    return;
-  }
+  if (w.lane >= MAKING && maker == w.warp) return;
+  if (has_query) store_head(shared<u16>(AT_QUERIES) + maker * HEAD, made, l);
+  if (!has_new) return;
   const Made value = numbers_of(found + 2);
   const u64 at = slot / w.a.block_size * w.a.block_stride + slot % w.a.block_size * w.a.slot_stride +
                  u.head * w.a.head_stride;
@@ -128,30 +110,50 @@ __device__ __forceinline__ void make_heads(Worker& w, const Unit& u) {
   store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.second_input)) + at, value, l);
 }
 
-// Scores of a stage's keys with all queries.
-__device__ __forceinline__ void score_keys(const Worker& w, const Numbers<SHARING> (&q)[GROUP],
-                                           const u8* keys, u32 num, float* scores) {
-  const u32 l = threadIdx.x % SHARING, key = threadIdx.x / SHARING;
-  const Numbers<SHARING> k = load_numbers<SHARING>(keys + (key < num ? key : 0) * (HEAD * 2), l);
+// The queries, as the columns of a product: thread t of group g has those of query g.
+struct Queries { Four of[HEAD / 32]; };
+
+__device__ __forceinline__ Queries load_queries(const Worker& w) {
+  Queries q;
 #pragma unroll
-  for (int i = 0; i < GROUP; i++) {
-    float score = 0;
+  for (int i = 0; i < HEAD / 32; i++) {
+    q.of[i] = Four{0, 0, 0, 0};
+    if (w.lane / 4 < GROUP)
+      q.of[i] = load_four(shared<u8>(AT_QUERIES) + w.lane / 4 * (HEAD * 2) + i * 64 + w.lane % 4 * 16);
+  }
+  return q;
+}
+
+// Scores of a stage's keys with all queries, by the first warps.
+__device__ __forceinline__ void score_keys(const Worker& w, const Queries& q, const u8* keys, u32 num,
+                                           float* scores) {
+  if (w.warp >= TOKENS / 16) return;
+  const u32 key = w.warp * 16 + w.lane / 4;
+  const u8* const from = keys + key * (HEAD * 2) + w.lane % 4 * 16;
+  float acc[2][4] = {};
 #pragma unroll
-    for (int j = 0; j < Numbers<SHARING>::EACH; j++) score += q[i].of[j] * k.of[j];
+  for (int i = 0; i < HEAD / 32; i++) {
+    const Four low = load_four(from + i * 64), high = load_four(from + 8 * (HEAD * 2) + i * 64);
+    multiply(acc[0], low.a, high.a, low.b, high.b, q.of[i].a, q.of[i].b);
+    multiply(acc[1], low.c, high.c, low.d, high.d, q.of[i].c, q.of[i].d);
+  }
 #pragma unroll
-    for (int j = SHARING / 2; j; j /= 2) score += __shfl_xor_sync(0xffffffff, score, j);
-    if (l == 0) scores[i * TOKENS + key] = key < num ? score : NO_SCORE;
+  for (u32 i = 0; i < 4; i++) {
+    const u32 own = key + i / 2 * 8, query = w.lane % 4 * 2 + i % 2;
+    if (query < GROUP)
+      scores[query * TOKENS + own] = own < num ? (acc[0][i] + acc[1][i]) * w.a.scale : NO_SCORE;
   }
 }
 
 // The score of the step's own key with a query, by all threads of a warp.
-__device__ __forceinline__ float own_score(const Worker& w, const float* query) {
-  const float4 q = *reinterpret_cast<const float4*>(query + w.lane * 4);
+__device__ __forceinline__ float own_score(const Worker& w, const u16* query) {
+  const uint2 q = *reinterpret_cast<const uint2*>(query + w.lane * 4);
   const uint2 k = *reinterpret_cast<const uint2*>(shared<u16>(AT_OWN) + w.lane * 4);
-  float score = q.x * low_of(k.x) + q.y * high_of(k.x) + q.z * low_of(k.y) + q.w * high_of(k.y);
+  float score = low_of(q.x) * low_of(k.x) + high_of(q.x) * high_of(k.x) + low_of(q.y) * low_of(k.y) +
+                high_of(q.y) * high_of(k.y);
 #pragma unroll
   for (int i = 16; i; i /= 2) score += __shfl_xor_sync(0xffffffff, score, i);
-  return score;
+  return score * w.a.scale;
 }
 
 // Sums over the keys that a warp has met: of 8 numbers of a query's result. `sum` is a thread's part.
@@ -175,7 +177,7 @@ __device__ __forceinline__ void add_values(State& s, const Worker& w, const u8* 
   s.most = most, s.sum = s.sum * before + weight;
 #pragma unroll
   for (int j = 0; j < 8; j++) s.acc[j] *= before;
-#pragma unroll
+#pragma unroll 8
   for (u32 i = 0; i < TOKENS; i += KEYS_AT_ONCE) {
     const u32 key = i + w.lane / LANES;
     const float of_key = __shfl_sync(0xffffffff, weight, key);
@@ -187,8 +189,8 @@ __device__ __forceinline__ void add_values(State& s, const Worker& w, const u8* 
   if (w.lane == 0) s.sum += of_own;
 }
 
-// Sums over a warp's lanes of the same numbers. A thread keeps two of them, whose first is returned;
-// threads of the same two have the same sums.
+// Sums over a warp's lanes of the same numbers. A thread keeps KEPT of them, whose first is returned;
+// threads of the same ones have the same sums.
 __device__ __forceinline__ u32 sum_of_lanes(State& s, int lane) {
   u32 first = 0, num = 8;
 #pragma unroll
@@ -220,18 +222,22 @@ __device__ __forceinline__ u32 part_at(u32 q_head, u32 number, u32 part) {
   return ((q_head * (HEAD / 16) + number / 16) * SPLITS + part) * 16 + number % 16;
 }
 
-// Stores a thread's two numbers of a query's result or, if the row has several parts, of a part.
+// Stores a thread's numbers of a query's result or, if the row has several parts, of a part.
 __device__ __forceinline__ void store_part(const Worker& w, const State& s, const Unit& u, u32 q_head,
                                            u32 number, u32 parts) {
   const Task& t = *w.task;
-  const float by = 1.0f / s.sum, low = s.acc[0] * by, high = s.acc[1] * by;
-  if (parts == 1) {
-    const u32 at = (q_head * HEAD + number) / 2;
-    store_word(w.a.words + t.out_at + at, to_bf16_pair(low, high), w.base + t.out_phase);
-    return;
+  const float by = 1.0f / s.sum;
+#pragma unroll
+  for (int i = 0; i < KEPT; i += 2, number += 2) {
+    const float low = s.acc[i] * by, high = s.acc[i + 1] * by;
+    if (parts == 1) {
+      const u32 at = (q_head * HEAD + number) / 2;
+      store_word(w.a.words + t.out_at + at, to_bf16_pair(low, high), w.base + t.out_phase);
+      continue;
+    }
+    const Wide word = {low, high, s.most + log2f(s.sum), w.base + t.add_phase};
+    store_wide(w.a.words + t.add_at + part_at(q_head, number, u.part), word);
   }
-  const Wide word = {low, high, s.most + log2f(s.sum), w.base + t.add_phase};
-  store_wide(w.a.words + t.add_at + part_at(q_head, number, u.part), word);
 }
 
 // Attention of one token of each row. Its words: in_at queries, keys and values of the step, out_at
@@ -241,19 +247,11 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
   make_heads(w, u);
   meet();
   note(w, READY);
-  Numbers<SHARING> q[GROUP];
-#pragma unroll
-  for (int i = 0; i < GROUP; i++)
-#pragma unroll
-    for (int j = 0; j < Numbers<SHARING>::EACH; j += 4) {
-      const u32 at = i * HEAD + Numbers<SHARING>::place(threadIdx.x % SHARING, j);
-      const float4 v = *shared<float4>(AT_QUERIES + at * 4);
-      q[i].of[j] = v.x, q[i].of[j + 1] = v.y, q[i].of[j + 2] = v.z, q[i].of[j + 3] = v.w;
-    }
+  const Queries q = load_queries(w);
   State s;
   const bool has_query = QUERIES == GROUP || of_warp < GROUP;
   float own = NO_SCORE;
-  if (u.is_last && has_query) own = own_score(w, shared<float>(AT_QUERIES) + of_warp * HEAD);
+  if (u.is_last && has_query) own = own_score(w, shared<u16>(AT_QUERIES) + of_warp * HEAD);
   u32 token = u.from, turn = 0;
   do {
     const u32 num = u.to - token < TOKENS ? u.to - token : TOKENS;

@@ -5,13 +5,14 @@
 // a piece, of row g. The sums over all columns meet once, behind the tiles; a norm's factor is a factor
 // of these sums.
 
-// Of a product over DEPTH columns: x of CHUNK columns is in registers at a time.
+// Of a product over DEPTH columns.
 template <u32 DEPTH, u32 FLAGS>
 struct Of {
-  static constexpr bool IS_HALF = FLAGS & HALF;
+  static constexpr bool IS_HALF = FLAGS & HALF, IS_EXPERT = FLAGS & EXPERT;
+  using Own = RingOf<FLAGS>;
   static constexpr u32 IN_STAGE = (IS_HALF ? 2 : 1) * WIDE;  // columns
   static constexpr u32 PITCH = IN_STAGE * 2 + 64;
-  static constexpr u32 CHUNK = DEPTH < MAX_CHUNK ? DEPTH : MAX_CHUNK;
+  static constexpr u32 CHUNK = chunk_of(DEPTH);
   static constexpr u32 CHUNKS = (DEPTH + CHUNK - 1) / CHUNK;
   static constexpr u32 NUM_STAGES = (CHUNK + IN_STAGE - 1) / IN_STAGE;  // of a tile
   static constexpr u32 TURNS = IN_STAGE / WORKERS;           // pieces of a stage
@@ -95,10 +96,11 @@ struct Piece { Four lower[P::TURNS], upper[P::IS_HALF ? 1 : P::TURNS]; };
 // Waits for the next stage and loads from it. Returns the barrier that frees its place.
 template <class P>
 __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage) {
-  const u8* const from = shared<u8>(w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH + w.warp * 64 +
-                                    w.lane % 4 * 16);
-  const u32 place = empty_barrier(w.stage.at);
-  wait_for(full_barrier(w.stage.at), w.stage.parity);
+  Ring& own = P::IS_EXPERT ? w.expert_stage : w.stage;
+  const u32 at = P::Own::FIRST + own.at, place = empty_barrier(at);
+  const u8* const from =
+      shared<u8>(at * STAGE_BYTES + w.lane / 4 * P::PITCH + w.warp * 64 + w.lane % 4 * 16);
+  wait_for(full_barrier(at), own.parity);
 #pragma unroll
   for (u32 i = 0; i < P::TURNS; i++) {
     to.lower[i] = Four{0, 0, 0, 0};
@@ -107,7 +109,7 @@ __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u3
     to.lower[i] = load_four(from + i * WORKERS * 2);
     if (!P::IS_HALF) to.upper[i] = load_four(from + 8 * P::PITCH + i * WORKERS * 2);
   }
-  w.stage.advance(STAGES);
+  own.advance(P::Own::NUM);
   return place;
 }
 
@@ -161,8 +163,9 @@ struct Results {
 };
 
 template <u32 FLAGS>
-__device__ __forceinline__ bool has_result(const Worker& w, int h, int j) {
+__device__ __forceinline__ bool has_result(const Worker& w, u32 tile, int h, int j) {
   const u32 token = w.lane % 4 * 2 + j;
+  if (FLAGS & EXPERT && ROWS > 1 && token != token_of<FLAGS>(tile)) return false;
   return (j == 0 || ROWS > 1) && token < ROWS && !(w.lane & 4) && !(h && FLAGS & (SILU | HALF));
 }
 
@@ -174,16 +177,17 @@ __device__ __forceinline__ void prepare(const Worker& w, const Task& t, u32 tile
   for (int h = 0; h < 2; h++)
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      if (!is_real || !has_result<FLAGS>(w, h, j)) continue;
+      if (!is_real || !has_result<FLAGS>(w, tile, h, j)) continue;
       const u32 out = (FLAGS & (SILU | HALF) ? tile * 8 : tile * 16 + 8 * h) + w.lane / 4;
-      r.at[h][j] = ((w.lane % 4 * 2 + j) * num_outs + out) / 2;
+      // tiles of experts are of all tokens, one after the other
+      r.at[h][j] = ((FLAGS & EXPERT ? 0 : (w.lane % 4 * 2 + j) * num_outs) + out) / 2;
       if (FLAGS & ADD) r.residual[h][j] = load_words(w.a.words + t.add_at + (r.at[h][j] & ~1u));
     }
 }
 
 // Finishes a tile, of whose sums the first warp's are at `from`.
 template <u32 FLAGS>
-__device__ __forceinline__ void finish(Worker& w, const Task& t, const float4* from, Results& r) {
+__device__ __forceinline__ void finish(Worker& w, const Task& t, u32 tile, const float4* from, Results& r) {
   const int thread = w.lane % 4;
   float sum[4] = {0, 0, 0, 0}, factor[2] = {1, 1};
   if (thread < COLUMN_PAIRS) {
@@ -209,8 +213,9 @@ __device__ __forceinline__ void finish(Worker& w, const Task& t, const float4* f
       float low = rounded(sum[2 * h + j] * factor[j]);
       if (FLAGS & SILU)
         low = rounded(__fdividef(low, 1.0f + __expf(-low))) * rounded(sum[2 + j] * factor[j]);
+      if (FLAGS & EXPERT && FLAGS & SILU) low *= share_of(tile);
       float high = __shfl_xor_sync(0xffffffff, low, 4);  // of the next weight row
-      if (!has_result<FLAGS>(w, h, j)) continue;
+      if (!has_result<FLAGS>(w, tile, h, j)) continue;
       if (FLAGS & ADD) {
         Pair& v = r.residual[h][j];
         if (difference(v, w.base + t.add_phase)) {
@@ -263,6 +268,7 @@ __device__ __forceinline__ void product(Worker& w) {
     }
     meet();
     note(w, COMPUTED);
-    if (w.warp < (int)num) finish<FLAGS>(w, t, sums + w.warp * SUMS_OF_TILE + place, results);
+    if (w.warp < (int)num)
+      finish<FLAGS>(w, t, t.first + first + w.warp, sums + w.warp * SUMS_OF_TILE + place, results);
   }
 }

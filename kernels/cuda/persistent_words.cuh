@@ -64,7 +64,7 @@ struct Worker {
   const Task* task;    // in shared memory
   u32 task_idx, base;  // the tag of phase 0
   u32 polls_left;
-  Ring stage;
+  Ring stage, expert_stage;
   u32 turn;            // of the two places for sums
   int warp, lane;
 };

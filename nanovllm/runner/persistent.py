@@ -97,7 +97,11 @@ class PersistentSteps:
             lowered.compile_kernel, device=self.device, has_clocks=self.has_clocks
         )
         for num_rows in sizes:
-            schedule = schedules.build(plan._replace(num_rows=num_rows), num_programs)
+            try:
+                schedule = schedules.build(plan._replace(num_rows=num_rows), num_programs)
+            except Unfit as why:
+                self._refuse(num_rows, why)
+                continue
             self._schedules[num_rows] = schedule
             self._kernels[num_rows] = compiling.submit(compile_kernel, schedule)
         compiling.shutdown(wait=False)

@@ -1,6 +1,6 @@
 """A decode step as one kernel beside today's, in captured graphs, and where its tasks wait.
 
-    python scripts/bench/persistent_step.py --out step.json [--models 0.6b 8b] [--rows 1 2 4 8]
+    python scripts/bench/persistent_step.py --out step.json [--models 0.6b 8b 30b] [--rows 1 2 4 8]
 
 Engines have random weights of published shapes, and rows that have `--context` tokens each. For
 each number of rows there are: microseconds of a step (begin, layers, head, sampler) of either kind,
@@ -45,7 +45,7 @@ from nanovllm.tools import command_line
 from nanovllm.tools.device_limits import measure_limits
 from nanovllm.tools.shapes import CONFIGS
 
-MODELS = {"0.6b": "Qwen3-0.6B", "8b": "Qwen3-8B"}
+MODELS = {"0.6b": "Qwen3-0.6B", "8b": "Qwen3-8B", "30b": "Qwen3-30B-A3B"}
 ROUNDS, REPLAYS = 7, 30
 
 
@@ -83,7 +83,7 @@ def engine(shape: str, args: argparse.Namespace) -> LLM:
         return LLM(
             folder, random_weights=True, skip_tokenizer_init=True, graph_batch_sizes=args.rows,
             max_num_seqs=max(args.rows), max_model_len=args.context + 1024,
-            max_num_batched_tokens=1024, gpu_memory_utilization=0.6,
+            max_num_batched_tokens=1024, gpu_memory_utilization=0.9,
             tuning={"persistent_step": False},
         )  # fmt: skip
 
@@ -150,9 +150,26 @@ def exact_logits(step: Step, h_RD: Tensor, batch: Batch, cos_sin_MH: Tensor) -> 
         attended = torch.einsum("rkgs,rskh->rkgh", share, values).flatten(1)
         h = h + attended @ weight(layer, "out").T
         x = rms_norm(h, weight(layer, "mlp_norm"), plan.eps)
+        if plan.experts is not None:
+            logits = (x @ weight(layer, "router").T).bfloat16()  # which decides between neighbours
+            chosen = reference.experts.topk_softmax(logits, plan.experts.top_k, True)
+            h = h + of_experts(step, layer, x, *chosen)
+            continue
         inner = reference.norm_act.silu_mul(x @ weight(layer, "gate_up").T)
         h = h + inner @ weight(layer, "down").T
     return rms_norm(h, weight(-1, "final_norm"), plan.eps) @ weight(-1, "head").T
+
+
+def of_experts(step: Step, layer: int, x: Tensor, share_RK: Tensor, expert_RK: Tensor) -> Tensor:
+    """The sum of the experts of each row, in fp32."""
+    gate_up, down = (step.weights.find(layer, name) for name in ("gate_up", "down"))
+    assert gate_up is not None and down is not None
+    rows = []
+    for x_D, share_K, expert_K in zip(x, share_RK, expert_RK.long()):
+        inner_KF = reference.norm_act.silu_mul(gate_up[expert_K].float() @ x_D)
+        y_KD = (down[expert_K].float() @ inner_KF[..., None])[..., 0]
+        rows.append((share_K[:, None] * y_KD).sum(0))
+    return torch.stack(rows)
 
 
 def past(step: Step, layer: int, name: str, past_S: Tensor, batch: Batch) -> Tensor:

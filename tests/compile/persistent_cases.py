@@ -13,11 +13,12 @@ from nanovllm.compile.lower.persistent import plan as plans
 from nanovllm.compile.lower.persistent.plan import Plan
 from nanovllm.compile.lower.persistent.step import Weights
 from nanovllm.compile.trace import input_leaves
-from nanovllm.kernels.cuda.persistent import Inputs
+from nanovllm.kernels.cuda.persistent import Experts, Inputs
 from nanovllm.models import loader
-from nanovllm.models.config import ModelConfig
+from nanovllm.models.config import ModelConfig, MoeConfig
 from nanovllm.models.dense import dense_model
 from nanovllm.models.model import VARYING, Batch, LayerCache, LayerCall
+from nanovllm.models.moe import QWEN_NAMES, moe_model
 from nanovllm.models.rope import rotary_table
 
 DTYPE, BLOCK_SIZE, HEAD = torch.bfloat16, 16, 128
@@ -32,9 +33,11 @@ class Shape(NamedTuple):
     ffn: int = 128
     vocab: int = 64
     layers: int = 2
+    experts: Experts | None = None  # in place of an MLP
 
 
 SMALL = Shape()
+SMALL_EXPERTS = Shape(hidden=256, experts=Experts(16, 4, 64, True))
 
 
 class Case(NamedTuple):
@@ -81,6 +84,8 @@ def config(shape: Shape, **changed: Any) -> ModelConfig:
         "inv_freq": tuple(1e4 ** (-i / 64) for i in range(64)), "rope_scale": 1.0,
         "tied_embeddings": False, "qk_norm": True, "dtype": DTYPE,
     }  # fmt: skip
+    if shape.experts is not None:
+        values["moe"] = MoeConfig(*shape.experts)
     return ModelConfig(**{**values, **changed})
 
 
@@ -88,7 +93,8 @@ def case(lens: tuple[int, ...], shape: Shape = SMALL, device: str = "cpu", **cha
     """A step of rows with so many tokens each, the new one included. Pages are in no order."""
     torch.manual_seed(0)
     where, cfg = torch.device(device), config(shape, **changed)
-    model = dense_model(cfg)
+    is_sparse = (True,) * shape.layers
+    model = dense_model(cfg) if shape.experts is None else moe_model(cfg, QWEN_NAMES, is_sparse)
     params = loader.random(model, loader.Target(where), 0, int)
     for one in params.layers:  # norms at one would hide mistakes
         for name in ("attn_norm_D", "mlp_norm_D", "q_norm_H", "k_norm_H"):

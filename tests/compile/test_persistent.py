@@ -10,7 +10,15 @@ from nanovllm.compile.lower.persistent.interpreter import Fault, Interpreter
 from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.kernels.cuda import persistent
-from tests.compile.persistent_cases import BLOCK_SIZE, Case, Shape, case, error
+from tests.compile.persistent_cases import (
+    BLOCK_SIZE,
+    SMALL,
+    SMALL_EXPERTS,
+    Case,
+    Shape,
+    case,
+    error,
+)
 
 LIMIT = 2e-2  # of bf16
 
@@ -20,16 +28,20 @@ def interpreted(one: Case, schedule: Schedule, seed: int = 0, *, ahead: bool = F
 
 
 @pytest.mark.parametrize(
-    "lens, num_programs",
-    # one row in many parts; one in fewer than there could be; several rows, of one part each
-    [((300,), 20), ((33,), 7), ((1, 40, 100), 3)],
-)
+    "lens, shape, num_programs",
+    # one row in many parts; one in fewer than there could be; several rows, of one part each;
+    # experts of one row and of several
+    [
+        ((300,), SMALL, 20), ((33,), SMALL, 7), ((1, 40, 100), SMALL, 3),
+        ((40,), SMALL_EXPERTS, 5), ((1, 40, 100), SMALL_EXPERTS, 7),
+    ],
+)  # fmt: skip
 def test_a_schedule_computes_what_the_regions_compute(
-    lens: tuple[int, ...], num_programs: int
+    lens: tuple[int, ...], shape: Shape, num_programs: int
 ) -> None:
     """Logits and caches, with programs in any order."""
     for seed, ahead in ((0, False), (1, True)):
-        one = case(lens)
+        one = case(lens, shape)
         before = [cache.clone() for cache in one.caches()]
         interpreted(one, schedules.build(one.plan, num_programs), seed, ahead=ahead)
         found = [one.given.logits_RV.clone(), *(cache.clone() for cache in one.caches())]

@@ -214,6 +214,16 @@ static bool is_done(unsigned barrier, unsigned parity) {
 }
 // in place of wait_for_earlier_kernels
 static void wait_for_earlier_kernels() {}
+// in place of most_of_warp
+static u32 most_of_warp(u32 v) {
+  unsigned* const all = own->operands[warp()][0];
+  all[lane() * 6] = v;
+  __syncwarp();
+  u32 most = 0;
+  for (int i = 0; i < 32; i++) most = all[i * 6] > most ? all[i * 6] : most;
+  __syncwarp();
+  return most;
+}
 // in place of meet
 static void meet() { own->all_workers->arrive_and_wait(); }
 // in place of copy
@@ -285,6 +295,10 @@ static void rest() { std::this_thread::sleep_for(std::chrono::microseconds(200))
 #ifndef WORKERS  // of a kernel without a warp that copies
 #define WORKERS (THREADS - 32)
 #endif
+#ifndef COPYING_WARPS
+#define COPYING_WARPS 1
+#endif
+#define ALL_THREADS (WORKERS + 32 * COPYING_WARPS)
 extern "C" int run(const void* arguments, unsigned num_bytes, unsigned num_programs,
                    unsigned num_rows) {
   Args a;
@@ -297,11 +311,11 @@ extern "C" int run(const void* arguments, unsigned num_bytes, unsigned num_progr
     for (unsigned program = 0; program < num_programs; program++) {
       Program& p = *programs.emplace_back(std::make_unique<Program>());
       memset(p.shared, 0x7f, sizeof p.shared);
-      p.all_threads = std::make_unique<std::barrier<>>(WORKERS + 32);
+      p.all_threads = std::make_unique<std::barrier<>>(ALL_THREADS);
       p.all_workers = std::make_unique<std::barrier<>>(WORKERS);
-      for (int i = 0; i <= WORKERS / 32; i++)
+      for (int i = 0; i < ALL_THREADS / 32; i++)
         p.warps.push_back(std::make_unique<std::barrier<>>(32));
-      for (unsigned i = 0; i < WORKERS + 32; i++)
+      for (unsigned i = 0; i < ALL_THREADS; i++)
         threads.emplace_back([&p, &a, i, program, row] {
           own = &p, threadIdx.x = i, blockIdx.x = program, blockIdx.y = row;
           KERNEL(a);

@@ -16,7 +16,7 @@ COMPILER = shutil.which("g++")
 # instructions about launches and orders of memory
 _IGNORED = re.compile(
     r'asm volatile\("(griddepcontrol|fence|setmaxnreg|cp\.async\.(commit|wait))'
-    r'[^;]*;"( ::: "memory")?\);'
+    r'[^;]*;"( ::[^\n]*)?\);'
 )
 
 

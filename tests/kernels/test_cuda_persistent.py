@@ -16,8 +16,9 @@ from nanovllm.compile.lower.persistent import step as steps
 from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.compile.lower.persistent.step import Step
 from nanovllm.kernels.cuda import nvrtc, persistent
+from nanovllm.kernels.cuda.persistent import Experts
 from nanovllm.tools.shapes import CONFIGS
-from tests.compile.persistent_cases import SMALL, Case, Shape, case, error
+from tests.compile.persistent_cases import SMALL, SMALL_EXPERTS, Case, Shape, case, error
 from tests.kernels import cuda_on_host
 from tests.kernels.test_cuda_packed import folder
 
@@ -64,6 +65,8 @@ def compared(one: Case, before: list[Tensor]) -> None:
         ((70,), Shape(layers=1), 2), ((1, 37), Shape(layers=1, heads=4), 1),
         ((40,), Shape(layers=1, heads=3, hidden=192), 1),
         ((3, 1, 9, 2, 35), Shape(layers=1, heads=1, hidden=64, ffn=3072), 1),
+        ((40,), SMALL_EXPERTS._replace(heads=8), 1),
+        ((3, 1, 20), SMALL_EXPERTS._replace(experts=Experts(128, 3, 64, False)), 1),
     ],
 )  # fmt: skip
 def test_the_kernel_is_right_on_a_cpu(
@@ -71,7 +74,8 @@ def test_the_kernel_is_right_on_a_cpu(
 ) -> None:
     """One row in two parts, in two steps: the words of the first are still there in the second. Two
     rows of one part each, with four queries a key. Three queries a key. Five rows with one query a
-    key, whose MLP is wider than the columns that fit registers, by a part."""
+    key, whose MLP is wider than the columns that fit registers, by a part. Experts, of one row with
+    eight queries a key, in two layers; and of three rows, whose weights do not sum to one."""
     one = case(lens, shape)
     before = [cache.clone() for cache in one.caches()]
     step = built(one, 2)
@@ -104,12 +108,18 @@ def test_a_lost_result_ends_the_step_and_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "num_rows, hidden, heads, ffn", [(1, 1024, 16, 3072), (4, 4096, 32, 12288)]
-)
+    "num_rows, hidden, heads, kv_heads, ffn, experts",
+    [
+        (1, 1024, 16, 8, 3072, None), (4, 4096, 32, 8, 12288, None),
+        (1, 2048, 32, 4, 6144, Experts(128, 8, 768, True)),
+    ],
+)  # fmt: skip
 def test_the_kernel_compiles(
-    num_rows: int, hidden: int, heads: int, ffn: int, folder: Path
-) -> None:
-    plan = Plan(num_rows, hidden, heads, 8, ffn, 151936, 28, 1e-6, 0.1, {}, {})
+    num_rows: int, hidden: int, heads: int, kv_heads: int, ffn: int, experts: Experts | None,
+    folder: Path,
+) -> None:  # fmt: skip
+    sizes = num_rows, hidden, heads, kv_heads, ffn, 151936, 28
+    plan = Plan(*sizes, 1e-6, 0.1, {}, {}, experts)
     program = nvrtc.compile_function(schedules.build(plan, 132).sizes.function, (9, 0))
     assert program.startswith(b"\x7fELF") and b"persistent" in program
 
@@ -127,6 +137,7 @@ def without_a_task(one: Case, num_programs: int, max_polls: int) -> Step:
 
 QWEN3_06B = Shape(1024, 16, 8, 3072, 151936, 8)
 QWEN3_8B = Shape(4096, 32, 8, 12288, 151936, 4)
+QWEN3_30B_A3B = Shape(2048, 32, 4, 6144, 151936, 4, Experts(128, 8, 768, True))
 
 
 @pytest.fixture
@@ -144,6 +155,7 @@ def num_programs() -> int:
         (SMALL, (100,)), (SMALL, (1, 37, 2000)), (SMALL, (5,) * 8),
         (QWEN3_06B, (777,)), (QWEN3_06B, (1, 2, 40, 64, 65, 500, 1000, 1500)),
         (QWEN3_8B, (300,)), (QWEN3_8B, (1, 33, 1000, 70)),
+        (QWEN3_30B_A3B, (300,)), (QWEN3_30B_A3B, (1, 500, 65, 70)),
     ],
 )  # fmt: skip
 def test_a_step_on_a_gpu_is_that_of_the_regions(

@@ -56,6 +56,7 @@ class Interpreter:
         self.values = torch.zeros(schedule.num_words, 2)
         self.phase = torch.full((schedule.num_words,), -1)
         self.reads_left = torch.zeros(schedule.num_words, dtype=torch.int64)
+        self.chosen: dict[int, tuple[Tensor, Tensor]] = {}  # experts of a layer, and their weights
         self._num_reads = self._count_reads()
 
     def run(self, seed: int, *, ahead: bool = False) -> None:
@@ -137,9 +138,11 @@ class Interpreter:
         rows = self.plan.num_rows
         if task.kind == persistent.PRODUCT:
             yield Span(task.in_at, rows * task.depth // 2, task.in_phase)
+            experts = self.plan.experts
+            if task.flags & persistent.EXPERT and task.flags & persistent.SILU and experts:
+                yield Span(task.add_at, rows * experts.num // 2, task.add_phase)
             if task.flags & persistent.ADD:
-                first, num = self._columns(task)
-                for row in range(rows):
+                for row, first, num in self._results(task):
                     at = task.add_at + (row * task.num_outs + first) // 2
                     yield Span(at, num // 2, task.add_phase)
         elif task.kind == persistent.ATTEND:
@@ -162,6 +165,21 @@ class Interpreter:
         """The first result of a product's task, and how many it has."""
         width = 8 if task.flags & (persistent.HALF | persistent.SILU) else 16
         return task.first * width, task.num * width
+
+    def _results(self, task: Task) -> Iterator[tuple[int, int, int]]:
+        """Rows of x, the first result of each and how many it has. Products of experts have the
+        results of all rows one after the other."""
+        first, num = self._columns(task)
+        for row in range(self.plan.num_rows):
+            if not task.flags & persistent.EXPERT:
+                yield row, first, num
+                continue
+            begin, end = (
+                max(first, row * task.num_outs),
+                min(first + num, (row + 1) * task.num_outs),
+            )
+            if begin < end:
+                yield row, begin - row * task.num_outs, end - begin
 
     def _units(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
         """Row, key-value head, number of parts and part of each unit with keys."""
@@ -200,26 +218,51 @@ class Interpreter:
         self._write(task, task.out_at + task.first, values, task.out_phase)
 
     def _product(self, task: Task) -> None:
-        plan, flags = self.plan, task.flags
+        flags = task.flags
         x_RD = self._rows(task.in_at, task.depth)
-        weight_OD = self._given(task.layer, task.inputs[0])
         if flags & persistent.NORM:
             norm_D = self._given(task.layer, task.inputs[1])
-            x_RD = reference.norm_act.rms_norm(x_RD, norm_D, plan.eps)
-        first, num = self._columns(task)
-        y_RO = (x_RD.float() @ weight_OD[first : first + num].float().T).bfloat16()
-        if flags & persistent.SILU:
-            up_OD = weight_OD[task.num_outs + first : task.num_outs + first + num]
-            up_RO = (x_RD.float() @ up_OD.float().T).bfloat16()
-            y_RO = reference.norm_act.silu_mul(torch.cat((y_RO, up_RO), -1))
-        if flags & persistent.ADD:
-            y_RO = y_RO + self._rows(task.add_at, task.num_outs)[:, first : first + num]
-        if flags & persistent.LOGITS:
-            self.inputs.logits_RV[:, first : first + num] = y_RO
-            return
-        for row in range(plan.num_rows):
+            x_RD = reference.norm_act.rms_norm(x_RD, norm_D, self.plan.eps)
+        if flags & persistent.EXPERT and flags & persistent.SILU:
+            self._choose(task)
+        for row, first, num in self._results(task):
+            weight_OD = self._weight(task, row)
+            if flags & persistent.SILU:
+                y_O = self._inner(task, row, x_RD[row], weight_OD)[first : first + num]
+            else:
+                y_O = (x_RD[row].float() @ weight_OD[first : first + num].float().T).bfloat16()
+            if flags & persistent.ADD:
+                y_O = y_O + self._rows(task.add_at, task.num_outs)[row, first : first + num]
+            if flags & persistent.LOGITS:
+                self.inputs.logits_RV[row, first : first + num] = y_O
+                continue
             at = task.out_at + (row * task.num_outs + first) // 2
-            self._write(task, at, y_RO[row].view(-1, 2), task.out_phase)
+            self._write(task, at, y_O.view(-1, 2), task.out_phase)
+
+    def _weight(self, task: Task, row: int) -> Tensor:
+        """[O, D] of a product: of experts, those of a row as one MLP, gates before ups."""
+        weight = self._given(task.layer, task.inputs[0])
+        if not task.flags & persistent.EXPERT:
+            return weight
+        weight_K = weight[self.chosen[task.layer][1][row].long()]
+        if task.flags & persistent.SILU:
+            return weight_K.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
+        return weight_K.transpose(0, 1).flatten(1)
+
+    def _inner(self, task: Task, row: int, x_D: Tensor, weight_GD: Tensor) -> Tensor:
+        """SiLU · up of a row; of experts, times their weights."""
+        y_F = reference.norm_act.silu_mul((x_D.float() @ weight_GD.float().T).bfloat16())
+        if not task.flags & persistent.EXPERT:
+            return y_F
+        weight_K = self.chosen[task.layer][0][row]
+        return (y_F.float() * weight_K.repeat_interleave(len(y_F) // len(weight_K))).bfloat16()
+
+    def _choose(self, task: Task) -> None:
+        experts = self.plan.experts
+        assert experts is not None
+        logits_RE = self._rows(task.add_at, experts.num)
+        chosen = reference.experts.topk_softmax(logits_RE, experts.top_k, experts.normalize)
+        self.chosen[task.layer] = chosen
 
     def _attend(self, task: Task) -> None:
         for row, head, parts, part in self._units(task):

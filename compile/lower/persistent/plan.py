@@ -7,6 +7,7 @@ been fused with their products. What the kernel does not take is refused with a 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 from nanovllm.kernels.cuda import persistent
+from nanovllm.kernels.cuda.persistent import Experts
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -35,7 +37,8 @@ class Plan(NamedTuple):
     `layer_inputs` are names of a layer's inputs, as in `trace.input_leaves`: attn_norm, qkv,
     q_norm, k_norm, out, mlp_norm, gate_up, down, keys, values, cos_sin, rope_pos, slot, table,
     seq_len. `head_inputs` are those of the head: final_norm, head. Norms of queries and keys may be
-    missing.
+    missing. With `experts` gate_up and down are those of all experts, `ffn` is the width of a
+    token's experts together, and there is a router.
     """
 
     num_rows: int
@@ -49,6 +52,7 @@ class Plan(NamedTuple):
     scale: float
     layer_inputs: Mapping[str, str]
     head_inputs: Mapping[str, str]
+    experts: Experts | None = None
 
     @property
     def qkv(self) -> int:
@@ -60,8 +64,11 @@ class Plan(NamedTuple):
 
     @property
     def layer_bytes(self) -> int:
-        """Of the products of a layer."""
-        return 2 * self.hidden * (self.qkv + self.attended + 3 * self.ffn)
+        """Of the products of a layer. Each row has experts of its own."""
+        mlp = 3 * self.ffn
+        if self.experts is not None:
+            mlp = mlp * self.num_rows + self.experts.num
+        return 2 * self.hidden * (self.qkv + self.attended + mlp)
 
     @property
     def weight_bytes(self) -> int:
@@ -168,17 +175,15 @@ def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
     out, _, out_weight, _ = _product(
         reader, "attention's product", attended, residual=h, norm=False
     )
-    inner, mlp_norm, gate_up, mlp_eps = _product(
-        reader, "the MLP's first product", out, norm=True, silu=True
+    experts, last, ffn, of_mlp, mlp_eps = (
+        _experts(reader, out) if _has_experts(reader) else _mlp(reader, out)
     )
-    last, _, down, _ = _product(reader, "the MLP's last product", inner, residual=out, norm=False)
     if reader.calls or reader.result is not last or mlp_eps != eps:
         raise Unfit("a layer has more calls, or several values of eps")
     named = {
         "attn_norm": attn_norm, "qkv": qkv_weight, "q_norm": q_norm, "k_norm": k_norm,
-        "out": out_weight, "mlp_norm": mlp_norm, "gate_up": gate_up, "down": down, "keys": keys,
-        "values": values, "cos_sin": cos_sin, "rope_pos": rope_pos, "slot": slot, "table": table,
-        "seq_len": seq_len,
+        "out": out_weight, **of_mlp, "keys": keys, "values": values, "cos_sin": cos_sin,
+        "rope_pos": rope_pos, "slot": slot, "table": table, "seq_len": seq_len,
     }  # fmt: skip
     assert h is not None
     cache, rows = keys.meta["val"], h.meta["val"]
@@ -186,10 +191,52 @@ def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
         raise Unfit(f"the cache has heads of {cache.shape[3]} in {cache.dtype}")
     sizes = {
         "num_rows": rows.shape[0], "hidden": rows.shape[1], "num_heads": num_heads,
-        "num_kv_heads": cache.shape[2], "ffn": down.meta["val"].shape[1], "eps": eps,
-        "scale": scale,
+        "num_kv_heads": cache.shape[2], "ffn": ffn, "eps": eps, "scale": scale, "experts": experts,
     }  # fmt: skip
     return sizes, {key: node.name for key, node in named.items() if node is not None}
+
+
+class _Mlp(NamedTuple):
+    """The second half of a layer: its last call, and its weights by what they are for."""
+
+    experts: Experts | None
+    last: Any
+    ffn: int
+    inputs: dict[str, Any]
+    eps: float
+
+
+def _mlp(reader: _Reader, out: Any) -> _Mlp:
+    inner, norm, gate_up, eps = _product(
+        reader, "the MLP's first product", out, norm=True, silu=True
+    )
+    last, _, down, _ = _product(reader, "the MLP's last product", inner, residual=out, norm=False)
+    inputs = {"mlp_norm": norm, "gate_up": gate_up, "down": down}
+    return _Mlp(None, last, down.meta["val"].shape[1], inputs, eps)
+
+
+def _has_experts(reader: _Reader) -> bool:
+    return any(node.target is ops.experts for node in reader.calls)
+
+
+def _experts(reader: _Reader, out: Any) -> _Mlp:
+    """Norm, router and experts. The norm's result has no other readers."""
+    normed, (x, norm, eps) = reader.take(ops.rms_norm, "the norm before experts")
+    logits, _, router, _ = _product(reader, "the router", normed, norm=False)
+    choice, (found, top_k, normalize) = reader.take(ops.topk_softmax, "the choice of experts")
+    chosen = [reader.take(operator.getitem, "the choice of experts")[0] for _ in range(2)]
+    last, args = reader.take(ops.experts, "experts")
+    inputs, weights, numbers, gate_up, down, residual, *others = args
+    is_taken = x is out and found is logits and inputs is normed and residual is out
+    if not is_taken or [weights, numbers] != chosen or any(one is not None for one in others):
+        raise Unfit("experts have other neighbours")
+    if [node.args for node in chosen] != [(choice, 0), (choice, 1)]:
+        raise Unfit("experts have other weights")
+    if not all(one.op == "placeholder" and _is_plain(one) for one in (norm, gate_up, down)):
+        raise Unfit("experts have weights other than contiguous ones in bf16")
+    num, _, ffn = down.meta["val"].shape
+    named = {"mlp_norm": norm, "router": router, "gate_up": gate_up, "down": down}
+    return _Mlp(Experts(num, top_k, ffn, normalize), last, top_k * ffn, named, eps)
 
 
 def _head(reader: _Reader, sizes: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
@@ -205,9 +252,16 @@ def _check(plan: Plan) -> None:
     group = plan.num_heads // plan.num_kv_heads
     if group > persistent.MAX_GROUP:
         raise Unfit(f"{group} queries share a key, which is more than {persistent.MAX_GROUP}")
+    experts = plan.experts or Experts(0, 0, plan.ffn, False)
+    if experts.num > persistent.MAX_EXPERTS or experts.top_k > persistent.MAX_TOP_K:
+        raise Unfit(
+            f"{experts.top_k} of {experts.num} experts are more than {persistent.MAX_TOP_K} of "
+            f"{persistent.MAX_EXPERTS}"
+        )
     multiples = {
         "hidden size": (plan.hidden, 64),
-        "width of the MLP": (plan.ffn, 64),
+        "width of the MLP": (experts.ffn, 64),
+        "number of experts": (experts.num, 16),
         "vocabulary": (plan.vocab, 16),
     }
     for name, (size, unit) in multiples.items():

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nanovllm.compile.lower.persistent.plan import Plan
+from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.kernels.cuda import persistent
 from nanovllm.kernels.cuda.persistent import Sizes, Task
 
 MAX_SPLITS = 16  # of a row's keys
-OF_LAYER = ("qkv", "parts", "attended", "out", "inner", "hidden")  # results of a layer's phases
+# results of a layer's phases; `routed` is of layers with experts
+OF_LAYER = ("qkv", "parts", "attended", "out", "routed", "inner", "hidden")
 EMBEDDED = 0  # the first phase, whose result is the hidden state before layer 0
 
 
@@ -28,7 +29,7 @@ class Area(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """`programs[b]` are the tasks of program b. Phase p of layer l is 1 + 6 · l + p."""
+    """`programs[b]` are the tasks of program b. Phase p of layer l is 1 + 7 · l + p."""
 
     plan: Plan
     programs: Sequence[Sequence[Task]]
@@ -51,12 +52,12 @@ class Schedule(NamedTuple):
             for tasks in self.programs
             for task in tasks
             if task.kind == persistent.PRODUCT and task.flags & persistent.HALF
-        )
+        ) - {"router"}  # its tiles are those of qkv
         each = plan.layer_bytes // len(self.programs)
         in_flight = persistent.LONG if each > persistent.LONG_BYTES else persistent.SHORT
         return Sizes(
             plan.num_rows, plan.hidden, plan.ffn, plan.num_heads, plan.num_kv_heads, self.splits,
-            halves, in_flight, max(map(len, self.programs)),
+            halves, in_flight, max(map(len, self.programs)), plan.experts,
         )  # fmt: skip
 
     def phase_name(self, phase: int) -> str:
@@ -78,7 +79,9 @@ def phase_of(layer: int, name: str) -> int:
 
 
 def build(plan: Plan, num_programs: int) -> Schedule:
-    """The schedule of a step for so many multiprocessors."""
+    """The schedule of a step for so many multiprocessors. Raises Unfit."""
+    if plan.experts is not None and plan.num_rows * plan.ffn < 8 * num_programs:
+        raise Unfit(f"a token's experts are too small to be divided among {num_programs} programs")
     return _Builder(plan, num_programs).schedule()
 
 
@@ -101,6 +104,8 @@ class _Builder:
             "inner": rows * plan.ffn // 2,
             "parts": rows * plan.num_heads * self.splits * persistent.PART_WORDS,
         }
+        if plan.experts is not None:
+            sizes["routed"] = rows * plan.experts.num // 2
         areas, first = {}, 0
         for name, size in sizes.items():
             areas[name] = Area(first, size)
@@ -133,10 +138,16 @@ class _Builder:
         self._attention(layer)
         made = self._product(layer, ("out",), plan.attended, plan.hidden, add)
         self._spread(made, ("attended", phase_of(layer, "attended")), out, hidden)
-        flags = norm | persistent.SILU
+        routed, of_experts = None, 0
+        if plan.experts is not None:
+            routed, of_experts = ("routed", phase_of(layer, "routed")), persistent.EXPERT
+            # by the kernel's code for qkv
+            router = qkv._replace(inputs=("router", "mlp_norm"), num_outs=plan.experts.num)
+            self._spread(router, out, routed)
+        flags = norm | persistent.SILU | of_experts
         inner = self._product(layer, ("gate_up", "mlp_norm"), plan.hidden, plan.ffn, flags)
-        self._spread(inner, out, ("inner", phase_of(layer, "inner")))
-        down = self._product(layer, ("down",), plan.ffn, plan.hidden, add)
+        self._spread(inner, out, ("inner", phase_of(layer, "inner")), routed)
+        down = self._product(layer, ("down",), plan.ffn, plan.hidden, add | of_experts)
         after = "hidden", phase_of(layer, "hidden")
         self._spread(down, ("inner", phase_of(layer, "inner")), after, out)
 
@@ -151,7 +162,8 @@ class _Builder:
         """The task of a product, of which `_spread` makes those of the programs. Tiles have 8 rows
         if the largest share has fewer rows so."""
         if not flags & persistent.SILU and num_outs % 16 == 0:
-            shares = [-(-num_outs // (rows * self.num_programs)) * rows for rows in (8, 16)]
+            total = num_outs * self._copies(flags)
+            shares = [-(-total // (rows * self.num_programs)) * rows for rows in (8, 16)]
             flags |= persistent.HALF if shares[0] < shares[1] else 0
         elif not flags & persistent.SILU:
             flags |= persistent.HALF
@@ -164,9 +176,11 @@ class _Builder:
         made: tuple[str, int] | None,
         residual: tuple[str, int] | None = None,
     ) -> None:
-        """Divide a product's tiles. `read`, `made` and `residual` are areas and phases."""
+        """Divide a product's tiles. `read`, `made` and `residual` are areas and phases; in place of
+        a residual, products of experts have the router's results."""
         rows = 8 if task.flags & persistent.HALF else 16
         num_tiles = task.num_outs * (2 if task.flags & persistent.SILU else 1) // rows
+        num_tiles *= self._copies(task.flags)
         task = task._replace(in_at=self.areas[read[0]].first, in_phase=read[1])
         if made is not None:
             task = task._replace(out_at=self.areas[made[0]].first, out_phase=made[1])
@@ -178,6 +192,10 @@ class _Builder:
                 self._append(program, task._replace(first=first, num=count))
                 self.load[program] += count * rows * task.depth * 2
             first += count
+
+    def _copies(self, flags: int) -> int:
+        """How many matrices a product has: each row has experts of its own."""
+        return self.plan.num_rows if flags & persistent.EXPERT else 1
 
     def _shares(self, num_tiles: int) -> list[int]:
         """The tiles of each program: the larger shares go to those with the fewest bytes."""

@@ -1,0 +1,78 @@
+// Experts of persistent.cu: which ones a token chooses, by the router's results.
+//
+// A product with the flag EXPERT is of the experts of all tokens. The experts of a token are one MLP of
+// FFN columns: those of its first expert, then those of the next. The inside of each is multiplied by
+// the expert's weight, so the last product adds the experts up.
+
+// Which stages are those of a product's ring.
+template <u32 FLAGS>
+struct RingOf {
+  static constexpr u32 FIRST = FLAGS & EXPERT ? STAGES : 0, NUM = FLAGS & EXPERT ? EXPERT_STAGES : STAGES;
+};
+
+// The largest in a warp.
+__device__ __forceinline__ u32 most_of_warp(u32 v) {
+  u32 r;
+  asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(v));
+  return r;
+}
+
+// A number in bf16 as one that has the same order as an integer, and back.
+__device__ __forceinline__ u32 in_order(u32 bits) { return bits & 0x8000 ? 0xffff & ~bits : bits | 0x8000; }
+__device__ __forceinline__ u32 of_order(u32 order) { return order & 0x8000 ? order & 0x7fff : 0xffff & ~order; }
+
+// Waits for the router's results, and chooses the TOP_K experts of each token, the smaller number among
+// equals. By a warp, whose thread k has a token's k-th expert.
+__device__ __forceinline__ void choose_experts(Worker& w) {
+  constexpr u32 LOADS = EXPERTS / 4, EACH = (LOADS + 31) / 32 ? (LOADS + 31) / 32 : 1;  // of four numbers
+  const Task& t = *w.task;
+  for (u32 row = 0; row < ROWS; row++) {
+    const u64* const words = w.a.words + t.add_at + row * (EXPERTS / 2) + w.lane * 2;
+    const auto is_read = [&](u32 i) { return i * 32 + w.lane < LOADS; };
+    Pair v[EACH];
+    fetch(w, v, t.add_phase, is_read, [&](u32 i) { return words + i * 64; });
+    __syncwarp();
+    u32 key[4 * EACH], mine = 0, first = 0;  // an expert's number is less than 65,536
+#pragma unroll
+    for (u32 i = 0; i < 4 * EACH; i++) {
+      const u32 word = i % 4 < 2 ? v[i / 4].a : v[i / 4].b, number = (i / 4 * 32 + w.lane) * 4 + i % 4;
+      key[i] = is_read(i / 4) ? in_order(i % 2 ? word >> 16 : word & 0xffff) << 16 | 0xffff - number : 0;
+    }
+    float sum = 0;
+    for (u32 k = 0; k < TOP_K; k++) {
+      u32 most = 0;
+#pragma unroll
+      for (u32 i = 0; i < 4 * EACH; i++) most = key[i] > most ? key[i] : most;
+      most = most_of_warp(most);
+      if (k == 0) first = most;
+      if (w.lane == k) mine = most;
+      if (k == 0 && !NORMALIZE) {
+#pragma unroll
+        for (u32 i = 0; i < 4 * EACH; i++)
+          if (key[i]) sum += __expf(of_bf16(of_order(key[i] >> 16)) - of_bf16(of_order(first >> 16)));
+      }
+#pragma unroll
+      for (u32 i = 0; i < 4 * EACH; i++) key[i] = key[i] == most ? 0 : key[i];
+    }
+    const float share =
+        w.lane < TOP_K ? __expf(of_bf16(of_order(mine >> 16)) - of_bf16(of_order(first >> 16))) : 0;
+    if (NORMALIZE) sum = share;
+#pragma unroll
+    for (int i = 16; i; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
+    if (w.lane < TOP_K) {
+      const u32 number = 0xffff - (mine & 0xffff), at = row * TOP_K + w.lane;
+      shared<u32>(AT_CHOSEN)[at] = number < EXPERTS ? number : 0;
+      shared<float>(AT_SHARES)[at] = share / sum;
+    }
+  }
+  __syncwarp();  // tasks find these once a stage has been copied
+}
+
+// Of a tile of a product of experts, the token, and the weight of its expert.
+template <u32 FLAGS>
+__device__ __forceinline__ u32 token_of(u32 tile) {
+  return FLAGS & SILU ? tile / (FFN / 8) : tile / (HIDDEN / (FLAGS & HALF ? 8 : 16));
+}
+__device__ __forceinline__ float share_of(u32 tile) {
+  return shared<float>(AT_SHARES)[tile / (EXPERT_FFN / 8)];
+}
