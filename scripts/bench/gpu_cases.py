@@ -38,10 +38,16 @@ def tests(seconds: float, *words: str, num_gpus: int = 1) -> Case:
                 num_gpus)  # fmt: skip
 
 
-def served(seconds: float, *words: str, num_gpus: int = 1) -> Case:
-    """`nanovllm serve` under a load without a rate."""
-    load = ("--shape", "Qwen3-0.6B", "--cases", "rate-inf", "--requests", "10000")
-    return script(seconds, "server", *load, "--output", PLACE, *words, num_gpus=num_gpus)
+def served(seconds: float, num: int) -> Case:
+    """`nanovllm serve` with so many replicas under a load without a rate: for each 10,000 requests,
+    of which 2,048 are unfinished, four API processes and six clients."""
+    words = (
+        "--shape", "Qwen3-0.6B", "--cases", "rate-inf", "--store", STORE, "--output", PLACE,
+        "--requests", str(10_000 * num), "--max-concurrency", str(2048 * num),
+        "--api-processes", str(4 * num), "--clients", str(6 * num),
+    )  # fmt: skip
+    replicas = ("--", "--data-parallel-size", str(num)) if num > 1 else ()
+    return script(seconds, "server", *words, *replicas, num_gpus=num)
 
 
 LATENCY, THREE = ("--latency", "--runs", "3"), ("--runs", "3")
@@ -198,8 +204,29 @@ TWO_GPUS = {
     "replicas": script(
         180, "replicas", "--random-weights", "Qwen3-0.6B", "--replicas", "1", "2", num_gpus=2
     ),
-    "served-one": served(180),
-    "served-two": served(180, "--", "--data-parallel-size", "2", num_gpus=2),
+    "replicas-1024": script(
+        180,
+        "replicas",
+        "--random-weights",
+        "Qwen3-0.6B",
+        "--replicas",
+        "1",
+        "2",
+        "--num-seqs",
+        "1024",
+        "--min-len",
+        "128",
+        "--max-len",
+        "128",
+        "--runs",
+        "2",
+        num_gpus=2,
+    ),
+    "served-one": served(180, 1),
+    "served-two": served(180, 2),
+    "ranks-profile": script(
+        150, "ranks_profile", "--random-weights", "Qwen3-8B", "--rows", "1", "64", "256", num_gpus=2
+    ),
     "sums": script(120, "collectives", "--ranks", "2", num_gpus=2),
     "loading": script(
         180, "load_speed", "--shape", "Qwen3-8B", "--ranks", "2", "--runs", "2", num_gpus=2

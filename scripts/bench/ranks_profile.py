@@ -2,6 +2,7 @@
 
     python scripts/bench/ranks_profile.py --model DIR --rows 1 64
     python scripts/bench/ranks_profile.py --model tiny-qwen3 --device cpu --rows 2
+    python scripts/bench/ranks_profile.py --random-weights Qwen3-8B --rows 1 64 256
 
 Each line of JSON is one number of rows: medians of encoding a plan (once for all ranks), of sending
 it, encoding excluded, and the time of a step by the clock.
@@ -14,7 +15,9 @@ import json
 import statistics
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -24,14 +27,17 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.parallel.ranks import WorkerGroup
 from nanovllm.schedule.plan import StepPlan
 from nanovllm.tools import command_line
+from nanovllm.tools.shapes import CONFIGS
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="embedded model or folder")
+    source.add_argument("--random-weights", choices=sorted(CONFIGS), help="of this shape")
     add = parser.add_argument
-    add("--model", required=True, help="embedded model or folder")
     add("--ranks", type=int, default=2, metavar="N")
     add("--rows", type=int, nargs="+", default=[1], metavar="N", help="requests at once")
     add("--tokens", type=int, default=128, metavar="N", help="of each answer")
@@ -51,7 +57,9 @@ def timed(function: Any, taken_us: list[float]) -> Any:
 
 
 def measure(llm: LLM, num_rows: int, num_tokens: int) -> dict[str, Any]:
-    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(
+        max_tokens=num_tokens, temperature=0.0, ignore_eos=True, detokenize=False
+    )
     prompts = [[5, 6, 7]] * num_rows
     llm.generate(prompts, params, use_tqdm=False)
     encode_us: list[float] = []
@@ -75,15 +83,19 @@ def measure(llm: LLM, num_rows: int, num_tokens: int) -> dict[str, Any]:
 
 def main() -> None:
     args = arguments()
-    llm = LLM(
-        args.model, device=args.device, tensor_parallel_size=args.ranks,
-        max_num_seqs=max(args.rows), max_model_len=args.tokens + 8,
-    )  # fmt: skip
-    try:
-        for num_rows in args.rows:
-            print(json.dumps(measure(llm, num_rows, args.tokens)), flush=True)
-    finally:
-        llm.close()
+    with TemporaryDirectory() as folder:
+        if args.random_weights is not None:
+            Path(folder, "config.json").write_text(json.dumps(CONFIGS[args.random_weights]))
+        is_random = args.random_weights is not None
+        llm = LLM(
+            folder if is_random else args.model, device=args.device, random_weights=is_random,
+            tensor_parallel_size=args.ranks, skip_tokenizer_init=is_random,
+            max_num_seqs=max(args.rows), max_model_len=args.tokens + 8,
+            graph_batch_sizes=sorted({*args.rows}),
+        )  # fmt: skip
+        with closing(llm):
+            for num_rows in args.rows:
+                print(json.dumps(measure(llm, num_rows, args.tokens)), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ ends        SIGTERM, and SIGKILL of the engine's process: exit status, seconds, 
 throughput  nanovllm bench throughput, for the share that the server keeps
 structured  scripts/bench/structured_rows.py
 
+Of the load there is the processor time of each process, too (processor_use.py), on Linux.
+
 Each case has a time limit. A failing case is reported, the others continue, and the exit status is
 1. --output is written after each case. Answers and prompts of the load are token ids, and a
 tokenizer of the model's size decodes them. The machine should have nothing else to do.
@@ -50,14 +52,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without ins
 
 from nanovllm.tools import command_line
 from nanovllm.tools.shapes import CONFIGS
-from scripts.bench import server_results
+from scripts.bench import processor_use, server_results
 from scripts.bench.server_process import NAME, NANOVLLM, Limit, Server, last_json, run
 from scripts.bench.server_results import LOADS
 from scripts.bench.start_up import environment_of_starts
 
 CASES = ("start", *LOADS, "ends", "throughput", "structured")
 FIGURES_OF_RUNS = (
-    "output_throughput", "p50_ttft_ms", "p99_ttft_ms", "p50_itl_ms", "p99_itl_ms"
+    "output_throughput", "steady_output_throughput", "p50_ttft_ms", "p99_ttft_ms", "p50_itl_ms",
+    "p99_itl_ms",
 )  # fmt: skip
 # in a child, so that the measuring process takes no device memory
 PROBE = """
@@ -95,12 +98,16 @@ def arguments(given: list[str]) -> argparse.Namespace:
     add("--starts", type=int, default=3, metavar="N", help="starts with a full store")
     bytecode = "also start with a folder of bytecode: for containers whose packages have none"
     add("--bytecode", action="store_true", help=bytecode)
+    add("--store", type=Path, metavar="DIR", help="compiled programs; default: an empty folder")
     lengths = parser.add_argument_group("the load")
     add = lengths.add_argument
     add("--requests", type=int, default=1000, metavar="N", help="at each rate")
     repeats = "each load, with other prompts; the result is the run with the median throughput"
     add("--repeats", type=int, default=1, metavar="N", help=repeats)
     few = "at 20 a second; default: 600, or --requests if this is less"
+    most = "unfinished requests; more are sent as these end"
+    add("--max-concurrency", type=int, metavar="N", help=most)
+    add("--clients", type=int, metavar="N", help="processes that send; default: up to 6")
     add("--requests-at-20", type=int, metavar="N", help=few)
     add("--random-len", type=int, default=128, metavar="N", help="tokens of prompts and answers")
     add("--offline-requests", type=int, default=256, metavar="N")
@@ -122,7 +129,8 @@ class Bench:
         self._server: Server | None = None
         self._used_bytes: int | None = None
         random = ["--random-weights"] if args.shape else []
-        self._engine_words = [*random, *args.engine, "--compile-cache", str(scratch / "store")]
+        self._engine_words = [*random, *args.engine]
+        self._engine_words += ["--compile-cache", str(args.store or scratch / "store")]
         self._log = args.log or scratch / "log"
 
     def machine(self) -> dict[str, Any]:
@@ -154,6 +162,7 @@ class Bench:
             self._model, "--host", "127.0.0.1", "--api-processes", str(args.api_processes),
             "--max-num-seqs", str(args.max_num_seqs), "--max-model-len", str(args.max_model_len),
             "--no-access-log", "--served-model-name", NAME, *self._engine_words,
+            "--max-queue-len", str(max(4096, args.requests)),
         ]  # fmt: skip
         return Server(words, environment, self._log)
 
@@ -212,10 +221,15 @@ class Bench:
         words += ["--seed", str(seed), "--base-url", server.url]
         words += ["--tokenizer", self._model, "--metric-percentiles", "50,99", "--disable-tqdm"]
         words += ["--save-result", "--result-dir", str(self._scratch)]
+        for option in ("--max-concurrency", "--num-clients"):
+            value = args.clients if option == "--num-clients" else args.max_concurrency
+            words += [option, str(value)] if value is not None else []
         command = [*NANOVLLM, "bench", "serve", *words, "--result-filename", f"{name}.json"]
-        run(command, self._environment, limit)
+        processes: list[dict[str, Any]] = []
+        with processor_use.watched(processes):
+            run(command, self._environment, limit)
         found: dict[str, Any] = json.loads((self._scratch / f"{name}.json").read_text())
-        return found
+        return {**found, "processes": processes}
 
     def _ends(self, limit: Limit) -> dict[str, Any]:
         """The shutdown of two servers, and the device memory still in use after it."""

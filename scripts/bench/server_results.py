@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # requests a second; all at once for those of the offline workload
@@ -25,8 +25,19 @@ def line(name: str, found: dict[str, Any]) -> str:
             f"{title} p50 {found[f'p50_{key}_ms']:,.2f} p99 {found[f'p99_{key}_ms']:,.2f} ms"
             for title, key in (("first token", "ttft"), ("between tokens", "itl"))
         )
-        return f"{name:11} {found['output_throughput']:10,.0f} tok/s; {times}"
+        rates = f"{found['output_throughput']:10,.0f} tok/s"
+        if (steady := found.get("steady_output_throughput")) is not None:
+            rates += f", {steady:,.0f} between its beginning and end"
+        return f"{name:11} {rates}; {times}{_busiest(found.get('processes', ()))}"
     return f"{name:11} {SENTENCES[name](found)}"
+
+
+def _busiest(processes: Sequence[dict[str, Any]]) -> str:
+    """The greatest share of a core of the main threads of each kind of processes."""
+    shares: dict[str, float] = {}
+    for one in processes:
+        shares[one["process"]] = max(one["busiest"], shares.get(one["process"], 0.0))
+    return "".join(f"; {kind} {share:.0%} busy" for kind, share in shares.items())
 
 
 def _start_sentence(found: dict[str, Any]) -> str:

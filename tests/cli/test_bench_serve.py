@@ -97,6 +97,8 @@ def test_numbers_follow_from_the_records() -> None:
     assert found["max_concurrent_requests"] == 3
     # pieces at 10.5, 11.0, 12.0 with two tokens each, and at 12.0 with one
     assert found["max_output_tokens_per_s"] == 4
+    # a tenth of the seven tokens is there at 10.5, nine tenths at 12.0, five tokens later
+    assert found["steady_output_throughput"] == pytest.approx(5 / 1.5)
     for name, values in {
         "ttft": [500, 1000],
         "tpot": [300],

@@ -36,6 +36,9 @@ def test_a_case_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     assert results["cases"]["start"] == {"error": "RuntimeError: it has failed"}
     assert load["completed"] == 7 and load["total_output_tokens"] == 35
     assert load["p99_ttft_ms"] >= load["p50_ttft_ms"] > 0
+    if Path("/proc").is_dir():
+        kinds = {one["process"]: one["seconds"] for one in load["processes"]}
+        assert {"engine", "api"} <= kinds.keys() and min(kinds.values()) >= 0
     assert ends["sigterm"]["exit_status"] == 0
     assert ends["sigkill_of_the_engine"]["exit_status"] == 1
     out = capsys.readouterr().out.splitlines()

@@ -61,6 +61,7 @@ def summary(args: argparse.Namespace, model: str, records: Records) -> dict[str,
         "output_throughput": num_output / duration,
         "total_token_throughput": (num_input + num_output) / duration,
         "max_output_tokens_per_s": _peak_rate(good),
+        "steady_output_throughput": _steady_rate(good),
         "max_concurrent_requests": _peak_requests(records),
         **_metadata(args),
     }
@@ -135,15 +136,32 @@ def _metadata(args: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _peak_rate(good: Records) -> float:
-    """Tokens in the best second. Each delta counts as an equal share of its answer."""
-    if not good:
-        return 0.0
+def _deltas(good: Records) -> tuple[np.ndarray, np.ndarray]:
+    """The times of all deltas, and the tokens of each: an equal share of its answer."""
     pieces = [np.array(one["times"]) + one["start"] for one in good]
     weights = [np.full(len(one["times"]), one["num_output"] / len(one["times"])) for one in good]
-    times = np.concatenate(pieces)
+    return np.concatenate(pieces), np.concatenate(weights)
+
+
+def _peak_rate(good: Records) -> float:
+    """Tokens in the best second."""
+    if not good:
+        return 0.0
+    times, weights = _deltas(good)
     seconds = (times - times.min()).astype(int)
-    return float(np.bincount(seconds, np.concatenate(weights)).max())
+    return float(np.bincount(seconds, weights).max())
+
+
+def _steady_rate(good: Records) -> float:
+    """Tokens per second from the time when a tenth of all is there until nine tenths are."""
+    if not good:
+        return 0.0
+    times, weights = _deltas(good)
+    order = times.argsort()
+    times, sums = times[order], weights[order].cumsum()
+    first, last = (int(np.searchsorted(sums, part * sums[-1])) for part in (0.1, 0.9))
+    seconds = times[last] - times[first]
+    return float((sums[last] - sums[first]) / seconds) if seconds > 0 else 0.0
 
 
 def _peak_requests(records: Records) -> int:
