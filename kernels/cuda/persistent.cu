@@ -182,7 +182,7 @@ template <u32 FLAGS>
 __device__ __forceinline__ void copy_row(const Task& t, u32 tile, u32 idx, u32 column, u32 num, u32 to,
                                          u32 barrier) {
   const u32 rows = t.flags & (SILU | HALF) ? 8 : 16;
-  const u32 upper = t.flags & SILU ? t.num_outs : 8;
+  const u32 upper = !(t.flags & SILU) ? 8 : FLAGS & EXPERT ? EXPERT_FFN : t.num_outs;
   const u32 in_tile = idx % 8 + (idx < 8 ? 0 : upper);
   if (!(FLAGS & EXPERT)) {
     copy(to, t.first_input + ((u64)(tile * rows + in_tile) * t.depth + column) * 2, num * 2, barrier);

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from nanovllm.compile.lower.persistent import plan as plans
 from nanovllm.compile.lower.persistent.plan import Plan
@@ -100,6 +100,8 @@ def case(lens: tuple[int, ...], shape: Shape = SMALL, device: str = "cpu", **cha
         for name in ("attn_norm_D", "mlp_norm_D", "q_norm_H", "k_norm_H"):
             if getattr(one, name) is not None:
                 getattr(one, name).uniform_(0.5, 1.5)
+        for weight in matrices(one):  # and so would results that are small beside the residual
+            weight.mul_(weight.shape[-1] ** -0.5 / weight[..., :64].float().std())
     each = -(-max(lens) // BLOCK_SIZE)
     table_RP = torch.randperm(len(lens) * each).view(len(lens), each).int() + 1
     pos_R = torch.tensor(lens) - 1
@@ -132,6 +134,12 @@ def case(lens: tuple[int, ...], shape: Shape = SMALL, device: str = "cpu", **cha
     places = batch.rope_pos_T, batch.slot_T, batch.block_table_RP, batch.seq_len_R
     given = Inputs(h_RD, logits_RV, cos_sin_MH, *places)
     return Case(layer, head, inputs, plan, weights, given)
+
+
+def matrices(layer: Any) -> list[Tensor]:
+    """Of a layer, those of its experts included."""
+    leaves = [one for one in tree_leaves(layer) if isinstance(one, Tensor)]
+    return [one for one in leaves if one.dim() > 1]
 
 
 def error(found: Tensor, expected: Tensor) -> float:

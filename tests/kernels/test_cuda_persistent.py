@@ -54,8 +54,7 @@ def compared(one: Case, before: list[Tensor]) -> None:
         (error(a.cpu(), c), error(b.cpu(), c))
         for a, b, c in zip(found, expected, exact, strict=True)
     ]
-    too_large = [pair for pair in errors if pair[0] > max(LIMIT, 1.2 * pair[1])]
-    assert not too_large
+    assert all(own <= max(LIMIT, 1.2 * usual) for own, usual in errors), errors
 
 
 @pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
