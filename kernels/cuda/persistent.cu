@@ -4,8 +4,8 @@
 // One warp copies: it goes through the tasks ahead of the others and fills a ring of STAGES with the
 // weights and the keys and values of earlier tokens that they read. These are there before the step,
 // so it waits for nothing but places in the ring, and memory is not idle while tasks wait for
-// results. A second warp copies the weights of experts into a ring of EXPERT_STAGES, once it has the
-// router's results. WARPS warps compute.
+// results. Only for the weights of experts it waits for the router's results; meanwhile what it copies
+// next is fetched into the L2. WARPS warps compute.
 //
 // Results go from task to task through words of 64 bits in global memory: 32 bits of data, two numbers
 // in bf16, and a tag. Parts of attention have words of 128 bits, with three numbers in fp32. A word is
@@ -18,7 +18,7 @@
 // Constants, by -D: ROWS, HIDDEN, FFN (of a token's experts together), EXPERTS (0: none), TOP_K,
 // EXPERT_FFN, NORMALIZE, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF,
 // OUT_HALF, DOWN_HALF and HEAD_HALF (their tiles are halves), NUM_TASKS (of a program), STAGES,
-// EXPERT_STAGES, IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time, of a ring),
+// IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time), AHEAD_BYTES (to the L2),
 // WARPS, CLOCKS (times of tasks are kept).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
@@ -76,7 +76,6 @@ struct Args {
 #define TIMES 5
 
 #define WORKERS (32 * WARPS)
-#define COPYING_WARPS (EXPERTS ? 2 : 1)
 #define GROUP (HEADS / KV_HEADS)
 #define HEAD 128
 #define QKV ((HEADS + 2 * KV_HEADS) * HEAD)
@@ -93,14 +92,13 @@ struct Args {
 #define COLUMN_PAIRS ((ROWS + 1) / 2)
 #define SUMS_OF_TILE (8 * COLUMN_PAIRS * WARPS)
 
-// shared memory: the rings | tasks | barriers of stages that are full, and empty | tokens of rows, and a
+// shared memory: the ring | tasks | barriers of stages that are full, and empty | tokens of rows, and a
 // failure | the experts of rows, and their weights | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] | the step's own key and value [2, HEAD]
 // | scores [2, GROUP, TOKENS] | sums of tiles | x, of each warp its columns
-#define ALL_STAGES (STAGES + EXPERT_STAGES)
-#define AT_TASKS (ALL_STAGES * STAGE_BYTES)
+#define AT_TASKS (STAGES * STAGE_BYTES)
 #define AT_FULL (AT_TASKS + NUM_TASKS * 80)
-#define AT_EMPTY (AT_FULL + 8 * ALL_STAGES)
-#define AT_LENS (AT_EMPTY + 8 * ALL_STAGES)
+#define AT_EMPTY (AT_FULL + 8 * STAGES)
+#define AT_LENS (AT_EMPTY + 8 * STAGES)
 #define AT_CHOSEN (AT_LENS + 48)
 #define AT_SHARES (AT_CHOSEN + ROWS * TOP_K * 4)
 #define AT_SQUARES (AT_CHOSEN + (ROWS * TOP_K * 8 + 15) / 16 * 16)
@@ -157,34 +155,29 @@ __device__ __forceinline__ Unit unit_of(u32 unit) {
 // the copying warp -------------------------------------------------------------------------------
 
 // Waits until the stage that was begun `num` before one has been copied.
-template <u32 FLAGS>
 __device__ __forceinline__ bool is_copied(const Ring& stage, u32 num) {
-  using Own = RingOf<FLAGS>;
   const bool is_back = stage.at < num;  // it is of the turn before
   // a turn's parity is that of `empty`, inverted
   return (stage.turn == 0 && is_back) ||
-         is_done(full_barrier(Own::FIRST + stage.at + (is_back ? Own::NUM : 0) - num),
-                 stage.parity ^ 1 ^ is_back);
+         is_done(full_barrier(stage.at + (is_back ? STAGES : 0) - num), stage.parity ^ 1 ^ is_back);
 }
 
 // Waits for a place in the ring, and until no more than IN_FLIGHT - 1 stages are on their way, or
 // WAITING_IN_FLIGHT - 1 while results are waited for: they would queue behind the copies.
-template <u32 FLAGS>
 __device__ __forceinline__ void await_place(const Ring& stage) {
-  wait_for(empty_barrier(RingOf<FLAGS>::FIRST + stage.at), stage.parity);
-  while (!is_copied<FLAGS>(stage, IN_FLIGHT)) {}
+  wait_for(empty_barrier(stage.at), stage.parity);
+  while (!is_copied(stage, IN_FLIGHT)) {}
   volatile int* const is_waiting = shared<volatile int>(AT_LENS) + 9;
-  while (WAITING_IN_FLIGHT < IN_FLIGHT && *is_waiting && !is_copied<FLAGS>(stage, WAITING_IN_FLIGHT)) {}
+  while (WAITING_IN_FLIGHT < IN_FLIGHT && *is_waiting && !is_copied(stage, WAITING_IN_FLIGHT)) {}
 }
 
 // Copies some columns of a weight row of a tile.
-template <u32 FLAGS>
 __device__ __forceinline__ void copy_row(const Task& t, u32 tile, u32 idx, u32 column, u32 num, u32 to,
                                          u32 barrier) {
   const u32 rows = t.flags & (SILU | HALF) ? 8 : 16;
-  const u32 upper = !(t.flags & SILU) ? 8 : FLAGS & EXPERT ? EXPERT_FFN : t.num_outs;
+  const u32 upper = !(t.flags & SILU) ? 8 : EXPERTS ? EXPERT_FFN : t.num_outs;
   const u32 in_tile = idx % 8 + (idx < 8 ? 0 : upper);
-  if (!(FLAGS & EXPERT)) {
+  if (!EXPERTS || !(t.flags & EXPERT)) {
     copy(to, t.first_input + ((u64)(tile * rows + in_tile) * t.depth + column) * 2, num * 2, barrier);
     return;
   }
@@ -204,9 +197,8 @@ __device__ __forceinline__ void copy_row(const Task& t, u32 tile, u32 idx, u32 c
   }
 }
 
-template <u32 FLAGS>
 __device__ __forceinline__ void copy_weights(const Task& t, Ring& stage, u32 lane) {
-  using Own = RingOf<FLAGS>;
+  const u32 ring = shared_address(shared<u8>(0));
   const u32 rows = t.flags & HALF ? 8 : 16, wide = t.flags & HALF ? 2 * WIDE : WIDE;
   const u32 chunk = chunk_of(t.depth), end = t.first + t.count;
   // the order in which `product` needs them
@@ -216,14 +208,13 @@ __device__ __forceinline__ void copy_weights(const Task& t, Ring& stage, u32 lan
         const u32 to_column = t.depth < from_column + chunk ? t.depth : from_column + chunk;
         for (u32 column = from_column; column < to_column; column += wide) {
           const u32 num = to_column - column < wide ? to_column - column : wide;
-          const u32 barrier = full_barrier(Own::FIRST + stage.at);
-          await_place<FLAGS>(stage);
+          const u32 barrier = full_barrier(stage.at);
+          await_place(stage);
           if (lane == 0) expect(barrier, num * 2 * rows);
           __syncwarp();
-          const u32 to = shared_address(shared<u8>(0)) + (Own::FIRST + stage.at) * STAGE_BYTES +
-                         lane * (wide * 2 + 64);
-          if (lane < rows) copy_row<FLAGS>(t, tile, lane, column, num, to, barrier);
-          stage.advance(Own::NUM);
+          const u32 to = ring + stage.at * STAGE_BYTES + lane * (wide * 2 + 64);
+          if (lane < rows) copy_row(t, tile, lane, column, num, to, barrier);
+          stage.advance(STAGES);
         }
       }
 }
@@ -241,7 +232,7 @@ __device__ __forceinline__ void copy_keys(const Args& a, const Task& t, Ring& st
         const u64 block = a.table[(u64)u.row * a.table_stride + key / a.block_size];
         at = block * a.block_stride + key % a.block_size * a.slot_stride + u.head * a.head_stride;
       }
-      await_place<0>(stage);
+      await_place(stage);
       if (lane == 0) expect(full_barrier(stage.at), num * HEAD * 4);
       __syncwarp();
       const u32 to = ring + stage.at * STAGE_BYTES + lane * HEAD * 2;
@@ -281,29 +272,33 @@ __device__ __forceinline__ void multiply_by_weight(Worker& w) {
 }
 
 __device__ __forceinline__ Worker worker(const Args& a, const Task* tasks, u32 step) {
-  return {a, tasks, 0, step * a.num_phases, a.max_polls, {}, {}, 0, (int)threadIdx.x / 32,
+  return {a, tasks, 0, step * a.num_phases, a.max_polls, {}, 0, (int)threadIdx.x / 32,
           (int)threadIdx.x % 32};
 }
 
-// Copies what tasks read, but for the weights of experts.
-__device__ __forceinline__ void copy_tasks(const Args& a, const Task* tasks, u32 lane) {
-  Ring stage;
-  stage.parity = 1;  // a first pass finds every place empty
-  for (u32 i = 0; i < NUM_TASKS && tasks[i].kind != END; i++)
-    if (tasks[i].kind == PRODUCT && !(tasks[i].flags & EXPERT))
-      copy_weights<0>(tasks[i], stage, lane);
-    else if (tasks[i].kind == ATTEND)
-      copy_keys(a, tasks[i], stage, lane);
+// Fetches into the L2 what is copied first behind the experts of a task.
+__device__ __forceinline__ void fetch_ahead(const Task* t, u32 lane) {
+  while (t->kind != END && (t->kind != PRODUCT || t->flags & EXPERT)) t++;
+  const u32 num_bytes = t->depth * 2, rows = t->flags & HALF ? 8 : 16, num = t->count * rows;
+  const u8* const from = t->first_input + (u64)t->first * rows * num_bytes;
+  if (t->kind == END) return;
+  for (u32 row = lane; row < num && row * num_bytes < AHEAD_BYTES; row += 32)
+    fetch_to_l2(from + (u64)row * num_bytes, num_bytes);
 }
 
-// Copies the weights of the experts that tokens choose.
-__device__ __forceinline__ void copy_experts(const Args& a, const Task* tasks, u32 step) {
+__device__ __forceinline__ void copy_tasks(const Args& a, const Task* tasks, u32 step) {
   Worker w = worker(a, tasks, step);
-  w.expert_stage.parity = 1;
+  w.stage.parity = 1;  // a first pass finds every place empty
   for (; w.task_idx < NUM_TASKS && w.task->kind != END; w.task_idx++, w.task++) {
-    if (!(w.task->flags & EXPERT)) continue;
-    if (w.task->flags & SILU) choose_experts(w);
-    copy_weights<EXPERT>(*w.task, w.expert_stage, w.lane);
+    const u32 kind = w.task->kind, flags = w.task->flags;
+    if (EXPERTS && flags & EXPERT && flags & SILU) {
+      fetch_ahead(w.task, w.lane);
+      choose_experts(w);
+    }
+    if (kind == PRODUCT)
+      copy_weights(*w.task, w.stage, w.lane);
+    else if (kind == ATTEND)
+      copy_keys(a, *w.task, w.stage, w.lane);
   }
 }
 
@@ -331,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const 
   Task* const tasks = shared<Task>(AT_TASKS);
   int* const lens = shared<int>(AT_LENS);
   if (threadIdx.x == 0) {
-    for (u32 i = 0; i < ALL_STAGES; i++)
+    for (u32 i = 0; i < STAGES; i++)
       init_barrier(full_barrier(i), 1), init_barrier(empty_barrier(i), WARPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -346,8 +341,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const 
   if (lens[8]) return;  // an earlier step failed
   if (threadIdx.x >= WORKERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(EXPERTS ? 56 : 40));
-    if (threadIdx.x < WORKERS + 32) copy_tasks(a, tasks, threadIdx.x - WORKERS);
-    if (EXPERTS && threadIdx.x >= WORKERS + 32 && threadIdx.x < WORKERS + 64) copy_experts(a, tasks, step);
+    if (threadIdx.x < WORKERS + 32) copy_tasks(a, tasks, step);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(EXPERTS ? 224 : 232));
     run_tasks(a, tasks, step);

@@ -70,6 +70,7 @@ class InFlight(NamedTuple):
 
 
 SHORT, LONG = InFlight(3, 2), InFlight(4, 4)
+AHEAD_BYTES = 160 << 10  # that a program fetches into the L2 while experts are chosen
 LONG_BYTES = 512 << 10  # of a program's weights of a layer: waits are a small part of it
 
 
@@ -118,13 +119,7 @@ class Sizes(NamedTuple):
 
     @property
     def num_stages(self) -> int:
-        """Of weights, those of experts included."""
         return max(0, MAX_SHARED_BYTES - self.other_bytes) // (STAGE_BYTES + 16)
-
-    @property
-    def expert_stages(self) -> int:
-        """Which hold weights of experts."""
-        return 0 if self.experts is None else self.num_stages // 2
 
     @property
     def shared_bytes(self) -> int:
@@ -138,8 +133,8 @@ class Sizes(NamedTuple):
             "KV_HEADS": self.num_kv_heads, "SPLITS": self.splits, "NUM_TASKS": self.num_tasks,
             **{f"{name.upper()}_HALF": name in self.halves for name in MAYBE_HALF},
             "EXPERTS": experts.num, "TOP_K": experts.top_k, "EXPERT_FFN": experts.ffn,
-            "NORMALIZE": experts.normalize, "STAGES": self.num_stages - self.expert_stages,
-            "EXPERT_STAGES": self.expert_stages, "WARPS": self.num_warps,
+            "NORMALIZE": experts.normalize, "STAGES": self.num_stages, "WARPS": self.num_warps,
+            "AHEAD_BYTES": AHEAD_BYTES,
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
             "CLOCKS": self.has_clocks,
         }  # fmt: skip

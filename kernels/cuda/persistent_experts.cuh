@@ -4,12 +4,6 @@
 // FFN columns: those of its first expert, then those of the next. The inside of each is multiplied by
 // the expert's weight, so the last product adds the experts up.
 
-// Which stages are those of a product's ring.
-template <u32 FLAGS>
-struct RingOf {
-  static constexpr u32 FIRST = FLAGS & EXPERT ? STAGES : 0, NUM = FLAGS & EXPERT ? EXPERT_STAGES : STAGES;
-};
-
 // The largest in a warp.
 __device__ __forceinline__ u32 most_of_warp(u32 v) {
   u32 r;

@@ -8,8 +8,7 @@
 // Of a product over DEPTH columns.
 template <u32 DEPTH, u32 FLAGS>
 struct Of {
-  static constexpr bool IS_HALF = FLAGS & HALF, IS_EXPERT = FLAGS & EXPERT;
-  using Own = RingOf<FLAGS>;
+  static constexpr bool IS_HALF = FLAGS & HALF;
   static constexpr u32 IN_STAGE = (IS_HALF ? 2 : 1) * WIDE;  // columns
   static constexpr u32 PITCH = IN_STAGE * 2 + 64;
   static constexpr u32 CHUNK = chunk_of(DEPTH);
@@ -96,11 +95,10 @@ struct Piece { Four lower[P::TURNS], upper[P::IS_HALF ? 1 : P::TURNS]; };
 // Waits for the next stage and loads from it. Returns the barrier that frees its place.
 template <class P>
 __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage) {
-  Ring& own = P::IS_EXPERT ? w.expert_stage : w.stage;
-  const u32 at = P::Own::FIRST + own.at, place = empty_barrier(at);
-  const u8* const from =
-      shared<u8>(at * STAGE_BYTES + w.lane / 4 * P::PITCH + w.warp * 64 + w.lane % 4 * 16);
-  wait_for(full_barrier(at), own.parity);
+  const u8* const from = shared<u8>(w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH + w.warp * 64 +
+                                    w.lane % 4 * 16);
+  const u32 place = empty_barrier(w.stage.at);
+  wait_for(full_barrier(w.stage.at), w.stage.parity);
 #pragma unroll
   for (u32 i = 0; i < P::TURNS; i++) {
     to.lower[i] = Four{0, 0, 0, 0};
@@ -109,7 +107,7 @@ __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u3
     to.lower[i] = load_four(from + i * WORKERS * 2);
     if (!P::IS_HALF) to.upper[i] = load_four(from + 8 * P::PITCH + i * WORKERS * 2);
   }
-  own.advance(P::Own::NUM);
+  w.stage.advance(STAGES);
   return place;
 }
 

@@ -47,6 +47,10 @@ __device__ __forceinline__ u32 load_status(const u32* at) {
   return v;
 }
 
+__device__ __forceinline__ void fetch_to_l2(const void* from, u32 num_bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(num_bytes) : "memory");
+}
+
 __device__ __forceinline__ u64 now() {
   u64 v;
   asm volatile("mov.u64 %0, %clock64;" : "=l"(v));
@@ -64,7 +68,7 @@ struct Worker {
   const Task* task;    // in shared memory
   u32 task_idx, base;  // the tag of phase 0
   u32 polls_left;
-  Ring stage, expert_stage;
+  Ring stage;
   u32 turn;            // of the two places for sums
   int warp, lane;
 };
