@@ -4,8 +4,7 @@
 // One warp copies: it goes through the tasks ahead of the others and fills a ring of STAGES with the
 // weights and the keys and values of earlier tokens that they read. These are there before the step,
 // so it waits for nothing but places in the ring, and memory is not idle while tasks wait for
-// results. Only for the weights of experts it waits for the router's results; meanwhile what it copies
-// next is fetched into the L2. WARPS warps compute.
+// results. Only for the weights of experts it waits for the router's results. WARPS warps compute.
 //
 // Results go from task to task through words of 64 bits in global memory: 32 bits of data, two numbers
 // in bf16, and a tag. Parts of attention have words of 128 bits, with three numbers in fp32. A word is
@@ -18,7 +17,7 @@
 // Constants, by -D: ROWS, HIDDEN, FFN (of a token's experts together), EXPERTS (0: none), TOP_K,
 // EXPERT_FFN, NORMALIZE, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF,
 // OUT_HALF, DOWN_HALF and HEAD_HALF (their tiles are halves), NUM_TASKS (of a program), STAGES,
-// IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time), AHEAD_BYTES (to the L2),
+// IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time),
 // WARPS, CLOCKS (times of tasks are kept).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
@@ -103,7 +102,7 @@ struct Args {
 #define AT_SHARES (AT_CHOSEN + ROWS * TOP_K * 4)
 #define AT_SQUARES (AT_CHOSEN + (ROWS * TOP_K * 8 + 15) / 16 * 16)
 #define AT_QUERIES (AT_SQUARES + 8 * WARPS * 4)
-#define AT_OWN (AT_QUERIES + GROUP * HEAD * 2)
+#define AT_OWN (AT_QUERIES + GROUP * HEAD * 4)
 #define AT_SCORES (AT_OWN + HEAD * 4)
 #define AT_SUMS (AT_SCORES + 2 * GROUP * TOKENS * 4)
 #define AT_X (AT_SUMS + 2 * AT_ONCE * SUMS_OF_TILE * 16)
@@ -171,49 +170,33 @@ __device__ __forceinline__ void await_place(const Ring& stage) {
   while (WAITING_IN_FLIGHT < IN_FLIGHT && *is_waiting && !is_copied(stage, WAITING_IN_FLIGHT)) {}
 }
 
-// Copies some columns of a weight row of a tile.
-__device__ __forceinline__ void copy_row(const Task& t, u32 tile, u32 idx, u32 column, u32 num, u32 to,
-                                         u32 barrier) {
-  const u32 rows = t.flags & (SILU | HALF) ? 8 : 16;
-  const u32 upper = !(t.flags & SILU) ? 8 : EXPERTS ? EXPERT_FFN : t.num_outs;
-  const u32 in_tile = idx % 8 + (idx < 8 ? 0 : upper);
-  if (!EXPERTS || !(t.flags & EXPERT)) {
-    copy(to, t.first_input + ((u64)(tile * rows + in_tile) * t.depth + column) * 2, num * 2, barrier);
-    return;
-  }
-  const u32* const chosen = shared<u32>(AT_CHOSEN);
-  const u32 of_token = (t.flags & SILU ? EXPERT_FFN : HIDDEN) / rows, first = tile / of_token;
-  const u32 row = tile % of_token * rows + in_tile;
-  if (t.flags & SILU) {
-    const u64 at = ((u64)chosen[first] * (2 * EXPERT_FFN) + row) * HIDDEN + column;
-    copy(to, t.first_input + at * 2, num * 2, barrier);
-    return;
-  }
-  while (num) {  // a token's experts have their columns one after the other
-    const u32 from = column % EXPERT_FFN, part = num < EXPERT_FFN - from ? num : EXPERT_FFN - from;
-    const u64 expert = chosen[first * TOP_K + column / EXPERT_FFN];
-    copy(to, t.first_input + ((expert * HIDDEN + row) * EXPERT_FFN + from) * 2, part * 2, barrier);
-    to += part * 2, column += part, num -= part;
-  }
-}
-
 __device__ __forceinline__ void copy_weights(const Task& t, Ring& stage, u32 lane) {
   const u32 ring = shared_address(shared<u8>(0));
   const u32 rows = t.flags & HALF ? 8 : 16, wide = t.flags & HALF ? 2 * WIDE : WIDE;
-  const u32 chunk = chunk_of(t.depth), end = t.first + t.count;
+  const u32 upper = t.flags & SILU ? t.num_outs : 8;
+  const u32 end = t.first + t.count, chunk = t.depth == HIDDEN ? chunk_of(HIDDEN)
+                                             : t.depth == FFN  ? chunk_of(FFN)
+                                                               : chunk_of(HEADS * HEAD);
   // the order in which `product` needs them
   for (u32 first = t.first; first < end; first += AT_ONCE)
     for (u32 from_column = 0; from_column < t.depth; from_column += chunk)
       for (u32 tile = first; tile < end && tile < first + AT_ONCE; tile++) {
+        const u32 row =
+            (t.flags & (SILU | HALF) ? tile * 8 : tile * 16) + lane % 8 + (lane < 8 ? 0 : upper);
+        const bool is_of_parts = EXPERTS && (t.flags & (EXPERT | SILU)) == EXPERT;
+        const u8* from = t.first_input + (u64)row * t.depth * 2;
+        if (EXPERTS && t.flags & EXPERT) from = expert_row(t, tile, lane);
         const u32 to_column = t.depth < from_column + chunk ? t.depth : from_column + chunk;
         for (u32 column = from_column; column < to_column; column += wide) {
-          const u32 num = to_column - column < wide ? to_column - column : wide;
-          const u32 barrier = full_barrier(stage.at);
+          const u32 num_bytes = (to_column - column < wide ? to_column - column : wide) * 2;
           await_place(stage);
-          if (lane == 0) expect(barrier, num * 2 * rows);
+          if (lane == 0) expect(full_barrier(stage.at), num_bytes * rows);
           __syncwarp();
           const u32 to = ring + stage.at * STAGE_BYTES + lane * (wide * 2 + 64);
-          if (lane < rows) copy_row(t, tile, lane, column, num, to, barrier);
+          if (lane < rows && is_of_parts)
+            copy_parts(to, from, tile, column, num_bytes, full_barrier(stage.at));
+          else if (lane < rows)
+            copy(to, from + column * 2, num_bytes, full_barrier(stage.at));
           stage.advance(STAGES);
         }
       }
@@ -246,6 +229,7 @@ __device__ __forceinline__ void copy_keys(const Args& a, const Task& t, Ring& st
 }
 
 #include "persistent_product.cuh"
+#include "persistent_scores.cuh"
 #include "persistent_attention.cuh"
 
 // ------------------------------------------------------------------------------------------------
@@ -276,25 +260,12 @@ __device__ __forceinline__ Worker worker(const Args& a, const Task* tasks, u32 s
           (int)threadIdx.x % 32};
 }
 
-// Fetches into the L2 what is copied first behind the experts of a task.
-__device__ __forceinline__ void fetch_ahead(const Task* t, u32 lane) {
-  while (t->kind != END && (t->kind != PRODUCT || t->flags & EXPERT)) t++;
-  const u32 num_bytes = t->depth * 2, rows = t->flags & HALF ? 8 : 16, num = t->count * rows;
-  const u8* const from = t->first_input + (u64)t->first * rows * num_bytes;
-  if (t->kind == END) return;
-  for (u32 row = lane; row < num && row * num_bytes < AHEAD_BYTES; row += 32)
-    fetch_to_l2(from + (u64)row * num_bytes, num_bytes);
-}
-
 __device__ __forceinline__ void copy_tasks(const Args& a, const Task* tasks, u32 step) {
   Worker w = worker(a, tasks, step);
   w.stage.parity = 1;  // a first pass finds every place empty
   for (; w.task_idx < NUM_TASKS && w.task->kind != END; w.task_idx++, w.task++) {
     const u32 kind = w.task->kind, flags = w.task->flags;
-    if (EXPERTS && flags & EXPERT && flags & SILU) {
-      fetch_ahead(w.task, w.lane);
-      choose_experts(w);
-    }
+    if (EXPERTS && flags & EXPERT && flags & SILU) choose_experts(w);
     if (kind == PRODUCT)
       copy_weights(*w.task, w.stage, w.lane);
     else if (kind == ATTEND)

@@ -70,7 +70,6 @@ class InFlight(NamedTuple):
 
 
 SHORT, LONG = InFlight(3, 2), InFlight(4, 4)
-AHEAD_BYTES = 160 << 10  # that a program fetches into the L2 while experts are chosen
 LONG_BYTES = 512 << 10  # of a program's weights of a layer: waits are a small part of it
 
 
@@ -108,7 +107,7 @@ class Sizes(NamedTuple):
         barriers are in `stage_bytes`."""
         group = self.num_heads // self.num_kv_heads
         sums = 2 * AT_ONCE * 8 * ((self.num_rows + 1) // 2) * self.num_warps * 4
-        scratch = 8 * self.num_warps + (group + 2) * HEAD // 2 + 2 * group * TOKENS + sums
+        scratch = 8 * self.num_warps + (group + 1) * HEAD + 2 * group * TOKENS + sums
         depth = max(self.hidden, self.num_heads * HEAD, self.ffn)
         few = self.num_rows > 4 or self.experts is not None
         chunk = min(depth, 2048 if few else 4096)  # at most, as MAX_CHUNK there
@@ -134,7 +133,6 @@ class Sizes(NamedTuple):
             **{f"{name.upper()}_HALF": name in self.halves for name in MAYBE_HALF},
             "EXPERTS": experts.num, "TOP_K": experts.top_k, "EXPERT_FFN": experts.ffn,
             "NORMALIZE": experts.normalize, "STAGES": self.num_stages, "WARPS": self.num_warps,
-            "AHEAD_BYTES": AHEAD_BYTES,
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
             "CLOCKS": self.has_clocks,
         }  # fmt: skip

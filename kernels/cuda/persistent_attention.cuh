@@ -1,8 +1,8 @@
 // Attention of persistent.cu: one token of each row, over parts of the row's keys, and their merge.
 //
-// A stage has up to TOKENS keys and their values. First two warps multiply the keys, 16 each, by all
-// queries, which are columns of the matrix units; then each warp sums values for its part of the results,
-// by lanes of 8 numbers, which take turns with the keys.
+// A stage has up to TOKENS keys and their values. First their scores with each query are made
+// (persistent_scores.cuh); then each warp sums values for its part of the results, by lanes of 8
+// numbers, which take turns with the keys.
 
 #define QUERIES (GROUP == 3 ? 4 : GROUP > 4 ? 8 : GROUP)
 #define LANES (2 * QUERIES)                   // of 8 numbers: a warp's part of the results
@@ -10,26 +10,7 @@
 #define MAKING 16                             // threads that make a query
 #define KEPT (LANES == 16 ? 4 : 2)            // of a query's numbers, that a thread stores
 
-// Numbers of a head for thread l of the MAKING that share it: as many from 64 on as from 0.
-struct Made {
-  static constexpr int EACH = HEAD / MAKING;
-  float of[EACH];
-
-  __device__ static __forceinline__ int place(int l, int i) {
-    return (i < EACH / 2 ? 0 : HEAD / 2 - EACH / 2) + l * (EACH / 2) + i;
-  }
-};
-
-__device__ __forceinline__ Made load_numbers(const u16* head, int l) {
-  Made r;
-#pragma unroll
-  for (int i = 0; i < Made::EACH; i += 4) {
-    const uint2 words = *reinterpret_cast<const uint2*>(head + Made::place(l, i));
-    r.of[i] = low_of(words.x), r.of[i + 1] = high_of(words.x);
-    r.of[i + 2] = low_of(words.y), r.of[i + 3] = high_of(words.y);
-  }
-  return r;
-}
+using Made = Numbers<MAKING>;
 
 __device__ __forceinline__ Made numbers_of(const Pair* words) {
   Made r;
@@ -75,9 +56,10 @@ __device__ __forceinline__ void store_head(u16* to, const Made& v, int l) {
 // for that which makes the key beside eight queries.
 __device__ __forceinline__ void make_heads(Worker& w, const Unit& u) {
   const Task& t = *w.task;
-  if (w.warp > GROUP || (w.warp == GROUP && !u.is_last)) return;
-  const int l = w.lane % MAKING, maker = w.warp + w.lane / MAKING * WARPS == GROUP ? GROUP : w.warp;
+  const int maker = GROUP == WARPS && w.warp == 0 && w.lane >= MAKING ? GROUP : w.warp;
   const bool has_query = maker < GROUP, has_new = u.is_last && maker == GROUP;
+  if (GROUP < WARPS && !has_query && !has_new) return;
+  const int l = w.lane % MAKING;
   const u64* const words = w.a.words + t.in_at + u.row * (QKV / 2);
   const u64* const k_at = words + (HEADS + u.head) * (HEAD / 2);
   const u16* const norm_at = has_query ? t.q_norm : t.k_norm;
@@ -85,7 +67,7 @@ __device__ __forceinline__ void make_heads(Worker& w, const Unit& u) {
   // loaded before results are waited for
   const u32 slot = has_new ? (u32)w.a.slot[u.row] : 0;
   Made norm = {};
-  if (norm_at) norm = load_numbers(norm_at, l);
+  if (norm_at) norm = load_numbers<MAKING>(norm_at, l);
   Rotation by;
 #pragma unroll
   for (int i = 0; i < Made::EACH / 2; i++) by.cos[i] = cos_sin[i], by.sin[i] = cos_sin[HEAD / 2 + i];
@@ -100,8 +82,16 @@ __device__ __forceinline__ void make_heads(Worker& w, const Unit& u) {
   Made made = numbers_of(found);
   norm_and_rotate(made, norm, by, norm_at, w.a.eps);
   if (w.lane >= MAKING && maker == w.warp) return;
-  if (has_query) store_head(shared<u16>(AT_QUERIES) + maker * HEAD, made, l);
-  if (!has_new) return;
+  if (has_query) {
+    const float scale = IS_SCALED ? w.a.scale : 1.0f;
+#pragma unroll
+    for (int i = 0; i < Made::EACH; i += 4)
+      *reinterpret_cast<float4*>(shared<float>(AT_QUERIES) + maker * HEAD + Made::place(l, i)) =
+          make_float4(made.of[i] * scale, made.of[i + 1] * scale, made.of[i + 2] * scale,
+                      made.of[i + 3] * scale);
+    return;
+  }
+  if (GROUP == WARPS && !has_new) return;
   const Made value = numbers_of(found + 2);
   const u64 at = slot / w.a.block_size * w.a.block_stride + slot % w.a.block_size * w.a.slot_stride +
                  u.head * w.a.head_stride;
@@ -110,50 +100,14 @@ __device__ __forceinline__ void make_heads(Worker& w, const Unit& u) {
   store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.second_input)) + at, value, l);
 }
 
-// The queries, as the columns of a product: thread t of group g has those of query g.
-struct Queries { Four of[HEAD / 32]; };
-
-__device__ __forceinline__ Queries load_queries(const Worker& w) {
-  Queries q;
-#pragma unroll
-  for (int i = 0; i < HEAD / 32; i++) {
-    q.of[i] = Four{0, 0, 0, 0};
-    if (w.lane / 4 < GROUP)
-      q.of[i] = load_four(shared<u8>(AT_QUERIES) + w.lane / 4 * (HEAD * 2) + i * 64 + w.lane % 4 * 16);
-  }
-  return q;
-}
-
-// Scores of a stage's keys with all queries, by the first warps.
-__device__ __forceinline__ void score_keys(const Worker& w, const Queries& q, const u8* keys, u32 num,
-                                           float* scores) {
-  if (w.warp >= TOKENS / 16) return;
-  const u32 key = w.warp * 16 + w.lane / 4;
-  const u8* const from = keys + key * (HEAD * 2) + w.lane % 4 * 16;
-  float acc[2][4] = {};
-#pragma unroll
-  for (int i = 0; i < HEAD / 32; i++) {
-    const Four low = load_four(from + i * 64), high = load_four(from + 8 * (HEAD * 2) + i * 64);
-    multiply(acc[0], low.a, high.a, low.b, high.b, q.of[i].a, q.of[i].b);
-    multiply(acc[1], low.c, high.c, low.d, high.d, q.of[i].c, q.of[i].d);
-  }
-#pragma unroll
-  for (u32 i = 0; i < 4; i++) {
-    const u32 own = key + i / 2 * 8, query = w.lane % 4 * 2 + i % 2;
-    if (query < GROUP)
-      scores[query * TOKENS + own] = own < num ? (acc[0][i] + acc[1][i]) * w.a.scale : NO_SCORE;
-  }
-}
-
 // The score of the step's own key with a query, by all threads of a warp.
-__device__ __forceinline__ float own_score(const Worker& w, const u16* query) {
-  const uint2 q = *reinterpret_cast<const uint2*>(query + w.lane * 4);
+__device__ __forceinline__ float own_score(const Worker& w, const float* query) {
+  const float4 q = *reinterpret_cast<const float4*>(query + w.lane * 4);
   const uint2 k = *reinterpret_cast<const uint2*>(shared<u16>(AT_OWN) + w.lane * 4);
-  float score = low_of(q.x) * low_of(k.x) + high_of(q.x) * high_of(k.x) + low_of(q.y) * low_of(k.y) +
-                high_of(q.y) * high_of(k.y);
+  float score = q.x * low_of(k.x) + q.y * high_of(k.x) + q.z * low_of(k.y) + q.w * high_of(k.y);
 #pragma unroll
   for (int i = 16; i; i /= 2) score += __shfl_xor_sync(0xffffffff, score, i);
-  return score * w.a.scale;
+  return IS_SCALED ? score : score * w.a.scale;
 }
 
 // Sums over the keys that a warp has met: of 8 numbers of a query's result. `sum` is a thread's part.
@@ -177,7 +131,7 @@ __device__ __forceinline__ void add_values(State& s, const Worker& w, const u8* 
   s.most = most, s.sum = s.sum * before + weight;
 #pragma unroll
   for (int j = 0; j < 8; j++) s.acc[j] *= before;
-#pragma unroll 8
+#pragma unroll
   for (u32 i = 0; i < TOKENS; i += KEYS_AT_ONCE) {
     const u32 key = i + w.lane / LANES;
     const float of_key = __shfl_sync(0xffffffff, weight, key);
@@ -251,7 +205,7 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
   State s;
   const bool has_query = QUERIES == GROUP || of_warp < GROUP;
   float own = NO_SCORE;
-  if (u.is_last && has_query) own = own_score(w, shared<u16>(AT_QUERIES) + of_warp * HEAD);
+  if (u.is_last && has_query) own = own_score(w, shared<float>(AT_QUERIES) + of_warp * HEAD);
   u32 token = u.from, turn = 0;
   do {
     const u32 num = u.to - token < TOKENS ? u.to - token : TOKENS;

@@ -62,6 +62,31 @@ __device__ __forceinline__ void choose_experts(Worker& w) {
   __syncwarp();  // tasks find these once a stage has been copied
 }
 
+#define DOWN_ROWS (DOWN_HALF ? 8 : 16)  // of a tile of the experts' last product
+
+// Where a row of a tile of experts begins: of their last product, without the expert's own place.
+__device__ __forceinline__ const u8* expert_row(const Task& t, u32 tile, u32 idx) {
+  if (!(t.flags & SILU)) {
+    const u32 row = tile % (HIDDEN / DOWN_ROWS) * DOWN_ROWS + idx;
+    return t.first_input + (u64)row * (EXPERT_FFN * 2);
+  }
+  const u32 expert = shared<u32>(AT_CHOSEN)[tile / (EXPERT_FFN / 8)];
+  const u32 row = tile % (EXPERT_FFN / 8) * 8 + idx % 8 + (idx < 8 ? 0 : EXPERT_FFN);
+  return t.first_input + ((u64)expert * (2 * EXPERT_FFN) + row) * (HIDDEN * 2);
+}
+
+// Copies columns of a row of the experts' last product: each expert of a token has some.
+__device__ __forceinline__ void copy_parts(u32 to, const u8* row, u32 tile, u32 column, u32 num_bytes,
+                                           u32 barrier) {
+  const u32* const chosen = shared<u32>(AT_CHOSEN) + tile / (HIDDEN / DOWN_ROWS) * TOP_K;
+  u32 k = column / EXPERT_FFN, from = column % EXPERT_FFN * 2;
+  for (; num_bytes; k++, from = 0) {
+    const u32 part = num_bytes < EXPERT_FFN * 2 - from ? num_bytes : EXPERT_FFN * 2 - from;
+    copy(to, row + (u64)chosen[k] * ((u64)HIDDEN * EXPERT_FFN * 2) + from, part, barrier);
+    to += part, num_bytes -= part;
+  }
+}
+
 // Of a tile of a product of experts, the token, and the weight of its expert.
 template <u32 FLAGS>
 __device__ __forceinline__ u32 token_of(u32 tile) {

@@ -47,10 +47,6 @@ __device__ __forceinline__ u32 load_status(const u32* at) {
   return v;
 }
 
-__device__ __forceinline__ void fetch_to_l2(const void* from, u32 num_bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(num_bytes) : "memory");
-}
-
 __device__ __forceinline__ u64 now() {
   u64 v;
   asm volatile("mov.u64 %0, %clock64;" : "=l"(v));

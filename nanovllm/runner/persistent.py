@@ -17,7 +17,7 @@ from torch import Tensor
 from nanovllm.compile.lower.persistent import plan as plans
 from nanovllm.compile.lower.persistent import schedule as schedules
 from nanovllm.compile.lower.persistent import step as lowered
-from nanovllm.compile.lower.persistent.plan import Unfit
+from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.compile.lower.persistent.step import Inputs as Inputs
 from nanovllm.compile.lower.persistent.step import Step, Tensors, Weights
@@ -28,7 +28,9 @@ from nanovllm.platforms.base import HostCopy
 
 logger = logging.getLogger(__name__)
 
-FASTER_ROWS = 4  # up to so many rows it is the default
+# up to these it is the default, without experts
+FASTER_ROWS = 4
+FASTER_GROUP = 4  # queries that share a key: steps with more have not been measured
 
 
 class Parts(NamedTuple):
@@ -44,8 +46,8 @@ class Parts(NamedTuple):
 
 
 def chosen(device: torch.device, asked: bool | None) -> PersistentSteps | None:
-    """The steps of an engine whose option says `asked`: None takes the rows of which they are
-    faster, where the device may have them."""
+    """The steps of an engine whose option says `asked`: None takes the models and rows of which
+    they are faster, where the device may have them."""
     if asked is None and lowered.is_nvidia(device):
         return PersistentSteps(device, max_rows=FASTER_ROWS, is_asked=False)
     return PersistentSteps(device) if asked else None
@@ -54,8 +56,9 @@ def chosen(device: torch.device, asked: bool | None) -> PersistentSteps | None:
 class PersistentSteps:
     """The steps of one model and cache, by rows, and why other sizes run without.
 
-    max_rows: of larger steps none is one kernel. is_asked: the log says why a step is several
-    kernels. has_clocks: the times of tasks are kept, for profiles.
+    max_rows: of larger steps none is one kernel. is_asked: all models are taken that fit, though
+    some are slower so, and the log says why a step is several kernels. has_clocks: the times of
+    tasks are kept, for profiles.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class PersistentSteps:
         has_clocks: bool = False,
     ) -> None:
         self.device, self.max_rows, self.has_clocks = device, max_rows, has_clocks
-        self._level = logging.INFO if is_asked else logging.DEBUG
+        self.is_asked = is_asked
         self.steps: dict[int, Step] = {}
         self.reasons: dict[int, str] = {}
         self._schedules: dict[int, Schedule] = {}
@@ -83,10 +86,21 @@ class PersistentSteps:
             self._refuse(num_rows, why)
         return num_rows not in self.reasons
 
+    def why_not(self, plan: Plan) -> str | None:
+        """Why a step that fits is several kernels unless an option says otherwise."""
+        if self.is_asked:
+            return None
+        if plan.experts is not None:
+            return "with experts several kernels are faster"
+        is_many = plan.num_heads > FASTER_GROUP * plan.num_kv_heads
+        return f"more than {FASTER_GROUP} queries share a key" if is_many else None
+
     def begin(self, parts: Parts, h_RD: Tensor, batch: Batch, sizes: Sequence[int]) -> None:
         """Read the model, and compile the kernels of steps of `sizes` rows in other threads."""
         try:
             plan = weights_of(parts, h_RD, batch).plan
+            if why_not := self.why_not(plan):
+                raise Unfit(why_not)
         except Unfit as why:
             for num_rows in sizes:
                 self._refuse(num_rows, why)
@@ -131,7 +145,8 @@ class PersistentSteps:
         if num_rows not in self.reasons:
             self.reasons[num_rows] = str(why)
             message = "a decode step of %d row(s) is several kernels: %s"
-            logger.log(self._level, message, num_rows, why)
+            level = logging.INFO if self.is_asked else logging.DEBUG
+            logger.log(level, message, num_rows, why)
 
     def logits(self, cos_sin_MH: Tensor, h_RD: Tensor, batch: Batch) -> Tensor | None:
         """The logits [R, V] of a prepared step, or None where other programs run."""

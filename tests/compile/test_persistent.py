@@ -10,6 +10,8 @@ from nanovllm.compile.lower.persistent.interpreter import Fault, Interpreter
 from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.kernels.cuda import persistent
+from nanovllm.kernels.cuda.persistent import Experts
+from nanovllm.runner.persistent import PersistentSteps
 from tests.compile.persistent_cases import (
     BLOCK_SIZE,
     SMALL,
@@ -146,3 +148,28 @@ def test_what_the_kernel_does_not_take_is_named(changed: dict[str, object], why:
 def test_too_many_rows_are_refused() -> None:
     with pytest.raises(Unfit, match="9 rows are more than 8"):
         case((5,) * 9, Shape(layers=1))
+
+
+@pytest.mark.parametrize(
+    "plan, why",
+    [
+        (published(1, 1024, 16, 3072, 28), None),
+        (published(1, 1024, 64, 3072, 28), "more than 4 queries share a key"),
+        (
+            published(1, 1024, 16, 3072, 28)._replace(experts=Experts(128, 4, 768, True)),
+            "with experts several kernels are faster",
+        ),
+    ],
+)
+def test_by_default_a_step_is_one_kernel_where_that_is_faster(plan: Plan, why: str | None) -> None:
+    device = torch.device("cpu")
+    for is_asked in (False, True):
+        steps = PersistentSteps(device, is_asked=is_asked)
+        assert steps.why_not(plan) == (None if is_asked else why)
+
+
+def test_experts_that_some_program_would_not_choose_are_refused() -> None:
+    """Each program chooses while it copies the first of a token's two products."""
+    one = case((9,), SMALL_EXPERTS)
+    with pytest.raises(Unfit, match="too small to be divided among 33 programs"):
+        schedules.build(one.plan, 33)

@@ -287,11 +287,6 @@ static void store_wide(u64* at, const Wide& from) {
 static bool claim(u32* at) { return std::atomic_ref<u32>(*at).exchange(1) == 0; }
 // in place of load_status
 static u32 load_status(const u32* at) { return std::atomic_ref<u32>(*const_cast<u32*>(at)).load(); }
-// in place of fetch_to_l2
-static void fetch_to_l2(const void* from, u32 num_bytes) {
-  if (num_bytes % 16 || (size_t)from % 16) abort();
-  for (u32 i = 0; i < num_bytes; i++) (void)((const volatile u8*)from)[i];
-}
 // in place of now
 static u64 now() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 // in place of rest
