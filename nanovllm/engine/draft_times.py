@@ -34,6 +34,7 @@ class DraftTimes:
             sum(map(len, result.tokens)),
             has_masks=bool(plan.sampling.masked),
             reads=bool(plan.drafts.readings),
+            rests=plan.drafts.rests,
         )
 
     def clear(self) -> None:

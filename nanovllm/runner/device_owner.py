@@ -110,6 +110,12 @@ class DeviceOwner:
         return self.spec.draft is not None and self.spec.draft.rests
 
     @property
+    def kinds_of_plain(self) -> tuple[bool, ...]:
+        """Whether plain decode steps run without the proposer; both if it may stop reading."""
+        ends = self.spec.draft is not None and self.spec.draft.ends
+        return (False, True) if ends else (self.rests,)
+
+    @property
     def snapshot_bytes(self) -> int:
         """Bytes of all slots for snapshots of rows' states."""
         return self.spec.snapshot_slots * recurrent_bytes(self.model.kept, self.cfg.dtype)
@@ -186,7 +192,8 @@ class DeviceOwner:
         for num_rows in reversed(self.layout.decode_rows):
             progress(f"decode {num_rows}")
             for buckets in self.all_buckets:
-                buckets.decode(num_rows, rests=self.rests)
+                for rests in self.kinds_of_plain:
+                    buckets.decode(num_rows, rests=rests)
                 for num in self.layout.verify_tokens:
                     buckets.verify(num_rows, num)
         self.towers.warm_up(self._captures.tower, progress)

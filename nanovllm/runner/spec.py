@@ -108,6 +108,12 @@ class DraftSpec:
         return self.varies and not self.proposer.layers
 
     @property
+    def ends(self) -> bool:
+        """Whether plain steps run without the proposer where reading on costs more than it may:
+        its model reads results of layers, so it cannot read those tokens later."""
+        return self.varies and bool(self.proposer.layers)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token takes in the caches of the second model."""
         return (

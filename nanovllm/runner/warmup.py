@@ -126,16 +126,21 @@ def measure_step_times(runner: Runner) -> StepTimes | None:
     draft, layout = runner.spec.draft, runner.layout
     if draft is None or not draft.adapts:
         return None
-    ms_RK = []
+    ms_RK, reading_R = [], []
     for num_rows in layout.decode_rows:
-        plain = runner.buckets.decode(num_rows, rests=runner.rests)
-        plain.fill([])
+        kinds = runner.kinds_of_plain
+        *reading, plain = (runner.buckets.decode(num_rows, rests=rests) for rests in kinds)
+        for one in (plain, *reading):
+            one.fill([])
         verifying = [runner.buckets.verify(num_rows, num) for num in layout.verify_tokens]
-        replays = [plain.replay, *(step.replay for step in verifying)]
-        ms_RK.append([_best_ms(runner, one, repeats=COMPARED_REPEATS) for one in replays])
+        replays = [plain.replay, *(one.replay for one in verifying)]
+        replays += [one.replay for one in reading]
+        ms = [_best_ms(runner, one, repeats=COMPARED_REPEATS) for one in replays]
+        ms_RK.append(ms[: 1 + len(verifying)])
+        reading_R.append(max(1.0, ms[-1] / ms[0]) if reading else 1.0)
     lengths = (0, *(num - 1 for num in layout.verify_tokens))
-    logger.debug("decode steps with %s drafts: %s", lengths, ms_RK)
-    return StepTimes(layout.decode_rows, lengths, ms_RK)
+    logger.debug("decode steps with %s drafts: %s, reading on: %s", lengths, ms_RK, reading_R)
+    return StepTimes(layout.decode_rows, lengths, ms_RK, reading_R)
 
 
 def measure_bus(runner: Runner) -> float | None:

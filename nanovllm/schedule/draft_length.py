@@ -9,6 +9,9 @@ plain, which shows how long these take by now.
 Expectations can be wrong, so an account has the time that drafts have saved: what as many tokens
 would have taken in plain steps, less what the steps took. Drafts that have lost more than they
 saved stop, however good they look, until a small share of the time of all steps has paid for it.
+
+A proposer that reads on in plain steps makes these longer. That is lost as well, so where it takes
+more than that share, plain steps run without the proposer once nothing is left for a trial.
 """
 
 from __future__ import annotations
@@ -40,12 +43,14 @@ class StepTimes:
     """The times of decode steps at warm-up.
 
     rows: the row buckets, ascending. lengths: the numbers of draft tokens, ascending, 0 first.
-    ms_RK: milliseconds of each bucket and each length.
+    ms_RK: milliseconds of each bucket and each length; plain steps without a proposer that may
+    stop reading. reading_R: how many times as long plain steps take in which it reads on.
     """
 
     rows: Sequence[int]
     lengths: Sequence[int]
     ms_RK: Sequence[Sequence[float]]
+    reading_R: Sequence[float] = ()
 
     def bucket(self, num_rows: int) -> int:
         """The number of the smallest bucket for so many rows."""
@@ -61,7 +66,8 @@ class DraftLengths:
         self._num_tried = [0.0] * times.lengths[-1]
         self._num_accepted = [0.0] * times.lengths[-1]
         # of steps without and with masks, which the host computes before them
-        self._buckets = [[_Bucket(ms_K) for ms_K in times.ms_RK] for _ in range(2)]
+        reading_R = times.reading_R or [1.0] * len(times.rows)
+        self._buckets = [list(map(_Bucket, times.ms_RK, reading_R)) for _ in range(2)]
         self._chosen = 0  # the length that is best by now
         self._saved_ms = FIRST_STEPS * times.ms_RK[0][0]
         self._trial_left = 0  # steps of the trial
@@ -90,7 +96,7 @@ class DraftLengths:
             self._chosen = lengths[best]
             return 0 if bucket.plain_is_due() else lengths[best]
         self._chosen = 0
-        trial_ms = self._trial_steps * max(0.0, ms_K[1] - ms_K[0])
+        trial_ms = self._trial_ms(bucket)
         if self._num_plain >= TRIAL_EVERY and self._saved_ms >= trial_ms:
             self._num_plain, self._trial_left = 0, self._trial_steps
         self._saved_ms = min(self._saved_ms, trial_ms)
@@ -99,6 +105,18 @@ class DraftLengths:
             return lengths[1]
         self._num_plain += 1
         return 0
+
+    def note_ended(self) -> None:
+        """Record a plain step of rows whose drafts have ended, for which nothing is chosen."""
+        self._num_plain += 1
+
+    def ends(self, num_rows: int) -> bool:
+        """Whether the plain step that was just chosen is to be without the proposer, whose drafts
+        of these rows then end: they do not pay, nothing is left for a trial, and to read on would
+        lose more than drafts may."""
+        bucket = self._buckets[False][self._times.bucket(num_rows)]
+        is_dear = bucket.reading > 1.0 + LOST_SHARE
+        return is_dear and self._chosen == 0 and self._saved_ms < self._trial_ms(bucket)
 
     def note_accepted(self, num_drafts: int, num_accepted: int) -> None:
         """Record how many of a row's draft tokens a step has accepted."""
@@ -116,18 +134,25 @@ class DraftLengths:
         *,
         has_masks: bool = False,
         reads: bool = False,
+        rests: bool = False,
     ) -> None:
         """Record the time of a step and how many tokens all its rows have made. Of one before which
-        a second model `reads` tokens it tells nothing of others."""
+        a second model `reads` tokens it tells nothing of others. rests: the proposer did not run.
+        """
         bucket = self._buckets[has_masks][self._times.bucket(num_rows)]
+        reading = 1.0 if num_drafts or rests else bucket.reading
         if not reads:
             idx = bisect_left(self._lengths, num_drafts)
-            ms = bucket.note(idx, ms, is_usual=num_drafts == self._chosen)
+            ms = bucket.note(idx, ms / reading, is_usual=num_drafts == self._chosen)
         plain_ms = bucket.ms_K[0]
+        self._saved_ms -= (reading - 1.0) * ms
         self._saved_ms += LOST_SHARE * plain_ms
         if num_drafts:
             self._saved_ms += plain_ms * num_tokens / num_rows - ms
         self._saved_ms = min(self._saved_ms, MOST_STEPS * plain_ms)
+
+    def _trial_ms(self, bucket: _Bucket) -> float:
+        return self._trial_steps * max(0.0, bucket.ms_K[1] - bucket.ms_K[0])
 
     def _tokens(self) -> list[float]:
         """The expected tokens that a row makes in a step of each length. A position of which little
@@ -144,10 +169,11 @@ class DraftLengths:
 
 
 class _Bucket:
-    """What is expected of the steps of one bucket: their times for each length."""
+    """What is expected of the steps of one bucket: their times for each length. reading: how many
+    times as long a plain step takes in which the proposer reads on."""
 
-    def __init__(self, ms_K: Sequence[float]) -> None:
-        self.ms_K = list(ms_K)
+    def __init__(self, ms_K: Sequence[float], reading: float) -> None:
+        self.ms_K, self.reading = list(ms_K), reading
         self._newest_K = [math.inf] * len(ms_K)  # measured
         self._num_K = [0] * len(ms_K)  # so many times
         self._num_steps = 0  # with drafts since the last plain one

@@ -17,7 +17,9 @@ class DraftPlanner:
 
     A proposer that `varies` drafts after verifying steps alone. One that also `rests` does not run
     in plain steps: their rows are behind (`Request.num_drafted`). Before they have drafts again it
-    reads the missing tokens, of up to `max_rows` rows and `max_tokens` tokens in a step.
+    reads the missing tokens, of up to `max_rows` rows and `max_tokens` tokens in a step. One that
+    cannot read them later reads on, unless that costs too much: then the drafts of rows of plain
+    steps end for good (`Request.drafts_ended`).
     """
 
     def __init__(
@@ -57,12 +59,25 @@ class DraftPlanner:
                     num_left -= end - start
                     token_ids = request.all_token_ids[start:end]
                     readings.append(DraftReading(request.row, start, np.array(token_ids, np.int64)))
-        return StepDrafts(num_drafts, readings, rests=self.rests and not num_drafts)
+        rests = not num_drafts and (self.rests or self._end(requests))
+        return StepDrafts(num_drafts, readings, rests=rests)
+
+    def _end(self, requests: Sequence[Request]) -> bool:
+        """Whether the drafts of all these rows have ended, or end now."""
+        if all(request.drafts_ended for request in requests):
+            self.lengths.note_ended()
+            return True
+        if not self.lengths.ends(len(requests)):
+            return False
+        for request in requests:
+            request.drafts_ended = True
+        return True
 
     def planned(self, requests: Sequence[Request], num_drafts: int) -> None:
         """Note that a step drafts so many tokens for rows that are not behind."""
         for request in requests:
-            request.num_ready = num_drafts if request.num_drafted is None else 0
+            is_behind = request.num_drafted is not None or request.drafts_ended
+            request.num_ready = 0 if is_behind else num_drafts
 
 
 class DraftCounts:

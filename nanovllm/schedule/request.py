@@ -124,6 +124,7 @@ class Request:
     drafts: list[int] = field(default_factory=list)  # those, where the host computes masks
     num_forced: int = 0  # of the drafts that a step verifies, those that its grammar forces
     num_drafted: int | None = None  # tokens that the second model has read; None: all
+    drafts_ended: bool = False  # a head has not read some tokens, so it drafts no more
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
 
@@ -154,6 +155,7 @@ class Request:
         self.is_decoding = self.is_verifying = self.is_failing = False
         self.num_computed = self.num_in_flight = 0
         self.num_ready, self.num_drafted, self.drafts = 0, None, []
+        self.drafts_ended = False
         self.snapshot = None
         del self.logprobs[len(self.output_ids) :]  # of dropped tokens
 
@@ -167,6 +169,8 @@ class Request:
     def takes_drafts(self) -> bool:
         """Whether a step may verify several tokens of it: its next choice depends on no other.
         `num_computed` counts the newest token."""
+        if self.drafts_ended:
+            return False
         if self.needs_temperature_alone:
             return not self.params.disable_spec_decode
         params = self.params

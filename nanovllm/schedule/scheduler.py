@@ -321,7 +321,7 @@ class Scheduler:
         device pay."""
         sampling, planner, num = sampling_metadata(chosen), self.planner, self.num_drafts
         proposes = self.propose is not None
-        taking = [one.takes_drafts or one.takes_masked for one in chosen] if num or proposes else []
+        taking = [self._takes_drafts(one) for one in chosen] if num or proposes else []
         forced = self._forced(chosen) if self.max_proposals and sampling.masked else []
         if sampling.needs_host and len(chosen) * (1 + self.max_proposals) > self._most_logits:
             taking, forced = [], []  # log-probabilities of so many would take too much memory
@@ -347,6 +347,10 @@ class Scheduler:
         if self.max_proposals:
             self.counts.steps[max(map(len, proposals), default=0)] += 1
         return decode_plan(chosen, proposals, new_blocks, sampling, drafts)
+
+    def _takes_drafts(self, request: Request) -> bool:
+        """Whether a step may verify drafts of a proposer for it."""
+        return request.takes_drafts or (request.takes_masked and not request.drafts_ended)
 
     def _forced(self, chosen: list[Request]) -> list[Sequence[int]]:
         """The tokens that each request's grammar forces, as many as a step may verify."""

@@ -359,6 +359,7 @@ def choose(llm: LLM, monkeypatch: pytest.MonkeyPatch, lengths: Callable[[], int]
     planner = llm.engine.scheduler.planner
     assert planner is not None
     monkeypatch.setattr(planner.lengths, "choose", lambda *_: lengths())
+    monkeypatch.setattr(planner.lengths, "ends", lambda *_: False)
 
 
 @pytest.mark.parametrize("params", [greedy(25), DRAWN, MIXED], ids=["greedy", "drawn", "mixed"])

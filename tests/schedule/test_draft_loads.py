@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ from nanovllm.schedule.draft_length import DraftLengths, StepTimes
 
 ROWS, LENGTHS = (1, 8, 64), (0, 1, 3, 7)
 READ = 0.004  # a second model reads a token in this part of a plain step's time
+ANSWER = 200  # tokens; the drafts of the next answer have not ended
 Cost = Callable[[int, int], float]  # milliseconds of a step of rows and draft tokens
 
 
@@ -29,15 +31,25 @@ class Phase(NamedTuple):
 
 class Setting(NamedTuple):
     """How an engine runs: whether a second model rests in plain steps, how many steps run ahead of
-    what is known, how much steps vary, and how many of them something else holds up."""
+    what is known, how much steps vary, how many of them something else holds up, and how many times
+    as long a plain step takes in which a head reads on."""
 
     rests: bool
     ahead: int
     noise: float = 0.0
     held_up: float = 0.0
+    reading: float = 1.0
+
+    @property
+    def trial_steps(self) -> int:
+        return 2 if self.rests or self.reading > 1 else 1
 
 
-SETTINGS = (Setting(False, 0), Setting(False, 1, 0.05, 0.005), Setting(True, 1, 0.05, 0.005))
+SETTINGS = (
+    Setting(False, 0), Setting(False, 1, 0.05, 0.005), Setting(True, 1, 0.05, 0.005),
+    Setting(False, 1, 0.05, 0.005, 1.006), Setting(False, 1, 0.05, 0.005, 1.03),
+    Setting(False, 1, 0.05, 0.005, 1.2),
+)  # fmt: skip
 
 
 def costs(factor: float, extra: float = 0.0) -> Cost:
@@ -94,28 +106,38 @@ class Totals:
 def run(phases: Sequence[Phase], warm: Cost, setting: Setting, seed: int = 0) -> Totals:
     """Drive the choice through `phases`."""
     rng, totals = random.Random(seed), Totals()
-    times = StepTimes(ROWS, LENGTHS, [[warm(rows, num) for num in LENGTHS] for rows in ROWS])
-    lengths = DraftLengths(times, trial_steps=2 if setting.rests else 1)
+    ms_RK = [[warm(rows, num) for num in LENGTHS] for rows in ROWS]
+    times = StepTimes(ROWS, LENGTHS, ms_RK, [setting.reading] * len(ROWS))
+    lengths = DraftLengths(times, setting.trial_steps)
     in_flight: deque[tuple[int, list[int], Callable[[], None]]] = deque()
     num_ready = num_behind = 0
+    ended, of_answer = False, 0.0
     for phase in phases:
         left = phase.num * phase.rows
         while left > 0:
-            chosen = lengths.choose(phase.rows)
-            fed = min(chosen, num_ready) if setting.rests else chosen
+            if of_answer >= ANSWER:
+                ended, of_answer = False, 0.0
+            chosen = 0 if ended else lengths.choose(phase.rows)
+            if ended:
+                lengths.note_ended()
+            ended = ended or (not chosen and lengths.ends(phase.rows))
+            fed = min(chosen, num_ready) if setting.trial_steps > 1 else chosen
             num_read = num_behind if chosen and setting.rests else 0
             num_ready, num_behind = chosen, 0 if chosen else num_behind + 1
             accepted = [_accepted(rng, fed, phase.share) for _ in range(phase.rows)]
             plain_ms = phase.cost(phase.rows, 0)
             ms = phase.cost(phase.rows, chosen) + READ * num_read * plain_ms
+            ms *= 1.0 if chosen or ended else setting.reading
             made = phase.rows + sum(accepted)
+            of_answer += made / phase.rows
             totals.ms += ms
             totals.plain_ms += plain_ms * min(made, left) / phase.rows
             totals.steps += 1
             left -= made
             seen = ms * (1 + setting.noise * abs(rng.gauss(0, 1)))
             seen *= 5 if rng.random() < setting.held_up else 1
-            note = _note(lengths, phase.rows, chosen, seen, made, num_read > 0)
+            flags = {"reads": num_read > 0, "rests": ended or (setting.rests and not chosen)}
+            note = partial(lengths.note_step, phase.rows, chosen, seen, made, **flags)
             in_flight.append((fed, accepted, note))
             while len(in_flight) > setting.ahead:
                 num_fed, known, note = in_flight.popleft()
@@ -127,12 +149,6 @@ def run(phases: Sequence[Phase], warm: Cost, setting: Setting, seed: int = 0) ->
 
 def _accepted(rng: random.Random, num: int, share: float) -> int:
     return next((place for place in range(num) if rng.random() >= share), num)
-
-
-def _note(
-    lengths: DraftLengths, rows: int, num: int, ms: float, made: int, reads: bool
-) -> Callable[[], None]:
-    return lambda: lengths.note_step(rows, num, ms, made, reads=reads)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
