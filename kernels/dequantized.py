@@ -1,4 +1,4 @@
-"""Products of packed weights by their real values, for devices whose kernels do not read the codes.
+"""Products of packed weights by their real values, for weights that a device's kernels do not take.
 
 A product dequantizes its weight to x's dtype in plain torch and multiplies as plain weights are. It
 reads no routing on the host, so it can be captured, and `expert_linear` is the device's own.
@@ -6,9 +6,6 @@ Shapes: see `reference`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -73,33 +70,3 @@ def fp8_expert_linear(
     """`reference.packed.fp8_expert_linear`; the weight is rounded to x's dtype."""
     real_EOD = reference.packed.of_fp8(weight_EOD, scale_ERG, block_rows, block_columns)
     return ops.expert_linear(x, expert_TK, real_EOD.to(x.dtype))
-
-
-def ggml_linear(
-    x_TD: Tensor,
-    block_OB: Tensor,
-    ggml_type: int,
-    bias_O: Tensor | None,
-    residual_TO: Tensor | None = None,
-) -> Tensor:
-    """`reference.ggml.ggml_linear`; the weight is rounded to x's dtype."""
-    real_OD = reference.ggml.unpacked(block_OB, ggml_type).to(x_TD.dtype)
-    return reference.linear.linear(x_TD, real_OD, bias_O, residual_TO)
-
-
-def ggml_expert_linear(x: Tensor, expert_TK: Tensor, block_EOB: Tensor, ggml_type: int) -> Tensor:
-    """`reference.ggml.ggml_expert_linear`; the weight is rounded to x's dtype."""
-    real_EOD = reference.ggml.unpacked(block_EOB, ggml_type).to(x.dtype)
-    return ops.expert_linear(x, expert_TK, real_EOD)
-
-
-# The kernels of the other ops call their functions here for weights that they do not take.
-KERNELS: dict[str, Callable[..., Any]] = {
-    "ggml_linear": ggml_linear,
-    "ggml_expert_linear": ggml_expert_linear,
-}
-
-
-def register() -> None:
-    """Register these for CUDA; a second call changes nothing."""
-    ops.register_kernels("CUDA", KERNELS)

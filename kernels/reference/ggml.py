@@ -21,8 +21,20 @@ from nanovllm.kernels.reference.linear import linear
 Q5_0, Q5_1, Q2_K, Q3_K, Q5_K, Q6_K = 6, 7, 10, 11, 13, 14
 
 
+class Parts(NamedTuple):
+    """What blocks hold: a value is (code − zero) · scale − minimum, those of the code's group.
+
+    code [.., n, columns] uint8; scale and minimum [.., n, groups] in fp32.
+    """
+
+    code: Tensor
+    scale: Tensor
+    minimum: Tensor | None = None
+    zero: int = 0
+
+
 class BlockType(NamedTuple):
-    """`unpack` gives the values [.., n, columns] in fp32 of blocks [.., n, num_bytes].
+    """`parts` takes blocks [.., n, num_bytes] apart.
 
     `halves` are the places of the numbers in fp16, by which all values of a block are multiplied
     or moved.
@@ -30,8 +42,14 @@ class BlockType(NamedTuple):
 
     columns: int
     num_bytes: int
-    unpack: Callable[[Tensor], Tensor]
+    parts: Callable[[Tensor], Parts]
     halves: tuple[int, ...]
+
+    def unpack(self, block: Tensor) -> Tensor:
+        """The values [.., n, columns] in fp32 of blocks [.., n, num_bytes]."""
+        code, scale, minimum, zero = self.parts(block)
+        group = (code.float() - zero).unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
+        return (group if minimum is None else group - minimum.unsqueeze(-1)).flatten(-2)
 
 
 def unpacked(block_OB: Tensor, ggml_type: int) -> Tensor:
@@ -82,30 +100,27 @@ def shifted(byte: Tensor, width: int, bits: int) -> Tensor:
     return code.flatten(-3)
 
 
-def _q5_0(block: Tensor) -> Tensor:
+def _q5_0(block: Tensor) -> Parts:
     d, high, low = block.split([2, 4, 16], -1)
-    code = shifted(low, 16, 4) | (_bits(high) << 4)
-    return half(d) * (code.float() - 16.0)
+    return Parts(shifted(low, 16, 4) | (_bits(high) << 4), half(d), zero=16)
 
 
-def _q5_1(block: Tensor) -> Tensor:
+def _q5_1(block: Tensor) -> Parts:
     d, m, high, low = block.split([2, 2, 4, 16], -1)
-    code = shifted(low, 16, 4) | (_bits(high) << 4)
-    return half(d) * code.float() + half(m)
+    return Parts(shifted(low, 16, 4) | (_bits(high) << 4), half(d), -half(m))
 
 
-def _q2_k(block: Tensor) -> Tensor:
+def _q2_k(block: Tensor) -> Parts:
     scale, low, d, d_min = block.split([16, 64, 2, 2], -1)
     scales = half(d) * (scale & 15).float(), half(d_min) * (scale >> 4).float()
-    return _of_groups(shifted(low, 32, 2), *scales)
+    return Parts(shifted(low, 32, 2), *scales)
 
 
-def _q3_k(block: Tensor) -> Tensor:
+def _q3_k(block: Tensor) -> Parts:
     high, low, scale, d = block.split([32, 64, 12, 2], -1)
     scale_low, scale_high = shifted(scale[..., :8], 8, 4), shifted(scale[..., 8:], 4, 2)
     scales = half(d) * ((scale_low | (scale_high << 4)).float() - 32.0)
-    code = shifted(low, 32, 2) | (shifted(high, 32, 1) << 2)
-    return _of_groups(code.float() - 4.0, scales)
+    return Parts(shifted(low, 32, 2) | (shifted(high, 32, 1) << 2), scales, zero=4)
 
 
 def six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,30 +131,24 @@ def six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
     return scale, minimum
 
 
-def _q5_k(block: Tensor) -> Tensor:
+def _q5_k(block: Tensor) -> Parts:
     d, d_min, packed, high, low = block.split([2, 2, 12, 32, 128], -1)
     scale, minimum = six_bits(packed)
     code = shifted(low, 32, 4) | (shifted(high, 32, 1) << 4)
-    return _of_groups(code, half(d) * scale.float(), half(d_min) * minimum.float())
+    return Parts(code, half(d) * scale.float(), half(d_min) * minimum.float())
 
 
-def _q6_k(block: Tensor) -> Tensor:
+def _q6_k(block: Tensor) -> Parts:
     low, high, scale, d = block.split([128, 64, 16, 2], -1)
     code = shifted(low, 64, 4) | (shifted(high, 32, 2) << 4)
     scales = half(d) * scale.contiguous().view(torch.int8).float()
-    return _of_groups(code.float() - 32.0, scales)
+    return Parts(code, scales, zero=32)
 
 
 def _bits(byte: Tensor) -> Tensor:
     """The bits of bytes, the lowest one first."""
     shift = torch.arange(8, dtype=torch.uint8, device=byte.device)
     return ((byte.unsqueeze(-1) >> shift) & 1).flatten(-2)
-
-
-def _of_groups(code: Tensor, scale: Tensor, minimum: Tensor | None = None) -> Tensor:
-    """code · scale − minimum, each of which is that of the code's group."""
-    group = code.unflatten(-1, (scale.shape[-1], -1)).float() * scale.unsqueeze(-1)
-    return (group if minimum is None else group - minimum.unsqueeze(-1)).flatten(-2)
 
 
 TYPES: dict[int, BlockType] = {

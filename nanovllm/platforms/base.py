@@ -65,6 +65,7 @@ class Traits:
     auto_dtype: the dtype of dtype="auto"; None means the checkpoint's.
     quantizations: supported values of the option `quantization`.
     takes_quantized: True if weights of quantized checkpoints stay as they are stored.
+    takes_blocks: True if there are products of the blocks of GGUF files.
     supports_fp8_cache: True if kernels read and write a float8_e4m3fn cache.
     supports_latents: True if attention over latents runs.
     supports_adapters: True if requests may have adapters.
@@ -94,6 +95,7 @@ class Traits:
     auto_dtype: torch.dtype | None = None
     quantizations: tuple[str, ...] = ()
     takes_quantized: bool = False
+    takes_blocks: bool = False
     supports_fp8_cache: bool = False
     supports_latents: bool = True
     supports_adapters: bool = True

@@ -57,6 +57,7 @@ TRAITS = Traits(
     auto_dtype=torch.float32,
     quantizations=("int8", "fp8", "int4"),
     takes_quantized=True,
+    takes_blocks=True,
     supports_fp8_cache=True,
     supports_offload=True,
     ordered=frozenset({"adapters", "fp8 caches", "quantized weights"}),

@@ -103,7 +103,6 @@ class CudaPlatform(Accelerator):
     ) -> None:
         torch.cuda.set_device(self.device)
         try:
-            from nanovllm.kernels import dequantized
             from nanovllm.kernels.cuda import nvrtc
             from nanovllm.kernels.triton import compile_log, packed_register
             from nanovllm.kernels.triton import register as triton_kernels
@@ -120,7 +119,6 @@ class CudaPlatform(Accelerator):
         triton_step.register()
         packed_register.register()
         nvrtc.configure(libraries)
-        dequantized.register()
 
     def rank_environment(self, rank: int, own: Mapping[str, str]) -> dict[str, str]:
         return self.part_environment(rank, 0, 1, own)

@@ -16,6 +16,7 @@ from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.models import registry, svd_experts
 from nanovllm.models.gguf.header import is_gguf
+from nanovllm.models.gguf.scheme import GgufTypes
 from nanovllm.models.layer_state import PagedKV, pages_of, recurrent_bytes
 from nanovllm.models.loader import has_own_head
 from nanovllm.models.lora.regions import with_lora
@@ -175,6 +176,8 @@ def for_device(model: Model, folder: Path, platform: Platform) -> Model:
         logger.warning(
             "%s: weights stay quantized (%s), see docs/quantization.md", folder, model.scheme
         )
+        if isinstance(model.scheme, GgufTypes) and not platform.traits.takes_blocks:
+            return model.with_scheme(replace(model.scheme, keeps_blocks=False))
         return model
     dtype = str(model.config.dtype).removeprefix("torch.")
     logger.warning(

@@ -19,7 +19,7 @@ from typing import Any
 
 from triton.runtime.jit import KernelInterface
 
-from nanovllm.kernels import collectives, dequantized, ops, order, reference
+from nanovllm.kernels import collectives, ops, order, reference
 from nanovllm.kernels.cpu import experts as cpu_experts
 from nanovllm.kernels.cpu import gated_delta as cpu_delta
 from nanovllm.kernels.cpu import ggml as cpu_ggml
@@ -54,7 +54,6 @@ ROOT = "nanovllm.kernels."
 Kernels = Mapping[str, Callable[..., Any]]
 
 TRITON: Kernels = {**triton_register.KERNELS, **triton_step.KERNELS, **packed_register.KERNELS}
-CUDA: Kernels = {**dequantized.KERNELS, **TRITON}
 CPU: Kernels = {
     **cpu_register.KERNELS,
     **cpu_step.KERNELS,
@@ -445,7 +444,7 @@ def _op_rows() -> Iterator[str]:
         yield _row(
             f"`{name}`",
             _meaning(name),
-            _cell(name, CUDA, KEPT["cuda"]),
+            _cell(name, TRITON, KEPT["cuda"]),
             _cell(name, CPU, KEPT["cpu"]),
             _npu_cell(name),
             f"`{PASSES[name]}`" if name in PASSES else "",

@@ -1,7 +1,8 @@
 """Matrices of a GGUF file: rows of blocks, in the types that `gguf.types` lists.
 
 Types with codes of 4 or 8 bits become `PackedWeight` (`GgufCodes`). The codes of the other types
-have 2, 3, 5 or 6 bits, and stay in the file's blocks (`GgmlBlocks`): see `reference.ggml`.
+have 2, 3, 5 or 6 bits, and stay in the file's blocks (`GgmlBlocks`, see `reference.ggml`) where the
+device has products of these.
 O outputs | D depth | B bytes of a row | n blocks in a row | E experts | T tokens
 K experts per token.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from nanovllm.kernels import ops, reference
 from nanovllm.models.formats import gguf_codes, gguf_random
 from nanovllm.models.formats.format import Axis, Companion, Extent, Format, Piece
-from nanovllm.models.formats.gguf_codes import CODES, GROUP
+from nanovllm.models.formats.gguf_codes import ALL_CODES, CODES
 from nanovllm.models.formats.packed_weight import PackedWeight
 from nanovllm.models.gguf.types import NUMBERS, TYPES
 
@@ -86,16 +87,16 @@ class Gguf(Format):
 
 @dataclass(frozen=True)
 class GgufCodes(Gguf):
-    """A type with codes of 4 or 8 bits, which become those of `PackedWeight`."""
+    """A type whose codes become those of `PackedWeight`."""
 
     def empty(self, extent: Extent, device: torch.device | str) -> PackedWeight:
-        codes, (*outer, depth) = CODES[self.ggml_type], extent.shape
+        codes, (*outer, depth) = ALL_CODES[self.ggml_type], extent.shape
         num_bytes = depth if codes.bits == 8 else depth // 2
         code = torch.empty((*outer, num_bytes), dtype=torch.uint8, device=device)
-        scale = code.new_empty((*outer, depth // GROUP), dtype=codes.scale_dtype)
+        scale = code.new_empty((*outer, depth // codes.group), dtype=codes.scale_dtype)
         offset = scale.new_empty(scale.shape) if codes.has_offset else None
         table = codes.table(device)
-        return PackedWeight(code, scale, offset, table, None, codes.bits, GROUP, depth)
+        return PackedWeight(code, scale, offset, table, None, codes.bits, codes.group, depth)
 
     def read(self, raw: Mapping[str, Tensor], piece: Piece, extent: Extent) -> PackedWeight:
         block = raw["weight"].unflatten(-1, (-1, TYPES[self.ggml_type].num_bytes))
@@ -147,10 +148,10 @@ class GgmlBlocks(Gguf):
         return GgmlWeight(gguf_random.to_blocks(weight_OD, self.ggml_type), self.ggml_type)
 
 
-def of_type(name: str) -> Gguf:
+def of_type(name: str, *, keeps_blocks: bool = True) -> Gguf:
     """The format of a type with codes. Raises ValueError for another one."""
     number = NUMBERS.get(name)
-    if number in CODES:
+    if number in CODES or (number in ALL_CODES and not keeps_blocks):
         return GgufCodes(name)
     if number in reference.ggml.TYPES:
         return GgmlBlocks(name)

@@ -1,6 +1,8 @@
-"""From blocks of GGUF files to `PackedWeight`: types with codes of 4 and 8 bits.
+"""From blocks of GGUF files to `PackedWeight`.
 
-All have a scale for every 32 columns. Those of Q4_K are products of two numbers: they are rounded
+Types with codes of 4 and 8 bits always become codes. Others, of 2, 3, 5 and 6 bits, do so for
+devices without products of their blocks, in codes of 4 or 8 bits. A scale is for 32 columns, or
+for 16 as in the file. Those of types with K are products of two numbers: they are rounded
 to fp16, by 1/2048 of their value at most, since in fp32 they would take a quarter of the weight.
 All other scales are as the file has them.
 O outputs | D depth | n blocks in a row | g = 32 columns of a group.
@@ -13,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.reference.ggml import half, six_bits
+from nanovllm.kernels.reference import ggml
+from nanovllm.kernels.reference.ggml import Q2_K, Q3_K, Q5_0, Q5_1, Q5_K, Q6_K, half, six_bits
 from nanovllm.kernels.reference.packed import E2M1, e2m1_table, pack
+from nanovllm.models.formats import gguf_random
 from nanovllm.models.formats.fp4 import powers
 from nanovllm.models.formats.packed_weight import PackedWeight
 
@@ -34,6 +38,7 @@ class Codes(NamedTuple):
     has_minimum: bool = False
     levels: tuple[float, ...] = ()
     scale_dtype: torch.dtype = torch.float16
+    group: int = GROUP
 
     @property
     def has_offset(self) -> bool:
@@ -55,6 +60,16 @@ CODES: dict[int, Codes] = {
     IQ4_NL: Codes(4, levels=IQ4_LEVELS),
     MXFP4: Codes(4, levels=E2M1, scale_dtype=torch.bfloat16),  # powers of 2, from 2^-127
 }
+# of types whose blocks some devices keep
+BLOCK_CODES: dict[int, Codes] = {
+    Q5_0: Codes(8, zero=16),
+    Q5_1: Codes(8, has_minimum=True),
+    Q2_K: Codes(4, has_minimum=True, group=16),
+    Q3_K: Codes(4, zero=4, group=16),
+    Q5_K: Codes(8, has_minimum=True),
+    Q6_K: Codes(8, zero=32, group=16),
+}
+ALL_CODES = CODES | BLOCK_CODES
 
 
 def of_blocks(block_OnB: Tensor, ggml_type: int) -> PackedWeight:
@@ -82,8 +97,12 @@ def of_blocks(block_OnB: Tensor, ggml_type: int) -> PackedWeight:
 
 
 def _of_rows(block: Tensor, ggml_type: int) -> PackedWeight:
-    codes, minimum = CODES[ggml_type], None
-    if ggml_type == Q4_K:
+    codes, minimum = ALL_CODES[ggml_type], None
+    if ggml_type in BLOCK_CODES:
+        parts = ggml.TYPES[ggml_type].parts(block)
+        code, scale = pack(parts.code.flatten(-2), codes.bits), parts.scale.flatten(-2)
+        minimum = None if parts.minimum is None else -parts.minimum.flatten(-2)
+    elif ggml_type == Q4_K:
         code, scale, minimum = _q4_k(block)
     elif ggml_type == MXFP4:
         code, scale = block[..., 1:].flatten(-2), powers(block[..., 0])
@@ -98,6 +117,9 @@ def _of_rows(block: Tensor, ggml_type: int) -> PackedWeight:
 
 def quantized(weight_OD: Tensor, ggml_type: int) -> PackedWeight:
     """A matrix in fp32 by the smallest and largest numbers of its groups."""
+    if ggml_type in BLOCK_CODES:
+        block = gguf_random.to_blocks(weight_OD, ggml_type)
+        return of_blocks(block.unflatten(-1, (-1, ggml.TYPES[ggml_type].num_bytes)), ggml_type)
     codes, group = CODES[ggml_type], weight_OD.unflatten(-1, (-1, GROUP))
     largest, top = group.abs().amax(-1), 2**codes.bits - 1
     if codes.levels:
@@ -133,9 +155,9 @@ def _weight(code: Tensor, scale: Tensor, minimum: Tensor | None, codes: Codes) -
     for one in (scale, offset):
         if one is not None:
             check_finite(one)
-    depth = scale.shape[-1] * GROUP
-    table = codes.table(code.device)
-    return PackedWeight(code.contiguous(), scale, offset, table, None, codes.bits, GROUP, depth)
+    depth, table = scale.shape[-1] * codes.group, codes.table(code.device)
+    sizes = codes.bits, codes.group, depth
+    return PackedWeight(code.contiguous(), scale, offset, table, None, *sizes)
 
 
 def _q4_k(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,9 +16,11 @@ from nanovllm.models.schemes import BySource
 @dataclass(frozen=True)
 class GgufTypes(BySource):
     """`types` are the names of matrices in codes, those of experts without a number, with their
-    types. All other tensors are floating point numbers."""
+    types. All other tensors are floating point numbers. keeps_blocks: the device has products of
+    blocks."""
 
     types: tuple[tuple[str, str], ...]
+    keeps_blocks: bool = True
 
     def __str__(self) -> str:
         return f"GGUF with {', '.join(sorted({one for _, one in self.types}))}"
@@ -29,4 +31,4 @@ class GgufTypes(BySource):
 
     @cached_property
     def _formats(self) -> dict[str, Format]:
-        return {name: of_type(one) for name, one in self.types}
+        return {name: of_type(one, keeps_blocks=self.keeps_blocks) for name, one in self.types}
