@@ -38,16 +38,18 @@ def tests(seconds: float, *words: str, num_gpus: int = 1) -> Case:
                 num_gpus)  # fmt: skip
 
 
-def served(seconds: float, num: int) -> Case:
-    """`nanovllm serve` with so many replicas under a load without a rate: for each 10,000 requests,
-    of which 2,048 are unfinished, four API processes and six clients."""
+def served(seconds: float, num: int, num_ranks: int = 1) -> Case:
+    """`nanovllm serve` with so many replicas, each on so many GPUs, under a load without a rate:
+    for each 10,000 requests, of which 2,048 are unfinished, four API processes and six clients."""
     words = (
         "--shape", "Qwen3-0.6B", "--cases", "rate-inf", "--store", STORE, "--output", PLACE,
         "--requests", str(10_000 * num), "--max-concurrency", str(2048 * num),
         "--api-processes", str(4 * num), "--clients", str(6 * num),
     )  # fmt: skip
-    replicas = ("--", "--data-parallel-size", str(num)) if num > 1 else ()
-    return script(seconds, "server", *words, *replicas, num_gpus=num)
+    replicas = ("--data-parallel-size", str(num)) if num > 1 else ()
+    ranks = ("--tensor-parallel-size", str(num_ranks)) if num_ranks > 1 else ()
+    options = ("--", *replicas, *ranks) if num * num_ranks > 1 else ()
+    return script(seconds, "server", *words, *options, num_gpus=num * num_ranks)
 
 
 LATENCY, THREE = ("--latency", "--runs", "3"), ("--runs", "3")
@@ -233,7 +235,29 @@ TWO_GPUS = {
     ),
 }
 
+FOUR_GPUS = {
+    "tests-four": tests(
+        400,
+        "tests/kernels/test_triton_all_reduce.py",
+        "tests/engine/test_ranks_models.py",
+        "tests/parallel/test_ranks_gpu.py",
+        num_gpus=4,
+    ),
+    "8b-four": throughput(120, "Qwen3-8B", *LATENCY, num_gpus=4),
+    "32b-one": throughput(240, "Qwen3-32B"),  # of 80 GB: see 32b-one-few
+    "32b-four": throughput(240, "Qwen3-32B", num_gpus=4),
+    "32b-four-few": throughput(150, "Qwen3-32B", *FEW, num_gpus=4),
+    "30b-four-split": throughput(180, "Qwen3-30B-A3B", *SPLIT, num_gpus=4),
+    "30b-four-whole": throughput(180, "Qwen3-30B-A3B", *WHOLE, num_gpus=4),
+    "replicas-four": script(
+        240, "replicas", "--random-weights", "Qwen3-0.6B", "--replicas", "1", "4", num_gpus=4
+    ),
+    "served-four": served(240, 4),
+    "served-two-of-two": served(240, 2, num_ranks=2),
+    "sums-four": script(120, "collectives", "--ranks", "4", num_gpus=4),
+}
+
 CASES: dict[str, Case] = {
     **HOT_PATH, **TESTS, **QUANTIZED, **ARCHITECTURES, **TRAINING, **OF_A_MODEL, **FEATURES,
-    **TWO_GPUS,
+    **TWO_GPUS, **FOUR_GPUS,
 }  # fmt: skip
