@@ -95,9 +95,9 @@ def half(two_bytes: Tensor) -> Tensor:
 def shifted(byte: Tensor, width: int, bits: int) -> Tensor:
     """Codes of `bits` bits. Of each run of `width` bytes, first the lowest bits of all bytes, then
     the next ones, and so on."""
-    shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=byte.device).view(-1, 1)
-    code = (byte.unflatten(-1, (-1, 1, width)) >> shift) & (2**bits - 1)
-    return code.flatten(-3)
+    runs, mask = byte.contiguous().unflatten(-1, (-1, width)), 2**bits - 1
+    # by numbers, not by a tensor of shifts: torch vectorises these
+    return torch.stack([(runs >> shift) & mask for shift in range(0, 8, bits)], -2).flatten(-3)
 
 
 def _q5_0(block: Tensor) -> Parts:
