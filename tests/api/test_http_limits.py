@@ -1,0 +1,247 @@
+"""Advisories of servers of language models: whatever a request names has a limit."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from nanovllm.api import logprobs
+from nanovllm.api.errors import ApiError
+from nanovllm.api.fields import MAX_CONTAINERS, decoded
+from nanovllm.api.schemas import ChatBody, CompletionBody
+from nanovllm.schedule.logprobs import Logprob
+from tests.api.mock_api_server import MockServer
+from tests.api.mock_api_server import tokenizer as made_tokenizer
+from tests.api.security_cases import USER, ask, server
+
+__all__ = ["server"]  # a fixture
+LONG_TOOL = {"type": "function", "function": {"name": "f", "description": "x" * 10**6}}
+LONG_CALL = {
+    "role": "assistant",
+    "tool_calls": [
+        {"type": "function", "function": {"name": "f", "arguments": {"a": "x" * 10**6}}}
+    ],
+}
+
+
+# unbounded fields ------------------------------------------------------------------------------
+
+
+HUGE: dict[str, Any] = {
+    "n": 10**9,
+    "top_logprobs": 10**6,
+    "prompt_logprobs": 10**6,
+    "stop": ["x"] * 10**4,
+    "logit_bias": {str(i): 1 for i in range(10**4)},
+    "stop_token_ids": list(range(10**4)),
+    "allowed_token_ids": [10**30],
+    "bad_words": ["x" * 10**5],
+    "tools": [{"type": "function", "function": {"name": "f"}}] * 1000,
+    "messages": USER * 10**4,
+    "priority": 10**30,
+    "seed": 10**30,
+    "top_k": 10**30,
+    "request_id": "x" * 10**5,
+    "model": "x" * 10**5,
+    "temperature": 1e308 * 10,
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_unbounded_fields_are_bounded(server: MockServer, name: str) -> None:
+    body: dict[str, Any] = {"messages": USER, "logprobs": True, name: HUGE[name]}
+    start = time.monotonic()
+    if name == "temperature":  # JSON has no infinity
+        kind = {"content-type": "application/json"}
+        raw = b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": 1e400}'
+        answer = server.http.post("/v1/chat/completions", content=raw, headers=kind)
+    else:
+        answer = ask(server, **body)
+    assert answer.status_code in (400, 404), answer.text
+    assert len(answer.content) < 1000 and time.monotonic() - start < 2
+    assert not server.engine.streams
+
+
+@pytest.mark.parametrize("unit", ["[]", "{}", '{"a":[]}', '"[",[]'])
+def test_unbounded_fields_a_body_of_many_small_values_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """Ten million empty lists would take 700 MB and some seconds in the event loop."""
+    data = b'{"messages": [%b]}' % ",".join([unit] * (MAX_CONTAINERS + 1)).encode()
+    monkeypatch.setattr("msgspec.json.decode", None)
+    with pytest.raises(ApiError, match=f"more than {MAX_CONTAINERS} lists"):
+        decoded(data, ChatBody)
+
+
+@pytest.mark.parametrize("unit", ["[", "{", '\\"[', "\\\\{"])
+def test_unbounded_fields_brackets_in_a_text_are_text(unit: str) -> None:
+    text = '"' + unit * (MAX_CONTAINERS + 1) + '"'
+    assert decoded(b'{"prompt": %b}' % text.encode(), CompletionBody).prompt == json.loads(text)
+    with pytest.raises(ApiError, match="not JSON"):
+        decoded(b'{"prompt": %b' % text[:-1].encode(), CompletionBody)
+
+
+def test_unbounded_fields_a_prompt_is_measured_before_it_is_encoded(
+    server: MockServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*given: Any, **options: Any) -> list[int]:
+        raise AssertionError("it was encoded")
+
+    monkeypatch.setattr(server.engine.tokenizer, "encode", encode)
+    for path, body in (
+        ("/v1/completions", {"prompt": "x" * 10**6}),
+        ("/v1/completions", {"prompt": ["x"] * 10**4}),
+        ("/tokenize", {"prompt": "x" * 10**6}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 10**6}]}),
+        ("/v1/chat/completions", {"messages": USER, "tools": [LONG_TOOL]}),
+        ("/tokenize", {"messages": USER, "tools": [LONG_TOOL]}),
+        ("/v1/chat/completions", {"messages": [{**USER[0], "name": "x" * 10**6}]}),
+        ("/v1/chat/completions", {"messages": [*USER, LONG_CALL]}),
+        ("/v1/chat/completions",
+         {"messages": USER, "chat_template_kwargs": {"enable_thinking": "x" * 10**6}}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ["x" * 99] * 999}]}),
+        # long because of the template: 99 characters for each message
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 4096}),
+    ):  # fmt: skip
+        assert ask(server, path, **body).status_code == 400
+
+
+def test_unbounded_fields_items_of_a_response_are_counted_before_they_are_joined(
+    server: MockServer,
+) -> None:
+    item = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "c"}
+    start = time.monotonic()
+    answer = ask(server, "/v1/responses", input=[item] * 10**5)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "input"
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("name", ["guided_choice", "structured_outputs"])
+def test_unbounded_fields_choices_are_counted_before_they_are_checked(
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def check(*given: Any) -> Any:
+        raise AssertionError("they were checked")
+
+    monkeypatch.setattr("nanovllm.structured_params.checked", check)
+    choices = ["x"] * (1 << 18)
+    value = choices if name == "guided_choice" else {"choice": choices}
+    error = ask(server, "/v1/completions", prompt="a", **{name: value}).json()["error"]
+    assert error["param"] == name
+    assert error["message"] == f"{name} has 262144 choices: at most 65536 are allowed"
+
+
+@pytest.mark.parametrize("field", ["content", "tool_calls"])
+def test_unbounded_fields_the_parts_and_calls_of_a_message_are_counted(
+    server: MockServer, field: str
+) -> None:
+    message = {"role": "assistant", "content": "a", field: [{}] * 10**5}
+    error = ask(server, messages=[message]).json()["error"]
+    assert error["param"] == f"messages[0].{field}"
+    assert error["message"] == f"messages[0].{field} has 100000 entries: at most 4096 are allowed"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_unbounded_fields_schemas_of_tools_are_measured_before_a_grammar_is_built(
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    def build(*given: Any, **options: Any) -> Any:
+        raise AssertionError("it was built")
+
+    for name in ("call_schema", "required_schema", "structural_tag"):
+        monkeypatch.setattr(f"nanovllm.api.tools.{name}", build)
+    names = {str(number): {"type": "string"} for number in range(10**5)}
+    function = {"name": "f", "strict": strict, "parameters": {"properties": names}}
+    for choice in (
+        ["auto"] if strict else ["required", {"type": "function", "function": {"name": "f"}}]
+    ):
+        body = {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
+        error = ask(server, messages=USER, **body).json()["error"]
+        assert error["param"] == "tools" and "at most 262144 are allowed" in error["message"]
+
+
+def test_unbounded_fields_tokenize_checks_tools_as_chat_does(server: MockServer) -> None:
+    for tools in ([{"type": "function", "function": {"name": "f"}}] * 129, [{"type": "function"}]):
+        for path in ("/tokenize", "/v1/chat/completions"):
+            answer = ask(server, path, messages=USER, tools=tools)
+            assert answer.status_code == 400 and answer.json()["error"]["param"][:5] == "tools"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "a b " * 3000, "return_token_strs": True}),
+        ("/tokenize", {"messages": [{"role": "user", "content": [""] * 4096}] * 2}),
+        ("/detokenize", {"tokens": [5] * 9999}),
+        ("/v1/completions", {"prompt": "a b " * 3000, "add_special_tokens": False}),
+        ("/v1/chat/completions", {"messages": USER, "tools": [
+            {"type": "function", "function": {"name": "f", "description": "a b " * 3000}}
+        ]}),
+    ],
+    ids=range(5),
+)  # fmt: skip
+def test_unbounded_fields_long_texts_do_not_block_the_event_loop(
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    tokenizer, threads = server.engine.tokenizer, set()
+    assert tokenizer is not None
+    assert ask(server, messages=USER, max_tokens=1).status_code == 200, "the template is read"
+
+    def noting(name: str) -> Any:
+        work = getattr(tokenizer, name)
+
+        def noted(*given: Any, **options: Any) -> Any:
+            threads.add(threading.current_thread())
+            return work(*given, **options)
+
+        return noted
+
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(tokenizer, name, noting(name))
+    ask(server, path, **body)
+    assert threads and server.thread not in threads
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_unbounded_fields_many_log_probabilities_are_written_beside_the_event_loop(
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    threads, plain = [], logprobs.of_prompt
+
+    def noted(found: Any) -> Any:
+        threads.append(threading.current_thread())
+        return plain(found)
+
+    monkeypatch.setattr(logprobs, "of_prompt", noted)
+    for text in ("a", "many words " * 30):
+        given = {"prompt": text} if path == "/v1/completions" else {"messages": [
+            {"role": "user", "content": text}
+        ]}  # fmt: skip
+        assert ask(server, path, **given, prompt_logprobs=20, max_tokens=1).status_code == 200
+    assert [one is server.thread for one in threads] == [True, False]
+
+
+def test_each_token_is_decoded_once_for_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = made_tokenizer()
+    decoded: list[Any] = []
+    plain = tokenizer._decode
+
+    def noted(token_ids: Any, skips: bool) -> str:
+        decoded.append(token_ids)
+        return plain(token_ids, skips)
+
+    for token_id in (65, 300):
+        tokenizer.text_of(token_id)
+    monkeypatch.setattr(tokenizer, "_decode", noted)
+    found = [Logprob(-0.5, 1, token_id, tokenizer) for token_id in (65, 300) * 9]
+    assert {one.decoded_token for one in found} == {plain([65], False), plain([300], False)}
+    assert not decoded
+
+
+def test_unbounded_fields_a_large_max_tokens_is_what_the_model_allows(server: MockServer) -> None:
+    answer = ask(server, messages=USER, max_tokens=10**30, min_tokens=10**29).json()
+    assert answer["usage"]["total_tokens"] == server.engine.max_model_len
