@@ -22,7 +22,7 @@ EXPERT = re.compile(r"model\.layers\.(\d+)\.(\w+)\.experts\.(\d+)\.(\w+)\.weight
 # Types that gguf does not write: the places of numbers in fp16 in a block.
 HALVES = {
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-    "IQ4_NL": (0,),
+    "IQ4_NL": (0,), "IQ4_XS": (0,),
 }  # fmt: skip
 STD = 0.06  # of the real values of blocks that are drawn
 TypeOf = Callable[[str], str]  # from the name of a matrix in the file

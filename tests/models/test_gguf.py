@@ -73,9 +73,10 @@ def test_stored_weights_are_the_file_s_real_values(type_name: str, keeps_blocks:
     weight: Any = stored_as.read({"weight": torch.from_numpy(raw)}, piece, extent)
     expected = torch.from_numpy(dequantize(raw, gguf.GGMLQuantizationType[type_name]))
     found = weight.rows(0)
-    if type_name.endswith("K") and isinstance(weight, PackedWeight):
-        most = {"Q2_K": 3, "Q3_K": 7, "Q4_K": 15, "Q5_K": 31, "Q6_K": 63}[type_name]
-        bound = weight.scale_OG.float().abs() * most + weight.offset_OG.float().abs()
+    if type_name.endswith(("K", "XS")) and isinstance(weight, PackedWeight):
+        most = {"Q2_K": 3, "Q3_K": 7, "Q4_K": 15, "Q5_K": 31, "Q6_K": 63, "IQ4_XS": 127}[type_name]
+        offset = 0.0 if weight.offset_OG is None else weight.offset_OG.float().abs()
+        bound = weight.scale_OG.float().abs() * most + offset
         bound = bound.repeat_interleave(weight.group, -1) * 2**-11
         assert ((found - expected).abs() <= bound).all()
         assert not torch.equal(found, torch.zeros_like(found))
@@ -109,7 +110,7 @@ def test_random_weights_are_near_what_was_drawn(type_name: str, keeps_blocks: bo
 MIXES = {
     "legacy": (in_turns("Q4_0", "Q5_1", "Q8_0", "Q4_1", "Q5_0"), "Q5_1"),
     "k": (in_turns("Q4_K", "Q6_K", "Q3_K", "Q5_K", "Q2_K"), "Q6_K"),
-    "other": (in_turns("IQ4_NL", "BF16", "MXFP4", "F16"), "MXFP4"),
+    "other": (in_turns("IQ4_NL", "BF16", "IQ4_XS", "MXFP4", "F16"), "MXFP4"),
 }
 
 

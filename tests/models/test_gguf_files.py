@@ -203,7 +203,8 @@ def damaged(path: Path, name: str, change: Callable[[bytearray], None]) -> None:
 
 # Where numbers in fp16 are in the blocks of each type; in MXFP4 a byte.
 SCALES = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "IQ4_NL": (0,), "MXFP4": (0,),
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "IQ4_NL": (0,), "IQ4_XS": (0,),
+    "MXFP4": (0,),
     "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
 

@@ -2,8 +2,9 @@
 
 Types with codes of 4 and 8 bits always become codes. Others, of 2, 3, 5 and 6 bits, do so for
 devices without products of their blocks, in codes of 4 or 8 bits. A scale is for 32 columns, or
-for 16 as in the file. Those of types with K are products of two numbers: they are rounded
-to fp16, by 1/2048 of their value at most, since in fp32 they would take a quarter of the weight.
+for 16 as in the file. Those of types with K and of IQ4_XS are products of two numbers: they are
+rounded to fp16, by 1/2048 of their value at most, since in fp32 they would take a quarter of the
+weight.
 All other scales are as the file has them.
 O outputs | D depth | n blocks in a row | g = 32 columns of a group.
 """
@@ -16,7 +17,17 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.reference import ggml
-from nanovllm.kernels.reference.ggml import Q2_K, Q3_K, Q5_0, Q5_1, Q5_K, Q6_K, half, six_bits
+from nanovllm.kernels.reference.ggml import (
+    Q2_K,
+    Q3_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    half,
+    shifted,
+    six_bits,
+)
 from nanovllm.kernels.reference.packed import E2M1, e2m1_table, pack
 from nanovllm.models.formats import gguf_random
 from nanovllm.models.formats.fp4 import powers
@@ -24,7 +35,7 @@ from nanovllm.models.formats.packed_weight import PackedWeight
 
 GROUP = 32
 CONVERTED_BYTES = 1 << 20  # of blocks that are converted at a time
-Q4_0, Q4_1, Q8_0, Q4_K, IQ4_NL, MXFP4 = 2, 3, 8, 12, 20, 39
+Q4_0, Q4_1, Q8_0, Q4_K, IQ4_NL, IQ4_XS, MXFP4 = 2, 3, 8, 12, 20, 23, 39
 IQ4_LEVELS = (
     -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
 )  # fmt: skip
@@ -58,6 +69,7 @@ CODES: dict[int, Codes] = {
     Q8_0: Codes(8, zero=128),
     Q4_K: Codes(4, has_minimum=True),
     IQ4_NL: Codes(4, levels=IQ4_LEVELS),
+    IQ4_XS: Codes(4, levels=IQ4_LEVELS),
     MXFP4: Codes(4, levels=E2M1, scale_dtype=torch.bfloat16),  # powers of 2, from 2^-127
 }
 # of types whose blocks some devices keep
@@ -104,6 +116,8 @@ def _of_rows(block: Tensor, ggml_type: int) -> PackedWeight:
         minimum = None if parts.minimum is None else -parts.minimum.flatten(-2)
     elif ggml_type == Q4_K:
         code, scale, minimum = _q4_k(block)
+    elif ggml_type == IQ4_XS:
+        code, scale = _iq4_xs(block)
     elif ggml_type == MXFP4:
         code, scale = block[..., 1:].flatten(-2), powers(block[..., 0])
     else:
@@ -171,6 +185,13 @@ def _q4_k(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     code = torch.stack((first, second), -2).flatten(-4)
     scales = (half(d) * scale.float()).flatten(-2)
     return code, scales, -(half(d_min) * minimum.float()).flatten(-2)
+
+
+def _iq4_xs(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales, whose upper two bits of six follow each other in two bytes."""
+    d, high, low, code = block.split([2, 2, 4, 128], -1)
+    scale = shifted(low, 1, 4) | (shifted(high, 1, 2) << 4)
+    return code.flatten(-2), (half(d) * (scale.float() - 32.0)).flatten(-2)
 
 
 def _above_0(scale: Tensor) -> Tensor:
