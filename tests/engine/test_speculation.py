@@ -15,6 +15,7 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.schedule.plan import DRAFT, StepPlan, StepResult
+from nanovllm.structured import matcher
 from nanovllm.structured_params import StructuredOutputsParams
 from tests.engines import assert_all_free, assert_one_distribution, greedy, random_prompts, tokens
 from tests.kernels.test_ngram import drafted
@@ -214,6 +215,7 @@ def test_tokens_that_a_grammar_forces_are_verified_together(
     looking_up: LLM, plain: LLM, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows with a grammar, of which some end within a step, and a row with drafts of the device."""
+    monkeypatch.setattr(matcher, "SLOW_S", 1e9)  # however busy the machine is
     forms = [
         StructuredOutputsParams(json=SCHEMA), StructuredOutputsParams(json=SCHEMA),
         StructuredOutputsParams(choice=["abcdefgh", "abcdxy"]),
