@@ -183,7 +183,8 @@ class DeviceOwner:
         self.platform.synchronize()
         used_bytes = self.platform.used_bytes()
         sizes = self.layout.decode_rows
-        self.steps.begin_decode(self._padding_rows(sizes[0]), sizes)
+        plain = replace(self.steps, drafting=None) if self.kinds_of_plain[-1] else self.steps
+        plain.begin_decode(self._padding_rows(sizes[0]), sizes)
         # from the largest down: captured steps share one memory pool, and the first one sizes it
         for num_tokens in reversed(self.layout.prefill_tokens):
             progress(f"prefill {num_tokens}")

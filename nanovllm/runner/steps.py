@@ -187,8 +187,8 @@ class Steps(StepRegions):
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
         """Feed each row's newest token; returns the logits [R, W] of the token that follows it."""
         h_RD, batch = self.begin(row_idx_R)
-        if self.persistent is not None:
-            logits_RV = self.persistent.logits(self.cos_sin_MH, h_RD, batch)
+        if self._one_kernel is not None:
+            logits_RV = self._one_kernel.logits(self.cos_sin_MH, h_RD, batch)
             if logits_RV is not None:
                 return logits_RV
         if self.model.layer_inputs is not None:
@@ -198,7 +198,7 @@ class Steps(StepRegions):
 
     def begin_decode(self, row_idx_R: Tensor, sizes: Sequence[int]) -> None:
         """Begin to build what decode steps of `sizes` rows need beside their programs."""
-        persistent = None if self.whole else self.persistent
+        persistent = self._one_kernel
         if persistent is None:
             return
         taken = [num_rows for num_rows in sizes if persistent.may_take(num_rows)]
@@ -207,16 +207,21 @@ class Steps(StepRegions):
 
     def prepare_decode(self, row_idx_R: Tensor) -> None:
         """Build what a decode step needs beside its programs, before it is captured."""
-        persistent = None if self.whole else self.persistent
+        persistent = self._one_kernel
         if persistent is not None and persistent.may_take(row_idx_R.shape[0]):
             persistent.prepare(self._parts, *self.begin(row_idx_R))
 
     @property
+    def _one_kernel(self) -> PersistentSteps | None:
+        """The decode steps that are one kernel, unless a proposer reads results of layers."""
+        reads_layers = self.drafting is not None and self.drafting.states_TLD is not None
+        return None if self.whole or reads_layers else self.persistent
+
+    @property
     def _parts(self) -> Parts:
-        is_plain = self.drafting is None and not self.other_tables
         return Parts(
             self.model, self.params, self.caches, self.cos_sin_MH, self.attention,
-            is_plain=is_plain and self.model.layer_inputs is None,
+            is_plain=not self.other_tables and self.model.layer_inputs is None,
         )  # fmt: skip
 
     def decode(self, row_idx_R: Tensor) -> tuple[Tensor, Tensor]:
