@@ -144,14 +144,15 @@ def _device(row: Row, traits: Traits, kernels: kernel_index.Kernels, *, is_optio
         return "refused"
     if not is_option and not traits.takes_quantized:
         return "dequantized at the load"
-    if row.product not in kernels:
-        return "plain torch"
-    return "dequantizes" if "dequantized" in kernels[row.product].__module__ else "kernel"
+    # blocks become codes where they have no products
+    in_codes = row.product == "ggml_linear" and not traits.takes_blocks
+    product = "packed_linear" if in_codes else row.product
+    return "kernel" if product in kernels else "plain torch"
 
 
 DEVICES: dict[str, tuple[Traits, kernel_index.Kernels]] = {
     "CPU": (cpu.TRAITS, kernel_index.CPU),
-    "CUDA": (cuda.TRAITS, kernel_index.CUDA),
+    "CUDA": (cuda.TRAITS, kernel_index.TRITON),
     "NPU": (npu.TRAITS, {}),
 }
 

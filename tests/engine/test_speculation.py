@@ -64,6 +64,12 @@ def options(checkpoint: Path, method: str, **values: Any) -> dict[str, Any]:
     return {"speculative_config": given}
 
 
+@pytest.fixture(autouse=True)
+def grammars_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is: slow ones have no drafts."""
+    monkeypatch.setattr(matcher, "SLOW_S", 1e9)
+
+
 @pytest.fixture(scope="module")
 def plain(make_llm: Callable[..., LLM]) -> Iterator[LLM]:
     llm = make_llm(max_num_seqs=6, device="cpu")
@@ -215,7 +221,6 @@ def test_tokens_that_a_grammar_forces_are_verified_together(
     looking_up: LLM, plain: LLM, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows with a grammar, of which some end within a step, and a row with drafts of the device."""
-    monkeypatch.setattr(matcher, "SLOW_S", 1e9)  # however busy the machine is
     forms = [
         StructuredOutputsParams(json=SCHEMA), StructuredOutputsParams(json=SCHEMA),
         StructuredOutputsParams(choice=["abcdefgh", "abcdxy"]),
