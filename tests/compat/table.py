@@ -302,8 +302,7 @@ def output_rows() -> list[str]:
 
 FORMATS_TEXT = """Tests on a CPU show eager steps, graphs, several ranks and experts: logits are those of the same
 numbers, dequantized by other code. "kernel": linear layers of the format have a kernel that reads
-its codes. "dequantized at the load":
-weights have the dtype of the model. The kernels of CUDA have tests
+its codes. "dequantized at the load": weights have the dtype of the model. The kernels of CUDA have tests
 of their own. [quantization.md](quantization.md) says what a format covers.
 """  # noqa: E501
 
