@@ -92,8 +92,9 @@ struct Args {
 #define SUMS_OF_TILE (8 * COLUMN_PAIRS * WARPS)
 
 // shared memory: the ring | tasks | barriers of stages that are full, and empty | tokens of rows, and a
-// failure | the experts of rows, and their weights | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] | the step's own key and value [2, HEAD]
-// | scores [2, GROUP, TOKENS] | sums of tiles | x, of each warp its columns
+// failure | the experts of rows, and their weights | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] |
+// the step's own key and value [2, HEAD] | scores [2, GROUP, TOKENS] | sums of tiles | x, of each warp its
+// columns
 #define AT_TASKS (STAGES * STAGE_BYTES)
 #define AT_FULL (AT_TASKS + NUM_TASKS * 80)
 #define AT_EMPTY (AT_FULL + 8 * STAGES)

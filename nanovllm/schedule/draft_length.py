@@ -115,8 +115,8 @@ class DraftLengths:
         of these rows then end: they do not pay, nothing is left for a trial, and to read on would
         lose more than drafts may."""
         bucket = self._buckets[False][self._times.bucket(num_rows)]
-        is_dear = bucket.reading > 1.0 + LOST_SHARE
-        return is_dear and self._chosen == 0 and self._saved_ms < self._trial_ms(bucket)
+        loses = bucket.reading > 1.0 + LOST_SHARE
+        return loses and self._chosen == 0 and self._saved_ms < self._trial_ms(bucket)
 
     def note_accepted(self, num_drafts: int, num_accepted: int) -> None:
         """Record how many of a row's draft tokens a step has accepted."""

@@ -86,7 +86,7 @@ def descendants(pid: int) -> dict[int, Used]:
     """This process's descendants of a known kind; none where there is no /proc."""
     every: dict[int, Used] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError, IndexError):  # it may have ended
+        with suppress(OSError, ValueError, IndexError):  # ended meanwhile: no files, or empty ones
             command = (folder / "cmdline").read_bytes().decode(errors="replace")
             kind = next((kind for word, kind in KINDS.items() if word in command), "")
             parent, total = _times(folder / "stat")

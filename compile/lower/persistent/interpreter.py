@@ -56,7 +56,7 @@ class Interpreter:
         self.values = torch.zeros(schedule.num_words, 2)
         self.phase = torch.full((schedule.num_words,), -1)
         self.reads_left = torch.zeros(schedule.num_words, dtype=torch.int64)
-        self.chosen: dict[int, tuple[Tensor, Tensor]] = {}  # experts of a layer, and their weights
+        self.chosen: dict[int, tuple[Tensor, Tensor]] = {}  # of a layer, weights and numbers
         self._num_reads = self._count_reads()
 
     def run(self, seed: int, *, ahead: bool = False) -> None:
@@ -174,12 +174,10 @@ class Interpreter:
             if not task.flags & persistent.EXPERT:
                 yield row, first, num
                 continue
-            begin, end = (
-                max(first, row * task.num_outs),
-                min(first + num, (row + 1) * task.num_outs),
-            )
+            before = row * task.num_outs
+            begin, end = max(first, before), min(first + num, before + task.num_outs)
             if begin < end:
-                yield row, begin - row * task.num_outs, end - begin
+                yield row, begin - before, end - begin
 
     def _units(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
         """Row, key-value head, number of parts and part of each unit with keys."""
