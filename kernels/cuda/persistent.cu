@@ -1,10 +1,11 @@
 // A decode step of a model in bf16 as one kernel: a program on each multiprocessor goes through its list
 // of tasks (persistent.py; docs/persistent.md).
 //
-// One warp copies: it goes through the tasks ahead of the others and fills a ring of STAGES with the
-// weights and the keys and values of earlier tokens that they read. These are there before the step,
-// so it waits for nothing but places in the ring, and memory is not idle while tasks wait for
-// results. Only for the weights of experts it waits for the router's results. WARPS warps compute.
+// COPIERS warps copy: they go through the tasks ahead of the others and fill a ring of STAGES with the
+// weights and the keys and values of earlier tokens that they read, each some rows of every stage.
+// These are there before the step, so they wait for nothing but places in the ring, and memory is not
+// idle while tasks wait for results. Only for the weights of experts they wait for the router's
+// results. WARPS warps compute.
 //
 // Results go from task to task through words of 64 bits in global memory: 32 bits of data, two numbers
 // in bf16, and a tag. Parts of attention have words of 128 bits, with three numbers in fp32. A word is
@@ -18,7 +19,7 @@
 // EXPERT_FFN, NORMALIZE, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF,
 // OUT_HALF, DOWN_HALF and HEAD_HALF (their tiles are halves), NUM_TASKS (of a program), STAGES,
 // IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time),
-// WARPS, CLOCKS (times of tasks are kept).
+// WARPS, COPIERS, CLOCKS (times of tasks are kept).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 
@@ -152,7 +153,7 @@ __device__ __forceinline__ Unit unit_of(u32 unit) {
   return u;
 }
 
-// the copying warp -------------------------------------------------------------------------------
+// the copying warps ------------------------------------------------------------------------------
 
 // Waits until the stage that was begun `num` before one has been copied.
 __device__ __forceinline__ bool is_copied(const Ring& stage, u32 num) {
@@ -162,18 +163,33 @@ __device__ __forceinline__ bool is_copied(const Ring& stage, u32 num) {
          is_done(full_barrier(stage.at + (is_back ? STAGES : 0) - num), stage.parity ^ 1 ^ is_back);
 }
 
+// A copying warp's rows of a stage: each of its first `num` threads copies one.
+struct Rows {
+  u32 first, num;
+  __device__ __forceinline__ Rows(const Worker& w, u32 of_stage)
+      : first((w.warp - WARPS) * (of_stage / COPIERS)), num(of_stage / COPIERS) {}
+};
+
 // Waits for a place in the ring, and until no more than IN_FLIGHT - 1 stages are on their way, or
-// WAITING_IN_FLIGHT - 1 while results are waited for: they would queue behind the copies.
-__device__ __forceinline__ void await_place(const Ring& stage) {
+// WAITING_IN_FLIGHT - 1 while results are waited for: they would queue behind the copies. The first of
+// the copying warps says how many bytes all of them copy: some may have arrived before.
+__device__ __forceinline__ void begin_stage(const Worker& w, u32 num_bytes) {
+  const Ring& stage = w.stage;
   wait_for(empty_barrier(stage.at), stage.parity);
   while (!is_copied(stage, IN_FLIGHT)) {}
   volatile int* const is_waiting = shared<volatile int>(AT_LENS) + 9;
   while (WAITING_IN_FLIGHT < IN_FLIGHT && *is_waiting && !is_copied(stage, WAITING_IN_FLIGHT)) {}
+  if (w.warp == WARPS && w.lane == 0) expect(full_barrier(stage.at), num_bytes);
+  __syncwarp();
 }
 
-__device__ __forceinline__ void copy_weights(const Task& t, Ring& stage, u32 lane) {
+__device__ __forceinline__ void copy_weights(Worker& w) {
+  const Task& t = *w.task;
+  Ring& stage = w.stage;
   const u32 ring = shared_address(shared<u8>(0));
-  const u32 rows = t.flags & HALF ? 8 : 16, wide = t.flags & HALF ? 2 * WIDE : WIDE;
+  const u32 of_stage = t.flags & HALF ? 8 : 16, wide = t.flags & HALF ? 2 * WIDE : WIDE;
+  const Rows rows(w, of_stage);
+  const u32 idx = rows.first + w.lane;
   const u32 upper = t.flags & SILU ? t.num_outs : 8;
   const u32 end = t.first + t.count, chunk = t.depth == HIDDEN ? chunk_of(HIDDEN)
                                              : t.depth == FFN  ? chunk_of(FFN)
@@ -183,44 +199,46 @@ __device__ __forceinline__ void copy_weights(const Task& t, Ring& stage, u32 lan
     for (u32 from_column = 0; from_column < t.depth; from_column += chunk)
       for (u32 tile = first; tile < end && tile < first + AT_ONCE; tile++) {
         const u32 row =
-            (t.flags & (SILU | HALF) ? tile * 8 : tile * 16) + lane % 8 + (lane < 8 ? 0 : upper);
+            (t.flags & (SILU | HALF) ? tile * 8 : tile * 16) + idx % 8 + (idx < 8 ? 0 : upper);
         const bool is_of_parts = EXPERTS && (t.flags & (EXPERT | SILU)) == EXPERT;
         const u8* from = t.first_input + (u64)row * t.depth * 2;
-        if (EXPERTS && t.flags & EXPERT) from = expert_row(t, tile, lane);
+        if (EXPERTS && t.flags & EXPERT) from = expert_row(t, tile, idx);
         const u32 to_column = t.depth < from_column + chunk ? t.depth : from_column + chunk;
         for (u32 column = from_column; column < to_column; column += wide) {
           const u32 num_bytes = (to_column - column < wide ? to_column - column : wide) * 2;
-          await_place(stage);
-          if (lane == 0) expect(full_barrier(stage.at), num_bytes * rows);
-          __syncwarp();
-          const u32 to = ring + stage.at * STAGE_BYTES + lane * (wide * 2 + 64);
-          if (lane < rows && is_of_parts)
+          begin_stage(w, num_bytes * of_stage);
+          const u32 to = ring + stage.at * STAGE_BYTES + idx * (wide * 2 + 64);
+          if (w.lane < rows.num && is_of_parts)
             copy_parts(to, from, tile, column, num_bytes, full_barrier(stage.at));
-          else if (lane < rows)
+          else if (w.lane < rows.num)
             copy(to, from + column * 2, num_bytes, full_barrier(stage.at));
           stage.advance(STAGES);
         }
       }
 }
 
-__device__ __forceinline__ void copy_keys(const Args& a, const Task& t, Ring& stage, u32 lane) {
+__device__ __forceinline__ void copy_keys(Worker& w) {
+  const Args& a = w.a;
+  const Task& t = *w.task;
+  Ring& stage = w.stage;
   const u32 ring = shared_address(shared<u8>(0));
+  const Rows rows(w, TOKENS);
+  const u32 idx = rows.first + w.lane;
   for (u32 unit = t.first; unit < t.first + t.count; unit++) {
     const Unit u = unit_of(unit);
     if (!u.is_real) continue;
     for (u32 token = u.from; token < u.to; token += TOKENS) {
       const u32 num = u.to - token < TOKENS ? u.to - token : TOKENS;
+      const bool is_mine = w.lane < rows.num && idx < num;
       u64 at = 0;
-      if (lane < num) {
-        const u32 key = token + lane;
+      if (is_mine) {
+        const u32 key = token + idx;
         const u64 block = a.table[(u64)u.row * a.table_stride + key / a.block_size];
         at = block * a.block_stride + key % a.block_size * a.slot_stride + u.head * a.head_stride;
       }
-      await_place(stage);
-      if (lane == 0) expect(full_barrier(stage.at), num * HEAD * 4);
-      __syncwarp();
-      const u32 to = ring + stage.at * STAGE_BYTES + lane * HEAD * 2;
-      if (lane < num) {
+      begin_stage(w, num * HEAD * 4);
+      const u32 to = ring + stage.at * STAGE_BYTES + idx * HEAD * 2;
+      if (is_mine) {
         copy(to, t.first_input + at * 2, HEAD * 2, full_barrier(stage.at));
         copy(to + TOKENS * HEAD * 2, t.second_input + at * 2, HEAD * 2, full_barrier(stage.at));
       }
@@ -268,9 +286,9 @@ __device__ __forceinline__ void copy_tasks(const Args& a, const Task* tasks, u32
     const u32 kind = w.task->kind, flags = w.task->flags;
     if (EXPERTS && flags & EXPERT && flags & SILU) choose_experts(w);
     if (kind == PRODUCT)
-      copy_weights(*w.task, w.stage, w.lane);
+      copy_weights(w);
     else if (kind == ATTEND)
-      copy_keys(a, *w.task, w.stage, w.lane);
+      copy_keys(w);
   }
 }
 
@@ -293,7 +311,7 @@ __device__ __forceinline__ void run_tasks(const Args& a, const Task* tasks, u32 
   if (threadIdx.x == 0) a.steps[blockIdx.x] = step;
 }
 
-// Four warps share a number of registers: those of the copying warp have few, so the others have more.
+// Four warps share a number of registers: those of the copying warps have few, so the others have more.
 extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const __grid_constant__ Args a) {
   Task* const tasks = shared<Task>(AT_TASKS);
   int* const lens = shared<int>(AT_LENS);
@@ -313,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const 
   if (lens[8]) return;  // an earlier step failed
   if (threadIdx.x >= WORKERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(EXPERTS ? 56 : 40));
-    if (threadIdx.x < WORKERS + 32) copy_tasks(a, tasks, step);
+    if (threadIdx.x < WORKERS + 32 * COPIERS) copy_tasks(a, tasks, step);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(EXPERTS ? 224 : 232));
     run_tasks(a, tasks, step);

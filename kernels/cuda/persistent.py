@@ -22,6 +22,7 @@ MAX_GROUP = 8  # query heads that share a key
 MAX_EXPERTS, MAX_TOP_K = 256, 32
 MAYBE_HALF = "qkv", "out", "down", "head"  # products by their weights
 TIMES = "start", "arrived", "ready", "computed", "finished"  # of a task
+COPIERS = 4  # warps that copy
 STAGE_BYTES = 16 * (WIDE * 2 + 64)
 MAX_SHARED_BYTES = 227 << 10
 MIN_STAGES = 4
@@ -99,6 +100,7 @@ class Sizes(NamedTuple):
     num_tasks: int
     experts: Experts | None = None
     num_warps: int = WARPS
+    num_copiers: int = COPIERS
     has_clocks: bool = False
 
     @property
@@ -132,7 +134,8 @@ class Sizes(NamedTuple):
             "KV_HEADS": self.num_kv_heads, "SPLITS": self.splits, "NUM_TASKS": self.num_tasks,
             **{f"{name.upper()}_HALF": name in self.halves for name in MAYBE_HALF},
             "EXPERTS": experts.num, "TOP_K": experts.top_k, "EXPERT_FFN": experts.ffn,
-            "NORMALIZE": experts.normalize, "STAGES": self.num_stages, "WARPS": self.num_warps,
+            "NORMALIZE": experts.normalize, "STAGES": self.num_stages,
+            "WARPS": self.num_warps, "COPIERS": self.num_copiers,
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
             "CLOCKS": self.has_clocks,
         }  # fmt: skip

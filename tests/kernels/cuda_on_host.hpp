@@ -295,7 +295,10 @@ static void rest() { std::this_thread::sleep_for(std::chrono::microseconds(200))
 #ifndef WORKERS  // of a kernel without a warp that copies
 #define WORKERS (THREADS - 32)
 #endif
-#define ALL_THREADS (WORKERS + 32)
+#ifndef COPIERS
+#define COPIERS 1
+#endif
+#define ALL_THREADS (WORKERS + 32 * COPIERS)
 extern "C" int run(const void* arguments, unsigned num_bytes, unsigned num_programs,
                    unsigned num_rows) {
   Args a;
