@@ -16,7 +16,6 @@ more than that share, plain steps run without the proposer once nothing is left 
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -174,7 +173,7 @@ class _Bucket:
 
     def __init__(self, ms_K: Sequence[float], reading: float) -> None:
         self.ms_K, self.reading = list(ms_K), reading
-        self._newest_K = [math.inf] * len(ms_K)  # measured
+        self._newest_K = list(ms_K)  # measured, at first at warm-up
         self._num_K = [0] * len(ms_K)  # so many times
         self._num_steps = 0  # with drafts since the last plain one
         self._plain_every = 1

@@ -74,6 +74,25 @@ def test_a_length_ends_where_drafts_become_wrong() -> None:
     assert most_common(chosen[50:]) == 3
 
 
+def test_a_first_step_that_is_held_up_does_not_let_drafts_lose_more() -> None:
+    """Two plain steps, and 0.8 % of all, but for the step that uses them up."""
+    num_plain, drafted = 0, []
+
+    def ms(rows: int, num: int) -> float:
+        nonlocal num_plain
+        num_plain += num == 0
+        return 14.0 if num else 20.0 if num_plain == 1 else 10.0
+
+    made = DraftLengths(times(lambda rows, num: 14.0 if num else 10.0))
+    for _ in range(60):
+        drafts = made.choose(1)
+        if drafts:
+            made.note_accepted(drafts, 0)
+            drafted.append(drafts)
+        made.note_step(1, drafts, ms(1, drafts), 1)
+    assert 4.0 * (len(drafted) - 1) <= 10.0 * (2 + 0.008 * 60)
+
+
 @pytest.mark.parametrize("num_rows", [1, 7, 64, 65, 256])
 @pytest.mark.parametrize("factor", [1.05, 1.5, 4.0])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5])
