@@ -1,12 +1,12 @@
 """Times starts in fresh processes: with an empty store, a full one, and another checkpoint.
 
-# random weights in a temporary folder
-python scripts/bench/start_up.py --shape Qwen3-0.6B
-# the embedded model's shape
-python scripts/bench/start_up.py --shape tiny --device cpu --max-model-len 2048
-# large models: one checkpoint, on a disk with room for it TMPDIR=DIR python
-scripts/bench/start_up.py --shape Qwen3-30B-A3B --one # existing checkpoints python
-scripts/bench/start_up.py --model DIR [--other DIR]
+    python scripts/bench/start_up.py --shape Qwen3-0.6B
+    python scripts/bench/start_up.py --shape tiny --device cpu --max-model-len 2048
+    TMPDIR=DIR python scripts/bench/start_up.py --shape Qwen3-30B-A3B --one
+    python scripts/bench/start_up.py --model DIR [--other DIR]
+
+With `--shape`, checkpoints with random weights are written to a temporary folder; `tiny` has the
+shape of the embedded model. Large ones need a disk with room for them, and `--one` for no second.
 
 Prints one line per start, then JSON: seconds from process start to first token, in total and by
 part. "python" is the interpreter and this script. "imports" (torch and the engine; the JSON also
