@@ -82,8 +82,10 @@ struct Args {
 #define WIDE 512                                // columns of a stage with 16 rows
 #define STAGE_BYTES (16 * (WIDE * 2 + 64))      // rows g and g + 1 are in different banks
 #define TOKENS 32                               // keys and values of so many tokens are a stage
-// columns of x that are in registers: more would go to local memory
-#define MAX_CHUNK (ROWS > 4 || EXPERTS ? 2048u : 4096u)
+// columns of x that are in registers: more would go to local memory, of uneven chunks fewer
+#define HAS_EVEN_CHUNKS(depth) ((depth) % (((depth) + 4095) / 4096 * 2 * WIDE) == 0)
+#define ALL_EVEN (HAS_EVEN_CHUNKS(HIDDEN) && HAS_EVEN_CHUNKS(FFN) && HAS_EVEN_CHUNKS(HEADS * HEAD))
+#define MAX_CHUNK (ROWS <= 4 && !EXPERTS && ALL_EVEN ? 4096u : 2048u)
 #define MIN_PART 32                             // keys in a part
 #define NO_SCORE -1e30f
 

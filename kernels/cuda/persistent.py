@@ -104,6 +104,13 @@ class Sizes(NamedTuple):
     has_clocks: bool = False
 
     @property
+    def max_chunk(self) -> int:
+        """The columns of x that are in registers at most, as MAX_CHUNK there."""
+        depths = self.hidden, self.ffn, self.num_heads * HEAD
+        is_even = all(depth % (-(-depth // 4096) * 2 * WIDE) == 0 for depth in depths)
+        return 4096 if self.num_rows <= 4 and self.experts is None and is_even else 2048
+
+    @property
     def other_bytes(self) -> int:
         """Of shared memory beside the ring, with up to 128 bytes for the alignment. A stage's two
         barriers are in `stage_bytes`."""
@@ -111,8 +118,7 @@ class Sizes(NamedTuple):
         sums = 2 * AT_ONCE * 8 * ((self.num_rows + 1) // 2) * self.num_warps * 4
         scratch = 8 * self.num_warps + (group + 1) * HEAD + 2 * group * TOKENS + sums
         depth = max(self.hidden, self.num_heads * HEAD, self.ffn)
-        few = self.num_rows > 4 or self.experts is not None
-        chunk = min(depth, 2048 if few else 4096)  # at most, as MAX_CHUNK there
+        chunk = min(depth, self.max_chunk)
         # a row of a warp is some pieces of 32 columns, and one more place
         x = self.num_rows * self.num_warps * 64 * (-(-chunk // 1024) * 4 + 1)
         chosen = self.num_rows * (1 if self.experts is None else self.experts.top_k)
