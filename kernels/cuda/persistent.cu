@@ -18,8 +18,9 @@
 // Constants, by -D: ROWS, HIDDEN, FFN (of a token's experts together), EXPERTS (0: none), TOP_K,
 // EXPERT_FFN, NORMALIZE, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF,
 // OUT_HALF, DOWN_HALF and HEAD_HALF (their tiles are halves), NUM_TASKS (of a program), STAGES,
-// IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time),
-// WARPS, COPIERS, CLOCKS (times of tasks are kept).
+// IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time), MAX_CHUNK (columns of x in
+// registers), WARPS, COPIERS, CLOCKS (times of tasks are kept), SEVERAL (rows may be tokens of one
+// request, one after the other: each attends to those before it too).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 
@@ -27,7 +28,7 @@
 
 struct __align__(16) Task {
   const u8* first_input;   // PRODUCT weight [O, D] or of all experts, ATTEND keys [C, B, K, H]
-  const u8* second_input;  // PRODUCT norm [D] or none, ATTEND values
+  const u8* second_input;  // PRODUCT norm [D] or, with ADD, where results are kept, or none; ATTEND values
   const u16* q_norm;       // ATTEND [H] or none
   const u16* k_norm;
   u32 kind, flags;
@@ -51,6 +52,7 @@ struct Args {
   u32* status;            // [8]
   u64* clocks;            // [grid, NUM_TASKS, TIMES]
   u64 block_stride, slot_stride, head_stride;  // of keys and values, in numbers
+  u64 kept_stride;            // of rows of kept results, in numbers
   u32 table_stride, block_size, num_phases, max_polls;
   float eps, scale;       // scale: of scores, times log2(e)
 };
@@ -82,32 +84,29 @@ struct Args {
 #define WIDE 512                                // columns of a stage with 16 rows
 #define STAGE_BYTES (16 * (WIDE * 2 + 64))      // rows g and g + 1 are in different banks
 #define TOKENS 32                               // keys and values of so many tokens are a stage
-// columns of x that are in registers: more would go to local memory, of uneven chunks fewer
-#define HAS_EVEN_CHUNKS(depth) ((depth) % (((depth) + 4095) / 4096 * 2 * WIDE) == 0)
-#define ALL_EVEN (HAS_EVEN_CHUNKS(HIDDEN) && HAS_EVEN_CHUNKS(FFN) && HAS_EVEN_CHUNKS(HEADS * HEAD))
-#define MAX_CHUNK (ROWS <= 4 && !EXPERTS && ALL_EVEN ? 4096u : 2048u)
 #define MIN_PART 32                             // keys in a part
 #define NO_SCORE -1e30f
 
 #define POLLS 256                               // of a thread, before it looks for a failure
 #define AT_ONCE 4                               // tiles whose sums are added at the same time
 #define COLUMN_PAIRS ((ROWS + 1) / 2)
+#define MAX_OWN (SEVERAL ? ROWS : 1)            // keys of the step that a row attends to
 #define SUMS_OF_TILE (8 * COLUMN_PAIRS * WARPS)
 
-// shared memory: the ring | tasks | barriers of stages that are full, and empty | tokens of rows, and a
-// failure | the experts of rows, and their weights | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] |
-// the step's own key and value [2, HEAD] | scores [2, GROUP, TOKENS] | sums of tiles | x, of each warp its
+// shared memory: the ring | tasks | barriers of stages that are full, and empty | of rows, tokens with the
+// first of the step; a failure; whether results are waited for; of rows, keys of the step | the experts of rows, and their weights | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] |
+// the step's own keys and values [MAX_OWN, 2, HEAD] | scores [2, GROUP, TOKENS] | sums of tiles | x, of each warp its
 // columns
 #define AT_TASKS (STAGES * STAGE_BYTES)
 #define AT_FULL (AT_TASKS + NUM_TASKS * 80)
 #define AT_EMPTY (AT_FULL + 8 * STAGES)
 #define AT_LENS (AT_EMPTY + 8 * STAGES)
-#define AT_CHOSEN (AT_LENS + 48)
+#define AT_CHOSEN (AT_LENS + 80)
 #define AT_SHARES (AT_CHOSEN + ROWS * TOP_K * 4)
 #define AT_SQUARES (AT_CHOSEN + (ROWS * TOP_K * 8 + 15) / 16 * 16)
 #define AT_QUERIES (AT_SQUARES + 8 * WARPS * 4)
 #define AT_OWN (AT_QUERIES + GROUP * HEAD * 4)
-#define AT_SCORES (AT_OWN + HEAD * 4)
+#define AT_SCORES (AT_OWN + MAX_OWN * HEAD * 4)
 #define AT_SUMS (AT_SCORES + 2 * GROUP * TOKENS * 4)
 #define AT_X (AT_SUMS + 2 * AT_ONCE * SUMS_OF_TILE * 16)
 
@@ -142,16 +141,17 @@ __device__ __forceinline__ u32 num_parts(u32 len) {
   return len < 2 ? 1 : (len - 1 + part_len(len) - 1) / part_len(len);
 }
 
-struct Unit { u32 row, head, part, from, to; bool is_last, is_real; };
+struct Unit { u32 row, head, part, from, to, num_own; bool is_real; };
 
 // A unit of attention: keys from .. to − 1 of a row, for the queries of a key-value head. The last
-// part ends with the step's own token.
+// part ends with the step's own tokens.
 __device__ __forceinline__ Unit unit_of(u32 unit) {
   Unit u;
   u.row = unit / (KV_HEADS * SPLITS), u.head = unit / SPLITS % KV_HEADS, u.part = unit % SPLITS;
   const u32 len = shared<int>(AT_LENS)[u.row], each = part_len(len);
-  u.is_real = u.part < num_parts(len), u.is_last = u.part + 1 == num_parts(len);
-  u.from = u.part * each, u.to = u.is_last ? len - 1 : u.from + each;
+  const bool is_last = u.part + 1 == num_parts(len);
+  u.is_real = u.part < num_parts(len), u.num_own = is_last ? shared<int>(AT_LENS)[12 + u.row] : 0;
+  u.from = u.part * each, u.to = is_last ? len - 1 : u.from + each;
   return u;
 }
 
@@ -313,6 +313,15 @@ __device__ __forceinline__ void run_tasks(const Args& a, const Task* tasks, u32 
   if (threadIdx.x == 0) a.steps[blockIdx.x] = step;
 }
 
+// Whether the token of a row is the next one of the request whose token the row before it has: the place
+// before its own in its cache is that row's.
+__device__ __forceinline__ bool follows(const Args& a, u32 row) {
+  const int before = a.seq_len[row] - 2;
+  if (!SEVERAL || row == 0 || before < 0) return false;
+  const u64 block = a.table[(u64)row * a.table_stride + before / a.block_size];
+  return block * a.block_size + before % a.block_size == (u64)a.slot[row - 1];
+}
+
 // Four warps share a number of registers: those of the copying warps have few, so the others have more.
 extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const __grid_constant__ Args a) {
   Task* const tasks = shared<Task>(AT_TASKS);
@@ -324,7 +333,11 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const 
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     lens[8] = load_status(a.status), lens[9] = 0;
   }
-  if (threadIdx.x < ROWS) lens[threadIdx.x] = a.seq_len[threadIdx.x];
+  if (threadIdx.x < ROWS) {
+    u32 first = threadIdx.x;
+    while (follows(a, first)) first--;
+    lens[threadIdx.x] = a.seq_len[first], lens[12 + threadIdx.x] = threadIdx.x - first + 1;
+  }
   const Four* const from = reinterpret_cast<const Four*>(a.tasks + (u64)blockIdx.x * NUM_TASKS);
   for (u32 i = threadIdx.x; i < NUM_TASKS * sizeof(Task) / 16; i += WORKERS)
     if (threadIdx.x < WORKERS) reinterpret_cast<Four*>(tasks)[i] = from[i];

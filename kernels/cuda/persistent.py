@@ -29,7 +29,7 @@ MIN_STAGES = 4
 MAX_POLLS = 4 << 20  # of a thread in a step, seconds
 _TASK = struct.Struct("4Q12I")
 # Args in persistent.cu
-_ARGUMENTS = struct.Struct("12Q3Q4I2f")
+_ARGUMENTS = struct.Struct("12Q4Q4I2f")
 STATUS_WORDS = 8
 LOG2_E = math.log2(math.e)
 Address = Callable[[int, str], int]  # of a tensor by its layer, −1 for the head, and name; 0: none
@@ -70,7 +70,7 @@ class InFlight(NamedTuple):
     waiting: int
 
 
-SHORT, LONG = InFlight(3, 2), InFlight(4, 4)
+SHORT, LONG, OF_EXPERTS = InFlight(3, 2), InFlight(4, 4), InFlight(4, 2)
 LONG_BYTES = 512 << 10  # of a program's weights of a layer: waits are a small part of it
 
 
@@ -87,7 +87,7 @@ class Experts(NamedTuple):
 class Sizes(NamedTuple):
     """What a program is compiled for. `ffn` is that of a token's experts together. `num_tasks` are
     those of a program, `splits` the most parts of a row's keys. `halves` names the products whose
-    tiles are halves."""
+    tiles are halves. has_several: rows may be tokens of one request, one after the other."""
 
     num_rows: int
     hidden: int
@@ -99,16 +99,23 @@ class Sizes(NamedTuple):
     in_flight: InFlight
     num_tasks: int
     experts: Experts | None = None
+    has_several: bool = False
     num_warps: int = WARPS
     num_copiers: int = COPIERS
     has_clocks: bool = False
 
     @property
     def max_chunk(self) -> int:
-        """The columns of x that are in registers at most, as MAX_CHUNK there."""
+        """The columns of x that are in registers at most: more, of many rows or in uneven chunks,
+        would go to local memory."""
         depths = self.hidden, self.ffn, self.num_heads * HEAD
         is_even = all(depth % (-(-depth // 4096) * 2 * WIDE) == 0 for depth in depths)
         return 4096 if self.num_rows <= 4 and self.experts is None and is_even else 2048
+
+    @property
+    def max_own(self) -> int:
+        """The keys of the step that a row attends to at most."""
+        return self.num_rows if self.has_several else 1
 
     @property
     def other_bytes(self) -> int:
@@ -116,13 +123,13 @@ class Sizes(NamedTuple):
         barriers are in `stage_bytes`."""
         group = self.num_heads // self.num_kv_heads
         sums = 2 * AT_ONCE * 8 * ((self.num_rows + 1) // 2) * self.num_warps * 4
-        scratch = 8 * self.num_warps + (group + 1) * HEAD + 2 * group * TOKENS + sums
+        scratch = 8 * self.num_warps + (group + self.max_own) * HEAD + 2 * group * TOKENS + sums
         depth = max(self.hidden, self.num_heads * HEAD, self.ffn)
-        chunk = min(depth, self.max_chunk)
+        chunk = min(depth, self.max_chunk)  # at most
         # a row of a warp is some pieces of 32 columns, and one more place
         x = self.num_rows * self.num_warps * 64 * (-(-chunk // 1024) * 4 + 1)
         chosen = self.num_rows * (1 if self.experts is None else self.experts.top_k)
-        return 128 + self.num_tasks * _TASK.size + 48 + -(-chosen // 2) * 16 + scratch * 4 + x
+        return 128 + self.num_tasks * _TASK.size + 80 + -(-chosen // 2) * 16 + scratch * 4 + x
 
     @property
     def num_stages(self) -> int:
@@ -143,7 +150,7 @@ class Sizes(NamedTuple):
             "NORMALIZE": experts.normalize, "STAGES": self.num_stages,
             "WARPS": self.num_warps, "COPIERS": self.num_copiers,
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
-            "CLOCKS": self.has_clocks,
+            "MAX_CHUNK": self.max_chunk, "CLOCKS": self.has_clocks, "SEVERAL": self.has_several,
         }  # fmt: skip
         return Function("persistent", nvrtc.constants(values), is_specific=True)
 
@@ -196,9 +203,11 @@ class Inputs(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The other arguments of a launch; `strides` are those of a cache's blocks, slots and heads."""
+    """The other arguments of a launch. `strides` are those of a cache's blocks, slots and heads,
+    `kept_stride` that of rows of kept results, 0 without any."""
 
     strides: Sequence[int]
+    kept_stride: int
     block_size: int
     num_phases: int
     eps: float
@@ -212,6 +221,7 @@ def packed_arguments(buffers: Buffers, inputs: Inputs, numbers: Numbers) -> byte
     return _ARGUMENTS.pack(
         *(one.data_ptr() for one in every),
         *numbers.strides,
+        numbers.kept_stride,
         inputs.table_RP.stride(0),
         numbers.block_size,
         numbers.num_phases,

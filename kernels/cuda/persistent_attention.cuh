@@ -1,4 +1,4 @@
-// Attention of persistent.cu: one token of each row, over parts of the row's keys, and their merge.
+// Attention of persistent.cu: the token of each row, over parts of the row's keys, and their merge.
 //
 // A stage has up to TOKENS keys and their values. First their scores with each query are made
 // (persistent_scores.cuh); then each warp sums values for its part of the results, by lanes of 8
@@ -51,63 +51,84 @@ __device__ __forceinline__ void store_head(u16* to, const Made& v, int l) {
         make_uint2(to_bf16_pair(v.of[i], v.of[i + 1]), to_bf16_pair(v.of[i + 2], v.of[i + 3]));
 }
 
-// Half a warp makes a query, and another half the step's own key and value: normed, rotated, in shared
-// memory, and the key and value in their cache. The second half of a warp does what the first does, but
-// for that which makes the key beside eight queries.
-__device__ __forceinline__ void make_heads(Worker& w, const Unit& u) {
+// Half a warp makes a query, or a key of the step and its value: normed, rotated, in shared memory, and
+// those of the row's own token in their cache. `idx` counts the queries, then the keys. The second half of
+// a warp does what the first does, but for that which makes the key beside eight queries.
+__device__ __forceinline__ void make_head(Worker& w, const Unit& u, u32 idx) {
   const Task& t = *w.task;
-  const int maker = GROUP == WARPS && w.warp == 0 && w.lane >= MAKING ? GROUP : w.warp;
-  const bool has_query = maker < GROUP, has_new = u.is_last && maker == GROUP;
-  if (GROUP < WARPS && !has_query && !has_new) return;
+  const bool is_query = idx < GROUP, is_new = !is_query && u.num_own;
+  const u32 own = is_new ? idx - GROUP : 0, row = is_new ? u.row + 1 + own - u.num_own : u.row;
   const int l = w.lane % MAKING;
-  const u64* const words = w.a.words + t.in_at + u.row * (QKV / 2);
+  const u64* const words = w.a.words + t.in_at + row * (QKV / 2);
   const u64* const k_at = words + (HEADS + u.head) * (HEAD / 2);
-  const u16* const norm_at = has_query ? t.q_norm : t.k_norm;
-  const float* const cos_sin = w.a.cos_sin + w.a.rope_pos[u.row] * HEAD + l * (Made::EACH / 2);
+  const u16* const norm_at = is_query ? t.q_norm : t.k_norm;
+  const float* const cos_sin = w.a.cos_sin + w.a.rope_pos[row] * HEAD + l * (Made::EACH / 2);
   // loaded before results are waited for
-  const u32 slot = has_new ? (u32)w.a.slot[u.row] : 0;
+  const u32 slot = is_new ? (u32)w.a.slot[row] : 0;
   Made norm = {};
   if (norm_at) norm = load_numbers<MAKING>(norm_at, l);
   Rotation by;
 #pragma unroll
   for (int i = 0; i < Made::EACH / 2; i++) by.cos[i] = cos_sin[i], by.sin[i] = cos_sin[HEAD / 2 + i];
-  const u64* const first = has_query ? words + (u.head * GROUP + maker) * (HEAD / 2) : k_at;
+  const u64* const first = is_query ? words + (u.head * GROUP + idx) * (HEAD / 2) : k_at;
   Pair found[4];  // of the query, or of the key and the value
   const u64* const second = k_at + KV_HEADS * (HEAD / 2);
   fetch(
-      w, found, t.in_phase, [&](int i) { return i < 2 || has_new; },
+      w, found, t.in_phase, [&](int i) { return i < 2 || is_new; },
       [&](int i) { return (i < 2 ? first : second) + i % 2 * 32 + l * 2; });
   __syncwarp();
   note(w, ARRIVED);
   Made made = numbers_of(found);
   norm_and_rotate(made, norm, by, norm_at, w.a.eps);
-  if (w.lane >= MAKING && maker == w.warp) return;
-  if (has_query) {
+  if (w.lane >= MAKING && GROUP < WARPS) return;
+  if (is_query) {
+    if (w.lane >= MAKING) return;
     const float scale = IS_SCALED ? w.a.scale : 1.0f;
 #pragma unroll
     for (int i = 0; i < Made::EACH; i += 4)
-      *reinterpret_cast<float4*>(shared<float>(AT_QUERIES) + maker * HEAD + Made::place(l, i)) =
+      *reinterpret_cast<float4*>(shared<float>(AT_QUERIES) + idx * HEAD + Made::place(l, i)) =
           make_float4(made.of[i] * scale, made.of[i + 1] * scale, made.of[i + 2] * scale,
                       made.of[i + 3] * scale);
     return;
   }
-  if (GROUP == WARPS && !has_new) return;
+  if (!is_new) return;
   const Made value = numbers_of(found + 2);
+  u16* const to = shared<u16>(AT_OWN) + own * (2 * HEAD);
+  store_head(to, made, l), store_head(to + HEAD, value, l);
+  if (SEVERAL && row != u.row) return;
   const u64 at = slot / w.a.block_size * w.a.block_stride + slot % w.a.block_size * w.a.slot_stride +
                  u.head * w.a.head_stride;
-  store_head(shared<u16>(AT_OWN), made, l), store_head(shared<u16>(AT_OWN) + HEAD, value, l);
   store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.first_input)) + at, made, l);
   store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.second_input)) + at, value, l);
 }
 
-// The score of the step's own key with a query, by all threads of a warp.
-__device__ __forceinline__ float own_score(const Worker& w, const float* query) {
+// All queries of a unit, and the keys and values of the step that it has.
+__device__ __forceinline__ void make_heads(Worker& w, const Unit& u) {
+  if (GROUP == WARPS)
+    make_head(w, u, w.warp == 0 && w.lane >= MAKING ? GROUP : w.warp);
+  else if (!SEVERAL && w.warp < GROUP + (int)u.num_own)
+    make_head(w, u, w.warp);
+#if SEVERAL  // warps without a query take turns with the keys
+#pragma unroll 1
+  for (u32 idx = w.warp; idx < GROUP + u.num_own; idx += WARPS - GROUP) {
+    make_head(w, u, idx);
+    if (idx < GROUP) break;
+  }
+#endif
+}
+
+// The scores of the step's own keys with a query, by all threads of a warp: lane i has that of key i.
+__device__ __forceinline__ float own_scores(const Worker& w, const float* query, u32 num) {
   const float4 q = *reinterpret_cast<const float4*>(query + w.lane * 4);
-  const uint2 k = *reinterpret_cast<const uint2*>(shared<u16>(AT_OWN) + w.lane * 4);
-  float score = q.x * low_of(k.x) + q.y * high_of(k.x) + q.z * low_of(k.y) + q.w * high_of(k.y);
+  float own = NO_SCORE;
+  for (int key = 0; key < (SEVERAL ? (int)num : 1); key++) {
+    const uint2 k = *reinterpret_cast<const uint2*>(shared<u16>(AT_OWN) + key * (2 * HEAD) + w.lane * 4);
+    float score = q.x * low_of(k.x) + q.y * high_of(k.x) + q.z * low_of(k.y) + q.w * high_of(k.y);
 #pragma unroll
-  for (int i = 16; i; i /= 2) score += __shfl_xor_sync(0xffffffff, score, i);
-  return IS_SCALED ? score : score * w.a.scale;
+    for (int i = 16; i; i /= 2) score += __shfl_xor_sync(0xffffffff, score, i);
+    if (w.lane == key) own = IS_SCALED ? score : score * w.a.scale;
+  }
+  return own;
 }
 
 // Sums over the keys that a warp has met: of 8 numbers of a query's result. `sum` is a thread's part.
@@ -120,13 +141,13 @@ __device__ __forceinline__ void add_value(State& s, float weight, const u8* valu
     s.acc[2 * j] += weight * low_of(word_of(v, j)), s.acc[2 * j + 1] += weight * high_of(word_of(v, j));
 }
 
-// Adds a stage's values by their scores, a lane's `score` and all lanes' `own` (NO_SCORE: none).
+// Adds a stage's values by their scores, a lane's `score`, and those of the step by `own`.
 __device__ __forceinline__ void add_values(State& s, const Worker& w, const u8* values, u32 num, float score,
-                                           float own, u32 number) {
-  float most = score;
+                                           u32 num_own, float own, u32 number) {
+  float most = num_own ? fmaxf(score, own) : score;
 #pragma unroll
   for (int i = 16; i; i /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, i));
-  most = fmaxf(fmaxf(s.most, own), most);
+  most = fmaxf(s.most, most);
   const float before = exp2f(s.most - most), weight = exp2f(score - most);
   s.most = most, s.sum = s.sum * before + weight;
 #pragma unroll
@@ -137,10 +158,15 @@ __device__ __forceinline__ void add_values(State& s, const Worker& w, const u8* 
     const float of_key = __shfl_sync(0xffffffff, weight, key);
     if (num) add_value(s, of_key, values + (key < num ? key : 0) * (HEAD * 2) + number * 2);
   }
-  if (own == NO_SCORE || w.lane >= LANES) return;
+  if (num_own == 0) return;
   const float of_own = exp2f(own - most);
-  add_value(s, of_own, shared<u8>(AT_OWN) + HEAD * 2 + number * 2);
-  if (w.lane == 0) s.sum += of_own;
+  s.sum += of_own;
+#pragma unroll
+  for (u32 i = 0; i < MAX_OWN; i += KEYS_AT_ONCE) {
+    const u32 key = i + w.lane / LANES;
+    const float of_key = __shfl_sync(0xffffffff, of_own, key);
+    if (key < num_own) add_value(s, of_key, shared<u8>(AT_OWN) + (2 * key + 1) * (HEAD * 2) + number * 2);
+  }
 }
 
 // Sums over a warp's lanes of the same numbers. A thread keeps KEPT of them, whose first is returned;
@@ -194,7 +220,7 @@ __device__ __forceinline__ void store_part(const Worker& w, const State& s, cons
   }
 }
 
-// Attention of one token of each row. Its words: in_at queries, keys and values of the step, out_at
+// Attention of one token. Its words: in_at queries, keys and values of the step, out_at
 // the result of rows of one part, add_at parts.
 __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
   const u32 of_warp = w.warp * LANES / 16, number = (w.warp * LANES + w.lane % LANES) % 16 * 8;
@@ -205,7 +231,7 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
   State s;
   const bool has_query = QUERIES == GROUP || of_warp < GROUP;
   float own = NO_SCORE;
-  if (u.is_last && has_query) own = own_score(w, shared<float>(AT_QUERIES) + of_warp * HEAD);
+  if (u.num_own && has_query) own = own_scores(w, shared<float>(AT_QUERIES) + of_warp * HEAD, u.num_own);
   u32 token = u.from, turn = 0;
   do {
     const u32 num = u.to - token < TOKENS ? u.to - token : TOKENS;
@@ -217,7 +243,7 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
     const bool is_end = token + TOKENS >= u.to;
     if (has_query)
       add_values(s, w, keys + TOKENS * HEAD * 2, num, scores[of_warp * TOKENS + w.lane],
-                 is_end ? own : NO_SCORE, number);
+                 is_end ? u.num_own : 0, own, number);
     __syncwarp();
     if (num) {
       if (w.lane == 0) arrive(empty_barrier(w.stage.at));

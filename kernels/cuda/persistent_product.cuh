@@ -183,9 +183,16 @@ __device__ __forceinline__ void prepare(const Worker& w, const Task& t, u32 tile
     }
 }
 
+// Stores a result for readers behind the step, at `at` pairs of numbers of all rows.
+__device__ __forceinline__ void keep(const Worker& w, const Task& t, u32 num_outs, u32 at, u32 word) {
+  const u64 row = 2 * at / num_outs, column = 2 * at % num_outs;
+  reinterpret_cast<u32*>(const_cast<u8*>(t.second_input))[(row * w.a.kept_stride + column) / 2] = word;
+}
+
 // Finishes a tile, of whose sums the first warp's are at `from`.
 template <u32 FLAGS>
-__device__ __forceinline__ void finish(Worker& w, const Task& t, u32 tile, const float4* from, Results& r) {
+__device__ __forceinline__ void finish(Worker& w, const Task& t, u32 num_outs, u32 tile, const float4* from,
+                                       Results& r) {
   const int thread = w.lane % 4;
   float sum[4] = {0, 0, 0, 0}, factor[2] = {1, 1};
   if (thread < COLUMN_PAIRS) {
@@ -231,6 +238,7 @@ __device__ __forceinline__ void finish(Worker& w, const Task& t, u32 tile, const
         reinterpret_cast<u32*>(w.a.logits)[r.at[h][j]] = word;
       else
         store_word(w.a.words + t.out_at + r.at[h][j], word, w.base + t.out_phase);
+      if (FLAGS & ADD && t.second_input) keep(w, t, num_outs, r.at[h][j], word);
     }
   }
 }
@@ -267,6 +275,6 @@ __device__ __forceinline__ void product(Worker& w) {
     meet();
     note(w, COMPUTED);
     if (w.warp < (int)num)
-      finish<FLAGS>(w, t, t.first + first + w.warp, sums + w.warp * SUMS_OF_TILE + place, results);
+      finish<FLAGS>(w, t, num_outs, t.first + first + w.warp, sums + w.warp * SUMS_OF_TILE + place, results);
   }
 }

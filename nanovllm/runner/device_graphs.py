@@ -208,6 +208,7 @@ class VerifyStep(SpanStep):
             self._filled = arrays
 
     def capture(self, capture: Capture) -> None:
+        self._steps.prepare_verify(self.span)
         super().capture(capture)
         self._capture = capture
 

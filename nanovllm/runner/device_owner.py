@@ -183,8 +183,7 @@ class DeviceOwner:
         self.platform.synchronize()
         used_bytes = self.platform.used_bytes()
         sizes = self.layout.decode_rows
-        plain = replace(self.steps, drafting=None) if self.kinds_of_plain[-1] else self.steps
-        plain.begin_decode(self._padding_rows(sizes[0]), sizes)
+        self.steps.begin_decode(self._padding_rows(sizes[0]), sizes, self.layout.verify_tokens)
         # from the largest down: captured steps share one memory pool, and the first one sizes it
         for num_tokens in reversed(self.layout.prefill_tokens):
             progress(f"prefill {num_tokens}")
@@ -272,6 +271,13 @@ class DeviceOwner:
         made = allocate(self.model, num_blocks, self.spec, self.cache_region, self._scales)
         caches, self.snapshots = made
         whole = self.platform.traits.whole_steps and compiler.lowering is not None
+        drafting = None
+        if self._draft is not None:
+            drafting = self._draft.drafting(num_blocks, self.cache_region.zeros, compiler)
+        kept = {} if drafting is None else drafting.kept
+        one_kernel = None
+        if kept is not None and not whole:
+            one_kernel = persistent.chosen(self.platform.device, self.spec.persistent, kept)
         return Steps(
             model=self.model,
             attention=self.spec.attention,
@@ -285,12 +291,8 @@ class DeviceOwner:
             verifies_rows=self.platform.traits.verifies_rows,
             synthetic_rate=None if self.spec.draft is None else self.spec.draft.synthetic_rate,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
-            persistent=persistent.chosen(self.platform.device, self.spec.persistent),
-            drafting=(
-                None
-                if self._draft is None
-                else self._draft.drafting(num_blocks, self.cache_region.zeros, compiler)
-            ),
+            persistent=one_kernel,
+            drafting=drafting,
         )
 
     @property

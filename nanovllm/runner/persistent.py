@@ -6,7 +6,7 @@ R rows | D hidden | V vocabulary
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 from nanovllm.compile.lower.persistent import plan as plans
 from nanovllm.compile.lower.persistent import schedule as schedules
 from nanovllm.compile.lower.persistent import step as lowered
-from nanovllm.compile.lower.persistent.plan import Plan, Unfit
+from nanovllm.compile.lower.persistent.plan import Unfit
 from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.compile.lower.persistent.step import Inputs as Inputs
 from nanovllm.compile.lower.persistent.step import Step, Tensors, Weights
@@ -28,9 +28,17 @@ from nanovllm.platforms.base import HostCopy
 
 logger = logging.getLogger(__name__)
 
-# up to these it is the default, without experts
-FASTER_ROWS = 4
-FASTER_GROUP = 4  # queries that share a key: steps with more have not been measured
+# Up to so many rows one kernel is faster, and up to MAX_ROWS with long layers of an MLP and so many
+# queries that share a key (docs/benchmarks.md).
+FASTER_ROWS, FASTER_GROUP = 4, 4
+
+
+class Form(NamedTuple):
+    """Of a step: the rows that its layers have, and whether these may be tokens of one request, one
+    after the other."""
+
+    num_rows: int
+    has_several: bool = False
 
 
 class Parts(NamedTuple):
@@ -45,112 +53,119 @@ class Parts(NamedTuple):
     is_plain: bool
 
 
-def chosen(device: torch.device, asked: bool | None) -> PersistentSteps | None:
+def chosen(
+    device: torch.device, asked: bool | None, kept: Mapping[int, Tensor]
+) -> PersistentSteps | None:
     """The steps of an engine whose option says `asked`: None takes the models and rows of which
-    they are faster, where the device may have them."""
+    they are faster, where the device may have them. kept: see `Weights`."""
     if asked is None and lowered.is_nvidia(device):
-        return PersistentSteps(device, max_rows=FASTER_ROWS, is_asked=False)
-    return PersistentSteps(device) if asked else None
+        return PersistentSteps(device, is_asked=False, kept=kept)
+    return PersistentSteps(device, kept=kept) if asked else None
 
 
 class PersistentSteps:
-    """The steps of one model and cache, by rows, and why other sizes run without.
+    """The steps of one model and cache, by form, and why other forms run without.
 
-    max_rows: of larger steps none is one kernel. is_asked: all models are taken that fit, though
-    some are slower so, and the log says why a step is several kernels. has_clocks: the times of
-    tasks are kept, for profiles.
+    is_asked: all models are taken that fit, though some are slower so, and the log says why a step
+    is several kernels. has_clocks: the times of tasks are kept, for profiles. kept: where hidden
+    states after layers are stored, see `Weights`.
     """
 
     def __init__(
         self,
         device: torch.device,
         *,
-        max_rows: int = plans.MAX_ROWS,
         is_asked: bool = True,
         has_clocks: bool = False,
+        kept: Mapping[int, Tensor] | None = None,
     ) -> None:
-        self.device, self.max_rows, self.has_clocks = device, max_rows, has_clocks
-        self.is_asked = is_asked
-        self.steps: dict[int, Step] = {}
-        self.reasons: dict[int, str] = {}
-        self._schedules: dict[int, Schedule] = {}
-        self._kernels: dict[int, Future[object]] = {}
+        self.device, self.is_asked, self.has_clocks = device, is_asked, has_clocks
+        self.kept = kept or {}
+        self.steps: dict[Form, Step] = {}
+        self.reasons: dict[Form, str] = {}
+        self._schedules: dict[Form, Schedule] = {}
+        self._kernels: dict[Form, Future[object]] = {}
 
-    def may_take(self, num_rows: int) -> bool:
-        """Whether steps of so many rows may be one kernel, before a model is read."""
+    def may_take(self, form: Form) -> bool:
+        """Whether steps of a form may be one kernel, before a model is read."""
         try:
             lowered.num_programs(self.device)
-            if num_rows > self.max_rows:
-                raise Unfit(f"{num_rows} rows are more than {self.max_rows}")
+            if form.num_rows > plans.MAX_ROWS:
+                raise Unfit(f"{form.num_rows} rows are more than {plans.MAX_ROWS}")
         except Unfit as why:
-            self._refuse(num_rows, why)
-        return num_rows not in self.reasons
+            self._refuse(form, why)
+        return form not in self.reasons
 
-    def why_not(self, plan: Plan) -> str | None:
+    def why_not(self, schedule: Schedule) -> str | None:
         """Why a step that fits is several kernels unless an option says otherwise."""
-        if self.is_asked:
+        plan = schedule.plan
+        if self.is_asked or plan.num_rows <= FASTER_ROWS:
             return None
-        if plan.experts is not None:
-            return "with experts several kernels are faster"
-        is_many = plan.num_heads > FASTER_GROUP * plan.num_kv_heads
-        return f"more than {FASTER_GROUP} queries share a key" if is_many else None
+        is_wide = plan.num_heads > FASTER_GROUP * plan.num_kv_heads
+        if plan.experts is not None or is_wide or not schedule.has_long_layers:
+            return f"with more than {FASTER_ROWS} rows several kernels are faster"
+        return None
 
-    def begin(self, parts: Parts, h_RD: Tensor, batch: Batch, sizes: Sequence[int]) -> None:
-        """Read the model, and compile the kernels of steps of `sizes` rows in other threads."""
+    def begin(self, parts: Parts, h_RD: Tensor, batch: Batch, forms: Sequence[Form]) -> None:
+        """Read the model, and compile the kernels of steps of `forms` in other threads."""
         try:
             plan = weights_of(parts, h_RD, batch).plan
-            if why_not := self.why_not(plan):
-                raise Unfit(why_not)
         except Unfit as why:
-            for num_rows in sizes:
-                self._refuse(num_rows, why)
+            for form in forms:
+                self._refuse(form, why)
             return
         num_programs = lowered.num_programs(self.device)
-        compiling = ThreadPoolExecutor(len(sizes), "persistent")
+        compiling = ThreadPoolExecutor(len(forms), "persistent")
         compile_kernel = partial(
             lowered.compile_kernel, device=self.device, has_clocks=self.has_clocks
         )
-        for num_rows in sizes:
+        for form in forms:
             try:
-                schedule = schedules.build(plan._replace(num_rows=num_rows), num_programs)
+                schedule = schedules.build(plan._replace(**form._asdict()), num_programs)
+                if why_not := self.why_not(schedule):
+                    raise Unfit(why_not)
             except Unfit as why:
-                self._refuse(num_rows, why)
+                self._refuse(form, why)
                 continue
-            self._schedules[num_rows] = schedule
-            self._kernels[num_rows] = compiling.submit(compile_kernel, schedule)
+            self._schedules[form] = schedule
+            self._kernels[form] = compiling.submit(compile_kernel, schedule)
         compiling.shutdown(wait=False)
 
-    def prepare(self, parts: Parts, h_RD: Tensor, batch: Batch) -> None:
+    def prepare(
+        self, parts: Parts, h_RD: Tensor, batch: Batch, *, has_several: bool = False
+    ) -> None:
         """Build the step of so many rows, with any inputs, before it is captured."""
-        num_rows = len(h_RD)
-        if num_rows in self.steps or not self.may_take(num_rows):
+        form = Form(len(h_RD), has_several)
+        if form in self.steps or not self.may_take(form):
             return
-        if num_rows not in self._kernels:
-            self.begin(parts, h_RD, batch, [num_rows])
-        if num_rows in self.reasons:
+        if form not in self._kernels:
+            self.begin(parts, h_RD, batch, [form])
+        if form in self.reasons:
             return
         try:
-            schedule = self._schedules[num_rows]
-            weights = Weights(schedule.plan, *_inputs(parts, h_RD, batch))
+            schedule = self._schedules[form]
+            weights = Weights(schedule.plan, *_inputs(parts, h_RD, batch), self.kept)
             step = lowered.build(weights, schedule, self.device, has_clocks=self.has_clocks)
         except Unfit as why:
-            self._refuse(num_rows, why)
+            self._refuse(form, why)
             return
-        self._kernels[num_rows].result()
+        self._kernels[form].result()
         step.load()
-        self.steps[num_rows] = step
-        logger.info("a decode step of %d row(s) is one kernel", num_rows)
+        self.steps[form] = step
+        logger.info("a decode step of %s is one kernel", _named(form))
 
-    def _refuse(self, num_rows: int, why: Unfit) -> None:
-        if num_rows not in self.reasons:
-            self.reasons[num_rows] = str(why)
-            message = "a decode step of %d row(s) is several kernels: %s"
+    def _refuse(self, form: Form, why: Unfit) -> None:
+        if form not in self.reasons:
+            self.reasons[form] = str(why)
+            message = "a decode step of %s is several kernels: %s"
             level = logging.INFO if self.is_asked else logging.DEBUG
-            logger.log(level, message, num_rows, why)
+            logger.log(level, message, _named(form), why)
 
-    def logits(self, cos_sin_MH: Tensor, h_RD: Tensor, batch: Batch) -> Tensor | None:
+    def logits(
+        self, cos_sin_MH: Tensor, h_RD: Tensor, batch: Batch, *, has_several: bool = False
+    ) -> Tensor | None:
         """The logits [R, V] of a prepared step, or None where other programs run."""
-        step = self.steps.get(len(h_RD))
+        step = self.steps.get(Form(len(h_RD), has_several))
         if step is None:
             return None
         logits_RV = h_RD.new_empty(len(h_RD), step.schedule.plan.vocab)
@@ -159,15 +174,19 @@ class PersistentSteps:
         return logits_RV
 
     def check_later(
-        self, num_rows: int, read_back: Callable[[Tensor], HostCopy]
+        self, form: Form, read_back: Callable[[Tensor], HostCopy]
     ) -> Callable[[], None] | None:
         """What raises `Stuck` if the step that was launched last has failed, once it is done; None
         for steps of other programs."""
-        step = self.steps.get(num_rows)
+        step = self.steps.get(form)
         if step is None:
             return None
         status = read_back(step.buffers.status)
         return lambda: step.raise_if_failed(status.tolist())
+
+
+def _named(form: Form) -> str:
+    return f"{form.num_rows} {'token' if form.has_several else 'row'}(s)"
 
 
 def weights_of(parts: Parts, h_RD: Tensor, batch: Batch) -> Weights:

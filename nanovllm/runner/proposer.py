@@ -94,6 +94,15 @@ class Drafting(NamedTuple):
             return None
         return self.states_TLD.narrow(0, 0, num_tokens).flatten(1)
 
+    @property
+    def kept(self) -> dict[int, Tensor] | None:
+        """Where the hidden states [T, D] after each layer are kept; None if one is read twice."""
+        if self.states_TLD is None:
+            return {}
+        layers = self.proposer.layers
+        found = {layer: self.states_TLD.select(1, place) for place, layer in enumerate(layers)}
+        return found if len(found) == len(layers) else None
+
     def keep(self, layer_idx: int, h_TD: Tensor) -> None:
         """Keep the hidden states after a layer, if the proposer reads them."""
         if self.states_TLD is None:

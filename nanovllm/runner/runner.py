@@ -16,12 +16,13 @@ from torch import Tensor
 
 from nanovllm.models.experts import offloaded
 from nanovllm.runner.async_output import AsyncOutput
-from nanovllm.runner.device_graphs import DecodeStep, PrefillStep
+from nanovllm.runner.device_graphs import PrefillStep
 from nanovllm.runner.device_owner import DeviceOwner
 from nanovllm.runner.encoders import MMItem
 from nanovllm.runner.graph_cache import GraphCache
 from nanovllm.runner.mm_embeds import fill
 from nanovllm.runner.no_grad import in_group, without_grad
+from nanovllm.runner.persistent import Form
 from nanovllm.runner.sampling import LogprobCopies, copy_logprobs, read_logprobs
 from nanovllm.runner.state import Span
 from nanovllm.runner.state_update import write
@@ -179,15 +180,15 @@ class Runner(DeviceOwner):
                 logits_RV = step.logits()
                 token_R = self.sampler.sample(plan.sampling, step.row_idx_R, logits_RV)
             logprobs = self._logprobs(plan, logits_RV, token_R)
-            return self._checked(self._launched(plan, token_R, logprobs), step)
-        return self._checked(self._launched(plan, step.token_R), step)
+            return self._checked(self._launched(plan, token_R, logprobs), Form(len(step.row_idx_R)))
+        return self._checked(self._launched(plan, step.token_R), Form(len(step.row_idx_R)))
 
-    def _checked(self, launched: AsyncOutput, step: DecodeStep) -> AsyncOutput:
+    def _checked(self, launched: AsyncOutput, form: Form) -> AsyncOutput:
         """The output, which raises an error if the step is one kernel and has failed."""
         persistent = self.steps.persistent
         if persistent is None:
             return launched
-        check = persistent.check_later(step.row_idx_R.shape[0], self.platform.read_back)
+        check = persistent.check_later(form, self.platform.read_back)
         return launched if check is None else replace(launched, check=check)
 
     def announce(self, seq_lens: list[int], num_rows: int) -> None:
@@ -211,7 +212,8 @@ class Runner(DeviceOwner):
             run = step.accept if self.steps.whole else step.replay_with
             if found := run(self.sampler.variant(plan.sampling)):
                 logprobs = read_logprobs(self.platform, found, sum(plan.num_tokens))
-        return self._launched(plan, step.token_RK, logprobs, counts=step.count_R)
+        launched = self._launched(plan, step.token_RK, logprobs, counts=step.count_R)
+        return self._checked(launched, Form(num_rows * num, has_several=True))
 
     def _prefill(self, plan: StepPlan) -> AsyncOutput:
         bucket = self.layout.prefill_bucket(len(plan.token_T), len(plan.rows))

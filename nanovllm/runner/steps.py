@@ -22,7 +22,7 @@ from nanovllm.models.lora.regions import Adapted, without_slots
 from nanovllm.models.model import AdapterRows, Kept, Model, Params
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.mm_embeds import MMEmbeds, with_given
-from nanovllm.runner.persistent import Parts, PersistentSteps
+from nanovllm.runner.persistent import Form, Parts, PersistentSteps
 from nanovllm.runner.proposer import Drafting, Fed, rows_alone, write
 from nanovllm.runner.state import (
     DeviceState,
@@ -187,8 +187,8 @@ class Steps(StepRegions):
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
         """Feed each row's newest token; returns the logits [R, W] of the token that follows it."""
         h_RD, batch = self.begin(row_idx_R)
-        if self._one_kernel is not None:
-            logits_RV = self._one_kernel.logits(self.cos_sin_MH, h_RD, batch)
+        if self.persistent is not None:
+            logits_RV = self.persistent.logits(self.cos_sin_MH, h_RD, batch)
             if logits_RV is not None:
                 return logits_RV
         if self.model.layer_inputs is not None:
@@ -196,26 +196,39 @@ class Steps(StepRegions):
             batch = self._with_layer_inputs(batch, h_RD, token_R)
         return self._head(self._layers("decode", h_RD, batch, max_q_len=1), batch.adapters)
 
-    def begin_decode(self, row_idx_R: Tensor, sizes: Sequence[int]) -> None:
-        """Begin to build what decode steps of `sizes` rows need beside their programs."""
-        persistent = self._one_kernel
+    def begin_decode(
+        self, row_idx_R: Tensor, sizes: Sequence[int], verify_tokens: Sequence[int]
+    ) -> None:
+        """Begin to build what decode steps of `sizes` rows need beside their programs, and those
+        that verify, with so many tokens a row."""
+        persistent = self.persistent
         if persistent is None:
             return
-        taken = [num_rows for num_rows in sizes if persistent.may_take(num_rows)]
+        forms = [Form(num_rows) for num_rows in sizes]
+        forms += [
+            Form(num_rows * num, has_several=True)
+            for num_rows in sizes
+            for num in verify_tokens
+            if self._verifies_rows(num_rows, num_rows * num)
+        ]
+        taken = [form for form in dict.fromkeys(forms) if persistent.may_take(form)]
         if taken:
             persistent.begin(self._parts, *self.begin(row_idx_R), taken)
 
     def prepare_decode(self, row_idx_R: Tensor) -> None:
         """Build what a decode step needs beside its programs, before it is captured."""
-        persistent = self._one_kernel
-        if persistent is not None and persistent.may_take(row_idx_R.shape[0]):
+        persistent = self.persistent
+        if persistent is not None and persistent.may_take(Form(row_idx_R.shape[0])):
             persistent.prepare(self._parts, *self.begin(row_idx_R))
 
-    @property
-    def _one_kernel(self) -> PersistentSteps | None:
-        """The decode steps that are one kernel, unless a proposer reads results of layers."""
-        reads_layers = self.drafting is not None and self.drafting.states_TLD is not None
-        return None if self.whole or reads_layers else self.persistent
+    def prepare_verify(self, span: Span) -> None:
+        """`prepare_decode` of a step that verifies."""
+        persistent, num_tokens = self.persistent, span.token_T.shape[0]
+        if persistent is None or not self._verifies_rows(span.row_idx_R.shape[0], num_tokens):
+            return
+        if persistent.may_take(Form(num_tokens, has_several=True)):
+            h_TD, _, batch = self._begin_span(span, verifies=True, each=True)
+            persistent.prepare(self._parts, h_TD, batch, has_several=True)
 
     @property
     def _parts(self) -> Parts:
@@ -289,18 +302,23 @@ class Steps(StepRegions):
     def verify_logits(self, span: Span, num: int) -> tuple[Tensor, SpanTokens]:
         """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, W] after each token,
         and the tokens."""
-        each = self._verifies_rows(span)
+        each = self._verifies_rows(span.row_idx_R.shape[0], span.token_T.shape[0])
         h_TD, tokens, batch = self._begin_span(span, verifies=True, each=each)
+        if each and self.persistent is not None:
+            cos_sin_MH = self.cos_sin_MH
+            logits_TV = self.persistent.logits(cos_sin_MH, h_TD, batch, has_several=True)
+            if logits_TV is not None:
+                return logits_TV, tokens
         batch = self._with_layer_inputs(batch, h_TD, tokens.token_T)
         call = ("decode", h_TD, batch, 1) if each else ("verify", h_TD, batch, num)
         return self._head(self._layers(*call), batch.adapters), tokens
 
-    def _verifies_rows(self, span: Span) -> bool:
+    def _verifies_rows(self, num_rows: int, num_tokens: int) -> bool:
         """Whether each token of a verifying step is a row for the layers, as in a decode step,
         whose attention divides the keys of a row among programs."""
         if self.whole or self.places(verifies=True).num:
             return False
-        is_few = len(span.row_idx_R) <= FEW_ROWS and len(span.token_T) <= FEW_TOKENS
+        is_few = num_rows <= FEW_ROWS and num_tokens <= FEW_TOKENS
         return self.verifies_rows or (is_few and self.drafting is not None)
 
     def verify(self, span: Span, num: int) -> tuple[Tensor, Tensor, Tensor, SpanTokens]:

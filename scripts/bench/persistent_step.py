@@ -38,7 +38,7 @@ from nanovllm.compile.lower.persistent.step import Step
 from nanovllm.kernels import reference
 from nanovllm.kernels.cuda.persistent import KINDS, PRODUCT, TIMES
 from nanovllm.models.model import Batch
-from nanovllm.runner.persistent import PersistentSteps
+from nanovllm.runner.persistent import Form, PersistentSteps
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.steps import Steps
 from nanovllm.tools import command_line
@@ -94,9 +94,10 @@ def bench(runner: Runner, num_rows: int, context: int, bandwidth: float) -> dict
     own = PersistentSteps(runner.platform.device)
     today, one = runner.steps, replace(runner.steps, persistent=own)
     one.prepare_decode(row_idx_R)
-    if num_rows not in own.steps:
-        return {"today_us": measured(runner, today, row_idx_R), "why_not": own.reasons[num_rows]}
-    step = own.steps[num_rows]
+    form = Form(num_rows)
+    if form not in own.steps:
+        return {"today_us": measured(runner, today, row_idx_R), "why_not": own.reasons[form]}
+    step = own.steps[form]
     expected = today.decode_logits(row_idx_R)
     logits = one.decode_logits(row_idx_R)
     step.check()
@@ -236,7 +237,7 @@ def clocked(runner: Runner, row_idx_R: Tensor) -> Times:
     with steps.restoring_state():
         replay = runner.platform.capture(lambda: steps.decode_logits(row_idx_R))
         step_us = min(time_us(replay, steps) for _ in range(ROUNDS))
-    step = own.steps[len(row_idx_R)]
+    step = own.steps[Form(len(row_idx_R))]
     step.check()
     programs = step.schedule.programs
     cycles = step.buffers.clocks.view(len(programs), -1, len(TIMES)).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -50,13 +51,17 @@ class Case(NamedTuple):
     weights: Weights
     given: Inputs
 
-    def expected(self) -> Tensor:
-        """The logits of the regions, whose layers also write to their caches."""
-        h_TD = self.given.h_RD
+    def states(self) -> list[Tensor]:
+        """The hidden states after each layer of the regions, which also write to their caches."""
+        found = [self.given.h_RD]
         for inputs in self.inputs:
-            h_TD = self.layer(*{**inputs, "h_TD": h_TD}.values())
+            found.append(self.layer(*{**inputs, "h_TD": found[-1]}.values()))
+        return found[1:]
+
+    def expected(self) -> Tensor:
+        """The logits of the regions."""
         own = self.weights.head
-        return self.head(own["final_norm_D"], own["head_VD"], h_TD)
+        return self.head(own["final_norm_D"], own["head_VD"], self.states()[-1])
 
     def caches(self) -> list[Tensor]:
         return [one for inputs in self.inputs for one in inputs["kv"][:2]]  # type: ignore[index]
@@ -89,8 +94,16 @@ def config(shape: Shape, **changed: Any) -> ModelConfig:
     return ModelConfig(**{**values, **changed})
 
 
-def case(lens: tuple[int, ...], shape: Shape = SMALL, device: str = "cpu", **changed: Any) -> Case:
-    """A step of rows with so many tokens each, the new one included. Pages are in no order."""
+def case(
+    lens: tuple[int | tuple[int, ...], ...],
+    shape: Shape = SMALL,
+    device: str = "cpu",
+    **changed: Any,
+) -> Case:
+    """A step of rows with so many tokens each, the new one included; tuples are of one request. The
+    hidden states after the first and the last layer are kept. Pages are in no order."""
+    of_request = [(one,) if isinstance(one, int) else one for one in lens]
+    lens = tuple(chain.from_iterable(of_request))
     torch.manual_seed(0)
     where, cfg = torch.device(device), config(shape, **changed)
     is_sparse = (True,) * shape.layers
@@ -104,6 +117,8 @@ def case(lens: tuple[int, ...], shape: Shape = SMALL, device: str = "cpu", **cha
             weight.mul_(weight.shape[-1] ** -0.5 / weight[..., :64].float().std())
     each = -(-max(lens) // BLOCK_SIZE)
     table_RP = torch.randperm(len(lens) * each).view(len(lens), each).int() + 1
+    requests = torch.tensor([idx for idx, one in enumerate(of_request) for _ in one])
+    table_RP = table_RP[requests]
     pos_R = torch.tensor(lens) - 1
     block_R = table_RP.gather(1, (pos_R // BLOCK_SIZE)[:, None])[:, 0].long()
     batch = Batch(
@@ -127,9 +142,12 @@ def case(lens: tuple[int, ...], shape: Shape = SMALL, device: str = "cpu", **cha
     head = partial(model.head, cfg)
     of_head = {"final_norm_D": params.final_norm_D, "head_VD": params.head_VD, "h_RD": h_RD}
     plan = plans.read(layer, inputs[0], head, of_head, shape.layers, varying=VARYING)
+    plan = plan._replace(has_several=len(of_request) < len(lens))
+    kept_RLD = torch.zeros(len(lens), 2, shape.hidden, dtype=DTYPE, device=where)
     weights = Weights(
-        plan, [dict(input_leaves(one)) for one in inputs], dict(input_leaves(of_head))
-    )
+        plan, [dict(input_leaves(one)) for one in inputs], dict(input_leaves(of_head)),
+        {0: kept_RLD[:, 0], shape.layers - 1: kept_RLD[:, 1]},
+    )  # fmt: skip
     logits_RV = torch.zeros(len(lens), shape.vocab, dtype=DTYPE, device=where)
     places = batch.rope_pos_T, batch.slot_T, batch.block_table_RP, batch.seq_len_R
     given = Inputs(h_RD, logits_RV, cos_sin_MH, *places)

@@ -32,24 +32,28 @@ def interpreted(one: Case, schedule: Schedule, seed: int = 0, *, ahead: bool = F
 @pytest.mark.parametrize(
     "lens, shape, num_programs",
     # one row in many parts; one in fewer than there could be; several rows, of one part each;
-    # experts of one row and of several
+    # experts of one row and of several; several tokens of a request, with and without earlier ones,
+    # beside another request
     [
         ((300,), SMALL, 20), ((33,), SMALL, 7), ((1, 40, 100), SMALL, 3),
         ((40,), SMALL_EXPERTS, 5), ((1, 40, 100), SMALL_EXPERTS, 7),
+        (((48, 49, 50, 51), 52, (1, 2, 3)), SMALL, 7),
     ],
 )  # fmt: skip
 def test_a_schedule_computes_what_the_regions_compute(
-    lens: tuple[int, ...], shape: Shape, num_programs: int
+    lens: tuple[int | tuple[int, ...], ...], shape: Shape, num_programs: int
 ) -> None:
-    """Logits and caches, with programs in any order."""
+    """Logits, caches and what is kept, with programs in any order."""
     for seed, ahead in ((0, False), (1, True)):
         one = case(lens, shape)
         before = [cache.clone() for cache in one.caches()]
         interpreted(one, schedules.build(one.plan, num_programs), seed, ahead=ahead)
         found = [one.given.logits_RV.clone(), *(cache.clone() for cache in one.caches())]
+        found += [one.weights.kept[layer] for layer in (0, shape.layers - 1)]
         for cache, old in zip(one.caches(), before, strict=True):
             cache.copy_(old)
-        expected = [one.expected(), *one.caches()]
+        states = one.states()
+        expected = [one.expected(), *one.caches(), states[0], states[-1]]
         assert all(error(*pair) < LIMIT for pair in zip(found, expected, strict=True))
         assert not all(map(torch.equal, before, one.caches()))
 

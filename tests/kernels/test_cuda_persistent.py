@@ -37,19 +37,21 @@ def run_on_host(step: Step, one: Case, folder: Path) -> None:
 
 
 def compared(one: Case, before: list[Tensor]) -> None:
-    """The logits of a step, and the keys and values of the first and the last layer, are as near to
-    those in fp32 as those of the regions."""
+    """The logits of a step, and the keys and values of the first and the last layer and the hidden
+    states after it, are as near to those in fp32 as those of the regions."""
     some = [0, 1, -2, -1]
 
-    def results(case: Case, logits_RV: Tensor) -> list[Tensor]:
-        return [logits_RV, *(case.caches()[idx] for idx in some)]
+    def results(case: Case) -> list[Tensor]:
+        """Of the regions."""
+        logits_RV, states = case.expected(), case.states()
+        return [logits_RV, *(case.caches()[idx] for idx in some), states[0], states[-1]]
 
-    found = [result.clone() for result in results(one, one.given.logits_RV)]
+    caches = [one.caches()[idx].clone() for idx in some]
+    found = [one.given.logits_RV, *caches, *one.weights.kept.values()]
+    found += [found[-1]] * (len(one.weights.kept) == 1)  # of a single layer
     for cache, old in zip(one.caches(), before, strict=True):
         cache.copy_(old)
-    in_fp32 = one.exact()
-    exact = results(in_fp32, in_fp32.expected())
-    expected = results(one, one.expected())
+    exact, expected = results(one.exact()), results(one)
     errors = [
         (error(a.cpu(), c), error(b.cpu(), c))
         for a, b, c in zip(found, expected, exact, strict=True)
@@ -66,15 +68,17 @@ def compared(one: Case, before: list[Tensor]) -> None:
         ((3, 1, 9, 2, 35), Shape(layers=1, heads=1, hidden=64, ffn=3072), 1),
         ((40,), SMALL_EXPERTS._replace(heads=8), 1),
         ((3, 1, 20), SMALL_EXPERTS._replace(experts=Experts(128, 3, 64, False)), 1),
+        (((36, 37, 38), 39, (1, 2)), Shape(layers=2, heads=4, hidden=256), 1),
     ],
 )  # fmt: skip
 def test_the_kernel_is_right_on_a_cpu(
-    lens: tuple[int, ...], shape: Shape, num_steps: int, tmp_path: Path
+    lens: tuple[int | tuple[int, ...], ...], shape: Shape, num_steps: int, tmp_path: Path
 ) -> None:
     """One row in two parts, in two steps: the words of the first are still there in the second. Two
     rows of one part each, with four queries a key. Three queries a key. Five rows with one query a
     key, whose MLP is wider than the columns that fit registers, by a part. Experts, of one row with
-    eight queries a key, in two layers; and of three rows, whose weights do not sum to one."""
+    eight queries a key, in two layers; and of three rows, whose weights do not sum to one. Several
+    tokens of two requests, one of which has no earlier ones, and another request between them."""
     one = case(lens, shape)
     before = [cache.clone() for cache in one.caches()]
     step = built(one, 2)
@@ -155,12 +159,14 @@ def num_programs() -> int:
         (QWEN3_06B, (777,)), (QWEN3_06B, (1, 2, 40, 64, 65, 500, 1000, 1500)),
         (QWEN3_8B, (300,)), (QWEN3_8B, (1, 33, 1000, 70)),
         (QWEN3_30B_A3B, (300,)), (QWEN3_30B_A3B, (1, 500, 65, 70)),
+        (QWEN3_06B, ((777, 778, 779, 780),)), (QWEN3_8B, (tuple(range(1000, 1008)),)),
+        (QWEN3_8B, ((1, 2, 3, 4), (64, 65, 66, 67))),
     ],
 )  # fmt: skip
 def test_a_step_on_a_gpu_is_that_of_the_regions(
-    shape: Shape, lens: tuple[int, ...], num_programs: int
+    shape: Shape, lens: tuple[int | tuple[int, ...], ...], num_programs: int
 ) -> None:
-    """Logits and caches; equal bits when the step is replayed."""
+    """Logits, caches and what is kept; equal bits when the step is replayed."""
     one = case(lens, shape, "cuda")
     before = [cache.clone() for cache in one.caches()]
     step = built(one, num_programs)

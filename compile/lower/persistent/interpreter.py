@@ -51,13 +51,28 @@ class Interpreter:
     def __init__(self, schedule: Schedule, inputs: Inputs, find: Find, block_size: int) -> None:
         self.schedule, self.plan, self.inputs = schedule, schedule.plan, inputs
         self.find, self.block_size = find, block_size
-        self.lens: list[int] = inputs.seq_len_R.tolist()
+        # of each row: keys of the step that it attends to, and tokens with the first of these
+        self.num_own = self._own_keys()
+        self.lens = [len - num + 1 for len, num in zip(inputs.seq_len_R.tolist(), self.num_own)]
         # two numbers in bf16, or one in fp32 and an empty place
         self.values = torch.zeros(schedule.num_words, 2)
         self.phase = torch.full((schedule.num_words,), -1)
         self.reads_left = torch.zeros(schedule.num_words, dtype=torch.int64)
         self.chosen: dict[int, tuple[Tensor, Tensor]] = {}  # of a layer, weights and numbers
         self._num_reads = self._count_reads()
+
+    def _own_keys(self) -> list[int]:
+        """One for each row, and one for each row before it of the same request: the place before a
+        token's own in its cache is that of the row before it."""
+        given, found = self.inputs, [1]
+        lens = given.seq_len_R.tolist()
+        for row in range(1, len(lens)):
+            block, offset = divmod(lens[row] - 2, self.block_size)
+            before = int(given.table_RP[row, block]) * self.block_size + offset
+            follows = lens[row] > 1 and before == int(given.slot_R[row - 1])
+            follows &= self.plan.has_several
+            found.append(found[-1] + 1 if follows else 1)
+        return found
 
     def run(self, seed: int, *, ahead: bool = False) -> None:
         """Run all tasks. With `ahead` a program goes on until it must wait. Raises Fault."""
@@ -158,8 +173,10 @@ class Interpreter:
         first, group = task.in_at + row * plan.qkv // 2, plan.num_heads // plan.num_kv_heads
         yield Span(first + head * group * HEAD // 2, group * HEAD // 2, task.in_phase)
         if part + 1 == num_parts(self.lens[row], self.schedule.splits):
-            for kv_head in (plan.num_heads + head, plan.num_heads + plan.num_kv_heads + head):
-                yield Span(first + kv_head * HEAD // 2, HEAD // 2, task.in_phase)
+            for before in range(self.num_own[row]):
+                at = first - before * plan.qkv // 2
+                for kv_head in (plan.num_heads + head, plan.num_heads + plan.num_kv_heads + head):
+                    yield Span(at + kv_head * HEAD // 2, HEAD // 2, task.in_phase)
 
     def _columns(self, task: Task) -> tuple[int, int]:
         """The first result of a product's task, and how many it has."""
@@ -236,6 +253,10 @@ class Interpreter:
                 continue
             at = task.out_at + (row * task.num_outs + first) // 2
             self._write(task, at, y_O.view(-1, 2), task.out_phase)
+            if flags & persistent.ADD and len(task.inputs) > 1:
+                kept_RD = self.find(task.layer, task.inputs[1])
+                if kept_RD is not None:
+                    kept_RD[row, first : first + num] = y_O
 
     def _weight(self, task: Task, row: int) -> Tensor:
         """[O, D] of a product: of experts, those of a row as one MLP, gates before ups."""
@@ -284,9 +305,9 @@ class Interpreter:
         """The result [G, H] over a part of a row's keys, and its log of sums [G] in base 2."""
         plan, given, length = self.plan, self.inputs, self.lens[row]
         group, is_last = plan.num_heads // plan.num_kv_heads, part + 1 == parts
-        qkv = self._rows(task.in_at, plan.qkv)[row].view(-1, HEAD)
-        pos = given.rope_pos_R[row : row + 1]
-        q_GH = self._rotated(qkv[head * group : (head + 1) * group], task, "q_norm", pos)
+        qkv_RNH = self._rows(task.in_at, plan.qkv).view(plan.num_rows, -1, HEAD)
+        q_GH = qkv_RNH[row, head * group : (head + 1) * group]
+        q_GH = self._rotated(q_GH[None], task, "q_norm", given.rope_pos_R[row : row + 1])[0]
         keys, values = (self._given(task.layer, name) for name in ("keys", "values"))
         each = part_len(length, self.schedule.splits)
         token_S = torch.arange(part * each, length - 1 if is_last else (part + 1) * each)
@@ -296,20 +317,22 @@ class Interpreter:
             one.reshape(-1, plan.num_kv_heads, HEAD)[slot_S, head] for one in (keys, values)
         )
         if is_last:
-            k_1H = self._rotated(qkv[plan.num_heads + head][None], task, "k_norm", pos)
-            v_1H = qkv[plan.num_heads + plan.num_kv_heads + head][None]
+            own = slice(row + 1 - self.num_own[row], row + 1)
+            k_S1H = qkv_RNH[own, plan.num_heads + head, None]
+            k_OH = self._rotated(k_S1H, task, "k_norm", given.rope_pos_R[own])[:, 0]
+            v_OH = qkv_RNH[own, plan.num_heads + plan.num_kv_heads + head]
             block, offset = divmod(int(given.slot_R[row]), self.block_size)
-            keys[block, offset, head], values[block, offset, head] = k_1H[0], v_1H[0]
-            k_SH, v_SH = torch.cat((k_SH, k_1H)), torch.cat((v_SH, v_1H))
+            keys[block, offset, head], values[block, offset, head] = k_OH[-1], v_OH[-1]
+            k_SH, v_SH = torch.cat((k_SH, k_OH)), torch.cat((v_SH, v_OH))
         score_GS = q_GH.float() @ k_SH.float().T * plan.scale
         lse_G = score_GS.logsumexp(-1) * persistent.LOG2_E
         return score_GS.softmax(-1) @ v_SH.float(), lse_G
 
-    def _rotated(self, x_NH: Tensor, task: Task, norm: str, pos: Tensor) -> Tensor:
+    def _rotated(self, x_RNH: Tensor, task: Task, norm: str, pos_R: Tensor) -> Tensor:
         weight_H = self.find(task.layer, norm)
         if weight_H is not None:
-            x_NH = reference.norm_act.rms_norm(x_NH, weight_H, self.plan.eps)
-        return reference.rope_store.rope(x_NH[None], self.inputs.cos_sin_MH, pos)[0]
+            x_RNH = reference.norm_act.rms_norm(x_RNH, weight_H, self.plan.eps)
+        return reference.rope_store.rope(x_RNH, self.inputs.cos_sin_MH, pos_R)
 
     def _merge(self, task: Task) -> None:
         for head, parts in self._merged(task):

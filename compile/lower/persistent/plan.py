@@ -38,7 +38,8 @@ class Plan(NamedTuple):
     q_norm, k_norm, out, mlp_norm, gate_up, down, keys, values, cos_sin, rope_pos, slot, table,
     seq_len. `head_inputs` are those of the head: final_norm, head. Norms of queries and keys may be
     missing. With `experts` gate_up and down are those of all experts, `ffn` is the width of a
-    token's experts together, and there is a router.
+    token's experts together, and there is a router. has_several: rows may be tokens of one request,
+    one after the other, as in a step that verifies drafts.
     """
 
     num_rows: int
@@ -53,6 +54,7 @@ class Plan(NamedTuple):
     layer_inputs: Mapping[str, str]
     head_inputs: Mapping[str, str]
     experts: Experts | None = None
+    has_several: bool = False
 
     @property
     def qkv(self) -> int:

@@ -45,6 +45,11 @@ class Schedule(NamedTuple):
         return 1 + len(OF_LAYER) * self.plan.num_layers
 
     @property
+    def has_long_layers(self) -> bool:
+        """Whether waits are a small part of a layer, by its bytes."""
+        return self.plan.layer_bytes // len(self.programs) > persistent.LONG_BYTES
+
+    @property
     def sizes(self) -> Sizes:
         plan = self.plan
         halves = frozenset(
@@ -53,11 +58,12 @@ class Schedule(NamedTuple):
             for task in tasks
             if task.kind == persistent.PRODUCT and task.flags & persistent.HALF
         ) - {"router"}  # its tiles are those of qkv
-        each = plan.layer_bytes // len(self.programs)
-        in_flight = persistent.LONG if each > persistent.LONG_BYTES else persistent.SHORT
+        in_flight = persistent.LONG if self.has_long_layers else persistent.SHORT
+        if plan.experts is not None:
+            in_flight = persistent.OF_EXPERTS
         return Sizes(
             plan.num_rows, plan.hidden, plan.ffn, plan.num_heads, plan.num_kv_heads, self.splits,
-            halves, in_flight, max(map(len, self.programs)), plan.experts,
+            halves, in_flight, max(map(len, self.programs)), plan.experts, plan.has_several,
         )  # fmt: skip
 
     def phase_name(self, phase: int) -> str:
@@ -82,6 +88,9 @@ def build(plan: Plan, num_programs: int) -> Schedule:
     """The schedule of a step for so many multiprocessors. Raises Unfit."""
     if plan.experts is not None and plan.num_rows * plan.ffn < 8 * num_programs:
         raise Unfit(f"a token's experts are too small to be divided among {num_programs} programs")
+    group = plan.num_heads // plan.num_kv_heads
+    if plan.has_several and group >= persistent.WARPS:
+        raise Unfit(f"{group} queries share a key: no warp makes the keys of a row's other tokens")
     return _Builder(plan, num_programs).schedule()
 
 
@@ -147,7 +156,7 @@ class _Builder:
         flags = norm | persistent.SILU | of_experts
         inner = self._product(layer, ("gate_up", "mlp_norm"), plan.hidden, plan.ffn, flags)
         self._spread(inner, out, ("inner", phase_of(layer, "inner")), routed)
-        down = self._product(layer, ("down",), plan.ffn, plan.hidden, add | of_experts)
+        down = self._product(layer, ("down", "kept"), plan.ffn, plan.hidden, add | of_experts)
         after = "hidden", phase_of(layer, "hidden")
         self._spread(down, ("inner", phase_of(layer, "inner")), after, out)
 

@@ -23,16 +23,22 @@ class Stuck(RuntimeError):
 
 
 class Weights(NamedTuple):
-    """The tensors of a step's regions: of each layer and of the head."""
+    """The tensors of a step's regions: of each layer and of the head.
+
+    kept: by layers, [R, D] where the hidden states after them are stored too, of the same strides.
+    """
 
     plan: Plan
     layers: Sequence[Tensors]
     head: Tensors
+    kept: Mapping[int, Tensor] = {}
 
     def find(self, layer: int, name: str) -> Tensor | None:
         """What tasks call `name`, of a layer or, with −1, of the head; None without one."""
         if layer < 0:
             return self.head[self.plan.head_inputs[name]]
+        if name == "kept":
+            return self.kept.get(layer)
         source = self.plan.layer_inputs.get(name)
         return None if source is None else self.layers[layer][source]
 
@@ -122,7 +128,10 @@ def build(
 
     tasks = schedules.packed(schedule, address)
     buffers = Buffers.new(sizes, tasks, len(schedule.programs), schedule.num_words, device)
-    numbers = Numbers(strides, cache.shape[1], schedule.num_phases, plan.eps, plan.scale, max_polls)
+    kept_stride = next((one.stride(0) for one in weights.kept.values()), 0)
+    numbers = Numbers(
+        strides, kept_stride, cache.shape[1], schedule.num_phases, plan.eps, plan.scale, max_polls
+    )
     return Step(schedule, sizes, buffers, numbers, weights)
 
 
