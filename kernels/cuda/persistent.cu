@@ -20,7 +20,8 @@
 // OUT_HALF, DOWN_HALF and HEAD_HALF (their tiles are halves), NUM_TASKS (of a program), STAGES,
 // IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time), MAX_CHUNK (columns of x in
 // registers), WARPS, COPIERS, CLOCKS (times of tasks are kept), SEVERAL (rows may be tokens of one
-// request, one after the other: each attends to those before it too).
+// request, one after the other: each attends to those before it too), KEEPS (hidden states after some
+// layers are stored for readers behind the step).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 
@@ -150,7 +151,7 @@ __device__ __forceinline__ Unit unit_of(u32 unit) {
   u.row = unit / (KV_HEADS * SPLITS), u.head = unit / SPLITS % KV_HEADS, u.part = unit % SPLITS;
   const u32 len = shared<int>(AT_LENS)[u.row], each = part_len(len);
   const bool is_last = u.part + 1 == num_parts(len);
-  u.is_real = u.part < num_parts(len), u.num_own = is_last ? shared<int>(AT_LENS)[12 + u.row] : 0;
+  u.is_real = u.part < num_parts(len), u.num_own = is_last ? (SEVERAL ? shared<int>(AT_LENS)[12 + u.row] : 1) : 0;
   u.from = u.part * each, u.to = is_last ? len - 1 : u.from + each;
   return u;
 }
@@ -317,7 +318,7 @@ __device__ __forceinline__ void run_tasks(const Args& a, const Task* tasks, u32 
 // before its own in its cache is that row's.
 __device__ __forceinline__ bool follows(const Args& a, u32 row) {
   const int before = a.seq_len[row] - 2;
-  if (!SEVERAL || row == 0 || before < 0) return false;
+  if (row == 0 || before < 0) return false;
   const u64 block = a.table[(u64)row * a.table_stride + before / a.block_size];
   return block * a.block_size + before % a.block_size == (u64)a.slot[row - 1];
 }
@@ -335,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const 
   }
   if (threadIdx.x < ROWS) {
     u32 first = threadIdx.x;
-    while (follows(a, first)) first--;
+    while (SEVERAL && follows(a, first)) first--;
     lens[threadIdx.x] = a.seq_len[first], lens[12 + threadIdx.x] = threadIdx.x - first + 1;
   }
   const Four* const from = reinterpret_cast<const Four*>(a.tasks + (u64)blockIdx.x * NUM_TASKS);

@@ -87,7 +87,7 @@ class Experts(NamedTuple):
 class Sizes(NamedTuple):
     """What a program is compiled for. `ffn` is that of a token's experts together. `num_tasks` are
     those of a program, `splits` the most parts of a row's keys. `halves` names the products whose
-    tiles are halves. has_several: rows may be tokens of one request, one after the other."""
+    tiles are halves. has_several, keeps: see `Plan`."""
 
     num_rows: int
     hidden: int
@@ -100,17 +100,18 @@ class Sizes(NamedTuple):
     num_tasks: int
     experts: Experts | None = None
     has_several: bool = False
+    keeps: bool = False
     num_warps: int = WARPS
     num_copiers: int = COPIERS
     has_clocks: bool = False
 
     @property
     def max_chunk(self) -> int:
-        """The columns of x that are in registers at most: more, of many rows or in uneven chunks,
-        would go to local memory."""
-        depths = self.hidden, self.ffn, self.num_heads * HEAD
-        is_even = all(depth % (-(-depth // 4096) * 2 * WIDE) == 0 for depth in depths)
-        return 4096 if self.num_rows <= 4 and self.experts is None and is_even else 2048
+        """The columns of x that are in registers at most: all of small models, since more would go
+        to local memory."""
+        depth = max(self.hidden, self.ffn, self.num_heads * HEAD)
+        is_small = depth < 4096 and depth % (2 * WIDE) == 0 and self.experts is None
+        return 4096 if self.num_rows <= 4 and is_small else 2048
 
     @property
     def max_own(self) -> int:
@@ -151,6 +152,7 @@ class Sizes(NamedTuple):
             "WARPS": self.num_warps, "COPIERS": self.num_copiers,
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
             "MAX_CHUNK": self.max_chunk, "CLOCKS": self.has_clocks, "SEVERAL": self.has_several,
+            "KEEPS": self.keeps,
         }  # fmt: skip
         return Function("persistent", nvrtc.constants(values), is_specific=True)
 

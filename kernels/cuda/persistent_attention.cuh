@@ -57,7 +57,8 @@ __device__ __forceinline__ void store_head(u16* to, const Made& v, int l) {
 __device__ __forceinline__ void make_head(Worker& w, const Unit& u, u32 idx) {
   const Task& t = *w.task;
   const bool is_query = idx < GROUP, is_new = !is_query && u.num_own;
-  const u32 own = is_new ? idx - GROUP : 0, row = is_new ? u.row + 1 + own - u.num_own : u.row;
+  const u32 own = SEVERAL && is_new ? idx - GROUP : 0;
+  const u32 row = SEVERAL && is_new ? u.row + 1 + own - u.num_own : u.row;
   const int l = w.lane % MAKING;
   const u64* const words = w.a.words + t.in_at + row * (QKV / 2);
   const u64* const k_at = words + (HEADS + u.head) * (HEAD / 2);

@@ -238,7 +238,7 @@ __device__ __forceinline__ void finish(Worker& w, const Task& t, u32 num_outs, u
         reinterpret_cast<u32*>(w.a.logits)[r.at[h][j]] = word;
       else
         store_word(w.a.words + t.out_at + r.at[h][j], word, w.base + t.out_phase);
-      if (FLAGS & ADD && t.second_input) keep(w, t, num_outs, r.at[h][j], word);
+      if (KEEPS && FLAGS & ADD && t.second_input) keep(w, t, num_outs, r.at[h][j], word);
     }
   }
 }

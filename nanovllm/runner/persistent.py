@@ -114,6 +114,7 @@ class PersistentSteps:
             for form in forms:
                 self._refuse(form, why)
             return
+        plan = plan._replace(keeps=bool(self.kept))
         num_programs = lowered.num_programs(self.device)
         compiling = ThreadPoolExecutor(len(forms), "persistent")
         compile_kernel = partial(

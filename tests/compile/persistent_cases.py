@@ -142,7 +142,7 @@ def case(
     head = partial(model.head, cfg)
     of_head = {"final_norm_D": params.final_norm_D, "head_VD": params.head_VD, "h_RD": h_RD}
     plan = plans.read(layer, inputs[0], head, of_head, shape.layers, varying=VARYING)
-    plan = plan._replace(has_several=len(of_request) < len(lens))
+    plan = plan._replace(has_several=len(of_request) < len(lens), keeps=True)
     kept_RLD = torch.zeros(len(lens), 2, shape.hidden, dtype=DTYPE, device=where)
     weights = Weights(
         plan, [dict(input_leaves(one)) for one in inputs], dict(input_leaves(of_head)),

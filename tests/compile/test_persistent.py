@@ -154,22 +154,30 @@ def test_too_many_rows_are_refused() -> None:
         case((5,) * 9, Shape(layers=1))
 
 
+SMALL_PLAN, LONG_PLAN = published(8, 1024, 16, 3072, 28), published(8, 4096, 32, 12288, 36)
+OF_EXPERTS = published(8, 2048, 32, 6144, 48)._replace(experts=Experts(128, 8, 768, True))
+
+
 @pytest.mark.parametrize(
-    "plan, why",
+    "plan, is_faster",
     [
-        (published(1, 1024, 16, 3072, 28), None),
-        (published(1, 1024, 64, 3072, 28), "more than 4 queries share a key"),
-        (
-            published(1, 1024, 16, 3072, 28)._replace(experts=Experts(128, 4, 768, True)),
-            "with experts several kernels are faster",
-        ),
+        (SMALL_PLAN, False), (LONG_PLAN, True), (published(8, 5120, 64, 25600, 64), False),
+        (OF_EXPERTS, False), (SMALL_PLAN._replace(num_rows=4), True),
+        (published(4, 5120, 64, 25600, 64), True), (OF_EXPERTS._replace(num_rows=4), True),
     ],
-)
-def test_by_default_a_step_is_one_kernel_where_that_is_faster(plan: Plan, why: str | None) -> None:
-    device = torch.device("cpu")
-    for is_asked in (False, True):
-        steps = PersistentSteps(device, is_asked=is_asked)
-        assert steps.why_not(plan) == (None if is_asked else why)
+)  # fmt: skip
+def test_by_default_a_step_is_one_kernel_where_that_is_faster(plan: Plan, is_faster: bool) -> None:
+    """Small layers, many queries that share a key and experts: of up to four rows only."""
+    device, schedule = torch.device("cpu"), schedules.build(plan, 132)
+    assert PersistentSteps(device, is_asked=True).why_not(schedule) is None
+    why = None if is_faster else "with more than 4 rows several kernels are faster"
+    assert PersistentSteps(device, is_asked=False).why_not(schedule) == why
+
+
+def test_a_row_of_several_tokens_needs_a_warp_without_a_query() -> None:
+    plan = published(4, 5120, 64, 25600, 64)._replace(has_several=True)
+    with pytest.raises(Unfit, match="8 queries share a key"):
+        schedules.build(plan, 132)
 
 
 def test_experts_that_some_program_would_not_choose_are_refused() -> None:

@@ -39,7 +39,8 @@ class Plan(NamedTuple):
     seq_len. `head_inputs` are those of the head: final_norm, head. Norms of queries and keys may be
     missing. With `experts` gate_up and down are those of all experts, `ffn` is the width of a
     token's experts together, and there is a router. has_several: rows may be tokens of one request,
-    one after the other, as in a step that verifies drafts.
+    one after the other, as in a step that verifies drafts. keeps: hidden states after some layers
+    are stored for a head that drafts.
     """
 
     num_rows: int
@@ -55,6 +56,7 @@ class Plan(NamedTuple):
     head_inputs: Mapping[str, str]
     experts: Experts | None = None
     has_several: bool = False
+    keeps: bool = False
 
     @property
     def qkv(self) -> int:

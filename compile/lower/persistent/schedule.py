@@ -64,6 +64,7 @@ class Schedule(NamedTuple):
         return Sizes(
             plan.num_rows, plan.hidden, plan.ffn, plan.num_heads, plan.num_kv_heads, self.splits,
             halves, in_flight, max(map(len, self.programs)), plan.experts, plan.has_several,
+            plan.keeps,
         )  # fmt: skip
 
     def phase_name(self, phase: int) -> str:
@@ -156,7 +157,8 @@ class _Builder:
         flags = norm | persistent.SILU | of_experts
         inner = self._product(layer, ("gate_up", "mlp_norm"), plan.hidden, plan.ffn, flags)
         self._spread(inner, out, ("inner", phase_of(layer, "inner")), routed)
-        down = self._product(layer, ("down", "kept"), plan.ffn, plan.hidden, add | of_experts)
+        names = ("down", "kept") if plan.keeps else ("down",)
+        down = self._product(layer, names, plan.ffn, plan.hidden, add | of_experts)
         after = "hidden", phase_of(layer, "hidden")
         self._spread(down, ("inner", phase_of(layer, "inner")), after, out)
 
