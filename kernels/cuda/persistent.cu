@@ -95,7 +95,7 @@ struct Args {
 #define SUMS_OF_TILE (8 * COLUMN_PAIRS * WARPS)
 
 // shared memory: the ring | tasks | barriers of stages that are full, and empty | of rows, tokens with the
-// first of the step; a failure; whether results are waited for; of rows, keys of the step | the experts of rows, and their weights | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] |
+// first of the step; a failure; whether results are waited for; of rows, tokens of the step | the experts of rows, and their weights | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] |
 // the step's own keys and values [MAX_OWN, 2, HEAD] | scores [2, GROUP, TOKENS] | sums of tiles | x, of each warp its
 // columns
 #define AT_TASKS (STAGES * STAGE_BYTES)
@@ -142,7 +142,10 @@ __device__ __forceinline__ u32 num_parts(u32 len) {
   return len < 2 ? 1 : (len - 1 + part_len(len) - 1) / part_len(len);
 }
 
-struct Unit { u32 row, head, part, from, to, num_own; bool is_real; };
+// The tokens of the step that a row attends to: its own, and those before it of the same request.
+__device__ __forceinline__ u32 num_own(u32 row) { return SEVERAL ? shared<int>(AT_LENS)[12 + row] : 1; }
+
+struct Unit { u32 row, head, part, from, to; bool is_last, is_real; };
 
 // A unit of attention: keys from .. to − 1 of a row, for the queries of a key-value head. The last
 // part ends with the step's own tokens.
@@ -150,9 +153,8 @@ __device__ __forceinline__ Unit unit_of(u32 unit) {
   Unit u;
   u.row = unit / (KV_HEADS * SPLITS), u.head = unit / SPLITS % KV_HEADS, u.part = unit % SPLITS;
   const u32 len = shared<int>(AT_LENS)[u.row], each = part_len(len);
-  const bool is_last = u.part + 1 == num_parts(len);
-  u.is_real = u.part < num_parts(len), u.num_own = is_last ? (SEVERAL ? shared<int>(AT_LENS)[12 + u.row] : 1) : 0;
-  u.from = u.part * each, u.to = is_last ? len - 1 : u.from + each;
+  u.is_real = u.part < num_parts(len), u.is_last = u.part + 1 == num_parts(len);
+  u.from = u.part * each, u.to = u.is_last ? len - 1 : u.from + each;
   return u;
 }
 

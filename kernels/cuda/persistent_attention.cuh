@@ -52,13 +52,13 @@ __device__ __forceinline__ void store_head(u16* to, const Made& v, int l) {
 }
 
 // Half a warp makes a query, or a key of the step and its value: normed, rotated, in shared memory, and
-// those of the row's own token in their cache. `idx` counts the queries, then the keys. The second half of
-// a warp does what the first does, but for that which makes the key beside eight queries.
+// those of the row's own token in their cache. `idx` counts the queries, then the keys, from the row's own
+// one back. The second half of a warp does what the first does, but for that which makes the key beside
+// eight queries.
 __device__ __forceinline__ void make_head(Worker& w, const Unit& u, u32 idx) {
   const Task& t = *w.task;
-  const bool is_query = idx < GROUP, is_new = !is_query && u.num_own;
-  const u32 own = SEVERAL && is_new ? idx - GROUP : 0;
-  const u32 row = SEVERAL && is_new ? u.row + 1 + own - u.num_own : u.row;
+  const bool is_query = idx < GROUP, is_new = !is_query && u.is_last;
+  const u32 own = SEVERAL && is_new ? idx - GROUP : 0, row = u.row - own;
   const int l = w.lane % MAKING;
   const u64* const words = w.a.words + t.in_at + row * (QKV / 2);
   const u64* const k_at = words + (HEADS + u.head) * (HEAD / 2);
@@ -96,7 +96,7 @@ __device__ __forceinline__ void make_head(Worker& w, const Unit& u, u32 idx) {
   const Made value = numbers_of(found + 2);
   u16* const to = shared<u16>(AT_OWN) + own * (2 * HEAD);
   store_head(to, made, l), store_head(to + HEAD, value, l);
-  if (SEVERAL && row != u.row) return;
+  if (SEVERAL && own) return;
   const u64 at = slot / w.a.block_size * w.a.block_stride + slot % w.a.block_size * w.a.slot_stride +
                  u.head * w.a.head_stride;
   store_head(reinterpret_cast<u16*>(const_cast<u8*>(t.first_input)) + at, made, l);
@@ -107,29 +107,23 @@ __device__ __forceinline__ void make_head(Worker& w, const Unit& u, u32 idx) {
 __device__ __forceinline__ void make_heads(Worker& w, const Unit& u) {
   if (GROUP == WARPS)
     make_head(w, u, w.warp == 0 && w.lane >= MAKING ? GROUP : w.warp);
-  else if (!SEVERAL && w.warp < GROUP + (int)u.num_own)
+  else if (w.warp < GROUP || (w.warp == GROUP && u.is_last && !SEVERAL))
     make_head(w, u, w.warp);
 #if SEVERAL  // warps without a query take turns with the keys
+  else if (u.is_last)
 #pragma unroll 1
-  for (u32 idx = w.warp; idx < GROUP + u.num_own; idx += WARPS - GROUP) {
-    make_head(w, u, idx);
-    if (idx < GROUP) break;
-  }
+    for (u32 own = w.warp - GROUP; own < num_own(u.row); own += WARPS - GROUP) make_head(w, u, GROUP + own);
 #endif
 }
 
-// The scores of the step's own keys with a query, by all threads of a warp: lane i has that of key i.
-__device__ __forceinline__ float own_scores(const Worker& w, const float* query, u32 num) {
+// The score of a key of the step with a query, by all threads of a warp.
+__device__ __forceinline__ float own_score(const Worker& w, const float* query, u32 own) {
   const float4 q = *reinterpret_cast<const float4*>(query + w.lane * 4);
-  float own = NO_SCORE;
-  for (int key = 0; key < (SEVERAL ? (int)num : 1); key++) {
-    const uint2 k = *reinterpret_cast<const uint2*>(shared<u16>(AT_OWN) + key * (2 * HEAD) + w.lane * 4);
-    float score = q.x * low_of(k.x) + q.y * high_of(k.x) + q.z * low_of(k.y) + q.w * high_of(k.y);
+  const uint2 k = *reinterpret_cast<const uint2*>(shared<u16>(AT_OWN) + own * (2 * HEAD) + w.lane * 4);
+  float score = q.x * low_of(k.x) + q.y * high_of(k.x) + q.z * low_of(k.y) + q.w * high_of(k.y);
 #pragma unroll
-    for (int i = 16; i; i /= 2) score += __shfl_xor_sync(0xffffffff, score, i);
-    if (w.lane == key) own = IS_SCALED ? score : score * w.a.scale;
-  }
-  return own;
+  for (int i = 16; i; i /= 2) score += __shfl_xor_sync(0xffffffff, score, i);
+  return IS_SCALED ? score : score * w.a.scale;
 }
 
 // Sums over the keys that a warp has met: of 8 numbers of a query's result. `sum` is a thread's part.
@@ -142,13 +136,31 @@ __device__ __forceinline__ void add_value(State& s, float weight, const u8* valu
     s.acc[2 * j] += weight * low_of(word_of(v, j)), s.acc[2 * j + 1] += weight * high_of(word_of(v, j));
 }
 
-// Adds a stage's values by their scores, a lane's `score`, and those of the step by `own`.
+// Adds a value of the step by its weight, before which `most` has grown.
+__device__ __forceinline__ void add_own(State& s, const Worker& w, float weight, u32 own, u32 number) {
+  if (w.lane >= LANES) return;
+  add_value(s, weight, shared<u8>(AT_OWN) + (2 * own + 1) * (HEAD * 2) + number * 2);
+  if (w.lane == 0) s.sum += weight;
+}
+
+// Adds the values of the request's tokens before the row's own one.
+__device__ __forceinline__ void add_earlier(State& s, const Worker& w, const float* query, u32 num, u32 number) {
+  for (u32 own = 1; own < num; own++) {
+    const float score = own_score(w, query, own), most = fmaxf(s.most, score), before = exp2f(s.most - most);
+    s.most = most, s.sum *= before;
+#pragma unroll
+    for (int j = 0; j < 8; j++) s.acc[j] *= before;
+    add_own(s, w, exp2f(score - most), own, number);
+  }
+}
+
+// Adds a stage's values by their scores, a lane's `score` and all lanes' `own` (NO_SCORE: none).
 __device__ __forceinline__ void add_values(State& s, const Worker& w, const u8* values, u32 num, float score,
-                                           u32 num_own, float own, u32 number) {
-  float most = num_own ? fmaxf(score, own) : score;
+                                           float own, u32 number) {
+  float most = score;
 #pragma unroll
   for (int i = 16; i; i /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, i));
-  most = fmaxf(s.most, most);
+  most = fmaxf(fmaxf(s.most, own), most);
   const float before = exp2f(s.most - most), weight = exp2f(score - most);
   s.most = most, s.sum = s.sum * before + weight;
 #pragma unroll
@@ -159,15 +171,7 @@ __device__ __forceinline__ void add_values(State& s, const Worker& w, const u8* 
     const float of_key = __shfl_sync(0xffffffff, weight, key);
     if (num) add_value(s, of_key, values + (key < num ? key : 0) * (HEAD * 2) + number * 2);
   }
-  if (num_own == 0) return;
-  const float of_own = exp2f(own - most);
-  s.sum += of_own;
-#pragma unroll
-  for (u32 i = 0; i < MAX_OWN; i += KEYS_AT_ONCE) {
-    const u32 key = i + w.lane / LANES;
-    const float of_key = __shfl_sync(0xffffffff, of_own, key);
-    if (key < num_own) add_value(s, of_key, shared<u8>(AT_OWN) + (2 * key + 1) * (HEAD * 2) + number * 2);
-  }
+  if (own != NO_SCORE) add_own(s, w, exp2f(own - most), 0, number);
 }
 
 // Sums over a warp's lanes of the same numbers. A thread keeps KEPT of them, whose first is returned;
@@ -231,8 +235,9 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
   const Queries q = load_queries(w);
   State s;
   const bool has_query = QUERIES == GROUP || of_warp < GROUP;
+  const float* const query = shared<float>(AT_QUERIES) + of_warp * HEAD;
   float own = NO_SCORE;
-  if (u.num_own && has_query) own = own_scores(w, shared<float>(AT_QUERIES) + of_warp * HEAD, u.num_own);
+  if (u.is_last && has_query) own = own_score(w, query, 0);
   u32 token = u.from, turn = 0;
   do {
     const u32 num = u.to - token < TOKENS ? u.to - token : TOKENS;
@@ -244,7 +249,7 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
     const bool is_end = token + TOKENS >= u.to;
     if (has_query)
       add_values(s, w, keys + TOKENS * HEAD * 2, num, scores[of_warp * TOKENS + w.lane],
-                 is_end ? u.num_own : 0, own, number);
+                 is_end ? own : NO_SCORE, number);
     __syncwarp();
     if (num) {
       if (w.lane == 0) arrive(empty_barrier(w.stage.at));
@@ -252,6 +257,7 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
     }
     token += TOKENS, turn ^= 1;
   } while (token < u.to);
+  if (SEVERAL && u.is_last && has_query) add_earlier(s, w, query, num_own(u.row), number);
   note(w, COMPUTED);
   if (!has_query) return;
   const u32 first = sum_of_lanes(s, w.lane);
