@@ -47,7 +47,7 @@ class Tuning:
         its attention runs. It gains little where the bus is the limit, and wrong guesses cost time.
     persistent_step: run the layers and the head of a decode step as one kernel where it takes the
         GPU, the model and the number of rows; the log says why not elsewhere. None: where it is
-        faster: at up to four rows, without experts. See docs/persistent.md.
+        faster, at up to four rows, or eight with long layers. See docs/persistent.md.
     """
 
     capture: bool = True
