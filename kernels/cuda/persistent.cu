@@ -21,7 +21,7 @@
 // IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time), MAX_CHUNK (columns of x in
 // registers), WARPS, COPIERS, CLOCKS (times of tasks are kept), SEVERAL (rows may be tokens of one
 // request, one after the other: each attends to those before it too), KEEPS (hidden states after some
-// layers are stored for readers behind the step).
+// layers are stored for readers behind the step), QKV_BIAS.
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 
@@ -30,7 +30,7 @@
 struct __align__(16) Task {
   const u8* first_input;   // PRODUCT weight [O, D] or of all experts, ATTEND keys [C, B, K, H]
   const u8* second_input;  // PRODUCT norm [D] or, with ADD, where results are kept, or none; ATTEND values
-  const u16* q_norm;       // ATTEND [H] or none
+  const u16* q_norm;       // ATTEND [H] or none, PRODUCT with NORM a bias [O] or none
   const u16* k_norm;
   u32 kind, flags;
   u32 in_phase, add_phase, out_phase;

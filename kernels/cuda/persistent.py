@@ -87,7 +87,7 @@ class Experts(NamedTuple):
 class Sizes(NamedTuple):
     """What a program is compiled for. `ffn` is that of a token's experts together. `num_tasks` are
     those of a program, `splits` the most parts of a row's keys. `halves` names the products whose
-    tiles are halves. has_several, keeps: see `Plan`."""
+    tiles are halves. has_several, keeps, has_bias: see `Plan`."""
 
     num_rows: int
     hidden: int
@@ -101,6 +101,7 @@ class Sizes(NamedTuple):
     experts: Experts | None = None
     has_several: bool = False
     keeps: bool = False
+    has_bias: bool = False
     num_warps: int = WARPS
     num_copiers: int = COPIERS
     has_clocks: bool = False
@@ -152,7 +153,7 @@ class Sizes(NamedTuple):
             "WARPS": self.num_warps, "COPIERS": self.num_copiers,
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
             "MAX_CHUNK": self.max_chunk, "CLOCKS": self.has_clocks, "SEVERAL": self.has_several,
-            "KEEPS": self.keeps,
+            "KEEPS": self.keeps, "QKV_BIAS": self.has_bias,
         }  # fmt: skip
         return Function("persistent", nvrtc.constants(values), is_specific=True)
 

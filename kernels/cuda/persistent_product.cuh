@@ -158,7 +158,12 @@ __device__ __forceinline__ void multiply_tiles(Worker& w, const Four (&x)[P::PIE
 struct Results {
   u32 at[2][2];  // pairs of numbers from the first on
   Pair residual[2][2];
+  float bias[2];  // of the products that may have one
 };
+
+// Whether a product may have a bias: those by the code for queries, keys and values.
+template <u32 FLAGS>
+constexpr bool MAY_HAVE_BIAS = QKV_BIAS && (FLAGS & (NORM | SILU | LOGITS)) == NORM;
 
 template <u32 FLAGS>
 __device__ __forceinline__ bool has_result(const Worker& w, u32 tile, int h, int j) {
@@ -171,6 +176,13 @@ __device__ __forceinline__ bool has_result(const Worker& w, u32 tile, int h, int
 template <u32 FLAGS>
 __device__ __forceinline__ void prepare(const Worker& w, const Task& t, u32 tile, bool is_real,
                                         u32 num_outs, Results& r) {
+  if (MAY_HAVE_BIAS<FLAGS>) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const u32 out = (FLAGS & HALF ? tile * 8 : tile * 16 + 8 * h) + w.lane / 4;
+      r.bias[h] = is_real && t.q_norm && !(h && FLAGS & HALF) ? of_bf16(t.q_norm[out]) : 0;
+    }
+  }
 #pragma unroll
   for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -215,7 +227,7 @@ __device__ __forceinline__ void finish(Worker& w, const Task& t, u32 num_outs, u
     if (h && FLAGS & (SILU | HALF)) continue;
 #pragma unroll
     for (int j = 0; j < (ROWS > 1 ? 2 : 1); j++) {
-      float low = rounded(sum[2 * h + j] * factor[j]);
+      float low = rounded(sum[2 * h + j] * factor[j] + (MAY_HAVE_BIAS<FLAGS> ? r.bias[h] : 0));
       if (FLAGS & SILU)
         low = rounded(__fdividef(low, 1.0f + __expf(-low))) * rounded(sum[2 + j] * factor[j]);
       if (FLAGS & EXPERT && FLAGS & SILU) low *= share_of(tile);

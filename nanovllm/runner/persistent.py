@@ -99,7 +99,11 @@ class PersistentSteps:
     def why_not(self, schedule: Schedule) -> str | None:
         """Why a step that fits is several kernels unless an option says otherwise."""
         plan = schedule.plan
-        if self.is_asked or plan.num_rows <= FASTER_ROWS:
+        if self.is_asked:
+            return None
+        if plan.has_bias:
+            return "with biases it has not been measured"
+        if plan.num_rows <= FASTER_ROWS:
             return None
         is_wide = plan.num_heads > FASTER_GROUP * plan.num_kv_heads
         if plan.experts is not None or is_wide or not schedule.has_long_layers:

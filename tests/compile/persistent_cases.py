@@ -35,9 +35,11 @@ class Shape(NamedTuple):
     vocab: int = 64
     layers: int = 2
     experts: Experts | None = None  # in place of an MLP
+    is_qwen2: bool = False  # a bias, and no norms of queries and keys
 
 
 SMALL = Shape()
+QWEN2 = Shape(hidden=192, heads=3, is_qwen2=True)
 SMALL_EXPERTS = Shape(hidden=256, experts=Experts(16, 4, 64, True))
 
 
@@ -89,6 +91,8 @@ def config(shape: Shape, **changed: Any) -> ModelConfig:
         "inv_freq": tuple(1e4 ** (-i / 64) for i in range(64)), "rope_scale": 1.0,
         "tied_embeddings": False, "qk_norm": True, "dtype": DTYPE,
     }  # fmt: skip
+    if shape.is_qwen2:
+        values |= {"architecture": "Qwen2ForCausalLM", "qk_norm": False, "qkv_bias": True}
     if shape.experts is not None:
         values["moe"] = MoeConfig(*shape.experts)
     return ModelConfig(**{**values, **changed})
@@ -113,6 +117,8 @@ def case(
         for name in ("attn_norm_D", "mlp_norm_D", "q_norm_H", "k_norm_H"):
             if getattr(one, name) is not None:
                 getattr(one, name).uniform_(0.5, 1.5)
+        if one.qkv_bias_E is not None:
+            one.qkv_bias_E.normal_()
         for weight in matrices(one):  # and so would results that are small beside the residual
             weight.mul_(weight.shape[-1] ** -0.5 / weight[..., :64].float().std())
     each = -(-max(lens) // BLOCK_SIZE)

@@ -14,6 +14,7 @@ from nanovllm.kernels.cuda.persistent import Experts
 from nanovllm.runner.persistent import PersistentSteps
 from tests.compile.persistent_cases import (
     BLOCK_SIZE,
+    QWEN2,
     SMALL,
     SMALL_EXPERTS,
     Case,
@@ -33,11 +34,11 @@ def interpreted(one: Case, schedule: Schedule, seed: int = 0, *, ahead: bool = F
     "lens, shape, num_programs",
     # one row in many parts; one in fewer than there could be; several rows, of one part each;
     # experts of one row and of several; several tokens of a request, with and without earlier ones,
-    # beside another request
+    # beside another request; a bias, and no norms of queries and keys
     [
         ((300,), SMALL, 20), ((33,), SMALL, 7), ((1, 40, 100), SMALL, 3),
         ((40,), SMALL_EXPERTS, 5), ((1, 40, 100), SMALL_EXPERTS, 7),
-        (((48, 49, 50, 51), 52, (1, 2, 3)), SMALL, 7),
+        (((48, 49, 50, 51), 52, (1, 2, 3)), SMALL, 7), ((40, 7), QWEN2, 5),
     ],
 )  # fmt: skip
 def test_a_schedule_computes_what_the_regions_compute(
@@ -137,7 +138,7 @@ def test_rings_leave_room_for_what_is_not_weights() -> None:
 @pytest.mark.parametrize(
     "changed, why",
     [
-        ({"qkv_bias": True}, "first product has a bias"),
+        ({"out_bias": True}, "attention's product has a bias"),
         ({"dtype": torch.float16}, "other than contiguous ones in bf16"),
         ({"head_dim": 64}, "heads of 64"),
     ],
@@ -172,6 +173,12 @@ def test_by_default_a_step_is_one_kernel_where_that_is_faster(plan: Plan, is_fas
     assert PersistentSteps(device, is_asked=True).why_not(schedule) is None
     why = None if is_faster else "with more than 4 rows several kernels are faster"
     assert PersistentSteps(device, is_asked=False).why_not(schedule) == why
+
+
+def test_with_biases_a_step_is_several_kernels_by_default() -> None:
+    schedule = schedules.build(SMALL_PLAN._replace(num_rows=1, layer_inputs={"qkv_bias": "b"}), 132)
+    steps = PersistentSteps(torch.device("cpu"), is_asked=False)
+    assert steps.why_not(schedule) == "with biases it has not been measured"
 
 
 def test_a_row_of_several_tokens_needs_a_warp_without_a_query() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from triton.backends import nvidia
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.compile.lower.persistent import schedule as schedules
@@ -18,12 +21,13 @@ from nanovllm.compile.lower.persistent.step import Step
 from nanovllm.kernels.cuda import nvrtc, persistent
 from nanovllm.kernels.cuda.persistent import Experts
 from nanovllm.tools.shapes import CONFIGS
-from tests.compile.persistent_cases import SMALL, SMALL_EXPERTS, Case, Shape, case, error
+from tests.compile.persistent_cases import QWEN2, SMALL, SMALL_EXPERTS, Case, Shape, case, error
 from tests.kernels import cuda_on_host
 from tests.kernels.test_cuda_packed import folder
 
 __all__ = ["folder"]  # a fixture
 LIMIT = 2e-2  # of bf16
+DISASSEMBLER = Path(nvidia.__file__).parent / "bin" / "nvdisasm"
 
 
 def built(one: Case, num_programs: int, **options: int) -> Step:
@@ -68,7 +72,7 @@ def compared(one: Case, before: list[Tensor]) -> None:
         ((3, 1, 9, 2, 35), Shape(layers=1, heads=1, hidden=64, ffn=3072), 1),
         ((40,), SMALL_EXPERTS._replace(heads=8), 1),
         ((3, 1, 20), SMALL_EXPERTS._replace(experts=Experts(128, 3, 64, False)), 1),
-        (((36, 37, 38), 39, (1, 2)), Shape(layers=2, heads=4, hidden=256), 1),
+        (((36, 37, 38), 39, (1, 2)), Shape(layers=2, heads=4, hidden=256), 1), ((40, 7), QWEN2, 1),
     ],
 )  # fmt: skip
 def test_the_kernel_is_right_on_a_cpu(
@@ -78,7 +82,8 @@ def test_the_kernel_is_right_on_a_cpu(
     rows of one part each, with four queries a key. Three queries a key. Five rows with one query a
     key, whose MLP is wider than the columns that fit registers, by a part. Experts, of one row with
     eight queries a key, in two layers; and of three rows, whose weights do not sum to one. Several
-    tokens of two requests, one of which has no earlier ones, and another request between them."""
+    tokens of two requests, one of which has no earlier ones, and another request between them. A
+    bias, without norms of queries and keys."""
     one = case(lens, shape)
     before = [cache.clone() for cache in one.caches()]
     step = built(one, 2)
@@ -113,18 +118,26 @@ def test_a_lost_result_ends_the_step_and_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "num_rows, hidden, heads, kv_heads, ffn, experts",
     [
-        (1, 1024, 16, 8, 3072, None), (4, 4096, 32, 8, 12288, None),
+        (1, 1024, 16, 8, 3072, None), (4, 1024, 16, 8, 3072, None), (4, 2048, 16, 8, 6144, None),
+        (1, 2560, 32, 8, 9728, None), (4, 2560, 32, 8, 9728, None), (4, 4096, 32, 8, 12288, None),
+        (8, 4096, 32, 8, 12288, None), (4, 5120, 64, 8, 25600, None),
         (1, 2048, 32, 4, 6144, Experts(128, 8, 768, True)),
     ],
 )  # fmt: skip
-def test_the_kernel_compiles(
+def test_the_kernel_compiles_and_its_numbers_fit_registers(
     num_rows: int, hidden: int, heads: int, kv_heads: int, ffn: int, experts: Experts | None,
     folder: Path,
 ) -> None:  # fmt: skip
+    """Registers that do not fit are in local memory, which took a tenth of a step."""
     sizes = num_rows, hidden, heads, kv_heads, ffn, 151936, 28
     plan = Plan(*sizes, 1e-6, 0.1, {}, {}, experts)
     program = nvrtc.compile_function(schedules.build(plan, 132).sizes.function, (9, 0))
     assert program.startswith(b"\x7fELF") and b"persistent" in program
+    (folder / "program.cubin").write_bytes(program)
+    command = [str(DISASSEMBLER), "-c", str(folder / "program.cubin")]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert text.count("HMMA") > 20  # products
+    assert len(re.findall(r"\bLDL\b", text)) <= 4
 
 
 def without_a_task(one: Case, num_programs: int, max_polls: int) -> Step:
@@ -140,6 +153,7 @@ def without_a_task(one: Case, num_programs: int, max_polls: int) -> Step:
 
 QWEN3_06B = Shape(1024, 16, 8, 3072, 151936, 8)
 QWEN3_8B = Shape(4096, 32, 8, 12288, 151936, 4)
+QWEN25_7B = Shape(3584, 28, 4, 18944, 152064, 4, is_qwen2=True)
 QWEN3_30B_A3B = Shape(2048, 32, 4, 6144, 151936, 4, Experts(128, 8, 768, True))
 
 
@@ -161,6 +175,7 @@ def num_programs() -> int:
         (QWEN3_30B_A3B, (300,)), (QWEN3_30B_A3B, (1, 500, 65, 70)),
         (QWEN3_06B, ((777, 778, 779, 780),)), (QWEN3_8B, (tuple(range(1000, 1008)),)),
         (QWEN3_8B, ((1, 2, 3, 4), (64, 65, 66, 67))),
+        (QWEN25_7B, (300,)), (QWEN25_7B, (1, 65, 700)),
     ],
 )  # fmt: skip
 def test_a_step_on_a_gpu_is_that_of_the_regions(

@@ -245,7 +245,10 @@ class Interpreter:
             if flags & persistent.SILU:
                 y_O = self._inner(task, row, x_RD[row], weight_OD)[first : first + num]
             else:
-                y_O = (x_RD[row].float() @ weight_OD[first : first + num].float().T).bfloat16()
+                y_O = x_RD[row].float() @ weight_OD[first : first + num].float().T
+                if "qkv_bias" in task.inputs:
+                    y_O += self._given(task.layer, "qkv_bias")[first : first + num].float()
+                y_O = y_O.bfloat16()
             if flags & persistent.ADD:
                 y_O = y_O + self._rows(task.add_at, task.num_outs)[row, first : first + num]
             if flags & persistent.LOGITS:
@@ -253,8 +256,8 @@ class Interpreter:
                 continue
             at = task.out_at + (row * task.num_outs + first) // 2
             self._write(task, at, y_O.view(-1, 2), task.out_phase)
-            if flags & persistent.ADD and len(task.inputs) > 1:
-                kept_RD = self.find(task.layer, task.inputs[1])
+            if "kept" in task.inputs:
+                kept_RD = self.find(task.layer, "kept")
                 if kept_RD is not None:
                     kept_RD[row, first : first + num] = y_O
 

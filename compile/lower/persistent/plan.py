@@ -35,12 +35,12 @@ class Plan(NamedTuple):
     """The sizes of a step, and the inputs of its regions by what they are for.
 
     `layer_inputs` are names of a layer's inputs, as in `trace.input_leaves`: attn_norm, qkv,
-    q_norm, k_norm, out, mlp_norm, gate_up, down, keys, values, cos_sin, rope_pos, slot, table,
-    seq_len. `head_inputs` are those of the head: final_norm, head. Norms of queries and keys may be
-    missing. With `experts` gate_up and down are those of all experts, `ffn` is the width of a
-    token's experts together, and there is a router. has_several: rows may be tokens of one request,
-    one after the other, as in a step that verifies drafts. keeps: hidden states after some layers
-    are stored for a head that drafts.
+    qkv_bias, q_norm, k_norm, out, mlp_norm, gate_up, down, keys, values, cos_sin, rope_pos, slot,
+    table, seq_len. `head_inputs` are those of the head: final_norm, head. The bias, and norms of
+    queries and keys, may be missing. With `experts` gate_up and down are those of all experts,
+    `ffn` is the width of a token's experts together, and there is a router. has_several: rows may
+    be tokens of one request, one after the other, as in a step that verifies drafts. keeps: hidden
+    states after some layers are stored for a head that drafts.
     """
 
     num_rows: int
@@ -57,6 +57,10 @@ class Plan(NamedTuple):
     experts: Experts | None = None
     has_several: bool = False
     keeps: bool = False
+
+    @property
+    def has_bias(self) -> bool:
+        return "qkv_bias" in self.layer_inputs
 
     @property
     def qkv(self) -> int:
@@ -141,19 +145,27 @@ def _source(value: Any) -> Any:
 def _product(
     reader: _Reader, what: str, x: Any, *, residual: Any = None, norm: bool, silu: bool = False
 ) -> tuple[Any, Any, Any, float]:
-    """Reads a product of x; returns it, its norm and weight, and eps."""
-    node, args = reader.take(ops.fused_linear, what)
-    found, norm_weight, weight, bias, added, eps, has_silu = args
+    """Reads a product of x without a bias; returns it, its norm and weight, and eps."""
+    product, bias = _with_bias(reader, what, x, residual=residual, norm=norm, silu=silu)
     if bias is not None:
         raise Unfit(f"{what} has a bias")
+    return product
+
+
+def _with_bias(
+    reader: _Reader, what: str, x: Any, *, residual: Any = None, norm: bool, silu: bool = False
+) -> tuple[tuple[Any, Any, Any, float], Any]:
+    """Reads a product of x; returns what `_product` does, and the bias or None."""
+    node, args = reader.take(ops.fused_linear, what)
+    found, norm_weight, weight, bias, added, eps, has_silu = args
     if x not in (found, None) or (norm_weight is not None) != norm or has_silu != silu:
         raise Unfit(f"{what} has other neighbours")
     if added is not residual:
         raise Unfit(f"{what} has another residual")
-    for one in (weight, norm_weight):
+    for one in (weight, norm_weight, bias):
         if one is not None and (one.op != "placeholder" or not _is_plain(one)):
             raise Unfit(f"{what} has weights other than contiguous ones in bf16")
-    return node, norm_weight, weight, eps
+    return (node, norm_weight, weight, eps), bias
 
 
 def _is_plain(node: Node) -> bool:
@@ -165,7 +177,8 @@ def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
     h = reader.calls[0].args[0] if reader.calls else None
     if getattr(h, "op", "") != "placeholder":
         raise Unfit("a layer begins with other calls")
-    qkv, attn_norm, qkv_weight, eps = _product(reader, "a layer's first product", h, norm=True)
+    product, qkv_bias = _with_bias(reader, "a layer's first product", h, norm=True)
+    qkv, attn_norm, qkv_weight, eps = product
     rotated, args = reader.take(ops.qk_norm_rope_store, "rotation and store")
     x, q_norm, k_norm, cos_sin, rope_pos, slot, keys, values, num_heads, own_eps, *scales = args
     if x is not qkv or any(one is not None for one in scales) or own_eps not in (eps, 0, 0.0):
@@ -185,9 +198,9 @@ def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
     if reader.calls or reader.result is not last or mlp_eps != eps:
         raise Unfit("a layer has more calls, or several values of eps")
     named = {
-        "attn_norm": attn_norm, "qkv": qkv_weight, "q_norm": q_norm, "k_norm": k_norm,
-        "out": out_weight, **of_mlp, "keys": keys, "values": values, "cos_sin": cos_sin,
-        "rope_pos": rope_pos, "slot": slot, "table": table, "seq_len": seq_len,
+        "attn_norm": attn_norm, "qkv": qkv_weight, "qkv_bias": qkv_bias, "q_norm": q_norm,
+        "k_norm": k_norm, "out": out_weight, **of_mlp, "keys": keys, "values": values,
+        "cos_sin": cos_sin, "rope_pos": rope_pos, "slot": slot, "table": table, "seq_len": seq_len,
     }  # fmt: skip
     assert h is not None
     cache, rows = keys.meta["val"], h.meta["val"]

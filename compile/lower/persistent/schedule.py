@@ -64,7 +64,7 @@ class Schedule(NamedTuple):
         return Sizes(
             plan.num_rows, plan.hidden, plan.ffn, plan.num_heads, plan.num_kv_heads, self.splits,
             halves, in_flight, max(map(len, self.programs)), plan.experts, plan.has_several,
-            plan.keeps,
+            plan.keeps, plan.has_bias,
         )  # fmt: skip
 
     def phase_name(self, phase: int) -> str:
@@ -143,7 +143,8 @@ class _Builder:
         before = phase_of(layer - 1, "hidden") if layer else EMBEDDED
         hidden = "hidden", before
         out = "out", phase_of(layer, "out")
-        qkv = self._product(layer, ("qkv", "attn_norm"), plan.hidden, plan.qkv, norm)
+        names = ("qkv", "attn_norm", *(("qkv_bias",) * plan.has_bias))
+        qkv = self._product(layer, names, plan.hidden, plan.qkv, norm)
         self._spread(qkv, hidden, ("qkv", phase_of(layer, "qkv")))
         self._attention(layer)
         made = self._product(layer, ("out",), plan.attended, plan.hidden, add)
