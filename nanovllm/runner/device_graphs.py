@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.platforms.base import Platform, Replay
+from nanovllm.runner import one_kernel
 from nanovllm.runner.inputs import SpanArrays
 from nanovllm.runner.mm_embeds import MMEmbeds
 from nanovllm.runner.sampling import Kind, Variant, logprobs
@@ -45,7 +46,7 @@ class DecodeStep:
         # The first run is not captured: Triton loads or compiles kernels, and cuBLAS allocates its
         # workspace.
         self._launch(steps.of_each_program())
-        steps.prepare_decode(self.row_idx_R)
+        one_kernel.prepare_decode(steps, self.row_idx_R)
         self.replay = capture(self.launch)
 
     def fill(self, rows: list[int]) -> None:
@@ -208,7 +209,7 @@ class VerifyStep(SpanStep):
             self._filled = arrays
 
     def capture(self, capture: Capture) -> None:
-        self._steps.prepare_verify(self.span)
+        one_kernel.prepare_verify(self._steps, self.span)
         super().capture(capture)
         self._capture = capture
 

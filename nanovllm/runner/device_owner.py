@@ -22,7 +22,7 @@ from nanovllm.models.rope import rotary_table
 from nanovllm.models.shards import Shard
 from nanovllm.platforms.base import MemoryBudget, Platform
 from nanovllm.platforms.regions import Place, Region
-from nanovllm.runner import persistent, vocab_parallel
+from nanovllm.runner import one_kernel, persistent, vocab_parallel
 from nanovllm.runner.adapter_store import AdapterStore
 from nanovllm.runner.allocation import allocate
 from nanovllm.runner.device_graphs import VerifyStep
@@ -183,7 +183,8 @@ class DeviceOwner:
         self.platform.synchronize()
         used_bytes = self.platform.used_bytes()
         sizes = self.layout.decode_rows
-        self.steps.begin_decode(self._padding_rows(sizes[0]), sizes, self.layout.verify_tokens)
+        row_idx_R = self._padding_rows(sizes[0])
+        one_kernel.begin(self.steps, row_idx_R, sizes, self.layout.verify_tokens)
         # from the largest down: captured steps share one memory pool, and the first one sizes it
         for num_tokens in reversed(self.layout.prefill_tokens):
             progress(f"prefill {num_tokens}")
@@ -275,9 +276,9 @@ class DeviceOwner:
         if self._draft is not None:
             drafting = self._draft.drafting(num_blocks, self.cache_region.zeros, compiler)
         kept = {} if drafting is None else drafting.kept
-        one_kernel = None
+        persistent_steps = None
         if kept is not None and not whole:
-            one_kernel = persistent.chosen(self.platform.device, self.spec.persistent, kept)
+            persistent_steps = persistent.chosen(self.platform.device, self.spec.persistent, kept)
         return Steps(
             model=self.model,
             attention=self.spec.attention,
@@ -291,7 +292,7 @@ class DeviceOwner:
             verifies_rows=self.platform.traits.verifies_rows,
             synthetic_rate=None if self.spec.draft is None else self.spec.draft.synthetic_rate,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
-            persistent=one_kernel,
+            persistent=persistent_steps,
             drafting=drafting,
         )
 

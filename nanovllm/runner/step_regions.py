@@ -156,7 +156,7 @@ class StepRegions:
         )
         return begun
 
-    def _begin_span(
+    def begin_span(
         self, span: Span, *, verifies: bool, each: bool = False
     ) -> tuple[Tensor, SpanTokens, Batch]:
         places, cfg = self.places(verifies=verifies), self.model.config

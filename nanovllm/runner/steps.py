@@ -8,7 +8,7 @@ W columns of this rank's logits: V, or its part on several ranks (`columns.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from nanovllm.models.lora.regions import Adapted, without_slots
 from nanovllm.models.model import AdapterRows, Kept, Model, Params
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.mm_embeds import MMEmbeds, with_given
-from nanovllm.runner.persistent import Form, Parts, PersistentSteps
+from nanovllm.runner.persistent import PersistentSteps
 from nanovllm.runner.proposer import Drafting, Fed, rows_alone, write
 from nanovllm.runner.state import (
     DeviceState,
@@ -196,47 +196,6 @@ class Steps(StepRegions):
             batch = self._with_layer_inputs(batch, h_RD, token_R)
         return self._head(self._layers("decode", h_RD, batch, max_q_len=1), batch.adapters)
 
-    def begin_decode(
-        self, row_idx_R: Tensor, sizes: Sequence[int], verify_tokens: Sequence[int]
-    ) -> None:
-        """Begin to build what decode steps of `sizes` rows need beside their programs, and those
-        that verify, with so many tokens a row."""
-        persistent = self.persistent
-        if persistent is None:
-            return
-        forms = [Form(num_rows) for num_rows in sizes]
-        forms += [
-            Form(num_rows * num, has_several=True)
-            for num_rows in sizes
-            for num in verify_tokens
-            if self._verifies_rows(num_rows, num_rows * num)
-        ]
-        taken = [form for form in dict.fromkeys(forms) if persistent.may_take(form)]
-        if taken:
-            persistent.begin(self._parts, *self.begin(row_idx_R), taken)
-
-    def prepare_decode(self, row_idx_R: Tensor) -> None:
-        """Build what a decode step needs beside its programs, before it is captured."""
-        persistent = self.persistent
-        if persistent is not None and persistent.may_take(Form(row_idx_R.shape[0])):
-            persistent.prepare(self._parts, *self.begin(row_idx_R))
-
-    def prepare_verify(self, span: Span) -> None:
-        """`prepare_decode` of a step that verifies."""
-        persistent, num_tokens = self.persistent, span.token_T.shape[0]
-        if persistent is None or not self._verifies_rows(span.row_idx_R.shape[0], num_tokens):
-            return
-        if persistent.may_take(Form(num_tokens, has_several=True)):
-            h_TD, _, batch = self._begin_span(span, verifies=True, each=True)
-            persistent.prepare(self._parts, h_TD, batch, has_several=True)
-
-    @property
-    def _parts(self) -> Parts:
-        return Parts(
-            self.model, self.params, self.caches, self.cos_sin_MH, self.attention,
-            is_plain=not self.other_tables and self.model.layer_inputs is None,
-        )  # fmt: skip
-
     def decode(self, row_idx_R: Tensor) -> tuple[Tensor, Tensor]:
         """A decode step with the plain sampler; returns token_R and the logits [R, W].
 
@@ -267,7 +226,7 @@ class Steps(StepRegions):
 
     def _prefill(self, span: Span, given: MMEmbeds | None, *, keeps_last: bool) -> Hidden:
         """`hidden`, with `keeps_last` for each row's last token alone: [R, D]."""
-        h_TD, tokens, batch = self._begin_span(span, verifies=False)
+        h_TD, tokens, batch = self.begin_span(span, verifies=False)
         last_R = tokens.last_R if keeps_last else None
         adapters = batch.kept_adapters if keeps_last else batch.adapters
         if not isinstance(self.params.head_VD, Adapted):
@@ -302,8 +261,8 @@ class Steps(StepRegions):
     def verify_logits(self, span: Span, num: int) -> tuple[Tensor, SpanTokens]:
         """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, W] after each token,
         and the tokens."""
-        each = self._verifies_rows(span.row_idx_R.shape[0], span.token_T.shape[0])
-        h_TD, tokens, batch = self._begin_span(span, verifies=True, each=each)
+        each = self.verifies_rows_of(span.row_idx_R.shape[0], span.token_T.shape[0])
+        h_TD, tokens, batch = self.begin_span(span, verifies=True, each=each)
         if each and self.persistent is not None:
             cos_sin_MH = self.cos_sin_MH
             logits_TV = self.persistent.logits(cos_sin_MH, h_TD, batch, has_several=True)
@@ -313,7 +272,7 @@ class Steps(StepRegions):
         call = ("decode", h_TD, batch, 1) if each else ("verify", h_TD, batch, num)
         return self._head(self._layers(*call), batch.adapters), tokens
 
-    def _verifies_rows(self, num_rows: int, num_tokens: int) -> bool:
+    def verifies_rows_of(self, num_rows: int, num_tokens: int) -> bool:
         """Whether each token of a verifying step is a row for the layers, as in a decode step,
         whose attention divides the keys of a row among programs."""
         if self.whole or self.places(verifies=True).num:

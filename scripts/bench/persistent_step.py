@@ -38,6 +38,7 @@ from nanovllm.compile.lower.persistent.step import Step
 from nanovllm.kernels import reference
 from nanovllm.kernels.cuda.persistent import KINDS, PRODUCT, TIMES
 from nanovllm.models.model import Batch
+from nanovllm.runner import one_kernel
 from nanovllm.runner.persistent import Form, PersistentSteps
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.steps import Steps
@@ -93,7 +94,7 @@ def bench(runner: Runner, num_rows: int, context: int, bandwidth: float) -> dict
     row_idx_R = torch.arange(num_rows, device=runner.platform.device)
     own = PersistentSteps(runner.platform.device)
     today, one = runner.steps, replace(runner.steps, persistent=own)
-    one.prepare_decode(row_idx_R)
+    one_kernel.prepare_decode(one, row_idx_R)
     form = Form(num_rows)
     if form not in own.steps:
         return {"today_us": measured(runner, today, row_idx_R), "why_not": own.reasons[form]}
@@ -233,7 +234,7 @@ def clocked(runner: Runner, row_idx_R: Tensor) -> Times:
     """The times of a step's tasks, in one of many replays."""
     own = PersistentSteps(runner.platform.device, has_clocks=True)
     steps = replace(runner.steps, persistent=own)
-    steps.prepare_decode(row_idx_R)
+    one_kernel.prepare_decode(steps, row_idx_R)
     with steps.restoring_state():
         replay = runner.platform.capture(lambda: steps.decode_logits(row_idx_R))
         step_us = min(time_us(replay, steps) for _ in range(ROUNDS))

@@ -1,0 +1,54 @@
+"""Before decode steps are captured: what those whose layers and head are one launch need
+(`persistent.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nanovllm.runner.persistent import Form, Parts
+from nanovllm.runner.state import Span
+from nanovllm.runner.steps import Steps
+
+
+def begin(
+    steps: Steps, row_idx_R: Tensor, sizes: Sequence[int], verify_tokens: Sequence[int]
+) -> None:
+    """Begin to build the decode steps of `sizes` rows, and those that verify, with so many tokens a
+    row."""
+    if steps.persistent is None:
+        return
+    forms = [Form(num_rows) for num_rows in sizes]
+    forms += [
+        Form(num_rows * num, has_several=True)
+        for num_rows in sizes
+        for num in verify_tokens
+        if steps.verifies_rows_of(num_rows, num_rows * num)
+    ]
+    taken = [form for form in dict.fromkeys(forms) if steps.persistent.may_take(form)]
+    if taken:
+        steps.persistent.begin(_parts(steps), *steps.begin(row_idx_R), taken)
+
+
+def prepare_decode(steps: Steps, row_idx_R: Tensor) -> None:
+    """Build a decode step."""
+    if steps.persistent is not None and steps.persistent.may_take(Form(len(row_idx_R))):
+        steps.persistent.prepare(_parts(steps), *steps.begin(row_idx_R))
+
+
+def prepare_verify(steps: Steps, span: Span) -> None:
+    """Build a step that verifies."""
+    num_tokens = len(span.token_T)
+    if steps.persistent is None or not steps.verifies_rows_of(len(span.row_idx_R), num_tokens):
+        return
+    if steps.persistent.may_take(Form(num_tokens, has_several=True)):
+        h_TD, _, batch = steps.begin_span(span, verifies=True, each=True)
+        steps.persistent.prepare(_parts(steps), h_TD, batch, has_several=True)
+
+
+def _parts(steps: Steps) -> Parts:
+    return Parts(
+        steps.model, steps.params, steps.caches, steps.cos_sin_MH, steps.attention,
+        is_plain=not steps.other_tables and steps.model.layer_inputs is None,
+    )  # fmt: skip
