@@ -69,6 +69,7 @@ HOT_PATH = {
     "hot-30b-256": throughput(150, "Qwen3-30B-A3B"),
 }
 
+PERSISTENT_TESTS = "tests/kernels/test_cuda_persistent.py", "tests/runner/test_one_kernel.py"
 ENGINE_TESTS = (
     "tests/engine/test_tiny_hybrid.py", "tests/engine/test_sleep.py",
     "tests/engine/test_tiny_seeing.py",
@@ -77,6 +78,7 @@ ENGINE_TESTS = (
 TESTS = {
     "tests-kernels": tests(300, "tests/kernels"),
     "tests-engine": tests(300, *ENGINE_TESTS),
+    "tests-persistent": tests(300, *PERSISTENT_TESTS),
     "tests-order": tests(
         300, "tests/kernels/test_ordered.py", "tests/engine/test_determinism_gpu.py"
     ),
@@ -190,6 +192,7 @@ FEATURES = {
         240, "bench_kernels", "--only", "mixer", "--variants", "--processes", "4", "--out", PLACE
     ),
     "persistent": script(150, "persistent_step", "--models", "0.6b", "--out", PLACE),
+    "persistent-soak": script(200, "persistent_soak", "--out", PLACE),
 }
 
 TWO_GPUS = {
