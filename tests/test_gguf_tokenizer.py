@@ -14,8 +14,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.models.gguf.header import GgufError
 from nanovllm.startup.checkpoint_cache import PROBES, read_tokenizer
 from nanovllm.startup.config_file import transformers_config
-from nanovllm.startup.generation_config import generation_config
-from nanovllm.startup.resolve import eos_token_ids
+from nanovllm.startup.generation_config import eos_token_ids, generation_config
 from nanovllm.startup.store_folder import open_store
 from nanovllm.tokenizer import has_tokenizer, load_full
 from tests.conftest import save_tiny

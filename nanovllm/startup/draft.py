@@ -13,7 +13,8 @@ from nanovllm.platforms import attention
 from nanovllm.runner.proposer import DeviceProposer
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.checkpoint_cache import read_config
-from nanovllm.startup.resolve import ResolvedConfig, make_model, on_ranks
+from nanovllm.startup.model_options import make_model, on_ranks
+from nanovllm.startup.resolve import ResolvedConfig
 
 
 class Drafts(Protocol):

@@ -16,7 +16,8 @@ from nanovllm.runner.draft_head import DraftHead
 from nanovllm.runner.spec import DraftSpec
 from nanovllm.startup.draft import divided
 from nanovllm.startup.head_config import dflash_config, eagle3_config, tensor_names
-from nanovllm.startup.resolve import ResolvedConfig, check_quantization, make_model
+from nanovllm.startup.model_options import check_quantization, make_model
+from nanovllm.startup.resolve import ResolvedConfig
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The checkpoint's generation_config.json: its default sampling parameters."""
+"""A checkpoint's generation_config.json: default sampling parameters, and what ends an answer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nanovllm.models.gguf.header import is_gguf
 from nanovllm.sampling import SamplingParams
 from nanovllm.startup.config_file import read_object
 
@@ -35,3 +36,18 @@ def default_params(content: Mapping[str, Any]) -> SamplingParams:
     if content.get("do_sample") is False:
         given["temperature"] = 0.0
     return SamplingParams(**given)
+
+
+def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
+    """All ids that end an answer: those in generation_config.json, or else in config.json.
+
+    Raises ValueError, with the file's name, for values that are not ids.
+    """
+    path = folder / "generation_config.json"
+    found = generation_config(folder).get("eos_token_id")
+    if found is None:
+        path, found = folder if is_gguf(folder) else folder / "config.json", hf.eos_token_id
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
+        raise ValueError(f"{path}: eos_token_id is {found!r}: it must be a token id, or a list")
+    return frozenset(ids)

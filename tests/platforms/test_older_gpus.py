@@ -11,7 +11,7 @@ import torch
 
 from nanovllm.kernels import ops
 from nanovllm.platforms.cuda import CudaPlatform
-from nanovllm.startup.resolve import choose_dtype
+from nanovllm.startup.engine_spec import choose_dtype
 from tests.kernels import fake_flash_attn
 
 

@@ -30,7 +30,7 @@ from nanovllm.models import qwen3, registry
 from nanovllm.startup import checkpoint_cache as readings
 from nanovllm.startup import config_file
 from nanovllm.startup.checkpoint_cache import StoredConfig, read_config, read_tokenizer
-from nanovllm.startup.resolve import eos_token_ids
+from nanovllm.startup.generation_config import eos_token_ids
 from nanovllm.tokenizer import Decoding, Tokenizer
 
 EMBEDDED = Path(readings.__file__).parents[1] / "assets" / "tiny-qwen3"

@@ -14,7 +14,7 @@ import torch
 from nanovllm import LLM, EngineConfig, SamplingParams
 from nanovllm.startup.compile_farm.worker_handle import worker_command
 from nanovllm.startup.config_file import overridden, transformers_config
-from nanovllm.startup.resolve import eos_token_ids
+from nanovllm.startup.generation_config import eos_token_ids
 from tests.conftest import save_tiny
 from tests.models.harness import engine_logits, load, max_difference, sequences, transformers_logits
 

@@ -25,7 +25,7 @@ from nanovllm.engine.engine import Engine
 from nanovllm.llm import LLM
 from nanovllm.platforms.base import Platform
 from nanovllm.sampling import SamplingParams
-from nanovllm.startup.resolve import choose_dtype
+from nanovllm.startup.engine_spec import choose_dtype
 from nanovllm.tools.device_limits import DeviceLimits, measure_limits
 from nanovllm.tools.kernel_table import as_text
 from nanovllm.tools.profile import profile_decode
