@@ -21,7 +21,9 @@
 // IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time), MAX_CHUNK (columns of x in
 // registers), WARPS, COPIERS, CLOCKS (times of tasks are kept), SEVERAL (rows may be tokens of one
 // request, one after the other: each attends to those before it too), KEEPS (hidden states after some
-// layers are stored for readers behind the step), QKV_BIAS.
+// layers are stored for readers behind the step), QKV_BIAS, FP8_LAYERS and FP8_HEAD (weights are
+// float8_e4m3fn), BLOCK (their scales are of blocks of so many rows and columns, or of rows), SCALE (0
+// fp32, 1 bf16).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 
@@ -31,7 +33,7 @@ struct __align__(16) Task {
   const u8* first_input;   // PRODUCT weight [O, D] or of all experts, ATTEND keys [C, B, K, H]
   const u8* second_input;  // PRODUCT norm [D] or, with ADD, where results are kept, or none; ATTEND values
   const u16* q_norm;       // ATTEND [H] or none, PRODUCT with NORM a bias [O] or none
-  const u16* k_norm;
+  const u16* k_norm;       // PRODUCT of weights in fp8 their scales
   u32 kind, flags;
   u32 in_phase, add_phase, out_phase;
   u32 in_at, add_at, out_at;  // the first words
@@ -68,6 +70,7 @@ struct Args {
 #define NORM 4
 #define ADD 8      // adds a residual
 #define LOGITS 16  // results go to `logits`
+#define FP8 64     // the weights are in fp8
 #define EXPERT 32  // of the experts that a token chose; with SILU, by the words from `add_at` on
 
 // times of a task: its inputs have arrived, are in shared memory, are computed with
@@ -192,7 +195,8 @@ __device__ __forceinline__ void copy_weights(Worker& w) {
   const Task& t = *w.task;
   Ring& stage = w.stage;
   const u32 ring = shared_address(shared<u8>(0));
-  const u32 of_stage = t.flags & HALF ? 8 : 16, wide = t.flags & HALF ? 2 * WIDE : WIDE;
+  const u32 of_stage = t.flags & HALF ? 8 : 16, size = t.flags & FP8 ? 1 : 2;  // of a number
+  const u32 row_bytes = WIDE * 2 * (16 / of_stage), wide = row_bytes / size;
   const Rows rows(w, of_stage);
   const u32 idx = rows.first + w.lane;
   const u32 upper = t.flags & SILU ? t.num_outs : 8;
@@ -206,17 +210,17 @@ __device__ __forceinline__ void copy_weights(Worker& w) {
         const u32 row =
             (t.flags & (SILU | HALF) ? tile * 8 : tile * 16) + idx % 8 + (idx < 8 ? 0 : upper);
         const bool is_of_parts = EXPERTS && (t.flags & (EXPERT | SILU)) == EXPERT;
-        const u8* from = t.first_input + (u64)row * t.depth * 2;
+        const u8* from = t.first_input + (u64)row * t.depth * size;
         if (EXPERTS && t.flags & EXPERT) from = expert_row(t, tile, idx);
         const u32 to_column = t.depth < from_column + chunk ? t.depth : from_column + chunk;
         for (u32 column = from_column; column < to_column; column += wide) {
-          const u32 num_bytes = (to_column - column < wide ? to_column - column : wide) * 2;
+          const u32 num_bytes = (to_column - column < wide ? to_column - column : wide) * size;
           begin_stage(w, num_bytes * of_stage);
-          const u32 to = ring + stage.at * STAGE_BYTES + idx * (wide * 2 + 64);
+          const u32 to = ring + stage.at * STAGE_BYTES + idx * (row_bytes + 32 * size);
           if (w.lane < rows.num && is_of_parts)
             copy_parts(to, from, tile, column, num_bytes, full_barrier(stage.at));
           else if (w.lane < rows.num)
-            copy(to, from + column * 2, num_bytes, full_barrier(stage.at));
+            copy(to, from + column * size, num_bytes, full_barrier(stage.at));
           stage.advance(STAGES);
         }
       }
@@ -265,18 +269,18 @@ __device__ __forceinline__ void embed(Worker& w) {
 }
 
 __device__ __forceinline__ void multiply_by_weight(Worker& w) {
-  constexpr u32 OF_EXPERTS = EXPERTS ? EXPERT : 0;
+  constexpr u32 OF_EXPERTS = EXPERTS ? EXPERT : 0, CODES = FP8_LAYERS ? FP8 : 0;
   const u32 flags = w.task->flags;
   if (flags & SILU)
-    product<HIDDEN, NORM | SILU | OF_EXPERTS>(w);
+    product<HIDDEN, NORM | SILU | OF_EXPERTS | CODES>(w);
   else if (flags & LOGITS)
-    product<HIDDEN, NORM | LOGITS | (HEAD_HALF ? HALF : 0)>(w);
+    product<HIDDEN, NORM | LOGITS | (HEAD_HALF ? HALF : 0) | (FP8_HEAD ? FP8 : 0)>(w);
   else if (flags & NORM)
-    product<HIDDEN, NORM | (QKV_HALF ? HALF : 0)>(w);
+    product<HIDDEN, NORM | (QKV_HALF ? HALF : 0) | CODES>(w);
   else if (w.task->depth == HEADS * HEAD && !(flags & EXPERT))  // or both have this depth
-    product<HEADS * HEAD, ADD | (OUT_HALF ? HALF : 0)>(w);
+    product<HEADS * HEAD, ADD | (OUT_HALF ? HALF : 0) | CODES>(w);
   else
-    product<FFN, ADD | (DOWN_HALF ? HALF : 0) | OF_EXPERTS>(w);
+    product<FFN, ADD | (DOWN_HALF ? HALF : 0) | OF_EXPERTS | CODES>(w);
 }
 
 __device__ __forceinline__ Worker worker(const Args& a, const Task* tasks, u32 step) {

@@ -5,18 +5,25 @@
 // a piece, of row g. The sums over all columns meet once, behind the tiles; a norm's factor is a factor
 // of these sums.
 
+// What a thread reads of a weight row's piece: eight numbers in bf16, or in fp8.
+template <bool IS_FP8> struct Eight { using Type = Four; };
+template <> struct Eight<true> { using Type = uint2; };
+
 // Of a product over DEPTH columns.
 template <u32 DEPTH, u32 FLAGS>
 struct Of {
-  static constexpr bool IS_HALF = FLAGS & HALF;
-  static constexpr u32 IN_STAGE = (IS_HALF ? 2 : 1) * WIDE;  // columns
-  static constexpr u32 PITCH = IN_STAGE * 2 + 64;
+  using Codes = typename Eight<(FLAGS & FP8) != 0>::Type;
+  static constexpr bool IS_HALF = FLAGS & HALF, IS_FP8 = FLAGS & FP8, HAS_BLOCKS = IS_FP8 && BLOCK;
+  static constexpr u32 SIZE = IS_FP8 ? 1 : 2;                        // bytes of a number
+  static constexpr u32 IN_STAGE = (IS_HALF ? 2 : 1) * WIDE * 2 / SIZE;  // columns
+  static constexpr u32 PITCH = (IN_STAGE + 32) * SIZE;  // few of the rows that are read together share banks
   static constexpr u32 CHUNK = chunk_of(DEPTH);
   static constexpr u32 CHUNKS = (DEPTH + CHUNK - 1) / CHUNK;
   static constexpr u32 NUM_STAGES = (CHUNK + IN_STAGE - 1) / IN_STAGE;  // of a tile
   static constexpr u32 TURNS = IN_STAGE / WORKERS;           // pieces of a stage
   static constexpr u32 PIECES = NUM_STAGES * TURNS;          // of 8 columns, of a thread
-  static constexpr bool IS_EVEN = DEPTH % IN_STAGE == 0 && DEPTH % CHUNK == 0;
+  static constexpr bool IS_EVEN = DEPTH % CHUNK == 0 && CHUNK % IN_STAGE == 0;
+  static constexpr u32 BLOCKS = BLOCK ? (DEPTH + BLOCK - 1) / (BLOCK ? BLOCK : 1) : 1;  // of columns
 
   // The last chunk may have fewer stages than the others.
   __device__ static __forceinline__ bool has_stage(u32 chunk, u32 stage) {
@@ -88,24 +95,74 @@ __device__ __forceinline__ void read_x(Worker& w, const Task& t, u32 chunk,
   __syncwarp();
 }
 
-// A thread's part of a stage: of the weight rows g and, unless it is a half tile, g + 8.
+__device__ __forceinline__ void load(Four& to, const u8* at) { to = load_four(at); }
+__device__ __forceinline__ void load(uint2& to, const u8* at) { to = *reinterpret_cast<const uint2*>(at); }
+
+// Eight numbers in bf16; those in fp8 without their scale: their bits are those of a small bf16, whose
+// exponent is 120 less.
+__device__ __forceinline__ Four in_bf16(const Four& v) { return v; }
+__device__ __forceinline__ u32 pair_of_fp8(u32 two) {
+  return fma2((two >> 4 & 0x07f007f0) | (two & 0x80008000), 0x7b807b80, 0x80008000);
+}
+__device__ __forceinline__ Four in_bf16(const uint2& v) {
+  return Four{pair_of_fp8(spread(v.x, 0x1404)), pair_of_fp8(spread(v.x, 0x3424)),
+              pair_of_fp8(spread(v.y, 0x1404)), pair_of_fp8(spread(v.y, 0x3424))};
+}
+
+__device__ __forceinline__ float scale_at(const u16* scales, u32 idx) {
+  return SCALE ? of_bf16(scales[idx]) : reinterpret_cast<const float*>(scales)[idx];
+}
+
+// The first weight rows of a tile's halves.
+template <u32 FLAGS>
+__device__ __forceinline__ u32 lower_row(u32 tile) { return FLAGS & (SILU | HALF) ? tile * 8 : tile * 16; }
+template <u32 FLAGS>
+__device__ __forceinline__ u32 upper_row(u32 tile, u32 num_outs) {
+  return lower_row<FLAGS>(tile) + (FLAGS & SILU ? num_outs : 8);
+}
+
+// A thread's part of a stage: of the weight rows g and, unless it is a half tile, g + 8. With blocks their
+// scales.
 template <class P>
-struct Piece { Four lower[P::TURNS], upper[P::IS_HALF ? 1 : P::TURNS]; };
+struct Piece {
+  typename P::Codes lower[P::TURNS], upper[P::IS_HALF ? 1 : P::TURNS];
+  float scale[P::HAS_BLOCKS ? P::TURNS : 1], upper_scale[P::HAS_BLOCKS && !P::IS_HALF ? P::TURNS : 1];
+};
+
+// Where the scales of a tile's blocks begin: of the rows of its halves.
+struct Scales { const u16 *lower, *upper; };
+
+template <class P, u32 FLAGS>
+__device__ __forceinline__ Scales scales_of(const Task& t, u32 tile) {
+  if (!P::HAS_BLOCKS) return Scales{};
+  constexpr u32 WORDS = SCALE ? 1 : 2, SIDE = BLOCK ? BLOCK : 1;
+  return Scales{t.k_norm + lower_row<FLAGS>(tile) / SIDE * P::BLOCKS * WORDS,
+                t.k_norm + upper_row<FLAGS>(tile, t.num_outs) / SIDE * P::BLOCKS * WORDS};
+}
 
 // Waits for the next stage and loads from it. Returns the barrier that frees its place.
 template <class P>
-__device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage) {
-  const u8* const from = shared<u8>(w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH + w.warp * 64 +
-                                    w.lane % 4 * 16);
+__device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage, const Scales& scales) {
+  const u8* const from = shared<u8>(w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH +
+                                    (w.warp * 32 + w.lane % 4 * 8) * P::SIZE);
   const u32 place = empty_barrier(w.stage.at);
+  if (P::HAS_BLOCKS) {  // on their way while the stage is waited for
+#pragma unroll
+    for (u32 i = 0; i < P::TURNS; i++) {
+      const u32 piece = stage * P::TURNS + i, column = chunk * P::CHUNK + piece * WORKERS + w.warp * 32;
+      const u32 block = P::has(chunk, piece, w.warp) ? column / (BLOCK ? BLOCK : 1) : 0;
+      to.scale[i] = scale_at(scales.lower, block);
+      if (!P::IS_HALF) to.upper_scale[i] = scale_at(scales.upper, block);
+    }
+  }
   wait_for(full_barrier(w.stage.at), w.stage.parity);
 #pragma unroll
   for (u32 i = 0; i < P::TURNS; i++) {
-    to.lower[i] = Four{0, 0, 0, 0};
-    if (!P::IS_HALF) to.upper[i] = Four{0, 0, 0, 0};
+    to.lower[i] = {};
+    if (!P::IS_HALF) to.upper[i] = {};
     if (!P::has(chunk, stage * P::TURNS + i, w.warp)) continue;
-    to.lower[i] = load_four(from + i * WORKERS * 2);
-    if (!P::IS_HALF) to.upper[i] = load_four(from + 8 * P::PITCH + i * WORKERS * 2);
+    load(to.lower[i], from + i * WORKERS * P::SIZE);
+    if (!P::IS_HALF) load(to.upper[i], from + 8 * P::PITCH + i * WORKERS * P::SIZE);
   }
   w.stage.advance(STAGES);
   return place;
@@ -116,29 +173,43 @@ template <class P>
 __device__ __forceinline__ void multiply_piece(float (&acc)[4][4], const Piece<P>& by, const Four* x) {
 #pragma unroll
   for (u32 i = 0; i < P::TURNS; i++) {
-    const Four &low = by.lower[i], high = P::IS_HALF ? Four{0, 0, 0, 0} : by.upper[P::IS_HALF ? 0 : i];
+    const Four low = in_bf16(by.lower[i]);
+    const Four high = P::IS_HALF ? Four{0, 0, 0, 0} : in_bf16(by.upper[P::IS_HALF ? 0 : i]);
+    if (P::HAS_BLOCKS) {
+      float part[2][4] = {};
+      multiply(part[0], low.a, high.a, low.b, high.b, x[i].a, x[i].b);
+      multiply(part[1], low.c, high.c, low.d, high.d, x[i].c, x[i].d);
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float by_scale = k < 2 || P::IS_HALF ? by.scale[i] : by.upper_scale[P::IS_HALF ? 0 : i];
+        acc[i % 2][k] += by_scale * (part[0][k] + part[1][k]);
+      }
+      continue;
+    }
     multiply(acc[i % 2 * 2], low.a, high.a, low.b, high.b, x[i].a, x[i].b);
     multiply(acc[i % 2 * 2 + 1], low.c, high.c, low.d, high.d, x[i].c, x[i].d);
   }
 }
 
-// Multiplies `num` tiles by a chunk of x. A warp's sums of a tile go to `to`, SUMS_OF_TILE apart.
-template <class P>
-__device__ __forceinline__ void multiply_tiles(Worker& w, const Four (&x)[P::PIECES], u32 chunk, u32 num,
-                                               float4* to) {
+// Multiplies `num` tiles, from `first` on, by a chunk of x. A warp's sums of a tile go to `to`,
+// SUMS_OF_TILE apart.
+template <class P, u32 FLAGS>
+__device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const Four (&x)[P::PIECES], u32 chunk,
+                                               u32 first, u32 num, float4* to) {
   Piece<P> next;
-  u32 place = load_stage<P>(w, next, chunk, 0);
+  u32 place = load_stage<P>(w, next, chunk, 0, scales_of<P, FLAGS>(t, first));
   for (u32 tile = 0; tile < num; tile++, to += SUMS_OF_TILE) {
     float acc[4][4] = {};
+    const Scales scales = scales_of<P, FLAGS>(t, first + tile);
 #pragma unroll
     for (u32 stage = 0; stage < P::NUM_STAGES; stage++) {
       if (!P::has_stage(chunk, stage)) continue;
       const Piece<P> piece = next;
       const u32 loaded = place;
       if (P::has_stage(chunk, stage + 1))
-        place = load_stage<P>(w, next, chunk, stage + 1);
+        place = load_stage<P>(w, next, chunk, stage + 1, scales);
       else if (tile + 1 < num)
-        place = load_stage<P>(w, next, chunk, 0);
+        place = load_stage<P>(w, next, chunk, 0, scales_of<P, FLAGS>(t, first + tile + 1));
       multiply_piece<P>(acc, piece, x + stage * P::TURNS);
       __syncwarp();
       if (w.lane == 0) arrive(loaded);
@@ -158,12 +229,15 @@ __device__ __forceinline__ void multiply_tiles(Worker& w, const Four (&x)[P::PIE
 struct Results {
   u32 at[2][2];  // pairs of numbers from the first on
   Pair residual[2][2];
-  float bias[2];  // of the products that may have one
+  float bias[2];   // of the products that may have one
+  float scale[2];  // of rows in fp8 without blocks
 };
 
 // Whether a product may have a bias: those by the code for queries, keys and values.
 template <u32 FLAGS>
 constexpr bool MAY_HAVE_BIAS = QKV_BIAS && (FLAGS & (NORM | SILU | LOGITS)) == NORM;
+template <u32 FLAGS>
+constexpr bool HAS_ROW_SCALES = FLAGS & FP8 && !BLOCK;
 
 template <u32 FLAGS>
 __device__ __forceinline__ bool has_result(const Worker& w, u32 tile, int h, int j) {
@@ -182,6 +256,11 @@ __device__ __forceinline__ void prepare(const Worker& w, const Task& t, u32 tile
       const u32 out = (FLAGS & HALF ? tile * 8 : tile * 16 + 8 * h) + w.lane / 4;
       r.bias[h] = is_real && t.q_norm && !(h && FLAGS & HALF) ? of_bf16(t.q_norm[out]) : 0;
     }
+  }
+  if (HAS_ROW_SCALES<FLAGS>) {
+    r.scale[0] = is_real ? scale_at(t.k_norm, lower_row<FLAGS>(tile) + w.lane / 4) : 0;
+    if (!(FLAGS & HALF))
+      r.scale[1] = is_real ? scale_at(t.k_norm, upper_row<FLAGS>(tile, num_outs) + w.lane / 4) : 0;
   }
 #pragma unroll
   for (int h = 0; h < 2; h++)
@@ -213,6 +292,9 @@ __device__ __forceinline__ void finish(Worker& w, const Task& t, u32 num_outs, u
       const float4 one = from[k * (8 * COLUMN_PAIRS)];
       sum[0] += one.x, sum[1] += one.y, sum[2] += one.z, sum[3] += one.w;
     }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (HAS_ROW_SCALES<FLAGS> && !(i > 1 && FLAGS & HALF)) sum[i] *= r.scale[i / 2];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       if (!(FLAGS & NORM) || 2 * thread + j >= ROWS) continue;
@@ -282,7 +364,8 @@ __device__ __forceinline__ void product(Worker& w) {
         }
         note(w, READY);
       }
-      multiply_tiles<P>(w, x, chunk, num, sums + w.warp * (8 * COLUMN_PAIRS) + place);
+      float4* const own = sums + w.warp * (8 * COLUMN_PAIRS) + place;
+      multiply_tiles<P, FLAGS>(w, t, x, chunk, t.first + first, num, own);
     }
     meet();
     note(w, COMPUTED);

@@ -18,9 +18,11 @@ from nanovllm.kernels.cuda.persistent import Experts, Inputs
 from nanovllm.models import loader
 from nanovllm.models.config import ModelConfig, MoeConfig
 from nanovllm.models.dense import dense_model
+from nanovllm.models.formats.fp8 import Fp8Rounded, Fp8Weight
 from nanovllm.models.model import VARYING, Batch, LayerCache, LayerCall
 from nanovllm.models.moe import QWEN_NAMES, moe_model
 from nanovllm.models.rope import rotary_table
+from nanovllm.models.schemes import Converted
 
 DTYPE, BLOCK_SIZE, HEAD = torch.bfloat16, 16, 128
 
@@ -36,10 +38,12 @@ class Shape(NamedTuple):
     layers: int = 2
     experts: Experts | None = None  # in place of an MLP
     is_qwen2: bool = False  # a bias, and no norms of queries and keys
+    fp8: tuple[int, int] | None = None  # of weights, the sides of a block as in `Fp8Weight`
 
 
 SMALL = Shape()
 QWEN2 = Shape(hidden=192, heads=3, is_qwen2=True)
+IN_BLOCKS, OF_ROWS = Shape(hidden=1280, ffn=384, fp8=(128, 128)), Shape(ffn=192, fp8=(1, 0))
 SMALL_EXPERTS = Shape(hidden=256, experts=Experts(16, 4, 64, True))
 
 
@@ -76,7 +80,11 @@ class Case(NamedTuple):
                 return one
             return one.float().cpu() if one.is_floating_point() else one.cpu()
 
-        inputs = [tree_map(copied, one) for one in self.inputs]
+        def real(one: Any) -> Any:
+            return one.rows(0) if isinstance(one, Fp8Weight) else one
+
+        plain = [tree_map(real, one, is_leaf=is_fp8) for one in self.inputs]
+        inputs = [tree_map(copied, one) for one in plain]
         head = {name: copied(one) for name, one in self.weights.head.items()}
         weights = self.weights._replace(head=head)
         given = self.given._replace(h_RD=copied(self.given.h_RD))
@@ -112,6 +120,8 @@ def case(
     where, cfg = torch.device(device), config(shape, **changed)
     is_sparse = (True,) * shape.layers
     model = dense_model(cfg) if shape.experts is None else moe_model(cfg, QWEN_NAMES, is_sparse)
+    if shape.fp8 is not None:
+        model = model.with_scheme(Converted(Fp8Rounded(shape.fp8, "weight_scale"), has_head=False))
     params = loader.random(model, loader.Target(where), 0, int)
     for one in params.layers:  # norms at one would hide mistakes
         for name in ("attn_norm_D", "mlp_norm_D", "q_norm_H", "k_norm_H"):
@@ -120,7 +130,11 @@ def case(
         if one.qkv_bias_E is not None:
             one.qkv_bias_E.normal_()
         for weight in matrices(one):  # and so would results that are small beside the residual
-            weight.mul_(weight.shape[-1] ** -0.5 / weight[..., :64].float().std())
+            if isinstance(weight, Fp8Weight):
+                values = weight.rows(0)
+                weight.scale_RG.mul_(values.shape[-1] ** -0.5 / values[:, :64].std())
+            else:
+                weight.mul_(weight.shape[-1] ** -0.5 / weight[..., :64].float().std())
     each = -(-max(lens) // BLOCK_SIZE)
     table_RP = torch.randperm(len(lens) * each).view(len(lens), each).int() + 1
     requests = torch.tensor([idx for idx, one in enumerate(of_request) for _ in one])
@@ -160,10 +174,14 @@ def case(
     return Case(layer, head, inputs, plan, weights, given)
 
 
-def matrices(layer: Any) -> list[Tensor]:
+def is_fp8(one: Any) -> bool:
+    return isinstance(one, Fp8Weight)
+
+
+def matrices(layer: Any) -> list[Tensor | Fp8Weight]:
     """Of a layer, those of its experts included."""
-    leaves = [one for one in tree_leaves(layer) if isinstance(one, Tensor)]
-    return [one for one in leaves if one.dim() > 1]
+    leaves = tree_leaves(layer, is_leaf=is_fp8)
+    return [one for one in leaves if is_fp8(one) or (isinstance(one, Tensor) and one.dim() > 1)]
 
 
 def error(found: Tensor, expected: Tensor) -> float:

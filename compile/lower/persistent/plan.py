@@ -19,12 +19,14 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 from nanovllm.kernels.cuda import persistent
-from nanovllm.kernels.cuda.persistent import Experts
+from nanovllm.kernels.cuda.persistent import Experts, Fp8
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
 MAX_ROWS = 8  # the matrix units take so many
+FP8_BLOCK = 128  # rows and columns that have a scale
+SCALES = torch.float32, torch.bfloat16
 
 
 class Unfit(ValueError):
@@ -40,7 +42,8 @@ class Plan(NamedTuple):
     queries and keys, may be missing. With `experts` gate_up and down are those of all experts,
     `ffn` is the width of a token's experts together, and there is a router. has_several: rows may
     be tokens of one request, one after the other, as in a step that verifies drafts. keeps: hidden
-    states after some layers are stored for a head that drafts.
+    states after some layers are stored for a head that drafts. With `fp8` products have scales,
+    qkv_scale and so on.
     """
 
     num_rows: int
@@ -57,6 +60,7 @@ class Plan(NamedTuple):
     experts: Experts | None = None
     has_several: bool = False
     keeps: bool = False
+    fp8: Fp8 | None = None
 
     @property
     def has_bias(self) -> bool:
@@ -76,12 +80,14 @@ class Plan(NamedTuple):
         mlp = 3 * self.ffn
         if self.experts is not None:
             mlp = mlp * self.num_rows + self.experts.num
-        return 2 * self.hidden * (self.qkv + self.attended + mlp)
+        size = 2 if self.fp8 is None else 1
+        return size * self.hidden * (self.qkv + self.attended + mlp)
 
     @property
     def weight_bytes(self) -> int:
         """Of all products of a step."""
-        return self.num_layers * self.layer_bytes + 2 * self.hidden * self.vocab
+        of_head = 1 if self.fp8 is not None and self.fp8.has_head else 2
+        return self.num_layers * self.layer_bytes + of_head * self.hidden * self.vocab
 
 
 def read(
@@ -97,10 +103,18 @@ def read(
     of_layer = _Reader(_fused(layer, layer_inputs, varying))
     of_head = _Reader(_fused(head, head_inputs, varying))
     sizes, layer_names = _layer(of_layer)
-    vocab, head_names = _head(of_head, sizes)
+    of_vocab, head_names = _head(of_head, sizes)
+    fp8 = sizes.get("fp8")
+    if of_vocab.form is not None:
+        if fp8 is None or of_vocab.form != (
+            torch.bfloat16 if fp8.in_bf16 else torch.float32,
+            fp8.block,
+        ):
+            raise Unfit("the head is in fp8, and layers are not, or have other scales")
+        sizes["fp8"] = fp8._replace(has_head=True)
     plan = Plan(
         **sizes,
-        vocab=vocab,
+        vocab=of_vocab.weight.meta["val"].shape[0],
         num_layers=num_layers,
         layer_inputs=layer_names,
         head_inputs=head_names,
@@ -112,7 +126,8 @@ def read(
 def _fused(region: Callable[..., Any], inputs: dict[str, object], varying: Any) -> GraphModule:
     graph, fakes, _ = trace(narrowed(region), inputs, varying=varying)
     graph = fuse_rope_store(graph, fakes)
-    return fuse_linear(graph, fakes, takes={ops.linear: lambda *args: True})
+    taken = (ops.linear, ops.fp8_linear)
+    return fuse_linear(graph, fakes, takes={one: lambda *args: True for one in taken})
 
 
 class _Reader:
@@ -142,46 +157,86 @@ def _source(value: Any) -> Any:
     return value
 
 
+class _Product(NamedTuple):
+    """A call and its inputs. `block` is that of scales of weights in fp8: 0 for those of rows."""
+
+    node: Any
+    norm: Any
+    weight: Any
+    bias: Any
+    eps: float
+    scale: Any = None
+    block: int = 0
+
+    @property
+    def form(self) -> tuple[torch.dtype, int] | None:
+        """Of the scales, or None without any."""
+        return None if self.scale is None else (self.scale.meta["val"].dtype, self.block)
+
+    def named(self, name: str) -> dict[str, Any]:
+        return {name: self.weight, f"{name}_scale": self.scale}
+
+
 def _product(
-    reader: _Reader, what: str, x: Any, *, residual: Any = None, norm: bool, silu: bool = False
-) -> tuple[Any, Any, Any, float]:
-    """Reads a product of x without a bias; returns it, its norm and weight, and eps."""
-    product, bias = _with_bias(reader, what, x, residual=residual, norm=norm, silu=silu)
-    if bias is not None:
+    reader: _Reader,
+    what: str,
+    x: Any,
+    *,
+    residual: Any = None,
+    norm: bool,
+    silu: bool = False,
+    may_have_bias: bool = False,
+) -> _Product:
+    """Reads a product of x."""
+    scale, block = None, 0
+    if reader.calls and reader.calls[0].target is ops.fused_fp8_linear:
+        node, args = reader.take(ops.fused_fp8_linear, what)
+        found, norm_weight, weight, scale, *sides, bias, added, eps, has_silu = args
+        if sides not in ([1, 0], [1, weight.meta["val"].shape[1]], [FP8_BLOCK, FP8_BLOCK]):
+            raise Unfit(f"{what} has scales for blocks of {sides[0]} rows and {sides[1]} columns")
+        block = 0 if sides[0] == 1 else FP8_BLOCK
+    else:
+        node, args = reader.take(ops.fused_linear, what)
+        found, norm_weight, weight, bias, added, eps, has_silu = args
+    if bias is not None and not may_have_bias:
         raise Unfit(f"{what} has a bias")
-    return product
-
-
-def _with_bias(
-    reader: _Reader, what: str, x: Any, *, residual: Any = None, norm: bool, silu: bool = False
-) -> tuple[tuple[Any, Any, Any, float], Any]:
-    """Reads a product of x; returns what `_product` does, and the bias or None."""
-    node, args = reader.take(ops.fused_linear, what)
-    found, norm_weight, weight, bias, added, eps, has_silu = args
     if x not in (found, None) or (norm_weight is not None) != norm or has_silu != silu:
         raise Unfit(f"{what} has other neighbours")
     if added is not residual:
         raise Unfit(f"{what} has another residual")
-    for one in (weight, norm_weight, bias):
-        if one is not None and (one.op != "placeholder" or not _is_plain(one)):
-            raise Unfit(f"{what} has weights other than contiguous ones in bf16")
-    return (node, norm_weight, weight, eps), bias
+    weights = [(norm_weight, torch.bfloat16), (bias, torch.bfloat16)]
+    weights.append((weight, torch.bfloat16 if scale is None else torch.float8_e4m3fn))
+    for one, dtype in weights:
+        if one is not None and (one.op != "placeholder" or not _is_plain(one, dtype)):
+            name = str(dtype).removeprefix("torch.").replace("bfloat16", "bf16")
+            raise Unfit(f"{what} has weights other than contiguous ones in {name}")
+    if scale is not None and not any(_is_plain(scale, one) for one in SCALES):
+        raise Unfit(f"{what} has scales other than contiguous ones in fp32 or bf16")
+    return _Product(node, norm_weight, weight, bias, eps, scale, block)
 
 
-def _is_plain(node: Node) -> bool:
+def _form(products: Sequence[_Product]) -> tuple[torch.dtype, int] | None:
+    """The form that the scales of all products have, None without scales."""
+    forms = {one.form for one in products}
+    if len(forms) > 1:
+        raise Unfit("some products of a layer are in fp8, or have other scales")
+    return forms.pop()
+
+
+def _is_plain(node: Node, dtype: torch.dtype = torch.bfloat16) -> bool:
     value = node.meta["val"]
-    return value.dtype == torch.bfloat16 and value.is_contiguous()
+    return value.dtype == dtype and value.is_contiguous()
 
 
 def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
     h = reader.calls[0].args[0] if reader.calls else None
     if getattr(h, "op", "") != "placeholder":
         raise Unfit("a layer begins with other calls")
-    product, qkv_bias = _with_bias(reader, "a layer's first product", h, norm=True)
-    qkv, attn_norm, qkv_weight, eps = product
+    qkv = _product(reader, "a layer's first product", h, norm=True, may_have_bias=True)
+    eps = qkv.eps
     rotated, args = reader.take(ops.qk_norm_rope_store, "rotation and store")
     x, q_norm, k_norm, cos_sin, rope_pos, slot, keys, values, num_heads, own_eps, *scales = args
-    if x is not qkv or any(one is not None for one in scales) or own_eps not in (eps, 0, 0.0):
+    if x is not qkv.node or any(one is not None for one in scales) or own_eps not in (eps, 0, 0.0):
         raise Unfit("rotation and store have scales, or another eps")
     attended, attention = reader.take(ops.paged_attention, "our own attention")
     query, k, v, table, seq_len, _, max_q_len, scale, window, *others = attention
@@ -189,17 +244,13 @@ def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
         raise Unfit("attention is of other tokens")
     if window or any(one is not None for one in others):
         raise Unfit("attention has a window, scales, sinks or later tokens")
-    out, _, out_weight, _ = _product(
-        reader, "attention's product", attended, residual=h, norm=False
-    )
-    experts, last, ffn, of_mlp, mlp_eps = (
-        _experts(reader, out) if _has_experts(reader) else _mlp(reader, out)
-    )
-    if reader.calls or reader.result is not last or mlp_eps != eps:
+    out = _product(reader, "attention's product", attended, residual=h, norm=False)
+    mlp = _experts(reader, out.node) if _has_experts(reader) else _mlp(reader, out.node)
+    if reader.calls or reader.result is not mlp.last or mlp.eps != eps:
         raise Unfit("a layer has more calls, or several values of eps")
     named = {
-        "attn_norm": attn_norm, "qkv": qkv_weight, "qkv_bias": qkv_bias, "q_norm": q_norm,
-        "k_norm": k_norm, "out": out_weight, **of_mlp, "keys": keys, "values": values,
+        "attn_norm": qkv.norm, **qkv.named("qkv"), "qkv_bias": qkv.bias, "q_norm": q_norm,
+        "k_norm": k_norm, **out.named("out"), **mlp.inputs, "keys": keys, "values": values,
         "cos_sin": cos_sin, "rope_pos": rope_pos, "slot": slot, "table": table, "seq_len": seq_len,
     }  # fmt: skip
     assert h is not None
@@ -208,8 +259,12 @@ def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
         raise Unfit(f"the cache has heads of {cache.shape[3]} in {cache.dtype}")
     sizes = {
         "num_rows": rows.shape[0], "hidden": rows.shape[1], "num_heads": num_heads,
-        "num_kv_heads": cache.shape[2], "ffn": ffn, "eps": eps, "scale": scale, "experts": experts,
+        "num_kv_heads": cache.shape[2], "ffn": mlp.ffn, "eps": eps, "scale": scale,
+        "experts": mlp.experts,
     }  # fmt: skip
+    form = _form([qkv, out, *mlp.products])
+    if form is not None:
+        sizes["fp8"] = Fp8(form[1], form[0] is torch.bfloat16, has_head=False)
     return sizes, {key: node.name for key, node in named.items() if node is not None}
 
 
@@ -221,15 +276,15 @@ class _Mlp(NamedTuple):
     ffn: int
     inputs: dict[str, Any]
     eps: float
+    products: Sequence[_Product]
 
 
 def _mlp(reader: _Reader, out: Any) -> _Mlp:
-    inner, norm, gate_up, eps = _product(
-        reader, "the MLP's first product", out, norm=True, silu=True
-    )
-    last, _, down, _ = _product(reader, "the MLP's last product", inner, residual=out, norm=False)
-    inputs = {"mlp_norm": norm, "gate_up": gate_up, "down": down}
-    return _Mlp(None, last, down.meta["val"].shape[1], inputs, eps)
+    inner = _product(reader, "the MLP's first product", out, norm=True, silu=True)
+    last = _product(reader, "the MLP's last product", inner.node, residual=out, norm=False)
+    inputs = {"mlp_norm": inner.norm, **inner.named("gate_up"), **last.named("down")}
+    ffn = last.weight.meta["val"].shape[1]
+    return _Mlp(None, last.node, ffn, inputs, inner.eps, [inner, last])
 
 
 def _has_experts(reader: _Reader) -> bool:
@@ -239,12 +294,12 @@ def _has_experts(reader: _Reader) -> bool:
 def _experts(reader: _Reader, out: Any) -> _Mlp:
     """Norm, router and experts. The norm's result has no other readers."""
     normed, (x, norm, eps) = reader.take(ops.rms_norm, "the norm before experts")
-    logits, _, router, _ = _product(reader, "the router", normed, norm=False)
+    router = _product(reader, "the router", normed, norm=False)
     choice, (found, top_k, normalize) = reader.take(ops.topk_softmax, "the choice of experts")
     chosen = [reader.take(operator.getitem, "the choice of experts")[0] for _ in range(2)]
     last, args = reader.take(ops.experts, "experts")
     inputs, weights, numbers, gate_up, down, residual, *others = args
-    is_taken = x is out and found is logits and inputs is normed and residual is out
+    is_taken = x is out and found is router.node and inputs is normed and residual is out
     if not is_taken or [weights, numbers] != chosen or any(one is not None for one in others):
         raise Unfit("experts have other neighbours")
     if [node.args for node in chosen] != [(choice, 0), (choice, 1)]:
@@ -252,15 +307,17 @@ def _experts(reader: _Reader, out: Any) -> _Mlp:
     if not all(one.op == "placeholder" and _is_plain(one) for one in (norm, gate_up, down)):
         raise Unfit("experts have weights other than contiguous ones in bf16")
     num, _, ffn = down.meta["val"].shape
-    named = {"mlp_norm": norm, "router": router, "gate_up": gate_up, "down": down}
-    return _Mlp(Experts(num, top_k, ffn, normalize), last, top_k * ffn, named, eps)
+    named = {"mlp_norm": norm, "router": router.weight, "gate_up": gate_up, "down": down}
+    chosen_of = Experts(num, top_k, ffn, normalize)
+    return _Mlp(chosen_of, last, top_k * ffn, named, eps, [router])
 
 
-def _head(reader: _Reader, sizes: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
-    node, norm, weight, eps = _product(reader, "the head", None, norm=True)
-    if reader.calls or reader.result is not node or eps != sizes["eps"]:
+def _head(reader: _Reader, sizes: Mapping[str, Any]) -> tuple[_Product, dict[str, str]]:
+    head = _product(reader, "the head", None, norm=True)
+    if reader.calls or reader.result is not head.node or head.eps != sizes["eps"]:
         raise Unfit("the head has more calls, or another eps")
-    return weight.meta["val"].shape[0], {"final_norm": norm.name, "head": weight.name}
+    named = {"final_norm": head.norm, **head.named("head")}
+    return head, {key: node.name for key, node in named.items() if node is not None}
 
 
 def _check(plan: Plan) -> None:

@@ -64,7 +64,7 @@ class Schedule(NamedTuple):
         return Sizes(
             plan.num_rows, plan.hidden, plan.ffn, plan.num_heads, plan.num_kv_heads, self.splits,
             halves, in_flight, max(map(len, self.programs)), plan.experts, plan.has_several,
-            plan.keeps, plan.has_bias,
+            plan.keeps, plan.has_bias, plan.fp8,
         )  # fmt: skip
 
     def phase_name(self, phase: int) -> str:
@@ -143,8 +143,8 @@ class _Builder:
         before = phase_of(layer - 1, "hidden") if layer else EMBEDDED
         hidden = "hidden", before
         out = "out", phase_of(layer, "out")
-        names = ("qkv", "attn_norm", *(("qkv_bias",) * plan.has_bias))
-        qkv = self._product(layer, names, plan.hidden, plan.qkv, norm)
+        of_qkv = "qkv", "attn_norm", "qkv_bias" if plan.has_bias else ""
+        qkv = self._product(layer, of_qkv, plan.hidden, plan.qkv, norm)
         self._spread(qkv, hidden, ("qkv", phase_of(layer, "qkv")))
         self._attention(layer)
         made = self._product(layer, ("out",), plan.attended, plan.hidden, add)
@@ -158,8 +158,8 @@ class _Builder:
         flags = norm | persistent.SILU | of_experts
         inner = self._product(layer, ("gate_up", "mlp_norm"), plan.hidden, plan.ffn, flags)
         self._spread(inner, out, ("inner", phase_of(layer, "inner")), routed)
-        names = ("down", "kept") if plan.keeps else ("down",)
-        down = self._product(layer, names, plan.ffn, plan.hidden, add | of_experts)
+        of_down = "down", "kept" if plan.keeps else ""
+        down = self._product(layer, of_down, plan.ffn, plan.hidden, add | of_experts)
         after = "hidden", phase_of(layer, "hidden")
         self._spread(down, ("inner", phase_of(layer, "inner")), after, out)
 
@@ -179,6 +179,10 @@ class _Builder:
             flags |= persistent.HALF if shares[0] < shares[1] else 0
         elif not flags & persistent.SILU:
             flags |= persistent.HALF
+        fp8 = self.plan.fp8
+        if fp8 is not None and (layer >= 0 or fp8.has_head):
+            flags |= persistent.FP8
+            inputs = (*inputs, *[""] * (3 - len(inputs)), f"{inputs[0]}_scale")
         return Task(persistent.PRODUCT, layer, inputs, flags, depth=depth, num_outs=num_outs)
 
     def _spread(
@@ -202,7 +206,7 @@ class _Builder:
         for program, count in enumerate(self._shares(num_tiles)):
             if count:
                 self._append(program, task._replace(first=first, num=count))
-                self.load[program] += count * rows * task.depth * 2
+                self.load[program] += count * rows * task.depth * task.weight_size
             first += count
 
     def _copies(self, flags: int) -> int:

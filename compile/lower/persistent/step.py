@@ -36,7 +36,8 @@ class Weights(NamedTuple):
     def find(self, layer: int, name: str) -> Tensor | None:
         """What tasks call `name`, of a layer or, with −1, of the head; None without one."""
         if layer < 0:
-            return self.head[self.plan.head_inputs[name]]
+            source = self.plan.head_inputs.get(name)
+            return None if source is None else self.head[source]
         if name == "kept":
             return self.kept.get(layer)
         source = self.plan.layer_inputs.get(name)
