@@ -37,16 +37,6 @@ __device__ __forceinline__ void multiply(float (&acc)[4], u32 a0, u32 a1, u32 a2
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ u32 spread(u32 word, u32 selector) {
-  return __byte_perm(word, 0, selector);
-}
-
-__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
-  u32 r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
-
 __device__ __forceinline__ u32 shared_address(const void* at) {
   return (u32)__cvta_generic_to_shared(at);
 }

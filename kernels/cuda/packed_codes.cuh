@@ -18,6 +18,16 @@ __device__ __forceinline__ u32 twice(float v) {  // v in both halves
   return r;
 }
 
+__device__ __forceinline__ u32 spread(u32 word, u32 selector) {
+  return __byte_perm(word, 0, selector);
+}
+
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
 __device__ __forceinline__ float scale_of_bits(u16 bits) {
 #if SCALE == 1
   return of_bf16(bits);

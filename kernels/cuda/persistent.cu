@@ -21,19 +21,20 @@
 // IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time), MAX_CHUNK (columns of x in
 // registers), WARPS, COPIERS, CLOCKS (times of tasks are kept), SEVERAL (rows may be tokens of one
 // request, one after the other: each attends to those before it too), KEEPS (hidden states after some
-// layers are stored for readers behind the step), QKV_BIAS, FP8_LAYERS and FP8_HEAD (weights are
-// float8_e4m3fn), BLOCK (their scales are of blocks of so many rows and columns, or of rows), SCALE (0
-// fp32, 1 bf16).
+// layers are stored for readers behind the step), QKV_BIAS, LAYER_BITS and HEAD_BITS (of a weight: 16, 8
+// for float8_e4m3fn, 4 for integers in groups of GROUP_COLUMNS), BLOCK (scales of fp8 are of blocks of so
+// many rows and columns, or of rows), SCALE (of scales: 0 fp32, 1 bf16, 2 fp16), OFFSET (groups have one).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 
-#include "device.cuh"
+#define BITS 4  // of codes that are integers
+#include "packed_codes.cuh"
 
 struct __align__(16) Task {
   const u8* first_input;   // PRODUCT weight [O, D] or of all experts, ATTEND keys [C, B, K, H]
   const u8* second_input;  // PRODUCT norm [D] or, with ADD, where results are kept, or none; ATTEND values
-  const u16* q_norm;       // ATTEND [H] or none, PRODUCT with NORM a bias [O] or none
-  const u16* k_norm;       // PRODUCT of weights in fp8 their scales
+  const u16* q_norm;       // ATTEND [H] or none, PRODUCT a bias [O] or none, or offsets of codes
+  const u16* k_norm;       // PRODUCT of codes their scales
   u32 kind, flags;
   u32 in_phase, add_phase, out_phase;
   u32 in_at, add_at, out_at;  // the first words
@@ -70,7 +71,9 @@ struct Args {
 #define NORM 4
 #define ADD 8      // adds a residual
 #define LOGITS 16  // results go to `logits`
-#define FP8 64     // the weights are in fp8
+#define OF_FP8 64    // the weights are in fp8
+#define OF_INT4 128  // the weights are integers of 4 bits
+#define CODED (OF_FP8 | OF_INT4)
 #define EXPERT 32  // of the experts that a token chose; with SILU, by the words from `add_at` on
 
 // times of a task: its inputs have arrived, are in shared memory, are computed with
@@ -87,6 +90,7 @@ struct Args {
 #define QKV ((HEADS + 2 * KV_HEADS) * HEAD)
 #define WIDE 512                                // columns of a stage with 16 rows
 #define STAGE_BYTES (16 * (WIDE * 2 + 64))      // rows g and g + 1 are in different banks
+#define GROUP_COLUMNS 128                       // that share a scale of integers
 #define TOKENS 32                               // keys and values of so many tokens are a stage
 #define MIN_PART 32                             // keys in a part
 #define NO_SCORE -1e30f
@@ -195,8 +199,9 @@ __device__ __forceinline__ void copy_weights(Worker& w) {
   const Task& t = *w.task;
   Ring& stage = w.stage;
   const u32 ring = shared_address(shared<u8>(0));
-  const u32 of_stage = t.flags & HALF ? 8 : 16, size = t.flags & FP8 ? 1 : 2;  // of a number
-  const u32 row_bytes = WIDE * 2 * (16 / of_stage), wide = row_bytes / size;
+  const u32 of_stage = t.flags & HALF ? 8 : 16, bits = t.flags & OF_INT4 ? 4 : t.flags & OF_FP8 ? 8 : 16;
+  const u32 row_bytes = WIDE * 2 * (16 / of_stage), wide = row_bytes * 8 / bits;
+  const u32 pitch = row_bytes + (t.flags & OF_FP8 ? 32 : 64);
   const Rows rows(w, of_stage);
   const u32 idx = rows.first + w.lane;
   const u32 upper = t.flags & SILU ? t.num_outs : 8;
@@ -210,17 +215,25 @@ __device__ __forceinline__ void copy_weights(Worker& w) {
         const u32 row =
             (t.flags & (SILU | HALF) ? tile * 8 : tile * 16) + idx % 8 + (idx < 8 ? 0 : upper);
         const bool is_of_parts = EXPERTS && (t.flags & (EXPERT | SILU)) == EXPERT;
-        const u8* from = t.first_input + (u64)row * t.depth * size;
+        const u8* from = t.first_input + (u64)row * t.depth * bits / 8;
         if (EXPERTS && t.flags & EXPERT) from = expert_row(t, tile, idx);
         const u32 to_column = t.depth < from_column + chunk ? t.depth : from_column + chunk;
         for (u32 column = from_column; column < to_column; column += wide) {
-          const u32 num_bytes = (to_column - column < wide ? to_column - column : wide) * size;
-          begin_stage(w, num_bytes * of_stage);
-          const u32 to = ring + stage.at * STAGE_BYTES + idx * (row_bytes + 32 * size);
+          const u32 num = to_column - column < wide ? to_column - column : wide, num_bytes = num * bits / 8;
+          const u32 of_groups = LAYER_BITS == 4 && t.flags & OF_INT4 ? num / GROUP_COLUMNS * 2 : 0;
+          begin_stage(w, (num_bytes + of_groups * (OFFSET ? 2 : 1)) * of_stage);
+          const u32 to = ring + stage.at * STAGE_BYTES + idx * pitch;
+          if (of_groups && w.lane < rows.num) {
+            const u64 at = (u64)row * (t.depth / GROUP_COLUMNS) + column / GROUP_COLUMNS;
+            copy(to + row_bytes, reinterpret_cast<const u8*>(t.k_norm + at), of_groups, full_barrier(stage.at));
+            if (OFFSET)
+              copy(to + row_bytes + 32, reinterpret_cast<const u8*>(t.q_norm + at), of_groups,
+                   full_barrier(stage.at));
+          }
           if (w.lane < rows.num && is_of_parts)
             copy_parts(to, from, tile, column, num_bytes, full_barrier(stage.at));
           else if (w.lane < rows.num)
-            copy(to, from + column * size, num_bytes, full_barrier(stage.at));
+            copy(to, from + column * bits / 8, num_bytes, full_barrier(stage.at));
           stage.advance(STAGES);
         }
       }
@@ -268,13 +281,17 @@ __device__ __forceinline__ void embed(Worker& w) {
     store_word(w.a.words + t.out_at + i, reinterpret_cast<const u32*>(w.a.h)[i], w.base + t.out_phase);
 }
 
+__device__ __forceinline__ constexpr u32 code_flag(u32 bits) {
+  return bits == 8 ? OF_FP8 : bits == 4 ? OF_INT4 : 0;
+}
+
 __device__ __forceinline__ void multiply_by_weight(Worker& w) {
-  constexpr u32 OF_EXPERTS = EXPERTS ? EXPERT : 0, CODES = FP8_LAYERS ? FP8 : 0;
+  constexpr u32 OF_EXPERTS = EXPERTS ? EXPERT : 0, CODES = code_flag(LAYER_BITS);
   const u32 flags = w.task->flags;
   if (flags & SILU)
     product<HIDDEN, NORM | SILU | OF_EXPERTS | CODES>(w);
   else if (flags & LOGITS)
-    product<HIDDEN, NORM | LOGITS | (HEAD_HALF ? HALF : 0) | (FP8_HEAD ? FP8 : 0)>(w);
+    product<HIDDEN, NORM | LOGITS | (HEAD_HALF ? HALF : 0) | code_flag(HEAD_BITS)>(w);
   else if (flags & NORM)
     product<HIDDEN, NORM | (QKV_HALF ? HALF : 0) | CODES>(w);
   else if (w.task->depth == HEADS * HEAD && !(flags & EXPERT))  // or both have this depth

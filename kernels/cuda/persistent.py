@@ -16,9 +16,11 @@ from nanovllm.kernels.cuda.nvrtc import Function, Launch
 # As in persistent.cu.
 END, EMBED, PRODUCT, ATTEND, MERGE = range(5)
 KINDS = "end", "embed", "product", "attend", "merge"
-SILU, HALF, NORM, ADD, LOGITS, EXPERT, FP8 = 1, 2, 4, 8, 16, 32, 64
+SILU, HALF, NORM, ADD, LOGITS, EXPERT, OF_FP8, OF_INT4 = 1, 2, 4, 8, 16, 32, 64, 128
 HEAD, WARPS, WIDE, TOKENS, PART_WORDS, MIN_PART, AT_ONCE = 128, 8, 512, 32, 128, 32, 4
 MAX_GROUP = 8  # query heads that share a key
+GROUP_COLUMNS = 128  # that share a scale of integers of 4 bits
+SCALES = torch.float32, torch.bfloat16, torch.float16
 MAX_EXPERTS, MAX_TOP_K = 256, 32
 MAYBE_HALF = "qkv", "out", "down", "head"  # products by their weights
 TIMES = "start", "arrived", "ready", "computed", "finished"  # of a task
@@ -57,9 +59,9 @@ class Task(NamedTuple):
     num: int = 0
 
     @property
-    def weight_size(self) -> int:
+    def weight_size(self) -> float:
         """The bytes of a number of a product's weight."""
-        return 1 if self.flags & FP8 else 2
+        return 0.5 if self.flags & OF_INT4 else 1.0 if self.flags & OF_FP8 else 2.0
 
     def packed(self, address: Address) -> bytes:
         """The struct of the kernel."""
@@ -89,19 +91,22 @@ class Experts(NamedTuple):
     normalize: bool
 
 
-class Fp8(NamedTuple):
-    """Weights in float8_e4m3fn. Scales are of blocks of `block` rows and columns or, with 0, of
-    rows; in fp32 or, with `in_bf16`, in bf16. has_head: the head's are too."""
+class Codes(NamedTuple):
+    """Weights in codes. Those of 8 bits are float8_e4m3fn, with scales of blocks of `block` rows
+    and columns or, with 0, of rows; those of 4 bits are integers in groups of 128 columns, with
+    scales and perhaps offsets. has_head: the head's weights are in codes too."""
 
-    block: int
-    in_bf16: bool
-    has_head: bool
+    bits: int
+    scale: torch.dtype
+    block: int = 0
+    has_offset: bool = False
+    has_head: bool = False
 
 
 class Sizes(NamedTuple):
     """What a program is compiled for. `ffn` is that of a token's experts together. `num_tasks` are
     those of a program, `splits` the most parts of a row's keys. `halves` names the products whose
-    tiles are halves. has_several, keeps, has_bias, fp8: see `Plan`."""
+    tiles are halves. has_several, keeps, has_bias, codes: see `Plan`."""
 
     num_rows: int
     hidden: int
@@ -116,7 +121,7 @@ class Sizes(NamedTuple):
     has_several: bool = False
     keeps: bool = False
     has_bias: bool = False
-    fp8: Fp8 | None = None
+    codes: Codes | None = None
     num_warps: int = WARPS
     num_copiers: int = COPIERS
     has_clocks: bool = False
@@ -144,7 +149,7 @@ class Sizes(NamedTuple):
         depth = max(self.hidden, self.num_heads * HEAD, self.ffn)
         chunk = min(depth, self.max_chunk)  # at most
         # a row of a warp is some pieces of 32 columns, those of whole stages, and one more place
-        of_stage = 1024 if self.fp8 is None else 2048
+        of_stage = 1024 if self.codes is None else 2048
         x = self.num_rows * self.num_warps * 64 * (-(-chunk // of_stage) * of_stage // 256 + 1)
         chosen = self.num_rows * (1 if self.experts is None else self.experts.top_k)
         return 128 + self.num_tasks * _TASK.size + 80 + -(-chosen // 2) * 16 + scratch * 4 + x
@@ -160,7 +165,7 @@ class Sizes(NamedTuple):
     @property
     def function(self) -> Function:
         experts = self.experts or Experts(0, 1, self.ffn, False)
-        fp8 = self.fp8 or Fp8(0, False, False)
+        codes = self.codes or Codes(16, torch.bfloat16)
         values = {
             "ROWS": self.num_rows, "HIDDEN": self.hidden, "FFN": self.ffn, "HEADS": self.num_heads,
             "KV_HEADS": self.num_kv_heads, "SPLITS": self.splits, "NUM_TASKS": self.num_tasks,
@@ -171,8 +176,8 @@ class Sizes(NamedTuple):
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
             "MAX_CHUNK": self.max_chunk, "CLOCKS": self.has_clocks, "SEVERAL": self.has_several,
             "KEEPS": self.keeps, "QKV_BIAS": self.has_bias,
-            "FP8_LAYERS": self.fp8 is not None, "FP8_HEAD": fp8.has_head, "BLOCK": fp8.block,
-            "SCALE": fp8.in_bf16,
+            "LAYER_BITS": codes.bits, "HEAD_BITS": codes.bits if codes.has_head else 16,
+            "BLOCK": codes.block, "SCALE": SCALES.index(codes.scale), "OFFSET": codes.has_offset,
         }  # fmt: skip
         return Function("persistent", nvrtc.constants(values), is_specific=True)
 

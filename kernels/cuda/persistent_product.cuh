@@ -5,18 +5,21 @@
 // a piece, of row g. The sums over all columns meet once, behind the tiles; a norm's factor is a factor
 // of these sums.
 
-// What a thread reads of a weight row's piece: eight numbers in bf16, or in fp8.
-template <bool IS_FP8> struct Eight { using Type = Four; };
-template <> struct Eight<true> { using Type = uint2; };
+// What a thread reads of a weight row's piece: eight numbers.
+template <u32 CODE> struct Eight { using Type = Four; };
+template <> struct Eight<OF_FP8> { using Type = uint2; };
+template <> struct Eight<OF_INT4> { using Type = u32; };
 
 // Of a product over DEPTH columns.
 template <u32 DEPTH, u32 FLAGS>
 struct Of {
-  using Codes = typename Eight<(FLAGS & FP8) != 0>::Type;
-  static constexpr bool IS_HALF = FLAGS & HALF, IS_FP8 = FLAGS & FP8, HAS_BLOCKS = IS_FP8 && BLOCK;
-  static constexpr u32 SIZE = IS_FP8 ? 1 : 2;                        // bytes of a number
-  static constexpr u32 IN_STAGE = (IS_HALF ? 2 : 1) * WIDE * 2 / SIZE;  // columns
-  static constexpr u32 PITCH = (IN_STAGE + 32) * SIZE;  // few of the rows that are read together share banks
+  using Codes = typename Eight<FLAGS & CODED>::Type;
+  static constexpr bool IS_HALF = FLAGS & HALF, IS_FP8 = FLAGS & OF_FP8, IS_INT4 = FLAGS & OF_INT4;
+  static constexpr bool HAS_BLOCKS = IS_FP8 && BLOCK;
+  static constexpr u32 BITS_EACH = IS_INT4 ? 4 : IS_FP8 ? 8 : 16;
+  static constexpr u32 ROW_BYTES = (IS_HALF ? 2 : 1) * WIDE * 2, IN_STAGE = ROW_BYTES * 8 / BITS_EACH;  // columns
+  // few of the rows that are read together share banks; behind integers are their scales and offsets
+  static constexpr u32 PITCH = ROW_BYTES + (IS_FP8 ? 32 : 64);
   static constexpr u32 CHUNK = chunk_of(DEPTH);
   static constexpr u32 CHUNKS = (DEPTH + CHUNK - 1) / CHUNK;
   static constexpr u32 NUM_STAGES = (CHUNK + IN_STAGE - 1) / IN_STAGE;  // of a tile
@@ -89,28 +92,44 @@ __device__ __forceinline__ void read_x(Worker& w, const Task& t, u32 chunk,
 #pragma unroll
   for (u32 piece = 0; piece < P::PIECES; piece++) {
     x[piece] = Four{0, 0, 0, 0};
-    if (g < ROWS && P::has(chunk, piece, w.warp))
-      x[piece] = load_four(own + g * PITCH + piece * 64 + w.lane % 4 * 16);
+    if (g >= ROWS || !P::has(chunk, piece, w.warp)) continue;
+    const u8* const from = own + g * PITCH + piece * 64;
+    if (P::IS_INT4) {  // in the order of `numbers`
+      const uint2 low = *reinterpret_cast<const uint2*>(from + w.lane % 4 * 8);
+      const uint2 high = *reinterpret_cast<const uint2*>(from + 32 + w.lane % 4 * 8);
+      x[piece] = Four{low.x, low.y, high.x, high.y};
+    } else {
+      x[piece] = load_four(from + w.lane % 4 * 16);
+    }
   }
   __syncwarp();
 }
 
 __device__ __forceinline__ void load(Four& to, const u8* at) { to = load_four(at); }
 __device__ __forceinline__ void load(uint2& to, const u8* at) { to = *reinterpret_cast<const uint2*>(at); }
+__device__ __forceinline__ void load(u32& to, const u8* at) { to = *reinterpret_cast<const u32*>(at); }
 
 // Eight numbers in bf16; those in fp8 without their scale: their bits are those of a small bf16, whose
-// exponent is 120 less.
-__device__ __forceinline__ Four in_bf16(const Four& v) { return v; }
+// exponent is 120 less. Integers are times their scale, plus their offset, times 2⁻²⁰ (packed_codes.cuh).
+__device__ __forceinline__ Four in_bf16(const Four& v, u32, u32, bool) { return v; }
 __device__ __forceinline__ u32 pair_of_fp8(u32 two) {
   return fma2((two >> 4 & 0x07f007f0) | (two & 0x80008000), 0x7b807b80, 0x80008000);
 }
-__device__ __forceinline__ Four in_bf16(const uint2& v) {
+__device__ __forceinline__ Four in_bf16(const uint2& v, u32, u32, bool) {
   return Four{pair_of_fp8(spread(v.x, 0x1404)), pair_of_fp8(spread(v.x, 0x3424)),
               pair_of_fp8(spread(v.y, 0x1404)), pair_of_fp8(spread(v.y, 0x3424))};
 }
 
+__device__ __forceinline__ Four in_bf16(const u32& v, u32 scales, u32 offsets, bool is_second) {
+  u32 low, high, less;
+  factors(scale_of_bits(is_second ? scales >> 16 : scales), scale_of_bits(is_second ? offsets >> 16 : offsets),
+          low, high, less);
+  const Pairs r = numbers(v, low, high, less);
+  return Four{r.of[0], r.of[1], r.of[2], r.of[3]};
+}
+
 __device__ __forceinline__ float scale_at(const u16* scales, u32 idx) {
-  return SCALE ? of_bf16(scales[idx]) : reinterpret_cast<const float*>(scales)[idx];
+  return load_scale(reinterpret_cast<const u8*>(scales), idx);
 }
 
 // The first weight rows of a tile's halves.
@@ -122,11 +141,13 @@ __device__ __forceinline__ u32 upper_row(u32 tile, u32 num_outs) {
 }
 
 // A thread's part of a stage: of the weight rows g and, unless it is a half tile, g + 8. With blocks their
-// scales.
+// scales. Of integers a word has two scales, of the columns of the first four warps and of the others.
 template <class P>
 struct Piece {
-  typename P::Codes lower[P::TURNS], upper[P::IS_HALF ? 1 : P::TURNS];
-  float scale[P::HAS_BLOCKS ? P::TURNS : 1], upper_scale[P::HAS_BLOCKS && !P::IS_HALF ? P::TURNS : 1];
+  static constexpr u32 UPPER = P::IS_HALF ? 1 : P::TURNS;
+  typename P::Codes lower[P::TURNS], upper[UPPER];
+  float scale[P::HAS_BLOCKS ? P::TURNS : 1], upper_scale[P::HAS_BLOCKS ? UPPER : 1];
+  u32 scales[2][P::IS_INT4 ? P::TURNS : 1], offsets[2][P::IS_INT4 && OFFSET ? P::TURNS : 1];
 };
 
 // Where the scales of a tile's blocks begin: of the rows of its halves.
@@ -143,8 +164,8 @@ __device__ __forceinline__ Scales scales_of(const Task& t, u32 tile) {
 // Waits for the next stage and loads from it. Returns the barrier that frees its place.
 template <class P>
 __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage, const Scales& scales) {
-  const u8* const from = shared<u8>(w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH +
-                                    (w.warp * 32 + w.lane % 4 * 8) * P::SIZE);
+  const u8* const row = shared<u8>(w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH);
+  const u8* const from = row + (w.warp * 32 + w.lane % 4 * 8) * P::BITS_EACH / 8;
   const u32 place = empty_barrier(w.stage.at);
   if (P::HAS_BLOCKS) {  // on their way while the stage is waited for
 #pragma unroll
@@ -160,9 +181,18 @@ __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u3
   for (u32 i = 0; i < P::TURNS; i++) {
     to.lower[i] = {};
     if (!P::IS_HALF) to.upper[i] = {};
+#pragma unroll
+    for (u32 h = 0; h < 2 && P::IS_INT4; h++) to.scales[h][i] = 0, to.offsets[h][OFFSET ? i : 0] = 0;
     if (!P::has(chunk, stage * P::TURNS + i, w.warp)) continue;
-    load(to.lower[i], from + i * WORKERS * P::SIZE);
-    if (!P::IS_HALF) load(to.upper[i], from + 8 * P::PITCH + i * WORKERS * P::SIZE);
+    load(to.lower[i], from + i * WORKERS * P::BITS_EACH / 8);
+    if (!P::IS_HALF) load(to.upper[i], from + 8 * P::PITCH + i * WORKERS * P::BITS_EACH / 8);
+    if (!P::IS_INT4) continue;
+#pragma unroll
+    for (u32 h = 0; h < (P::IS_HALF ? 1 : 2); h++) {
+      const u32* const words = reinterpret_cast<const u32*>(row + h * 8 * P::PITCH + P::ROW_BYTES);
+      to.scales[h][i] = words[i];
+      if (OFFSET) to.offsets[h][i] = words[8 + i];
+    }
   }
   w.stage.advance(STAGES);
   return place;
@@ -170,11 +200,16 @@ __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u3
 
 // Sums of a thread's weight rows g and g + 8 with rows 2t and 2t + 1 of x, over a warp's columns.
 template <class P>
-__device__ __forceinline__ void multiply_piece(float (&acc)[4][4], const Piece<P>& by, const Four* x) {
+__device__ __forceinline__ void multiply_piece(float (&acc)[4][4], const Piece<P>& by, const Four* x,
+                                               bool is_second) {
 #pragma unroll
   for (u32 i = 0; i < P::TURNS; i++) {
-    const Four low = in_bf16(by.lower[i]);
-    const Four high = P::IS_HALF ? Four{0, 0, 0, 0} : in_bf16(by.upper[P::IS_HALF ? 0 : i]);
+    constexpr bool IS_INT4 = P::IS_INT4, HAS_OFFSET = P::IS_INT4 && OFFSET;
+    const u32 own = IS_INT4 ? i : 0, of_offset = HAS_OFFSET ? i : 0;
+    const Four low = in_bf16(by.lower[i], by.scales[0][own], by.offsets[0][of_offset], is_second);
+    Four high = Four{0, 0, 0, 0};
+    if (!P::IS_HALF)
+      high = in_bf16(by.upper[P::IS_HALF ? 0 : i], by.scales[1][own], by.offsets[1][of_offset], is_second);
     if (P::HAS_BLOCKS) {
       float part[2][4] = {};
       multiply(part[0], low.a, high.a, low.b, high.b, x[i].a, x[i].b);
@@ -210,7 +245,7 @@ __device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const F
         place = load_stage<P>(w, next, chunk, stage + 1, scales);
       else if (tile + 1 < num)
         place = load_stage<P>(w, next, chunk, 0, scales_of<P, FLAGS>(t, first + tile + 1));
-      multiply_piece<P>(acc, piece, x + stage * P::TURNS);
+      multiply_piece<P>(acc, piece, x + stage * P::TURNS, w.warp >= WARPS / 2);
       __syncwarp();
       if (w.lane == 0) arrive(loaded);
     }
@@ -235,9 +270,9 @@ struct Results {
 
 // Whether a product may have a bias: those by the code for queries, keys and values.
 template <u32 FLAGS>
-constexpr bool MAY_HAVE_BIAS = QKV_BIAS && (FLAGS & (NORM | SILU | LOGITS)) == NORM;
+constexpr bool MAY_HAVE_BIAS = QKV_BIAS && (FLAGS & (NORM | SILU | LOGITS | OF_INT4)) == NORM;
 template <u32 FLAGS>
-constexpr bool HAS_ROW_SCALES = FLAGS & FP8 && !BLOCK;
+constexpr bool HAS_ROW_SCALES = FLAGS & OF_FP8 && !BLOCK;
 
 template <u32 FLAGS>
 __device__ __forceinline__ bool has_result(const Worker& w, u32 tile, int h, int j) {
@@ -294,7 +329,10 @@ __device__ __forceinline__ void finish(Worker& w, const Task& t, u32 num_outs, u
     }
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      if (HAS_ROW_SCALES<FLAGS> && !(i > 1 && FLAGS & HALF)) sum[i] *= r.scale[i / 2];
+      if (HAS_ROW_SCALES<FLAGS> && !(i > 1 && FLAGS & HALF))
+        sum[i] *= r.scale[i / 2];
+      else if (FLAGS & OF_INT4)
+        sum[i] *= 0x1p20f;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       if (!(FLAGS & NORM) || 2 * thread + j >= ROWS) continue;

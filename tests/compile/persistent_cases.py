@@ -18,7 +18,10 @@ from nanovllm.kernels.cuda.persistent import Experts, Inputs
 from nanovllm.models import loader
 from nanovllm.models.config import ModelConfig, MoeConfig
 from nanovllm.models.dense import dense_model
+from nanovllm.models.formats.format import Format
 from nanovllm.models.formats.fp8 import Fp8Rounded, Fp8Weight
+from nanovllm.models.formats.packed_weight import PackedWeight
+from nanovllm.models.formats.rounded import Rounded
 from nanovllm.models.model import VARYING, Batch, LayerCache, LayerCall
 from nanovllm.models.moe import QWEN_NAMES, moe_model
 from nanovllm.models.rope import rotary_table
@@ -38,12 +41,14 @@ class Shape(NamedTuple):
     layers: int = 2
     experts: Experts | None = None  # in place of an MLP
     is_qwen2: bool = False  # a bias, and no norms of queries and keys
-    fp8: tuple[int, int] | None = None  # of weights, the sides of a block as in `Fp8Weight`
+    stored: Format | None = None  # of weights, in place of bf16
 
 
 SMALL = Shape()
 QWEN2 = Shape(hidden=192, heads=3, is_qwen2=True)
-IN_BLOCKS, OF_ROWS = Shape(hidden=1280, ffn=384, fp8=(128, 128)), Shape(ffn=192, fp8=(1, 0))
+FP8_BLOCKS = Shape(hidden=1280, ffn=384, stored=Fp8Rounded((128, 128), "weight_scale"))
+FP8_ROWS = Shape(ffn=192, stored=Fp8Rounded((1, 0), "weight_scale"))
+INT4 = Shape(heads=8, kv_heads=2, ffn=1024, layers=1, stored=Rounded())
 SMALL_EXPERTS = Shape(hidden=256, experts=Experts(16, 4, 64, True))
 
 
@@ -81,9 +86,9 @@ class Case(NamedTuple):
             return one.float().cpu() if one.is_floating_point() else one.cpu()
 
         def real(one: Any) -> Any:
-            return one.rows(0) if isinstance(one, Fp8Weight) else one
+            return one.rows(0) if is_coded(one) else one
 
-        plain = [tree_map(real, one, is_leaf=is_fp8) for one in self.inputs]
+        plain = [tree_map(real, one, is_leaf=is_coded) for one in self.inputs]
         inputs = [tree_map(copied, one) for one in plain]
         head = {name: copied(one) for name, one in self.weights.head.items()}
         weights = self.weights._replace(head=head)
@@ -120,8 +125,8 @@ def case(
     where, cfg = torch.device(device), config(shape, **changed)
     is_sparse = (True,) * shape.layers
     model = dense_model(cfg) if shape.experts is None else moe_model(cfg, QWEN_NAMES, is_sparse)
-    if shape.fp8 is not None:
-        model = model.with_scheme(Converted(Fp8Rounded(shape.fp8, "weight_scale"), has_head=False))
+    if shape.stored is not None:
+        model = model.with_scheme(Converted(shape.stored, has_head=False))
     params = loader.random(model, loader.Target(where), 0, int)
     for one in params.layers:  # norms at one would hide mistakes
         for name in ("attn_norm_D", "mlp_norm_D", "q_norm_H", "k_norm_H"):
@@ -130,11 +135,10 @@ def case(
         if one.qkv_bias_E is not None:
             one.qkv_bias_E.normal_()
         for weight in matrices(one):  # and so would results that are small beside the residual
-            if isinstance(weight, Fp8Weight):
-                values = weight.rows(0)
-                weight.scale_RG.mul_(values.shape[-1] ** -0.5 / values[:, :64].std())
-            else:
-                weight.mul_(weight.shape[-1] ** -0.5 / weight[..., :64].float().std())
+            values = weight if isinstance(weight, Tensor) else weight.rows(0)
+            factor = values.shape[-1] ** -0.5 / values[..., :64].float().std()
+            for part in parts_of_scale(weight):
+                part.mul_(factor)
     each = -(-max(lens) // BLOCK_SIZE)
     table_RP = torch.randperm(len(lens) * each).view(len(lens), each).int() + 1
     requests = torch.tensor([idx for idx, one in enumerate(of_request) for _ in one])
@@ -174,14 +178,23 @@ def case(
     return Case(layer, head, inputs, plan, weights, given)
 
 
-def is_fp8(one: Any) -> bool:
-    return isinstance(one, Fp8Weight)
+def is_coded(one: Any) -> bool:
+    return isinstance(one, (Fp8Weight, PackedWeight))
 
 
-def matrices(layer: Any) -> list[Tensor | Fp8Weight]:
+def matrices(layer: Any) -> list[Tensor | Fp8Weight | PackedWeight]:
     """Of a layer, those of its experts included."""
-    leaves = tree_leaves(layer, is_leaf=is_fp8)
-    return [one for one in leaves if is_fp8(one) or (isinstance(one, Tensor) and one.dim() > 1)]
+    leaves = tree_leaves(layer, is_leaf=is_coded)
+    return [one for one in leaves if is_coded(one) or (isinstance(one, Tensor) and one.dim() > 1)]
+
+
+def parts_of_scale(weight: Tensor | Fp8Weight | PackedWeight) -> list[Tensor]:
+    """What to multiply if a weight is to be multiplied."""
+    if isinstance(weight, Tensor):
+        return [weight]
+    if isinstance(weight, Fp8Weight):
+        return [weight.scale_RG]
+    return [one for one in (weight.scale_OG, weight.offset_OG) if one is not None]
 
 
 def error(found: Tensor, expected: Tensor) -> float:

@@ -14,8 +14,9 @@ from nanovllm.kernels.cuda.persistent import Experts
 from nanovllm.runner.persistent import PersistentSteps
 from tests.compile.persistent_cases import (
     BLOCK_SIZE,
-    IN_BLOCKS,
-    OF_ROWS,
+    FP8_BLOCKS,
+    FP8_ROWS,
+    INT4,
     QWEN2,
     SMALL,
     SMALL_EXPERTS,
@@ -37,12 +38,12 @@ def interpreted(one: Case, schedule: Schedule, seed: int = 0, *, ahead: bool = F
     # one row in many parts; one in fewer than there could be; several rows, of one part each;
     # experts of one row and of several; several tokens of a request, with and without earlier ones,
     # beside another request; a bias, and no norms of queries and keys;
-    # weights in fp8
+    # weights in fp8 and in integers of 4 bits
     [
         ((300,), SMALL, 20), ((33,), SMALL, 7), ((1, 40, 100), SMALL, 3),
         ((40,), SMALL_EXPERTS, 5), ((1, 40, 100), SMALL_EXPERTS, 7),
         (((48, 49, 50, 51), 52, (1, 2, 3)), SMALL, 7), ((40, 7), QWEN2, 5),
-        ((40, 7), IN_BLOCKS, 5), ((40, 7), OF_ROWS, 5),
+        ((40, 7), FP8_BLOCKS, 5), ((40, 7), FP8_ROWS, 5), ((40, 7), INT4, 5),
     ],
 )  # fmt: skip
 def test_a_schedule_computes_what_the_regions_compute(
@@ -182,7 +183,7 @@ def test_by_default_a_step_is_one_kernel_where_that_is_faster(plan: Plan, is_fas
 def test_with_biases_a_step_is_several_kernels_by_default() -> None:
     schedule = schedules.build(SMALL_PLAN._replace(num_rows=1, layer_inputs={"qkv_bias": "b"}), 132)
     steps = PersistentSteps(torch.device("cpu"), is_asked=False)
-    assert steps.why_not(schedule) == "with biases, or weights in fp8, it has not been measured"
+    assert steps.why_not(schedule) == "with biases, or weights in codes, it has not been measured"
 
 
 def test_a_row_of_several_tokens_needs_a_warp_without_a_query() -> None:

@@ -22,8 +22,9 @@ from nanovllm.kernels.cuda import nvrtc, persistent
 from nanovllm.kernels.cuda.persistent import Experts
 from nanovllm.tools.shapes import CONFIGS
 from tests.compile.persistent_cases import (
-    IN_BLOCKS,
-    OF_ROWS,
+    FP8_BLOCKS,
+    FP8_ROWS,
+    INT4,
     QWEN2,
     SMALL,
     SMALL_EXPERTS,
@@ -83,7 +84,7 @@ def compared(one: Case, before: list[Tensor]) -> None:
         ((40,), SMALL_EXPERTS._replace(heads=8), 1),
         ((3, 1, 20), SMALL_EXPERTS._replace(experts=Experts(128, 3, 64, False)), 1),
         (((36, 37, 38), 39, (1, 2)), Shape(layers=2, heads=4, hidden=256), 1), ((40, 7), QWEN2, 1),
-        ((40, 7), IN_BLOCKS, 1), ((40,), OF_ROWS._replace(layers=1), 1),
+        ((40, 7), FP8_BLOCKS, 1), ((40,), FP8_ROWS._replace(layers=1), 1), ((40, 7), INT4, 1),
     ],
 )  # fmt: skip
 def test_the_kernel_is_right_on_a_cpu(
@@ -94,7 +95,8 @@ def test_the_kernel_is_right_on_a_cpu(
     key, whose MLP is wider than the columns that fit registers, by a part. Experts, of one row with
     eight queries a key, in two layers; and of three rows, whose weights do not sum to one. Several
     tokens of two requests, one of which has no earlier ones, and another request between them. A
-    bias, without norms of queries and keys. Weights in fp8."""
+    bias, without norms of queries and keys. Weights in fp8,
+    and in integers of 4 bits."""
     one = case(lens, shape)
     before = [cache.clone() for cache in one.caches()]
     step = built(one, 2)

@@ -264,10 +264,15 @@ class Interpreter:
     def _weight(self, task: Task, row: int) -> Tensor:
         """[O, D] of a product: of experts, those of a row as one MLP, gates before ups."""
         weight = self._given(task.layer, task.inputs[0])
-        fp8 = self.plan.fp8
-        if task.flags & persistent.FP8 and fp8 is not None:
-            sides = (fp8.block, fp8.block) if fp8.block else (1, task.depth)
+        codes = self.plan.codes
+        if task.flags & persistent.OF_FP8 and codes is not None:
+            sides = (codes.block, codes.block) if codes.block else (1, task.depth)
             return reference.packed.of_fp8(weight, self._given(task.layer, task.inputs[3]), *sides)
+        if task.flags & persistent.OF_INT4:
+            offset, scale = (self.find(task.layer, name) for name in task.inputs[2:])
+            assert scale is not None
+            group = persistent.GROUP_COLUMNS
+            return reference.packed.unpacked(weight, scale, offset, None, 4, group, task.depth)
         if not task.flags & persistent.EXPERT:
             return weight
         weight_K = weight[self.chosen[task.layer][1][row].long()]

@@ -19,14 +19,14 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 from nanovllm.kernels.cuda import persistent
-from nanovllm.kernels.cuda.persistent import Experts, Fp8
+from nanovllm.kernels.cuda.persistent import Codes, Experts
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
 MAX_ROWS = 8  # the matrix units take so many
 FP8_BLOCK = 128  # rows and columns that have a scale
-SCALES = torch.float32, torch.bfloat16
+OF_GROUPS = 1024  # depths of integers of 4 bits are multiples: scales are copied 16 bytes at a time
 
 
 class Unfit(ValueError):
@@ -42,8 +42,8 @@ class Plan(NamedTuple):
     queries and keys, may be missing. With `experts` gate_up and down are those of all experts,
     `ffn` is the width of a token's experts together, and there is a router. has_several: rows may
     be tokens of one request, one after the other, as in a step that verifies drafts. keeps: hidden
-    states after some layers are stored for a head that drafts. With `fp8` products have scales,
-    qkv_scale and so on.
+    states after some layers are stored for a head that drafts. With `codes` products have scales
+    and perhaps offsets: qkv_scale, qkv_offset and so on.
     """
 
     num_rows: int
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     experts: Experts | None = None
     has_several: bool = False
     keeps: bool = False
-    fp8: Fp8 | None = None
+    codes: Codes | None = None
 
     @property
     def has_bias(self) -> bool:
@@ -80,14 +80,14 @@ class Plan(NamedTuple):
         mlp = 3 * self.ffn
         if self.experts is not None:
             mlp = mlp * self.num_rows + self.experts.num
-        size = 2 if self.fp8 is None else 1
-        return size * self.hidden * (self.qkv + self.attended + mlp)
+        bits = 16 if self.codes is None else self.codes.bits
+        return self.hidden * (self.qkv + self.attended + mlp) * bits // 8
 
     @property
     def weight_bytes(self) -> int:
         """Of all products of a step."""
-        of_head = 1 if self.fp8 is not None and self.fp8.has_head else 2
-        return self.num_layers * self.layer_bytes + of_head * self.hidden * self.vocab
+        bits = 16 if self.codes is None or not self.codes.has_head else self.codes.bits
+        return self.num_layers * self.layer_bytes + self.hidden * self.vocab * bits // 8
 
 
 def read(
@@ -104,14 +104,10 @@ def read(
     of_head = _Reader(_fused(head, head_inputs, varying))
     sizes, layer_names = _layer(of_layer)
     of_vocab, head_names = _head(of_head, sizes)
-    fp8 = sizes.get("fp8")
-    if of_vocab.form is not None:
-        if fp8 is None or of_vocab.form != (
-            torch.bfloat16 if fp8.in_bf16 else torch.float32,
-            fp8.block,
-        ):
-            raise Unfit("the head is in fp8, and layers are not, or have other scales")
-        sizes["fp8"] = fp8._replace(has_head=True)
+    if of_vocab.codes is not None:
+        if of_vocab.codes != sizes["codes"]:
+            raise Unfit("the head's weights are in another format than those of layers")
+        sizes["codes"] = of_vocab.codes._replace(has_head=True)
     plan = Plan(
         **sizes,
         vocab=of_vocab.weight.meta["val"].shape[0],
@@ -126,7 +122,7 @@ def read(
 def _fused(region: Callable[..., Any], inputs: dict[str, object], varying: Any) -> GraphModule:
     graph, fakes, _ = trace(narrowed(region), inputs, varying=varying)
     graph = fuse_rope_store(graph, fakes)
-    taken = (ops.linear, ops.fp8_linear)
+    taken = (ops.linear, ops.fp8_linear, ops.packed_linear)
     return fuse_linear(graph, fakes, takes={one: lambda *args: True for one in taken})
 
 
@@ -158,23 +154,19 @@ def _source(value: Any) -> Any:
 
 
 class _Product(NamedTuple):
-    """A call and its inputs. `block` is that of scales of weights in fp8: 0 for those of rows."""
+    """A call and its inputs; `codes` without a head's if its weight is in codes."""
 
     node: Any
     norm: Any
     weight: Any
     bias: Any
     eps: float
+    codes: Codes | None = None
     scale: Any = None
-    block: int = 0
-
-    @property
-    def form(self) -> tuple[torch.dtype, int] | None:
-        """Of the scales, or None without any."""
-        return None if self.scale is None else (self.scale.meta["val"].dtype, self.block)
+    offset: Any = None
 
     def named(self, name: str) -> dict[str, Any]:
-        return {name: self.weight, f"{name}_scale": self.scale}
+        return {name: self.weight, f"{name}_scale": self.scale, f"{name}_offset": self.offset}
 
 
 def _product(
@@ -188,39 +180,66 @@ def _product(
     may_have_bias: bool = False,
 ) -> _Product:
     """Reads a product of x."""
-    scale, block = None, 0
-    if reader.calls and reader.calls[0].target is ops.fused_fp8_linear:
-        node, args = reader.take(ops.fused_fp8_linear, what)
-        found, norm_weight, weight, scale, *sides, bias, added, eps, has_silu = args
-        if sides not in ([1, 0], [1, weight.meta["val"].shape[1]], [FP8_BLOCK, FP8_BLOCK]):
-            raise Unfit(f"{what} has scales for blocks of {sides[0]} rows and {sides[1]} columns")
-        block = 0 if sides[0] == 1 else FP8_BLOCK
-    else:
-        node, args = reader.take(ops.fused_linear, what)
-        found, norm_weight, weight, bias, added, eps, has_silu = args
+    target = reader.calls[0].target if reader.calls else None
+    target = target if target in _OF_CODES else ops.fused_linear
+    node, (found, norm_weight, *weight, bias, added, eps, has_silu) = reader.take(target, what)
     if bias is not None and not may_have_bias:
         raise Unfit(f"{what} has a bias")
     if x not in (found, None) or (norm_weight is not None) != norm or has_silu != silu:
         raise Unfit(f"{what} has other neighbours")
     if added is not residual:
         raise Unfit(f"{what} has another residual")
-    weights = [(norm_weight, torch.bfloat16), (bias, torch.bfloat16)]
-    weights.append((weight, torch.bfloat16 if scale is None else torch.float8_e4m3fn))
-    for one, dtype in weights:
-        if one is not None and (one.op != "placeholder" or not _is_plain(one, dtype)):
-            name = str(dtype).removeprefix("torch.").replace("bfloat16", "bf16")
-            raise Unfit(f"{what} has weights other than contiguous ones in {name}")
-    if scale is not None and not any(_is_plain(scale, one) for one in SCALES):
-        raise Unfit(f"{what} has scales other than contiguous ones in fp32 or bf16")
-    return _Product(node, norm_weight, weight, bias, eps, scale, block)
+    product = _Product(node, norm_weight, weight[0], bias, eps)
+    for one in (norm_weight, bias):
+        _check_plain(what, one, torch.bfloat16)
+    if target is ops.fused_linear:
+        _check_plain(what, weight[0], torch.bfloat16)
+        return product
+    return _OF_CODES[target](product, what, *weight)
 
 
-def _form(products: Sequence[_Product]) -> tuple[torch.dtype, int] | None:
-    """The form that the scales of all products have, None without scales."""
-    forms = {one.form for one in products}
-    if len(forms) > 1:
-        raise Unfit("some products of a layer are in fp8, or have other scales")
-    return forms.pop()
+def _of_fp8(product: _Product, what: str, weight: Any, scale: Any, *sides: int) -> _Product:
+    _check_plain(what, weight, torch.float8_e4m3fn)
+    if sides not in ((1, 0), (1, weight.meta["val"].shape[1]), (FP8_BLOCK, FP8_BLOCK)):
+        raise Unfit(f"{what} has scales for blocks of {sides[0]} rows and {sides[1]} columns")
+    dtype = scale.meta["val"].dtype
+    _check_plain(what, scale, dtype if dtype is torch.bfloat16 else torch.float32)
+    return product._replace(codes=Codes(8, dtype, 0 if sides[0] == 1 else FP8_BLOCK), scale=scale)
+
+
+def _of_int4(
+    product: _Product, what: str, code: Any, scale: Any, offset: Any, table: Any, *form: int
+) -> _Product:
+    if table is not None or form != (4, persistent.GROUP_COLUMNS):
+        raise Unfit(f"{what} has levels, or codes of {form[0]} bits in groups of {form[1]}")
+    if product.bias is not None or code.meta["val"].shape[1] * 2 % OF_GROUPS:
+        raise Unfit(f"{what} has a bias, or a depth that is not a multiple of {OF_GROUPS}")
+    dtype = scale.meta["val"].dtype
+    _check_plain(what, code, torch.uint8)
+    for one in (scale, offset):
+        _check_plain(what, one, dtype if dtype is torch.bfloat16 else torch.float16)
+    codes = Codes(4, dtype, has_offset=offset is not None)
+    return product._replace(codes=codes, scale=scale, offset=offset)
+
+
+_OF_CODES: Mapping[Any, Callable[..., _Product]] = {
+    ops.fused_fp8_linear: _of_fp8,
+    ops.fused_packed_linear: _of_int4,
+}
+
+
+def _check_plain(what: str, node: Node | None, dtype: torch.dtype) -> None:
+    if node is not None and (node.op != "placeholder" or not _is_plain(node, dtype)):
+        name = "bf16" if dtype is torch.bfloat16 else str(dtype).removeprefix("torch.")
+        raise Unfit(f"{what} has weights other than contiguous ones in {name}")
+
+
+def _codes(products: Sequence[_Product]) -> Codes | None:
+    """How the weights of all products are kept, None in bf16."""
+    found = {one.codes for one in products}
+    if len(found) > 1:
+        raise Unfit("the products of a layer have weights in several formats")
+    return found.pop()
 
 
 def _is_plain(node: Node, dtype: torch.dtype = torch.bfloat16) -> bool:
@@ -262,9 +281,7 @@ def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
         "num_kv_heads": cache.shape[2], "ffn": mlp.ffn, "eps": eps, "scale": scale,
         "experts": mlp.experts,
     }  # fmt: skip
-    form = _form([qkv, out, *mlp.products])
-    if form is not None:
-        sizes["fp8"] = Fp8(form[1], form[0] is torch.bfloat16, has_head=False)
+    sizes["codes"] = _codes([qkv, out, *mlp.products])
     return sizes, {key: node.name for key, node in named.items() if node is not None}
 
 
@@ -283,7 +300,7 @@ def _mlp(reader: _Reader, out: Any) -> _Mlp:
     inner = _product(reader, "the MLP's first product", out, norm=True, silu=True)
     last = _product(reader, "the MLP's last product", inner.node, residual=out, norm=False)
     inputs = {"mlp_norm": inner.norm, **inner.named("gate_up"), **last.named("down")}
-    ffn = last.weight.meta["val"].shape[1]
+    ffn = inner.weight.meta["val"].shape[0] // 2  # gates, then ups
     return _Mlp(None, last.node, ffn, inputs, inner.eps, [inner, last])
 
 

@@ -64,7 +64,7 @@ class Schedule(NamedTuple):
         return Sizes(
             plan.num_rows, plan.hidden, plan.ffn, plan.num_heads, plan.num_kv_heads, self.splits,
             halves, in_flight, max(map(len, self.programs)), plan.experts, plan.has_several,
-            plan.keeps, plan.has_bias, plan.fp8,
+            plan.keeps, plan.has_bias, plan.codes,
         )  # fmt: skip
 
     def phase_name(self, phase: int) -> str:
@@ -172,17 +172,19 @@ class _Builder:
         self, layer: int, inputs: tuple[str, ...], depth: int, num_outs: int, flags: int
     ) -> Task:
         """The task of a product, of which `_spread` makes those of the programs. Tiles have 8 rows
-        if the largest share has fewer rows so."""
-        if not flags & persistent.SILU and num_outs % 16 == 0:
+        if the largest share has fewer rows so, but for integers of 4 bits."""
+        codes = self.plan.codes
+        if codes is not None and (layer >= 0 or codes.has_head):
+            flags |= persistent.OF_INT4 if codes.bits == 4 else persistent.OF_FP8
+            third = f"{inputs[0]}_offset" if codes.has_offset else inputs[2] if inputs[2:] else ""
+            inputs = (*inputs[:2], *[""] * (2 - len(inputs)), third, f"{inputs[0]}_scale")
+        may_be_half = not flags & (persistent.SILU | persistent.OF_INT4)
+        if may_be_half and num_outs % 16 == 0:
             total = num_outs * self._copies(flags)
             shares = [-(-total // (rows * self.num_programs)) * rows for rows in (8, 16)]
             flags |= persistent.HALF if shares[0] < shares[1] else 0
-        elif not flags & persistent.SILU:
+        elif may_be_half:
             flags |= persistent.HALF
-        fp8 = self.plan.fp8
-        if fp8 is not None and (layer >= 0 or fp8.has_head):
-            flags |= persistent.FP8
-            inputs = (*inputs, *[""] * (3 - len(inputs)), f"{inputs[0]}_scale")
         return Task(persistent.PRODUCT, layer, inputs, flags, depth=depth, num_outs=num_outs)
 
     def _spread(
@@ -206,7 +208,7 @@ class _Builder:
         for program, count in enumerate(self._shares(num_tiles)):
             if count:
                 self._append(program, task._replace(first=first, num=count))
-                self.load[program] += count * rows * task.depth * task.weight_size
+                self.load[program] += int(count * rows * task.depth * task.weight_size)
             first += count
 
     def _copies(self, flags: int) -> int:
