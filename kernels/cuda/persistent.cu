@@ -199,7 +199,9 @@ __device__ __forceinline__ void copy_weights(Worker& w) {
   const Task& t = *w.task;
   Ring& stage = w.stage;
   const u32 ring = shared_address(shared<u8>(0));
-  const u32 of_stage = t.flags & HALF ? 8 : 16, bits = t.flags & OF_INT4 ? 4 : t.flags & OF_FP8 ? 8 : 16;
+  constexpr bool HAS_CODES = LAYER_BITS < 16 || HEAD_BITS < 16;
+  const u32 bits = !HAS_CODES ? 16 : t.flags & OF_INT4 ? 4 : t.flags & OF_FP8 ? 8 : 16;
+  const u32 of_stage = t.flags & HALF ? 8 : 16;
   const u32 row_bytes = WIDE * 2 * (16 / of_stage), wide = row_bytes * 8 / bits;
   const u32 pitch = row_bytes + (t.flags & OF_FP8 ? 32 : 64);
   const Rows rows(w, of_stage);

@@ -1,6 +1,6 @@
 """A decode step as one kernel beside today's, in captured graphs, and where its tasks wait.
 
-    python scripts/bench/persistent_step.py --out step.json [--models 0.6b 8b 30b] [--rows 1 2 4 8]
+    python scripts/bench/persistent_step.py --out step.json [--models 0.6b 8b-int4] [--rows 1 2 4 8]
 
 Engines have random weights of published shapes, and rows that have `--context` tokens each. For
 each number of rows there are: microseconds of a step (begin, layers, head, sampler) of either kind,
@@ -36,7 +36,7 @@ from nanovllm.cli.bench.engines import engine_of, versions
 from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.compile.lower.persistent.step import Step
 from nanovllm.kernels import reference
-from nanovllm.kernels.cuda.persistent import KINDS, PRODUCT, TIMES
+from nanovllm.kernels.cuda.persistent import GROUP_COLUMNS, KINDS, PRODUCT, TIMES
 from nanovllm.models.model import Batch
 from nanovllm.runner import one_kernel
 from nanovllm.runner.persistent import Form, PersistentSteps
@@ -46,7 +46,10 @@ from nanovllm.tools import command_line
 from nanovllm.tools.device_limits import measure_limits
 from nanovllm.tools.shapes import CONFIGS
 
-MODELS = {"0.6b": "Qwen3-0.6B", "8b": "Qwen3-8B", "30b": "Qwen3-30B-A3B"}
+MODELS = {
+    "0.6b": "Qwen3-0.6B", "8b": "Qwen3-8B", "30b": "Qwen3-30B-A3B",
+    "8b-fp8": "Qwen3-8B-FP8", "8b-int4": "Qwen3-8B-GPTQ-Int4",
+}  # fmt: skip
 ROUNDS, REPLAYS = 7, 30
 
 
@@ -129,9 +132,17 @@ def exact_logits(step: Step, h_RD: Tensor, batch: Batch, cos_sin_MH: Tensor) -> 
     past_S = torch.arange(int(batch.seq_len_R[0]) - 1, device=h.device)
 
     def weight(layer: int, name: str) -> Tensor:
-        found = step.weights.find(layer, name)
+        found, scale, offset = (
+            step.weights.find(layer, f"{name}{part}") for part in ("", "_scale", "_offset")
+        )
         assert found is not None
-        return found.float()
+        if scale is None or plan.codes is None:
+            return found.float()
+        if plan.codes.bits == 8:
+            sides = (plan.codes.block,) * 2 if plan.codes.block else (1, found.shape[1])
+            return reference.packed.of_fp8(found, scale, *sides)
+        depth = 2 * found.shape[1]
+        return reference.packed.unpacked(found, scale, offset, None, 4, GROUP_COLUMNS, depth)
 
     for layer in range(plan.num_layers):
         x = rms_norm(h, weight(layer, "attn_norm"), plan.eps)
@@ -307,7 +318,7 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("persistent_step.json"))
-    add("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    add("--models", nargs="+", default=["0.6b", "8b", "30b"], choices=MODELS)
     add("--rows", nargs="+", type=int, default=[1, 2, 4, 8])
     add("--context", type=int, default=512, help="tokens of each row")
     add("--layers", type=int, help="in place of the model's own number")

@@ -189,6 +189,10 @@ def num_programs() -> int:
         (QWEN3_06B, ((777, 778, 779, 780),)), (QWEN3_8B, (tuple(range(1000, 1008)),)),
         (QWEN3_8B, ((1, 2, 3, 4), (64, 65, 66, 67))),
         (QWEN25_7B, (300,)), (QWEN25_7B, (1, 65, 700)),
+        (QWEN3_8B._replace(stored=FP8_BLOCKS.stored), (1, 33, 1000)),
+        (QWEN3_8B._replace(stored=FP8_ROWS.stored), (300,)),
+        (QWEN3_8B._replace(stored=INT4.stored), (300,)),
+        (QWEN3_8B._replace(stored=INT4.stored), (1, 33, 1000, 70)),
     ],
 )  # fmt: skip
 def test_a_step_on_a_gpu_is_that_of_the_regions(
