@@ -294,6 +294,8 @@ __device__ __forceinline__ void multiply_by_weight(Worker& w) {
     product<HIDDEN, NORM | SILU | OF_EXPERTS | CODES>(w);
   else if (flags & LOGITS)
     product<HIDDEN, NORM | LOGITS | (HEAD_HALF ? HALF : 0) | code_flag(HEAD_BITS)>(w);
+  else if (EXPERTS && CODES && flags & NORM && !(flags & CODED))  // the router
+    product<HIDDEN, NORM | (QKV_HALF ? HALF : 0)>(w);
   else if (flags & NORM)
     product<HIDDEN, NORM | (QKV_HALF ? HALF : 0) | CODES>(w);
   else if (w.task->depth == HEADS * HEAD && !(flags & EXPERT))  // or both have this depth

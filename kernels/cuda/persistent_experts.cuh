@@ -63,28 +63,45 @@ __device__ __forceinline__ void choose_experts(Worker& w) {
 }
 
 #define DOWN_ROWS (DOWN_HALF ? 8 : 16)  // of a tile of the experts' last product
+#define EXPERT_SIZE (LAYER_BITS / 8)    // of a number
 
 // Where a row of a tile of experts begins: of their last product, without the expert's own place.
 __device__ __forceinline__ const u8* expert_row(const Task& t, u32 tile, u32 idx) {
   if (!(t.flags & SILU)) {
     const u32 row = tile % (HIDDEN / DOWN_ROWS) * DOWN_ROWS + idx;
-    return t.first_input + (u64)row * (EXPERT_FFN * 2);
+    return t.first_input + (u64)row * (EXPERT_FFN * EXPERT_SIZE);
   }
   const u32 expert = shared<u32>(AT_CHOSEN)[tile / (EXPERT_FFN / 8)];
   const u32 row = tile % (EXPERT_FFN / 8) * 8 + idx % 8 + (idx < 8 ? 0 : EXPERT_FFN);
-  return t.first_input + ((u64)expert * (2 * EXPERT_FFN) + row) * (HIDDEN * 2);
+  return t.first_input + ((u64)expert * (2 * EXPERT_FFN) + row) * (HIDDEN * EXPERT_SIZE);
 }
 
 // Copies columns of a row of the experts' last product: each expert of a token has some.
 __device__ __forceinline__ void copy_parts(u32 to, const u8* row, u32 tile, u32 column, u32 num_bytes,
                                            u32 barrier) {
   const u32* const chosen = shared<u32>(AT_CHOSEN) + tile / (HIDDEN / DOWN_ROWS) * TOP_K;
-  u32 k = column / EXPERT_FFN, from = column % EXPERT_FFN * 2;
+  constexpr u32 ROW_BYTES = EXPERT_FFN * EXPERT_SIZE;
+  u32 k = column / EXPERT_FFN, from = column % EXPERT_FFN * EXPERT_SIZE;
   for (; num_bytes; k++, from = 0) {
-    const u32 part = num_bytes < EXPERT_FFN * 2 - from ? num_bytes : EXPERT_FFN * 2 - from;
-    copy(to, row + (u64)chosen[k] * ((u64)HIDDEN * EXPERT_FFN * 2) + from, part, barrier);
+    const u32 part = num_bytes < ROW_BYTES - from ? num_bytes : ROW_BYTES - from;
+    copy(to, row + (u64)chosen[k] * ((u64)HIDDEN * ROW_BYTES) + from, part, barrier);
     to += part, num_bytes -= part;
   }
+}
+
+// Of weights in fp8, the number of the scale of a tile's row and a column, of `upper` the gate's other half.
+template <u32 FLAGS>
+__device__ __forceinline__ u32 expert_block(u32 tile, u32 column, bool upper) {
+  constexpr u32 SIDE = BLOCK ? BLOCK : 1, ROWS_EACH = FLAGS & HALF ? 8 : 16;
+  const u32* const chosen = shared<u32>(AT_CHOSEN);
+  if (FLAGS & SILU) {
+    const u32 row = tile % (EXPERT_FFN / 8) * 8 + (upper ? EXPERT_FFN : 0);
+    const u32 expert = chosen[tile / (EXPERT_FFN / 8)];
+    return (expert * (2 * EXPERT_FFN / SIDE) + row / SIDE) * (HIDDEN / SIDE) + column / SIDE;
+  }
+  const u32 token = tile / (HIDDEN / ROWS_EACH), row = tile % (HIDDEN / ROWS_EACH) * ROWS_EACH;
+  const u32 expert = chosen[token * TOP_K + column / EXPERT_FFN];
+  return (expert * (HIDDEN / SIDE) + row / SIDE) * (EXPERT_FFN / SIDE) + column % EXPERT_FFN / SIDE;
 }
 
 // Of a tile of a product of experts, the token, and the weight of its expert.

@@ -150,33 +150,37 @@ struct Piece {
   u32 scales[2][P::IS_INT4 ? P::TURNS : 1], offsets[2][P::IS_INT4 && OFFSET ? P::TURNS : 1];
 };
 
-// Where the scales of a tile's blocks begin: of the rows of its halves.
-struct Scales { const u16 *lower, *upper; };
-
+// A tile's scales of blocks.
 template <class P, u32 FLAGS>
-__device__ __forceinline__ Scales scales_of(const Task& t, u32 tile) {
-  if (!P::HAS_BLOCKS) return Scales{};
-  constexpr u32 WORDS = SCALE ? 1 : 2, SIDE = BLOCK ? BLOCK : 1;
-  return Scales{t.k_norm + lower_row<FLAGS>(tile) / SIDE * P::BLOCKS * WORDS,
-                t.k_norm + upper_row<FLAGS>(tile, t.num_outs) / SIDE * P::BLOCKS * WORDS};
-}
+struct Scales {
+  const u16* all;
+  u32 tile, num_outs;
+
+  __device__ __forceinline__ float of(u32 column, bool upper) const {
+    constexpr u32 SIDE = BLOCK ? BLOCK : 1;
+    if (EXPERTS && FLAGS & EXPERT) return scale_at(all, expert_block<FLAGS>(tile, column, upper));
+    const u32 row = upper ? upper_row<FLAGS>(tile, num_outs) : lower_row<FLAGS>(tile);
+    return scale_at(all, row / SIDE * P::BLOCKS + column / SIDE);
+  }
+};
 
 // Waits for the next stage and loads from it. Returns the barrier that frees its place.
-template <class P>
-__device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage, const Scales& scales) {
+template <class P, u32 FLAGS>
+__device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage,
+                                          const Scales<P, FLAGS>& scales) {
   const u8* const row = shared<u8>(w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH);
   const u8* const from = row + (w.warp * 32 + w.lane % 4 * 8) * P::BITS_EACH / 8;
   const u32 place = empty_barrier(w.stage.at);
-  if (P::HAS_BLOCKS) {  // on their way while the stage is waited for
+  // experts are chosen before their stage is full; others' scales are on their way while it is waited for
+  if (FLAGS & EXPERT) wait_for(full_barrier(w.stage.at), w.stage.parity);
 #pragma unroll
-    for (u32 i = 0; i < P::TURNS; i++) {
-      const u32 piece = stage * P::TURNS + i, column = chunk * P::CHUNK + piece * WORKERS + w.warp * 32;
-      const u32 block = P::has(chunk, piece, w.warp) ? column / (BLOCK ? BLOCK : 1) : 0;
-      to.scale[i] = scale_at(scales.lower, block);
-      if (!P::IS_HALF) to.upper_scale[i] = scale_at(scales.upper, block);
-    }
+  for (u32 i = 0; i < P::TURNS && P::HAS_BLOCKS; i++) {
+    const u32 piece = stage * P::TURNS + i;
+    const u32 column = P::has(chunk, piece, w.warp) ? chunk * P::CHUNK + piece * WORKERS + w.warp * 32 : 0;
+    to.scale[i] = scales.of(column, false);
+    if (!P::IS_HALF) to.upper_scale[i] = scales.of(column, true);
   }
-  wait_for(full_barrier(w.stage.at), w.stage.parity);
+  if (!(FLAGS & EXPERT)) wait_for(full_barrier(w.stage.at), w.stage.parity);
 #pragma unroll
   for (u32 i = 0; i < P::TURNS; i++) {
     to.lower[i] = {};
@@ -232,19 +236,19 @@ template <class P, u32 FLAGS>
 __device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const Four (&x)[P::PIECES], u32 chunk,
                                                u32 first, u32 num, float4* to) {
   Piece<P> next;
-  u32 place = load_stage<P>(w, next, chunk, 0, scales_of<P, FLAGS>(t, first));
+  Scales<P, FLAGS> scales = {t.k_norm, first, t.num_outs};
+  u32 place = load_stage<P, FLAGS>(w, next, chunk, 0, scales);
   for (u32 tile = 0; tile < num; tile++, to += SUMS_OF_TILE) {
     float acc[4][4] = {};
-    const Scales scales = scales_of<P, FLAGS>(t, first + tile);
 #pragma unroll
     for (u32 stage = 0; stage < P::NUM_STAGES; stage++) {
       if (!P::has_stage(chunk, stage)) continue;
       const Piece<P> piece = next;
       const u32 loaded = place;
       if (P::has_stage(chunk, stage + 1))
-        place = load_stage<P>(w, next, chunk, stage + 1, scales);
+        place = load_stage<P, FLAGS>(w, next, chunk, stage + 1, scales);
       else if (tile + 1 < num)
-        place = load_stage<P>(w, next, chunk, 0, scales_of<P, FLAGS>(t, first + tile + 1));
+        scales.tile++, place = load_stage<P, FLAGS>(w, next, chunk, 0, scales);
       multiply_piece<P>(acc, piece, x + stage * P::TURNS, w.warp >= WARPS / 2);
       __syncwarp();
       if (w.lane == 0) arrive(loaded);

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from nanovllm.compile.lower.persistent import plan as plans
 from nanovllm.compile.lower.persistent.plan import Plan
 from nanovllm.compile.lower.persistent.step import Weights
 from nanovllm.compile.trace import input_leaves
+from nanovllm.kernels import ops
 from nanovllm.kernels.cuda.persistent import Experts, Inputs
 from nanovllm.models import loader
 from nanovllm.models.config import ModelConfig, MoeConfig
@@ -48,6 +51,9 @@ SMALL = Shape()
 QWEN2 = Shape(hidden=192, heads=3, is_qwen2=True)
 FP8_BLOCKS = Shape(hidden=1280, ffn=384, stored=Fp8Rounded((128, 128), "weight_scale"))
 FP8_ROWS = Shape(ffn=192, stored=Fp8Rounded((1, 0), "weight_scale"))
+FP8_EXPERTS = Shape(
+    hidden=256, stored=FP8_BLOCKS.stored, experts=Experts(16, 4, 128, True), layers=1
+)
 INT4 = Shape(heads=8, kv_heads=2, ffn=1024, layers=1, stored=Rounded())
 SMALL_EXPERTS = Shape(hidden=256, experts=Experts(16, 4, 64, True))
 
@@ -163,6 +169,8 @@ def case(
 
     inputs = [layer_inputs(one) for one in params.layers]
     layer = partial(model.layer, cfg, LayerCall("", model.layer_kinds[0], 1))
+    if shape.stored is not None and shape.experts is not None:
+        layer = partial(as_on_a_gpu, layer)
     head = partial(model.head, cfg)
     of_head = {"final_norm_D": params.final_norm_D, "head_VD": params.head_VD, "h_RD": h_RD}
     plan = plans.read(layer, inputs[0], head, of_head, shape.layers, varying=VARYING)
@@ -176,6 +184,12 @@ def case(
     places = batch.rope_pos_T, batch.slot_T, batch.block_table_RP, batch.seq_len_R
     given = Inputs(h_RD, logits_RV, cos_sin_MH, *places)
     return Case(layer, head, inputs, plan, weights, given)
+
+
+def as_on_a_gpu(layer: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """A layer with the op of experts in fp8, for which a CPU has no kernel but the reference."""
+    with patch.object(ops, "has_kernel", lambda *_: True):
+        return layer(*inputs)
 
 
 def is_coded(one: Any) -> bool:

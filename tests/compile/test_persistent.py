@@ -15,6 +15,7 @@ from nanovllm.runner.persistent import PersistentSteps
 from tests.compile.persistent_cases import (
     BLOCK_SIZE,
     FP8_BLOCKS,
+    FP8_EXPERTS,
     FP8_ROWS,
     INT4,
     QWEN2,
@@ -44,6 +45,7 @@ def interpreted(one: Case, schedule: Schedule, seed: int = 0, *, ahead: bool = F
         ((40,), SMALL_EXPERTS, 5), ((1, 40, 100), SMALL_EXPERTS, 7),
         (((48, 49, 50, 51), 52, (1, 2, 3)), SMALL, 7), ((40, 7), QWEN2, 5),
         ((40, 7), FP8_BLOCKS, 5), ((40, 7), FP8_ROWS, 5), ((40, 7), INT4, 5),
+        ((1, 40), FP8_EXPERTS, 5),
     ],
 )  # fmt: skip
 def test_a_schedule_computes_what_the_regions_compute(

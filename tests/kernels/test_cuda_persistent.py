@@ -23,6 +23,7 @@ from nanovllm.kernels.cuda.persistent import Experts
 from nanovllm.tools.shapes import CONFIGS
 from tests.compile.persistent_cases import (
     FP8_BLOCKS,
+    FP8_EXPERTS,
     FP8_ROWS,
     INT4,
     QWEN2,
@@ -85,6 +86,7 @@ def compared(one: Case, before: list[Tensor]) -> None:
         ((3, 1, 20), SMALL_EXPERTS._replace(experts=Experts(128, 3, 64, False)), 1),
         (((36, 37, 38), 39, (1, 2)), Shape(layers=2, heads=4, hidden=256), 1), ((40, 7), QWEN2, 1),
         ((40, 7), FP8_BLOCKS, 1), ((40,), FP8_ROWS._replace(layers=1), 1), ((40, 7), INT4, 1),
+        ((1, 40), FP8_EXPERTS, 1),
     ],
 )  # fmt: skip
 def test_the_kernel_is_right_on_a_cpu(
@@ -96,7 +98,7 @@ def test_the_kernel_is_right_on_a_cpu(
     eight queries a key, in two layers; and of three rows, whose weights do not sum to one. Several
     tokens of two requests, one of which has no earlier ones, and another request between them. A
     bias, without norms of queries and keys. Weights in fp8,
-    and in integers of 4 bits."""
+    in integers of 4 bits, and experts in fp8."""
     one = case(lens, shape)
     before = [cache.clone() for cache in one.caches()]
     step = built(one, 2)
@@ -193,6 +195,8 @@ def num_programs() -> int:
         (QWEN3_8B._replace(stored=FP8_ROWS.stored), (300,)),
         (QWEN3_8B._replace(stored=INT4.stored), (300,)),
         (QWEN3_8B._replace(stored=INT4.stored), (1, 33, 1000, 70)),
+        (QWEN3_30B_A3B._replace(stored=FP8_BLOCKS.stored), (300,)),
+        (QWEN3_30B_A3B._replace(stored=FP8_BLOCKS.stored), (1, 500, 65, 70)),
     ],
 )  # fmt: skip
 def test_a_step_on_a_gpu_is_that_of_the_regions(

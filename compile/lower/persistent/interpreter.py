@@ -263,22 +263,24 @@ class Interpreter:
 
     def _weight(self, task: Task, row: int) -> Tensor:
         """[O, D] of a product: of experts, those of a row as one MLP, gates before ups."""
-        weight = self._given(task.layer, task.inputs[0])
-        codes = self.plan.codes
+        weight, codes = self._given(task.layer, task.inputs[0]), self.plan.codes
+        is_of_experts = bool(task.flags & persistent.EXPERT)
+        chosen = self.chosen[task.layer][1][row].long() if is_of_experts else slice(None)
+        weight = weight[chosen]
         if task.flags & persistent.OF_FP8 and codes is not None:
             sides = (codes.block, codes.block) if codes.block else (1, task.depth)
-            return reference.packed.of_fp8(weight, self._given(task.layer, task.inputs[3]), *sides)
+            scale = self._given(task.layer, task.inputs[3])[chosen]
+            weight = reference.packed.of_fp8(weight, scale, *sides)
         if task.flags & persistent.OF_INT4:
-            offset, scale = (self.find(task.layer, name) for name in task.inputs[2:])
-            assert scale is not None
-            group = persistent.GROUP_COLUMNS
-            return reference.packed.unpacked(weight, scale, offset, None, 4, group, task.depth)
+            scale_OG = self._given(task.layer, task.inputs[3])
+            offset_OG, group = self.find(task.layer, task.inputs[2]), persistent.GROUP_COLUMNS
+            parts = weight, scale_OG, offset_OG, None
+            return reference.packed.unpacked(*parts, 4, group, task.depth)
         if not task.flags & persistent.EXPERT:
             return weight
-        weight_K = weight[self.chosen[task.layer][1][row].long()]
         if task.flags & persistent.SILU:
-            return weight_K.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
-        return weight_K.transpose(0, 1).flatten(1)
+            return weight.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
+        return weight.transpose(0, 1).flatten(1)
 
     def _inner(self, task: Task, row: int, x_D: Tensor, weight_GD: Tensor) -> Tensor:
         """SiLU · up of a row; of experts, times their weights."""

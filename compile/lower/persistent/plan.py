@@ -234,9 +234,9 @@ def _check_plain(what: str, node: Node | None, dtype: torch.dtype) -> None:
         raise Unfit(f"{what} has weights other than contiguous ones in {name}")
 
 
-def _codes(products: Sequence[_Product]) -> Codes | None:
+def _codes(of_products: Sequence[Codes | None]) -> Codes | None:
     """How the weights of all products are kept, None in bf16."""
-    found = {one.codes for one in products}
+    found = set(of_products)
     if len(found) > 1:
         raise Unfit("the products of a layer have weights in several formats")
     return found.pop()
@@ -281,7 +281,7 @@ def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
         "num_kv_heads": cache.shape[2], "ffn": mlp.ffn, "eps": eps, "scale": scale,
         "experts": mlp.experts,
     }  # fmt: skip
-    sizes["codes"] = _codes([qkv, out, *mlp.products])
+    sizes["codes"] = _codes([qkv.codes, out.codes, *mlp.codes])
     return sizes, {key: node.name for key, node in named.items() if node is not None}
 
 
@@ -293,7 +293,7 @@ class _Mlp(NamedTuple):
     ffn: int
     inputs: dict[str, Any]
     eps: float
-    products: Sequence[_Product]
+    codes: Sequence[Codes | None]
 
 
 def _mlp(reader: _Reader, out: Any) -> _Mlp:
@@ -301,11 +301,11 @@ def _mlp(reader: _Reader, out: Any) -> _Mlp:
     last = _product(reader, "the MLP's last product", inner.node, residual=out, norm=False)
     inputs = {"mlp_norm": inner.norm, **inner.named("gate_up"), **last.named("down")}
     ffn = inner.weight.meta["val"].shape[0] // 2  # gates, then ups
-    return _Mlp(None, last.node, ffn, inputs, inner.eps, [inner, last])
+    return _Mlp(None, last.node, ffn, inputs, inner.eps, [inner.codes, last.codes])
 
 
 def _has_experts(reader: _Reader) -> bool:
-    return any(node.target is ops.experts for node in reader.calls)
+    return any(node.target in (ops.experts, ops.fp8_experts) for node in reader.calls)
 
 
 def _experts(reader: _Reader, out: Any) -> _Mlp:
@@ -314,19 +314,38 @@ def _experts(reader: _Reader, out: Any) -> _Mlp:
     router = _product(reader, "the router", normed, norm=False)
     choice, (found, top_k, normalize) = reader.take(ops.topk_softmax, "the choice of experts")
     chosen = [reader.take(operator.getitem, "the choice of experts")[0] for _ in range(2)]
-    last, args = reader.take(ops.experts, "experts")
-    inputs, weights, numbers, gate_up, down, residual, *others = args
+    is_fp8 = bool(reader.calls) and reader.calls[0].target is ops.fp8_experts
+    last, args = reader.take(ops.fp8_experts if is_fp8 else ops.experts, "experts")
+    inputs, weights, numbers, *rest = args
+    num_parts = 8 if is_fp8 else 2
+    parts, (residual, *others) = rest[:num_parts], rest[num_parts:]
+    if not is_fp8:
+        parts = [parts[0], None, 0, 0, parts[1], None, 0, 0]
+    gate_up, scale, *sides, down, down_scale, down_rows, down_columns = parts
     is_taken = x is out and found is router.node and inputs is normed and residual is out
     if not is_taken or [weights, numbers] != chosen or any(one is not None for one in others):
         raise Unfit("experts have other neighbours")
     if [node.args for node in chosen] != [(choice, 0), (choice, 1)]:
         raise Unfit("experts have other weights")
-    if not all(one.op == "placeholder" and _is_plain(one) for one in (norm, gate_up, down)):
-        raise Unfit("experts have weights other than contiguous ones in bf16")
-    num, _, ffn = down.meta["val"].shape
-    named = {"mlp_norm": norm, "router": router.weight, "gate_up": gate_up, "down": down}
-    chosen_of = Experts(num, top_k, ffn, normalize)
-    return _Mlp(chosen_of, last, top_k * ffn, named, eps, [router])
+    num, hidden, ffn = down.meta["val"].shape
+    codes = None
+    if is_fp8:
+        dtype = scale.meta["val"].dtype
+        codes = Codes(8, dtype, FP8_BLOCK)
+        if [*sides, down_rows, down_columns] != [FP8_BLOCK] * 4 or (hidden | ffn) % FP8_BLOCK:
+            raise Unfit("experts have scales that are not of whole blocks of 128")
+        for one in (scale, down_scale):
+            _check_plain("experts", one, dtype if dtype is torch.bfloat16 else torch.float32)
+    _check_plain("experts", norm, torch.bfloat16)
+    for one in (gate_up, down):
+        _check_plain("experts", one, torch.float8_e4m3fn if is_fp8 else torch.bfloat16)
+    if router.codes is not None:
+        raise Unfit("the router's weights are in codes")
+    named = {
+        "mlp_norm": norm, "router": router.weight, "gate_up": gate_up, "down": down,
+        "gate_up_scale": scale, "down_scale": down_scale,
+    }  # fmt: skip
+    return _Mlp(Experts(num, top_k, ffn, normalize), last, top_k * ffn, named, eps, [codes])
 
 
 def _head(reader: _Reader, sizes: Mapping[str, Any]) -> tuple[_Product, dict[str, str]]:

@@ -153,7 +153,8 @@ class _Builder:
         if plan.experts is not None:
             routed, of_experts = ("routed", phase_of(layer, "routed")), persistent.EXPERT
             # by the kernel's code for qkv
-            router = qkv._replace(inputs=("router", "mlp_norm"), num_outs=plan.experts.num)
+            inputs, flags = ("router", "mlp_norm"), qkv.flags & ~persistent.OF_FP8
+            router = qkv._replace(inputs=inputs, flags=flags, num_outs=plan.experts.num)
             self._spread(router, out, routed)
         flags = norm | persistent.SILU | of_experts
         inner = self._product(layer, ("gate_up", "mlp_norm"), plan.hidden, plan.ffn, flags)
