@@ -271,6 +271,7 @@ __device__ __forceinline__ void copy_keys(Worker& w) {
   }
 }
 
+#include "persistent_codes.cuh"
 #include "persistent_product.cuh"
 #include "persistent_scores.cuh"
 #include "persistent_attention.cuh"

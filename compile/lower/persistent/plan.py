@@ -14,6 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from nanovllm.compile.keys import narrowed
+from nanovllm.compile.lower.persistent.graph_reader import (
+    FP8_BLOCK,
+    Product,
+    Reader,
+    check_plain,
+    product,
+)
+from nanovllm.compile.lower.persistent.graph_reader import Unfit as Unfit
 from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.trace import trace
@@ -22,15 +30,9 @@ from nanovllm.kernels.cuda import persistent
 from nanovllm.kernels.cuda.persistent import Codes, Experts
 
 if TYPE_CHECKING:
-    from torch.fx import GraphModule, Node
+    from torch.fx import GraphModule
 
 MAX_ROWS = 8  # the matrix units take so many
-FP8_BLOCK = 128  # rows and columns that have a scale
-OF_GROUPS = 1024  # depths of integers of 4 bits are multiples: scales are copied 16 bytes at a time
-
-
-class Unfit(ValueError):
-    """The kernel does not take a step; the message says why."""
 
 
 class Plan(NamedTuple):
@@ -100,8 +102,8 @@ def read(
     varying: Sequence[str] = (),
 ) -> Plan:
     """The plan of a step whose layers are all this region. Raises Unfit."""
-    of_layer = _Reader(_fused(layer, layer_inputs, varying))
-    of_head = _Reader(_fused(head, head_inputs, varying))
+    of_layer = Reader(_fused(layer, layer_inputs, varying))
+    of_head = Reader(_fused(head, head_inputs, varying))
     sizes, layer_names = _layer(of_layer)
     of_vocab, head_names = _head(of_head, sizes)
     if of_vocab.codes is not None:
@@ -126,114 +128,6 @@ def _fused(region: Callable[..., Any], inputs: dict[str, object], varying: Any) 
     return fuse_linear(graph, fakes, takes={one: lambda *args: True for one in taken})
 
 
-class _Reader:
-    """The calls of a graph, in order, without views."""
-
-    def __init__(self, graph: GraphModule) -> None:
-        nodes = list(graph.graph.nodes)
-        self.calls = [node for node in nodes if node.op == "call_function" and not _is_view(node)]
-        (self.result,) = map(_source, graph.graph.output_node().args[0])  # type: ignore[arg-type]
-
-    def take(self, target: Any, what: str) -> tuple[Node, tuple[Any, ...]]:
-        """The next call and its arguments, sources in the places of views."""
-        node = self.calls.pop(0) if self.calls else None
-        if node is None or node.target is not target:
-            found = "nothing" if node is None else str(node.target)
-            raise Unfit(f"{found} is where the kernel has {what}")
-        return node, tuple(map(_source, node.args))
-
-
-def _is_view(node: Node) -> bool:
-    return bool(getattr(node.target, "is_view", False))
-
-
-def _source(value: Any) -> Any:
-    while hasattr(value, "target") and _is_view(value):
-        value = value.args[0]
-    return value
-
-
-class _Product(NamedTuple):
-    """A call and its inputs; `codes` without a head's if its weight is in codes."""
-
-    node: Any
-    norm: Any
-    weight: Any
-    bias: Any
-    eps: float
-    codes: Codes | None = None
-    scale: Any = None
-    offset: Any = None
-
-    def named(self, name: str) -> dict[str, Any]:
-        return {name: self.weight, f"{name}_scale": self.scale, f"{name}_offset": self.offset}
-
-
-def _product(
-    reader: _Reader,
-    what: str,
-    x: Any,
-    *,
-    residual: Any = None,
-    norm: bool,
-    silu: bool = False,
-    may_have_bias: bool = False,
-) -> _Product:
-    """Reads a product of x."""
-    target = reader.calls[0].target if reader.calls else None
-    target = target if target in _OF_CODES else ops.fused_linear
-    node, (found, norm_weight, *weight, bias, added, eps, has_silu) = reader.take(target, what)
-    if bias is not None and not may_have_bias:
-        raise Unfit(f"{what} has a bias")
-    if x not in (found, None) or (norm_weight is not None) != norm or has_silu != silu:
-        raise Unfit(f"{what} has other neighbours")
-    if added is not residual:
-        raise Unfit(f"{what} has another residual")
-    product = _Product(node, norm_weight, weight[0], bias, eps)
-    for one in (norm_weight, bias):
-        _check_plain(what, one, torch.bfloat16)
-    if target is ops.fused_linear:
-        _check_plain(what, weight[0], torch.bfloat16)
-        return product
-    return _OF_CODES[target](product, what, *weight)
-
-
-def _of_fp8(product: _Product, what: str, weight: Any, scale: Any, *sides: int) -> _Product:
-    _check_plain(what, weight, torch.float8_e4m3fn)
-    if sides not in ((1, 0), (1, weight.meta["val"].shape[1]), (FP8_BLOCK, FP8_BLOCK)):
-        raise Unfit(f"{what} has scales for blocks of {sides[0]} rows and {sides[1]} columns")
-    dtype = scale.meta["val"].dtype
-    _check_plain(what, scale, dtype if dtype is torch.bfloat16 else torch.float32)
-    return product._replace(codes=Codes(8, dtype, 0 if sides[0] == 1 else FP8_BLOCK), scale=scale)
-
-
-def _of_int4(
-    product: _Product, what: str, code: Any, scale: Any, offset: Any, table: Any, *form: int
-) -> _Product:
-    if table is not None or form != (4, persistent.GROUP_COLUMNS):
-        raise Unfit(f"{what} has levels, or codes of {form[0]} bits in groups of {form[1]}")
-    if product.bias is not None or code.meta["val"].shape[1] * 2 % OF_GROUPS:
-        raise Unfit(f"{what} has a bias, or a depth that is not a multiple of {OF_GROUPS}")
-    dtype = scale.meta["val"].dtype
-    _check_plain(what, code, torch.uint8)
-    for one in (scale, offset):
-        _check_plain(what, one, dtype if dtype is torch.bfloat16 else torch.float16)
-    codes = Codes(4, dtype, has_offset=offset is not None)
-    return product._replace(codes=codes, scale=scale, offset=offset)
-
-
-_OF_CODES: Mapping[Any, Callable[..., _Product]] = {
-    ops.fused_fp8_linear: _of_fp8,
-    ops.fused_packed_linear: _of_int4,
-}
-
-
-def _check_plain(what: str, node: Node | None, dtype: torch.dtype) -> None:
-    if node is not None and (node.op != "placeholder" or not _is_plain(node, dtype)):
-        name = "bf16" if dtype is torch.bfloat16 else str(dtype).removeprefix("torch.")
-        raise Unfit(f"{what} has weights other than contiguous ones in {name}")
-
-
 def _codes(of_products: Sequence[Codes | None]) -> Codes | None:
     """How the weights of all products are kept, None in bf16."""
     found = set(of_products)
@@ -242,16 +136,11 @@ def _codes(of_products: Sequence[Codes | None]) -> Codes | None:
     return found.pop()
 
 
-def _is_plain(node: Node, dtype: torch.dtype = torch.bfloat16) -> bool:
-    value = node.meta["val"]
-    return value.dtype == dtype and value.is_contiguous()
-
-
-def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
+def _layer(reader: Reader) -> tuple[dict[str, Any], dict[str, str]]:
     h = reader.calls[0].args[0] if reader.calls else None
     if getattr(h, "op", "") != "placeholder":
         raise Unfit("a layer begins with other calls")
-    qkv = _product(reader, "a layer's first product", h, norm=True, may_have_bias=True)
+    qkv = product(reader, "a layer's first product", h, norm=True, may_have_bias=True)
     eps = qkv.eps
     rotated, args = reader.take(ops.qk_norm_rope_store, "rotation and store")
     x, q_norm, k_norm, cos_sin, rope_pos, slot, keys, values, num_heads, own_eps, *scales = args
@@ -263,7 +152,7 @@ def _layer(reader: _Reader) -> tuple[dict[str, Any], dict[str, str]]:
         raise Unfit("attention is of other tokens")
     if window or any(one is not None for one in others):
         raise Unfit("attention has a window, scales, sinks or later tokens")
-    out = _product(reader, "attention's product", attended, residual=h, norm=False)
+    out = product(reader, "attention's product", attended, residual=h, norm=False)
     mlp = _experts(reader, out.node) if _has_experts(reader) else _mlp(reader, out.node)
     if reader.calls or reader.result is not mlp.last or mlp.eps != eps:
         raise Unfit("a layer has more calls, or several values of eps")
@@ -296,22 +185,22 @@ class _Mlp(NamedTuple):
     codes: Sequence[Codes | None]
 
 
-def _mlp(reader: _Reader, out: Any) -> _Mlp:
-    inner = _product(reader, "the MLP's first product", out, norm=True, silu=True)
-    last = _product(reader, "the MLP's last product", inner.node, residual=out, norm=False)
+def _mlp(reader: Reader, out: Any) -> _Mlp:
+    inner = product(reader, "the MLP's first product", out, norm=True, silu=True)
+    last = product(reader, "the MLP's last product", inner.node, residual=out, norm=False)
     inputs = {"mlp_norm": inner.norm, **inner.named("gate_up"), **last.named("down")}
     ffn = inner.weight.meta["val"].shape[0] // 2  # gates, then ups
     return _Mlp(None, last.node, ffn, inputs, inner.eps, [inner.codes, last.codes])
 
 
-def _has_experts(reader: _Reader) -> bool:
+def _has_experts(reader: Reader) -> bool:
     return any(node.target in (ops.experts, ops.fp8_experts) for node in reader.calls)
 
 
-def _experts(reader: _Reader, out: Any) -> _Mlp:
+def _experts(reader: Reader, out: Any) -> _Mlp:
     """Norm, router and experts. The norm's result has no other readers."""
     normed, (x, norm, eps) = reader.take(ops.rms_norm, "the norm before experts")
-    router = _product(reader, "the router", normed, norm=False)
+    router = product(reader, "the router", normed, norm=False)
     choice, (found, top_k, normalize) = reader.take(ops.topk_softmax, "the choice of experts")
     chosen = [reader.take(operator.getitem, "the choice of experts")[0] for _ in range(2)]
     is_fp8 = bool(reader.calls) and reader.calls[0].target is ops.fp8_experts
@@ -335,10 +224,10 @@ def _experts(reader: _Reader, out: Any) -> _Mlp:
         if [*sides, down_rows, down_columns] != [FP8_BLOCK] * 4 or (hidden | ffn) % FP8_BLOCK:
             raise Unfit("experts have scales that are not of whole blocks of 128")
         for one in (scale, down_scale):
-            _check_plain("experts", one, dtype if dtype is torch.bfloat16 else torch.float32)
-    _check_plain("experts", norm, torch.bfloat16)
+            check_plain("experts", one, dtype if dtype is torch.bfloat16 else torch.float32)
+    check_plain("experts", norm, torch.bfloat16)
     for one in (gate_up, down):
-        _check_plain("experts", one, torch.float8_e4m3fn if is_fp8 else torch.bfloat16)
+        check_plain("experts", one, torch.float8_e4m3fn if is_fp8 else torch.bfloat16)
     if router.codes is not None:
         raise Unfit("the router's weights are in codes")
     named = {
@@ -348,8 +237,8 @@ def _experts(reader: _Reader, out: Any) -> _Mlp:
     return _Mlp(Experts(num, top_k, ffn, normalize), last, top_k * ffn, named, eps, [codes])
 
 
-def _head(reader: _Reader, sizes: Mapping[str, Any]) -> tuple[_Product, dict[str, str]]:
-    head = _product(reader, "the head", None, norm=True)
+def _head(reader: Reader, sizes: Mapping[str, Any]) -> tuple[Product, dict[str, str]]:
+    head = product(reader, "the head", None, norm=True)
     if reader.calls or reader.result is not head.node or head.eps != sizes["eps"]:
         raise Unfit("the head has more calls, or another eps")
     named = {"final_norm": head.norm, **head.named("head")}
