@@ -1,4 +1,4 @@
-// A decode step of a model in bf16 as one kernel: a program on each multiprocessor goes through its list
+// A decode step as one kernel, of a model that computes in bf16: a program on each multiprocessor goes through its list
 // of tasks (persistent.py; docs/persistent.md).
 //
 // COPIERS warps copy: they go through the tasks ahead of the others and fill a ring of STAGES with the
@@ -71,10 +71,10 @@ struct Args {
 #define NORM 4
 #define ADD 8      // adds a residual
 #define LOGITS 16  // results go to `logits`
+#define EXPERT 32  // of the experts that a token chose; with SILU, by the words from `add_at` on
 #define OF_FP8 64    // the weights are in fp8
 #define OF_INT4 128  // the weights are integers of 4 bits
 #define CODED (OF_FP8 | OF_INT4)
-#define EXPERT 32  // of the experts that a token chose; with SILU, by the words from `add_at` on
 
 // times of a task: its inputs have arrived, are in shared memory, are computed with
 #define START 0
@@ -101,10 +101,13 @@ struct Args {
 #define MAX_OWN (SEVERAL ? ROWS : 1)            // keys of the step that a row attends to
 #define SUMS_OF_TILE (8 * COLUMN_PAIRS * WARPS)
 
-// shared memory: the ring | tasks | barriers of stages that are full, and empty | of rows, tokens with the
-// first of the step; a failure; whether results are waited for; of rows, tokens of the step | the experts of rows, and their weights | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] |
-// the step's own keys and values [MAX_OWN, 2, HEAD] | scores [2, GROUP, TOKENS] | sums of tiles | x, of each warp its
+// shared memory: the ring | tasks | barriers of stages that are full, and empty | lengths (below) | the
+// experts of rows, and their weights | squares of rows [ROWS, WARPS] | queries [GROUP, HEAD] | the step's
+// own keys and values [MAX_OWN, 2, HEAD] | scores [2, GROUP, TOKENS] | sums of tiles | x, of each warp its
 // columns
+//
+// lengths [20]: 0 .. 7 each row's tokens up to its request's first one in the step, 8 whether an earlier
+// step has failed, 9 whether results are waited for, 12 .. 19 `num_own` of each row
 #define AT_TASKS (STAGES * STAGE_BYTES)
 #define AT_FULL (AT_TASKS + NUM_TASKS * 80)
 #define AT_EMPTY (AT_FULL + 8 * STAGES)

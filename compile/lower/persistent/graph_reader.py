@@ -75,7 +75,7 @@ def product(
     silu: bool = False,
     may_have_bias: bool = False,
 ) -> Product:
-    """Reads a product of x."""
+    """Read the next call, a product of x. Raises Unfit."""
     target = reader.calls[0].target if reader.calls else None
     target = target if target in _OF_CODES else ops.fused_linear
     node, (found, norm_weight, *weight, bias, added, eps, has_silu) = reader.take(target, what)
@@ -85,37 +85,37 @@ def product(
         raise Unfit(f"{what} has other neighbours")
     if added is not residual:
         raise Unfit(f"{what} has another residual")
-    product = Product(node, norm_weight, weight[0], bias, eps)
+    found_product = Product(node, norm_weight, weight[0], bias, eps)
     for one in (norm_weight, bias):
         check_plain(what, one, torch.bfloat16)
     if target is ops.fused_linear:
         check_plain(what, weight[0], torch.bfloat16)
-        return product
-    return _OF_CODES[target](product, what, *weight)
+        return found_product
+    return _OF_CODES[target](found_product, what, *weight)
 
 
-def _of_fp8(product: Product, what: str, weight: Any, scale: Any, *sides: int) -> Product:
+def _of_fp8(found: Product, what: str, weight: Any, scale: Any, *sides: int) -> Product:
     check_plain(what, weight, torch.float8_e4m3fn)
     if sides not in ((1, 0), (1, weight.meta["val"].shape[1]), (FP8_BLOCK, FP8_BLOCK)):
         raise Unfit(f"{what} has scales for blocks of {sides[0]} rows and {sides[1]} columns")
     dtype = scale.meta["val"].dtype
     check_plain(what, scale, dtype if dtype is torch.bfloat16 else torch.float32)
-    return product._replace(codes=Codes(8, dtype, 0 if sides[0] == 1 else FP8_BLOCK), scale=scale)
+    return found._replace(codes=Codes(8, dtype, 0 if sides[0] == 1 else FP8_BLOCK), scale=scale)
 
 
 def _of_int4(
-    product: Product, what: str, code: Any, scale: Any, offset: Any, table: Any, *form: int
+    found: Product, what: str, code: Any, scale: Any, offset: Any, table: Any, *form: int
 ) -> Product:
     if table is not None or form != (4, persistent.GROUP_COLUMNS):
         raise Unfit(f"{what} has levels, or codes of {form[0]} bits in groups of {form[1]}")
-    if product.bias is not None or code.meta["val"].shape[1] * 2 % OF_GROUPS:
+    if found.bias is not None or code.meta["val"].shape[1] * 2 % OF_GROUPS:
         raise Unfit(f"{what} has a bias, or a depth that is not a multiple of {OF_GROUPS}")
     dtype = scale.meta["val"].dtype
     check_plain(what, code, torch.uint8)
     for one in (scale, offset):
         check_plain(what, one, dtype if dtype is torch.bfloat16 else torch.float16)
     codes = Codes(4, dtype, has_offset=offset is not None)
-    return product._replace(codes=codes, scale=scale, offset=offset)
+    return found._replace(codes=codes, scale=scale, offset=offset)
 
 
 _OF_CODES: Mapping[Any, Callable[..., Product]] = {
@@ -125,11 +125,11 @@ _OF_CODES: Mapping[Any, Callable[..., Product]] = {
 
 
 def check_plain(what: str, node: Node | None, dtype: torch.dtype) -> None:
-    if node is not None and (node.op != "placeholder" or not _is_plain(node, dtype)):
+    """Raises Unfit unless the node, if there is one, is a contiguous input of the region."""
+    if node is None:
+        return
+    value = node.meta["val"]
+    is_input = node.op == "placeholder"  # torch.fx calls inputs so
+    if not is_input or value.dtype != dtype or not value.is_contiguous():
         name = "bf16" if dtype is torch.bfloat16 else str(dtype).removeprefix("torch.")
         raise Unfit(f"{what} has weights other than contiguous ones in {name}")
-
-
-def _is_plain(node: Node, dtype: torch.dtype = torch.bfloat16) -> bool:
-    value = node.meta["val"]
-    return value.dtype == dtype and value.is_contiguous()
