@@ -24,8 +24,12 @@ from nanovllm.compile.key import Key
 from nanovllm.compile.trace import classes, input_leaves, static_leaves
 
 ROOT = Path(__file__).resolve().parent
-# The files of compile/ that make programs. The others choose buckets, name programs and store them.
-MAKING = ("trace.py", "program.py", "passes/*.py", "lower/*.py")
+# The files of compile/ that make programs and plans. The others choose buckets, name programs and
+# store them, or use a plan at each start.
+MAKING = (
+    "trace.py", "program.py", "passes/*.py", "lower/*.py", "lower/persistent/graph_reader.py",
+    "lower/persistent/plan.py", "lower/persistent/stored_plan.py",
+)  # fmt: skip
 
 
 def program_key(

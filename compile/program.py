@@ -1,7 +1,8 @@
 """From region to program: load its artifact, or trace, run the passes and lower.
 
 A region is a pure function of tensors, such as one layer. A program is one region compiled for one
-bucket. An artifact is a program as the store keeps it. After warm-up no program is compiled.
+bucket. An artifact is a program as the store keeps it, or what else is read from graphs. After
+warm-up no program is compiled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Region = Callable[..., Any]
 Pass = Callable[["GraphModule", Sequence[Tensor]], "GraphModule"]
 # A program can be stored if the lowering's result has `stored() -> (kind, content)` and the module
@@ -111,6 +113,36 @@ class Compiler:
             self._programs[full_key] = known
         return known if self.instead is None else partial(self.instead, known)
 
+    def from_store(
+        self,
+        name: str,
+        kind: str,
+        reading: Region,
+        inputs: Mapping[str, object],
+        *,
+        make: Callable[[], bytes],
+        load: Callable[[bytes], T],
+    ) -> T:
+        """`load(make())`, without `make` if the store has these bytes.
+
+        They depend on `reading`, bound to the regions that it traces, and on `inputs`, as a program
+        does on its region and inputs. `kind` is the artifact's. If `load` raises ValueError for
+        stored bytes, they are made again with a warning.
+
+        Nothing is compiled: `require` allows it, each rank does it alone, and the graphs are
+        neither dumped nor watched.
+        """
+        store = None if self.lowering is None else self.store
+        if store is None:
+            return load(make())
+        key = program_key(reading, inputs, varying=self.varying, common=self.ingredients)
+        found = self._found(name, key, lambda artifact: load(_content(artifact, (kind,))))
+        if found is not None:
+            return found
+        content = make()
+        store.save(key, Artifact(name, kind, content, None, dict(key.ingredients)))
+        return load(content)
+
     def observe(self, wrap: Callable[[Program], Callable[..., Any]]) -> None:
         """Replace every program by `wrap(program)`."""
         for key, program in self._programs.items():
@@ -169,22 +201,29 @@ class Compiler:
         return self._stored(name, key)
 
     def _stored(self, name: str, key: Key) -> Program | None:
-        """The program of an artifact, or None. An artifact that cannot be read causes a warning."""
+        """The program of an artifact, or None."""
+
+        def load(artifact: Artifact) -> Program:
+            content = _content(artifact, LOADABLE)
+            lowering = importlib.import_module(f"nanovllm.compile.lower.{artifact.kind}")
+            return Program(name, lowering.load(content), nested_like(artifact.result))
+
+        program = self._found(name, key, load)
+        self.num_loaded += program is not None
+        return program
+
+    def _found(self, name: str, key: Key, load: Callable[[Artifact], T]) -> T | None:
+        """What the store has, or None. An artifact that cannot be loaded causes a warning."""
         assert self.store is not None
         artifact = self.store.find(key)
         if artifact is None:
             return None
         try:
-            if artifact.kind not in LOADABLE:
-                raise ValueError(f"its kind is {artifact.kind!r}, not one of {', '.join(LOADABLE)}")
-            lowering = importlib.import_module(f"nanovllm.compile.lower.{artifact.kind}")
-            program = Program(name, lowering.load(artifact.content), nested_like(artifact.result))
+            return load(artifact)
         except ValueError as error:
-            message = "the stored program %s cannot be used (%s): compiling it again"
+            message = "what is stored as %s cannot be used (%s): making it again"
             logger.warning(message, name, error)
             return None
-        self.num_loaded += 1
-        return program
 
     def _build(self, name: str, function: Region, inputs: dict[str, object]) -> Program:
         assert self.lowering is not None
@@ -212,6 +251,13 @@ class Compiler:
             dump(graph, self.dump_dir / f"{name}.{stage}.py")
         if self.watch is not None:
             self.watch(name, stage, graph)
+
+
+def _content(artifact: Artifact, kinds: Sequence[str]) -> bytes:
+    """Raises ValueError for an artifact of another kind."""
+    if artifact.kind not in kinds:
+        raise ValueError(f"its kind is {artifact.kind!r}, not one of {', '.join(kinds)}")
+    return artifact.content
 
 
 def _described(tensor: Tensor) -> str:

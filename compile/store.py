@@ -52,10 +52,10 @@ UNUSABLE = (Damaged, UnsafePath, OSError)
 
 @dataclass(frozen=True)
 class Artifact:
-    """A stored program.
+    """A stored program, or what else a start need not make again.
 
-    name: for readers. kind: the module of lower/ that loads it. result: its `nesting`.
-    ingredients: those of its key.
+    name: for readers. kind: of a program, the module of lower/ that loads it. result: of a program,
+    its `nesting`. ingredients: those of its key.
     """
 
     name: str

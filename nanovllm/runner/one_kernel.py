@@ -50,5 +50,5 @@ def prepare_verify(steps: Steps, span: Span) -> None:
 def _parts(steps: Steps) -> Parts:
     return Parts(
         steps.model, steps.params, steps.caches, steps.cos_sin_MH, steps.attention,
-        is_plain=not steps.other_tables and steps.model.layer_inputs is None,
+        steps.compiler, is_plain=not steps.other_tables and steps.model.layer_inputs is None,
     )  # fmt: skip

@@ -17,12 +17,14 @@ from torch import Tensor
 from nanovllm.compile.lower.persistent import plan as plans
 from nanovllm.compile.lower.persistent import schedule as schedules
 from nanovllm.compile.lower.persistent import step as lowered
-from nanovllm.compile.lower.persistent.plan import Unfit
+from nanovllm.compile.lower.persistent import stored_plan
+from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.compile.lower.persistent.step import Inputs as Inputs
 from nanovllm.compile.lower.persistent.step import Step, Tensors, Weights
+from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import input_leaves
-from nanovllm.models.model import VARYING, Batch, Kept, LayerCache, LayerCall, Model, Params
+from nanovllm.models.model import Batch, Kept, LayerCache, LayerCall, Model, Params
 from nanovllm.platforms.attention import Attention
 from nanovllm.platforms.base import HostCopy
 
@@ -43,13 +45,14 @@ class Form(NamedTuple):
 
 class Parts(NamedTuple):
     """What decode steps of all sizes share. `is_plain`: nothing runs between layers, and all have
-    one rotary table."""
+    one rotary table. The plan is in the store of `compiler`."""
 
     model: Model
     params: Params
     caches: tuple[Kept, ...]
     cos_sin_MH: Tensor
     attention: Attention
+    compiler: Compiler
     is_plain: bool
 
 
@@ -113,7 +116,7 @@ class PersistentSteps:
     def begin(self, parts: Parts, h_RD: Tensor, batch: Batch, forms: Sequence[Form]) -> None:
         """Read the model, and compile the kernels of steps of `forms` in other threads."""
         try:
-            plan = weights_of(parts, h_RD, batch).plan
+            plan = plan_of(parts, h_RD, batch)
         except Unfit as why:
             for form in forms:
                 self._refuse(form, why)
@@ -194,8 +197,8 @@ def _named(form: Form) -> str:
     return f"{form.num_rows} {'token' if form.has_several else 'row'}(s)"
 
 
-def weights_of(parts: Parts, h_RD: Tensor, batch: Batch) -> Weights:
-    """The plan and the tensors of a decode step. Raises Unfit."""
+def plan_of(parts: Parts, h_RD: Tensor, batch: Batch) -> Plan:
+    """The plan of a decode step, from the store if it has one. Raises Unfit."""
     model = parts.model
     kind = model.layer_kinds[0]
     if set(model.layer_kinds) != {kind} or not parts.is_plain:
@@ -207,9 +210,27 @@ def weights_of(parts: Parts, h_RD: Tensor, batch: Batch) -> Weights:
     key = parts.attention.key(1, len(h_RD))
     layer = partial(model.layer, model.config, LayerCall(key, kind, 1))
     head = partial(model.head, model.config)
-    given = _layer_inputs(parts, h_RD, batch)
-    plan = plans.read(layer, given[0], head, _head_inputs(parts, h_RD), len(given), varying=VARYING)
-    return Weights(plan, *_inputs(parts, h_RD, batch))
+    reading = partial(plans.read, layer, head)
+    of_layer, of_head = _layer_inputs(parts, h_RD, batch)[0], _head_inputs(parts, h_RD)
+
+    def make() -> bytes:
+        try:
+            found: Plan | Unfit = reading(of_layer, of_head, varying=parts.compiler.varying)
+        except Unfit as why:
+            found = why
+        return stored_plan.dump(found)
+
+    found = parts.compiler.from_store(
+        f"plan_{len(h_RD)}",
+        stored_plan.KIND,
+        reading,
+        {**of_layer, **of_head},
+        make=make,
+        load=stored_plan.load,
+    )
+    if isinstance(found, Unfit):
+        raise found
+    return found._replace(num_layers=len(parts.caches))
 
 
 def _inputs(parts: Parts, h_RD: Tensor, batch: Batch) -> tuple[list[Tensors], Tensors]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nanovllm.compile.lower.persistent import plan as plans
 from nanovllm.compile.lower.persistent.plan import Plan
 from nanovllm.compile.lower.persistent.step import Weights
+from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import input_leaves
 from nanovllm.kernels import ops
 from nanovllm.kernels.cuda.persistent import Experts, Inputs
@@ -25,10 +26,12 @@ from nanovllm.models.formats.format import Format
 from nanovllm.models.formats.fp8 import Fp8Rounded, Fp8Weight
 from nanovllm.models.formats.packed_weight import PackedWeight
 from nanovllm.models.formats.rounded import Rounded
-from nanovllm.models.model import VARYING, Batch, LayerCache, LayerCall
+from nanovllm.models.model import Batch, LayerCache, LayerCall
 from nanovllm.models.moe import QWEN_NAMES, moe_model
 from nanovllm.models.rope import rotary_table
 from nanovllm.models.schemes import Converted
+from nanovllm.platforms.attention import Attention
+from nanovllm.runner.persistent import Parts, plan_of
 
 DTYPE, BLOCK_SIZE, HEAD = torch.bfloat16, 16, 128
 
@@ -61,6 +64,8 @@ SMALL_EXPERTS = Shape(hidden=256, experts=Experts(16, 4, 64, True))
 class Case(NamedTuple):
     """A step: its regions with their inputs, its plan, and its tensors."""
 
+    parts: Parts
+    batch: Batch
     layer: Any
     head: Any
     inputs: list[dict[str, object]]  # of each layer
@@ -121,10 +126,12 @@ def case(
     lens: tuple[int | tuple[int, ...], ...],
     shape: Shape = SMALL,
     device: str = "cpu",
+    compiler: Compiler | None = None,
     **changed: Any,
 ) -> Case:
     """A step of rows with so many tokens each, the new one included; tuples are of one request. The
-    hidden states after the first and the last layer are kept. Pages are in no order."""
+    hidden states after the first and the last layer are kept. Pages are in no order. The plan is in
+    the store of `compiler`, if there is one."""
     of_request = [(one,) if isinstance(one, int) else one for one in lens]
     lens = tuple(chain.from_iterable(of_request))
     torch.manual_seed(0)
@@ -168,12 +175,16 @@ def case(
         return {"w": w, "kv": kv, "cos_sin_MH": cos_sin_MH, "batch": batch, "h_TD": h_RD}
 
     inputs = [layer_inputs(one) for one in params.layers]
-    layer = partial(model.layer, cfg, LayerCall("", model.layer_kinds[0], 1))
     if shape.stored is not None and shape.experts is not None:
-        layer = partial(as_on_a_gpu, layer)
+        model = replace(model, layer=partial(as_on_a_gpu, model.layer))
+    layer = partial(model.layer, cfg, LayerCall("", model.layer_kinds[0], 1))
     head = partial(model.head, cfg)
     of_head = {"final_norm_D": params.final_norm_D, "head_VD": params.head_VD, "h_RD": h_RD}
-    plan = plans.read(layer, inputs[0], head, of_head, shape.layers, varying=VARYING)
+    caches: tuple[Any, ...] = tuple(one["kv"] for one in inputs)
+    parts = Parts(
+        model, params, caches, cos_sin_MH, Attention(), compiler or Compiler(None), is_plain=True
+    )
+    plan = plan_of(parts, h_RD, batch)
     plan = plan._replace(has_several=len(of_request) < len(lens), keeps=True)
     kept_RLD = torch.zeros(len(lens), 2, shape.hidden, dtype=DTYPE, device=where)
     weights = Weights(
@@ -183,7 +194,7 @@ def case(
     logits_RV = torch.zeros(len(lens), shape.vocab, dtype=DTYPE, device=where)
     places = batch.rope_pos_T, batch.slot_T, batch.block_table_RP, batch.seq_len_R
     given = Inputs(h_RD, logits_RV, cos_sin_MH, *places)
-    return Case(layer, head, inputs, plan, weights, given)
+    return Case(parts, batch, layer, head, inputs, plan, weights, given)
 
 
 def as_on_a_gpu(layer: Callable[..., Tensor], *inputs: object) -> Tensor:

@@ -214,6 +214,8 @@ def test_sources_count_by_name_and_content_only(tmp_path: Path) -> None:
     "file, counts",
     [("trace.py", True), ("program.py", True), ("passes/replace_ops.py", True),
      ("lower/calls.py", True), ("passes/new.py", True), ("lower/new.py", True),
+     ("lower/persistent/plan.py", True), ("lower/persistent/graph_reader.py", True),
+     ("lower/persistent/stored_plan.py", True), ("lower/persistent/schedule.py", False),
      ("buckets.py", False), ("keys.py", False), ("store.py", False), ("new.py", False)],
 )  # fmt: skip
 def test_sources_of_what_makes_programs_count(

@@ -94,14 +94,14 @@ class Plan(NamedTuple):
 
 def read(
     layer: Callable[..., Any],
-    layer_inputs: dict[str, object],
     head: Callable[..., Any],
+    layer_inputs: dict[str, object],
     head_inputs: dict[str, object],
-    num_layers: int,
     *,
     varying: Sequence[str] = (),
 ) -> Plan:
-    """The plan of a step whose layers are all this region. Raises Unfit."""
+    """The plan of a step with one layer: the caller knows how many have this region. Raises
+    Unfit."""
     of_layer = Reader(_fused(layer, layer_inputs, varying))
     of_head = Reader(_fused(head, head_inputs, varying))
     sizes, layer_names = _layer(of_layer)
@@ -113,7 +113,7 @@ def read(
     plan = Plan(
         **sizes,
         vocab=of_vocab.weight.meta["val"].shape[0],
-        num_layers=num_layers,
+        num_layers=1,
         layer_inputs=layer_names,
         head_inputs=head_names,
     )
