@@ -225,7 +225,8 @@ class DeviceOwner:
                     steps.decode(row_idx_R)
                 for num in self.layout.verify_tokens:
                     VerifyStep(steps, self.platform, size, num).launch()
-            if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
+            if size == self.layout.decode_rows[0]:  # once: these are the same for all
+                one_kernel.store_plan(self.steps, row_idx_R)
                 self.sampler.warm_up()
         self.platform.synchronize()
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
-from nanovllm.runner.persistent import Form, Parts
+from nanovllm.compile.lower.persistent.plan import Unfit
+from nanovllm.runner.persistent import Form, Parts, plan_of
 from nanovllm.runner.state import Span
 from nanovllm.runner.steps import Steps
 
@@ -29,6 +31,13 @@ def begin(
     taken = [form for form in dict.fromkeys(forms) if steps.persistent.may_take(form)]
     if taken:
         steps.persistent.begin(_parts(steps), *steps.begin(row_idx_R), taken)
+
+
+def store_plan(steps: Steps, row_idx_R: Tensor) -> None:
+    """Let the store have the plan that `begin` reads at a start, or why there is none."""
+    if steps.persistent is not None and steps.persistent.may_take(Form(len(row_idx_R))):
+        with suppress(Unfit):
+            plan_of(_parts(steps), *steps.begin(row_idx_R))
 
 
 def prepare_decode(steps: Steps, row_idx_R: Tensor) -> None:

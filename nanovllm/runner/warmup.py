@@ -13,6 +13,7 @@ import torch
 from nanovllm.kernels import collectives
 from nanovllm.models.experts.offloaded import prepare
 from nanovllm.platforms.base import DryRun
+from nanovllm.runner import one_kernel
 from nanovllm.runner.device_graphs import VerifyStep
 from nanovllm.runner.ngram import Ngram
 from nanovllm.runner.runner import Runner
@@ -50,6 +51,9 @@ def dry_run_bucket(runner: Runner, kind: str, size: int, dry_run: DryRun) -> Non
             else:
                 _dry_run_rows(runner, steps, size, dry_run)
         if kind == "decode" and size == runner.layout.decode_rows[0]:
+            with dry_run.mode:
+                row_idx_R = torch.zeros(size, dtype=torch.int64, device=runner.platform.device)
+            one_kernel.store_plan(runner.steps, row_idx_R)
             runner.sampler.dry_run(dry_run)
             _dry_run_lookup(runner, dry_run)
 

@@ -16,13 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm import LLM
+from nanovllm import LLM, EngineConfig
+from nanovllm.compile.lower.persistent import plan as plans
+from nanovllm.compile.store import Store
 from nanovllm.models.model import Batch
 from nanovllm.runner import persistent
-from nanovllm.runner.persistent import Form, Parts
+from nanovllm.runner.persistent import Form, Parts, PersistentSteps
+from nanovllm.startup.compile_farm.builder import small_runner
+from nanovllm.startup.resolve import resolve_without_weights
 from nanovllm.tools.shapes import CONFIGS
 from scripts.bench.speculation import head_config
 from tests.compile.persistent_cases import error
+from tests.conftest import save_tiny
 from tests.engine.test_ended_drafts import GRAPHS
 from tests.engine.test_speculation_pairs import PROMPTS, heads, opened, speculative, target
 from tests.engines import greedy, tokens
@@ -104,6 +109,35 @@ def test_all_decode_steps_may_be_one_kernel(
         for place, layer in enumerate(layers):
             assert kept[layer].data_ptr() == drafting.states_TLD[:, place].data_ptr()
         assert len(tokens(llm, PROMPTS[:1], greedy(5))[0]) == 5
+
+
+@pytest.mark.parametrize(("heads", "is_taken"), [(128, True), (32, False)])
+def test_a_worker_stores_the_plan_that_starts_read(
+    heads: int, is_taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or why there is none. The worker has fewer layers and blocks."""
+    monkeypatch.setattr(persistent.lowered, "num_programs", lambda device: 7)
+    monkeypatch.setattr(persistent.lowered, "compile_kernel", lambda *_, **options: None)
+    monkeypatch.setattr(PersistentSteps, "prepare", lambda *_, **options: None)
+    folder = save_tiny(tmp_path / "model", dtype="bfloat16", head_dim=heads, num_hidden_layers=4)
+    options = {
+        **GRAPHS, "dtype": "bfloat16", "max_model_len": 64, "device": "cpu",
+        "num_kvcache_blocks": 9, "compile_cache": tmp_path / "store",
+        "tuning": {"persistent_step": True},
+    }  # fmt: skip
+    worker = small_runner(resolve_without_weights(EngineConfig(str(folder), **options)))
+    for kind, size in worker.layout.buckets:
+        worker.run_bucket(kind, size)
+    entries = list(Store(tmp_path / "store").entries())
+    assert [entry.name for entry in entries if entry.kind == "plan"] == ["plan_1"]
+    monkeypatch.setattr(plans, "trace", lambda *_, **options: pytest.fail("a region is read"))
+    with closing(LLM(str(folder), **options, compile_cache_mode="require")) as llm:
+        runner = llm.engine.runner
+        assert runner.compiler.num_loaded == worker.compiler.num_compiled
+        made = runner.steps.persistent
+        assert set(made._schedules) == ({Form(1), Form(2)} if is_taken else set())
+        assert [one.plan.num_layers for one in made._schedules.values()] == [4, 4] * is_taken
+        assert all("heads of 32" in why for why in made.reasons.values())
 
 
 @pytest.mark.gpu

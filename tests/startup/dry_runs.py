@@ -37,6 +37,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from nanovllm import EngineConfig
+from nanovllm.compile.lower.persistent import stored_plan
+from nanovllm.compile.store import Store
 from nanovllm.compile.trace import trace
 from nanovllm.kernels.cuda import nvrtc
 from nanovllm.kernels.triton import compile_log, packed_register
@@ -115,6 +117,8 @@ def make_up_device() -> None:
     target = TARGETS[WHOLE]
     properties = SimpleNamespace(
         name="a made-up device",
+        major=9,
+        minor=0,
         multi_processor_count=132,
         shared_memory_per_block_optin=target.shared_bytes,
         total_memory=1 << 30,
@@ -265,7 +269,11 @@ def dry_run(folder: Path, architecture: str, option: str = "") -> dict[str, Any]
     return {
         "numbers": [answer["numbers"][:3] for answer in answers],
         "problems": [answer["problem"] for answer in answers],
-        "programs": len(list((folder / "store" / "entries").iterdir())),
+        "plans": [
+            json.loads((folder / "store" / "objects" / entry.object).read_bytes())
+            for entry in Store(folder / "store").entries()
+            if entry.kind == stored_plan.KIND
+        ],
         "requests": len(requests),
         "longest": _name(max(lengths, key=lengths.__getitem__)),
         "names": sorted(set(map(_name, requests))),

@@ -317,6 +317,8 @@ def test_steps_with_drafts_are_dry_run(
     assert isinstance(found, dict), found
     assert found["problems"] == [None, None, None]
     assert found["numbers"][0][0] == num_programs
+    (plan,) = found["plans"]  # of the decode step as one kernel
+    assert (plan["num_rows"], plan["num_heads"], plan["codes"]) == (1, 4, None)
     assert set(found["names"]) >= {"span_inputs_kernel", "accept_kernel", *kernels}
     assert found["compiled_after_launches"] == found["compiled"] == found["requests"]
 

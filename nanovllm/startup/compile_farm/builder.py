@@ -1,7 +1,8 @@
 """The work of a worker: building buckets and compiling kernels into the store.
 
 Running a bucket stores everything that a start needs for it: its programs, and the kernels that
-Triton specialises by shapes. Programs depend neither on weights nor on the number of layers, so the
+Triton specialises by shapes. With the smallest bucket of rows it is also the plan of decode steps
+as one kernel. Programs depend neither on weights nor on the number of layers, so the
 model is reduced and its weights are random. A dry run of a bucket, on fake tensors, stores its
 programs and lists the kernels that it launches; any worker can then compile them.
 """
