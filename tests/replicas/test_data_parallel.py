@@ -96,7 +96,7 @@ def note(engine: Any, found: dict[int, list[int]], ends: dict[int, Any]) -> None
 
 
 def wait_until_gone(gone: list[int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(map(is_alive, gone)):
         assert time.monotonic() < deadline, f"of {gone} some run"
         time.sleep(0.02)
