@@ -191,13 +191,13 @@ class Monitor(threading.Thread):
             for name, payload in process.channel.receive_available():
                 self._take(process, name, payload)
         except (ChannelClosed, ValueError):
-            process.has_ended(seconds=1.0)
+            process.has_ended(seconds=5.0)  # its last step, on a busy machine
             self.fail(RankFailed(*process.ending()))
 
     def _take(self, process: RankProcess, name: str, payload: bytes) -> None:
         """Handle a message from a rank."""
         if name == CONNECTED:
-            process.is_connected = True
+            process.note_connected()
             return
         number = name.removeprefix(ANSWER).removeprefix(ERROR)
         with self.changed:

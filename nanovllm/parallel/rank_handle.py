@@ -104,6 +104,10 @@ class RankProcess:
             if os.read(self.beats, _PIECE_BYTES):
                 self._silent_seconds = 0.0
 
+    def note_connected(self) -> None:
+        """It has connected. Silence until then, up to SILENT_SECONDS_AT_START, does not count."""
+        self.is_connected, self._silent_seconds = True, 0.0
+
     def is_hung(self, seconds: float) -> bool:
         """Whether the process hangs, after `seconds` more have passed.
 

@@ -180,10 +180,10 @@ class WorkerGroup:
         return [answer for _, answer in sorted(question.answers.items())]
 
     def _raise_failure(self, cause: Exception | None = None) -> NoReturn:
-        """Raise the failure, which is detected within a second after a channel has closed."""
+        """Raise the failure, which is usually detected at once after a channel has closed."""
         watch = self._watch
         with watch.changed:
-            watch.changed.wait_for(lambda: watch.failure or watch.is_ending, timeout=2.0)
+            watch.changed.wait_for(lambda: watch.failure or watch.is_ending, timeout=10.0)
         failure = watch.failure or RankFailed("the ranks are closed")
         # a copy: re-raising an exception extends its traceback
         raise type(failure)(*failure.args) from cause

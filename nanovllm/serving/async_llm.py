@@ -39,7 +39,7 @@ class AsyncLLM(Client):
     option, and ValueError.
     """
 
-    _patience_s = 3.0
+    _patience_s = 10.0  # the reason usually comes at once, but not on a busy machine
 
     def __init__(
         self, model: str | PathLike[str], *, max_queued: int = admission.MAX_QUEUED, **options: Any

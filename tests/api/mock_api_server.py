@@ -76,9 +76,9 @@ class MockServer:
         self.code = await run(service, self.engine, self._sock, stop, self._has_started.set)
 
     def start(self) -> None:
-        self.http = httpx.Client(base_url=self.url, timeout=20)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
         self.thread.start()
-        assert self._has_started.wait(30)
+        assert self._has_started.wait(60)
 
     def stop(self) -> None:
         """Wish for its end, as SIGTERM does."""
@@ -87,14 +87,14 @@ class MockServer:
 
     def join(self) -> int | None:
         """Wait for its end; returns the exit code."""
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
         self._sock.close()
         self.http.close()
         return self.code
 
     def client(self, **options: Any) -> openai.OpenAI:
-        given = {"api_key": "any", "max_retries": 0, "timeout": 20, **options}
+        given = {"api_key": "any", "max_retries": 0, "timeout": 60, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **given)
 
 

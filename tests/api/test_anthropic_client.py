@@ -49,7 +49,7 @@ FULL = (
 
 
 def client_of(server: MockServer, **options: Any) -> anthropic.Anthropic:
-    given = {"api_key": KEY, "max_retries": 0, "timeout": 20, **options}
+    given = {"api_key": KEY, "max_retries": 0, "timeout": 60, **options}
     return anthropic.Anthropic(base_url=server.url, **given)
 
 
@@ -138,7 +138,7 @@ def test_a_stream_adds_up_to_the_whole_message(talker: anthropic.Anthropic) -> N
 def test_the_events_are_those_of_the_protocol(talker: anthropic.Anthropic) -> None:
     body = {**ASKED, "tools": TOOLS, "stream": True}
     text = httpx.post(
-        f"{str(talker.base_url).rstrip(chr(47))}/v1/messages", json=body, timeout=20
+        f"{str(talker.base_url).rstrip(chr(47))}/v1/messages", json=body, timeout=60
     ).text
     events = [dict(line.split(": ", 1) for line in one.split("\n"))
               for one in text.strip().split("\n\n")]  # fmt: skip
@@ -333,7 +333,7 @@ def test_a_key_may_come_in_either_header(server: MockServer, options: dict[str, 
 
 
 def test_the_key_of_anthropic_s_header_is_one_for_all_paths(server: MockServer) -> None:
-    with httpx.Client(base_url=server.url, headers={"x-api-key": KEY}) as http:
+    with httpx.Client(base_url=server.url, headers={"x-api-key": KEY}, timeout=60) as http:
         assert http.get("/v1/models").status_code == 200
         http.headers["authorization"] = "Bearer wrong"
         assert http.get("/v1/models").status_code == 200
@@ -437,7 +437,7 @@ def test_errors_have_anthropic_s_types(client: anthropic.Anthropic) -> None:
         ("/v1/messages/batches", 404, "not_found_error"), ("/v1/messages", 405, None),
     ):  # fmt: skip
         found = httpx.get(
-            f"{str(client.base_url).rstrip(chr(47))}{path}", headers={"x-api-key": KEY}
+            f"{str(client.base_url).rstrip(chr(47))}{path}", headers={"x-api-key": KEY}, timeout=60
         )
         assert found.status_code == status
         assert found.json()["error"]["type"] == (kind or "invalid_request_error")

@@ -134,7 +134,7 @@ FOREIGN = (
 def raw(server: MockServer, path: str, hosts: Sequence[str]) -> tuple[int, bytes]:
     """The status and the answer of a request with these headers Host."""
     lines = [f"GET {path} HTTP/1.1", *(f"Host: {one}" for one in hosts), "Connection: close"]
-    with socket.create_connection((server.host, server.port), timeout=20) as sock:
+    with socket.create_connection((server.host, server.port), timeout=60) as sock:
         sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
         with sock.makefile("rb") as file:
             answer = file.read()

@@ -30,7 +30,7 @@ ONE_TOKEN = {"prompt": "a", "max_tokens": 1}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[MockServer]:
-    with served(access_log=False, header_timeout=3.0) as one:
+    with served(access_log=False, header_timeout=60.0) as one:
         yield one
 
 
@@ -49,6 +49,16 @@ def sent(server: MockServer, *pieces: bytes, half_close: bool = True) -> bytes:
         if half_close:
             sock.shutdown(socket.SHUT_WR)
         return all_of(sock)
+
+
+def received(sock: socket.socket, wanted: bytes) -> bytes:
+    """What comes until this is in it: an answer may come in parts."""
+    found = b""
+    while wanted not in found:
+        piece = sock.recv(1 << 16)
+        assert piece, found
+        found += piece
+    return found
 
 
 # pipelined requests -----------------------------------------------------------------------------
@@ -99,7 +109,8 @@ def test_a_client_that_reads_no_answers_has_one_request_in_memory(
         with pytest.raises(TimeoutError):
             while num_sent < 32 << 20:
                 num_sent += sock.send(HEALTH * 1000)
-        assert watched.num_answered > 0
+        while not watched.num_answered:
+            time.sleep(0.001)
         assert watched.num_parsed - watched.num_answered <= 1
         (connection,) = watched.connections
         assert not connection.pipeline and len(connection._held) < 1 << 20
@@ -145,9 +156,13 @@ def test_answers_come_before_the_next_requests_are_read(server: MockServer) -> N
         while len(statuses(answers)) < 2 or not answers.endswith(b"}"):
             answers += sock.recv(1 << 16)
         sock.sendall(b"lth HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        assert statuses(sock.recv(1 << 16)) == [200]
-        sock.sendall(HEALTH + b"GET /hea")
-        assert statuses(all_of(sock)) == [200], "and it is closed in time"
+        assert statuses(received(sock, b" 200 ")) == [200]
+    for limit in (0.5, 5.0, 50.0):  # a busy machine may send the bytes too late
+        with served(access_log=False, header_timeout=limit) as quick:
+            found = statuses(sent(quick, HEALTH + b"GET /hea", half_close=False))
+        if found:
+            break
+    assert found == [200], "and it is closed in time"
 
 
 @pytest.mark.parametrize("num_requests", [1, 2])
@@ -176,7 +191,7 @@ def test_a_half_closed_client_gets_its_answers(server: MockServer) -> None:
 def test_a_half_closed_client_waits_as_long_as_others() -> None:
     """It gets 100 Continue meanwhile, which clients skip."""
     with served(MockOptions(tokens_per_s=10)) as slow:
-        connection = http.client.HTTPConnection(slow.host, slow.port, timeout=20)
+        connection = http.client.HTTPConnection(slow.host, slow.port, timeout=60)
         headers = {"content-type": "application/json"}
         body = json.dumps({"prompt": "a", "max_tokens": 12})
         connection.request("POST", "/v1/completions", body, headers)
@@ -279,8 +294,8 @@ def test_an_upgrade_of_java_is_ignored(server: MockServer) -> None:
     post = b"POST /v1/completions HTTP/1.1\r\n"
     with connect(server) as sock:
         sock.sendall(b"GET /v1/models HTTP/1.1\r\n" + JAVA % (b"Content-Length: 0\r\n", b"", b""))
-        answer = sock.recv(1 << 16)
-        assert statuses(answer) == [200] and MODEL.encode() in answer
+        answer = received(sock, MODEL.encode())
+        assert statuses(answer) == [200]
         assert b"upgrade" not in answer.lower()
         for head, body in (
             (JAVA % (b"Content-Length: 33\r\n", b"", JSON), JAVA_BODY),
@@ -290,8 +305,8 @@ def test_an_upgrade_of_java_is_ignored(server: MockServer) -> None:
                 for piece in pieces:
                     sock.sendall(piece)
                     time.sleep(0.01)
-                answer = sock.recv(1 << 16)
-                assert statuses(answer) == [200] and b'"completion_tokens":2' in answer
+                answer = received(sock, b'"completion_tokens":2')
+                assert statuses(answer) == [200]
 
 
 @pytest.mark.parametrize("name", [b"websocket", b"h2c, websocket", b"TLS/1.0"])
@@ -305,9 +320,8 @@ def test_limits_hold_for_requests_with_upgrades(server: MockServer) -> None:
     upgrade = b"GET /health HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
     for lines in (b"x: " + b"y" * (33 << 10) + b"\r\n", b"x: y\r\n" * 200):
         assert statuses(sent(server, upgrade + lines + b"\r\n")) == [431]
-    with connect(server) as sock:
-        sock.sendall(upgrade)
-        assert all_of(sock) == b"", "closed in time"
+    with served(access_log=False, header_timeout=0.5) as quick:
+        assert sent(quick, upgrade, half_close=False) == b"", "closed in time"
 
 
 def test_a_tunnel_is_refused(server: MockServer) -> None:
@@ -325,14 +339,14 @@ def test_a_connection_stays_open_after_a_body_that_was_not_needed(
     """It waits for the next request, and not for the rest of a head."""
     with connect(server) as sock:
         sock.sendall(UNKNOWN)
-        assert statuses(sock.recv(1 << 16)) == [404]
+        assert statuses(received(sock, b" 404 ")) == [404]
         (connection,) = watched.connections
         sock.sendall(b"x" * 19)
         while connection._is_receiving or connection.timeout_keep_alive_task is None:
             time.sleep(0.001)
         assert not connection._timers
         sock.sendall(HEALTH)
-        assert statuses(sock.recv(1 << 16)) == [200]
+        assert statuses(received(sock, b" 200 ")) == [200]
 
 
 def limited_to(soft: int, hard: int) -> Callable[[int], tuple[int, int]]:

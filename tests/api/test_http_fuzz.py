@@ -24,8 +24,11 @@ from tests.api.mock_api_server import TEMPLATE, MockServer, served
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 LIMITS: dict[str, Any] = {
     "max_body_bytes": 4 << 20, "max_header_bytes": 4096, "max_connections": 1100,
-    "header_timeout": 1.0, "body_timeout": 1.0, "send_timeout": 1.0, "access_log": False,
+    "header_timeout": 60.0, "access_log": False,
 }  # fmt: skip
+# of the tests of these limits alone: a busy machine delays the bytes of other clients for longer
+SHORT = {"header_timeout": 1.0, "body_timeout": 1.0, "send_timeout": 1.0}
+WAIT_S = 60.0  # for what takes milliseconds on an idle machine
 QUICK = settings(
     max_examples=10, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
@@ -42,16 +45,21 @@ def server() -> Iterator[MockServer]:
 def _goes_on(server: MockServer) -> Iterator[None]:
     """After each test nothing runs, and the server answers."""
     yield
-    deadline = time.monotonic() + 10
-    while server.engine.streams and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not server.engine.streams, "requests of clients that are gone run"
+    assert ends_all(server), "requests of clients that are gone run"
     answer = server.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 1})
     assert answer.status_code == 200
 
 
+def ends_all(server: MockServer) -> bool:
+    """Whether all requests end in time."""
+    deadline = time.monotonic() + WAIT_S
+    while server.engine.streams and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return not server.engine.streams
+
+
 def connect(server: MockServer) -> socket.socket:
-    return socket.create_connection((server.host, server.port), timeout=10)
+    return socket.create_connection((server.host, server.port), timeout=WAIT_S)
 
 
 def request(body: Any) -> bytes:
@@ -81,7 +89,7 @@ def test_requests_made_from_the_description_give_no_server_error(
     def send(case: Any) -> None:
         nonlocal num_calls
         num_calls += 1
-        answer = case.call(base_url=server.url, timeout=20)
+        answer = case.call(base_url=server.url, timeout=WAIT_S)
         assert answer.status_code < 500 and answer.status_code != 422
         if answer.status_code >= 400:
             assert answer.json()["error"]["message"]
@@ -188,15 +196,15 @@ def test_a_body_of_50_mb_is_not_kept(server: MockServer) -> None:
 
 
 def test_a_million_stop_strings_are_refused(server: MockServer) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     answer = server.http.post(
-        "/v1/completions", json={"prompt": "a", "stop": ["x"] * 10**6}, timeout=20
+        "/v1/completions", json={"prompt": "a", "stop": ["x"] * 10**6}, timeout=WAIT_S
     )
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "stop"
     for stop in (["x"] * 10**5, ["x" * 10**5]):
         answer = server.http.post("/v1/completions", json={"prompt": "a", "stop": stop})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "stop"
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_client_that_vanishes_ends_its_requests(server: MockServer) -> None:
@@ -208,35 +216,30 @@ def test_a_client_that_vanishes_ends_its_requests(server: MockServer) -> None:
                 while not slow.engine.streams:
                     time.sleep(0.001)
                 num_streams = len(slow.engine.streams)
-            deadline = time.monotonic() + 5
-            while slow.engine.streams and time.monotonic() < deadline:
-                time.sleep(0.001)
-            assert not slow.engine.streams and slow.engine.num_aborted == num + num_streams
+            assert ends_all(slow) and slow.engine.num_aborted == num + num_streams
 
 
 @pytest.mark.parametrize(
     "sent", [b"", b"GET / HT", HEAD, HEAD + b"content-length: 99\r\n\r\n{"], ids=range(4)
 )
-def test_a_half_open_connection_is_closed_in_time(server: MockServer, sent: bytes) -> None:
-    with connect(server) as sock:
+def test_a_half_open_connection_is_closed_in_time(sent: bytes) -> None:
+    with served(**{**LIMITS, **SHORT}) as quick:
         start = time.monotonic()
-        sock.sendall(sent)
-        all_of(sock)
-        assert 0.5 < time.monotonic() - start < 5
+        with connect(quick) as sock:
+            sock.sendall(sent)
+            all_of(sock)  # else it would wait for WAIT_S, which is an error
+        assert time.monotonic() - start > 0.9, "not before the end of a second"
 
 
 def test_a_reader_that_stops_holds_no_request(server: MockServer) -> None:
     """Its answers go on to their end, in few large parts, or it is disconnected."""
     made_up = MockOptions(max_model_len=10**6)
-    with served(made_up, **{**LIMITS, "send_timeout": 0.5}) as fast, connect(fast) as sock:
+    with served(made_up, **{**LIMITS, **SHORT, "send_timeout": 0.5}) as fast, connect(fast) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.sendall(request({"prompt": "a", "max_tokens": 200_000, "stream": True}))
         while not fast.engine.streams:
             time.sleep(0.001)
-        deadline = time.monotonic() + 10
-        while fast.engine.streams and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not fast.engine.streams
+        assert ends_all(fast)
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_both_processes_answer_and_count_together(server: Server) -> None:
         return await asyncio.gather(*[ask(number) for number in range(24)])
 
     def count() -> float:
-        text = httpx.get(f"{server.url}/metrics").text
+        text = httpx.get(f"{server.url}/metrics", timeout=60).text
         return float(re.findall(r"e2e_request_latency_seconds_count\S* (\S+)", text)[0])
 
     before = count()

@@ -84,7 +84,7 @@ def test_what_is_no_tls_gets_no_answer_and_does_no_harm(
 ) -> None:
     with (
         caplog.at_level(logging.WARNING),
-        socket.create_connection((server.host, server.port), timeout=20) as sock,
+        socket.create_connection((server.host, server.port), timeout=60) as sock,
     ):
         sock.sendall(sent)
         sock.shutdown(socket.SHUT_WR)

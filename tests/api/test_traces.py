@@ -99,7 +99,8 @@ def test_a_span_has_the_counts_and_times_of_its_request(collector: Collector) ->
         "http.route": "/v1/completions",
         "http.response.status_code": 200,
     }
-    assert 2 <= (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9 < 12
+    took = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
+    assert 2 <= took <= time.perf_counter() - start
     (event,) = span.events
     assert event.time_unix_nano - span.start_time_unix_nano == 250_000_000
 
@@ -174,7 +175,8 @@ def test_a_collector_that_does_not_answer_delays_the_end_by_seconds_at_most(
         assert len(queue) <= MAX_WAITING
         start = time.monotonic()
         traces.close()
-        assert time.monotonic() - start < 5
+        # the library would block for half a minute
+        assert time.monotonic() - start < 20
 
 
 @pytest.fixture

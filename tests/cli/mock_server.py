@@ -6,10 +6,12 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+WAIT_S = 60.0  # for what takes milliseconds on an idle machine
 
 
 @dataclass
@@ -19,8 +21,10 @@ class Mock:
     ttft, itl: seconds before the first event, and between two. tokens_per_event: of each event.
     error_every: every so-many-th request gets a 400, broken_every: loses its connection after
     three events. splits: bytes of a write, so that events come in parts. dies_after: the number of
-    events after which all connections end and no new ones are taken. times: when each request came,
-    and when each piece of its answer was sent.
+    events after which all connections end and no new ones are taken. gathers: no answer begins
+    before so many requests have been there at once. sleep: waits for ttft and itl. times: when
+    each request had come, and just before each piece of its answer was sent, so that no client can
+    begin later or receive earlier.
     """
 
     ttft: float = 0.0
@@ -30,6 +34,8 @@ class Mock:
     broken_every: int = 0
     splits: int = 0
     dies_after: int = 0
+    gathers: int = 0
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
     answer: str = "word "
     api_key: str = ""
     models: tuple[str, ...] = ("mock",)
@@ -89,10 +95,13 @@ class Mock:
         num_tokens = asked.get("max_tokens", 5)
         times = [time.monotonic()]
         self.times.append(times)
-        await asyncio.sleep(self.ttft)
+        deadline = times[0] + WAIT_S
+        while self.most_at_once < self.gathers and time.monotonic() < deadline:
+            await asyncio.sleep(0.001)
+        await self.sleep(self.ttft)
         for begin in range(0, num_tokens, self.tokens_per_event):
             if begin:
-                await asyncio.sleep(self.itl)
+                await self.sleep(self.itl)
             if breaks and begin >= 3 * self.tokens_per_event:
                 writer.transport.abort()
                 raise ConnectionResetError
@@ -100,8 +109,8 @@ class Mock:
             choice = {"index": 0, **content, "logprobs": None, "finish_reason": None}
             if begin + self.tokens_per_event >= num_tokens:
                 choice["finish_reason"] = "length"
-            await self._event(writer, {"id": "x", "choices": [choice], "usage": None})
             times.append(time.monotonic())
+            await self._event(writer, {"id": "x", "choices": [choice], "usage": None})
             self.num_events += 1
             if self.dies_after and self.num_events >= self.dies_after:
                 self._die()
@@ -154,9 +163,9 @@ def serving(**behaviour: Any) -> Iterator[Mock]:
     mock, is_up = Mock(**behaviour), threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(mock._run(is_up)), daemon=True)
     thread.start()
-    assert is_up.wait(10)
+    assert is_up.wait(WAIT_S)
     try:
         yield mock
     finally:
         mock._loop.call_soon_threadsafe(mock._end.set)
-        thread.join(10)
+        thread.join(WAIT_S)

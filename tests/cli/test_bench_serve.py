@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanovllm.cli.bench import against_server, requests, results, serve
+from nanovllm.cli import http
+from nanovllm.cli.bench import against_server, client, requests, results, serve
 from nanovllm.cli.bench.client import RequestRecord
 from nanovllm.cli.bench.workload import draw_requests
 from nanovllm.cli.main import run
 from nanovllm.flags import Parser
-from tests.cli.mock_server import Mock, serving
+from tests.cli.mock_server import WAIT_S, Mock, serving
+
+ROUNDING_S = 1e-5  # of the sums of times that are kept in microseconds
+TIMER_S = 2e-3  # timers of event loops count in milliseconds
 
 
 @pytest.fixture
@@ -34,34 +40,106 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     return bench
 
 
+def arguments(words: str) -> Any:
+    parser = Parser()
+    serve.add_arguments(parser)
+    return parser.parse_args(words.split())
+
+
+def prompts_of(words: str) -> list[tuple[int, ...]]:
+    """The prompts of a benchmark, in their order."""
+    return [tuple(one["prompt"]) for one in requests.bodies(arguments(words), "mock")]
+
+
+class Clock:
+    """A client's clock. The mock moves it on, once the client has looked at it."""
+
+    def __init__(self) -> None:
+        self.now, self.seen = 64.0, set[float]()
+
+    def monotonic(self) -> float:
+        self.seen.add(self.now)
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while self.now not in self.seen and time.monotonic() < deadline:
+            await asyncio.sleep(0.001)
+        self.now += seconds
+
+
+def test_a_client_notes_when_a_request_began_and_when_each_delta_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(client, "monotonic", clock.monotonic)
+
+    async def send(url: str) -> list[RequestRecord]:
+        one = http.HttpClient(url)
+        bodies = [
+            {"prompt": [1, 2, 3], "max_tokens": num, "stream_options": {"include_usage": True}}
+            for num in (5, 1, 4)
+        ]
+        asked = [(0.0, one.request("/v1/completions", body)) for body in bodies]
+        found = await client.send_all(one, asked, 1, clock.now)
+        one.close()
+        return found
+
+    with serving(ttft=1 / 4, itl=1 / 32, tokens_per_event=2, sleep=clock.sleep) as mock:
+        records = [record.as_dict() for record in http.run(send(mock.url))]
+    common = {"num_prompt": 3, "error": None}
+    assert records == [
+        {
+            "start": 64.0,
+            "end": 64.3125,
+            "times": [0.25, 0.28125, 0.3125],
+            "num_output": 5,
+            **common,
+        },
+        {"start": 64.3125, "end": 64.5625, "times": [0.25], "num_output": 1, **common},
+        {"start": 64.5625, "end": 64.84375, "times": [0.25, 0.28125], "num_output": 4, **common},
+    ]
+
+
 def test_times_and_counts_are_those_of_the_server(bench: Any) -> None:
-    with serving(ttft=0.2, itl=0.03, tokens_per_event=2) as mock:
-        words = "--num-prompts 19 --random-input-len 33 --random-output-len 21 --num-clients 2"
-        status, found, out, _ = bench(mock, f"{words} --metric-percentiles 50,99.9")
+    begun = time.monotonic()
+    with serving(ttft=0.2, itl=0.03, tokens_per_event=2, gathers=19) as mock:
+        words = "--num-prompts 19 --random-input-len 33 --random-output-len 21 --num-warmups 0"
+        status, found, out, _ = bench(mock, f"{words} --num-clients 2 --metric-percentiles 50,99.9")
+    elapsed = time.monotonic() - begun
     assert status == 0
     assert (found["completed"], found["failed"], found["model_id"]) == (19, 0, "mock")
     assert found["total_input_tokens"] == 19 * 33 and found["total_output_tokens"] == 19 * 21
-    sent = [1e3 * np.array(times) for times in mock.times[1:]]  # without the warm-up
-    assert [len(times) for times in sent] == [1 + 11] * 19, "21 tokens are 11 events"
-    seen = {
-        "ttft": [times[1] - times[0] for times in sent],
-        "itl": np.concatenate([np.diff(times[1:]) for times in sent]),
-        "tpot": [(times[-1] - times[1]) / 20 for times in sent],
-        "e2el": [times[-1] - times[0] for times in sent],
+    sent = {
+        tuple(body["prompt"]): np.array(times)
+        for body, times in zip(mock.bodies, mock.times, strict=True)
     }
-    for name, values in seen.items():
-        # of the client: later by what the connection and a busy machine take
-        slack = 3 if name in ("itl", "tpot") else 30
-        difference = found[f"median_{name}_ms"] - np.median(values)
-        assert -slack / 3 < difference < slack, name
-        assert found[f"p50_{name}_ms"] == pytest.approx(found[f"median_{name}_ms"])
-        assert found[f"median_{name}_ms"] <= found[f"p99.9_{name}_ms"]
-    assert 0.5 <= found["duration"] < 2.0
-    assert found["output_throughput"] == pytest.approx(19 * 21 / found["duration"])
+    assert [len(times) for times in sent.values()] == [1 + 11] * 19, "21 tokens are 11 events"
     assert [len(gaps) for gaps in found["itls"]] == [10] * 19
+    seen = [np.cumsum([ttft, *gaps]) for ttft, gaps in zip(found["ttfts"], found["itls"])]
+    for prompt, times in zip(prompts_of(words), seen, strict=True):
+        # the client has begun before, and received after
+        least = sent[prompt][1:] - sent[prompt][0]
+        assert np.all(times > least - ROUNDING_S) and times[0] > 0.19
+    for name, values in {
+        "ttft": found["ttfts"],
+        "itl": np.concatenate(found["itls"]),
+        "tpot": [(times[-1] - times[0]) / 20 for times in seen],
+        "e2el": [times[-1] for times in seen],
+    }.items():
+        # rounded to microseconds
+        assert found[f"median_{name}_ms"] == pytest.approx(1e3 * np.median(values), abs=0.02)
+        assert found[f"p50_{name}_ms"] == pytest.approx(found[f"median_{name}_ms"])
+        assert found[f"median_{name}_ms"] <= found[f"p99.9_{name}_ms"] < 1e3 * elapsed
+    first, last = min(map(min, sent.values())), max(map(max, sent.values()))
+    assert last - first <= found["duration"] < elapsed
+    assert found["output_throughput"] == pytest.approx(19 * 21 / found["duration"])
     assert mock.most_at_once == 19, "an infinite rate sends all at once"
     assert found["max_concurrent_requests"] == 19
-    assert found["max_output_tokens_per_s"] == pytest.approx(19 * 21), "all within a second"
+    # all tokens came in so many seconds, so the best one is not below their mean
+    seconds = int(found["duration"]) + 1
+    most = found["max_output_tokens_per_s"]
+    assert 19 * 21 / seconds <= most + 1e-6 and most <= 19 * 21 + 1e-6
     for line in (
         "============ Serving Benchmark Result ============",
         "Successful requests:                     19        ",
@@ -80,9 +158,7 @@ def test_times_and_counts_are_those_of_the_server(bench: Any) -> None:
 
 
 def test_numbers_follow_from_the_records() -> None:
-    parser = Parser()
-    serve.add_arguments(parser)
-    args = parser.parse_args(["--metric-percentiles", "25,99.9"])
+    args = arguments("--metric-percentiles 25,99.9")
     common = {"num_prompt": 7, "error": None}
     records = [
         {**common, "start": 10.0, "end": 12.5, "times": [0.5, 1.0, 2.0], "num_output": 6},
@@ -140,20 +216,34 @@ def test_the_offline_workload_is_the_same_online(bench: Any) -> None:
     assert all(one["ignore_eos"] and one["temperature"] == 0.6 for one in measured)
 
 
-def test_a_rate_spreads_requests_and_a_limit_holds_them_back(bench: Any) -> None:
+def test_a_rate_spreads_requests(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request comes before its time after the start that clients are told."""
+    starts, run_client = [], against_server._Client.run
+
+    def noted(self: Any, start: float, bar: Any) -> Any:
+        starts.append(start)
+        return run_client(self, start, bar)
+
+    monkeypatch.setattr(against_server._Client, "run", noted)
+    words = "--num-prompts 21 --random-input-len 3 --random-output-len 1 --request-rate 40"
     with serving(ttft=0.05) as mock:
-        words = "--num-prompts 21 --random-input-len 3 --random-output-len 1 --request-rate 40"
-        _, found, out, _ = bench(mock, words)
-        assert 0.5 <= found["duration"] < 2.0 and mock.most_at_once < 15
-        assert "Request rate configured (RPS):           40.00" in out
-        mock.most_at_once = 0
+        status, _, out, _ = bench(mock, f"{words} --num-clients 2 --num-warmups 0")
+    assert status == 0 and "Request rate configured (RPS):           40.00" in out
+    assert len(starts) == 2 and len(set(starts)) == 1
+    came = {tuple(body["prompt"]): times[0] for body, times in zip(mock.bodies, mock.times)}
+    planned = requests.send_times(21, 40.0, 1.0, 0)
+    for prompt, at in zip(prompts_of(words), planned, strict=True):
+        assert came[prompt] >= starts[0] + at - TIMER_S
+
+
+def test_a_limit_holds_requests_back(bench: Any) -> None:
+    with serving(ttft=0.05, gathers=3) as mock:
         words = "--num-prompts 9 --random-input-len 3 --random-output-len 1 --max-concurrency 3"
-        _, found, out, _ = bench(mock, f"{words} --num-clients 2 --metadata a=b c=d=e")
+        common = "--num-clients 2 --num-warmups 0 --metadata a=b c=d=e"
+        _, found, out, _ = bench(mock, f"{words} {common}")
     assert (found["a"], found["c"]) == ("b", "d=e")
-    assert (
-        mock.most_at_once == found["max_concurrent_requests"] == 3
-        and 0.15 <= found["duration"] < 2.0
-    )
+    assert mock.most_at_once == found["max_concurrent_requests"] == 3
+    assert found["duration"] >= 0.15, "three times three answers of 0.05 s"
     assert "Maximum request concurrency:             3 " in out
 
 

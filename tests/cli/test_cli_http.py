@@ -113,7 +113,7 @@ def test_an_idle_connection_that_the_server_has_closed_is_replaced(seconds: floa
         client = HttpClient(url)
         first = await client.send(client.request("/"))
         await asyncio.sleep(seconds)
-        return [first, await asyncio.wait_for(client.send(client.request("/")), 10)]
+        return [first, await asyncio.wait_for(client.send(client.request("/")), 60)]
 
     with answering(answer, times=2) as url:
         assert http.run(twice(url)) == [(200, b"{}")] * 2

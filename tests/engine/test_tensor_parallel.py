@@ -216,7 +216,7 @@ def test_a_rank_lost_at_load_ends_the_engine_with_an_error(
     started = time.monotonic()
     with pytest.raises(RankFailed, match="rank 1"):
         list(pieces)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60, "it does not wait for the rank"
     with pytest.raises(RankFailed, match="rank 1"):
         llm.generate(prompts(), greedy(1), use_tqdm=False)
     llm.close()
@@ -241,8 +241,8 @@ from tests.engines import greedy
 def main():
     llm = make(Path({str(folder)!r}), 2)
     expected = tokens(llm, prompts(), greedy(4))
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         while True:
             tokens(llm, prompts(), greedy(50))
     except KeyboardInterrupt:
@@ -251,7 +251,7 @@ def main():
 main()
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT
     )
     assert done.stdout.startswith("interrupted True "), done.stdout + done.stderr
     assert not any(is_alive(int(pid)) for pid in done.stdout.split()[2:])

@@ -74,7 +74,7 @@ def test_who_waits_to_send_goes_on_when_the_channel_is_shut_down(
     sender.join(0.2)
     assert sender.is_alive()
     ours.shut_down()
-    sender.join(5)
+    sender.join(60)
     assert len(errors) == 1
 
 

@@ -96,7 +96,7 @@ def note(engine: Any, found: dict[int, list[int]], ends: dict[int, Any]) -> None
 
 
 def wait_until_gone(gone: list[int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(map(is_alive, gone)):
         assert time.monotonic() < deadline, f"of {gone} some run"
         time.sleep(0.02)
@@ -302,7 +302,13 @@ def test_bad_requests_are_refused_and_queue_nothing(two: LLM) -> None:
 def test_a_lost_replica_ends_what_it_has_begun_and_the_rest_is_tried_again(
     kind: signal.Signals, folder: Path, alone: LLM
 ) -> None:
-    """Each replica has begun four requests. Then it stops, so that four later ones get no token."""
+    # on a busy machine a replica may have ended what it has begun before it is stopped
+    assert any(has_lost_requests(kind, folder, alone) for _ in range(5))
+
+
+def has_lost_requests(kind: signal.Signals, folder: Path, alone: LLM) -> bool:
+    """Each replica has begun four requests. Then one stops, so that later ones get no token from
+    it. Whether it has lost some of both kinds."""
     llm = make(folder, 2)
     try:
         gone, engine = pids(llm), cast(Any, llm.engine)
@@ -317,12 +323,13 @@ def test_a_lost_replica_ends_what_it_has_begun_and_the_rest_is_tried_again(
         later = [engine.add_request(one, greedy(400)) for one in prompts[8:]]
         found |= {one: [] for one in later}
         lost = {one for one, has in engine._pending.items() if has.replica is engine.replicas[0]}
-        assert len(lost & set(ids)) == 4 and lost & set(later)
         os.kill(gone[0], kind)
         while len(ends) < 12:
             note(engine, found, ends)
+        failed = {one for one in ids if ends[one].error is not None}
+        assert failed <= lost
         for one, wanted in zip([*ids, *later], expected, strict=True):
-            if one in lost & set(ids):
+            if one in failed:
                 assert ends[one].finish_reason == "error" and "replica 0" in ends[one].error
                 assert ends[one].token_ids == found[one] == wanted[: len(found[one])]
             else:
@@ -336,6 +343,7 @@ def test_a_lost_replica_ends_what_it_has_begun_and_the_rest_is_tried_again(
     finally:
         llm.close()
     wait_until_gone(gone)
+    return bool(failed and lost & set(later))
 
 
 def test_rows_of_killed_replicas_are_answered_again(folder: Path, alone: LLM) -> None:
@@ -462,6 +470,8 @@ def test_interrupt_while_replicas_start_leaves_nothing(
         if when == ("first", "second")[len(started) - 1]:
             os.kill(os.getpid(), signal.SIGINT)
         elif len(started) == 2:
+            for pid in started:
+                os.kill(pid, signal.SIGSTOP)  # they load until the interrupt, however late it is
             timer.start()
         return replica
 

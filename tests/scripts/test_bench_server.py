@@ -57,9 +57,13 @@ def test_the_share_of_the_offline_throughput_is_known_after_both_cases() -> None
 def test_a_command_ends_with_the_time_of_its_case(tmp_path: Path) -> None:
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
     begun = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"longer than 2 s \(--case-timeout\)"):
-        run([sys.executable, "-c", f"{code}; time.sleep(60)"], dict(os.environ), Limit(2.0))
-    assert time.monotonic() - begun < 30
+    for limit in (2, 10, 50):  # a busy machine may start it too late
+        with pytest.raises(TimeoutError, match=rf"longer than {limit} s \(--case-timeout\)"):
+            command = [sys.executable, "-c", f"{code}; time.sleep(600)"]
+            run(command, dict(os.environ), Limit(float(limit)))
+        if (tmp_path / "pid").exists():
+            break
+    assert time.monotonic() - begun < 300
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     with pytest.raises(RuntimeError, match="exit status 3: no such thing"):

@@ -94,17 +94,17 @@ def test_what_is_not_taken_raises_and_leaves_nothing() -> None:
 
 def test_draining_refuses_new_prompts_and_ends_the_others_in_time() -> None:
     async def work() -> None:
-        made = engine(tokens_per_s=50)
-        reading = asyncio.create_task(read(made, max_tokens=10))
-        slow = asyncio.create_task(read(made, max_tokens=4000))
-        await asyncio.sleep(0.01)
-        draining = asyncio.create_task(made.drain(0.5))
-        await asyncio.sleep(0.01)
-        with pytest.raises(Draining):
-            await made.open("a")
-        assert (await reading)[-1].finish_reason == "length"
-        assert (await slow)[-1].finish_reason == "abort"
-        await draining
+        for max_tokens, seconds, end in ((10, 600.0, "length"), (4000, 0.1, "abort")):
+            made = engine(tokens_per_s=50)
+            reading = asyncio.create_task(read(made, max_tokens=max_tokens))
+            while not made.streams:
+                await asyncio.sleep(0.001)
+            draining = asyncio.create_task(made.drain(seconds))
+            await asyncio.sleep(0)
+            with pytest.raises(Draining):
+                await made.open("a")
+            assert (await reading)[-1].finish_reason == end
+            await draining
 
     asyncio.run(work())
 

@@ -76,8 +76,12 @@ def test_cases_share_the_gpus(call: Any, tmp_path: Path) -> None:
 
 def test_a_case_that_ends_at_its_limit_keeps_its_lines(call: Any) -> None:
     code = "import time; print({1: 2}); print('{\"a\": 1}', flush=True); time.sleep(100)"
-    status, found = call({"slow": Case(2, ("-c", code))}, "--gpus", "1")
-    assert status == 1 and "2 s" in found["slow"]["error"] and found["slow"]["lines"] == [{"a": 1}]
+    for limit in (2, 10, 50):  # a busy machine may start it too late
+        status, found = call({"slow": Case(limit, ("-c", code))}, "--gpus", "1")
+        assert status == 1 and f"{limit} s" in found["slow"]["error"]
+        if "lines" in found["slow"]:
+            break
+    assert found["slow"]["lines"] == [{"a": 1}]
 
 
 def test_a_case_that_is_killed_while_it_writes_keeps_its_error(call: Any, tmp_path: Path) -> None:
@@ -86,9 +90,14 @@ def test_a_case_that_is_killed_while_it_writes_keeps_its_error(call: Any, tmp_pa
         "import pathlib, sys, time\nplace, first = map(pathlib.Path, sys.argv[1:])\n"
         "first.touch(exist_ok=False)\nplace.write_text('{\"a\": 1, ')\ntime.sleep(100)"
     )
-    cases = {"killed": Case(2, ("-c", code, PLACE, str(tmp_path / "first")))}
-    status, found = call(cases, "--gpus", "1")
-    assert status == 1 and "2 s" in found["killed"]["error"] and "results" not in found["killed"]
+    command = ("-c", code, PLACE, str(tmp_path / "first"))
+    for limit in (2, 10, 50):  # a busy machine may start it too late
+        cases = {"killed": Case(limit, command)}
+        status, found = call(cases, "--gpus", "1")
+        assert status == 1 and f"{limit} s" in found["killed"]["error"]
+        assert "results" not in found["killed"]
+        if (tmp_path / "first").exists():
+            break
     (tmp_path / "out" / "killed.json").write_text('{"a": 1}')
     status, found = call(cases, "--gpus", "1")
     assert status == 1 and "FileExistsError" in found["killed"]["error"]

@@ -24,8 +24,16 @@ def run(process: ApiProcess) -> None:
 
 async def _serve(process: ApiProcess) -> None:
     client = process.client()
+    running: set[asyncio.Task[None] | None] = set()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        running.add(asyncio.current_task())
+        try:
+            await answer_line(reader, writer)
+        finally:
+            running.discard(asyncio.current_task())
+
+    async def answer_line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked = json.loads(await reader.readline())
         writer.write(f"{os.getpid()}\n".encode())
         with contextlib.suppress(ConnectionError):
@@ -41,7 +49,8 @@ async def _serve(process: ApiProcess) -> None:
     await process.drain_begins()
     await client.drain(process.drain_timeout)
     server.close()
-    await asyncio.sleep(0.1)  # the answers' last lines
+    while running:  # the answers' last lines
+        await asyncio.sleep(0.01)
     await client.close()
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Container, Iterable
+from pathlib import Path
 from typing import Any
 
 from nanovllm.engine.metrics import Gauge, Metric
@@ -18,17 +19,23 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
 
 STEP_SECONDS = 0.01
+HELD = "FAKE_ENGINE_HELD"
 INFO = EngineInfo("", 512, 16, 512, 64, 16, 100, [3], {})
 
 
 class FakeEngine:
-    """Gives every request max_tokens tokens, one a step: 5, 6, 7, …"""
+    """Gives every request max_tokens tokens, one a step: 5, 6, 7, …
+
+    While the file exists that the variable HELD names, it does not give the last token of requests
+    of a hundred tokens or more: they do not end.
+    """
 
     def __init__(self, step_seconds: float = STEP_SECONDS) -> None:
         self.metrics = self
         self.step_seconds = step_seconds
         self._requests: dict[int, tuple[list[int], SamplingParams, list[int]]] = {}
         self._num_added = 0
+        self._held = Path(os.environ.get(HELD, "/nonexistent"))
         self._outputs: list[OutputDelta] = []
 
     def add(self, asked: EngineRequest) -> int:
@@ -38,7 +45,10 @@ class FakeEngine:
 
     def advance(self) -> None:
         time.sleep(self.step_seconds)
+        is_held = self._held.exists()
         for request_id, (_, params, found) in list(self._requests.items()):
+            if is_held and params.max_tokens >= 100 and len(found) == params.max_tokens - 1:
+                continue
             token_id = 5 + len(found) % 500
             found.append(token_id)
             if len(found) == params.max_tokens:

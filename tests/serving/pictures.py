@@ -53,7 +53,7 @@ class Held:
         def wait(preparer: Preparer, given: Any, budget: Any) -> Any:
             self.num_begun += 1
             self.has_begun.set()
-            assert self.may_go_on.wait(10)
+            assert self.may_go_on.wait(60)
             return image(preparer, given, budget)
 
         monkeypatch.setattr(Preparer, "_image", wait)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nanovllm import log
 from nanovllm.config import EngineConfig
-from nanovllm.serving import engine_process
+from nanovllm.serving import engine_process, supervisor
 from nanovllm.serving.supervisor import ServerProcesses, Supervisor
 
 
@@ -17,6 +17,8 @@ def main(given: dict[str, Any]) -> int:
     log.configure()
     if given.pop("is_fake", True):
         engine_process.PROGRAM = "tests.serving.fake_engine"
+    for name, seconds in given.pop("times", {}).items():
+        setattr(supervisor, name, seconds)
     config = EngineConfig(**given.pop("engine"))
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)

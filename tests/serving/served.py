@@ -32,7 +32,7 @@ def run(work: Coroutine[Any, Any, Result], loop: str = "asyncio") -> Result:
     """The result of a coroutine in a new event loop, which must end in time."""
     events = LOOPS[loop]()
     try:
-        return events.run_until_complete(asyncio.wait_for(work, 120))
+        return events.run_until_complete(asyncio.wait_for(work, 300))
     finally:
         events.run_until_complete(events.shutdown_asyncgens())
         events.close()
@@ -44,9 +44,13 @@ def serve(
     num_clients: int = 1,
     *,
     loop: str = "asyncio",
+    in_step: bool = False,
     **options: Any,
 ) -> Result:
     """The result of `work(client, …)` with clients of an engine; `options` are those of `Client`.
+
+    in_step: the engine makes a step only when the event loop has had a turn. Else, where the loop's
+    thread does not run for a while, even a long answer may end meanwhile.
 
     Afterwards the engine has no requests.
     """
@@ -62,21 +66,53 @@ def serve(
             Client(engine.config, [ours], counts, index=index, **options)
             for index, (ours, _) in enumerate(pairs)
         ]
+        ticking = asyncio.ensure_future(turns.tick()) if turns else None
         try:
             return await work(*clients)
         finally:
             for client in clients:
                 await client.close()
+            if ticking is not None:
+                ticking.cancel()
 
+    turns = Turns(engine) if in_step else None
     try:
         return run(work_and_close(), loop)
     finally:
+        if turns is not None:
+            turns.end()
         theirs.close()
         thread.join()
         engine.abort_all(
             list(engine._answers.requests if isinstance(engine, Engine) else engine._requests)
         )
         engine.take()
+
+
+class Turns:
+    """Lets an engine make a step after each turn of an event loop."""
+
+    def __init__(self, engine: Engine | PoolingEngine) -> None:
+        self._engine, self._turn, self._is_over = engine, threading.Event(), False
+        advance = engine.advance
+
+        def after_a_turn() -> Any:
+            assert self._turn.wait(60)
+            if not self._is_over:
+                self._turn.clear()
+            return advance()
+
+        setattr(engine, "advance", after_a_turn)  # noqa: B010
+
+    async def tick(self) -> None:
+        while True:
+            self._turn.set()
+            await asyncio.sleep(0.001)
+
+    def end(self) -> None:
+        self._is_over = True
+        self._turn.set()
+        delattr(self._engine, "advance")
 
 
 def _run_loop(engine: Engine | PoolingEngine, socks: list[socket.socket], control: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -223,6 +224,14 @@ def test_images_that_wait_are_bounded_in_bytes(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch)
+    goes_on, advance = threading.Event(), engine.advance
+    goes_on.set()
+
+    def advance_later() -> Any:
+        assert goes_on.wait(60)
+        return advance()
+
+    monkeypatch.setattr(engine, "advance", advance_later)
 
     async def work(client: Client) -> None:
         await client.ready()
@@ -236,11 +245,13 @@ def test_images_that_wait_are_bounded_in_bytes(
             await client.open(prompts[1], greedy(1))
         held.may_go_on.set()
         await first
+        goes_on.clear()  # so that the answer does not end
         stream = await client.open(prompts[0], greedy(200))
         held.has_begun.clear()
         second = asyncio.ensure_future(asked(client, prompts[1]))
         await asyncio.sleep(0.05)
         assert not held.has_begun.is_set(), "the patches of the first one are still held"
+        goes_on.set()
         stream.abort()
         assert (await second).finished and seeing.gate.num_held == seeing.num_given == 0
 

@@ -233,7 +233,7 @@ def test_who_no_longer_reads_aborts_the_request(how: str, engine: Engine) -> Non
         await until_idle(other)
 
     before = ends(engine)
-    serve(engine, work, 2)
+    serve(engine, work, 2, in_step=True)
     assert ends(engine) == {**before, "abort": before["abort"] + 1}
 
 
@@ -247,7 +247,7 @@ def test_an_aborted_request_has_an_end(engine: Engine) -> None:
         stream.abort()
         return parts
 
-    parts = serve(engine, work)
+    parts = serve(engine, work, in_step=True)
     assert {part.output_index for part in parts if part.finish_reason == "abort"} == {0, 1}
 
 
@@ -262,7 +262,7 @@ def test_a_full_queue_refuses_requests_until_one_ends(engine: Engine) -> None:
         streams[0].abort()
         await (await other.open(PROMPTS[1], greedy(1))).take()
 
-    serve(engine, work, 2, max_queued=2)
+    serve(engine, work, 2, in_step=True, max_queued=2)
 
 
 def test_a_refused_request_takes_no_place_in_the_queue(engine: Engine) -> None:
@@ -275,7 +275,7 @@ def test_a_refused_request_takes_no_place_in_the_queue(engine: Engine) -> None:
         for stream in [await client.open(PROMPTS[1], ENDLESS) for _ in range(6)]:
             stream.abort()
 
-    serve(engine, work, max_queued=2)
+    serve(engine, work, in_step=True, max_queued=2)
 
 
 def test_a_slow_reader_gets_fewer_and_larger_parts(llm: LLM, engine: Engine) -> None:
@@ -310,7 +310,8 @@ def test_draining_refuses_requests_and_finishes_what_runs(
         assert await draining is (timeout is None)
         return await collected(stream)
 
-    assert serve(engine, work)[-1].finish_reason == ("abort" if timeout else "length")
+    found = serve(engine, work, in_step=True)
+    assert found[-1].finish_reason == ("abort" if timeout else "length")
 
 
 INVALID: list[tuple[Any, Any, str]] = [

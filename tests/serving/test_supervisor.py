@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,33 @@ import pytest
 from nanovllm.parallel.folder import remove_left
 from tests.engines import random_prompts
 from tests.replicas.test_data_parallel import children, wait_until_gone
+from tests.serving.fake_engine import HELD
 
 ROOT = Path(__file__).parents[2]
 ENGINE: dict[str, Any] = {"model": "tiny-qwen3", "skip_tokenizer_init": True}
 SHORT: dict[str, Any] = {"prompt": [5, 6], "max_tokens": 3, "temperature": 0}
-LONG: dict[str, Any] = {**SHORT, "max_tokens": 500}  # 5 s
+LONG: dict[str, Any] = {**SHORT, "max_tokens": 100}  # it does not end while it is held
+WAIT_S = 60.0  # for what takes up to some seconds on an idle machine
 
 
 class Server:
     """A server in a process with two API processes; `pids` are those of its children."""
 
     def __init__(self, temporary: Path, **given: Any) -> None:
-        self.temporary = temporary
+        self.temporary, self.held = temporary, temporary.with_name("held")
         given = {"engine": ENGINE, "num_api_processes": 2, **given}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.serving.run_server", json.dumps(given)],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
+            env={
+                **os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary),
+                HELD: str(self.held),
+            },
         )  # fmt: skip
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
 
-    def call(self, asked: dict[str, Any]) -> Iterator[str]:
+    def call(self, asked: dict[str, Any]) -> Generator[str, None, None]:
         """The lines of an answer; the first one is the id of the API process."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(json.dumps(asked).encode() + b"\n")
@@ -57,10 +62,23 @@ class Server:
             found[name].append(pid)
         return found
 
-    def end(self, seconds: float = 10.0) -> tuple[int, str]:
+    def running(self) -> Generator[str, None, None]:
+        """The lines of a LONG answer that has begun and does not end by itself."""
+        self.held.touch()
+        lines = self.call(LONG)
+        self.of_api_process = int(next(lines))
+        next(lines)
+        return lines
+
+    def wait_until_it_drains(self) -> None:
+        """Until requests are refused."""
+        while "Draining" not in "".join(self.call(SHORT)):
+            pass
+
+    def end(self) -> tuple[int, str]:
         """The exit code and the errors; every process has ended, and no file is left."""
         pids = list(chain.from_iterable(self.known.values()))
-        _, errors = self.process.communicate(timeout=seconds)
+        _, errors = self.process.communicate(timeout=WAIT_S)
         wait_until_gone(pids)
         return self.process.returncode, errors
 
@@ -79,9 +97,11 @@ Make = Callable[..., Server]
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
     made: list[Server] = []
+    temporary = tmp_path / "files"
+    temporary.mkdir()
 
     def start(**given: Any) -> Server:
-        made.append(Server(tmp_path, **given))
+        made.append(Server(temporary, **given))
         return made[-1]
 
     yield start
@@ -107,36 +127,33 @@ def test_an_engine_answers_through_two_api_processes(make: Make) -> None:
 
 
 def test_sigterm_lets_requests_finish_and_refuses_new_ones(make: Make) -> None:
-    server = make().start()
-    lines = server.call({**LONG, "max_tokens": 250})  # time to see that others are refused
-    next(lines), next(lines)
+    server = make(drain_timeout=100).start()
+    lines = server.running()
     server.process.send_signal(signal.SIGTERM)
-    refused = ""
-    while "Draining" not in refused:
-        refused = "".join(server.call(SHORT))
+    server.wait_until_it_drains()
+    server.held.unlink()
     assert json.loads(list(lines)[-1])[1] == "length"
     assert server.end()[0] == 0
     assert list(server.temporary.iterdir()) == []
 
 
 def test_what_has_not_finished_in_time_is_cut_off(make: Make) -> None:
-    server = make(drain_timeout=0.3).start()
-    lines = server.call({**LONG, "max_tokens": 400})
-    next(lines), next(lines)
+    server = make(drain_timeout=0.3, times={"GRACE_SECONDS": WAIT_S}).start()
+    lines = server.running()
     server.process.send_signal(signal.SIGTERM)
     assert json.loads(list(lines)[-1])[1] == "abort"
-    assert server.end(5)[0] == 0
+    assert server.end()[0] == 0
 
 
 def test_the_second_interrupt_ends_everything_at_once(make: Make) -> None:
-    server = make().start()
-    lines = server.call(LONG)
-    next(lines), next(lines)
+    server = make(drain_timeout=1000).start()
+    lines = server.running()
     server.process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    server.wait_until_it_drains()
     assert server.process.poll() is None
     server.process.send_signal(signal.SIGINT)
-    assert server.end(3)[0] == 130
+    assert server.end()[0] == 130
+    lines.close()
     assert list(server.temporary.iterdir()) == []
 
 
@@ -145,7 +162,7 @@ def test_a_compiler_that_is_killed_leaves_no_temporary_file(
 ) -> None:
     """Inductor's compiler, too: only ours gets a folder of its own."""
     begun, compiler = tmp_path / "begun", tmp_path / "compiler"
-    compiler.write_text(f'#!/bin/sh\ntouch "$TMPDIR/cc.s" {begun}\nexec sleep 60\n')
+    compiler.write_text(f'#!/bin/sh\ntouch "$TMPDIR/cc.s" {begun}\nexec sleep 600\n')
     compiler.chmod(0o700)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "store"))
@@ -160,7 +177,7 @@ def test_a_compiler_that_is_killed_leaves_no_temporary_file(
             time.sleep(0.05)
         server.known = server.pids
         server.process.send_signal(signal.SIGTERM)
-        assert server.end(60)[0] == 0
+        assert server.end()[0] == 0
         assert list(temporary.iterdir()) == []
     finally:
         server.process.kill()
@@ -168,11 +185,10 @@ def test_a_compiler_that_is_killed_leaves_no_temporary_file(
 
 @pytest.mark.parametrize("program", ["engine", "serving.api_process"])
 def test_a_killed_process_ends_the_server(program: str, make: Make) -> None:
-    server = make().start()
-    lines = server.call(LONG)
-    of_api_process = int(next(lines))
-    killed = server.known[program][0] if program == "engine" else of_api_process
-    next(lines)
+    times = {"FAREWELL_SECONDS": WAIT_S} if program == "engine" else {}
+    server = make(times=times).start()
+    lines = server.running()
+    killed = server.known[program][0] if program == "engine" else server.of_api_process
     os.kill(killed, signal.SIGKILL)
     try:
         rest = list(lines)
@@ -189,10 +205,10 @@ def test_a_killed_process_ends_the_server(program: str, make: Make) -> None:
 
 def test_nothing_runs_after_the_supervisor_is_killed(make: Make) -> None:
     server = make().start()
-    lines = server.call(LONG)
-    next(lines), next(lines)
+    lines = server.running()
     server.process.kill()
-    server.end(5)
+    server.end()
+    lines.close()
     remove_left(server.temporary)  # as the next start does
     assert list(server.temporary.iterdir()) == []
 
@@ -210,7 +226,7 @@ def test_a_process_that_cannot_start_ends_the_server(
 ) -> None:
     server = make(**given)
     server.known = {}
-    found, errors = server.end(20)
+    found, errors = server.end()
     assert found == code and message in errors
     assert code != 2 or errors == f"{message}\n", "a user's mistake is one line"
     assert list(server.temporary.iterdir()) == []

@@ -22,7 +22,7 @@ SECONDS = 60.0  # on a busy machine
 def llm() -> Iterator[LLM]:
     yield LLM(
         "tiny-qwen3", device="cpu", enforce_eager=True, max_num_seqs=12, max_model_len=128,
-        max_cached_grammars=3,
+        max_cached_grammars=3, grammar_timeout_s=SECONDS / 2,
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_an_engine_that_is_killed_leaves_no_compiler_behind() -> None:
                 await text(llm, {"choice": ["a"]})
 
     asyncio.run(work())
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(one.exists() for one in left) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [one for one in left if one.exists()]
@@ -107,7 +107,7 @@ def test_an_engine_prepares_for_grammars_as_soon_as_it_is_idle(
             assert not num_running, "a request that comes before does not wait for it"
         monkeypatch.setattr(loop, "IDLE_SECONDS", 0.05)
         await collected(await client.open([5, 6], greedy(200)))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not is_prepared(engine) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         assert is_prepared(engine)
@@ -123,7 +123,7 @@ def test_replicas_prepare_for_grammars_when_they_are_told(engine: Engine) -> Non
     thread.start()
     assert ours.receive()[0] == messages.READY
     ours.send(messages.PREPARE_GRAMMARS)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not is_prepared(engine) and time.monotonic() < deadline:
         time.sleep(0.01)
     ours.close()
