@@ -37,70 +37,72 @@ void tile(float* sums, const Rows& at, const char* const* x, const char* const* 
   Vec acc[OB][TB] = {};
   const Codes codes(at);
   int64_t first_scale = 0, until_next = at.scale_period;
-  Vec scales[OB];
-  const auto next_scales = [&]() __attribute__((always_inline)) {
+  for (int64_t first = 0; first < at.num_steps; first += kSteps) {
     const SomeLanes some = first_lanes(at.num_scales - first_scale);
+    Vec scales[OB];
     for (int o = 0; o < OB; ++o) scales[o] = load_some(scale[o] + first_scale, some);
     if (--until_next == 0) first_scale += at.scale_advance, until_next = at.scale_period;
-  };
-  const auto add_step = [&](int64_t first, int j) __attribute__((always_inline)) {
-    const typename Codes::Step place(first, j, at);
-    Bytes low[OB], high[OB];
-    Vec low_scale[OB], high_scale[OB];
-    for (int o = 0; o < OB; ++o) {
-      codes.load(low[o], high[o], code[o], place);
-      for (int i = 0; i < Codes::kStepBytes; i += 64)
-        __builtin_prefetch(code[o] + (first + j) * Codes::kStepBytes + at.prefetch + i, 0, 2);
-      low_scale[o] = permute(scales[o], at.index[kHalves ? 2 * j : j]);
-      if (kHalves) high_scale[o] = permute(scales[o], at.index[(2 * j + 1) & 3]);
-    }
-    for (int t = 0; t < TB; ++t) {
-      const char* from = x[t] + (first + j) * at.step_bytes;
-      const Bytes x_low = load_bytes(from), x_high = load_bytes(from + kBytes);
-      const Vec x_scale = load((const float*)(from + 2 * kBytes));
-      IVec start{}, high_start{};
-      if (Codes::kHasBias) start = *(const IVecAt*)(from + 3 * kBytes);
-      if (Codes::kHasBias && kHalves) high_start = *(const IVecAt*)(from + 4 * kBytes);
-      for (int o = 0; o < OB; ++o) {
-        IVec sum;
-        if (kHalves) {
-          sum = multiply<Codes>(start, low[o], x_low);
-          const IVec of_high = multiply<Codes>(high_start, high[o], x_high);
-          acc[o][t] = multiply_add(__builtin_convertvector(of_high, Vec), high_scale[o] * x_scale,
-                                   acc[o][t]);
-        } else if (Codes::kAreSmall) {
-          sum = dot_small(start, low[o], x_low, high[o], x_high);
-        } else {
-          sum = dot(dot(start, low[o], x_low), high[o], x_high);
-        }
-        acc[o][t] =
-            multiply_add(__builtin_convertvector(sum, Vec), low_scale[o] * x_scale, acc[o][t]);
-      }
-    }
-  };
-  int64_t first = 0;
-  for (; first + kSteps <= at.num_steps; first += kSteps) {
-    next_scales();
 #if LANES == 8 && defined(__AVX2__)
 #pragma GCC unroll 4  // the places of codes are constants then
 #endif
-    for (int j = 0; j < kSteps; ++j) add_step(first, j);
-  }
-  if (first < at.num_steps) {
-    next_scales();
-    for (int j = 0; first + j < at.num_steps; ++j) add_step(first, j);
+    for (int j = 0; j < kSteps; ++j) {
+      if (first + j == at.num_steps) break;
+      const typename Codes::Step place(first, j, at);
+      Bytes low[OB], high[OB];
+      Vec low_scale[OB], high_scale[OB];
+#pragma GCC unroll 8
+      for (int o = 0; o < OB; ++o) {
+        codes.load(low[o], high[o], code[o], place);
+        for (int i = 0; i < Codes::kStepBytes; i += 64)
+          __builtin_prefetch(code[o] + (first + j) * Codes::kStepBytes + at.prefetch + i, 0, 2);
+        low_scale[o] = permute(scales[o], at.index[kHalves ? 2 * j : j]);
+        if (kHalves) high_scale[o] = permute(scales[o], at.index[(2 * j + 1) & 3]);
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < TB; ++t) {
+        const char* from = x[t] + (first + j) * at.step_bytes;
+        const Bytes x_low = load_bytes(from), x_high = load_bytes(from + kBytes);
+        const Vec x_scale = load((const float*)(from + 2 * kBytes));
+        IVec start{}, high_start{};
+        if (Codes::kHasBias) start = *(const IVecAt*)(from + 3 * kBytes);
+        if (Codes::kHasBias && kHalves) high_start = *(const IVecAt*)(from + 4 * kBytes);
+#pragma GCC unroll 8
+        for (int o = 0; o < OB; ++o) {
+          IVec sum;
+          if (kHalves) {
+            sum = multiply<Codes>(start, low[o], x_low);
+            const IVec of_high = multiply<Codes>(high_start, high[o], x_high);
+            acc[o][t] = multiply_add(__builtin_convertvector(of_high, Vec), high_scale[o] * x_scale,
+                                     acc[o][t]);
+          } else if (Codes::kAreSmall) {
+            sum = dot_small(start, low[o], x_low, high[o], x_high);
+          } else {
+            sum = dot(dot(start, low[o], x_low), high[o], x_high);
+          }
+          acc[o][t] =
+              multiply_add(__builtin_convertvector(sum, Vec), low_scale[o] * x_scale, acc[o][t]);
+        }
+      }
+    }
   }
   for (int64_t g = 0; g < at.num_offsets; g += kLanes) {
     const SomeLanes some = first_lanes(at.num_offsets - g);
+#pragma GCC unroll 8
     for (int o = 0; o < OB; ++o) {
       const Vec offsets = load_some(offset[o] + g, some);
+#pragma GCC unroll 8
       for (int t = 0; t < TB; ++t)
         acc[o][t] =
             multiply_add(offsets, load((const float*)(x[t] + at.sums_at) + g), acc[o][t]);
     }
   }
-  for (int t = 0; t < TB; ++t)
-    for (int o = 0; o < OB; ++o) sums[t * OB + o] = sum(acc[o][t]);
+  constexpr int kSums = TB * OB, kFours = kSums / 4 * 4;
+#pragma GCC unroll 8
+  for (int i = 0; i < kFours; i += 4)
+    store_sums(sums + i, acc[i % OB][i / OB], acc[(i + 1) % OB][(i + 1) / OB],
+               acc[(i + 2) % OB][(i + 2) / OB], acc[(i + 3) % OB][(i + 3) / OB]);
+#pragma GCC unroll 8
+  for (int i = kFours; i < kSums; ++i) sums[i] = sum(acc[i % OB][i / OB]);
 }
 
 constexpr int kTileOutputs = kTileRows == 8 ? 4 : 2;

@@ -967,8 +967,13 @@ struct Sample {
   const float* temperature;
   const int64_t *seed, *pos;
   int64_t* token;
-  float* best;  // written unless it is null
+  float* best;              // written unless it is null
+  const int64_t* token_of;  // [V]: the tokens of the columns, ascending; null: from first_token on
   int64_t num_rows, vocab_size, row_stride, first_token, dtype, num_threads;
+
+  int64_t token_at(int64_t column) const {
+    return token_of ? token_of[column] : first_token + column;
+  }
 };
 
 struct Best {
@@ -977,20 +982,30 @@ struct Best {
 };
 
 // The smallest of equally likely tokens wins, so chunks are searched and merged in ascending order
-// with >. Column v is that of token first + v.
+// with >.
 template <typename T>
-Best best_of(const T* logits, int64_t begin, int64_t end, int64_t first, float temperature,
-             uint32_t key, uint32_t second) {
+Best best_of(const Sample& at, int64_t row, int64_t begin, int64_t end, uint32_t key,
+             uint32_t second) {
   Best best;
+  const T* logits = (const T*)at.logits + row * at.row_stride;
+  const float temperature = at.temperature[row];
   const bool greedy = temperature == 0.0f;
   for (int64_t v = begin; v < end; v += kLanes) {
     alignas(64) float score[kLanes];
     alignas(64) uint32_t bits[kLanes];
     Vec scaled = load_first(logits + v, end - v);
-    if (!greedy) {
+    IVec possible;
+    if (greedy) {
+      possible = scaled > best.score;
+    } else {
       scaled = scaled / temperature;
       UVec token;
-      for (int lane = 0; lane < kLanes; ++lane) token[lane] = (uint32_t)(first + v + lane);
+      if (at.token_of)
+        for (int lane = 0; lane < kLanes; ++lane)
+          token[lane] = (uint32_t)at.token_of[std::min(v + lane, end - 1)];
+      else
+        for (int lane = 0; lane < kLanes; ++lane)
+          token[lane] = (uint32_t)(at.first_token + v + lane);
       UVec mantissa = keyed_hash32(token ^ key, second) >> 9;
       // Noise above d needs 1 - u < exp(-d) <= 2^-floor(d / ln 2). This integer test avoids nearly
       // all logarithms.
@@ -998,17 +1013,17 @@ Best best_of(const T* logits, int64_t begin, int64_t end, int64_t first, float t
       doublings = doublings > 0.0f ? doublings : splat(0.0f);
       doublings = doublings < 23.0f ? doublings : splat(23.0f);
       UVec room = (UVec{} + (1u << 23)) >> __builtin_convertvector(doublings, UVec);
-      IVec possible = (IVec)((0x7FFFFFu - mantissa) <= room);
-      bool any = false;
-      for (int lane = 0; lane < kLanes; ++lane) any |= possible[lane] != 0;
-      if (!any) continue;
+      possible = (IVec)((0x7FFFFFu - mantissa) <= room);
       std::memcpy(bits, &mantissa, sizeof bits);
     }
+    bool any = false;
+    for (int lane = 0; lane < kLanes; ++lane) any |= possible[lane] != 0;
+    if (!any) continue;
     std::memcpy(score, &scaled, sizeof score);
     for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, end - v); ++lane) {
       float noisy = score[lane];
       if (!greedy) noisy -= std::log(-std::log(((float)bits[lane] + 0.5f) * 0x1p-23f));
-      if (noisy > best.score) best = {noisy, first + v + lane};
+      if (noisy > best.score) best = {noisy, at.token_at(v + lane)};
     }
   }
   return best;
@@ -1032,9 +1047,8 @@ extern "C" void nanovllm_sample(const Sample* args) {
                    const uint32_t low = hash32((uint32_t)seed),
                                   high = hash32((uint32_t)(seed >> 32));
                    const uint32_t key = hash32(low ^ hash32(high ^ hash32((uint32_t)at.pos[row])));
-                   best[task] = best_of((const T*)at.logits + row * at.row_stride, begin,
-                                        std::min(begin + kChunk, at.vocab_size), at.first_token,
-                                        at.temperature[row], key, hash32(key ^ 0x5BD1E995u));
+                   best[task] = best_of<T>(at, row, begin, std::min(begin + kChunk, at.vocab_size),
+                                           key, hash32(key ^ 0x5BD1E995u));
                  });
   });
   for (int64_t row = 0; row < at.num_rows; ++row) {

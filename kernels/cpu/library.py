@@ -51,7 +51,7 @@ QK_NORM_ROPE_STORE = build.ArgumentStruct(
 )
 SAMPLE = build.ArgumentStruct(
     "Sample",
-    pointers="logits temperature seed pos token best",
+    pointers="logits temperature seed pos token best token_of",
     integers="num_rows vocab_size row_stride first_token dtype num_threads",
 )
 TOKEN_BITMASK = build.ArgumentStruct(

@@ -14,7 +14,7 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
     logarithms."""
     if logits_RV.dtype not in DTYPE_CODES:
         return reference.sample.sample(logits_RV, temperature_R, seed_R, pos_R)
-    return _sample(logits_RV, temperature_R, seed_R, pos_R, 0, None)
+    return _sample(logits_RV, temperature_R, seed_R, pos_R)
 
 
 def sample_of(
@@ -26,9 +26,10 @@ def sample_of(
     pos_R: Tensor,
 ) -> Tensor:
     """`reference.drafts.sample_of`."""
-    logits_RV = logits_RX.new_empty((logits_RX.shape[0], vocab_size)).fill_(float("-inf"))
-    logits_RV.index_copy_(1, token_X, logits_RX)
-    return sample(logits_RV, temperature_R, seed_R, pos_R)
+    inputs = temperature_R, seed_R, pos_R
+    if logits_RX.dtype not in DTYPE_CODES:
+        return reference.drafts.sample_of(logits_RX, token_X, vocab_size, *inputs)
+    return _sample(logits_RX, *inputs, token_X=token_X.long().contiguous())
 
 
 def sample_columns(
@@ -40,7 +41,7 @@ def sample_columns(
         return collectives.sample_columns(logits_RW, *inputs, num_columns)
     first, num = collectives.own_columns(logits_RW.shape[1], num_columns)
     best_R = torch.empty(logits_RW.shape[0])
-    token_R = _sample(logits_RW[:, :num], *inputs, first, best_R)
+    token_R = _sample(logits_RW[:, :num], *inputs, first_token=first, best_R=best_R)
     return collectives.best_of_ranks(collectives.ordered(best_R, token_R))
 
 
@@ -49,11 +50,13 @@ def _sample(
     temperature_R: Tensor,
     seed_R: Tensor,
     pos_R: Tensor,
-    first_token: int,
-    best_R: Tensor | None,
+    *,
+    first_token: int = 0,
+    token_X: Tensor | None = None,
+    best_R: Tensor | None = None,
 ) -> Tensor:
-    """The best tokens of the columns of `first_token` and following ones. best_R gets their scores
-    in fp32."""
+    """The best tokens of the columns of `first_token` and following ones, or of token_X. best_R
+    gets their scores in fp32."""
     if logits_RV.stride(1) != 1:
         logits_RV = logits_RV.contiguous()
     temperature_R, seed_R, pos_R = (
@@ -70,6 +73,7 @@ def _sample(
             pos_R.data_ptr(),
             token_R.data_ptr(),
             0 if best_R is None else best_R.data_ptr(),
+            0 if token_X is None else token_X.data_ptr(),
             *logits_RV.shape,
             logits_RV.stride(0),
             first_token,

@@ -215,6 +215,24 @@ INLINE float sum(Vec v) {
   return v[0];
 }
 
+// to[i] = sum of the i-th, in the same order of additions
+INLINE void store_sums(float* to, Vec a, Vec b, Vec c, Vec d) {
+#if LANES == 16
+  const __m512 first = (__m512)((Vec)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44) +
+                                (Vec)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee));
+  const __m512 second = (__m512)((Vec)_mm512_shuffle_f32x4((__m512)c, (__m512)d, 0x44) +
+                                 (Vec)_mm512_shuffle_f32x4((__m512)c, (__m512)d, 0xee));
+  Vec all = (Vec)_mm512_shuffle_f32x4(first, second, 0x88) +
+            (Vec)_mm512_shuffle_f32x4(first, second, 0xdd);  // each has four lanes
+  all += swap<2>(all);
+  all += swap<1>(all);
+  const __m512i lanes = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(lanes, (__m512)all)));
+#else
+  to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
+#endif
+}
+
 INLINE float max_of(Vec v) {
   if constexpr (kLanes >= 16) v = vmax(v, swap<8>(v));
   if constexpr (kLanes >= 8) v = vmax(v, swap<4>(v));
