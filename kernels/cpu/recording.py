@@ -15,9 +15,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm.kernels import ops
-from nanovllm.kernels.cpu import build
+from nanovllm.kernels.cpu import build, copies
 from nanovllm.kernels.cpu import library as cpu_library
+from nanovllm.kernels.cpu import step as cpu_step
 from nanovllm.kernels.recorded import State, Unrecordable
 
 # The most that a recorded step keeps. Larger steps take so long that Python hardly counts.
@@ -34,7 +34,6 @@ MAX_BYTES = 16 << 20
 
 _NEW = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _COPIES = frozenset({"_to_copy", "clone"})
-_JOINS = {"cat": torch.cat, "stack": torch.stack}
 _LIBRARY = frozenset({"addmm", "clamp", "embedding", "index_select", "mm"})
 _WRITES = frozenset({"add_", "copy_", "fill_", "index_copy_", "zero_"})
 _ARGUMENTS = (ctypes.c_char_p,)
@@ -100,6 +99,22 @@ class _Recorder(TorchDispatchMode):
         self.kept.append(found)
         return found
 
+    def copy(self, out: Tensor, x: Tensor) -> None:
+        self.kept += (out, x)
+        if not copies.copy(out, x):
+            self.note(lambda: out.copy_(x))
+
+    def by_rows(self, name: str, args: tuple[Any, ...], out: Tensor) -> bool:
+        """Whether an op of _LIBRARY or _WRITES is noted as a copy of rows."""
+        self.kept += [one for one in args if isinstance(one, Tensor)]
+        if name == "copy_":
+            return copies.copy(out, args[1])
+        if name == "index_select" and args[1] == 0:
+            return copies.gather(out, args[0], args[2])
+        if name == "index_copy_" and args[1] == 0:
+            return copies.scatter(out, args[2], args[3])
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -111,28 +126,46 @@ class _Recorder(TorchDispatchMode):
         if func._can_decompose():
             with self:
                 return func.decompose(*args, **kwargs)
+        if func.is_view and func.namespace == "aten":
+            return func(*args, **kwargs)
+        return self._noted(func, args, kwargs)
+
+    def _noted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note an op of torch; returns its result, whose memory is kept."""
         name = func._schema.name.removeprefix("aten::")
         if name in _NEW:
             return self.keep(func(*args, **kwargs))
-        if func.is_view and func.namespace == "aten":
-            return func(*args, **kwargs)
         if name in _COPIES:
             copy = self.keep(torch.empty_like(func(*args, **kwargs)))
-            self.note(lambda: copy.copy_(args[0]))
+            self.copy(copy, args[0])
             return copy
         if name in _JOINS:
             joined = self.keep(func(*args, **kwargs))
-            self.note(partial(_JOINS[name], *args, **kwargs, out=joined))
+            for part, one in zip(_JOINS[name](joined, *args, **kwargs), args[0], strict=True):
+                self.copy(part, one)
             return joined
         if name in _LIBRARY:
             out = self.keep(_result_of(name, args))
-            self.note(lambda: out.copy_(func(*args, **kwargs)))
+            if not self.by_rows(name, args, out):
+                self.note(lambda: out.copy_(func(*args, **kwargs)))
             return out
         if name in _WRITES:
             self.kept += [one for one in args if isinstance(one, Tensor)]
-            self.note(lambda: func(*args, **kwargs))
+            if not self.by_rows(name, args, args[0]):
+                self.note(lambda: func(*args, **kwargs))
             return args[0]
         raise Unrecordable(f"{func} is not a kernel of ours")
+
+
+def _parts_of_cat(joined: Tensor, given: Sequence[Tensor], dim: int = 0) -> Sequence[Tensor]:
+    return joined.split([one.shape[dim] for one in given], dim)
+
+
+def _parts_of_stack(joined: Tensor, given: Sequence[Tensor], dim: int = 0) -> Sequence[Tensor]:
+    return joined.unbind(dim)
+
+
+_JOINS = {"cat": _parts_of_cat, "stack": _parts_of_stack}  # where each tensor is in the result
 
 
 def _result_of(name: str, args: tuple[Any, ...]) -> Tensor:
@@ -152,6 +185,7 @@ def _result_of(name: str, args: tuple[Any, ...]) -> Tensor:
 @contextmanager
 def _recording(recorder: _Recorder) -> Iterator[None]:
     """Have calls of our libraries by this thread noted instead of run."""
+    cpu_step.load()  # has the copies
     libraries = build.loaded()
     replaced = [
         (library, name, function)

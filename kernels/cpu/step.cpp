@@ -263,4 +263,24 @@ void nanovllm_ngram_propose(const void* bytes) {
       history[pos + 1 + k] = (int32_t)draft[k];
   }
 }
+
+// Row i goes from row from[i] of x to row to[i] of out; null: row i.
+struct CopyRows {
+  char* out;
+  const char* x;
+  const int64_t *to, *from;
+  int64_t num, num_bytes, to_step, from_step, num_to, num_from;
+};
+
+// Returns 0 for a row that is not there.
+int64_t nanovllm_copy_rows(const void* bytes) {
+  CopyRows a;
+  std::memcpy(&a, bytes, sizeof a);
+  for (int64_t i = 0; i < a.num; ++i) {
+    const int64_t to = a.to ? a.to[i] : i, from = a.from ? a.from[i] : i;
+    if (to < 0 || to >= a.num_to || from < 0 || from >= a.num_from) return 0;
+    std::memmove(a.out + to * a.to_step, a.x + from * a.from_step, a.num_bytes);
+  }
+  return 1;
+}
 }

@@ -53,6 +53,9 @@ _NGRAM_PROPOSE = build.ArgumentStruct(
     pointers="history draft token pos row_idx past",
     integers="num_rows num_positions num min_n max_n num_past",
 )
+COPY_ROWS = build.ArgumentStruct(
+    "CopyRows", pointers="out x to from", integers="num num_bytes to_step from_step num_to num_from"
+)
 _STRUCTS = {
     "decode_inputs": _DECODE_INPUTS,
     "span_inputs": _SPAN_INPUTS,
@@ -62,15 +65,17 @@ _STRUCTS = {
     "next_tokens": _NEXT_TOKENS,
     "draft_inputs": _DRAFT_INPUTS,
     "ngram_propose": _NGRAM_PROPOSE,
+    "copy_rows": COPY_ROWS,
 }
 
 
 @functools.cache
-def _load() -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
     library = build.load(Path(__file__).with_suffix(".cpp"), tuple(_STRUCTS.values()))
     for name in _STRUCTS:
         function = getattr(library, f"nanovllm_{name}")
         function.argtypes, function.restype = (ctypes.c_char_p,), None
+    library.nanovllm_copy_rows.restype = ctypes.c_int64
     return library
 
 
@@ -98,7 +103,7 @@ def decode_inputs(
     read = (token_S, pos_S, rope_offset_S, block_table_SP, row_idx_R)
     pointers = [tensor.data_ptr() for tensor in (*written, *read)]
     sizes = (row_idx_R.shape[0], num_blocks, block_size)
-    _load().nanovllm_decode_inputs(_DECODE_INPUTS.pack(*pointers, *sizes))
+    load().nanovllm_decode_inputs(_DECODE_INPUTS.pack(*pointers, *sizes))
     return written
 
 
@@ -126,7 +131,7 @@ def span_inputs(
     drafts = (0, 0) if draft_SK is None else (draft_SK.data_ptr(), draft_SK.shape[1])
     pointers = [*(tensor.data_ptr() for tensor in (*written, *read)), drafts[0]]
     sizes = (row_idx_R.shape[0], num_blocks, given_T.shape[0], pos_S.shape[0] - 1, block_size)
-    _load().nanovllm_span_inputs(_SPAN_INPUTS.pack(*pointers, *sizes, drafts[1], int(each)))
+    load().nanovllm_span_inputs(_SPAN_INPUTS.pack(*pointers, *sizes, drafts[1], int(each)))
     return written
 
 
@@ -142,7 +147,7 @@ def sampling_inputs(
     written = (torch.empty(num_rows), torch.empty_like(row_idx_R), torch.empty_like(row_idx_R))
     pointers = [tensor.data_ptr() for tensor in (*written, pos_S, sampling_SF, seed_S, row_idx_R)]
     pointers.append(0 if num_R is None else num_R.data_ptr())
-    _load().nanovllm_sampling_inputs(_SAMPLING_INPUTS.pack(*pointers, num_rows, num_fields))
+    load().nanovllm_sampling_inputs(_SAMPLING_INPUTS.pack(*pointers, num_rows, num_fields))
     return written
 
 
@@ -152,7 +157,7 @@ def advance(
     """See `reference.step.advance`."""
     pointers = [tensor.data_ptr() for tensor in (token_S, pos_S, row_idx_R, token_R)]
     pointers.append(0 if num_R is None else num_R.data_ptr())
-    _load().nanovllm_advance(_ADVANCE.pack(*pointers, row_idx_R.shape[0], token_S.shape[0] - 1))
+    load().nanovllm_advance(_ADVANCE.pack(*pointers, row_idx_R.shape[0], token_S.shape[0] - 1))
 
 
 def accept(
@@ -173,7 +178,7 @@ def accept(
     pointers = [one.data_ptr() for one in tensors]
     pointers.append(0 if seed_S is None else seed_S.data_ptr())
     sizes = (num_rows, token_T.shape[0], token_S.shape[0] - 1, num, rate)
-    _load().nanovllm_accept(_ACCEPT.pack(*pointers, *sizes))
+    load().nanovllm_accept(_ACCEPT.pack(*pointers, *sizes))
     return token_RK, count_R
 
 
@@ -190,7 +195,7 @@ def next_tokens(
     tensors = (next_T, last_R, token_S, pos_S, row_idx_R, fed_T, seq_len_R, q_start)
     sizes = (row_idx_R.shape[0], fed_T.shape[0], token_S.shape[0] - 1)
     pointers = [one.data_ptr() for one in tensors]
-    _load().nanovllm_next_tokens(_NEXT_TOKENS.pack(*pointers, *sizes))
+    load().nanovllm_next_tokens(_NEXT_TOKENS.pack(*pointers, *sizes))
     return next_T, last_R
 
 
@@ -218,7 +223,7 @@ def draft_inputs(
     read = (token_S, pos_S, rope_offset_S, block_table_SP, row_idx_R)
     pointers = [one.data_ptr() for one in (*written, *read)]
     sizes = (row_idx_R.shape[0], num_blocks, num, shift, mask_id, block_size, last_pos)
-    _load().nanovllm_draft_inputs(_DRAFT_INPUTS.pack(*pointers, *sizes))
+    load().nanovllm_draft_inputs(_DRAFT_INPUTS.pack(*pointers, *sizes))
     return written
 
 
@@ -237,7 +242,7 @@ def ngram_propose(
     past = (0, 0) if past_C is None else (past_C.data_ptr(), past_C.shape[0])
     pointers = [*(tensor.data_ptr() for tensor in tensors), past[0]]
     sizes = (row_idx_R.shape[0], history_SM.shape[1], draft_SK.shape[1], min_n, max_n, past[1])
-    _load().nanovllm_ngram_propose(_NGRAM_PROPOSE.pack(*pointers, *sizes))
+    load().nanovllm_ngram_propose(_NGRAM_PROPOSE.pack(*pointers, *sizes))
 
 
 _ALL = (
@@ -249,5 +254,5 @@ KERNELS = {kernel.__name__: kernel for kernel in _ALL}
 
 def register() -> None:
     """Make these the ops' CPU kernels; compiles or loads the library. Later calls do nothing."""
-    _load()
+    load()
     ops.register_kernels("CPU", KERNELS)

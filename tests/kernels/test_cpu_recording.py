@@ -74,6 +74,53 @@ def test_calls_of_other_threads_are_not_recorded() -> None:
     assert torch.equal(one.out_TD, one.result()) and not other.out_TD.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_copies_are_calls_of_the_library(dtype: torch.dtype) -> None:
+    """Joins, look-ups and writes of rows: no part of such a step is torch's."""
+    x_TD = torch.arange(19 * 8).to(dtype).view(19, 8)  # rows with gaps, where six columns are read
+    row_R, to_R = torch.tensor([3, 0, 18]), torch.tensor([1, 4, 0])
+    out_SD, column_T = torch.zeros(5, 12, dtype=dtype), torch.zeros(19, dtype=dtype)
+
+    def step() -> None:
+        rows_RD = x_TD[:, :6].index_select(0, row_R)
+        both_RJ = torch.cat((rows_RD, x_TD[2:5, 2:]), 1)
+        out_SD.index_copy_(0, to_R, both_RJ)
+        out_SD[2:4, 3:9].copy_(torch.cat((rows_RD[:1], x_TD[7:8, 1:7].clone())))
+        column_T.copy_(torch.stack((x_TD[:, 1], x_TD[:, 2]), 1)[:, 1])
+
+    replay = RecordedStep(step)
+    assert not out_SD.any() and not column_T.any()
+    assert [type(part).__name__ for part in replay._parts] == ["_Calls"]
+    for _ in range(2):
+        x_TD += 1
+        replay()
+        found = out_SD.clone(), column_T.clone()
+        out_SD.zero_(), column_T.zero_()
+        step()
+        assert torch.equal(found[0], out_SD) and torch.equal(found[1], column_T)
+    for index in (row_R, to_R):
+        index += 17
+        with pytest.raises(IndexError, match="nanovllm_copy_rows refuses its arguments"):
+            replay()
+        index -= 17
+    replay()
+
+
+def test_copies_to_other_dtypes_and_shapes_are_torch_s() -> None:
+    x_TD, out_TD = torch.randn(3, 4), torch.zeros(3, 4, dtype=torch.bfloat16)
+    gaps_TDE = torch.zeros(3, 4, 2)
+
+    def step() -> None:
+        out_TD.copy_(x_TD)
+        gaps_TDE[:, :, 1].copy_(x_TD)
+        gaps_TDE[:, :2].copy_(x_TD[0, 0])
+
+    replay = RecordedStep(step)
+    replay()
+    assert torch.equal(out_TD, x_TD.bfloat16()) and torch.equal(gaps_TDE[:, 2:, 1], x_TD[:, 2:])
+    assert (gaps_TDE[:, :2] == x_TD[0, 0]).all()
+
+
 def of_inductor() -> None:
     recorded.refuse("a program of Inductor")
 
