@@ -2,7 +2,8 @@
 
 A step of K draft tokens makes 1 + a_1 + a_1·a_2 + … tokens a row, where a_i is the share of
 accepted tokens at position i, of those whose earlier ones were accepted. It is worth its time if it
-makes more tokens per millisecond than a plain step. Otherwise steps are plain, and now and then a
+makes more tokens per millisecond than a plain step; long drafts only once shorter ones have been
+seen. Otherwise steps are plain, and now and then a
 trial of short drafts shows whether they would be accepted again. Between steps with drafts some are
 plain, which shows how long these take by now.
 
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 DECAY = 0.99
 # Before any result, as if so many rows had been seen at this share.
 PRIOR_SHARE, PRIOR_ROWS = 0.8, 4.0
+# A longer draft is chosen once so many rows have reached the last position of the next shorter one.
+SEEN_ROWS = 4.0
 # Drafts must make so many times more tokens per millisecond than plain steps.
 MARGIN = 1.01
 # The share of the time of all steps that drafts may lose.
@@ -66,7 +69,10 @@ class DraftLengths:
         self._num_accepted = [0.0] * times.lengths[-1]
         # of steps without and with masks, which the host computes before them
         reading_R = times.reading_R or [1.0] * len(times.rows)
-        self._buckets = [list(map(_Bucket, times.ms_RK, reading_R)) for _ in range(2)]
+        self._buckets = [
+            [_Bucket(*one, trial_steps) for one in zip(times.ms_RK, reading_R, strict=True)]
+            for _ in range(2)
+        ]
         self._chosen = 0  # the length that is best by now
         self._saved_ms = FIRST_STEPS * times.ms_RK[0][0]
         self._trial_left = 0  # steps of the trial
@@ -90,7 +96,8 @@ class DraftLengths:
         made_K = [1 + share * (made - 1) for made in self._tokens()]
         for idx, length in enumerate(lengths):
             made_K[idx] += sum(min(length, num) for num in forced) / num_rows
-        best = max(range(1, len(lengths)), key=lambda idx: made_K[idx] / ms_K[idx])
+        num = len(lengths) if any(forced) else self._num_seen()
+        best = max(range(1, num), key=lambda idx: made_K[idx] / ms_K[idx])
         if made_K[best] / ms_K[best] > MARGIN / ms_K[0]:
             self._chosen = lengths[best]
             return 0 if bucket.plain_is_due() else lengths[best]
@@ -150,6 +157,14 @@ class DraftLengths:
             self._saved_ms += plain_ms * num_tokens / num_rows - ms
         self._saved_ms = min(self._saved_ms, MOST_STEPS * plain_ms)
 
+    def _num_seen(self) -> int:
+        """How many of the lengths may be chosen: the first two, and those after lengths that were
+        seen."""
+        num = 2
+        while num < len(self._lengths) and self._num_tried[self._lengths[num - 1] - 1] >= SEEN_ROWS:
+            num += 1
+        return num
+
     def _trial_ms(self, bucket: _Bucket) -> float:
         return self._trial_steps * max(0.0, bucket.ms_K[1] - bucket.ms_K[0])
 
@@ -169,14 +184,15 @@ class DraftLengths:
 
 class _Bucket:
     """What is expected of the steps of one bucket: their times for each length. reading: how many
-    times as long a plain step takes in which the proposer reads on."""
+    times as long a plain step takes in which the proposer reads on. plain_every: steps with drafts
+    before the first plain one among them."""
 
-    def __init__(self, ms_K: Sequence[float], reading: float) -> None:
+    def __init__(self, ms_K: Sequence[float], reading: float, plain_every: int) -> None:
         self.ms_K, self.reading = list(ms_K), reading
         self._newest_K = list(ms_K)  # measured, at first at warm-up
         self._num_K = [0] * len(ms_K)  # so many times
         self._num_steps = 0  # with drafts since the last plain one
-        self._plain_every = 1
+        self._plain_every = plain_every
 
     def plain_is_due(self) -> bool:
         """Whether the next step is plain, among steps with drafts."""

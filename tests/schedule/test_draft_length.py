@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -63,6 +64,25 @@ def test_the_length_follows_times_and_shares(num_rows: int, share: float, expect
     made = DraftLengths(times(bandwidth_bound))
     _, chosen = run(made, num_rows, lambda place: share, bandwidth_bound, 300)
     assert most_common(chosen[50:]) == expected
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_longer_drafts_follow_shorter_ones_that_were_seen(share: float) -> None:
+    """Drafts cost next to nothing, so all lengths are worth their time as far as is known."""
+    made = DraftLengths(times(lambda rows, num: 10.0 + 0.01 * num))
+    _, chosen = run(made, 1, lambda place: share, lambda rows, num: 10.0 + 0.01 * num, 200)
+    drafted = [num for num in chosen if num]
+    firsts = [drafted.index(num) for num in LENGTHS[1:] if num in drafted]
+    assert firsts == sorted(firsts) and firsts[0] == 0
+    assert all(later - first >= 4 for first, later in pairwise(firsts))
+    assert (7 in drafted) == (share > 0), "the third position was never reached"
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_drafts_are_verified_before_the_first_plain_step(num: int) -> None:
+    """A proposer with trials of two steps drafts in the first one."""
+    made = DraftLengths(times(lambda rows, drafts: 10.0), trial_steps=num)
+    assert [made.choose(1) for _ in range(num + 1)] == [1] * num + [0]
 
 
 def test_a_length_ends_where_drafts_become_wrong() -> None:
