@@ -24,7 +24,6 @@ from torch.nn import functional as F
 THETA = 10_000.0
 DECAY = 0.8  # of a round's weight in the loss
 STATE_WEIGHT = 1.0  # of the distance of states in the loss
-ADDED_AT_FIRST = 0.1  # of usual random weights
 NOT_DRAFTED = -100  # the label of tokens that the head cannot draft
 
 
@@ -92,12 +91,7 @@ class Head(nn.Module):
         self.register_buffer("embed_VD", target.embed_VD, persistent=False)
         goal_D = target.final_norm_D.clone()
         self.register_buffer("goal_norm_D", goal_D, persistent=False)
-        with torch.no_grad():
-            # it begins as the model's last state that it reads, with little added to it, and
-            # chooses among the tokens as the model does
-            for one in (self.fc, self.midlayer.self_attn["o_proj"], self.midlayer.mlp["down_proj"]):
-                one.weight.mul_(ADDED_AT_FIRST)
-            self.fc.weight[:, -hidden:] += torch.eye(hidden)
+        with torch.no_grad():  # it chooses among the tokens as the model does
             self.norm.weight.copy_(target.final_norm_D)
             self.lm_head.weight.copy_(target.head_VD[target_X])
 

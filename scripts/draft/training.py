@@ -18,7 +18,8 @@ from torch import Tensor
 logger = logging.getLogger("train_draft")
 WARM_STEPS = 20  # until the full learning rate
 SHOWN_STEPS = 100  # between two lines of the log
-WEIGHT_DECAY = 0.05  # of matrices
+WEIGHT_DECAY = 0.05  # of matrices between hidden states
+MUON_RATE = 4.0  # of its learning rate
 APART_EVERY = 50  # of prompts, one is set apart
 POOL = 16  # batches that are cut from texts in the order of their lengths
 EVAL_BATCHES = 6  # of texts that are set apart, at most
@@ -70,17 +71,20 @@ def batches(
                 yield cut[i]
 
 
-def optimizer_of(drafter: torch.nn.Module, plan: Plan) -> torch.optim.AdamW:
-    matrices = [one for one in drafter.parameters() if one.dim() > 1]
-    others = [one for one in drafter.parameters() if one.dim() <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups,
-        lr=plan.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=WEIGHT_DECAY,
-        fused=plan.device.type == "cuda",
+def optimizers_of(drafter: torch.nn.Module, plan: Plan) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon (https://kellerjordan.github.io/posts/muon) for matrices between hidden states, which
+    then need fewer steps; AdamW for heads over tokens, and for vectors."""
+    matrices, others = [], []
+    for name, one in drafter.named_parameters():
+        (matrices if one.dim() == 2 and not name.startswith("lm_head") else others).append(one)
+    muon = torch.optim.Muon(
+        matrices, MUON_RATE * plan.learning_rate, WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
     )
+    is_fused = plan.device.type == "cuda"
+    adamw = torch.optim.AdamW(
+        others, plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=is_fused
+    )
+    return muon, adamw
 
 
 def half_precision(device: torch.device) -> AbstractContextManager[None]:
@@ -114,7 +118,8 @@ def train(
     """Train a module with a `loss` for the steps or minutes of the plan; returns the number of
     steps, and the shares of right tokens of each part at the end."""
     drafter.to(plan.device)
-    optimizer = optimizer_of(drafter, plan)
+    optimizers = optimizers_of(drafter, plan)
+    rates = [(group, group["lr"]) for one in optimizers for group in one.param_groups]
     order = torch.Generator().manual_seed(plan.seed)
     given = batches(parts.trained, lengths, plan.batch, order)
     tests = {"apart": parts.apart[: EVAL_BATCHES * plan.batch], "held out": parts.held_out}
@@ -126,9 +131,9 @@ def train(
     right: dict[str, Any] = {}
     start, step = time.monotonic(), 0
     while (part := _done(plan, step, time.monotonic() - start)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * min(1, (step + 1) / WARM_STEPS) * (1 - part)
-        loss, shares = _step(drafter, moved(make_batch(next(given)), plan.device), plan, optimizer)
+        for group, rate in rates:
+            group["lr"] = rate * min(1, (step + 1) / WARM_STEPS) * (1 - part)
+        loss, shares = _step(drafter, moved(make_batch(next(given)), plan.device), plan, optimizers)
         if step % SHOWN_STEPS == 0:
             right = {"training": [round(float(one), 3) for one in shares]}
             right |= {name: shares_right(drafter, some, plan) for name, some in made.items()}
@@ -140,14 +145,15 @@ def train(
 
 
 def _step(
-    drafter: Any, batch: Any, plan: Plan, optimizer: torch.optim.Optimizer
+    drafter: Any, batch: Any, plan: Plan, optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[Tensor, Tensor]:
     with half_precision(plan.device):
         loss, shares = drafter.loss(batch, plan.num)
-    optimizer.zero_grad()
+    drafter.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
-    optimizer.step()
+    for one in optimizers:
+        one.step()
     return loss.detach(), shares
 
 

@@ -170,7 +170,8 @@ def test_answers_are_those_without_drafts(
             assert llm.tokenizer is not None
             assert re.fullmatch(FORCED, llm.tokenizer.decode(found[2]))
         fed = masked(plans)
-        assert sum(len(one) == NUM for one in fed) > 10
+        # rows join some steps sooner or later, when their grammar is ready
+        assert sum(len(one) == NUM for one in fed) > (3 if adapts else 10)
         counts = llm.engine.scheduler.counts
         assert counts.num_undrafted == 0 or adapts
         if method in ("ngram", "draft_model"):

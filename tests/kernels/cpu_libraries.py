@@ -17,7 +17,7 @@ def build_all() -> Path:
     folder = env.read().store_folder(None) / "cpp"
     before = build._LibraryState.settings
     build.configure(folder, env.read().cxx, may_compile=True)
-    for load in (library.load, step._load, experts._load, packed._load, ggml._load):
+    for load in (library.load, step.load, experts._load, packed._load, ggml._load):
         # not what this process has loaded, perhaps from a store of one test
         load.__wrapped__()
     build._LibraryState.settings = before
