@@ -1,5 +1,6 @@
-"""Copies of rows as calls of the C++ library, for steps that are recorded: torch takes 10 to 30 us
-for each of them, a kernel's call less than one.
+"""Copies of rows as calls of the C++ library, for steps that are recorded.
+
+torch takes 10 to 30 us for each copy, a call of the library less than one.
 
 Each function copies as torch does, and returns False, having done nothing, for tensors that it does
 not cover: other dtypes on both sides, rows with gaps, more than two dimensions. Nothing checks

@@ -36,7 +36,7 @@ def begin(
 def store_plan(steps: Steps, row_idx_R: Tensor) -> None:
     """Let the store have the plan that `begin` reads at a start, or why there is none."""
     if steps.persistent is not None and steps.persistent.may_take(Form(len(row_idx_R))):
-        with suppress(Unfit):
+        with suppress(Unfit):  # the reason is stored, and `begin` logs it
             plan_of(_parts(steps), *steps.begin(row_idx_R))
 
 

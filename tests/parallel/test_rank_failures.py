@@ -42,7 +42,7 @@ def failed(ranks: WorkerGroup) -> threading.Event:
 
 
 def test_a_killed_rank_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of its channel is enough: nobody looks at the ranks from time to time here."""
+    """The end of its channel is enough: the periodic check of ranks is switched off here."""
     monkeypatch.setattr(monitor, "TICK_SECONDS", 1000.0)
     with started(4, tmp_path) as ranks:
         ranks.call("echo")

@@ -100,8 +100,7 @@ def read(
     *,
     varying: Sequence[str] = (),
 ) -> Plan:
-    """The plan of a step with one layer: the caller knows how many have this region. Raises
-    Unfit."""
+    """The plan of a step with one layer; the caller sets how many there are. Raises Unfit."""
     of_layer = Reader(_fused(layer, layer_inputs, varying))
     of_head = Reader(_fused(head, head_inputs, varying))
     sizes, layer_names = _layer(of_layer)
