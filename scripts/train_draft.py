@@ -14,12 +14,13 @@ At the end the engine drafts with it on held-out prompts, greedily, and a line o
 often the draft tokens at each position were accepted, and the mean tokens of a step.
 
 --prompts FILE has a prompt on each line; without it there are some thousand made-up ones, of which
---num-prompts takes the first. Give your own: a head drafts well what it was trained on. Accept
-lengths are those of each kind of held-out prompts: prose, code and chat of other subjects and
-forms, or every tenth prompt of the file. With --texts FILE the answers are kept, and another run
-with the same model and prompts reads them. Hidden states stay on the GPU if they take at most half
-of its free memory: (layers + 1) x 2 bytes x the hidden size, for each token. For SmolLM2-135M, in a
-GGUF file, on two CPU cores:
+--num-prompts takes the first. Give your own: a head drafts well what it was trained on. Or let the
+model make up --own-prompts N besides, in the chat template, which are about what it was trained on.
+Accept lengths are those of each kind of held-out prompts: prose, code and chat of other subjects
+and forms, or every tenth prompt of the file. With --texts FILE the answers are kept, and another
+run with the same model and prompts reads them. Hidden states stay on the GPU if they take at most
+half of its free memory: (layers + 1) x 2 bytes x the hidden size, for each token. For SmolLM2-135M,
+in a GGUF file, on two CPU cores:
 
     python scripts/train_draft.py --model SmolLM2-135M-Instruct.Q4_1.gguf --out HEAD \\
         --layers 14 26 29 --draft-vocab-size 4096 --num-speculative-tokens 2 \\
@@ -34,7 +35,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -48,7 +49,7 @@ from draft import block, collect, head, prompts, training
 from draft.collect import Counts, Examples, Target, Text
 from torch import nn
 
-from nanovllm import SamplingParams
+from nanovllm import LLM, SamplingParams
 from nanovllm.tools import command_line
 
 logger = logging.getLogger("train_draft")
@@ -69,6 +70,7 @@ def parse_args(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, default=3, help="of a DFlash draft")
     parser.add_argument("--prompts", type=Path, help="file with a prompt on each line")
     parser.add_argument("--num-prompts", type=int, help="for training; default: all")
+    parser.add_argument("--own-prompts", type=int, default=0, help="that the model makes up")
     parser.add_argument("--texts", type=Path, help="file of answers, written if it is not there")
     parser.add_argument("--num-tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answers")
@@ -92,6 +94,8 @@ def parse_args(given: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} is {value}: it must be positive")
+    if args.own_prompts < 0:
+        parser.error(f"--own-prompts is {args.own_prompts}: it must be 0 or more")
     if args.method == "eagle3" and args.layers is not None and len(args.layers) != 3:
         parser.error(f"--layers has {len(args.layers)}: an EAGLE-3 head reads 3")
     return args
@@ -193,10 +197,11 @@ def measured(args: argparse.Namespace, others: dict[str, list[Text]]) -> dict[st
 
 def answered(args: argparse.Namespace) -> tuple[list[Text], dict[str, list[Text]]]:
     """What the model answers to the prompts for training, and to the held-out ones by kind."""
-    asked = prompts.training(args.prompts, args.num_prompts) * args.answers
+    asked = prompts.training(args.prompts, args.num_prompts)
     held_out = prompts.held_out(args.prompts)
     others = [one for some in held_out.values() for one in some]
-    num = len(asked) + len(others)
+    num_trained = (len(asked) + args.own_prompts) * args.answers
+    num = num_trained + len(others)
     if args.texts is not None and args.texts.is_file():
         texts = collect.read(args.texts, num)
     else:
@@ -207,12 +212,14 @@ def answered(args: argparse.Namespace) -> tuple[list[Text], dict[str, list[Text]
             )
             for number in range(num)
         ]  # fmt: skip
-        options = engine_options(args, args.max_num_seqs)
-        texts = collect.answers(args.model, asked + others, params, options)
+        with closing(LLM(args.model, **engine_options(args, args.max_num_seqs))) as llm:
+            if args.own_prompts:
+                asked = asked + collect.own_prompts(llm, args.own_prompts, args.seed)
+            texts = collect.answers(llm, asked * args.answers + others, params)
         if args.texts is not None:
             collect.write(args.texts, texts)
-    rest = iter(texts[len(asked) :])
-    return texts[: len(asked)], {kind: list(islice(rest, len(held_out[kind]))) for kind in held_out}
+    rest = iter(texts[num_trained:])
+    return texts[:num_trained], {kind: list(islice(rest, len(held_out[kind]))) for kind in held_out}
 
 
 def trained(

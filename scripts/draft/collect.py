@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,8 @@ from nanovllm.startup.load import load
 
 LIKELY = 16  # tokens whose probabilities are kept
 HEAD_TOKENS = 1024  # whose logits are computed at a time
+PROMPT_TOKENS = 96  # of a prompt that the model makes up, at most
+PLACE = "\u241f"  # in place of a prompt, to find where it begins in a chat
 
 
 class Text(NamedTuple):
@@ -91,19 +93,42 @@ class Target(NamedTuple):
     final_norm_D: Tensor
 
 
-def answers(
-    model: str, prompts: Sequence[str], params: list[SamplingParams], options: dict[str, Any]
-) -> list[Text]:
+def answers(llm: LLM, prompts: Sequence[str], params: list[SamplingParams]) -> list[Text]:
     """What the model answers to prompts, in its chat template if it has one."""
-    with closing(LLM(model, **options)) as llm:
-        template = getattr(llm.get_tokenizer(), "chat_template", None)
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        given: Any = llm.chat_prompts(chats) if template else list(prompts)
-        found = llm.generate(given, params)
-        return [
-            Text([*one.prompt_token_ids, *one.outputs[0].token_ids], len(one.prompt_token_ids))
-            for one in found
-        ]
+    found = llm.generate(as_chats(llm, prompts) if has_template(llm) else list(prompts), params)
+    return [
+        Text([*one.prompt_token_ids, *one.outputs[0].token_ids], len(one.prompt_token_ids))
+        for one in found
+    ]
+
+
+def has_template(llm: LLM) -> bool:
+    return bool(getattr(llm.get_tokenizer(), "chat_template", None))
+
+
+def as_chats(llm: LLM, prompts: Sequence[str]) -> Any:
+    return llm.chat_prompts([[{"role": "user", "content": prompt}] for prompt in prompts])
+
+
+def own_prompts(llm: LLM, num: int, seed: int) -> list[str]:
+    """Prompts that the model makes up when it goes on where a user's turn of a chat begins. They
+    are about what the model was trained on. Those that end come first. Raises ValueError without a
+    chat template. Source: Xu et al. 2024, https://arxiv.org/abs/2406.08464.
+    """
+    if not has_template(llm):
+        raise ValueError("the model has no chat template, so it cannot make up prompts")
+    tokenizer = llm.get_tokenizer()
+    (chat,) = as_chats(llm, [PLACE])
+    before = tokenizer.decode(chat, skip_special_tokens=False).split(PLACE)[0]
+    begin: Any = {"prompt_token_ids": tokenizer.encode(before, add_special_tokens=False)}
+    params = [
+        SamplingParams(temperature=1.0, top_p=0.95, max_tokens=PROMPT_TOKENS, seed=seed + number)
+        for number in range(num + num // 2)
+    ]
+    made = [one.outputs[0] for one in llm.generate([begin] * len(params), params)]
+    made.sort(key=lambda one: one.finish_reason != "stop")
+    texts = list(dict.fromkeys(one.text.strip() for one in made))
+    return list(islice(cycle(texts), num))
 
 
 def write(file: Path, texts: Sequence[Text]) -> None:
