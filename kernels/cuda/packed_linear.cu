@@ -10,7 +10,7 @@
 //
 // Constants, by -D: BITS (4 or 8), FP8 (codes are float8_e4m3fn), E2M1 (numbers in e2m1), OFFSET,
 // SCALE (0 fp32, 1 bf16, 2 fp16), NT (tiles of 8 rows of x), M, WK, WR, STAGES,
-// MIN_PROGRAMS (of a multiprocessor), SILU, NORM (one row of x is normed first),
+// MIN_PROGRAMS (of a multiprocessor), SILU, NORM (x is normed first: 1 one row, 2 up to 8),
 // CLAMP (SILU is a clamped SwiGLU), PAIRS (0 a product, 1 a product for each pair, 2 the sum over a
 // token's pairs, 3 a product for up to 8 · NT pairs of one expert), TOP_K (pairs of a token, if PAIRS
 // is 2), X_BY_PLACE and OUT_BY_PLACE (if PAIRS is 3: rows of x or of the result are in the order of
@@ -80,6 +80,30 @@ __device__ __forceinline__ void factors(const Slot& slot, int m, u32 (&low)[2], 
 #pragma unroll
   for (int h = 0; h < 2; h++)
     factors(slot.scale[m][h], slot.offset[m][h], low[h], high[h], less[h]);
+}
+
+// The sum of the squares of eight numbers, and the numbers times a factor and a norm's weight.
+__device__ __forceinline__ float squares_of(const Four& v) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    sum += low_of(word_of(v, i)) * low_of(word_of(v, i)) + high_of(word_of(v, i)) * high_of(word_of(v, i));
+  return sum;
+}
+__device__ __forceinline__ Four scaled(const Four& v, const Four& weight, float by) {
+  u32 r[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const u32 word = word_of(v, i), times = word_of(weight, i);
+    r[i] = to_bf16_pair(low_of(word) * by * low_of(times), high_of(word) * by * high_of(times));
+  }
+  return Four{r[0], r[1], r[2], r[3]};
+}
+
+__device__ __forceinline__ float sum_of_warp(float v) {
+#pragma unroll
+  for (int i = 16; i; i /= 2) v += __shfl_xor_sync(0xffffffff, v, i);
+  return v;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_linear(const Args a) {
@@ -193,38 +217,30 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
 #if NORM
   // x · norm / √(mean x² + eps), rounded to bf16, for all warps
   u16* const normed = reinterpret_cast<u16*>(shared);
+#if NORM == 1
   float* const squares = reinterpret_cast<float*>(shared + ((depth * 2 + 15) & ~15u));
   float square = 0;
-  for (u32 i = threadIdx.x * 8; i < depth; i += THREADS * 8) {
-    Four v = load_four(a.x + i);
-    const u32 words[4] = {v.a, v.b, v.c, v.d};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const float low = of_bf16(words[j] & 0xffff), high = __uint_as_float(words[j] & 0xffff0000);
-      square += low * low + high * high;
-    }
-  }
-#pragma unroll
-  for (int i = 16; i; i /= 2) square += __shfl_xor_sync(0xffffffff, square, i);
+  for (u32 i = threadIdx.x * 8; i < depth; i += THREADS * 8) square += squares_of(load_four(a.x + i));
+  square = sum_of_warp(square);
   if (lane == 0) squares[threadIdx.x >> 5] = square;
   __syncthreads();
   square = 0;
 #pragma unroll
   for (int i = 0; i < THREADS / 32; i++) square += squares[i];
   const float factor = rsqrtf(square / depth + a.eps);
-  for (u32 i = threadIdx.x * 8; i < depth; i += THREADS * 8) {
-    Four v = load_four(a.x + i), w = load_four(a.norm + i);
-    const u32 words[4] = {v.a, v.b, v.c, v.d}, weights[4] = {w.a, w.b, w.c, w.d};
-    u32 found[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const float low = of_bf16(words[j] & 0xffff) * factor * of_bf16(weights[j] & 0xffff);
-      const float high = __uint_as_float(words[j] & 0xffff0000) * factor *
-                         __uint_as_float(weights[j] & 0xffff0000);
-      found[j] = to_bf16_pair(low, high);
-    }
-    *reinterpret_cast<Four*>(normed + i) = Four{found[0], found[1], found[2], found[3]};
+  for (u32 i = threadIdx.x * 8; i < depth; i += THREADS * 8)
+    *reinterpret_cast<Four*>(normed + i) = scaled(load_four(a.x + i), load_four(a.norm + i), factor);
+#else
+  for (u32 row = threadIdx.x >> 5; row < a.num_rows; row += THREADS / 32) {
+    const u16* const from = a.x + (u64)row * a.x_stride;
+    float square = 0;
+    for (u32 i = lane * 8; i < depth; i += 256) square += squares_of(load_four(from + i));
+    const float factor = rsqrtf(sum_of_warp(square) / depth + a.eps);
+    for (u32 i = lane * 8; i < depth; i += 256)
+      *reinterpret_cast<Four*>(normed + row * (depth + 8) + i) =
+          scaled(load_four(from + i), load_four(a.norm + i), factor);
   }
+#endif
   __syncthreads();
 #endif
 
@@ -247,8 +263,8 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
     is_real = is_real && has_row;
     const u16* at = own_x + column;
 #elif NORM
-    is_real = is_real && g == 0;
-    const u16* at = normed + column;
+    is_real = is_real && g < a.num_rows;
+    const u16* at = normed + g * (depth + 8) + column;  // rows g and g + 1 are in different banks
 #else
     is_real = is_real && g < a.num_rows;
     const u16* at = a.x + (u64)g * a.x_stride + column;

@@ -21,6 +21,8 @@ from nanovllm.kernels.triton.packed_codes import E2M1, Codes
 
 MAX_ROWS = 64
 ROWS = (8, 16, 32, 64)  # of x in a launch
+# Up to so many rows of x, and bytes of them, are normed in each program.
+MAX_NORMED_ROWS, MAX_NORMED_BYTES = 8, 20 << 10
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ONE_GROUP = 31  # the shift of columns if a row has one scale
 PLAIN = {
@@ -58,6 +60,13 @@ def takes(x_TD: Tensor, codes: Codes) -> bool:
         and (codes.group >= depth or (_is_power(codes.group) and codes.group >= columns))
         and _is_power(codes.group_rows)
     )
+
+
+def takes_norm(x_TD: Tensor) -> bool:
+    """Whether the product is faster if it norms rows of x itself."""
+    num_rows, depth = x_TD.shape
+    is_small = num_rows <= MAX_NORMED_ROWS and num_rows * depth * 2 <= MAX_NORMED_BYTES
+    return num_rows == 1 or is_small
 
 
 @functools.cache
@@ -115,7 +124,7 @@ def packed_linear(
 ) -> Tensor:
     """silu_mul(rms_norm(x) · weightᵀ + bias) + residual; see `reference.packed`.
 
-    `takes` is true and T ≤ 64; only one row may be normed. `tile` overrides the sizes.
+    `takes` is true and T ≤ 64, with a norm `takes_norm` too. `tile` overrides the sizes.
     """
     num_rows, depth = x_TD.shape
     num_outs = codes.num_rows // 2 if silu_mul else codes.num_rows
@@ -123,7 +132,8 @@ def packed_linear(
     tile = tile or tile_of(num_rows, codes, depth)
     x_TD = aligned(x_TD)
     row_tiles = next(most for most in ROWS if num_rows <= most) // 8
-    function = function_of(x_TD, codes, tile, row_tiles, SILU=silu_mul, NORM=norm_D is not None)
+    norm = 0 if norm_D is None else 1 if num_rows == 1 else 2
+    function = function_of(x_TD, codes, tile, row_tiles, SILU=silu_mul, NORM=norm)
     outs = tile.units * tile.row_warps * (8 if silu_mul else 16)
     grid = (-(-num_outs // outs), 1, 1)
     arguments = functools.partial(
@@ -136,14 +146,14 @@ def packed_linear(
 
 
 def shared_bytes(tile: Tile, num_rows: int, codes: Codes, normed: int) -> int:
-    """Bytes of shared memory for a product; `normed` columns of x are normed first."""
+    """Bytes of shared memory for a product; `normed` columns of x are normed first, if any."""
     row_tiles = next(most for most in ROWS if num_rows <= most) // 8
     num_bytes = tile.num_warps * tile.units * row_tiles * 512  # sums
     if row_tiles > 1:  # two stages of x
         columns = 512 // codes.bits
         num_bytes = max(num_bytes, 2 * tile.depth_warps * 8 * row_tiles * columns * 2)
     if normed:
-        num_bytes = max(num_bytes, -(-normed * 2 // 16) * 16 + tile.num_warps * 4)
+        num_bytes = max(num_bytes, num_rows * (normed + 8) * 2 + tile.num_warps * 4)
     return num_bytes
 
 

@@ -29,12 +29,13 @@ MAX_FP8_ROWS = 32
 MAX_ROWS_ONE_BY_ONE = 4
 
 
-def takes(num_rows: int, has_units: bool, norm: bool) -> bool:
-    """True if one launch computes the product with its neighbours. More rows than one are normed
-    by a kernel of their own, as before `split_k_gemm`."""
-    if norm or not has_units:
-        return num_rows == 1
-    return num_rows <= packed_tiles.MAX_ROWS
+def takes(x_TD: Tensor, codes: Codes, norm: bool) -> bool:
+    """True if one launch computes the product with its neighbours. Of few kernels more rows than
+    one may be normed by the product, as before `split_k_gemm`."""
+    num_rows = len(x_TD)
+    if norm:
+        return num_rows == 1 or (cuda_packed.takes_norm(x_TD) and cuda_packed.takes(x_TD, codes))
+    return num_rows == 1 or (has_units(x_TD.device) and num_rows <= packed_tiles.MAX_ROWS)
 
 
 def takes_packed(
@@ -56,7 +57,7 @@ def takes_packed(
         return True
     if _wgmma_tile(x_TD, codes) is not None:
         return not has_norm
-    return takes(x_TD.shape[0], has_units(x_TD.device), has_norm)
+    return takes(x_TD, codes, has_norm)
 
 
 def takes_fp8(
@@ -72,8 +73,7 @@ def takes_fp8(
     codes = packed_codes.of_fp8(weight_OD, scale_RG, block_rows, block_columns)
     if not _can(x_TD, codes) or _is_by_fp8(x_TD, codes):
         return False
-    is_taken = takes(x_TD.shape[0], has_units(x_TD.device), has_norm)
-    return is_taken or packed_stream.takes(x_TD, codes)
+    return takes(x_TD, codes, has_norm) or packed_stream.takes(x_TD, codes)
 
 
 def _can(x_TD: Tensor, codes: Codes) -> bool:
@@ -107,9 +107,10 @@ def _product(
             x_TD, codes, norm_D=norm_D, eps=eps, bias_O=bias_O, residual_TO=residual_TO,
             silu_mul=silu,
         )  # fmt: skip
-    if norm_D is not None and num_rows > 1:
+    tile = _wgmma_tile(x_TD, codes)
+    if norm_D is not None and (tile is not None or not takes(x_TD, codes, True)):
         x_TD, norm_D = rms_norm(x_TD, norm_D, eps), None
-    if (tile := _wgmma_tile(x_TD, codes)) is not None:
+    if tile is not None:
         return packed_wgmma.packed_wgmma(x_TD, codes, tile, bias_O, residual_TO, silu)
     if num_rows <= packed_tiles.MAX_ROWS and not _is_by_fp8(x_TD, codes):
         if cuda_packed.takes(x_TD, codes):

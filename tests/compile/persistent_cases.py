@@ -133,7 +133,7 @@ def case(
     hidden states after the first and the last layer are kept. Pages are in no order. The plan is in
     the store of `compiler`, if there is one."""
     of_request = [(one,) if isinstance(one, int) else one for one in lens]
-    lens = tuple(chain.from_iterable(of_request))
+    len_R = list(chain.from_iterable(of_request))
     torch.manual_seed(0)
     where, cfg = torch.device(device), config(shape, **changed)
     is_sparse = (True,) * shape.layers
@@ -152,22 +152,25 @@ def case(
             factor = values.shape[-1] ** -0.5 / values[..., :64].float().std()
             for part in parts_of_scale(weight):
                 part.mul_(factor)
-    each = -(-max(lens) // BLOCK_SIZE)
-    table_RP = torch.randperm(len(lens) * each).view(len(lens), each).int() + 1
+        if shape.experts is not None:  # neighbours in the router's order are seldom near each other
+            order_E = torch.randperm(shape.experts.num, device=where)
+            one.router_ED.mul_((3 * 1.5 ** -order_E.to(DTYPE))[:, None])
+    each = -(-max(len_R) // BLOCK_SIZE)
+    table_RP = torch.randperm(len(len_R) * each).view(len(len_R), each).int() + 1
     requests = torch.tensor([idx for idx, one in enumerate(of_request) for _ in one])
     table_RP = table_RP[requests]
-    pos_R = torch.tensor(lens) - 1
+    pos_R = torch.tensor(len_R) - 1
     block_R = table_RP.gather(1, (pos_R // BLOCK_SIZE)[:, None])[:, 0].long()
     batch = Batch(
         rope_pos_T=pos_R.to(where),
         slot_T=(block_R * BLOCK_SIZE + pos_R % BLOCK_SIZE).to(where),
         block_table_RP=table_RP.to(where),
         seq_len_R=(pos_R + 1).int().to(where),
-        q_start_S=torch.arange(len(lens) + 1).int().to(where),
+        q_start_S=torch.arange(len(len_R) + 1).int().to(where),
     )
     cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, 4096, where)
-    h_RD = torch.randn(len(lens), shape.hidden, device=where).to(DTYPE)
-    cache_shape = (len(lens) * each + 1, BLOCK_SIZE, shape.kv_heads, cfg.head_dim)
+    h_RD = torch.randn(len(len_R), shape.hidden, device=where).to(DTYPE)
+    cache_shape = (len(len_R) * each + 1, BLOCK_SIZE, shape.kv_heads, cfg.head_dim)
 
     def layer_inputs(w: Any) -> dict[str, object]:
         drawn = [torch.randn(cache_shape, device=where).to(DTYPE) for _ in range(2)]
@@ -185,13 +188,13 @@ def case(
         model, params, caches, cos_sin_MH, Attention(), compiler or Compiler(None), is_plain=True
     )
     plan = plan_of(parts, h_RD, batch)
-    plan = plan._replace(has_several=len(of_request) < len(lens), keeps=True)
-    kept_RLD = torch.zeros(len(lens), 2, shape.hidden, dtype=DTYPE, device=where)
+    plan = plan._replace(has_several=len(of_request) < len(len_R), keeps=True)
+    kept_RLD = torch.zeros(len(len_R), 2, shape.hidden, dtype=DTYPE, device=where)
     weights = Weights(
         plan, [dict(input_leaves(one)) for one in inputs], dict(input_leaves(of_head)),
         {0: kept_RLD[:, 0], shape.layers - 1: kept_RLD[:, 1]},
     )  # fmt: skip
-    logits_RV = torch.zeros(len(lens), shape.vocab, dtype=DTYPE, device=where)
+    logits_RV = torch.zeros(len(len_R), shape.vocab, dtype=DTYPE, device=where)
     places = batch.rope_pos_T, batch.slot_T, batch.block_table_RP, batch.seq_len_R
     given = Inputs(h_RD, logits_RV, cos_sin_MH, *places)
     return Case(parts, batch, layer, head, inputs, plan, weights, given)

@@ -90,25 +90,34 @@ def test_each_form_of_codes_matches_the_formula(
     for num_lines, depth in ((320, 1024), (72, 448)):
         codes = random_codes(kind, group, dtype, (num_lines, depth), "cuda")
         for silu, norm in ((False, False), (True, False), (True, True), (False, True)):
-            if norm and num_rows > 1:
+            if norm and num_rows > cuda_packed.MAX_NORMED_ROWS:
                 continue
-            num_outs = num_lines // 2 if silu else num_lines
-            x_TD = torch.randn(num_rows, depth + 8, device="cuda").to(DTYPE)[:, :depth]
-            bias_O = torch.randn(num_lines, device="cuda").to(DTYPE)
-            residual_TO = torch.randn(num_rows, num_outs, device="cuda").to(DTYPE)
-            norm_D = (torch.rand(depth, device="cuda") + 0.5).to(DTYPE) if norm else None
-            assert cuda_packed.takes(x_TD, codes)
-            y_TO = cuda_packed.packed_linear(
-                x_TD, codes, norm_D=norm_D, eps=EPS, bias_O=bias_O, residual_TO=residual_TO,
-                silu_mul=silu,
-            )  # fmt: skip
-            exact_TD = x_TD.double()
-            if norm_D is not None:
-                exact_TD *= torch.rsqrt(exact_TD.square().mean(-1, keepdim=True) + EPS)
-                exact_TD *= norm_D.double()
-            exact_TO = exact_TD @ real(codes, depth).T + bias_O.double()
-            exact_TO = reference.norm_act.silu_mul(exact_TO) if silu else exact_TO
-            assert error(y_TO, exact_TO + residual_TO.double()) < LIMIT
+            check_product(codes, num_rows, (num_lines, depth), silu=silu, norm=norm)
+
+
+def check_product(
+    codes: Codes, num_rows: int, shape: tuple[int, int], *, silu: bool, norm: bool
+) -> None:
+    num_lines, depth = shape
+    device = codes.code.device
+    num_outs = num_lines // 2 if silu else num_lines
+    x_TD = torch.randn(num_rows, depth + 8, device=device).to(DTYPE)[:, :depth]
+    if norm:  # a factor of another row would be wrong
+        x_TD *= torch.arange(1, num_rows + 1, device=device)[:, None]
+    bias_O = torch.randn(num_lines, device=device).to(DTYPE)
+    residual_TO = torch.randn(num_rows, num_outs, device=device).to(DTYPE)
+    norm_D = (torch.rand(depth, device=device) + 0.5).to(DTYPE) if norm else None
+    assert cuda_packed.takes(x_TD, codes) and (not norm or cuda_packed.takes_norm(x_TD))
+    y_TO = cuda_packed.packed_linear(
+        x_TD, codes, norm_D=norm_D, eps=EPS, bias_O=bias_O, residual_TO=residual_TO, silu_mul=silu
+    )
+    exact_TD = x_TD.double()
+    if norm_D is not None:
+        exact_TD *= torch.rsqrt(exact_TD.square().mean(-1, keepdim=True) + EPS)
+        exact_TD *= norm_D.double()
+    exact_TO = exact_TD @ real(codes, depth).T + bias_O.double()
+    exact_TO = reference.norm_act.silu_mul(exact_TO) if silu else exact_TO
+    assert error(y_TO, exact_TO + residual_TO.double()) < LIMIT
 
 
 @pytest.mark.gpu
@@ -152,6 +161,14 @@ def on_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(nvrtc, "launch", launch)
     monkeypatch.setattr(cuda_packed, "is_supported", lambda device: True)
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_rows_are_normed_by_a_product_on_a_cpu(num_rows: int) -> None:
+    shape = 48, 576  # SmolLM2-135M's depth
+    codes = random_codes(*KINDS[2], shape, "cpu")
+    check_product(codes, num_rows, shape, silu=True, norm=True)
 
 
 @pytest.mark.usefixtures("on_host")
@@ -312,7 +329,7 @@ def test_the_kernel_compiles(capability: tuple[int, int], folder: Path) -> None:
         kind, group, dtype = KINDS[0] if i % 2 else KINDS[-2]
         codes = random_codes(kind, group, dtype, (256, 256), "cpu")
         tile = (INTEGER_TILES if i % 2 else FP8_TILES)[i][0]
-        functions.append((codes, tile, row_tiles, {"SILU": i == 1, "NORM": i == 0}))
+        functions.append((codes, tile, row_tiles, {"SILU": i == 1, "NORM": 2 * (i == 0)}))
     functions += [(functions[1][0], Tile(1, 8, 2), 1, {"PAIRS": pairs}) for pairs in (1, 2)]
     e2m1 = random_e2m1((256, 256), "cpu")
     functions.append((e2m1, Tile(2, 4, 2), 1, {"SILU": True, "PAIRS": 1, "CLAMP": True}))
