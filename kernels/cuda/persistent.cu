@@ -19,7 +19,7 @@
 // EXPERT_FFN, NORMALIZE, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF,
 // OUT_HALF, DOWN_HALF and HEAD_HALF (their tiles are halves), NUM_TASKS (of a program), STAGES,
 // IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time), MAX_CHUNK (columns of x in
-// registers), WARPS, COPIERS, CLOCKS (times of tasks are kept), SEVERAL (rows may be tokens of one
+// registers), KEPT_BYTES (of x that stays in shared memory, at most), WARPS, COPIERS, CLOCKS (times of tasks are kept), SEVERAL (rows may be tokens of one
 // request, one after the other: each attends to those before it too), KEEPS (hidden states after some
 // layers are stored for readers behind the step), QKV_BIAS, LAYER_BITS and HEAD_BITS (of a weight: 16, 8
 // for float8_e4m3fn, 4 for integers in groups of GROUP_COLUMNS), BLOCK (scales of fp8 are of blocks of so

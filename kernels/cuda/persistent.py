@@ -28,6 +28,7 @@ COPIERS = 4  # warps that copy
 STAGE_BYTES = 16 * (WIDE * 2 + 64)
 MAX_SHARED_BYTES = 227 << 10
 MIN_STAGES = 4
+KEPT_BYTES = 24 << 10  # of x that stays in shared memory while a product by codes runs, at most
 MAX_POLLS = 4 << 20  # of a thread in a step, seconds
 _TASK = struct.Struct("4Q12I")
 # Args in persistent.cu
@@ -135,6 +136,11 @@ class Sizes(NamedTuple):
         return 4096 if self.num_rows <= 4 and is_small else 2048
 
     @property
+    def kept_bytes(self) -> int:
+        """Of x that stays in shared memory. Without codes a ring of more stages is faster."""
+        return 0 if self.codes is None else KEPT_BYTES
+
+    @property
     def max_own(self) -> int:
         """The keys of the step that a row attends to at most."""
         return self.num_rows if self.has_several else 1
@@ -146,13 +152,20 @@ class Sizes(NamedTuple):
         group = self.num_heads // self.num_kv_heads
         sums = 2 * AT_ONCE * 8 * ((self.num_rows + 1) // 2) * self.num_warps * 4
         scratch = 8 * self.num_warps + (group + self.max_own) * HEAD + 2 * group * TOKENS + sums
-        depth = max(self.hidden, self.num_heads * HEAD, self.ffn)
-        chunk = min(depth, self.max_chunk)  # at most
-        # a row of a warp is some pieces of 32 columns, those of whole stages, and one more place
-        of_stage = 1024 if self.codes is None else 2048
-        x = self.num_rows * self.num_warps * 64 * (-(-chunk // of_stage) * of_stage // 256 + 1)
+        pieces = max(map(self._pieces, (self.hidden, self.num_heads * HEAD, self.ffn)))
+        x = self.num_rows * self.num_warps * 64 * (pieces + 1)
         chosen = self.num_rows * (1 if self.experts is None else self.experts.top_k)
         return 128 + self.num_tasks * _TASK.size + 80 + -(-chosen // 2) * 16 + scratch * 4 + x
+
+    def _pieces(self, depth: int) -> int:
+        """Of 32 columns, those of whole stages, of a row of x that a warp has in shared memory at
+        most."""
+        of_stage = 1024 if self.codes is None else 2048
+        num = -(-depth // self.max_chunk)
+        chunk = min(depth, self.max_chunk) if depth % (num * 2 * WIDE) else depth // num
+        num_chunks, pieces = -(-depth // chunk), -(-chunk // of_stage) * of_stage // 256
+        is_kept = num_chunks > 1 and self.num_rows * depth * 2 <= self.kept_bytes
+        return pieces * num_chunks if is_kept else pieces
 
     @property
     def num_stages(self) -> int:
@@ -174,7 +187,7 @@ class Sizes(NamedTuple):
             "NORMALIZE": experts.normalize, "STAGES": self.num_stages,
             "WARPS": self.num_warps, "COPIERS": self.num_copiers,
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
-            "MAX_CHUNK": self.max_chunk, "CLOCKS": self.has_clocks, "SEVERAL": self.has_several,
+            "MAX_CHUNK": self.max_chunk, "KEPT_BYTES": self.kept_bytes, "CLOCKS": self.has_clocks, "SEVERAL": self.has_several,
             "KEEPS": self.keeps, "QKV_BIAS": self.has_bias,
             "LAYER_BITS": codes.bits, "HEAD_BITS": codes.bits if codes.has_head else 16,
             "BLOCK": codes.block, "SCALE": SCALES.index(codes.scale), "OFFSET": codes.has_offset,

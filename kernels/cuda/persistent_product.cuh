@@ -1,9 +1,10 @@
 // Products of persistent.cu: a program's tiles of a weight, for all rows of x.
 //
 // Warp w has the columns 32 w .. 32 w + 31 of each 256, a piece. It waits only for its own columns of x
-// and keeps them in registers, as the matrix units read them: thread t of group g has eight columns of
-// a piece, of row g. The sums over all columns meet once, behind the tiles; a norm's factor is a factor
-// of these sums.
+// and has those of a chunk in registers, as the matrix units read them: thread t of group g has eight
+// columns of a piece, of row g. Several chunks stay in shared memory if there is room, else they are
+// fetched again for each AT_ONCE tiles. The sums over all columns meet once, behind the tiles; a norm's
+// factor is a factor of these sums.
 
 // Of a product over DEPTH columns.
 template <u32 DEPTH, u32 FLAGS>
@@ -20,6 +21,8 @@ struct Of {
   static constexpr u32 NUM_STAGES = (CHUNK + IN_STAGE - 1) / IN_STAGE;  // of a tile
   static constexpr u32 TURNS = IN_STAGE / WORKERS;           // pieces of a stage
   static constexpr u32 PIECES = NUM_STAGES * TURNS;          // of 8 columns, of a thread
+  static constexpr bool IS_KEPT = CHUNKS > 1 && ROWS * DEPTH * 2 <= KEPT_BYTES;  // in shared memory
+  static constexpr u32 X_PITCH = ((IS_KEPT ? CHUNKS : 1) * PIECES + 1) * 64;  // rows g and g + 1: other banks
   static constexpr bool IS_EVEN = DEPTH % CHUNK == 0 && CHUNK % IN_STAGE == 0;
   static constexpr u32 BLOCKS = BLOCK ? (DEPTH + BLOCK - 1) / (BLOCK ? BLOCK : 1) : 1;  // of columns
 
@@ -41,20 +44,24 @@ __device__ __forceinline__ u32 weighted(u32 word, u32 weight, float& square) {
   return to_bf16_pair(low * low_of(weight), high * high_of(weight));
 }
 
-// Waits for a warp's columns of a chunk of x, and passes them on through the warp's own shared memory
-// to the threads that multiply them. Of a norm, they are multiplied by its weight, and the sums of
-// their squares are added to `square`, a thread's part of each row.
+// Where a warp's columns of a chunk of x are in its own shared memory.
+template <class P>
+__device__ __forceinline__ u8* place_of_x(const Worker& w, u32 chunk) {
+  return shared<u8>(AT_X) + w.warp * (ROWS * P::X_PITCH) + (P::IS_KEPT ? chunk * (P::PIECES * 64) : 0);
+}
+
+// Waits for a warp's columns of a chunk of x, and stores them for the threads that multiply them. Of a
+// norm, they are multiplied by its weight, and the sums of their squares are added to `square`, a
+// thread's part of each row.
 template <u32 DEPTH, u32 FLAGS>
-__device__ __forceinline__ void read_x(Worker& w, const Task& t, u32 chunk,
-                                       Four (&x)[Of<DEPTH, FLAGS>::PIECES], float (&square)[ROWS]) {
+__device__ __forceinline__ void fetch_x(Worker& w, const Task& t, u32 chunk, float (&square)[ROWS]) {
   using P = Of<DEPTH, FLAGS>;
   constexpr u32 OF_ROW = (P::PIECES + 3) / 4, LOADS = ROWS * OF_ROW, BATCH = LOADS < 8 ? LOADS : 8;
-  constexpr u32 PITCH = P::PIECES * 64 + 64;  // rows g and g + 1 are in different banks
   // a load is of four numbers; those of a warp are of 32 columns in four pieces
   const u32 column = w.lane / 8 * WORKERS + w.warp * 32 + w.lane % 8 * 4 + chunk * P::CHUNK;
   const u64* const words = w.a.words + t.in_at + column / 2;
   const u8* const norm = t.second_input + column * 2;
-  u8* const own = shared<u8>(AT_X) + w.warp * (ROWS * PITCH), *const to = own + w.lane * 8;
+  u8* const to = place_of_x<P>(w, chunk) + w.lane * 8;
 #pragma unroll
   for (u32 first = 0; first < LOADS; first += BATCH) {
     uint2 weight[BATCH];
@@ -78,17 +85,22 @@ __device__ __forceinline__ void read_x(Worker& w, const Task& t, u32 chunk,
         v[i].a = weighted(v[i].a, weight[i].x, of_row);
         v[i].b = weighted(v[i].b, weight[i].y, of_row);
       }
-      *reinterpret_cast<uint2*>(to + (first + i) / OF_ROW * PITCH + (first + i) % OF_ROW * 256) =
+      *reinterpret_cast<uint2*>(to + (first + i) / OF_ROW * P::X_PITCH + (first + i) % OF_ROW * 256) =
           make_uint2(v[i].a, v[i].b);
     }
   }
   __syncwarp();
+}
+
+// Loads a warp's columns of a chunk of x.
+template <class P>
+__device__ __forceinline__ void load_x(const Worker& w, u32 chunk, Four (&x)[P::PIECES]) {
   const u32 g = w.lane / 4;
 #pragma unroll
   for (u32 piece = 0; piece < P::PIECES; piece++) {
     x[piece] = Four{0, 0, 0, 0};
     if (g >= ROWS || !P::has(chunk, piece, w.warp)) continue;
-    const u8* const from = own + g * PITCH + piece * 64;
+    const u8* const from = place_of_x<P>(w, chunk) + g * P::X_PITCH + piece * 64;
     if (P::IS_INT4) {  // in the order of `numbers`
       const uint2 low = *reinterpret_cast<const uint2*>(from + w.lane % 4 * 8);
       const uint2 high = *reinterpret_cast<const uint2*>(from + 32 + w.lane % 4 * 8);
@@ -344,7 +356,12 @@ __device__ __forceinline__ void product(Worker& w) {
     float square[ROWS] = {};
     for (u32 chunk = 0; chunk < P::CHUNKS; chunk++) {
       if (P::CHUNKS > 1 || first == 0) {
-        read_x<DEPTH, FLAGS>(w, t, chunk, x, square);
+        if (!P::IS_KEPT)
+          fetch_x<DEPTH, FLAGS>(w, t, chunk, square);
+        else if (first == 0 && chunk == 0)
+#pragma unroll 1
+          for (u32 each = 0; each < P::CHUNKS; each++) fetch_x<DEPTH, FLAGS>(w, t, each, square);
+        load_x<P>(w, chunk, x);
         note(w, ARRIVED);
         if (FLAGS & NORM && first == 0 && chunk + 1 == P::CHUNKS) {
 #pragma unroll

@@ -86,7 +86,8 @@ def compared(one: Case, before: list[Tensor]) -> None:
         ((3, 1, 20), SMALL_EXPERTS._replace(experts=Experts(128, 3, 64, False)), 1),
         (((36, 37, 38), 39, (1, 2)), Shape(layers=2, heads=4, hidden=256), 1), ((40, 7), QWEN2, 1),
         ((40, 7), FP8_BLOCKS, 1), ((40,), FP8_ROWS._replace(layers=1), 1), ((40, 7), INT4, 1),
-        ((1, 40), FP8_EXPERTS, 1),
+        ((1, 40), FP8_EXPERTS, 1), ((3, 40), FP8_BLOCKS._replace(layers=1, hidden=256, ffn=4608), 1),
+        ((40,), INT4._replace(ffn=5120), 1),
     ],
 )  # fmt: skip
 def test_the_kernel_is_right_on_a_cpu(
@@ -97,8 +98,8 @@ def test_the_kernel_is_right_on_a_cpu(
     key, whose MLP is wider than the columns that fit registers, by a part. Experts, of one row with
     eight queries a key, in two layers; and of three rows, whose weights do not sum to one. Several
     tokens of two requests, one of which has no earlier ones, and another request between them. A
-    bias, without norms of queries and keys. Weights in fp8,
-    in integers of 4 bits, and experts in fp8."""
+    bias, without norms of queries and keys. Weights in fp8, in integers of 4 bits, and experts in
+    fp8. Codes of an MLP of several chunks of columns, whose x is fetched once."""
     one = case(lens, shape)
     before = [cache.clone() for cache in one.caches()]
     step = built(one, 2)
