@@ -118,6 +118,9 @@ struct Scales {
   const u16* all;
   u32 tile, num_outs;
 
+  // Without scales the number is not counted: even unused it changes how the loop is compiled.
+  __device__ __forceinline__ void advance() { if (P::HAS_BLOCKS) tile++; }
+
   __device__ __forceinline__ float of(u32 column, bool upper) const {
     constexpr u32 SIDE = BLOCK ? BLOCK : 1;
     if (EXPERTS && FLAGS & EXPERT) return scale_at(all, expert_block<FLAGS>(tile, column, upper));
@@ -130,8 +133,8 @@ struct Scales {
 template <class P, u32 FLAGS>
 __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage,
                                           const Scales<P, FLAGS>& scales) {
-  const u8* const row = shared<u8>(w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH);
-  const u8* const from = row + (w.warp * 32 + w.lane % 4 * 8) * P::BITS_EACH / 8;
+  const u32 row_at = w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH;
+  const u8* const from = shared<u8>(row_at + w.warp * (4 * P::BITS_EACH) + w.lane % 4 * P::BITS_EACH);
   const u32 place = empty_barrier(w.stage.at);
   // experts are chosen before their stage is full; others' scales are on their way while it is waited for
   if (FLAGS & EXPERT) wait_for(full_barrier(w.stage.at), w.stage.parity);
@@ -155,7 +158,7 @@ __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u3
     if (!P::IS_INT4) continue;
 #pragma unroll
     for (u32 h = 0; h < (P::IS_HALF ? 1 : 2); h++) {
-      const u32* const words = reinterpret_cast<const u32*>(row + h * 8 * P::PITCH + P::ROW_BYTES);
+      const u32* const words = shared<u32>(row_at + h * 8 * P::PITCH + P::ROW_BYTES);
       to.scales[h][i] = words[i];
       if (OFFSET) to.offsets[h][i] = words[8 + i];
     }
@@ -210,7 +213,7 @@ __device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const F
       if (P::has_stage(chunk, stage + 1))
         place = load_stage<P, FLAGS>(w, next, chunk, stage + 1, scales);
       else if (tile + 1 < num)
-        scales.tile++, place = load_stage<P, FLAGS>(w, next, chunk, 0, scales);
+        scales.advance(), place = load_stage<P, FLAGS>(w, next, chunk, 0, scales);
       multiply_piece<P>(acc, piece, x + stage * P::TURNS, w.warp >= WARPS / 2);
       __syncwarp();
       if (w.lane == 0) arrive(loaded);
@@ -313,7 +316,8 @@ __device__ __forceinline__ void finish(Worker& w, const Task& t, u32 num_outs, u
     if (h && FLAGS & (SILU | HALF)) continue;
 #pragma unroll
     for (int j = 0; j < (ROWS > 1 ? 2 : 1); j++) {
-      float low = rounded(sum[2 * h + j] * factor[j] + (MAY_HAVE_BIAS<FLAGS> ? r.bias[h] : 0));
+      float low = sum[2 * h + j] * factor[j];
+      low = rounded(MAY_HAVE_BIAS<FLAGS> ? low + r.bias[h] : low);
       if (FLAGS & SILU)
         low = rounded(__fdividef(low, 1.0f + __expf(-low))) * rounded(sum[2 + j] * factor[j]);
       if (FLAGS & EXPERT && FLAGS & SILU) low *= share_of(tile);
