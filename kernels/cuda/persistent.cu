@@ -15,15 +15,16 @@
 // A thread polls at most `max_polls` times in a step. Then it writes to `status` which task waited for
 // what, and goes on without waiting, so that the kernel ends.
 //
-// Constants, by -D: ROWS, HIDDEN, FFN (of a token's experts together), EXPERTS (0: none), TOP_K,
-// EXPERT_FFN, NORMALIZE, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF,
-// OUT_HALF, DOWN_HALF and HEAD_HALF (their tiles are halves), NUM_TASKS (of a program), STAGES,
-// IN_FLIGHT and WAITING_IN_FLIGHT (that memory is asked for at a time), MAX_CHUNK (columns of x in
-// registers), KEPT_BYTES (of x that stays in shared memory, at most), WARPS, COPIERS, CLOCKS (times of tasks are kept), SEVERAL (rows may be tokens of one
-// request, one after the other: each attends to those before it too), KEEPS (hidden states after some
-// layers are stored for readers behind the step), QKV_BIAS, LAYER_BITS and HEAD_BITS (of a weight: 16, 8
-// for float8_e4m3fn, 4 for integers in groups of GROUP_COLUMNS), BLOCK (scales of fp8 are of blocks of so
-// many rows and columns, or of rows), SCALE (of scales: 0 fp32, 1 bf16, 2 fp16), OFFSET (groups have one).
+// Constants, by -D: ROWS, HIDDEN, FFN (of a token's experts together), EXPERTS (0: none), TOP_K, EXPERT_FFN,
+// NORMALIZE, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF, OUT_HALF, DOWN_HALF and HEAD_HALF
+// (their tiles are halves), NUM_TASKS (of a program), STAGES, IN_FLIGHT and WAITING_IN_FLIGHT (that memory is
+// asked for at a time), MAX_CHUNK (columns of x in registers), KEPT_BYTES (of x that stays in shared memory, at
+// most), WARPS, COPIERS, CLOCKS (times of tasks are kept), ALL_ARRIVE (each thread says that it has read a
+// stage, not the first of a warp for all: for race checkers), SEVERAL (rows may be tokens of one request, one
+// after the other: each attends to those before it too), KEEPS (hidden states after some layers are stored for
+// readers behind the step), QKV_BIAS, LAYER_BITS and HEAD_BITS (of a weight: 16, 8 for float8_e4m3fn, 4 for
+// integers in groups of GROUP_COLUMNS), BLOCK (scales of fp8 are of blocks of so many rows and columns, or of
+// rows), SCALE (of scales: 0 fp32, 1 bf16, 2 fp16), OFFSET (groups have one).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 
@@ -360,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 128, 1) persistent(const 
   int* const lens = shared<int>(AT_LENS);
   if (threadIdx.x == 0) {
     for (u32 i = 0; i < STAGES; i++)
-      init_barrier(full_barrier(i), 1), init_barrier(empty_barrier(i), WARPS);
+      init_barrier(full_barrier(i), 1), init_barrier(empty_barrier(i), WARPS * (ALL_ARRIVE ? 32 : 1));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     lens[8] = load_status(a.status), lens[9] = 0;

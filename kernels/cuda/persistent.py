@@ -107,7 +107,8 @@ class Codes(NamedTuple):
 class Sizes(NamedTuple):
     """What a program is compiled for. `ffn` is that of a token's experts together. `num_tasks` are
     those of a program, `splits` the most parts of a row's keys. `halves` names the products whose
-    tiles are halves. has_several, keeps, has_bias, codes: see `Plan`."""
+    tiles are halves. has_several, keeps, has_bias, codes: see `Plan`. all_arrive: for race
+    checkers, see persistent.cu."""
 
     num_rows: int
     hidden: int
@@ -126,6 +127,7 @@ class Sizes(NamedTuple):
     num_warps: int = WARPS
     num_copiers: int = COPIERS
     has_clocks: bool = False
+    all_arrive: bool = False
 
     @property
     def max_chunk(self) -> int:
@@ -187,7 +189,7 @@ class Sizes(NamedTuple):
             "NORMALIZE": experts.normalize, "STAGES": self.num_stages,
             "WARPS": self.num_warps, "COPIERS": self.num_copiers,
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
-            "MAX_CHUNK": self.max_chunk, "KEPT_BYTES": self.kept_bytes, "CLOCKS": self.has_clocks, "SEVERAL": self.has_several,
+            "MAX_CHUNK": self.max_chunk, "KEPT_BYTES": self.kept_bytes, "CLOCKS": self.has_clocks, "ALL_ARRIVE": self.all_arrive, "SEVERAL": self.has_several,
             "KEEPS": self.keeps, "QKV_BIAS": self.has_bias,
             "LAYER_BITS": codes.bits, "HEAD_BITS": codes.bits if codes.has_head else 16,
             "BLOCK": codes.block, "SCALE": SCALES.index(codes.scale), "OFFSET": codes.has_offset,

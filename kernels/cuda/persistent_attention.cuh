@@ -252,7 +252,7 @@ __device__ __forceinline__ void attend_unit(Worker& w, const Unit& u) {
                  is_end ? own : NO_SCORE, number);
     __syncwarp();
     if (num) {
-      if (w.lane == 0) arrive(empty_barrier(w.stage.at));
+      if (ALL_ARRIVE || w.lane == 0) arrive(empty_barrier(w.stage.at));
       w.stage.advance(STAGES);
     }
     token += TOKENS, turn ^= 1;

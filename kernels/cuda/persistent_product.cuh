@@ -216,7 +216,7 @@ __device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const F
         scales.advance(), place = load_stage<P, FLAGS>(w, next, chunk, 0, scales);
       multiply_piece<P>(acc, piece, x + stage * P::TURNS, w.warp >= WARPS / 2);
       __syncwarp();
-      if (w.lane == 0) arrive(loaded);
+      if (ALL_ARRIVE || w.lane == 0) arrive(loaded);
     }
     if (w.lane % 4 >= COLUMN_PAIRS) continue;
     float4 sum = make_float4(0, 0, 0, 0);

@@ -147,18 +147,18 @@ TRAINING = {
     "tiny-hybrid": Case(400, ("scripts/train_tiny.py", *TINY_HYBRID.split(), "--out", PLACE))
 }
 
-# A small model, as SmolLM2-135M-Instruct: an EAGLE-3 head that is trained on 16,000 of its answers
-# for 144 s, most of them to prompts of its own, and what it gains at batch 1. Drafts of random
+# A small model, as SmolLM2-135M-Instruct: an EAGLE-3 head that is trained on 20,000 of its answers
+# for 216 s, most of them to prompts of its own, and what it gains at batch 1. Drafts of random
 # weights are accepted at random elsewhere.
-GAIN = "--num 3 5 --train-minutes 2.4 --turns 3 --tokens 256"
+GAIN = "--num 3 5 --train-minutes 3.6 --turns 3 --tokens 256"
 TRAINED = (
-    "--layers 14 26 29 --draft-vocab-size 8192 --batch 64 --num-prompts 6000 --own-prompts 10000 "
+    "--layers 14 26 29 --draft-vocab-size 8192 --batch 64 --num-prompts 6000 --own-prompts 14000 "
     "--num-tokens 192 --temperature 0.7 --max-model-len 512 --max-num-seqs 512 "
     "--num-speculative-tokens 3"
 )
 OF_A_MODEL = {
     "trained-head": script(
-        400, "draft_gain", "--model", MODEL, "--out", PLACE, *GAIN.split(), "--", *TRAINED.split()
+        540, "draft_gain", "--model", MODEL, "--out", PLACE, *GAIN.split(), "--", *TRAINED.split()
     )
 }
 

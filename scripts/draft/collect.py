@@ -122,12 +122,16 @@ def own_prompts(llm: LLM, num: int, seed: int) -> list[str]:
     before = tokenizer.decode(chat, skip_special_tokens=False).split(PLACE)[0]
     begin: Any = {"prompt_token_ids": tokenizer.encode(before, add_special_tokens=False)}
     params = [
-        SamplingParams(temperature=1.0, top_p=0.95, max_tokens=PROMPT_TOKENS, seed=seed + number)
+        SamplingParams(
+            temperature=1.0, top_p=0.95, max_tokens=PROMPT_TOKENS, seed=seed + number,
+            detokenize=False,
+        )
         for number in range(num + num // 2)
-    ]
+    ]  # fmt: skip
     made = [one.outputs[0] for one in llm.generate([begin] * len(params), params)]
     made.sort(key=lambda one: one.finish_reason != "stop")
-    texts = list(dict.fromkeys(one.text.strip() for one in made))
+    found = (tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in made)
+    texts = list(dict.fromkeys(one.strip() for one in found))
     return list(islice(cycle(texts), num))
 
 
