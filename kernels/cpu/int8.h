@@ -191,6 +191,12 @@ INLINE SomeLanes first_lanes(int64_t n) {
 INLINE Vec load_some(const float* p, SomeLanes some) {
   return (Vec)_mm512_maskz_loadu_ps(some, p);
 }
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#define HAS_HALF_SCALES 1  // tiles read scales in fp16
+INLINE Vec load_some(const Fp16* p, SomeLanes some) {
+  return (Vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, p));
+}
+#endif
 #elif LANES == 8 && defined(__AVX2__)
 typedef __m256i SomeLanes;
 INLINE SomeLanes first_lanes(int64_t n) {
@@ -208,6 +214,10 @@ INLINE SomeLanes first_lanes(int64_t n) { return {n}; }
 INLINE Vec load_some(const float* p, SomeLanes some) {
   return some.num > 0 ? load_first(p, some.num) : Vec{};
 }
+#endif
+
+#ifndef HAS_HALF_SCALES
+#define HAS_HALF_SCALES 0
 #endif
 
 INLINE void put_bytes(int8_t* to, IVec v) {

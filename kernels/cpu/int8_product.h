@@ -18,6 +18,7 @@ struct IntegerProduct {
   int64_t row_bytes;     // of weights
   int64_t offset_group;  // columns that share an offset
   bool by_matrices = false;
+  bool has_half_scales = false;  // tiles read scales and offsets in fp16
 #if HAS_MATRIX_TILES
   void (*decode_row)(uint8_t*, const char*, const Rows&);
 #endif
@@ -60,6 +61,9 @@ struct IntegerProduct {
   void read_as() {
     x.has_bias = Codes::kHasBias;
     tile_of = x.halves_apart ? ::tile_of<Codes, true> : ::tile_of<Codes, false>;
+#if HAS_HALF_SCALES
+    if (has_half_scales) tile_of = ::tile_of<Codes, false, Fp16>;
+#endif
 #if HAS_MATRIX_TILES
     decode_row = ::decode_row<Codes>;
     if (by_matrices) {  // sums are those of blocks, or of halves
@@ -81,7 +85,7 @@ struct IntegerProduct {
 // A row of weights: its codes, and scales and offsets as a tile reads them.
 struct WeightRow {
   const char* code;
-  const float *scale, *offset;
+  const void *scale, *offset;
 };
 
 // Multiplies the pairs of one group by outputs first .. end - 1. Row i of the group is x_row[i].
@@ -93,7 +97,7 @@ void multiply_part(const Packed& at, const IntegerProduct& by, const Part& part,
   const int64_t num = part.group->num, num_passes = (num + kWideTokens - 1) / kWideTokens;
   float* buffer = scratch((size_t)(kTileOutputs * buffer_floats));
   const char* code[kTileOutputs];
-  const float *scale[kTileOutputs], *offset[kTileOutputs];
+  const void *scale[kTileOutputs], *offset[kTileOutputs];
   float sums[kWideTokens * kTileOutputs];
   for (int64_t o = part.first; o < part.end; o += kTileOutputs) {
     const int64_t num_outputs = std::min<int64_t>(kTileOutputs, part.end - o);

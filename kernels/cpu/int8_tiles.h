@@ -29,10 +29,11 @@ INLINE IVec multiply(IVec sum, Bytes code, Bytes x) {
   return Codes::kAreSmall ? dot_small(sum, code, x) : dot(sum, code, x);
 }
 
-// sums[t * OB + o] of TB rows of x and OB rows of weights. With kHalves scales are for 16 columns.
-template <typename Codes, bool kHalves, int TB, int OB>
+// sums[t * OB + o] of TB rows of x and OB rows of weights, whose scales and offsets are numbers S. With
+// kHalves scales are for 16 columns.
+template <typename Codes, bool kHalves, typename S, int TB, int OB>
 void tile(float* sums, const Rows& at, const char* const* x, const char* const* code,
-          const float* const* scale, const float* const* offset) {
+          const void* const* scale, const void* const* offset) {
   constexpr int kSteps = kHalves ? 2 : 4;  // that share a vector of scales
   Vec acc[OB][TB] = {};
   const Codes codes(at);
@@ -40,7 +41,7 @@ void tile(float* sums, const Rows& at, const char* const* x, const char* const* 
   for (int64_t first = 0; first < at.num_steps; first += kSteps) {
     const SomeLanes some = first_lanes(at.num_scales - first_scale);
     Vec scales[OB];
-    for (int o = 0; o < OB; ++o) scales[o] = load_some(scale[o] + first_scale, some);
+    for (int o = 0; o < OB; ++o) scales[o] = load_some((const S*)scale[o] + first_scale, some);
     if (--until_next == 0) first_scale += at.scale_advance, until_next = at.scale_period;
 #if LANES == 8 && defined(__AVX2__)
 #pragma GCC unroll 4  // the places of codes are constants then
@@ -89,7 +90,7 @@ void tile(float* sums, const Rows& at, const char* const* x, const char* const* 
     const SomeLanes some = first_lanes(at.num_offsets - g);
 #pragma GCC unroll 8
     for (int o = 0; o < OB; ++o) {
-      const Vec offsets = load_some(offset[o] + g, some);
+      const Vec offsets = load_some((const S*)offset[o] + g, some);
 #pragma GCC unroll 8
       for (int t = 0; t < TB; ++t)
         acc[o][t] =
@@ -108,16 +109,16 @@ void tile(float* sums, const Rows& at, const char* const* x, const char* const* 
 constexpr int kTileOutputs = kTileRows == 8 ? 4 : 2;
 
 typedef void (*TileFunction)(float*, const Rows&, const char* const*, const char* const*,
-                             const float* const*, const float* const*);
+                             const void* const*, const void* const*);
 
 // More rows of x than `tile` has registers for with all rows of weights: halves of these in turn.
-template <typename Codes, bool kHalves, int TB>
+template <typename Codes, bool kHalves, typename S, int TB>
 void wide_tile(float* sums, const Rows& at, const char* const* x, const char* const* code,
-               const float* const* scale, const float* const* offset) {
+               const void* const* scale, const void* const* offset) {
   constexpr int OB = kTileOutputs / 2;
   for (int first = 0; first < kTileOutputs; first += OB) {
     float found[TB * OB];
-    tile<Codes, kHalves, TB, OB>(found, at, x, code + first, scale + first, offset + first);
+    tile<Codes, kHalves, S, TB, OB>(found, at, x, code + first, scale + first, offset + first);
     for (int t = 0; t < TB; ++t)
       for (int o = 0; o < OB; ++o) sums[t * kTileOutputs + first + o] = found[t * OB + o];
   }
@@ -129,20 +130,20 @@ constexpr int kTileTokens = 4, kWideTokens = 4;
 constexpr int kTileTokens = 4, kWideTokens = 8;
 #endif
 
-template <typename Codes, bool kHalves, int TB>
+template <typename Codes, bool kHalves, typename S, int TB>
 constexpr TileFunction tile_function() {
   if constexpr (TB > kWideTokens) return nullptr;
-  else if constexpr (TB <= kTileTokens) return tile<Codes, kHalves, TB, kTileOutputs>;
-  else return wide_tile<Codes, kHalves, TB>;
+  else if constexpr (TB <= kTileTokens) return tile<Codes, kHalves, S, TB, kTileOutputs>;
+  else return wide_tile<Codes, kHalves, S, TB>;
 }
 
-template <typename Codes, bool kHalves>
+template <typename Codes, bool kHalves, typename S = float>
 TileFunction tile_of(int64_t num_tokens) {
   static const TileFunction of[] = {
-      tile_function<Codes, kHalves, 1>(), tile_function<Codes, kHalves, 2>(),
-      tile_function<Codes, kHalves, 3>(), tile_function<Codes, kHalves, 4>(),
-      tile_function<Codes, kHalves, 5>(), tile_function<Codes, kHalves, 6>(),
-      tile_function<Codes, kHalves, 7>(), tile_function<Codes, kHalves, 8>()};
+      tile_function<Codes, kHalves, S, 1>(), tile_function<Codes, kHalves, S, 2>(),
+      tile_function<Codes, kHalves, S, 3>(), tile_function<Codes, kHalves, S, 4>(),
+      tile_function<Codes, kHalves, S, 5>(), tile_function<Codes, kHalves, S, 6>(),
+      tile_function<Codes, kHalves, S, 7>(), tile_function<Codes, kHalves, S, 8>()};
   return of[num_tokens - 1];
 }
 

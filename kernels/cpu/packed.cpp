@@ -111,9 +111,12 @@ bool is_integer(const Packed& at) {
          (at.table == nullptr || (at.bits == 4 && integer_table(at.table).exists));
 }
 
-IntegerProduct product_of(const Packed& at, int64_t group, int64_t num_scales) {
+// are_stored: a tile can read the scales as they are stored, but for their dtype.
+IntegerProduct product_of(const Packed& at, int64_t group, int64_t num_scales, bool are_stored) {
   IntegerProduct by(at, group, num_scales, at.num_groups == 1 ? INT64_MAX : at.group,
                     at.offset ? at.num_groups : 0, at.code_stride);
+  const bool is_half = at.scale_dtype == kFp16 && (!at.offset || at.offset_dtype == kFp16);
+  by.has_half_scales = HAS_HALF_SCALES && is_half && are_stored && !by.x.halves_apart && !by.by_matrices;
   if (at.bits == 8) {
     by.read_as<Codes8>();
     by.x.bias = 128;
@@ -138,10 +141,12 @@ void multiply_integers(const Packed& at) {
     group = at.group % kBlock == 0 ? kBlock : kHalf;
     num_scales = (at.depth + group - 1) / group;
   }
-  const IntegerProduct by = product_of(at, group, num_scales);
+  const IntegerProduct by = product_of(at, group, num_scales, fits);
   const int64_t scale_floats = by.scale_floats(), group_floats = at.num_groups + kLanes;
   const auto read = [&](int64_t expert, int64_t o, float* buffer) {
-    WeightRow row{code_row(at, expert, o), (const float*)scale_row(at, expert, o), nullptr};
+    WeightRow row{code_row(at, expert, o), scale_row(at, expert, o), nullptr};
+    if (at.offset) row.offset = offset_row(at, expert, o);
+    if (by.has_half_scales) return row;
     float *stored = buffer + scale_floats, *offsets = stored + group_floats;
     if (!fits || at.scale_dtype != kFp32) {
       to_floats(fits ? buffer : stored, (const char*)row.scale, at.scale_dtype, at.num_groups);
@@ -149,9 +154,7 @@ void multiply_integers(const Packed& at) {
         for (int64_t i = 0; i < num_scales; ++i) buffer[i] = stored[i * group / at.group];
       row.scale = buffer;
     }
-    if (!at.offset) return row;
-    row.offset = (const float*)offset_row(at, expert, o);
-    if (at.offset_dtype != kFp32) {
+    if (at.offset && at.offset_dtype != kFp32) {
       to_floats(offsets, (const char*)row.offset, at.offset_dtype, at.num_groups);
       row.offset = offsets;
     }

@@ -57,8 +57,8 @@ INLINE const char* row_of(const char* rows, int64_t stride_E, int64_t stride, in
 }
 
 INLINE const char* scale_row(const Packed& at, int64_t expert, int64_t o) {
-  return row_of(at.scale, at.scale_stride_E, at.scale_stride, expert, o / at.block_rows,
-                at.scale_dtype);
+  const int64_t row = at.block_rows == 1 ? o : o / at.block_rows;
+  return row_of(at.scale, at.scale_stride_E, at.scale_stride, expert, row, at.scale_dtype);
 }
 
 INLINE const char* offset_row(const Packed& at, int64_t expert, int64_t o) {
