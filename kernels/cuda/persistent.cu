@@ -90,8 +90,13 @@ struct Args {
 #define HEAD 128
 #define QKV ((HEADS + 2 * KV_HEADS) * HEAD)
 #define WIDE 512                                // columns of a stage with 16 rows
-#define STAGE_BYTES (16 * (WIDE * 2 + 64))      // rows g and g + 1 are in different banks
 #define GROUP_COLUMNS 128                       // that share a scale of integers
+// Behind a row of a stage, so that few of the rows that are read together share banks: of integers their
+// scales, from OFFSETS_AT on their offsets, and no row shares a bank with another.
+#define ROW_END(flags) \
+  ((flags) & OF_FP8 ? 32 : LAYER_BITS == 4 && (flags) & OF_INT4 ? (OFFSET ? 80 : 48) : 64)
+#define OFFSETS_AT 32
+#define STAGE_BYTES (16 * (WIDE * 2 + (LAYER_BITS == 4 && OFFSET ? 80 : 64)))
 #define TOKENS 32                               // keys and values of so many tokens are a stage
 #define MIN_PART 32                             // keys in a part
 #define NO_SCORE -1e30f
@@ -207,7 +212,7 @@ __device__ __forceinline__ void copy_weights(Worker& w) {
   const u32 bits = !HAS_CODES ? 16 : t.flags & OF_INT4 ? 4 : t.flags & OF_FP8 ? 8 : 16;
   const u32 of_stage = t.flags & HALF ? 8 : 16;
   const u32 row_bytes = WIDE * 2 * (16 / of_stage), wide = row_bytes * 8 / bits;
-  const u32 pitch = row_bytes + (t.flags & OF_FP8 ? 32 : 64);
+  const u32 pitch = row_bytes + ROW_END(t.flags);
   const Rows rows(w, of_stage);
   const u32 idx = rows.first + w.lane;
   const u32 upper = t.flags & SILU ? t.num_outs : 8;
@@ -233,7 +238,7 @@ __device__ __forceinline__ void copy_weights(Worker& w) {
             const u64 at = (u64)row * (t.depth / GROUP_COLUMNS) + column / GROUP_COLUMNS;
             copy(to + row_bytes, reinterpret_cast<const u8*>(t.k_norm + at), of_groups, full_barrier(stage.at));
             if (OFFSET)
-              copy(to + row_bytes + 32, reinterpret_cast<const u8*>(t.q_norm + at), of_groups,
+              copy(to + row_bytes + OFFSETS_AT, reinterpret_cast<const u8*>(t.q_norm + at), of_groups,
                    full_barrier(stage.at));
           }
           if (w.lane < rows.num && is_of_parts)

@@ -25,7 +25,6 @@ MAX_EXPERTS, MAX_TOP_K = 256, 32
 MAYBE_HALF = "qkv", "out", "down", "head"  # products by their weights
 TIMES = "start", "arrived", "ready", "computed", "finished"  # of a task
 COPIERS = 4  # warps that copy
-STAGE_BYTES = 16 * (WIDE * 2 + 64)
 MAX_SHARED_BYTES = 227 << 10
 MIN_STAGES = 4
 KEPT_BYTES = 24 << 10  # of x that stays in shared memory while a product by codes runs, at most
@@ -170,12 +169,18 @@ class Sizes(NamedTuple):
         return pieces * num_chunks if is_kept else pieces
 
     @property
+    def stage_bytes(self) -> int:
+        """Of the ring, with a stage's two barriers."""
+        has_offset = self.codes is not None and self.codes.has_offset
+        return 16 * (WIDE * 2 + (80 if has_offset else 64)) + 16
+
+    @property
     def num_stages(self) -> int:
-        return max(0, MAX_SHARED_BYTES - self.other_bytes) // (STAGE_BYTES + 16)
+        return max(0, MAX_SHARED_BYTES - self.other_bytes) // self.stage_bytes
 
     @property
     def shared_bytes(self) -> int:
-        return self.num_stages * (STAGE_BYTES + 16) + self.other_bytes
+        return self.num_stages * self.stage_bytes + self.other_bytes
 
     @property
     def function(self) -> Function:

@@ -14,8 +14,7 @@ struct Of {
   static constexpr bool HAS_BLOCKS = IS_FP8 && BLOCK;
   static constexpr u32 BITS_EACH = IS_INT4 ? 4 : IS_FP8 ? 8 : 16;
   static constexpr u32 ROW_BYTES = (IS_HALF ? 2 : 1) * WIDE * 2, IN_STAGE = ROW_BYTES * 8 / BITS_EACH;  // columns
-  // few of the rows that are read together share banks; behind integers are their scales and offsets
-  static constexpr u32 PITCH = ROW_BYTES + (IS_FP8 ? 32 : 64);
+  static constexpr u32 PITCH = ROW_BYTES + ROW_END(FLAGS);
   static constexpr u32 CHUNK = chunk_of(DEPTH);
   static constexpr u32 CHUNKS = (DEPTH + CHUNK - 1) / CHUNK;
   static constexpr u32 NUM_STAGES = (CHUNK + IN_STAGE - 1) / IN_STAGE;  // of a tile
@@ -160,7 +159,7 @@ __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u3
     for (u32 h = 0; h < (P::IS_HALF ? 1 : 2); h++) {
       const u32* const words = shared<u32>(row_at + h * 8 * P::PITCH + P::ROW_BYTES);
       to.scales[h][i] = words[i];
-      if (OFFSET) to.offsets[h][i] = words[8 + i];
+      if (OFFSET) to.offsets[h][i] = words[OFFSETS_AT / 4 + i];
     }
   }
   w.stage.advance(STAGES);
@@ -180,13 +179,13 @@ __device__ __forceinline__ void multiply_piece(float (&acc)[4][4], const Piece<P
     if (!P::IS_HALF)
       high = in_bf16(by.upper[P::IS_HALF ? 0 : i], by.scales[1][own], by.offsets[1][of_offset], is_second);
     if (P::HAS_BLOCKS) {
-      float part[2][4] = {};
-      multiply(part[0], low.a, high.a, low.b, high.b, x[i].a, x[i].b);
-      multiply(part[1], low.c, high.c, low.d, high.d, x[i].c, x[i].d);
+      float part[4] = {};
+      multiply(part, low.a, high.a, low.b, high.b, x[i].a, x[i].b);
+      multiply(part, low.c, high.c, low.d, high.d, x[i].c, x[i].d);
 #pragma unroll
       for (int k = 0; k < 4; k++) {
         const float by_scale = k < 2 || P::IS_HALF ? by.scale[i] : by.upper_scale[P::IS_HALF ? 0 : i];
-        acc[i % 2][k] += by_scale * (part[0][k] + part[1][k]);
+        acc[i % 4][k] += by_scale * part[k];
       }
       continue;
     }
