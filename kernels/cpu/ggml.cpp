@@ -131,25 +131,69 @@ void multiply_blocks(const Packed& at) {
   });
 }
 
-template <typename Io>
-bool multiply_type(const Packed& at) {
-  switch (at.bits) {
-    case 6: return multiply_blocks<Io, Q5<false>>(at), true;
-    case 7: return multiply_blocks<Io, Q5<true>>(at), true;
-    case 10: return multiply_blocks<Io, Q2K>(at), true;
-    case 11: return multiply_blocks<Io, Q3K>(at), true;
-    case 13: return multiply_blocks<Io, Q5K>(at), true;
-    case 14: return multiply_blocks<Io, Q6K>(at), true;
+// The real values of a row of blocks.
+template <typename Type>
+void read_row(float* to, const uint8_t* block, int64_t num_blocks) {
+  constexpr int kGroups = Type::kColumns / Type::kGroup;
+  for (; num_blocks > 0; --num_blocks, block += Type::kBlockBytes) {
+    float scale[kGroups], offset[kGroups] = {};
+    Type::read_scales(scale, offset, block);
+    for (int c = 0; c < Type::kColumns / kHalf; ++c, to += kHalf) {
+      const Sixteen code = Type::sixteen(block, c);
+      const int group = c * kHalf / Type::kGroup;
+      for (int i = 0; i < kHalf; ++i)
+        to[i] = (float)(code[i] + Type::kBias) * scale[group] + offset[group];
+    }
+  }
+}
+
+template <typename Type>
+void look_up(const Packed& at) {
+  parallel_for(at.num_pairs, at.num_pairs * at.depth < kMinParallel ? 1 : at.num_threads,
+               [&](int64_t pair) {
+    float* value = scratch((size_t)(at.depth + kLanes));
+    read_row<Type>(value, (const uint8_t*)code_row(at, 0, at.expert[pair]),
+                   at.depth / Type::kColumns);
+    with_io(at.dtype, [&](auto zero) {
+      typedef decltype(zero) Io;
+      Io* to = (Io*)at.out + pair * at.depth;
+      for (int64_t d = 0; d < at.depth; d += kLanes)
+        store_first(to + d, load(value + d), at.depth - d);
+    });
+  });
+}
+
+// Calls work(type) with the type of a number in GGUF files. False for another number.
+template <typename Work>
+bool with_type(int64_t number, const Work& work) {
+  switch (number) {
+    case 6: return work(Q5<false>{}), true;
+    case 7: return work(Q5<true>{}), true;
+    case 10: return work(Q2K{}), true;
+    case 11: return work(Q3K{}), true;
+    case 13: return work(Q5K{}), true;
+    case 14: return work(Q6K{}), true;
     default: return false;
   }
 }
 
 }  // namespace
 
+// Reads the rows that `expert` names, [P, depth] in `dtype`. `bits` is the type's number in GGUF
+// files. Returns 0, and does nothing, if a row is not below num_outputs, or for another type.
+extern "C" int64_t nanovllm_ggml_lookup(const Packed* args) {
+  const Packed& at = *args;
+  if (!are_valid(at.expert, at.num_pairs, 0, at.num_outputs)) return 0;
+  return with_type(at.bits, [&](auto type) { look_up<decltype(type)>(at); });
+}
+
 // `bits` is the type's number in GGUF files. Returns 0, and does nothing, if an expert's id is not
 // below num_experts, or for another type.
 extern "C" int64_t nanovllm_ggml_linear(const Packed* args) {
   const Packed& at = *args;
   if (at.expert && !are_valid(at.expert, at.num_pairs, 0, at.num_experts)) return 0;
-  return at.dtype == kFp32 ? multiply_type<float>(at) : multiply_type<Bf16>(at);
+  return with_type(at.bits, [&](auto type) {
+    if (at.dtype == kFp32) multiply_blocks<float, decltype(type)>(at);
+    else multiply_blocks<Bf16, decltype(type)>(at);
+  });
 }

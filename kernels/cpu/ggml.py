@@ -24,8 +24,8 @@ from nanovllm.kernels.cpu import library as cpu_library
 def _load() -> ctypes.CDLL:
     """Compile the library or find it in the cache, and load it. Raises as `build.load` does."""
     library = build.load(Path(__file__).with_suffix(".cpp"), (packed.PACKED,))
-    function = library.nanovllm_ggml_linear
-    function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
+    for function in (library.nanovllm_ggml_linear, library.nanovllm_ggml_lookup):
+        function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
     cpu_library.lend_threads(cpu_library.load(), library)
     return library
 
@@ -91,11 +91,22 @@ def ggml_expert_linear(x: Tensor, expert_TK: Tensor, block_EOB: Tensor, ggml_typ
     return out_TKO
 
 
-# Rows of a table are few: torch reads them sooner than Inductor is imported.
-KERNELS = {
-    "ggml_lookup": reference.ggml.ggml_lookup,
-    **{kernel.__name__: kernel for kernel in (ggml_linear, ggml_expert_linear)},
-}
+def ggml_lookup(row_T: Tensor, block_VB: Tensor, ggml_type: int, dtype: torch.dtype) -> Tensor:
+    """`reference.ggml.ggml_lookup`; raises IndexError for a row that is not there."""
+    is_read = ggml_type in reference.ggml.TYPES and dtype in packed.INPUT_CODES
+    if not is_read or row_T.dim() != 1 or block_VB.stride(1) != 1:
+        return reference.ggml.ggml_lookup(row_T, block_VB, ggml_type, dtype)
+    depth = reference.ggml.depth_of(block_VB, ggml_type)
+    out_TD = torch.empty((len(row_T), depth), dtype=dtype)
+    row_T1 = row_T.to(torch.int32).contiguous().unsqueeze(1)
+    weight = packed.Weight(block_VB, None, None, None, ggml_type, 0)
+    arguments = packed.arguments_of(out_TD, out_TD, row_T1, weight, depth)
+    if len(row_T) and not _load().nanovllm_ggml_lookup(arguments):
+        raise IndexError(f"rows {row_T.tolist()} are read, and there are {len(block_VB)}")
+    return out_TD
+
+
+KERNELS = {one.__name__: one for one in (ggml_linear, ggml_expert_linear, ggml_lookup)}
 
 
 def register() -> None:

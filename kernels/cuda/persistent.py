@@ -194,8 +194,9 @@ class Sizes(NamedTuple):
             "NORMALIZE": experts.normalize, "STAGES": self.num_stages,
             "WARPS": self.num_warps, "COPIERS": self.num_copiers,
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
-            "MAX_CHUNK": self.max_chunk, "KEPT_BYTES": self.kept_bytes, "CLOCKS": self.has_clocks, "ALL_ARRIVE": self.all_arrive, "SEVERAL": self.has_several,
-            "KEEPS": self.keeps, "QKV_BIAS": self.has_bias,
+            "MAX_CHUNK": self.max_chunk, "KEPT_BYTES": self.kept_bytes,
+            "CLOCKS": self.has_clocks, "ALL_ARRIVE": self.all_arrive,
+            "SEVERAL": self.has_several, "KEEPS": self.keeps, "QKV_BIAS": self.has_bias,
             "LAYER_BITS": codes.bits, "HEAD_BITS": codes.bits if codes.has_head else 16,
             "BLOCK": codes.block, "SCALE": SCALES.index(codes.scale), "OFFSET": codes.has_offset,
         }  # fmt: skip

@@ -131,3 +131,17 @@ def test_exact_inputs_are_those_of_the_meaning(ggml_type: int) -> None:
     packed.configure(exact=True)
     found = ggml.ggml_linear(x_TD, block, ggml_type, None)
     assert torch.equal(found, reference.ggml.ggml_linear(x_TD, block, ggml_type, None))
+
+
+@pytest.mark.parametrize("ggml_type", TYPES)
+@pytest.mark.usefixtures("instructions")
+def test_rows_of_a_table_are_those_of_the_meaning(ggml_type: int) -> None:
+    block = blocks((19,), ggml_type, 512)
+    for dtype in (torch.float32, torch.bfloat16):
+        for row_T in (torch.tensor([18, 0, 7, 7]), torch.arange(19).repeat(20)):
+            found = ggml.ggml_lookup(row_T, block, ggml_type, dtype)
+            assert torch.equal(found, reference.ggml.ggml_lookup(row_T, block, ggml_type, dtype))
+    none_T = torch.empty(0, dtype=torch.long)
+    assert ggml.ggml_lookup(none_T, block, ggml_type, torch.float32).shape == (0, 512)
+    with pytest.raises(IndexError, match=r"rows \[0, 19\] are read, and there are 19"):
+        ggml.ggml_lookup(torch.tensor([0, 19]), block, ggml_type, torch.float32)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import ops, recorded
-from nanovllm.kernels.cpu import library, packed, recording, register
+from nanovllm.kernels.cpu import ggml, library, packed, recording, register
 from nanovllm.kernels.cpu.recording import RecordedStep, Unrecordable
 from nanovllm.platforms.regions import HostRegion
 from tests.engines import make_llm as make_llm
 
 register.register()
 packed.register()
+ggml.register()
 
 
 class Norm:
@@ -155,6 +156,23 @@ def test_a_kernel_s_refusal_is_an_error() -> None:
     row_T += 4
     with pytest.raises(IndexError, match="nanovllm_packed_lookup refuses its arguments"):
         replay()
+
+
+def test_a_look_up_in_blocks_of_a_gguf_file_is_recorded() -> None:
+    """Without it a step of a model whose table is in Q6_K was not."""
+    block_VB = torch.zeros((4, 210), dtype=torch.uint8)
+    block_VB[:, 208:] = torch.arange(4).half().view(4, 1).view(torch.uint8)
+    block_VB[:, 192:208] = 1
+    row_T, out_TD = torch.zeros(1, dtype=torch.int32), torch.empty(1, 256)
+
+    def step() -> None:
+        out_TD.copy_(ops.ggml_lookup(row_T, block_VB, 14, torch.float32))
+
+    step()
+    replay = RecordedStep(step)
+    row_T += 3
+    replay()
+    assert (out_TD == -32 * 3).all()
 
 
 def test_decode_steps_of_graphs_are_recorded(make_llm: Any) -> None:
