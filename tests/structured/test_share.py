@@ -13,6 +13,7 @@ from nanovllm import LLM, SamplingParams
 from tests.structured import schemas
 
 LIMIT = 1.05
+PATIENCE_S = 60.0  # of each grammar: other processes that use the caches do not for so long
 PROMPT = "What is 2 + 3?"
 GIVEN: tuple[dict[str, Any], ...] = (
     {"json": schemas.record(random.Random(0))},
@@ -59,8 +60,9 @@ def test_a_constrained_row_slows_its_batch_by_5_percent_at_most() -> None:
     torch.set_num_threads(1)
     for given in GIVEN:
         ratios: list[float] = []
+        ends = time.monotonic() + PATIENCE_S
         # a busy machine can disturb some measurements, not each of them
-        while len(ratios) < 8 and (not ratios or min(ratios) > LIMIT):
+        while (not ratios or min(ratios) > LIMIT) and time.monotonic() < ends:
             found = step_seconds(llm, given)
             ratios.append(found[True] / found[False])
         assert min(ratios) <= LIMIT, (given, ratios)
