@@ -9,7 +9,8 @@ plain, which shows how long these take by now.
 
 Expectations can be wrong, so an account has the time that drafts have saved: what as many tokens
 would have taken in plain steps, less what the steps took. Drafts that have lost more than they
-saved stop, however good they look, until a small share of the time of all steps has paid for it.
+saved stop, however good they look, until a small share of the time of all steps has paid for it and
+for a trial: less would end with the first step, which may have no drafts yet.
 
 A proposer that reads on in plain steps makes these longer. That is lost as well, so where it takes
 more than that share, plain steps run without the proposer once nothing is left for a trial.
@@ -75,6 +76,7 @@ class DraftLengths:
         ]
         self._chosen = 0  # the length that is best by now
         self._saved_ms = FIRST_STEPS * times.ms_RK[0][0]
+        self._owes = False  # drafts have lost more than they saved, until a trial is paid for
         self._trial_left = 0  # steps of the trial
         self._num_plain = 0  # steps since the last one
 
@@ -91,7 +93,10 @@ class DraftLengths:
         share = 1.0 if num_taking is None else num_taking / num_rows
         bucket = self._buckets[has_masks][self._times.bucket(num_rows)]
         ms_K, lengths = bucket.ms_K, self._lengths
-        if self._saved_ms < 0.0:
+        trial_ms = self._trial_ms(bucket)
+        if self._saved_ms < 0.0 or self._saved_ms >= trial_ms:
+            self._owes = self._saved_ms < 0.0
+        if self._owes:
             share = 0.0  # drafts must not decide
         made_K = [1 + share * (made - 1) for made in self._tokens()]
         for idx, length in enumerate(lengths):
@@ -102,7 +107,6 @@ class DraftLengths:
             self._chosen = lengths[best]
             return 0 if bucket.plain_is_due() else lengths[best]
         self._chosen = 0
-        trial_ms = self._trial_ms(bucket)
         if self._num_plain >= TRIAL_EVERY and self._saved_ms >= trial_ms:
             self._num_plain, self._trial_left = 0, self._trial_steps
         self._saved_ms = min(self._saved_ms, trial_ms)

@@ -184,3 +184,21 @@ def test_forced_tokens_count_as_right_and_cost_their_time() -> None:
         chosen = {made.choose(1, 0, [num]) for _ in range(3)}
         assert chosen - {0} == {expected}, "some steps are plain"
     assert made.choose(64, 63, [7] + [0] * 63) == 0, "the step of all rows would take longer"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_drafts_that_pay_return_after_a_bad_beginning(seed: int) -> None:
+    """The first step with drafts has none yet: what an account that is just in credit allows is
+    lost in it, so drafts would never be verified again."""
+    rng, num_verified, has_drafts, num_steps = random.Random(seed), 0, False, 3000
+    made = DraftLengths(StepTimes((1,), (0, 1), [[4.0, 5.2]]), trial_steps=2)
+    for step in range(num_steps):
+        num_drafts = made.choose(1)
+        num_accepted = 0
+        if num_drafts and has_drafts:
+            num_accepted = int(rng.random() < 0.52 and step > 60)
+            made.note_accepted(1, num_accepted)
+            num_verified += 1
+        has_drafts = num_drafts > 0
+        made.note_step(1, num_drafts, 5.2 if num_drafts else 4.0, 1 + num_accepted)
+    assert num_verified > num_steps / 2
