@@ -154,12 +154,7 @@ void look_up(const Packed& at) {
     float* value = scratch((size_t)(at.depth + kLanes));
     read_row<Type>(value, (const uint8_t*)code_row(at, 0, at.expert[pair]),
                    at.depth / Type::kColumns);
-    with_io(at.dtype, [&](auto zero) {
-      typedef decltype(zero) Io;
-      Io* to = (Io*)at.out + pair * at.depth;
-      for (int64_t d = 0; d < at.depth; d += kLanes)
-        store_first(to + d, load(value + d), at.depth - d);
-    });
+    put_row(at, pair, value);
   });
 }
 

@@ -495,12 +495,7 @@ extern "C" int64_t nanovllm_packed_lookup(const Packed* args) {
     float* value = scales + 2 * (at.num_groups + kLanes);
     const RowScales of_row(scales, at, 0, row);
     dequantize_row(value, at, (const uint8_t*)code_row(at, 0, row), of_row.scale, of_row.offset);
-    with_io(at.dtype, [&](auto zero) {
-      typedef decltype(zero) Io;
-      Io* to = (Io*)at.out + pair * at.depth;
-      for (int64_t d = 0; d < at.depth; d += kLanes)
-        store_first(to + d, load(value + d), at.depth - d);
-    });
+    put_row(at, pair, value);
   });
   return 1;
 }

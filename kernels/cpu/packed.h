@@ -88,7 +88,17 @@ INLINE void put_result(const Packed& at, int64_t pair, int64_t o, float sum) {
   ((Io*)at.out)[place] = rounded;
 }
 
-// The same for `num` outputs from o on, up to kLanes.
+// Writes a row of `depth` numbers that was looked up for a pair. `row` has room for whole vectors.
+inline void put_row(const Packed& at, int64_t pair, const float* row) {
+  with_io(at.dtype, [&](auto zero) {
+    typedef decltype(zero) Io;
+    Io* to = (Io*)at.out + pair * at.depth;
+    for (int64_t d = 0; d < at.depth; d += kLanes)
+      store_first(to + d, load(row + d), at.depth - d);
+  });
+}
+
+// Writes sums as the results of `num` outputs of a pair from o on, up to kLanes.
 template <typename Io>
 INLINE void put_results(const Packed& at, int64_t pair, int64_t o, Vec sum, int64_t num) {
   const int64_t place = pair * at.num_outputs + o;

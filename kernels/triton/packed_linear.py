@@ -30,8 +30,8 @@ MAX_ROWS_ONE_BY_ONE = 4
 
 
 def takes(x_TD: Tensor, codes: Codes, norm: bool) -> bool:
-    """True if one launch computes the product with its neighbours. Of few kernels more rows than
-    one may be normed by the product, as before `split_k_gemm`."""
+    """True if one launch computes the product with its neighbours. Several rows are normed by
+    products in CUDA C++ alone."""
     num_rows = len(x_TD)
     if norm:
         return num_rows == 1 or (cuda_packed.takes_norm(x_TD) and cuda_packed.takes(x_TD, codes))

@@ -4,10 +4,11 @@
 
 Tiny models of all forms: dense with one and several rows, tokens of one request, experts, and
 weights in codes. Each step's logits are compared with those of the regions, since a tool may change
-the order in which programs run. Two things are other than in use. One hint is left out, whether
-results are waited for: copying warps read it while another warp writes it, and it changes nothing
-but the number of copies on their way. And each thread says that it has read a stage: otherwise the
-first of a warp does for all, behind a barrier of the warp that racecheck does not follow.
+the order in which programs run. The kernel differs in two things from the one in use. It has no
+hint whether results are waited for: copying warps read it while another warp writes it, and it
+changes only the number of copies on their way. And each thread arrives at the barrier of a stage
+that it has read. In use the first of a warp does for all, behind `__syncwarp`, which racecheck does
+not follow.
 """
 
 from __future__ import annotations
