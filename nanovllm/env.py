@@ -241,8 +241,14 @@ def drop_relative() -> None:
 
 
 def keep_temporary_files(folder: Path) -> None:
-    """Keep temporary files of this process, and of programs that it starts, in a folder."""
+    """Keep temporary files of this process, and of programs that it starts, in a folder that the
+    parent removes. Compilers have no other folder then (`folder_of_compilers`)."""
+    global _parent_removes
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    _parent_removes = True
+
+
+_parent_removes = False  # the folder of temporary files
 
 
 _folders: dict[Path, tempfile.TemporaryDirectory[str]] = {}  # by parent
@@ -254,13 +260,16 @@ _changing = threading.Lock()
 @contextmanager
 def folder_of_compilers(parent: Path, prefix: str) -> Iterator[None]:
     """Inside the context, programs that this process starts keep their temporary files in a folder
-    in `parent`: a killed compiler leaves files behind. If the folder cannot be made, nothing
-    changes. Several threads may use it at the same time.
+    in `parent`: a killed compiler leaves files behind. If the folder cannot be made, or after
+    `keep_temporary_files`, nothing changes. Several threads may use it at the same time.
 
     The folder is removed when this process ends, since programs that were started inside the
     context, such as Inductor's workers, use it afterwards too.
     """
     tempfile.gettempdir()  # fixes the folder of this process's own temporary files
+    if _parent_removes:
+        yield
+        return
     try:
         path = _folder_in(parent, prefix)
     except OSError:

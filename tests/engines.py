@@ -21,6 +21,7 @@ import torch
 from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.kernels import ops
+from nanovllm.kernels.code_files import BUILDING, WRITING
 from nanovllm.platforms import preload
 from nanovllm.schedule.outputs import FinishedOutput
 from tests.conftest import save_tiny
@@ -106,6 +107,12 @@ def cpu_kernels() -> Path:
     return build_all()
 
 
+def copy_kernels(cpu_kernels: Path, store: Path) -> None:
+    """Copy the built kernels into a store, without what other processes are writing meanwhile."""
+    unfinished = shutil.ignore_patterns(f"{BUILDING}*", f"{WRITING}*")
+    shutil.copytree(cpu_kernels, store / "cpp", ignore=unfinished, dirs_exist_ok=True)
+
+
 @pytest.fixture(scope="session")
 def instruction_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Inductor's folder with nothing but its probes: the first compile in an empty folder tries the
@@ -123,7 +130,7 @@ def bare_store(cpu_kernels: Path, instruction_sets: Path, tmp_path: Path) -> Pat
     folder that is empty, every process that a test starts would build them."""
     folder = tmp_path / "store"
     folder.mkdir(mode=0o700)
-    shutil.copytree(cpu_kernels, folder / "cpp")
+    copy_kernels(cpu_kernels, folder)
     shutil.copytree(instruction_sets, folder / "inductor")
     return folder
 

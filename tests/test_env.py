@@ -150,6 +150,22 @@ def test_the_folder_of_compilers_goes_with_its_process(tmp_path: Path) -> None:
     assert done.stdout.strip() == "1" and not list(tmp_path.iterdir())
 
 
+def test_a_process_that_is_ended_at_once_leaves_no_folder_of_compilers(tmp_path: Path) -> None:
+    """Ranks and engines end without Python's cleanup; their parent removes their files."""
+    code = f"""if True:
+        import os
+        from pathlib import Path
+        from nanovllm import env
+        store, kept = Path({str(tmp_path / "store")!r}), {str(tmp_path / "kept")!r}
+        env.keep_temporary_files(Path(kept))
+        with env.folder_of_compilers(store, ".x-"):
+            assert os.environ["TMPDIR"] == kept
+        os._exit(0)"""
+    (tmp_path / "store").mkdir()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not list((tmp_path / "store").iterdir())
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

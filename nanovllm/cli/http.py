@@ -311,7 +311,8 @@ def run_stoppable(main: Coroutine[Any, Any, T], run_on_loop: Callable[..., T] = 
         def stop(number: int, frame: object) -> None:
             nonlocal is_stopped
             is_stopped = True
-            loop.call_soon_threadsafe(task.cancel)
+            if not loop.is_closed():  # else the coroutine has ended, and SystemExit follows
+                loop.call_soon_threadsafe(task.cancel)
 
         signal.signal(signal.SIGTERM, stop)
         return await main

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from nanovllm import env, programs
+from nanovllm.cli import http
 from nanovllm.kernels.code_files import BUILDING
 from tests.cli.test_bench_serve import serving
 from tests.parallel.started import wait_until_gone
@@ -136,3 +138,17 @@ def test_a_command_in_another_thread_leaves_signals_alone() -> None:
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_a_signal_just_after_the_loop_was_closed_ends_the_command() -> None:
+    def run_on_loop(main: Coroutine[Any, Any, None]) -> None:
+        asyncio.run(main)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with programs.sigterm_as_exit():
+        with pytest.raises(SystemExit) as ending:
+            http.run_stoppable(asyncio.sleep(0), run_on_loop)
+        assert signal.getsignal(signal.SIGTERM) is programs.exit_at_sigterm
+    assert ending.value.code == programs.TERMINATED
+    assert signal.getsignal(signal.SIGTERM) == before

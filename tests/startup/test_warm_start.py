@@ -24,6 +24,7 @@ from nanovllm.startup.compile_farm import farm as compile_farm
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
 from nanovllm.startup.compile_farm.tasks import BuildOutcome
 from tests.conftest import save_tiny
+from tests.engines import copy_kernels
 from tests.startup.starts import Ended, Starts, one_anew
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +120,7 @@ def store(filled: Filled, cpu_kernels: Path, tmp_path: Path) -> Path:
     this process makes them."""
     folder = tmp_path / "store"
     shutil.copytree(filled.folder, folder)
-    shutil.copytree(cpu_kernels, folder / "cpp", dirs_exist_ok=True)
+    copy_kernels(cpu_kernels, folder)
     return folder
 
 
