@@ -142,7 +142,7 @@ ARCHITECTURES: dict[str, Entry] = {
     ),
     "Gemma3ForConditionalGeneration": Entry(
         VISION, "Gemma-3 (4B, 12B, 27B)",
-        "an image's tokens see all of it, and no step has a part of an image; pan and scan is "
+        "an image's tokens attend to all of it, and no step has a part of an image; pan and scan is "
         "refused; on an NPU it is refused",
     ),
     "Gemma4ForConditionalGeneration": Entry(

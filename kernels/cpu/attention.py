@@ -1,4 +1,4 @@
-"""Attention over the paged cache, and what writes to it: kernels of `kernels.cpp`."""
+"""Attention over the paged cache, and what writes to it: kernels of `attention.h`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products of few tokens, and of int8 weights: kernels of `kernels.cpp`."""
+"""Products of few tokens, and of int8 weights: kernels of `linear.h`."""
 
 from __future__ import annotations
 

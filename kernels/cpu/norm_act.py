@@ -1,4 +1,4 @@
-"""Norms and activation: kernels of `kernels.cpp`."""
+"""Norms and activation: kernels of `norm_act.h`."""
 
 from __future__ import annotations
 

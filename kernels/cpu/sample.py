@@ -1,4 +1,4 @@
-"""Drawing tokens, and masks of tokens: kernels of `kernels.cpp`."""
+"""Drawing tokens, and masks of tokens: kernels of `sample.h`."""
 
 from __future__ import annotations
 

@@ -49,6 +49,7 @@ struct Args {
 #define XS (EACH / 8)                          // its pieces of 16 bytes of x
 #define THREADS (32 * WK * WR)
 #define SCALE_BYTES (SCALE == 0 ? 4 : 2)
+#define BATCH 4                                // pieces of x of a thread that are normed at a time
 #define SHARE (WK > TOP_K ? WK / TOP_K : 1)    // warps that share the depth of a pair, if PAIRS is 2
 
 __device__ __forceinline__ Four load_once(const void* at) {
@@ -210,6 +211,18 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
     if ((u32)s < num_steps)
 #pragma unroll
       for (int m = 0; m < M; m++) fetch(slots[s], s, m);
+#if NORM
+  // a row is normed by all threads, or by a warp; a batch is what a thread has in registers
+  const u32 each = NORM == 1 ? THREADS * 8 : 256, batch = BATCH * each;
+  const u32 first_column = (NORM == 1 ? threadIdx.x : lane) * 8;
+  auto read_batch = [&](Four (&piece)[BATCH], const u16* from, u32 column) {
+#pragma unroll
+    for (int i = 0; i < BATCH; i++)
+      piece[i] = column + i * each < depth ? load_four(from + column + i * each) : Four{0, 0, 0, 0};
+  };
+  Four weight[BATCH];  // not written by the kernel before
+  read_batch(weight, a.norm, first_column);
+#endif
 #if PDL && !PAIRS
   asm volatile("griddepcontrol.wait;");
 #endif
@@ -217,30 +230,34 @@ extern "C" __global__ void __launch_bounds__(32 * WK * WR, MIN_PROGRAMS) packed_
 #if NORM
   // x · norm / √(mean x² + eps), rounded to bf16, for all warps
   u16* const normed = reinterpret_cast<u16*>(shared);
-#if NORM == 1
-  float* const squares = reinterpret_cast<float*>(shared + ((depth * 2 + 15) & ~15u));
-  float square = 0;
-  for (u32 i = threadIdx.x * 8; i < depth; i += THREADS * 8) square += squares_of(load_four(a.x + i));
-  square = sum_of_warp(square);
-  if (lane == 0) squares[threadIdx.x >> 5] = square;
-  __syncthreads();
-  square = 0;
-#pragma unroll
-  for (int i = 0; i < THREADS / 32; i++) square += squares[i];
-  const float factor = rsqrtf(square / depth + a.eps);
-  for (u32 i = threadIdx.x * 8; i < depth; i += THREADS * 8)
-    *reinterpret_cast<Four*>(normed + i) = scaled(load_four(a.x + i), load_four(a.norm + i), factor);
-#else
-  for (u32 row = threadIdx.x >> 5; row < a.num_rows; row += THREADS / 32) {
+  for (u32 row = NORM == 1 ? 0 : threadIdx.x >> 5; row < a.num_rows; row += THREADS / 32) {
     const u16* const from = a.x + (u64)row * a.x_stride;
+    u16* const to = normed + row * (depth + 8);
+    Four piece[BATCH];
     float square = 0;
-    for (u32 i = lane * 8; i < depth; i += 256) square += squares_of(load_four(from + i));
-    const float factor = rsqrtf(sum_of_warp(square) / depth + a.eps);
-    for (u32 i = lane * 8; i < depth; i += 256)
-      *reinterpret_cast<Four*>(normed + row * (depth + 8) + i) =
-          scaled(load_four(from + i), load_four(a.norm + i), factor);
-  }
+    for (u32 column = first_column; column < depth; column += batch) {
+      read_batch(piece, from, column);
+#pragma unroll
+      for (int i = 0; i < BATCH; i++) square += squares_of(piece[i]);
+    }
+    square = sum_of_warp(square);
+#if NORM == 1
+    float* const squares = reinterpret_cast<float*>(shared + ((depth * 2 + 15) & ~15u));
+    if (lane == 0) squares[threadIdx.x >> 5] = square;
+    __syncthreads();
+    square = 0;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) square += squares[i];
 #endif
+    const float factor = rsqrtf(square / depth + a.eps);
+    for (u32 column = first_column; column < depth; column += batch) {
+      if (depth > batch) read_batch(piece, from, column), read_batch(weight, a.norm, column);
+#pragma unroll
+      for (int i = 0; i < BATCH; i++)
+        if (column + i * each < depth)
+          *reinterpret_cast<Four*>(to + column + i * each) = scaled(piece[i], weight[i], factor);
+    }
+  }
   __syncthreads();
 #endif
 

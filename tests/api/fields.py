@@ -166,7 +166,7 @@ CHAT: dict[str, Case] = BOTH | {
     "safety_identifier": Case("somebody", lambda seen: seen.log["user"] == "somebody",
                               remark="is in the access log"),
     "prompt_cache_key": Case("k", lambda seen: seen.answer["usage"],
-                             remark="all requests share one prefix cache"),
+                             remark="requests of one API key share one prefix cache"),
     "metadata": Case({"a": "b"}, lambda seen: seen.answer["usage"],
                      remark="has no effect: nothing is stored"),
     "store": Case(True, lambda seen: seen.answer["usage"],
@@ -263,7 +263,7 @@ MESSAGES: dict[str, Case] = {
     "metadata": Case({"user_id": "somebody"}, lambda seen: seen.log["user"] == "somebody",
                      remark="`user_id` is in the access log"),
     "cache_control": Case({"type": "ephemeral"}, lambda seen: seen.answer["usage"],
-                          remark="has no effect: all requests share one prefix cache"),
+                          remark="has no effect: requests of one API key share one prefix cache"),
     "context_management": Case(
         {"edits": []}, lambda seen: seen.answer["usage"],
         remark="has no effect: a conversation that is too long is refused",
