@@ -24,12 +24,10 @@ from nanovllm.compile.key import Key
 from nanovllm.compile.trace import classes, input_leaves, static_leaves
 
 ROOT = Path(__file__).resolve().parent
-# The files of compile/ that make programs and plans. The others choose buckets, name programs and
-# store them, or use a plan at each start.
-MAKING = (
-    "trace.py", "program.py", "passes/*.py", "lower/*.py", "lower/persistent/graph_reader.py",
-    "lower/persistent/plan.py", "lower/persistent/stored_plan.py",
-)  # fmt: skip
+# The files of compile/ that make programs, and those that make plans of one kernel besides. The
+# others choose buckets, name programs and store them, or use a plan at each start.
+MAKING = ("trace.py", "program.py", "passes/*.py", "lower/*.py")
+PLANNING = tuple(f"lower/persistent/{name}.py" for name in ("graph_reader", "plan", "stored_plan"))
 
 
 def program_key(
@@ -125,8 +123,13 @@ def source_digest(paths: Iterable[Path], root: Path) -> str:
     return total.hexdigest()[:16]
 
 
+def plan_sources() -> dict[str, str]:
+    """The ingredient for the sources that make plans and no programs."""
+    return {"source plans": source_digest((ROOT / name for name in PLANNING), ROOT)}
+
+
 def own_sources() -> dict[str, str]:
-    """The ingredients for the sources of compile/ and kernels/."""
+    """The ingredients for the sources of compile/ and kernels/ that make programs."""
     from nanovllm.kernels import ops
 
     making = [path for pattern in MAKING for path in ROOT.glob(pattern)]

@@ -120,13 +120,14 @@ class Compiler:
         reading: Region,
         inputs: Mapping[str, object],
         *,
+        sources: Mapping[str, str],
         make: Callable[[], bytes],
         load: Callable[[bytes], T],
     ) -> T:
         """`load(make())`, without `make` if the store has these bytes.
 
         They depend on `reading`, bound to the regions that it traces, and on `inputs`, as a program
-        does on its region and inputs. `kind` is the artifact's. If `load` raises ValueError for
+        does on its region and inputs, and on `sources` besides. `kind` is the artifact's. If `load` raises ValueError for
         stored bytes, they are made again with a warning.
 
         Nothing is compiled: `require` allows it, each rank does it alone, and the graphs are
@@ -135,7 +136,8 @@ class Compiler:
         store = None if self.lowering is None else self.store
         if store is None:
             return load(make())
-        key = program_key(reading, inputs, varying=self.varying, common=self.ingredients)
+        common = {**self.ingredients, **sources}
+        key = program_key(reading, inputs, varying=self.varying, common=common)
         found = self._found(name, key, lambda artifact: load(_content(artifact, (kind,))))
         if found is not None:
             return found

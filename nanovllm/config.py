@@ -323,6 +323,17 @@ class EngineConfig:
         return self.speculative.draft_lengths(adapts=self.adapts_drafts)
 
     @property
+    def not_persistent(self) -> tuple[str, str] | None:
+        """The option with which no decode step is one kernel, and why; None without one."""
+        if self.enforce_eager:
+            return "enforce_eager=True", "eager mode runs op by op"
+        if self.deterministic:
+            return "deterministic=True", "its sums have another order"
+        if not self.tuned.fuse:
+            return "tuning={'fuse': False}", "the kernel is fused"
+        return None
+
+    @property
     def adapts_drafts(self) -> bool:
         """Whether steps have as many draft tokens as pay. Batches without padding are not timed."""
         return self.tuned.adapt_draft_length and self.tuned.pad_batches
@@ -407,15 +418,9 @@ class EngineConfig:
             raise ValueError(
                 "fuse=False needs enforce_eager=False: eager mode runs no graph passes"
             )
-        if tuned.persistent_step and self.enforce_eager:
-            raise ValueError(
-                "persistent_step=True needs enforce_eager=False: eager mode runs op by op"
-            )
-        if tuned.persistent_step and self.deterministic:
-            raise ValueError(
-                "persistent_step=True does not go with deterministic=True: its sums have another "
-                "order"
-            )
+        if tuned.persistent_step and self.not_persistent is not None:
+            option, why = self.not_persistent
+            raise ValueError(f"persistent_step=True does not go with {option}: {why}")
         if tuned.expert_prefetch and self.expert_offload is None:
             raise ValueError("expert_prefetch=True needs expert_offload: all are on the device")
         captures = self.npu_graph_mode in ("aclgraph", "npugraph_ex")

@@ -243,12 +243,12 @@ def drop_relative() -> None:
 def keep_temporary_files(folder: Path) -> None:
     """Keep temporary files of this process, and of programs that it starts, in a folder that the
     parent removes. Compilers have no other folder then (`folder_of_compilers`)."""
-    global _parent_removes
+    global _parent_removes_files
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
-    _parent_removes = True
+    _parent_removes_files = True
 
 
-_parent_removes = False  # the folder of temporary files
+_parent_removes_files = False  # since `keep_temporary_files`
 
 
 _folders: dict[Path, tempfile.TemporaryDirectory[str]] = {}  # by parent
@@ -267,7 +267,7 @@ def folder_of_compilers(parent: Path, prefix: str) -> Iterator[None]:
     context, such as Inductor's workers, use it afterwards too.
     """
     tempfile.gettempdir()  # fixes the folder of this process's own temporary files
-    if _parent_removes:
+    if _parent_removes_files:
         yield
         return
     try:

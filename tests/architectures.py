@@ -142,8 +142,8 @@ ARCHITECTURES: dict[str, Entry] = {
     ),
     "Gemma3ForConditionalGeneration": Entry(
         VISION, "Gemma-3 (4B, 12B, 27B)",
-        "an image's tokens attend to all of it, and no step has a part of an image; pan and scan is "
-        "refused; on an NPU it is refused",
+        "an image's tokens attend to all of it, and no step has a part of an image; pan and scan "
+        "is refused; on an NPU it is refused",
     ),
     "Gemma4ForConditionalGeneration": Entry(
         VISION, "Gemma 4 (E2B, E4B, 26B-A4B, 31B)",

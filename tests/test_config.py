@@ -197,10 +197,19 @@ def test_prefetching_experts_needs_offload() -> None:
     with pytest.raises(ValueError, match="expert_prefetch=True needs expert_offload"):
         make(expert_prefetch=True)
     assert make(tuning={"expert_prefetch": True}, expert_offload=2).tuned.expert_prefetch
-    with pytest.raises(ValueError, match="persistent_step=True needs enforce_eager=False"):
-        make(tuning={"persistent_step": True}, enforce_eager=True)
-    with pytest.raises(ValueError, match="persistent_step=True does not go with deterministic"):
-        make(tuning={"persistent_step": True}, deterministic=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"enforce_eager": True}, {"deterministic": True}, {"tuning": {"fuse": False}}],
+    ids=str,
+)
+def test_steps_that_need_several_kernels_are_never_one(options: dict[str, Any]) -> None:
+    tuning = {**options.get("tuning", {}), "persistent_step": True}
+    with pytest.raises(ValueError, match="persistent_step=True does not go with"):
+        make(**{**options, "tuning": tuning})
+    assert make(**options).not_persistent is not None
+    assert make().not_persistent is None
 
 
 EVERYTHING: dict[str, Any] = {

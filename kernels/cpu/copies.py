@@ -3,8 +3,9 @@
 torch takes 10 to 30 us for each copy, a call of the library less than one.
 
 Each function copies as torch does, and returns False, having done nothing, for tensors that it does
-not cover: other dtypes on both sides, rows with gaps, more than two dimensions. Nothing checks
-numbers of rows here; the call refuses one that is not there.
+not cover: different dtypes or shapes, gaps between columns, tensors with gaps of more than two
+dimensions, and indices other than contiguous int64. Nothing checks numbers of rows here; the call
+refuses one that is not there.
 """
 
 from __future__ import annotations

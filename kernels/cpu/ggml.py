@@ -102,7 +102,7 @@ def ggml_lookup(row_T: Tensor, block_VB: Tensor, ggml_type: int, dtype: torch.dt
     weight = packed.Weight(block_VB, None, None, None, ggml_type, 0)
     arguments = packed.arguments_of(out_TD, out_TD, row_T1, weight, depth)
     if len(row_T) and not _load().nanovllm_ggml_lookup(arguments):
-        raise IndexError(f"rows {row_T.tolist()} are read, and there are {len(block_VB)}")
+        raise packed.missing_row(row_T, len(block_VB))
     return out_TD
 
 

@@ -308,9 +308,13 @@ def packed_lookup(
     if len(row_T) and not _load().nanovllm_packed_lookup(
         arguments_of(out_TD, out_TD, row_T.unsqueeze(1), weight, depth, layout=layout)
     ):
-        low, high = int(row_T.min()), int(row_T.max())
-        raise IndexError(f"rows {low} to {high} are read, and there are {len(code_VC)}")
+        raise missing_row(row_T, len(code_VC))
     return out_TD
+
+
+def missing_row(row_T: Tensor, num_rows: int) -> IndexError:
+    low, high = int(row_T.min()), int(row_T.max())
+    return IndexError(f"rows {low} to {high} are read, and there are {num_rows}")
 
 
 def packed_linear(

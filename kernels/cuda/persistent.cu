@@ -18,11 +18,11 @@
 // Constants, by -D: ROWS, HIDDEN, FFN (of a token's experts together), EXPERTS (0: none), TOP_K, EXPERT_FFN,
 // NORMALIZE, HEADS, KV_HEADS, SPLITS (parts of a row's keys), QKV_HALF, OUT_HALF, DOWN_HALF and HEAD_HALF
 // (their tiles are halves), NUM_TASKS (of a program), STAGES, IN_FLIGHT and WAITING_IN_FLIGHT (that memory is
-// asked for at a time), MAX_CHUNK (columns of x in registers), KEPT_BYTES (of x that stays in shared memory, at
-// most), WARPS, COPIERS, CLOCKS (times of tasks are kept), ALL_ARRIVE (each thread arrives at the barrier of
-// a stage that it has read, not the first of a warp for all: for race checkers), SEVERAL (rows may be tokens of one request, one
-// after the other: each attends to those before it too), KEEPS (hidden states after some layers are stored for
-// readers behind the step), QKV_BIAS, LAYER_BITS and HEAD_BITS (of a weight: 16, 8 for float8_e4m3fn, 4 for
+// asked for at a time), MAX_CHUNK (columns of x in registers), RESIDENT_BYTES (of x that stays in shared
+// memory, at most), SHARED_BYTES, WARPS, COPIERS, CLOCKS (times of tasks are kept), ALL_ARRIVE (each thread
+// arrives at the barrier of a stage that it has read, not the first of a warp for all: for race checkers),
+// SEVERAL (rows may be tokens of one request, one after the other: each attends to those before it too),
+// KEEPS (hidden states after some layers are stored for readers behind the step), QKV_BIAS, LAYER_BITS and HEAD_BITS (of a weight: 16, 8 for float8_e4m3fn, 4 for
 // integers in groups of GROUP_COLUMNS), BLOCK (scales of fp8 are of blocks of so many rows and columns, or of
 // rows), SCALE (of scales: 0 fp32, 1 bf16, 2 fp16), OFFSET (groups have one).
 //

@@ -24,10 +24,10 @@ SCALES = torch.float32, torch.bfloat16, torch.float16
 MAX_EXPERTS, MAX_TOP_K = 256, 32
 MAYBE_HALF = "qkv", "out", "down", "head"  # products by their weights
 TIMES = "start", "arrived", "ready", "computed", "finished"  # of a task
-COPIERS = 4  # warps that copy
+COPIERS = 4  # warps that copy: 1, 2 or 4 of the four beside the others
 MAX_SHARED_BYTES = 227 << 10
 MIN_STAGES = 4
-KEPT_BYTES = 24 << 10  # of x that stays in shared memory while a product by codes runs, at most
+RESIDENT_BYTES = 24 << 10  # of x that stays in shared memory while a product by codes runs, at most
 MAX_POLLS = 4 << 20  # of a thread in a step, seconds
 _TASK = struct.Struct("4Q12I")
 # Args in persistent.cu
@@ -91,7 +91,7 @@ class Experts(NamedTuple):
     normalize: bool
 
 
-class Codes(NamedTuple):
+class CodeFormat(NamedTuple):
     """Weights in codes. Those of 8 bits are float8_e4m3fn, with scales of blocks of `block` rows
     and columns or, with 0, of rows; those of 4 bits are integers in groups of 128 columns, with
     scales and perhaps offsets. has_head: the head's weights are in codes too."""
@@ -122,7 +122,7 @@ class Sizes(NamedTuple):
     has_several: bool = False
     keeps: bool = False
     has_bias: bool = False
-    codes: Codes | None = None
+    codes: CodeFormat | None = None
     num_warps: int = WARPS
     num_copiers: int = COPIERS
     has_clocks: bool = False
@@ -137,9 +137,9 @@ class Sizes(NamedTuple):
         return 4096 if self.num_rows <= 4 and is_small else 2048
 
     @property
-    def kept_bytes(self) -> int:
+    def resident_bytes(self) -> int:
         """Of x that stays in shared memory. Without codes a ring of more stages is faster."""
-        return 0 if self.codes is None else KEPT_BYTES
+        return 0 if self.codes is None else RESIDENT_BYTES
 
     @property
     def max_own(self) -> int:
@@ -165,8 +165,8 @@ class Sizes(NamedTuple):
         num = -(-depth // self.max_chunk)
         chunk = min(depth, self.max_chunk) if depth % (num * 2 * WIDE) else depth // num
         num_chunks, pieces = -(-depth // chunk), -(-chunk // of_stage) * of_stage // 256
-        is_kept = num_chunks > 1 and self.num_rows * depth * 2 <= self.kept_bytes
-        return pieces * num_chunks if is_kept else pieces
+        is_resident = num_chunks > 1 and self.num_rows * depth * 2 <= self.resident_bytes
+        return pieces * num_chunks if is_resident else pieces
 
     @property
     def stage_bytes(self) -> int:
@@ -185,7 +185,7 @@ class Sizes(NamedTuple):
     @property
     def function(self) -> Function:
         experts = self.experts or Experts(0, 1, self.ffn, False)
-        codes = self.codes or Codes(16, torch.bfloat16)
+        codes = self.codes or CodeFormat(16, torch.bfloat16)
         values = {
             "ROWS": self.num_rows, "HIDDEN": self.hidden, "FFN": self.ffn, "HEADS": self.num_heads,
             "KV_HEADS": self.num_kv_heads, "SPLITS": self.splits, "NUM_TASKS": self.num_tasks,
@@ -194,7 +194,8 @@ class Sizes(NamedTuple):
             "NORMALIZE": experts.normalize, "STAGES": self.num_stages,
             "WARPS": self.num_warps, "COPIERS": self.num_copiers,
             "IN_FLIGHT": self.in_flight.most, "WAITING_IN_FLIGHT": self.in_flight.waiting,
-            "MAX_CHUNK": self.max_chunk, "KEPT_BYTES": self.kept_bytes,
+            "SHARED_BYTES": self.shared_bytes,
+            "MAX_CHUNK": self.max_chunk, "RESIDENT_BYTES": self.resident_bytes,
             "CLOCKS": self.has_clocks, "ALL_ARRIVE": self.all_arrive,
             "SEVERAL": self.has_several, "KEEPS": self.keeps, "QKV_BIAS": self.has_bias,
             "LAYER_BITS": codes.bits, "HEAD_BITS": codes.bits if codes.has_head else 16,

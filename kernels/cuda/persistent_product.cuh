@@ -20,8 +20,9 @@ struct Of {
   static constexpr u32 NUM_STAGES = (CHUNK + IN_STAGE - 1) / IN_STAGE;  // of a tile
   static constexpr u32 TURNS = IN_STAGE / WORKERS;           // pieces of a stage
   static constexpr u32 PIECES = NUM_STAGES * TURNS;          // of 8 columns, of a thread
-  static constexpr bool IS_KEPT = CHUNKS > 1 && ROWS * DEPTH * 2 <= KEPT_BYTES;  // in shared memory
-  static constexpr u32 X_PITCH = ((IS_KEPT ? CHUNKS : 1) * PIECES + 1) * 64;  // rows g and g + 1: other banks
+  static constexpr bool IS_RESIDENT = CHUNKS > 1 && ROWS * DEPTH * 2 <= RESIDENT_BYTES;  // in shared memory
+  static constexpr u32 X_PITCH = ((IS_RESIDENT ? CHUNKS : 1) * PIECES + 1) * 64;  // rows g and g + 1: other banks
+  static_assert(AT_X + WARPS * ROWS * X_PITCH <= SHARED_BYTES, "Sizes.shared_bytes has no room for x");
   static constexpr bool IS_EVEN = DEPTH % CHUNK == 0 && CHUNK % IN_STAGE == 0;
   static constexpr u32 BLOCKS = BLOCK ? (DEPTH + BLOCK - 1) / (BLOCK ? BLOCK : 1) : 1;  // of columns
 
@@ -46,7 +47,7 @@ __device__ __forceinline__ u32 weighted(u32 word, u32 weight, float& square) {
 // Where a warp's columns of a chunk of x are in its own shared memory.
 template <class P>
 __device__ __forceinline__ u8* place_of_x(const Worker& w, u32 chunk) {
-  return shared<u8>(AT_X) + w.warp * (ROWS * P::X_PITCH) + (P::IS_KEPT ? chunk * (P::PIECES * 64) : 0);
+  return shared<u8>(AT_X) + w.warp * (ROWS * P::X_PITCH) + (P::IS_RESIDENT ? chunk * (P::PIECES * 64) : 0);
 }
 
 // Waits for a warp's columns of a chunk of x, and stores them for the threads that multiply them. Of a
@@ -359,7 +360,7 @@ __device__ __forceinline__ void product(Worker& w) {
     float square[ROWS] = {};
     for (u32 chunk = 0; chunk < P::CHUNKS; chunk++) {
       if (P::CHUNKS > 1 || first == 0) {
-        if (!P::IS_KEPT)
+        if (!P::IS_RESIDENT)
           fetch_x<DEPTH, FLAGS>(w, t, chunk, square);
         else if (first == 0 && chunk == 0)
 #pragma unroll 1

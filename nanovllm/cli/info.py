@@ -139,8 +139,9 @@ def _persistent_step(resolved: ResolvedConfig, config: EngineConfig) -> tuple[bo
     asked = config.tuned.persistent_step
     if asked is False:
         return False, GIVEN
-    if config.deterministic or config.enforce_eager:
-        return False, f"{'deterministic' if config.deterministic else 'enforce_eager'} is given"
+    if config.not_persistent is not None:
+        option, why = config.not_persistent
+        return False, f"{option}: {why}"
     try:
         num_programs(resolved.platform.device)
     except Unfit as why:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -32,12 +33,15 @@ from nanovllm.runner.encoders import Encoders
 from nanovllm.runner.graph_cache import Captures, GraphCache
 from nanovllm.runner.mm_embeds import MMEmbedInputs
 from nanovllm.runner.no_grad import in_group
+from nanovllm.runner.proposer import Drafting
 from nanovllm.runner.sampling import Sampler
 from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import new_state
 from nanovllm.runner.step_regions import Table
 from nanovllm.runner.steps import ALONE, Steps
+
+logger = logging.getLogger(__name__)
 
 
 class DeviceOwner:
@@ -269,6 +273,17 @@ class DeviceOwner:
         assert self.model.kv_scales is not None
         return self.model.kv_scales(self.cfg, weights)
 
+    def _persistent_steps(
+        self, drafting: Drafting | None, whole: bool
+    ) -> persistent.PersistentSteps | None:
+        kept = {} if drafting is None else drafting.kept
+        if kept is not None and not whole:
+            return persistent.chosen(self.platform.device, self.spec.persistent, kept)
+        if self.spec.persistent:
+            why = "each is one program" if whole else "the head reads a layer twice"
+            logger.info("no decode step is one kernel: %s", why)
+        return None
+
     def _make_steps(self, num_blocks: int, compiler: Compiler) -> Steps:
         made = allocate(self.model, num_blocks, self.spec, self.cache_region, self._scales)
         caches, self.snapshots = made
@@ -276,10 +291,6 @@ class DeviceOwner:
         drafting = None
         if self._draft is not None:
             drafting = self._draft.drafting(num_blocks, self.cache_region.zeros, compiler)
-        kept = {} if drafting is None else drafting.kept
-        persistent_steps = None
-        if kept is not None and not whole:
-            persistent_steps = persistent.chosen(self.platform.device, self.spec.persistent, kept)
         return Steps(
             model=self.model,
             attention=self.spec.attention,
@@ -293,7 +304,7 @@ class DeviceOwner:
             verifies_rows=self.platform.traits.verifies_rows,
             synthetic_rate=None if self.spec.draft is None else self.spec.draft.synthetic_rate,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
-            persistent=persistent_steps,
+            persistent=self._persistent_steps(drafting, whole),
             drafting=drafting,
         )
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanovllm.compile import keys
 from nanovllm.compile.lower.persistent import plan as plans
 from nanovllm.compile.lower.persistent import schedule as schedules
 from nanovllm.compile.lower.persistent import step as lowered
@@ -225,6 +226,7 @@ def plan_of(parts: Parts, h_RD: Tensor, batch: Batch) -> Plan:
         stored_plan.KIND,
         reading,
         {**of_layer, **of_head},
+        sources=keys.plan_sources(),
         make=make,
         load=stored_plan.load,
     )

@@ -129,7 +129,8 @@ class EngineSpec:
     values. `offload` is the placement of experts, None for all on the device. Embeddings of images
     take `embedding_cache_bytes` of the device at most between steps. `draft` proposes tokens on the
     device. `snapshot_slots` are those for states of recurrent layers. With
-    `persistent`: decode steps are one kernel where it takes them; None: where it is faster.
+    `persistent`: decode and verifying steps are one kernel where it takes them; None: where it is
+    faster.
     """
 
     layout: Layout

@@ -76,8 +76,8 @@ class Steps(StepRegions):
     """The steps of one model. Programs are built on first use; `Runner.warm_up` uses every bucket.
 
     With `whole` the regions of a step are inlined into one program: some compilers need this.
-    `synthetic_rate` is the rate of `state.accept_and_advance`. `persistent` has decode steps whose
-    layers and head are one launch. `verifies_rows`: see `Traits`.
+    `synthetic_rate` is the rate of `state.accept_and_advance`. `persistent` has decode and
+    verifying steps whose layers and head are one launch. `verifies_rows`: see `Traits`.
     """
 
     whole: bool = False

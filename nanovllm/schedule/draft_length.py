@@ -3,9 +3,8 @@
 A step of K draft tokens makes 1 + a_1 + a_1·a_2 + … tokens a row, where a_i is the share of
 accepted tokens at position i, of those whose earlier ones were accepted. It is worth its time if it
 makes more tokens per millisecond than a plain step; long drafts only once shorter ones have been
-seen. Otherwise steps are plain, and now and then a
-trial of short drafts shows whether they would be accepted again. Between steps with drafts some are
-plain, which shows how long these take by now.
+seen. Otherwise steps are plain, and now and then a trial of short drafts shows whether they would
+be accepted again. Between steps with drafts some are plain, which shows how long these take by now.
 
 Expectations can be wrong, so an account has the time that drafts have saved: what as many tokens
 would have taken in plain steps, less what the steps took. Drafts that have lost more than they
@@ -98,10 +97,7 @@ class DraftLengths:
             self._owes = self._saved_ms < 0.0
         if self._owes:
             share = 0.0  # drafts must not decide
-        made_K = [1 + share * (made - 1) for made in self._tokens()]
-        for idx, length in enumerate(lengths):
-            made_K[idx] += sum(min(length, num) for num in forced) / num_rows
-        num = len(lengths) if any(forced) else self._num_seen()
+        made_K, num = self._made(share, forced, num_rows)
         best = max(range(1, num), key=lambda idx: made_K[idx] / ms_K[idx])
         if made_K[best] / ms_K[best] > MARGIN / ms_K[0]:
             self._chosen = lengths[best]
@@ -160,6 +156,18 @@ class DraftLengths:
         if num_drafts:
             self._saved_ms += plain_ms * num_tokens / num_rows - ms
         self._saved_ms = min(self._saved_ms, MOST_STEPS * plain_ms)
+
+    def _made(self, share: float, forced: Sequence[int], num_rows: int) -> tuple[list[float], int]:
+        """The expected tokens that a row makes in a step of each length, and how many of the
+        lengths may be chosen. Those after the seen ones are for forced tokens alone: nothing is
+        expected of further tokens of other rows."""
+        lengths, seen = self._lengths, self._num_seen()
+        tokens = self._tokens()
+        made_K = [1 + share * (tokens[min(idx, seen - 1)] - 1) for idx in range(len(lengths))]
+        for idx, length in enumerate(lengths):
+            made_K[idx] += sum(min(length, num) for num in forced) / num_rows
+        shorter = sum(length < max(forced, default=0) for length in lengths)
+        return made_K, max(seen, min(shorter + 1, len(lengths)))
 
     def _num_seen(self) -> int:
         """How many of the lengths may be chosen: the first two, and those after lengths that were

@@ -77,7 +77,7 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
     embedding_bytes = config.media.embedding_cache_bytes if model.takes_embeddings else 0
     slots = _snapshot_slots(config, model, layout)
     spec = EngineSpec(layout, backend, cache_dtype, offload, embedding_bytes)
-    persistent = False if config.deterministic else config.tuned.persistent_step
+    persistent = config.tuned.persistent_step if config.not_persistent is None else False
     return replace(spec, snapshot_slots=slots, persistent=persistent)
 
 

@@ -156,7 +156,10 @@ def test_info_says_what_is_picked_and_why(capsys: pytest.CaptureFixture[str]) ->
     assert picked["max_num_seqs"] == {"value": 9, "why": "as given"}
     assert picked["dtype"] == {"value": "float32", "why": "the default on a cpu"}
     assert picked["mode"] == {"value": "eager", "why": "enforce_eager is given"}
-    assert picked["persistent_step"] == {"value": False, "why": "enforce_eager is given"}
+    assert picked["persistent_step"] == {
+        "value": False,
+        "why": "enforce_eager=True: eager mode runs op by op",
+    }
     assert picked["graph_batch_sizes"]["value"][-1] == 9
     assert found["versions"]["nanovllm"] == nanovllm.__version__
     assert found["devices"]["cpu"] == "can be used" and "npu" in found["devices"]

@@ -330,7 +330,8 @@ with its default and with another value.
 Differences: `max_tokens` is 64 by default (vLLM: 16). `max_model_len` above the
 checkpoint's limit is lowered to it with a warning, as nano-vllm does. Requests always run by
 priority, first come, first served within one. The metrics of `get_metrics` are named
-`nanovllm:…`; those of a server have vLLM's names ([metrics.md](metrics.md)). Outputs can also be read as dicts: `output["text"]`. On the command line numbers may end with a letter, as in vLLM: `2k`
+`nanovllm:…`; those of a server have vLLM's names ([metrics.md](metrics.md)). Outputs can also be
+read as dicts: `output["text"]`. On the command line numbers may end with a letter, as in vLLM: `2k`
 is 2,000 and `2K` is 2,048.
 """
     for title, rows in sections.items():

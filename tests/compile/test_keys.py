@@ -214,8 +214,7 @@ def test_sources_count_by_name_and_content_only(tmp_path: Path) -> None:
     "file, counts",
     [("trace.py", True), ("program.py", True), ("passes/replace_ops.py", True),
      ("lower/calls.py", True), ("passes/new.py", True), ("lower/new.py", True),
-     ("lower/persistent/plan.py", True), ("lower/persistent/graph_reader.py", True),
-     ("lower/persistent/stored_plan.py", True), ("lower/persistent/schedule.py", False),
+     ("lower/persistent/plan.py", False), ("lower/persistent/schedule.py", False),
      ("buckets.py", False), ("keys.py", False), ("store.py", False), ("new.py", False)],
 )  # fmt: skip
 def test_sources_of_what_makes_programs_count(
@@ -230,8 +229,25 @@ def test_sources_of_what_makes_programs_count(
     assert (keys.own_sources() != before) == counts
 
 
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [("plan.py", True), ("graph_reader.py", True), ("stored_plan.py", True), ("step.py", False)],
+)
+def test_sources_of_plans_count_for_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, counts: bool
+) -> None:
+    copy = tmp_path / "compile"
+    shutil.copytree(keys.ROOT, copy)
+    monkeypatch.setattr(keys, "ROOT", copy)
+    before = keys.plan_sources()
+    with (copy / "lower/persistent" / file).open("a") as opened:
+        opened.write("# changed\n")
+    assert (keys.plan_sources() != before) == counts
+
+
 def test_files_that_make_programs_import_no_others_but_keys_and_store() -> None:
-    making = [path for pattern in keys.MAKING for path in keys.ROOT.glob(pattern)]
+    patterns = (*keys.MAKING, *keys.PLANNING)
+    making = [path for pattern in patterns for path in keys.ROOT.glob(pattern)]
     imported = {
         name.replace(".", "/") + ".py"
         for path in making

@@ -22,7 +22,7 @@ from nanovllm.compile.lower.persistent import stored_plan
 from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.store import Entry, Store
-from nanovllm.kernels.cuda.persistent import Codes, Experts
+from nanovllm.kernels.cuda.persistent import CodeFormat, Experts
 from nanovllm.models.model import VARYING, LayerCache
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.persistent import plan_of
@@ -120,7 +120,7 @@ def without(values: dict[str, Any], name: str) -> dict[str, Any]:
 def test_other_content_is_refused(change: Callable[[Any], Any]) -> None:
     plan = Plan(
         1, 64, 2, 1, 64, 64, 1, 1e-6, 0.1, {"qkv": "w"}, {"head": "w"},
-        experts=Experts(16, 4, 64, True), codes=Codes(8, torch.float32),
+        experts=Experts(16, 4, 64, True), codes=CodeFormat(8, torch.float32),
     )  # fmt: skip
     values = json.loads(stored_plan.dump(plan))
     assert stored_plan.load(json.dumps(values).encode()) == plan

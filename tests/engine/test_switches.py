@@ -71,6 +71,14 @@ def test_a_device_without_the_persistent_step_runs_its_own_and_says_why(
         assert f"a decode step of {num_rows} row(s) is {why}" in caplog.text
 
 
+def test_eager_steps_are_several_kernels_where_one_is_the_default(
+    make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(persistent.lowered, "is_nvidia", lambda device: True)
+    llm = make_llm(enforce_eager=True)
+    assert llm.engine.runner.steps.persistent is None
+
+
 @pytest.mark.parametrize("run_ahead", [0, 1])
 def test_steps_in_flight_are_as_many_as_asked_for(
     make_llm: Callable[..., LLM], run_ahead: int, expected: list[list[int]]

@@ -186,6 +186,12 @@ def test_forced_tokens_count_as_right_and_cost_their_time() -> None:
     assert made.choose(64, 63, [7] + [0] * 63) == 0, "the step of all rows would take longer"
 
 
+def test_forced_tokens_of_a_row_allow_others_no_lengths_that_were_not_seen() -> None:
+    made = DraftLengths(times(bandwidth_bound))
+    assert made.choose(2, 1, [1, 0]) == 1, "nothing is known of longer drafts"
+    assert {made.choose(2, 1, [7, 0]) for _ in range(4)} - {0} == {7}, "that many are forced"
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_drafts_that_pay_return_after_a_bad_beginning(seed: int) -> None:
     """The first step with drafts has none yet: what an account that is just in credit allows is

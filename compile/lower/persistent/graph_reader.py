@@ -9,7 +9,7 @@ import torch
 
 from nanovllm.kernels import ops
 from nanovllm.kernels.cuda import persistent
-from nanovllm.kernels.cuda.persistent import Codes
+from nanovllm.kernels.cuda.persistent import CodeFormat
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -50,14 +50,15 @@ def _source(value: Any) -> Any:
 
 
 class Product(NamedTuple):
-    """A call and its inputs; `codes` without a head's if its weight is in codes."""
+    """A call and its inputs. If its weight is in codes, `codes` is their format; `has_head` is not
+    set yet."""
 
     node: Any
     norm: Any
     weight: Any
     bias: Any
     eps: float
-    codes: Codes | None = None
+    codes: CodeFormat | None = None
     scale: Any = None
     offset: Any = None
 
@@ -100,7 +101,7 @@ def _of_fp8(found: Product, what: str, weight: Any, scale: Any, *sides: int) -> 
         raise Unfit(f"{what} has scales for blocks of {sides[0]} rows and {sides[1]} columns")
     dtype = scale.meta["val"].dtype
     check_plain(what, scale, dtype if dtype is torch.bfloat16 else torch.float32)
-    return found._replace(codes=Codes(8, dtype, 0 if sides[0] == 1 else FP8_BLOCK), scale=scale)
+    return found._replace(codes=CodeFormat(8, dtype, 0 if sides[0] == 1 else FP8_BLOCK), scale=scale)
 
 
 def _of_int4(
@@ -114,7 +115,7 @@ def _of_int4(
     check_plain(what, code, torch.uint8)
     for one in (scale, offset):
         check_plain(what, one, dtype if dtype is torch.bfloat16 else torch.float16)
-    codes = Codes(4, dtype, has_offset=offset is not None)
+    codes = CodeFormat(4, dtype, has_offset=offset is not None)
     return found._replace(codes=codes, scale=scale, offset=offset)
 
 

@@ -27,7 +27,7 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 from nanovllm.kernels.cuda import persistent
-from nanovllm.kernels.cuda.persistent import Codes, Experts
+from nanovllm.kernels.cuda.persistent import CodeFormat, Experts
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
     experts: Experts | None = None
     has_several: bool = False
     keeps: bool = False
-    codes: Codes | None = None
+    codes: CodeFormat | None = None
 
     @property
     def has_bias(self) -> bool:
@@ -127,7 +127,7 @@ def _fused(region: Callable[..., Any], inputs: dict[str, object], varying: Any) 
     return fuse_linear(graph, fakes, takes={one: lambda *args: True for one in taken})
 
 
-def _codes(of_products: Sequence[Codes | None]) -> Codes | None:
+def _codes(of_products: Sequence[CodeFormat | None]) -> CodeFormat | None:
     """How the weights of all products are kept, None in bf16."""
     found = set(of_products)
     if len(found) > 1:
@@ -181,7 +181,7 @@ class _Mlp(NamedTuple):
     ffn: int
     inputs: dict[str, Any]
     eps: float
-    codes: Sequence[Codes | None]
+    codes: Sequence[CodeFormat | None]
 
 
 def _mlp(reader: Reader, out: Any) -> _Mlp:
@@ -219,7 +219,7 @@ def _experts(reader: Reader, out: Any) -> _Mlp:
     codes = None
     if is_fp8:
         dtype = scale.meta["val"].dtype
-        codes = Codes(8, dtype, FP8_BLOCK)
+        codes = CodeFormat(8, dtype, FP8_BLOCK)
         if [*sides, down_rows, down_columns] != [FP8_BLOCK] * 4 or (hidden | ffn) % FP8_BLOCK:
             raise Unfit("experts have scales that are not of whole blocks of 128")
         for one in (scale, down_scale):

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.kernels.cuda import persistent
-from nanovllm.kernels.cuda.persistent import Codes, Experts
+from nanovllm.kernels.cuda.persistent import CodeFormat, Experts
 
 KIND = "plan"  # of artifacts
 SCALES = {str(dtype): dtype for dtype in persistent.SCALES}
 
-Fields = TypeVar("Fields", Plan, Experts, Codes)
+Fields = TypeVar("Fields", Plan, Experts, CodeFormat)
 
 
 def dump(found: Plan | Unfit) -> bytes:
@@ -40,7 +40,7 @@ def load(content: bytes) -> Plan | Unfit:
     if experts is not None:
         plan = plan._replace(experts=_filled(Experts, experts))
     if codes is not None:
-        codes = _filled(Codes, codes)
+        codes = _filled(CodeFormat, codes)
         if codes.scale not in SCALES:
             raise ValueError(f"scales are in {codes.scale!r}")
         plan = plan._replace(codes=codes._replace(scale=SCALES[codes.scale]))
