@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +99,10 @@ def test_what_precompile_leaves_is_all_that_a_start_needs(
             LLM(shallow, **{**options, **change}, compile_cache_mode="require")
 
 
-def test_a_start_takes_what_the_script_left(
-    tmp_path: Path, cpu_answers: Callable[..., list[list[int]]]
-) -> None:
+def test_a_start_takes_what_the_script_left(tmp_path: Path, shallow: str) -> None:
     named = [f"--{name.replace('_', '-')}={size}" for name, size in SMALL.items()]
     command = [
-        "scripts/precompile.py", "--model=tiny-qwen3", "--device=npu", f"--out={tmp_path}",
+        "scripts/precompile.py", f"--model={shallow}", "--device=npu", f"--out={tmp_path}",
         *named, "--bs", "2",
     ]  # fmt: skip
     # prefill, decode, head and sampler after a prefill
@@ -113,10 +110,10 @@ def test_a_start_takes_what_the_script_left(
     assert f"{tmp_path}: 2 buckets, 0 programs compiled" in run([*command, "--jobs=2"])
     elsewhere = tmp_path / "not the store"
     started = process(
-        elsewhere, "tiny-qwen3", 40, **SMALL, graph_batch_sizes=(2,),
+        elsewhere, shallow, **SMALL, graph_batch_sizes=(2,),
         compile_cache=str(tmp_path), compile_cache_mode="require",
     )  # fmt: skip
-    assert started["lowered"] == 0 and started["tokens"] == cpu_answers()
+    assert started["lowered"] == 0 and started["graphs"] == 4 and all(started["tokens"])
     assert not elsewhere.exists()
 
 
