@@ -11,7 +11,7 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from nanovllm.checks import InvalidValue
 from nanovllm.engine.metrics import Counter, Gauge, Metric
-from nanovllm.engine.request import EngineInfo, EngineRequest
+from nanovllm.engine.request import EngineInfo, EngineRequest, Forms
 from nanovllm.lora_request import LoRARequest
 from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling import SamplingParams
@@ -67,14 +67,14 @@ class MediaMessage(msgspec.Struct, array_like=True):
 class Add(msgspec.Struct, array_like=True):
     """A prompt and its answers: one for each of `ids` (chosen by the client) and `seeds`.
 
-    params: the fields of `SamplingParams` that differ from the default. has_media: the MEDIA before
+    params: those of `packed_params`. has_media: the MEDIA before
     it belong to it. The other fields are those of `EngineRequest`.
     """
 
     ids: list[int]
     seeds: list[int]
     prompt_ids: list[int]
-    params: dict[str, Any]
+    params: msgspec.Raw
     incremental: bool
     priority: int
     cache_salt: str | None
@@ -155,6 +155,7 @@ load_info = decoder(EngineInfo)
 load_add = decoder(Add)
 load_end = decoder(End)
 load_outputs = decoder(Outputs)
+_load_fields = decoder(dict[str, Any])
 _load_media = decoder(MediaMessage)
 _load_metrics = decoder(list[tuple[bool, str, float, dict[str, str]]])
 
@@ -162,19 +163,21 @@ _load_metrics = decoder(list[tuple[bool, str, float, dict[str, str]]])
 # requests -----------------------------------------------------------------------------------------
 
 
-def params_fields(params: SamplingParams, *, detokenizes: bool) -> dict[str, Any]:
-    """The parameters that the engine needs. detokenizes: whether the engine makes the text."""
+def packed_params(params: SamplingParams, *, detokenizes: bool) -> msgspec.Raw:
+    """The parameters that the engine needs: the fields that differ from their defaults.
+    detokenizes: whether the engine makes the text."""
     found = params.non_default(without=OF_CLIENT if detokenizes else OF_TEXT)
     if found.get("stop"):
         found["stop"] = [text.encode("utf-8", "surrogatepass") for text in found["stop"]]
-    return found
+    return msgspec.Raw(dump(found))
 
 
-def load_params(found: Mapping[str, Any]) -> SamplingParams:
-    """The parameters from these fields. Raises ValueError."""
+def load_params(packed: bytes) -> tuple[SamplingParams, Forms]:
+    """The inverse of `packed_params`, with forms to be found. Raises ValueError."""
+    found = _load_fields(packed)
     if stop := found.get("stop"):
         found = {**found, "stop": [text.decode("utf-8", "surrogatepass") for text in stop]}
-    return SamplingParams(**found)
+    return SamplingParams(**found), Forms()
 
 
 def dump_media(request: EngineRequest) -> bytes:
@@ -195,11 +198,15 @@ def dump_media(request: EngineRequest) -> bytes:
     )
 
 
-def load_request(found: Add, media: bytes) -> EngineRequest:
-    """The request from an ADD and the MEDIA before it. Raises ValueError."""
+def load_request(
+    found: Add, media: bytes, load: Callable[[bytes], tuple[SamplingParams, Forms]] = load_params
+) -> EngineRequest:
+    """The request from an ADD and the MEDIA before it. load: `load_params`, which may share its
+    results between requests. Raises ValueError."""
+    params, forms = load(bytes(found.params))
     request = EngineRequest(
         found.prompt_ids,
-        load_params(found.params),
+        params,
         found.incremental,
         found.priority,
         found.cache_salt,
@@ -207,6 +214,7 @@ def load_request(found: Add, media: bytes) -> EngineRequest:
         adapter=found.adapter,
         pooling=found.pooling,
         second_at=found.second_at,
+        forms=forms,
     )
     return with_media(request, media) if found.has_media else request
 
