@@ -10,7 +10,6 @@ import logging
 import selectors
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -165,10 +164,10 @@ class Loop:
         asked = messages.load_add(payload)
         media, client.media = client.media, b""
         request: EngineRequest | None = None
-        for request_id, seed in zip(asked.ids, asked.seeds, strict=True):
+        for index, request_id in enumerate(asked.ids):
             try:
                 request = request or messages.load_request(asked, media, self._load_params)
-                of_engine = self._engine.add(replace(request, seed=seed))
+                of_engine = self._engine.add(messages.of_answer(request, asked, index))
             except Exception as error:
                 logger.error("request refused: %s", error)
                 client.add_row(messages.failed(request_id, error))

@@ -257,6 +257,7 @@ class Router:
             [request_id], [seed], prompt_ids, fields, asked.incremental, asked.priority,
             asked.cache_salt, asked.detokenizes, has_media=bool(media), adapter=asked.adapter,
             pooling=asked.pooling, second_at=asked.second_at,
+            prompt_logprobs=asked.params.prompt_logprobs,
         )  # fmt: skip
         cost = len(prompt_ids) + self._intake.max_output(asked.params, len(prompt_ids))
         digests = []

@@ -393,6 +393,7 @@ class Client:
             list(range(feed.first_id, feed.first_id + params.n)), seeds, asked.prompt_ids, fields,
             asked.incremental, asked.priority, asked.cache_salt, has_media=bool(media),
             adapter=asked.adapter, pooling=asked.pooling, second_at=asked.second_at,
+            prompt_logprobs=params.prompt_logprobs,
         )  # fmt: skip
         digests = []
         if len(self._engines) > 1 and self.config.enable_prefix_caching:
