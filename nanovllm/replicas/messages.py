@@ -102,7 +102,7 @@ class Done(msgspec.Struct, array_like=True):
     """The end of an answer. The fields are those of `FinishedOutput`.
 
     prompt_logprobs: packed `numbers`, so that readers can build the objects where that delays
-    nobody: it takes 2 us for each number.
+    nobody: it takes 1 to 2 us for each number.
     """
 
     finish_reason: str
