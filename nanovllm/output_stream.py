@@ -94,7 +94,8 @@ class StreamedOutput:
         else:
             shown = [answer.output() for answer in self.answers.values()]
         first = next((done for done in dones if done is not None), None)
-        prompt_logprobs = first.prompt_logprobs if first is not None else None
+        found = (done.prompt_logprobs for done in dones if done is not None)
+        prompt_logprobs = next((one for one in found if one is not None), None)
         # the prompt of a finished answer includes the tokens of images
         prompt_ids = first.prompt_ids if first is not None else self.prompt_ids
         output = request_output(

@@ -167,11 +167,15 @@ class SamplingParams:
 
     def of_answers(self) -> list[SamplingParams]:
         """The parameters of each of the n answers: n = 1, with the seeds seed, seed + 1, …, which
-        wrap around at 64 bits."""
+        wrap around at 64 bits. Only the first has prompt_logprobs: those of others would be
+        equal."""
         if self.n == 1:
             return [self]
         seeds = [None if self.seed is None else _wrapped(self.seed + i) for i in range(self.n)]
-        return [replace(self, n=1, seed=seed) for seed in seeds]
+        first, *others = [replace(self, n=1, seed=seed) for seed in seeds]
+        for one in others:
+            one.prompt_logprobs = None
+        return [first, *others]
 
     def _check(self) -> None:
         """Convert every field to its annotated type, and check it against its limits."""

@@ -287,6 +287,12 @@ def test_seeds_of_several_answers_wrap() -> None:
     assert seeds == [2**63 - 2, 2**63 - 1, -(2**63)]
 
 
+def test_the_first_of_several_answers_has_the_log_probabilities_of_the_prompt() -> None:
+    params = SamplingParams(n=3, prompt_logprobs=2, logprobs=1)
+    assert [one.prompt_logprobs for one in params.of_answers()] == [2, None, None]
+    assert {one.logprobs for one in params.of_answers()} == {1}
+
+
 @pytest.mark.parametrize(
     "given",
     [{}, {"temperature": 0.5, "stop": ["a", "b"], "n": 3, "seed": -1},

@@ -98,7 +98,10 @@ ALLOWED: dict[str, Rule] = {
     )
 } | {
     name: whole(0)
-    for name in ("max_logprobs", "max_stop_strings", "max_stop_chars", "max_tools", "max_bias")
+    for name in (
+        "max_logprobs", "max_prompt_logprobs", "max_stop_strings", "max_stop_chars", "max_tools",
+        "max_bias",
+    )
 }  # fmt: skip
 
 
@@ -164,6 +167,8 @@ class ServerConfig:
         and of items in the input of a response.
     max_n: the maximum number of answers per prompt.
     max_logprobs: the maximum number of top log-probabilities per position.
+    max_prompt_logprobs: the maximum number of log-probabilities of prompts in a response: the
+        tokens of all prompts, times prompt_logprobs + 1, times n.
     max_stop_strings, max_stop_chars: the maximum number of stop strings, and of their characters.
     max_bias: the maximum number of entries in logit_bias, allowed_token_ids, stop_token_ids or
         bad_words.
@@ -208,6 +213,7 @@ class ServerConfig:
     max_messages: int = 4096
     max_n: int = 128
     max_logprobs: int = 20
+    max_prompt_logprobs: int = 1 << 20
     max_stop_strings: int = 16
     max_stop_chars: int = 4096
     max_bias: int = 1024

@@ -105,7 +105,7 @@ class Generation:
         form: the request field that constrains the output.
         """
         service.check_num_answers(len(prompts), params.n)
-        engine, streams = service.engine, list[Stream]()
+        engine, streams, num_tokens = service.engine, list[Stream](), 0
         if service.config.log_prompts:
             exchange.record.prompt = "; ".join(str(one.text or one.token_ids) for one in prompts)
         try:
@@ -116,6 +116,8 @@ class Generation:
                     prompt, params, priority=priority or 0, lora_request=exchange.adapter
                 )
                 streams.append(await (_with_media(exchange, opening) if prompt.media else opening))
+                num_tokens += len(streams[-1].prompt_token_ids)
+                service.params.check_prompt_logprobs(params, num_tokens)
         except BaseException as error:
             for stream in streams:
                 stream.abort()
@@ -212,6 +214,10 @@ class Generation:
         async for delta in self.parts():
             self.note(delta)
             found[delta.output_index].add(delta)
+        for number, one in enumerate(found):
+            first = found[number - number % self._num_answers].last
+            if one.last is not None and first is not None:
+                one.last.prompt_logprobs = first.prompt_logprobs
         return found
 
 
@@ -243,7 +249,8 @@ def _size(answer: WholeAnswer) -> int:
     """The work of writing an answer, in the units of `beside`."""
     assert answer.last is not None
     found = (answer.logprobs, answer.last.prompt_logprobs)
-    num_logprobs = sum(len(top or ()) for tops in found for top in tops or ())
+    # positions have about as many as the last one
+    num_logprobs = sum(len(tops) * len(tops[-1] or ()) for tops in found if tops)
     return sum(map(len, answer.texts)) // TEXT_COST + num_logprobs * LOGPROB_COST
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from nanovllm.outputs import TopLogprobs
 from nanovllm.schedule.logprobs import Logprob
 
@@ -43,7 +45,7 @@ def of_completion(
     """
     tokens: list[str] = []
     values: list[float | None] = []
-    tops: list[dict[str, float] | None] = []
+    tops: list[msgspec.Raw | None] = []
     offsets: list[int] = []
     for token_id, top in zip(token_ids, found):
         text = first if top is None else token_text(token_id, top[token_id], as_ids)
@@ -54,27 +56,35 @@ def of_completion(
         named = None
         if top is not None:
             shown = {**dict.fromkeys(_likeliest(top, num_top)), token_id: None}
-            named = {token_text(one, top[one], as_ids): _finite(top[one]) for one in shown}
+            named = _encoded(
+                {token_text(one, top[one], as_ids): _finite(top[one]) for one in shown}
+            )
         tops.append(named)
     return {
         "text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops
     }  # fmt: skip
 
 
-def of_prompt(found: Sequence[TopLogprobs | None]) -> list[dict[str, Any] | None]:
+def of_prompt(found: Sequence[TopLogprobs | None]) -> list[msgspec.Raw | None]:
     """vLLM's `prompt_logprobs`: for each position, entries by token id."""
     return [
         None
         if top is None
-        else {
+        else _encoded({
             str(token_id): {
                 "logprob": _finite(value), "rank": value.rank,
                 "decoded_token": value.decoded_token,
             }
             for token_id, value in top.items()
-        }
+        })
         for top in found
     ]  # fmt: skip
+
+
+def _encoded(position: dict[str, Any]) -> msgspec.Raw:
+    """The JSON of one position. A prompt has many, and no other thread could run while all of them
+    were encoded at once."""
+    return msgspec.Raw(msgspec.json.encode(position))
 
 
 def _likeliest(top: Mapping[int, Logprob], num: int) -> Iterator[int]:

@@ -99,6 +99,19 @@ class ParamsMaker:
         """Log-probabilities per token. -1 (the whole vocabulary) is refused."""
         return _limited(name, value, 0, self._config.max_logprobs)
 
+    def check_prompt_logprobs(self, params: SamplingParams, num_tokens: int) -> None:
+        """Refuse more log-probabilities of prompts with so many tokens than a response may have:
+        each answer of a completion repeats them."""
+        if params.prompt_logprobs is None:
+            return
+        each, most = params.prompt_logprobs + 1, self._config.max_prompt_logprobs
+        if (num := num_tokens * each * params.n) > most:
+            words = (
+                f"{num_tokens} prompt tokens with {each} log-probabilities each and n={params.n} "
+                f"are {num} log-probabilities: at most {most} per request are allowed"
+            )
+            raise invalid("prompt_logprobs", words)
+
     def _check(self, body: Sampling) -> None:
         """Refuse values beyond the limits of one request."""
         config = self._config

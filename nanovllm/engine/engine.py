@@ -23,10 +23,11 @@ from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import OutputDelta, TextStream
-from nanovllm.schedule.plan import StepPlan
+from nanovllm.schedule.plan import LogitEdits, StepPlan
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.scheduler import Proposer
 from nanovllm.startup.load import load
+from nanovllm.structured.library import Source
 from nanovllm.structured.matcher import Matcher
 
 PREPARING_WAIT_S = 0.02  # the longest wait of a thread that holds the engine
@@ -166,10 +167,7 @@ class Engine(EngineParts):
         adapter = self.adapters.find(asked.adapter)
         waits = adapter is not None and not self.adapters.is_ready(adapter.request.lora_int_id)
         params, prompt_ids = asked.params, asked.prompt_ids
-        edits, source = self._intake.edits(params), self._intake.source(params)
-        has_masks = source is not None
-        needs_masks = has_masks or params.min_tokens > 0
-        self._runner.prepare(edits, has_penalties=params.has_penalties, has_masks=needs_masks)
+        edits, source = self._prepared(asked)
         for key, embeds in asked.embeddings.items():
             self._runner.add_embeddings(key, embeds)
         request_id = self._num_added
@@ -200,7 +198,7 @@ class Engine(EngineParts):
         self._held.hold(asked.media)
         try:
             self._answers.requests[request_id] = request, stream
-            if with_media is not None or has_masks or waits:
+            if with_media is not None or source is not None or waits:
                 self._preparation.add(request, with_media, source)
             else:
                 self._queue(request)
@@ -209,6 +207,16 @@ class Engine(EngineParts):
             self._answers.forget(request)
             self._restart()
             raise
+
+    def _prepared(self, asked: EngineRequest) -> tuple[LogitEdits | None, Source | None]:
+        """The edits of logits and the grammar of a request, for which the runner has memory."""
+        params, forms = asked.params, asked.forms
+        if forms.found is None:
+            edits, source = self._intake.forms(params)
+            needs_masks = source is not None or params.min_tokens > 0
+            self._runner.prepare(edits, has_penalties=params.has_penalties, has_masks=needs_masks)
+            forms.found = edits, source  # the memory is kept
+        return forms.found
 
     def _queue(self, request: Request) -> None:
         """Queue a request that is ready, unless an interrupted step has queued it."""

@@ -204,8 +204,7 @@ class InputProcessor:
 
     def check_forms(self, params: SamplingParams) -> None:
         """Refuse grammars and edits of logits that an engine would refuse."""
-        self.source(params)
-        edits = self.edits(params)
+        edits, _ = self.forms(params)
         if edits is not None:
             edit_limits.check(edits, self.vocab_size)
 
@@ -273,6 +272,10 @@ class InputProcessor:
                         name,
                         f"{name}={list(given)} needs a tokenizer: {self.model!r} does not have one",
                     )
+
+    def forms(self, params: SamplingParams) -> tuple[LogitEdits | None, Source | None]:
+        """The edits of logits and the grammar of `params`. This takes long for large ones."""
+        return self.edits(params), self.source(params)
 
     def source(self, params: SamplingParams) -> Source | None:
         """The grammar of `params`, before it is compiled."""

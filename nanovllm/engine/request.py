@@ -16,7 +16,9 @@ from nanovllm.lora_request import LoRARequest
 from nanovllm.pooling_params import PoolingInfo, PoolingParams
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import chained_digests
+from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import MMSpan, block_content
+from nanovllm.structured.library import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +73,16 @@ class MediaPrompt(NamedTuple):
         return sum(image.values.nbytes for _, image in self.images)
 
 
+@dataclass
+class Forms:
+    """What an engine derives from parameters, once for all requests that share this object.
+
+    found: the edits of logits and the grammar, once the first of the requests has been added.
+    """
+
+    found: tuple[LogitEdits | None, Source | None] | None = None
+
+
 @dataclass(frozen=True)
 class EngineRequest:
     """A request that `InputProcessor.request` has checked. Adding it to an engine transfers
@@ -81,7 +93,8 @@ class EngineRequest:
     embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and clips to
         encode. positions: int64 [3, T], or one for each token. adapter: None is the model as it
         is. pooling: what to make of the prompt, in place of an answer; `params` are then not read.
-    second_at: the token with which the second of two texts begins; 0 for one text.
+    second_at: the token with which the second of two texts begins; 0 for one text. forms: of
+        `params`.
     """
 
     prompt_ids: list[int]
@@ -98,6 +111,7 @@ class EngineRequest:
     adapter: LoRARequest | None = None
     pooling: PoolingParams | None = None
     second_at: int = 0
+    forms: Forms = field(default_factory=Forms, compare=False)
 
     @property
     def cache_root(self) -> bytes:

@@ -23,6 +23,7 @@ from nanovllm.parallel.serve import ANSWER, CONNECTED, ERROR
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
+CLOSED_TICK_SECONDS = 0.02  # while a rank whose channel has closed is ending
 # Time for the other ranks to reply after one has refused.
 GRACE_SECONDS = 3.0
 CLOSE_SECONDS = 3.0  # for ranks to exit
@@ -74,9 +75,9 @@ class Monitor(threading.Thread):
     """Starts ranks 1 … size - 1, and owns their processes and the folder until `end`.
 
     All cleanup and everything that needs it happen in this thread, which Ctrl-C never interrupts.
-    After a failure it kills all ranks. `changed` is notified of replies and of a failure. `names`
-    are those of all ranks. `received` is called with all other messages. The processes inherit the
-    file descriptors `inherited`, which must stay open here until `has_started`.
+    After a failure it kills all ranks. `changed` is notified of replies, of a failure and of the
+    end. `names` are those of all ranks. `received` is called with all other messages. The processes
+    inherit the file descriptors `inherited`, which must stay open here until `has_started`.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class Monitor(threading.Thread):
             self.has_started.set()
             last = time.monotonic()
             while not self.is_ending and self.failure is None:
-                for key, _ in self._selector.select(TICK_SECONDS):
+                is_closing = any(process.is_closed for process in self.processes)
+                wait_s = min(TICK_SECONDS, CLOSED_TICK_SECONDS) if is_closing else TICK_SECONDS
+                for key, _ in self._selector.select(wait_s):
                     key.data()
                 now = time.monotonic()
                 # capped: this process, and the ranks with it, may have been suspended
@@ -175,7 +178,7 @@ class Monitor(threading.Thread):
             self.processes.append(process)
             for source, action in (
                 (process.channel, self._receive),
-                (process.beats, RankProcess.note_beats),
+                (process.beats, self._note_beats),
                 (process.output, self._forward),
             ):
                 call = _bound(action, process)
@@ -186,13 +189,18 @@ class Monitor(threading.Thread):
         if not process.forward_output():
             self._selector.unregister(process.output)
 
+    def _note_beats(self, process: RankProcess) -> None:
+        if not process.note_beats():
+            self._selector.unregister(process.beats)
+
     def _receive(self, process: RankProcess) -> None:
         try:
             for name, payload in process.channel.receive_available():
                 self._take(process, name, payload)
         except (ChannelClosed, ValueError):
-            process.has_ended(seconds=5.0)  # its last step, on a busy machine
-            self.fail(RankFailed(*process.ending()))
+            # `_tick` fails once it has ended: its exit code tells more than the closed channel
+            self._selector.unregister(process.channel)
+            process.note_closed()
 
     def _take(self, process: RankProcess, name: str, payload: bytes) -> None:
         """Handle a message from a rank."""
@@ -229,7 +237,7 @@ class Monitor(threading.Thread):
     def _tick(self, seconds: float) -> None:
         """Detect ranks that have ended or hang, and requests that will not get all replies."""
         for process in self.processes:
-            if process.has_ended() or process.is_hung(seconds):
+            if process.has_ended() or process.is_late(seconds) or process.is_hung(seconds):
                 self.fail(RankFailed(*process.ending()))
         question = self.question
         if question is not None and question.first_refusal is not None:
@@ -239,6 +247,8 @@ class Monitor(threading.Thread):
 
     def _clean_up(self) -> None:
         """End all ranks; healthy ones have a few seconds to exit."""
+        with self.changed:
+            self.changed.notify_all()  # threads that wait for a reply or a failure
         for process in self.processes:
             process.channel.shut_down()
         deadline = time.monotonic() + (CLOSE_SECONDS if self.failure is None else 0.0)

@@ -20,6 +20,8 @@ from nanovllm.parallel.serve import BEAT_SECONDS, SETUP
 # A rank hangs if it sends no heartbeat, uses no CPU time and has no major page fault for this many
 # seconds; until it has connected, it may be waiting for files that it imports.
 SILENT_SECONDS, SILENT_SECONDS_AT_START = 5.0, 60.0
+# A process that has closed its channel has this long to end: it may run its last step.
+END_SECONDS = 5.0
 _LATE_SECONDS = 1.5 * BEAT_SECONDS  # after this time a heartbeat is missing
 # This much CPU time is a computation. Threads that wait for the GIL wake up 200 times a second,
 # which adds up to 0.02 s in some seconds.
@@ -67,6 +69,7 @@ class RankProcess:
             os.close(beats)
             os.close(output)
         self._silent_seconds, self._cpu_seconds, self._num_faults = 0.0, 0.0, 0
+        self._seconds_to_end: float | None = None  # set once its channel has closed
         self._line = b""
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
 
@@ -98,15 +101,35 @@ class RankProcess:
         self._forward(self._line)
         self._close()
 
-    def note_beats(self) -> None:
-        """Read the heartbeats that have arrived."""
-        with contextlib.suppress(BlockingIOError):
-            if os.read(self.beats, _PIECE_BYTES):
-                self._silent_seconds = 0.0
+    def note_beats(self) -> bool:
+        """Read the heartbeats that have arrived. False once no more can come."""
+        try:
+            if not os.read(self.beats, _PIECE_BYTES):
+                return False
+        except BlockingIOError:
+            return True
+        self._silent_seconds = 0.0
+        return True
 
     def note_connected(self) -> None:
         """It has connected. Silence until then, up to SILENT_SECONDS_AT_START, does not count."""
         self.is_connected, self._silent_seconds = True, 0.0
+
+    def note_closed(self) -> None:
+        """Its channel has closed, so it is about to end."""
+        self._seconds_to_end = END_SECONDS
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its channel has closed."""
+        return self._seconds_to_end is not None
+
+    def is_late(self, seconds: float) -> bool:
+        """Whether the process should have ended, after `seconds` more have passed."""
+        if self._seconds_to_end is None:
+            return False
+        self._seconds_to_end -= seconds
+        return self._seconds_to_end <= 0.0
 
     def is_hung(self, seconds: float) -> bool:
         """Whether the process hangs, after `seconds` more have passed.

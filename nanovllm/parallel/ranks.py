@@ -17,18 +17,23 @@ from nanovllm.parallel.monitor import Monitor, Rpc, RpcError
 from nanovllm.parallel.serve import ASKS
 
 Result = TypeVar("Result")
+# Longer than the monitor takes to find out why a channel has closed.
+FAILURE_SECONDS = 10.0
 
 
 class WorkerGroup:
     """Ranks 1 … size - 1, each a process. Create with `start`; use from one thread at a time.
 
     Detected failures: a rank that has ended, within a second; an error of a handler, at once; a
-    rank that is stopped (SIGSTOP) or stuck outside Python, so that for 5 seconds it neither sends a
-    heartbeat nor uses a processor, within 8 seconds (62 before it has connected). Not detected: a
-    rank whose Python code waits forever, since its heartbeats continue, and one that computes
-    forever. Compiling, loading and long computations do not count as a hang.
+    rank that has closed its channel but does not end, within 6 seconds; a rank that is stopped
+    (SIGSTOP) or stuck outside Python, so that for 5 seconds it neither sends a heartbeat nor uses a
+    processor, within 8 seconds (62 before it has connected). None of them delays the detection of
+    another, or the output of other ranks. Not detected: a rank whose Python code waits forever,
+    since its heartbeats continue, and one that computes forever. Compiling, loading and long
+    computations do not count as a hang.
 
-    After a failure all ranks are killed, and every call here raises the failure.
+    After a failure all ranks are killed, and every call here raises the failure. A call that waits
+    in another thread raises RankFailed once `close` is called.
     """
 
     def __init__(self, watch: Monitor) -> None:
@@ -169,9 +174,13 @@ class WorkerGroup:
         """Wait until every rank has replied. Raises the failure."""
         watch = self._watch
         with watch.changed:
-            watch.changed.wait_for(lambda: question.is_complete or watch.failure is not None)
+            watch.changed.wait_for(
+                lambda: question.is_complete or watch.failure is not None or watch.is_ending
+            )
             watch.question = None
         self.check()
+        if not question.is_complete:
+            self._raise_failure()
 
     def _answers(self, question: Rpc) -> list[bytes]:
         for rank, refusal in question.refusals.items():
@@ -183,7 +192,9 @@ class WorkerGroup:
         """Raise the failure, which is usually detected at once after a channel has closed."""
         watch = self._watch
         with watch.changed:
-            watch.changed.wait_for(lambda: watch.failure or watch.is_ending, timeout=10.0)
+            watch.changed.wait_for(
+                lambda: watch.failure or watch.is_ending, timeout=FAILURE_SECONDS
+            )
         failure = watch.failure or RankFailed("the ranks are closed")
         # a copy: re-raising an exception extends its traceback
         raise type(failure)(*failure.args) from cause

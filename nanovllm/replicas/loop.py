@@ -10,8 +10,7 @@ import logging
 import selectors
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from nanovllm.engine.request import EngineInfo, EngineRequest
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Idle time before grammar tables are preloaded, if other processes can be clients.
 IDLE_SECONDS = 2.0
+SHARED_PARAMS = 16  # parameters kept for later requests with the same
 
 
 class AnswerOwner(NamedTuple):
@@ -48,6 +48,9 @@ class Loop:
         """control: the channel to the parent process."""
         self._engine, self._parent = engine, ParentConn(control)
         self._clients = [*clients, self._parent]
+        # The prompts of a request have the same, and n answers may come in n messages. What the
+        # engine derives from them is shared, too: it may take 50 ms.
+        self._load_params = lru_cache(SHARED_PARAMS)(messages.load_params)
         self._owners: dict[int, AnswerOwner] = {}  # by engine id
         self._idle_since: float | None = None
         self._is_prepared = not clients  # grammar tables are loaded
@@ -161,10 +164,10 @@ class Loop:
         asked = messages.load_add(payload)
         media, client.media = client.media, b""
         request: EngineRequest | None = None
-        for request_id, seed in zip(asked.ids, asked.seeds, strict=True):
+        for index, request_id in enumerate(asked.ids):
             try:
-                request = request or messages.load_request(asked, media)
-                of_engine = self._engine.add(replace(request, seed=seed))
+                request = request or messages.load_request(asked, media, self._load_params)
+                of_engine = self._engine.add(messages.of_answer(request, asked, index))
             except Exception as error:
                 logger.error("request refused: %s", error)
                 client.add_row(messages.failed(request_id, error))

@@ -252,11 +252,12 @@ class Router:
         prompt_ids = asked.prompt_ids
         seed = drawn_seed(self.config.seed, request_id) if asked.seed is None else asked.seed
         media = messages.dump_media(asked)
-        fields = messages.params_fields(asked.params, detokenizes=asked.detokenizes)
+        fields = messages.packed_params(asked.params, detokenizes=asked.detokenizes)
         message = Add(
             [request_id], [seed], prompt_ids, fields, asked.incremental, asked.priority,
             asked.cache_salt, asked.detokenizes, has_media=bool(media), adapter=asked.adapter,
             pooling=asked.pooling, second_at=asked.second_at,
+            prompt_logprobs=asked.params.prompt_logprobs,
         )  # fmt: skip
         cost = len(prompt_ids) + self._intake.max_output(asked.params, len(prompt_ids))
         digests = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanovllm.outputs import TopLogprobs
-from nanovllm.replicas.messages import Done, RowTokens, logprobs, pooled_of
+from nanovllm.replicas.messages import Done, RowTokens, logprobs, pooled_of, prompt_logprobs
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import FinishedOutput, OutputDelta, TextStream
 from nanovllm.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ class Answer:
         self._logprobs: list[TopLogprobs] | None = None if params.logprobs is None else []
         self._num_decoded = self._num_taken = 0  # tokens
         self._end: Done | None = None  # as the engine sent it
+        self._prompt_logprobs: list[TopLogprobs | None] | None = None  # once unpacked
         self.done: FinishedOutput | None = None
 
     def add_token(self, token_id: int) -> bool:
@@ -83,6 +84,18 @@ class Answer:
             self.done,
         )
 
+    @property
+    def num_packed(self) -> int:
+        """The bytes of the prompt's log-probabilities that are not unpacked yet."""
+        if self._end is None or self._prompt_logprobs is not None:
+            return 0
+        return len(self._end.prompt_logprobs or b"")
+
+    def unpack(self) -> None:
+        """Unpack the prompt's log-probabilities. `take` does it, unless another thread has."""
+        if self._end is not None and self._prompt_logprobs is None:
+            self._prompt_logprobs = prompt_logprobs(self._end, self._tokenizer)
+
     def end(self, reason: str, error: str | None = None) -> None:
         """End the answer with the tokens received so far."""
         if self._end is None:
@@ -108,6 +121,7 @@ class Answer:
                 return
 
     def _completion(self, end: Done) -> FinishedOutput:
+        self.unpack()
         text, reason = self._text, "stop" if self._has_stopped else end.finish_reason
         if not self._has_stopped:
             may_stop = len(self._token_ids) >= self._min_tokens
@@ -120,7 +134,7 @@ class Answer:
             prompt_ids=self._prompt_ids,
             num_cached_tokens=end.num_cached_tokens,
             logprobs=self._logprobs,
-            prompt_logprobs=logprobs(end.prompt_logprobs, self._tokenizer),
+            prompt_logprobs=self._prompt_logprobs,
             error=end.error,
             error_field=end.error_field,
             pooled=pooled_of(end),

@@ -41,7 +41,7 @@ class Delta:
     """The new part of one answer since the previous delta.
 
     output_index: of the answer, 0 … n − 1. The last delta of an answer has a finish_reason and the
-    fields after it.
+    fields after it. prompt_logprobs: of the first answer only; those of others would be equal.
     """
 
     output_index: int

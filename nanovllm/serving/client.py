@@ -351,7 +351,7 @@ class Client:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"the parameters are {params!r}: they must be SamplingParams")
         self._intake.check(params)
-        self._intake.check_forms(params)
+        self._encoder.check_forms(params)
         option = self.config.replicas_option
         is_relayed = option and len(self._engines) == 1
         if is_relayed and params.stop and params.prompt_logprobs is not None:
@@ -388,11 +388,12 @@ class Client:
         params, num_prompt = asked.params, len(asked.prompt_ids)
         seeds = self._seeds(params)
         cost = num_prompt + self._intake.max_output(params, num_prompt)
-        fields = messages.params_fields(params, detokenizes=False)
+        fields = messages.packed_params(params, detokenizes=False)
         add = Add(
             list(range(feed.first_id, feed.first_id + params.n)), seeds, asked.prompt_ids, fields,
             asked.incremental, asked.priority, asked.cache_salt, has_media=bool(media),
             adapter=asked.adapter, pooling=asked.pooling, second_at=asked.second_at,
+            prompt_logprobs=params.prompt_logprobs,
         )  # fmt: skip
         digests = []
         if len(self._engines) > 1 and self.config.enable_prefix_caching:

@@ -33,7 +33,10 @@ class Parcel(NamedTuple):
         """The ADD for some of the answers. Raises ValueError if it is too large."""
         first = self.add.ids[0]
         seeds = [self.add.seeds[one - first] for one in ids]
-        part = msgspec.structs.replace(self.add, ids=list(ids), seeds=seeds)
+        prompt_logprobs = self.add.prompt_logprobs if ids[0] == first else None
+        part = msgspec.structs.replace(
+            self.add, ids=list(ids), seeds=seeds, prompt_logprobs=prompt_logprobs
+        )
         return messages.dump(part)
 
 

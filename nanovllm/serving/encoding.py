@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import operator
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +22,7 @@ from nanovllm.serving.mm_preprocessor import MMPreprocessor
 
 # Longer texts are encoded in a thread, so that other tasks can run.
 LONG_TEXT_CHARACTERS = 4096
+CHECKED_FORMS = 16  # of parameters, kept for later prompts with the same
 
 
 class Encoder:
@@ -28,6 +31,7 @@ class Encoder:
     def __init__(self, intake: InputProcessor, seeing: MMPreprocessor | None) -> None:
         """seeing: None for a text-only model."""
         self._intake, self._seeing = intake, seeing
+        self._checked: deque[tuple[object, ...]] = deque(maxlen=CHECKED_FORMS)
 
     @classmethod
     async def open(
@@ -45,6 +49,18 @@ class Encoder:
             media_given.refuse(self._intake.model, media)
         else:
             self._seeing.check_media(media)
+
+    def check_forms(self, params: SamplingParams) -> None:
+        """Do what `InputProcessor.check_forms` does, once for prompts that share parameters: it may
+        take some 50 ms. Values of fields are immutable, so the same objects have been checked."""
+        if not (params.has_edits or params.is_structured):
+            return
+        given = (
+            params.structured_outputs, params.logit_bias, params.allowed_token_ids, params.bad_words
+        )  # fmt: skip
+        if not any(all(map(operator.is_, given, one)) for one in self._checked):
+            self._intake.check_forms(params)
+            self._checked.append(given)
 
     async def encode(
         self,

@@ -11,6 +11,9 @@ from nanovllm.schedule.outputs import OutputDelta
 from nanovllm.serving.answer import Answer
 from nanovllm.serving.async_engine import Delta, EngineDead
 
+# More bytes of log-probabilities of a prompt are unpacked in a thread: 1000 take some 0.1 ms.
+INLINE_BYTES = 1 << 14
+
 
 class RequestState:
     """A request's answers and their unread tokens. The client writes, one task reads."""
@@ -36,6 +39,7 @@ class RequestState:
     async def take(self) -> list[OutputDelta]:
         """Wait for unread tokens; [] after all answers have ended. Raises EngineDead."""
         while True:
+            await self._unpack()
             fresh, self._fresh = self._fresh, {}
             found = [one for index in fresh if (one := self.answers[index].take()) is not None]
             if found or all(answer.done is not None for answer in self.answers):
@@ -49,6 +53,12 @@ class RequestState:
                 await self._waiter
             finally:
                 self._waiter = None
+
+    async def _unpack(self) -> None:
+        """Unpack the log-probabilities of a long prompt, which only the first answer has."""
+        first = self.answers[0]
+        if first.num_packed > INLINE_BYTES:
+            await asyncio.to_thread(first.unpack)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

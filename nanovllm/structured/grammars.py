@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -139,8 +137,9 @@ class Grammars:
         self._compiler, self._limits = compiler, limits
         self._pool = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="grammar")
         self._slow = ThreadPoolExecutor(NUM_SLOW, thread_name_prefix="slow-grammar")
-        self._cache: OrderedDict[bytes, Work] = OrderedDict()
-        self._waiting: dict[int, tuple[bytes, SamplingParams]] = {}
+        self._cache: OrderedDict[Source, Work] = OrderedDict()
+        self._waiting: dict[int, tuple[Source, SamplingParams]] = {}
+        self._ids_of: dict[Source, set[int]] = {}  # the waiting requests of each grammar
         self._changed = threading.Event()
 
     def prepare(self) -> None:
@@ -151,15 +150,15 @@ class Grammars:
     def add(self, request_id: int, found: Source, params: SamplingParams) -> None:
         """Start compiling a request's grammar; requests with equal grammars share the work."""
         assert self._compiler is not None
-        key = sha256(json.dumps(found).encode()).digest()
-        if key not in self._cache or self._cache[key].is_given_up:
+        if found not in self._cache or self._cache[found].is_given_up:
             work = Work()
             work.add_done_callback(lambda _: self._changed.set())
             # Ctrl-C may come between any two lines: work in the cache must have been submitted
             self._pool.submit(self._compile, work, found, self._compiler)
-            self._cache[key] = work
-        self._cache.move_to_end(key)
-        self._waiting[request_id] = key, params
+            self._cache[found] = work
+        self._cache.move_to_end(found)
+        self._waiting[request_id] = found, params
+        self._ids_of.setdefault(found, set()).add(request_id)
 
     def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, Matcher | GrammarRefusal]]:
         """Yield requests that are ready, with a matcher or a refusal.
@@ -167,21 +166,21 @@ class Grammars:
         If there are none, wait up to `wait_s` for one. A request is removed only when the caller
         takes the next one: if Ctrl-C interrupts it, the request is yielded again.
         """
-        if wait_s and not any(self._cache[key].done() for key, _ in self._waiting.values()):
+        if wait_s and not any(self._cache[found].done() for found in self._ids_of):
             self._changed.wait(wait_s)
         self._changed.clear()
-        for request_id, (key, params) in list(self._waiting.items()):
-            work = self._cache[key]
+        for request_id, (found, params) in list(self._waiting.items()):
+            work = self._cache[found]
             if work.done():
                 yield request_id, self._matcher(work, params)
-                self._waiting.pop(request_id, None)
+                self._forget(request_id)
         self._trim()
 
     def drop(self, request_id: int) -> None:
         """Remove a request that has ended."""
-        key, _ = self._waiting.pop(request_id, (None, None))
-        if key is not None and not self._is_awaited(key) and self._cache[key].give_up():
-            del self._cache[key]
+        found = self._forget(request_id)
+        if found is not None and found not in self._ids_of and self._cache[found].give_up():
+            del self._cache[found]
 
     def masks(self, matchers: Sequence[Matcher], proposed: Sequence[list[int]]) -> np.ndarray:
         """The masks of `Masks.along`."""
@@ -203,6 +202,7 @@ class Grammars:
     def close(self) -> None:
         """End the threads and the processes. Waiting work is cancelled."""
         self._waiting.clear()
+        self._ids_of.clear()
         if self._compiler is not None:
             self._compiler.kill()
         for pool in (self._pool, self._slow):
@@ -247,16 +247,29 @@ class Grammars:
 
     def _trim(self) -> None:
         """Remove failed grammars, and the least recently used ones beyond the limit."""
-        idle = [key for key, work in self._cache.items() if work.done()]
-        idle = [key for key in idle if not self._is_awaited(key)]
-        failed = [key for key in idle if _has_failed(self._cache[key])]
+        idle = [
+            (found, work)
+            for found, work in self._cache.items()
+            if work.done() and found not in self._ids_of
+        ]
+        failed = [found for found, work in idle if _has_failed(work)]
         num_spare = max(0, len(self._cache) - len(failed) - self._limits.max_cached)
-        kept = [key for key in idle if key not in failed]
-        for key in [*failed, *kept[:num_spare]]:
-            del self._cache[key]
+        kept = [found for found, work in idle if not _has_failed(work)]
+        for found in [*failed, *kept[:num_spare]]:
+            del self._cache[found]
 
-    def _is_awaited(self, key: bytes) -> bool:
-        return any(key == other for other, _ in self._waiting.values())
+    def _forget(self, request_id: int) -> Source | None:
+        """Remove a waiting request; returns its grammar, or None if it does not wait."""
+        if request_id not in self._waiting:
+            return None
+        found, _ = self._waiting[request_id]
+        # the request itself last: interrupted before, this runs again
+        ids = self._ids_of.get(found, set())
+        ids.discard(request_id)
+        if not ids:
+            self._ids_of.pop(found, None)
+        self._waiting.pop(request_id, None)
+        return found
 
 
 def _has_failed(work: Work) -> bool:

@@ -250,7 +250,7 @@ class MockStream:
             delta.stop_reason = answer.stop
             if self._is_aborted:
                 delta.finish_reason = "abort"
-            if params.prompt_logprobs is not None:
+            if params.prompt_logprobs is not None and answer.index == 0:
                 given = self.prompt_token_ids[1:]
                 found = [self._logprobs(one, params.prompt_logprobs) for one in given]
                 delta.prompt_logprobs = [None, *found]

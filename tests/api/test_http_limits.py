@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any
 
+import msgspec
 import pytest
 
 from nanovllm.api import logprobs
@@ -14,7 +15,7 @@ from nanovllm.api.errors import ApiError
 from nanovllm.api.fields import MAX_CONTAINERS, decoded
 from nanovllm.api.schemas import ChatBody, CompletionBody
 from nanovllm.schedule.logprobs import Logprob
-from tests.api.mock_api_server import MockServer
+from tests.api.mock_api_server import MockServer, served
 from tests.api.mock_api_server import tokenizer as made_tokenizer
 from tests.api.security_cases import USER, ask, server
 
@@ -223,6 +224,35 @@ def test_unbounded_fields_many_log_probabilities_are_written_beside_the_event_lo
         ]}  # fmt: skip
         assert ask(server, path, **given, prompt_logprobs=20, max_tokens=1).status_code == 200
     assert [one is server.thread for one in threads] == [True, False]
+
+
+@pytest.mark.parametrize("given", [{"prompt_logprobs": 4}, {"echo": True, "logprobs": 4}])
+def test_log_probabilities_of_prompts_are_limited_in_all(given: dict[str, Any]) -> None:
+    path = "/v1/completions"
+    with served(max_prompt_logprobs=60) as server:
+        for prompts, n, status in (
+            ([[5] * 12], 1, 200), ([[5] * 13], 1, 400), ([[5] * 6] * 2, 1, 200),
+            ([[5] * 6] * 3, 1, 400), ([[5] * 6], 2, 200), ([[5] * 6], 3, 400),
+        ):  # fmt: skip
+            answer = ask(server, path, prompt=prompts, n=n, max_tokens=1, **given)
+            assert answer.status_code == status, answer.text
+            if status == 400:
+                num = sum(map(len, prompts)) * 5 * n
+                assert f"are {num} log-probabilities: at most 60" in answer.text
+        assert not server.engine.streams
+        assert ask(server, path, prompt=[5] * 99, max_tokens=1, logprobs=4).status_code == 200
+
+
+def test_each_position_of_a_prompt_is_encoded_alone() -> None:
+    """msgspec lets no other thread run while it encodes."""
+    top = {65: Logprob(-0.5, 1, 65, made_tokenizer()), 300: Logprob(float("-inf"), 2, 300, None)}
+    found = logprobs.of_prompt([None, top])
+    assert found[0] is None and isinstance(found[1], msgspec.Raw)
+    whole = logprobs.of_completion([65, 65], [None, top], 2, True, 0)
+    assert isinstance(whole["top_logprobs"][1], msgspec.Raw)
+    shown = json.loads(msgspec.json.encode([found, whole["top_logprobs"]]))
+    assert shown[0][1]["300"] == {"logprob": -9999.0, "rank": 2, "decoded_token": None}
+    assert shown[1] == [None, {"token_id:65": -0.5, "token_id:300": -9999.0}]
 
 
 def test_each_token_is_decoded_once_for_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,25 @@ def test_prompt_logprobs_have_one_entry_for_each_token(client: openai.OpenAI) ->
     assert len(found) == done.usage.prompt_tokens and found[0] is None
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_each_answer_repeats_the_log_probabilities_of_its_prompt(
+    client: openai.OpenAI, echo: bool
+) -> None:
+    asked: Any = {"echo": True, "logprobs": 1} if echo else {"extra_body": {"prompt_logprobs": 1}}
+    done = client.completions.create(
+        model=MODEL, prompt=["one", "two words"], max_tokens=1, n=3, **asked
+    )
+    if echo:
+        found = [one.logprobs.tokens for one in done.choices]  # type: ignore[union-attr]
+        texts = ["".join(one or []) for one in found]
+        assert [text == one.text for text, one in zip(texts, done.choices)] == [True] * 6
+    else:
+        positions = [(one.model_extra or {})["prompt_logprobs"] for one in done.choices]
+        for group, text in ((positions[:3], "one"), (positions[3:], "two words")):
+            assert group[0] == group[1] == group[2] and group[0][0] is None
+            assert len(group[0]) == len(tokenizer().encode(text))
+
+
 def test_a_response_is_the_same_whole_and_streamed(client: openai.OpenAI) -> None:
     whole = client.responses.create(model=MODEL, input="Hi", max_output_tokens=7)
     assert whole.status == "incomplete" and whole.usage is not None

@@ -84,6 +84,11 @@ class Rank:
     def sleep(self, payload: bytes) -> None:
         time.sleep(float(payload))
 
+    def stay(self, payload: bytes) -> None:
+        """Close the channel, and live on for so many seconds."""
+        self.channel.close()
+        time.sleep(float(payload))
+
     def wait_for_ranks(self, payload: bytes) -> None:
         """Enter a collective, except on the rank that the payload names."""
         if self.rank != int(payload):

@@ -21,6 +21,7 @@ import pytest
 
 from nanovllm import env
 from nanovllm.parallel import monitor, rank_handle
+from nanovllm.parallel import ranks as ranks_of
 from nanovllm.parallel.errors import RankFailed
 from nanovllm.parallel.ranks import WorkerGroup, deferred_interrupts
 from tests.parallel.started import MODULE, WAIT_S, joined, started, wait_until_gone
@@ -53,6 +54,58 @@ def test_a_killed_rank_is_named_at_once(tmp_path: Path, monkeypatch: pytest.Monk
             with pytest.raises(RankFailed, match="rank 2 was killed by SIGKILL"):
                 call()
         wait_until_gone(ranks.pids)
+
+
+def test_a_rank_that_closes_its_channel_and_stays_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_handle, "END_SECONDS", 0.5)
+    with started(2, tmp_path) as ranks:
+        with in_time(), pytest.raises(RankFailed, match="rank 1 stopped responding"):
+            ranks.call("stay", b"100")
+        wait_until_gone(ranks.pids)
+
+
+def test_the_end_of_a_rank_is_noticed_while_another_is_about_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rank_handle, "END_SECONDS", 1000.0)
+    with started(3, tmp_path) as ranks:
+        ranks.call("echo")
+        event, (first, second) = failed(ranks), ranks._watch.processes
+        first.channel.send("stay", b"100")
+        wait_until(lambda: first.is_closed)
+        second.channel.send("say", b"a line\n")
+        wait_until(lambda: "rank 2: a line" in capfd.readouterr().err)
+        os.kill(second.pid, signal.SIGKILL)
+        assert event.wait(WAIT_S)
+        with pytest.raises(RankFailed, match="rank 2 was killed by SIGKILL"):
+            ranks.check()
+
+
+@pytest.mark.parametrize("wait", ["send", "call"])
+def test_a_thread_that_waits_for_ranks_is_woken_when_they_are_closed(
+    wait: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks_of, "FAILURE_SECONDS", 1000.0)
+    monkeypatch.setattr(monitor, "CLOSE_SECONDS", 0.5)
+    errors: list[Exception] = []
+
+    def waits() -> None:
+        try:
+            # `send` waits for the reason when a channel has closed
+            ranks.call("sleep", b"100") if wait == "call" else ranks._raise_failure()
+        except RankFailed as error:
+            errors.append(error)
+
+    with started(2, tmp_path) as ranks:
+        ranks.call("echo")
+        thread = threading.Thread(target=waits, daemon=True)
+        thread.start()
+        wait_until(lambda: bool(ranks._watch.changed._waiters))  # type: ignore[attr-defined]
+        ranks.close()
+        thread.join(WAIT_S)
+        assert not thread.is_alive() and "the ranks are closed" in str(errors)
 
 
 def test_rank_0_does_not_wait_in_a_collective_for_a_killed_rank(tmp_path: Path) -> None:
@@ -112,10 +165,10 @@ def test_a_rank_that_waits_sends_heartbeats(
     monkeypatch.setattr(monitor, "CLOSE_SECONDS", 0.5)
     num_beats, note = 0, rank_handle.RankProcess.note_beats
 
-    def counted(process: rank_handle.RankProcess) -> None:
+    def counted(process: rank_handle.RankProcess) -> bool:
         nonlocal num_beats
         num_beats += 1
-        note(process)
+        return note(process)
 
     monkeypatch.setattr(rank_handle.RankProcess, "note_beats", counted)
     with started(2, tmp_path) as ranks:
@@ -221,6 +274,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from nanovllm.parallel import monitor, rank_handle
+from nanovllm.parallel import ranks as ranks_of
 from nanovllm.parallel.ranks import WorkerGroup
 ranks = WorkerGroup.start({{}}, 3, "tests.parallel.child", Path(sys.argv[1]))
 {ask}

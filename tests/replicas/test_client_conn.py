@@ -126,6 +126,6 @@ def test_increments_come_back_as_rows() -> None:
         (found,) = messages.load_outputs(messages.dump(Outputs([], [], [row]))).rows
         assert found == row and found.token_ids == token_ids
         assert found.logprobs is not None and len(found.logprobs) == len(token_ids)
-        assert found.done is not None and found.done.prompt_logprobs is not None
-        assert found.done.prompt_logprobs[1] == [(4, -2.0, 1), (2, -9.0, 9)]
+        assert found.done is not None
+        assert messages.prompt_logprobs(found.done, None) == [None, {4: -2.0, 2: -9.0}]
         assert (found.done.stop_reason, found.done.num_cached_tokens) == (3, 16)

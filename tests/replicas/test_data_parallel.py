@@ -513,7 +513,8 @@ def test_a_request_that_an_engine_refuses_ends_alone(alone: LLM) -> None:
     assert ours.receive()[0] == messages.READY
     for request_id, prompt in enumerate(([5, 6], [5], [7])):
         bias = {"logit_bias": {600: 1.0}} if request_id == 1 else {}
-        add = Add([request_id], [0], prompt, {"max_tokens": 2, **bias}, False, 0, None)
+        fields = messages.packed_params(SamplingParams(max_tokens=2, **bias), detokenizes=False)
+        add = Add([request_id], [0], prompt, fields, False, 0, None)
         ours.send(messages.ADD, messages.dump(add))
     done: dict[int, Any] = {}
     while len(done) < 3:

@@ -15,7 +15,7 @@ from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
 
 
 def crossed(params: SamplingParams, *, detokenizes: bool = True) -> SamplingParams:
-    fields = messages.params_fields(params, detokenizes=detokenizes)
+    fields = messages.packed_params(params, detokenizes=detokenizes)
     payload = messages.dump(Add([1], [2], [3], fields, False, 0, None))
     return messages.load_request(messages.load_add(payload), b"").params
 
@@ -39,7 +39,8 @@ def test_an_adapter_comes_back_and_makes_other_digests() -> None:
     a, b = LoRARequest("a", 1, "/a"), LoRARequest("b", 2, "/b")
 
     def crossed_with(adapter: LoRARequest | None, salt: str | None = None) -> EngineRequest:
-        add = Add([1], [2], [3] * 16, {}, False, 0, salt, adapter=adapter)
+        fields = messages.packed_params(SamplingParams(), detokenizes=True)
+        add = Add([1], [2], [3] * 16, fields, False, 0, salt, adapter=adapter)
         return messages.load_request(messages.load_add(messages.dump(add)), b"")
 
     found = [crossed_with(*one) for one in ((None,), (a,), (b,), (a, "s"), (None, "s"))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -15,6 +16,8 @@ from nanovllm.engine.engine import Engine
 from nanovllm.engine.request import EngineRequest
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling import RequestOutputKind
+from nanovllm.serving import answer as answer_of
+from nanovllm.serving import stream as stream_of
 from nanovllm.serving.async_engine import Delta, Draining, QueueFull
 from nanovllm.serving.client import Client
 from nanovllm.serving.encoding import LONG_TEXT_CHARACTERS
@@ -142,6 +145,41 @@ def test_answers_are_those_of_llm(name: str, kind: Kind, llm: LLM, engine: Engin
             assert parts[-1].finish_reason == answer.finish_reason
             assert parts[-1].stop_reason == answer.stop_reason
         assert_close(ours[-1].prompt_logprobs, theirs.prompt_logprobs)
+
+
+@pytest.mark.parametrize("inline_bytes", [0, 1 << 30])
+def test_log_probabilities_of_a_prompt_are_computed_once_and_unpacked_beside_the_event_loop(
+    llm: LLM, engine: Engine, monkeypatch: pytest.MonkeyPatch, inline_bytes: int
+) -> None:
+    asked: list[int | None] = []
+    threads: list[threading.Thread] = []
+    plain_add, plain_unpack = engine.add, answer_of.prompt_logprobs
+
+    def add(request: EngineRequest, *others: Any) -> int:
+        asked.append(request.params.prompt_logprobs)
+        return plain_add(request, *others)
+
+    def unpack(*args: Any) -> Any:
+        if args[0].prompt_logprobs is not None:
+            threads.append(threading.current_thread())
+        return plain_unpack(*args)
+
+    monkeypatch.setattr(engine, "add", add)
+    monkeypatch.setattr(answer_of, "prompt_logprobs", unpack)
+    monkeypatch.setattr(stream_of, "INLINE_BYTES", inline_bytes)
+    params = greedy(2, n=3, prompt_logprobs=2)
+
+    async def work(client: Client) -> tuple[list[Delta], list[list[RequestOutput]]]:
+        parts = await collected(await client.open(PROMPTS[1], params))
+        return parts, await answers(client, PROMPTS[1:2], params)
+
+    parts, ((*_, output),) = serve(engine, work)
+    assert asked == [2, None, None] * 2
+    assert [one is threading.current_thread() for one in threads] == [inline_bytes > 0] * 2
+    found = {one.output_index for one in parts if one.prompt_logprobs is not None}
+    assert found == {0}
+    (expected,) = llm.generate(PROMPTS[1:2], params, use_tqdm=False)
+    assert_close(output.prompt_logprobs, expected.prompt_logprobs)
 
 
 @pytest.mark.parametrize("include", [False, True])

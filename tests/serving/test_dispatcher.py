@@ -17,11 +17,13 @@ from nanovllm.serving.stream import RequestState
 
 
 class Connections:
-    """sent: the engine, the media, the ids and the seeds of each message."""
+    """sent: the engine, the media, the ids and the seeds of each message. prompt_logprobs: of each
+    message."""
 
     def __init__(self, num: int) -> None:
         self.alive = set(range(num))
         self.sent: list[tuple[int, bytes, list[int], list[int]]] = []
+        self.prompt_logprobs: list[int | None] = []
         self.ends: list[tuple[int, list[int]]] = []
 
     def living(self) -> list[int]:
@@ -30,6 +32,7 @@ class Connections:
     def send_add(self, engine: int, media: bytes, add: bytes) -> None:
         found = messages.load_add(add)
         self.sent.append((engine, media, found.ids, found.seeds))
+        self.prompt_logprobs.append(found.prompt_logprobs)
 
     def send_ends(self, engine: int, ids: list[int], reason: str) -> None:
         self.ends.append((engine, ids))
@@ -50,7 +53,11 @@ class Replicas:
         params = SamplingParams(n=3)
         answers = [Answer(i, params, [5, 6], None, incremental=True) for i in range(3)]
         ids = [first, first + 1, first + 2]
-        add = Add(ids, [i + 100 for i in ids], [5, 6], {}, True, 0, None, has_media=True)
+        fields = messages.packed_params(params, detokenizes=False)
+        add = Add(
+            ids, [i + 100 for i in ids], [5, 6], fields, True, 0, None, has_media=True,
+            prompt_logprobs=4,
+        )  # fmt: skip
         feed = RequestState(str(first), first, answers)
         self.dispatcher.send(feed, Parcel(add, b"media", [], 10))
 
@@ -108,3 +115,17 @@ def test_a_single_engine_keeps_nothing_to_send_again() -> None:
     alone = Replicas(1)
     assert alone.take_sent() == [(0, b"media", [7, 8, 9], [107, 108, 109])]
     assert all(one.parcel is None and one.engine == 0 for one in alone.answers.values())
+
+
+def test_one_replica_computes_the_log_probabilities_of_the_prompt() -> None:
+    replicas = Replicas()
+    sent, nums = replicas.connections.sent, replicas.connections.prompt_logprobs
+    found = {7 in ids: num for (_, _, ids, _), num in zip(sent, nums, strict=True)}
+    assert found == {True: 4, False: None}
+    for one in (7, 8):  # again, alone
+        engine = replicas.answers[one].engine
+        assert engine is not None
+        parcel = replicas.answers[one].parcel
+        assert parcel is not None
+        add = messages.load_add(parcel.packed([one]))
+        assert add.prompt_logprobs == (4 if one == 7 else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from nanovllm.structured.grammars import (
     GrammarLimits,
     GrammarRefusal,
     Grammars,
+    Work,
 )
 from nanovllm.structured.library import Source
 
@@ -103,3 +105,29 @@ def test_slow_grammars_of_requests_that_have_ended_are_given_up(
     assert set(compiler.texts) == {f"slow {one}" for one in range(num)} - {
         f"slow {one}" for one in ended[:-1]
     }
+
+
+def test_a_step_looks_once_at_each_waiting_request_and_each_kept_grammar(
+    compiler: Compiler,
+) -> None:
+    num_kept, num_waiting, num_calls = 80, 200, 0
+    grammars = Grammars(compiler, GrammarLimits(9.0, num_kept))  # type: ignore[arg-type]
+    for i in range(num_kept):
+        work = Work()
+        work.set_result(None)  # type: ignore[arg-type]
+        grammars._cache[Source("regex", f"kept {i}")] = work  # type: ignore[index]
+    for request_id in range(num_waiting):
+        grammars.add(request_id, Source("regex", "slow"), PARAMS)
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal num_calls
+        num_calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        assert not list(grammars.take())
+    finally:
+        sys.setprofile(None)
+    grammars.close()
+    # a few for each of them; each pair of them would be 16000
+    assert num_calls < 10 * (num_kept + num_waiting)

@@ -30,7 +30,7 @@ FORMS = (
 @pytest.mark.parametrize("given", FORMS)
 def test_replicas_get_the_same_parameters(given: dict[str, object]) -> None:
     params = SamplingParams(structured_outputs=given)  # type: ignore[arg-type]
-    fields = messages.params_fields(params, detokenizes=True)
+    fields = messages.packed_params(params, detokenizes=True)
     add = Add([1], [0], [2], fields, incremental=False, priority=0, cache_salt=None)
     found = messages.load_request(messages.load_add(messages.dump(add)), b"").params
     assert asdict(found)["structured_outputs"] == asdict(params)["structured_outputs"]

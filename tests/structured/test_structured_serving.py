@@ -16,6 +16,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.engine import Engine
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.parallel.channel import Channel, channel_pair
 from nanovllm.replicas import loop, messages
 from nanovllm.serving.async_engine import EngineDead
@@ -115,6 +116,41 @@ def test_an_engine_prepares_for_grammars_as_soon_as_it_is_idle(
 
     served.serve(engine, work)
     assert num_running == [0]
+
+
+@pytest.mark.parametrize("given", [{"structured_outputs": {"regex": CODE}}, {"bad_words": ["a b"]}])
+def test_answers_and_prompts_with_the_same_parameters_share_what_takes_long(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    """A grammar of 256 kB or a thousand bad words take some 50 ms, in the loop of the engine and in
+    the event loop, where no other request gets on meanwhile."""
+    found: list[str] = []
+    for name in ("source", "edits"):
+        plain = getattr(InputProcessor, name)
+
+        def noted(self: Any, params: SamplingParams, name: str = name, plain: Any = plain) -> Any:
+            found.append(name)
+            return plain(self, params)
+
+        monkeypatch.setattr(InputProcessor, name, noted)
+
+    async def work(client: Client) -> list[list[str]]:
+        params = SamplingParams(max_tokens=8, seed=1, n=3, **given)
+        streams = [await client.open([5, 6, one], params) for one in range(7, 10)]
+        same = SamplingParams(max_tokens=8, seed=1, n=2, **given)
+        await collected(await client.open([5, 6], same))
+        texts = []
+        for stream in streams:
+            parts = await collected(stream)
+            of_answers = [[one.text for one in parts if one.output_index == i] for i in range(3)]
+            texts.append(["".join(one) for one in of_answers])
+        return texts
+
+    texts = served.serve(engine, work)
+    if "structured_outputs" in given:
+        assert all(re.fullmatch(CODE, text) for one in texts for text in one)
+    # the engine once; the client once for each of the two objects
+    assert found.count("source") == found.count("edits") == 3
 
 
 def test_replicas_prepare_for_grammars_when_they_are_told(engine: Engine) -> None:
