@@ -45,7 +45,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 
-from draft import block, collect, head, prompts, training
+from draft import block, collect, head, own_prompts, prompts, training
 from draft.collect import Counts, Examples, Target, Text
 from torch import nn
 
@@ -214,7 +214,7 @@ def answered(args: argparse.Namespace) -> tuple[list[Text], dict[str, list[Text]
         ]  # fmt: skip
         with closing(LLM(args.model, **engine_options(args, args.max_num_seqs))) as llm:
             if args.own_prompts:
-                asked = asked + collect.own_prompts(llm, args.own_prompts, args.seed)
+                asked = asked + own_prompts.own_prompts(llm, args.own_prompts, args.seed)
             texts = collect.answers(llm, asked * args.answers + others, params)
         if args.texts is not None:
             collect.write(args.texts, texts)

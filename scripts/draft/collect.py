@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import accumulate, cycle, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +32,6 @@ from nanovllm.startup.load import load
 
 LIKELY = 16  # tokens whose probabilities are kept
 HEAD_TOKENS = 1024  # whose logits are computed at a time
-PROMPT_TOKENS = 96  # of a prompt that the model makes up, at most
-PLACE = "\u241f"  # in place of a prompt, to find where it begins in a chat
 
 
 class Text(NamedTuple):
@@ -108,31 +106,6 @@ def has_template(llm: LLM) -> bool:
 
 def as_chats(llm: LLM, prompts: Sequence[str]) -> Any:
     return llm.chat_prompts([[{"role": "user", "content": prompt}] for prompt in prompts])
-
-
-def own_prompts(llm: LLM, num: int, seed: int) -> list[str]:
-    """Prompts that the model makes up when it goes on where a user's turn of a chat begins. They
-    are about what the model was trained on. Those that end come first. Raises ValueError without a
-    chat template. Source: Xu et al. 2024, https://arxiv.org/abs/2406.08464.
-    """
-    if not has_template(llm):
-        raise ValueError("the model has no chat template, so it cannot make up prompts")
-    tokenizer = llm.get_tokenizer()
-    (chat,) = as_chats(llm, [PLACE])
-    before = tokenizer.decode(chat, skip_special_tokens=False).split(PLACE)[0]
-    begin: Any = {"prompt_token_ids": tokenizer.encode(before, add_special_tokens=False)}
-    params = [
-        SamplingParams(
-            temperature=1.0, top_p=0.95, max_tokens=PROMPT_TOKENS, seed=seed + number,
-            detokenize=False,
-        )
-        for number in range(num + num // 2)
-    ]  # fmt: skip
-    made = [one.outputs[0] for one in llm.generate([begin] * len(params), params)]
-    made.sort(key=lambda one: one.finish_reason != "stop")
-    found = (tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in made)
-    texts = list(dict.fromkeys(one.strip() for one in found))
-    return list(islice(cycle(texts), num))
 
 
 def write(file: Path, texts: Sequence[Text]) -> None:
