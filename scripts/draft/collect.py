@@ -6,12 +6,10 @@ P likely tokens | J = D times the states
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -106,22 +104,6 @@ def has_template(llm: LLM) -> bool:
 
 def as_chats(llm: LLM, prompts: Sequence[str]) -> Any:
     return llm.chat_prompts([[{"role": "user", "content": prompt}] for prompt in prompts])
-
-
-def write(file: Path, texts: Sequence[Text]) -> None:
-    """Write texts to a file, one on each line."""
-    lines = [json.dumps({"num_prompt": one.num_prompt, "tokens": one.token_T}) for one in texts]
-    file.write_text("\n".join(lines) + "\n")
-
-
-def read(file: Path, num: int) -> list[Text]:
-    """The texts of a file of `write`. Raises ValueError if they are not `num`."""
-    found = [json.loads(line) for line in file.read_text().splitlines()]
-    if len(found) != num:
-        raise ValueError(
-            f"{file} has {len(found)} texts, but there are {num} prompts: name another file"
-        )
-    return [Text(one["tokens"], one["num_prompt"]) for one in found]
 
 
 @dataclass(frozen=True)

@@ -253,14 +253,6 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
         prompts.read(file)
 
 
-def test_texts_are_read_again(tmp_path: Path) -> None:
-    texts = [Text([1, 2, 3], 2), Text([4], 1)]
-    collect.write(tmp_path / "texts", texts)
-    assert collect.read(tmp_path / "texts", 2) == texts
-    with pytest.raises(ValueError, match="has 2 texts, but there are 3 prompts"):
-        collect.read(tmp_path / "texts", 3)
-
-
 def test_accept_lengths_are_means_over_steps() -> None:
     counts = Counts(6, (4, 2, 2)).since(Counts(2, (1, 0, 1)))
     assert train_draft.accept_lengths(counts) == {
