@@ -197,7 +197,8 @@ def measured(args: argparse.Namespace, others: dict[str, list[Text]]) -> dict[st
 
 
 def answered(args: argparse.Namespace) -> tuple[list[Text], dict[str, list[Text]]]:
-    """What the model answers to the prompts for training, and to the held-out ones by kind."""
+    """What the model answers to the prompts for training, and to the held-out ones by kind.
+    The model may have made up fewer prompts than it was to."""
     asked = prompts.training(args.prompts, args.num_prompts)
     held_out = prompts.held_out(args.prompts)
     others = [one for some in held_out.values() for one in some]
@@ -217,7 +218,7 @@ def newly_answered(args: argparse.Namespace, asked: list[str], others: list[str]
     """Answers to prompts for training, given ones and the model's own, and to other prompts."""
     with closing(LLM(args.model, **engine_options(args, args.max_num_seqs))) as llm:
         if args.own_prompts:
-            asked = asked + own_prompts(llm, args.own_prompts, args.seed)
+            asked = asked + own_prompts(llm, args.own_prompts, args.seed, asked + others)
         every = asked * args.answers + others
         params = [
             SamplingParams(

@@ -6,15 +6,18 @@ https://arxiv.org/abs/2406.08464.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import cycle, islice
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 from draft.collect import as_chats, has_template
 
 from nanovllm import LLM, CompletionOutput, SamplingParams
 
+logger = logging.getLogger("train_draft")
 PROMPT_TOKENS = 96  # of a prompt, at most
+ROUNDS = 4  # of prompts in place of repeated ones
 PLACE = "\u241f"  # in place of a prompt, to find where it begins in a chat
 
 
@@ -34,14 +37,26 @@ class Made(NamedTuple):
     is_whole: bool
 
 
-def own_prompts(llm: LLM, num: int, seed: int) -> list[str]:
-    """`num` prompts, those first that end. Raises ValueError without a chat template."""
+def own_prompts(llm: LLM, num: int, seed: int, others: Iterable[str] = ()) -> list[str]:
+    """Up to `num` prompts, each once and none of `others`; first those that end. The model is
+    asked again for those that it repeats, but not for ever: small models repeat themselves. Raises
+    ValueError without a chat template.
+    """
     if not has_template(llm):
         raise ValueError("the model has no chat template, so it cannot make up prompts")
-    made = sampled(llm, turn_of(llm), range(seed, seed + num + num // 2))
-    made.sort(key=lambda one: not one.is_whole)
-    texts = list(dict.fromkeys(one.text for one in made))
-    return list(islice(cycle(texts), num))
+    turn, seeds, made = turn_of(llm), count(seed), dict[str, bool]()
+    unwanted = {"", *others}
+    for _ in range(ROUNDS):
+        missing = num - len(made)
+        if missing <= 0:
+            break
+        for one in sampled(llm, turn, list(islice(seeds, missing + missing // 2))):
+            if one.text not in unwanted:
+                made.setdefault(one.text, one.is_whole)
+    found = sorted(made, key=lambda text: not made[text])[:num]
+    if len(found) < num:
+        logger.warning("the model made up %d different prompts of %d", len(found), num)
+    return found
 
 
 def turn_of(llm: LLM) -> Turn:
@@ -68,7 +83,7 @@ def end_of(after: str, ids: dict[str, int]) -> tuple[int | None, str | None]:
     return None, line or None
 
 
-def sampled(llm: LLM, turn: Turn, seeds: Iterable[int]) -> list[Made]:
+def sampled(llm: LLM, turn: Turn, seeds: Sequence[int]) -> list[Made]:
     """What the model says in a user's turn with each of the seeds."""
     params = [
         SamplingParams(

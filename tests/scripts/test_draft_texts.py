@@ -70,3 +70,14 @@ def test_as_many_texts_of_other_prompts_are_not_read(tmp_path: Path) -> None:
         answered(file, "--num-prompts", "2", "--own-prompts", "1")
     head, *_ = file.read_text().splitlines()
     assert json.loads(head)["texts"] == 21
+
+
+def test_texts_are_divided_where_the_model_repeats_its_prompts(tmp_path: Path) -> None:
+    """Of 30 prompts tiny-qwen3 makes up a few different ones."""
+    given = ("--num-prompts", "3", "--own-prompts", "30", "--answers", "2")
+    trained, others = answered(tmp_path / "texts", *given)
+    asked = [tuple(one.token_T[: one.num_prompt]) for one in trained]
+    num = len(asked) // 2
+    assert 4 < num < 33 and asked[:num] == asked[num:] and len(set(asked[:num])) == num
+    assert sum(map(len, others.values())) == 18
+    assert answered(tmp_path / "texts", *given) == (trained, others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,7 +14,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from draft import collect
-from draft.own_prompts import end_of, own_prompts, sampled, turn_of
+from draft import own_prompts as module
+from draft.own_prompts import Made, Turn, end_of, own_prompts, sampled, turn_of
 
 from nanovllm import LLM
 
@@ -77,3 +79,29 @@ def test_the_end_of_a_turn_is_a_token_or_a_line(
     after: str, end: tuple[int | None, str | None]
 ) -> None:
     assert end_of(after, {"<|end": 5, "<|end|>": 7, "</s>": 8, "<|start|>": 9}) == end
+
+
+def test_a_prompt_is_made_up_once(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="train_draft"):
+        made = own_prompts(llm, 20, seed=1)
+    assert 1 < len(made) == len(set(made)) < 20
+    assert f"the model made up {len(made)} different prompts of 20" in caplog.text
+    assert not set(made[:1]) & set(own_prompts(llm, 20, seed=1, others=made[:1]))
+
+
+def test_the_model_is_asked_again_for_prompts_that_it_repeats(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that end come first, whenever they were made."""
+
+    def sampled(_: LLM, turn: Turn, seeds: list[int]) -> list[Made]:
+        return [Made(str(seed // 2), is_whole=seed > 5) for seed in seeds]
+
+    monkeypatch.setattr(module, "sampled", sampled)
+    assert own_prompts(llm, 6, seed=0) == ["3", "4", "5", "0", "1", "2"]
+
+
+def test_empty_prompts_are_left_out(llm: LLM) -> None:
+    set_template(llm, BEGIN, "Hello!")
+    assert {one.text for one in sampled(llm, turn_of(llm), range(4))} == {""}
+    assert own_prompts(llm, 4, seed=0) == []
