@@ -40,7 +40,7 @@ class Made(NamedTuple):
 def own_prompts(llm: LLM, num: int, seed: int, others: Iterable[str] = ()) -> list[str]:
     """Up to `num` prompts, each once and none of `others`; first those that end. The model is
     asked again for those that it repeats, but not for ever: small models repeat themselves. Raises
-    ValueError without a chat template.
+    ValueError without a chat template that shows where a user's turn begins.
     """
     if not has_template(llm):
         raise ValueError("the model has no chat template, so it cannot make up prompts")
@@ -60,10 +60,16 @@ def own_prompts(llm: LLM, num: int, seed: int, others: Iterable[str] = ()) -> li
 
 
 def turn_of(llm: LLM) -> Turn:
-    """The user's turn in the model's chat template."""
+    """The user's turn in the model's chat template. Raises ValueError if it is not found."""
     tokenizer: Any = llm.get_tokenizer()
     (chat,) = as_chats(llm, [PLACE])
-    before, _, after = tokenizer.decode(chat, skip_special_tokens=False).partition(PLACE)
+    text = tokenizer.decode(chat, skip_special_tokens=False)
+    before, place, after = text.partition(PLACE)
+    if not place or not before.strip():
+        raise ValueError(
+            "the model cannot make up prompts: no begin of a user's turn is found in its chat "
+            f"template, which makes {text!r} of {PLACE!r}"
+        )
     # the model writes the space before a word itself: it is part of the word's token
     begin = tokenizer.encode(before.rstrip(" "), add_special_tokens=False)
     return Turn(begin, *end_of(after, tokenizer.get_added_vocab()))

@@ -81,6 +81,16 @@ def test_the_end_of_a_turn_is_a_token_or_a_line(
     assert end_of(after, {"<|end": 5, "<|end|>": 7, "</s>": 8, "<|start|>": 9}) == end
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("", "<|im_end|>"), (" ", "\n"), (BEGIN + "{% set messages = [{'content': 'x'}] %}", "")],
+)
+def test_a_template_without_a_users_turn_is_refused(llm: LLM, before: str, after: str) -> None:
+    set_template(llm, before, after)
+    with pytest.raises(ValueError, match="no begin of a user's turn is found in its chat template"):
+        own_prompts(llm, 2, seed=0)
+
+
 def test_a_prompt_is_made_up_once(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="train_draft"):
         made = own_prompts(llm, 20, seed=1)
