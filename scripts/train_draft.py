@@ -18,9 +18,9 @@ often the draft tokens at each position were accepted, and the mean tokens of a 
 model make up --own-prompts N besides, in the chat template, which are about what it was trained on.
 Accept lengths are those of each kind of held-out prompts: prose, code and chat of other subjects
 and forms, or every tenth prompt of the file. With --texts FILE the answers are kept, and another
-run with the same model and prompts reads them. Hidden states stay on the GPU if they take at most
-half of its free memory: (layers + 1) x 2 bytes x the hidden size, for each token. For SmolLM2-135M,
-in a GGUF file, on two CPU cores:
+run with the same model and prompts reads them; it refuses those of other prompts. Hidden states
+stay on the GPU if they take at most half of its free memory: (layers + 1) x 2 bytes x the hidden
+size, for each token. For SmolLM2-135M, in a GGUF file, on two CPU cores:
 
     python scripts/train_draft.py --model SmolLM2-135M-Instruct.Q4_1.gguf --out HEAD \\
         --layers 14 26 29 --draft-vocab-size 4096 --num-speculative-tokens 2 \\
@@ -45,8 +45,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 
-from draft import block, collect, head, prompts, training
+from draft import block, collect, head, prompts, text_file, training
 from draft.collect import Counts, Examples, Target, Text
+from draft.own_prompts import own_prompts
 from torch import nn
 
 from nanovllm import LLM, SamplingParams
@@ -196,30 +197,37 @@ def measured(args: argparse.Namespace, others: dict[str, list[Text]]) -> dict[st
 
 
 def answered(args: argparse.Namespace) -> tuple[list[Text], dict[str, list[Text]]]:
-    """What the model answers to the prompts for training, and to the held-out ones by kind."""
+    """What the model answers to the prompts for training, and to the held-out ones by kind.
+    The model may have made up fewer prompts than it was to."""
     asked = prompts.training(args.prompts, args.num_prompts)
     held_out = prompts.held_out(args.prompts)
     others = [one for some in held_out.values() for one in some]
-    num_trained = (len(asked) + args.own_prompts) * args.answers
-    num = num_trained + len(others)
+    origin = text_file.origin_of(asked + others, args.own_prompts, args.answers)
     if args.texts is not None and args.texts.is_file():
-        texts = collect.read(args.texts, num)
+        texts = text_file.read(args.texts, origin)
     else:
+        texts = newly_answered(args, asked, others)
+        if args.texts is not None:
+            text_file.write(args.texts, origin, texts)
+    num_trained = len(texts) - len(others)
+    rest = iter(texts[num_trained:])
+    return texts[:num_trained], {kind: list(islice(rest, len(held_out[kind]))) for kind in held_out}
+
+
+def newly_answered(args: argparse.Namespace, asked: list[str], others: list[str]) -> list[Text]:
+    """Answers to prompts for training, given ones and the model's own, and to other prompts."""
+    with closing(LLM(args.model, **engine_options(args, args.max_num_seqs))) as llm:
+        if args.own_prompts:
+            asked = asked + own_prompts(llm, args.own_prompts, args.seed, asked + others)
+        every = asked * args.answers + others
         params = [
             SamplingParams(
                 temperature=args.temperature, max_tokens=args.num_tokens, seed=args.seed + number,
                 detokenize=False,
             )
-            for number in range(num)
+            for number in range(len(every))
         ]  # fmt: skip
-        with closing(LLM(args.model, **engine_options(args, args.max_num_seqs))) as llm:
-            if args.own_prompts:
-                asked = asked + collect.own_prompts(llm, args.own_prompts, args.seed)
-            texts = collect.answers(llm, asked * args.answers + others, params)
-        if args.texts is not None:
-            collect.write(args.texts, texts)
-    rest = iter(texts[num_trained:])
-    return texts[:num_trained], {kind: list(islice(rest, len(held_out[kind]))) for kind in held_out}
+        return collect.answers(llm, every, params)
 
 
 def trained(

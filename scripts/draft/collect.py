@@ -6,12 +6,10 @@ P likely tokens | J = D times the states
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import accumulate, cycle, islice
-from pathlib import Path
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +30,6 @@ from nanovllm.startup.load import load
 
 LIKELY = 16  # tokens whose probabilities are kept
 HEAD_TOKENS = 1024  # whose logits are computed at a time
-PROMPT_TOKENS = 96  # of a prompt that the model makes up, at most
-PLACE = "\u241f"  # in place of a prompt, to find where it begins in a chat
 
 
 class Text(NamedTuple):
@@ -108,47 +104,6 @@ def has_template(llm: LLM) -> bool:
 
 def as_chats(llm: LLM, prompts: Sequence[str]) -> Any:
     return llm.chat_prompts([[{"role": "user", "content": prompt}] for prompt in prompts])
-
-
-def own_prompts(llm: LLM, num: int, seed: int) -> list[str]:
-    """Prompts that the model makes up when it goes on where a user's turn of a chat begins. They
-    are about what the model was trained on. Those that end come first. Raises ValueError without a
-    chat template. Source: Xu et al. 2024, https://arxiv.org/abs/2406.08464.
-    """
-    if not has_template(llm):
-        raise ValueError("the model has no chat template, so it cannot make up prompts")
-    tokenizer = llm.get_tokenizer()
-    (chat,) = as_chats(llm, [PLACE])
-    before = tokenizer.decode(chat, skip_special_tokens=False).split(PLACE)[0]
-    begin: Any = {"prompt_token_ids": tokenizer.encode(before, add_special_tokens=False)}
-    params = [
-        SamplingParams(
-            temperature=1.0, top_p=0.95, max_tokens=PROMPT_TOKENS, seed=seed + number,
-            detokenize=False,
-        )
-        for number in range(num + num // 2)
-    ]  # fmt: skip
-    made = [one.outputs[0] for one in llm.generate([begin] * len(params), params)]
-    made.sort(key=lambda one: one.finish_reason != "stop")
-    found = (tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in made)
-    texts = list(dict.fromkeys(one.strip() for one in found))
-    return list(islice(cycle(texts), num))
-
-
-def write(file: Path, texts: Sequence[Text]) -> None:
-    """Write texts to a file, one on each line."""
-    lines = [json.dumps({"num_prompt": one.num_prompt, "tokens": one.token_T}) for one in texts]
-    file.write_text("\n".join(lines) + "\n")
-
-
-def read(file: Path, num: int) -> list[Text]:
-    """The texts of a file of `write`. Raises ValueError if they are not `num`."""
-    found = [json.loads(line) for line in file.read_text().splitlines()]
-    if len(found) != num:
-        raise ValueError(
-            f"{file} has {len(found)} texts, but there are {num} prompts: name another file"
-        )
-    return [Text(one["tokens"], one["num_prompt"]) for one in found]
 
 
 @dataclass(frozen=True)

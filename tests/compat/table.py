@@ -103,7 +103,7 @@ SAME_NAME = {
     "data_parallel_size": "tests/replicas/test_data_parallel.py",
     "tensor_parallel_size": "tests/engine/test_tensor_parallel.py",
     "distributed_executor_backend": "tests/replicas/test_ray_replicas.py",
-    "speculative_config": "tests/engine/test_speculation.py",
+    "speculative_config": "tests/engine/test_speculation_options.py",
     **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras"), ADAPTERS),
     "task": CALLS, "pooler_config": CALLS,
 }  # fmt: skip

@@ -3,104 +3,37 @@
 from __future__ import annotations
 
 import json
-import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.runner.spec import DraftSpec
 from nanovllm.schedule.plan import DRAFT, StepPlan, StepResult
-from nanovllm.structured import matcher
 from nanovllm.structured_params import StructuredOutputsParams
-from tests.engines import assert_all_free, assert_one_distribution, greedy, random_prompts, tokens
+from tests.engine.speculating import (
+    ALWAYS,
+    DRAWN,
+    FILTERED,
+    FREE,
+    MIN_P,
+    MIXED,
+    PROMPTS,
+    grammars_are_fast,
+    looking_up,
+    options,
+    plain,
+    watch,
+)
+from tests.engines import greedy, random_prompts, tokens
 from tests.kernels.test_ngram import drafted
 
-PROMPTS = [
-    *random_prompts([19, 1, 40, 99], seed=3),
-    random_prompts([7], seed=4)[0] * 5,  # repeats
-    random_prompts([3], seed=5)[0] * 30,
-]
-DRAWN = SamplingParams(temperature=0.9, seed=4, max_tokens=25, ignore_eos=True)
-FILTERED = SamplingParams(
-    temperature=0.9, top_k=9, top_p=0.9, seed=4, max_tokens=25, ignore_eos=True
-)
-MIN_P = SamplingParams(temperature=1.5, min_p=0.02, seed=4, max_tokens=25, ignore_eos=True)
-MIXED = [
-    greedy(25), greedy(9, presence_penalty=1.5), greedy(14, logprobs=2), DRAWN,
-    greedy(20, min_tokens=5),
-    SamplingParams(temperature=0, max_tokens=30, structured_outputs=StructuredOutputsParams(
-        regex="(ab|cd){3,9}"
-    )),
-]  # fmt: skip
-FREE = SamplingParams(
-    temperature=0, max_tokens=30, structured_outputs=StructuredOutputsParams(regex="[abcd]{9,20}")
-)
+__all__ = ["grammars_are_fast", "looking_up", "plain"]  # fixtures
 SCHEMA = {
     "type": "object", "additionalProperties": False, "required": ["name", "role"],
     "properties": {"name": {"enum": ["ab", "abc", "b"]}, "role": {"enum": ["reader", "writer"]}},
 }  # fmt: skip
-NGRAM: dict[str, Any] = {
-    "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3
-}  # fmt: skip
-MODES: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "unpadded": {"tuning": {"pad_batches": False}},
-    "graph": {"enforce_eager": False, "graph_batch_sizes": (2, 6), "max_num_batched_tokens": 64},
-}
-
-ALWAYS: dict[str, Any] = {"tuning": {"adapt_draft_length": False}}
-
-
-def options(checkpoint: Path, method: str, **values: Any) -> dict[str, Any]:
-    """The options of an engine with this method."""
-    if method == "ngram":
-        return {"speculative_config": {**NGRAM, **values}}
-    given = {"method": method, "model": str(checkpoint), "num_speculative_tokens": 3, **values}
-    return {"speculative_config": given}
-
-
-@pytest.fixture(autouse=True)
-def grammars_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However busy the machine is: slow ones have no drafts."""
-    monkeypatch.setattr(matcher, "SLOW_S", 1e9)
-
-
-@pytest.fixture(scope="module")
-def plain(make_llm: Callable[..., LLM]) -> Iterator[LLM]:
-    llm = make_llm(max_num_seqs=6, device="cpu")
-    yield llm
-    llm.close()
-
-
-@pytest.fixture(scope="module", params=MODES)
-def looking_up(
-    request: pytest.FixtureRequest, checkpoint: Path, make_llm: Callable[..., LLM]
-) -> Iterator[LLM]:
-    mode = MODES[request.param]
-    tuning = {"run_ahead": 1, "adapt_draft_length": False, **mode.get("tuning", {})}
-    spec = options(checkpoint, "ngram")
-    llm = make_llm(max_num_seqs=6, device="cpu", **{**mode, **spec, "tuning": tuning})
-    yield llm
-    assert_all_free(llm)
-    llm.close()
-
-
-def watch(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepPlan, int]]:
-    """The plans that the runner gets, each with the number of steps whose results are unknown."""
-    engine, seen = llm.engine, []
-    launch = engine.runner.launch
-
-    def noting(plan: StepPlan) -> Any:
-        seen.append((plan, len(engine._in_flight)))
-        return launch(plan)
-
-    monkeypatch.setattr(engine.runner, "launch", noting)
-    return seen
 
 
 @pytest.mark.parametrize(
@@ -345,92 +278,6 @@ def test_only_lookup_has_a_history(checkpoint: Path, looking_up: LLM, plain: LLM
     assert history_SM is not None and history_SM.shape == (7, 256)
 
 
-# the number of draft tokens adapts -------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=[("ngram", "eager"), ("draft_model", "eager"),
-                                        ("draft_model", "graph")], ids="-".join)  # fmt: skip
-def adapting(
-    request: pytest.FixtureRequest, checkpoint: Path, make_llm: Callable[..., LLM]
-) -> Iterator[LLM]:
-    method, mode = request.param
-    given = {**MODES[mode], **options(checkpoint, method), "tuning": {"run_ahead": 1}}
-    llm = make_llm(max_num_seqs=6, device="cpu", **given)
-    yield llm
-    assert_all_free(llm)
-    llm.close()
-
-
-def choose(llm: LLM, monkeypatch: pytest.MonkeyPatch, lengths: Callable[[], int]) -> None:
-    """Let steps have these numbers of draft tokens, whatever they take."""
-    planner = llm.engine.scheduler.planner
-    assert planner is not None
-    monkeypatch.setattr(planner.lengths, "choose", lambda *_: lengths())
-    monkeypatch.setattr(planner.lengths, "ends", lambda *_: False)
-
-
-@pytest.mark.parametrize("params", [greedy(25), DRAWN, MIXED], ids=["greedy", "drawn", "mixed"])
-def test_answers_do_not_depend_on_the_numbers_of_drafts(
-    adapting: LLM, params: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng, plans = random.Random(0), watch(adapting, monkeypatch)
-    choose(adapting, monkeypatch, lambda: rng.choice([0, 0, 1, 3, 3]))
-    assert tokens(adapting, PROMPTS, params) == tokens(plain, PROMPTS, params)
-    assert {plan.tokens_per_row for plan, _ in plans if not plan.is_prefill} >= {1, 4}
-    assert any(num_unknown for plan, num_unknown in plans if DRAFT in plan.token_T)
-
-
-def test_steps_that_are_timed_decide(adapting: LLM, plain: LLM) -> None:
-    """What the times of a busy machine lead to is not known, but the answers are."""
-    planner = adapting.engine.scheduler.planner
-    assert planner is not None
-    times = planner.lengths._times
-    assert times.lengths == (0, 1, 3) and len(times.ms_RK) == len(times.rows)
-    assert all(ms > 0 for of_rows in times.ms_RK for ms in of_rows)
-    assert tokens(adapting, PROMPTS, greedy(60)) == tokens(plain, PROMPTS, greedy(60))
-
-
-@pytest.mark.parametrize("adapting", [("draft_model", "eager"), ("draft_model", "graph")],
-                         indirect=True, ids="-".join)  # fmt: skip
-def test_plain_steps_run_without_the_second_model_which_reads_their_tokens_later(
-    adapting: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Equal models agree on every token only if the second one has read the same tokens."""
-    engine, plans = adapting.engine, watch(adapting, monkeypatch)
-    waiting = [0] * 12 + [3] * 4 + [0] * 3
-    choose(adapting, monkeypatch, lambda: waiting.pop(0) if waiting else 3)
-    steps = engine.runner.steps.drafting.steps
-    counts = engine.scheduler.counts
-    before = counts.num_draft_tokens - counts.num_accepted_tokens
-    tokens(adapting, PROMPTS[:1], greedy(50))
-    decoding = [plan for plan, _ in plans if not plan.is_prefill]
-    assert [plan.drafts.rests for plan in decoding[:19]] == [True] * 12 + [False] * 4 + [True] * 3
-    read = [[len(one.token_ids) for one in plan.drafts.readings] for plan in decoding]
-    assert read[12] == [12] and any(read[19:]) and steps is not None
-    assert not any(read[:12] + read[13:19])
-    # the answer's end cuts the drafts of the last steps off
-    assert counts.num_draft_tokens - counts.num_accepted_tokens == before
-    assert len(decoding) < 19 + 8 + 3
-
-
-def test_drawn_tokens_have_the_distribution_of_plain_decoding() -> None:
-    """A chi-square test of second tokens against those of plain decoding with other seeds."""
-    prompt, num = [*range(40), *[64, 74] * 4], 300
-    sizes: dict[str, Any] = {
-        "device": "cpu", "enforce_eager": True, "max_model_len": 64, "num_kvcache_blocks": 200
-    }  # fmt: skip
-    params = SamplingParams(temperature=6.0, top_k=6, max_tokens=3, ignore_eos=True)
-    found = []
-    for number, spec in enumerate(({}, {"speculative_config": NGRAM, **ALWAYS})):
-        llm = LLM("tiny-qwen3", seed=number, **sizes, **spec)
-        found.append(Counter(one[1] for one in tokens(llm, [prompt] * num, params)))
-        counts = llm.engine.scheduler.counts
-        llm.close()
-    assert num / 20 < counts.accepted_at[0] < counts.num_drafts * 0.95
-    assert_one_distribution(*found)
-    assert found[0] != found[1], "the seeds differ"
-
-
 def test_metrics_count_what_was_drafted_and_accepted(
     looking_up: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -465,21 +312,6 @@ def test_metrics_count_what_was_drafted_and_accepted(
     assert not any("spec_decode" in one.name for one in plain.get_metrics())
 
 
-def test_a_proposer_that_cannot_read_later_reads_on_in_plain_steps(
-    checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DraftSpec, "rests", False)
-    llm = make_llm(device="cpu", **options(checkpoint, "draft_model"))
-    rng, plans = random.Random(0), watch(llm, monkeypatch)
-    choose(llm, monkeypatch, lambda: rng.choice([0, 0, 0, 1, 3, 3]))
-    assert tokens(llm, PROMPTS[:1], greedy(60)) == tokens(plain, PROMPTS[:1], greedy(60))
-    counts = llm.engine.scheduler.counts
-    assert counts.num_drafts > 9
-    assert counts.num_accepted_tokens == counts.num_draft_tokens, "equal models agree"
-    assert not any(plan.drafts.rests or plan.drafts.readings for plan, _ in plans)
-    llm.close()
-
-
 @pytest.mark.parametrize("looking_up", ["graph"], indirect=True)
 def test_steps_with_filters_are_captured_once(looking_up: LLM, captured: list[object]) -> None:
     for _ in range(2):
@@ -487,71 +319,3 @@ def test_steps_with_filters_are_captured_once(looking_up: LLM, captured: list[ob
     num = len(captured)
     tokens(looking_up, PROMPTS, FILTERED)
     assert len(captured) == num
-
-
-@pytest.mark.parametrize("top_k", [-1, 9])
-def test_synthetic_acceptance_has_its_mean_length(
-    checkpoint: Path, make_llm: Callable[..., LLM], top_k: int
-) -> None:
-    params = SamplingParams(temperature=0.9, top_k=top_k, max_tokens=99, ignore_eos=True)
-    synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.2}
-    llm = make_llm(device="cpu", **options(checkpoint, "ngram", **synthetic), **ALWAYS)
-    tokens(llm, random_prompts([9] * 40, seed=7), params)
-    counts = llm.engine.scheduler.counts
-    assert counts.num_drafts > 1500
-    assert 1 + counts.num_accepted_tokens / counts.num_drafts == pytest.approx(2.2, abs=0.08)
-    rates = [counts.accepted_at[place] / counts.num_drafts for place in range(3)]
-    assert rates[1] / rates[0] == pytest.approx(rates[0], abs=0.05), "each has the same chance"
-    llm.close()
-
-
-def test_two_ranks_draft_the_same(checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM,
-                                  bare_store: Path) -> None:  # fmt: skip
-    for method, num in (("draft_model", 20), ("ngram", 60)):
-        spec = {**options(checkpoint, method), **ALWAYS}
-        llm = make_llm(device="cpu", tensor_parallel_size=2, compile_cache=str(bare_store), **spec)
-        for params in (greedy(25), DRAWN):
-            before = llm.engine.metrics.num_steps
-            assert tokens(llm, PROMPTS, params) == tokens(plain, PROMPTS, params)
-            assert llm.engine.metrics.num_steps - before < num
-        assert tokens(llm, PROMPTS, MIXED) == tokens(plain, PROMPTS, MIXED)
-        assert llm.engine.scheduler.counts.num_forced_tokens > 2
-        assert_all_free(llm)
-        llm.close()
-
-
-def test_replicas_draft(checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM,
-                        bare_store: Path) -> None:  # fmt: skip
-    spec = {**options(checkpoint, "draft_model"), **ALWAYS}
-    llm = make_llm(device="cpu", data_parallel_size=2, compile_cache=str(bare_store), **spec)
-    assert tokens(llm, PROMPTS, greedy(25)) == tokens(plain, PROMPTS, greedy(25))
-    steps = [one.value for one in llm.get_metrics() if one.name.endswith("num_steps")]
-    assert sum(steps) < 40, "four tokens a step in each of the replicas"
-    llm.close()
-
-
-# earlier answers ---------------------------------------------------------------------------------
-
-
-def test_an_answer_is_drafted_from_an_earlier_one(
-    checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM
-) -> None:
-    spec = {
-        "method": "suffix",
-        "num_speculative_tokens": 3,
-        "suffix_decoding_max_cached_tokens": 50,
-    }
-    llm = make_llm(max_num_seqs=6, device="cpu", speculative_config=spec, **ALWAYS)
-    counts, past_C = llm.engine.scheduler.counts, llm.engine.runner.state.past_C
-    assert past_C is not None and past_C.tolist() == [-1] * 50
-    accepted, expected = [], tokens(plain, PROMPTS[:2], greedy(30))
-    for number in (0, 1, 1):
-        before = counts.num_accepted_tokens
-        assert tokens(llm, [PROMPTS[number]], greedy(30)) == [expected[number]]
-        accepted.append(counts.num_accepted_tokens - before)
-    assert accepted[2] > 15 > max(accepted[:2])
-    salted = llm.generate({"prompt_token_ids": PROMPTS[2], "cache_salt": "a"}, greedy(9))
-    tokens(llm, PROMPTS[3:4], greedy(2))
-    assert past_C.tolist()[:31] == [*expected[1], -1], "answers with a salt are not kept"
-    assert salted[0]["token_ids"]
-    llm.close()

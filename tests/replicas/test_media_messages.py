@@ -26,7 +26,7 @@ from nanovllm.runner.encoders import MMItem
 from nanovllm.schedule.request import MMSpan
 from tests.engines import greedy
 from tests.models.test_vision_text import Given, answers, engine, saved
-from tests.replicas.test_data_parallel import counts
+from tests.replicas.local_replicas import counts
 from tests.serving.pictures import about, corrupt, data_url
 
 PARTS: list[list[Any]] = [[0, (8, 12), 0], [(4, 4), (6, 2), 0], [0, (2, 14)], [0]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from contextlib import closing
 from dataclasses import replace
 from itertools import accumulate, islice
 from pathlib import Path
@@ -24,7 +23,6 @@ from draft.collect import Counts, Examples, Target, Text
 from draft.head import Batch, Head, batch_of, drafted_tokens, numbers_of, save
 from tiny import tasks
 
-from nanovllm import LLM
 from nanovllm.models.config import ModelConfig
 from nanovllm.startup.draft_heads import DFlash
 from tests.conftest import save_tiny
@@ -212,18 +210,6 @@ def test_half_precision_hardly_changes_the_loss(method: str) -> None:
     torch.testing.assert_close(found, exact, rtol=2e-2, atol=0)
 
 
-def test_the_model_makes_up_prompts_where_a_user_speaks() -> None:
-    with closing(LLM("tiny-qwen3", enforce_eager=True, max_num_seqs=8, device="cpu")) as llm:
-        made = collect.own_prompts(llm, 8, seed=1)
-        assert made == collect.own_prompts(llm, 8, seed=1)
-        (chat,) = collect.as_chats(llm, made[:1])
-        assert made[0] in llm.get_tokenizer().decode(chat, skip_special_tokens=False)
-        llm.get_tokenizer().chat_template = None
-        with pytest.raises(ValueError, match="no chat template"):
-            collect.own_prompts(llm, 1, seed=0)
-    assert len(made) == 8 and all(made)
-
-
 def test_prompts_are_set_apart_with_all_their_answers() -> None:
     parts = training.parts_of(100, 2, 3)
     assert parts.apart == [49, 99, 149, 199] and parts.held_out == [200, 201, 202]
@@ -265,14 +251,6 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
     file.write_text("a\n\nb\n")
     with pytest.raises(ValueError, match="few has 2 prompts: it must have at least 10"):
         prompts.read(file)
-
-
-def test_texts_are_read_again(tmp_path: Path) -> None:
-    texts = [Text([1, 2, 3], 2), Text([4], 1)]
-    collect.write(tmp_path / "texts", texts)
-    assert collect.read(tmp_path / "texts", 2) == texts
-    with pytest.raises(ValueError, match="has 2 texts, but there are 3 prompts"):
-        collect.read(tmp_path / "texts", 3)
 
 
 def test_accept_lengths_are_means_over_steps() -> None:

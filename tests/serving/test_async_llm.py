@@ -22,7 +22,7 @@ from nanovllm.parallel.rank_handle import RankProcess
 from nanovllm.serving.async_engine import EngineDead, Unavailable
 from nanovllm.serving.stream import OpenStream
 from tests.engines import greedy
-from tests.replicas.test_data_parallel import children
+from tests.replicas.local_replicas import children
 from tests.serving.served import LOOPS, run
 from tests.serving.test_clients import answers, collected, comparable, until_idle
 

@@ -14,7 +14,7 @@ import pytest
 from nanovllm import AsyncLLM
 from nanovllm.serving.async_engine import EngineDead
 from tests.engines import greedy
-from tests.replicas.test_data_parallel import children, wait_until_gone
+from tests.replicas.local_replicas import children, wait_until_gone
 from tests.serving.served import run
 from tests.serving.test_async_llm import MODEL, SIZES
 from tests.serving.test_clients import collected

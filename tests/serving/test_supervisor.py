@@ -18,7 +18,7 @@ import pytest
 
 from nanovllm.parallel.folder import remove_left
 from tests.engines import random_prompts
-from tests.replicas.test_data_parallel import children, wait_until_gone
+from tests.replicas.local_replicas import children, wait_until_gone
 from tests.serving.fake_engine import HELD
 
 ROOT = Path(__file__).parents[2]

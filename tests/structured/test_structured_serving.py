@@ -23,7 +23,7 @@ from nanovllm.serving.async_engine import EngineDead
 from nanovllm.serving.async_llm import AsyncLLM
 from nanovllm.serving.client import Client
 from tests.engines import greedy
-from tests.replicas import test_data_parallel
+from tests.replicas import local_replicas
 from tests.serving import served
 from tests.serving.test_clients import collected
 
@@ -155,7 +155,7 @@ def test_answers_and_prompts_with_the_same_parameters_share_what_takes_long(
 
 def test_replicas_prepare_for_grammars_when_they_are_told(engine: Engine) -> None:
     ours, theirs = channel_pair()
-    thread = threading.Thread(target=test_data_parallel.run, args=(engine, Channel(theirs)))
+    thread = threading.Thread(target=local_replicas.run, args=(engine, Channel(theirs)))
     thread.start()
     assert ours.receive()[0] == messages.READY
     ours.send(messages.PREPARE_GRAMMARS)
