@@ -127,8 +127,8 @@ class Compiler:
         """`load(make())`, without `make` if the store has these bytes.
 
         They depend on `reading`, bound to the regions that it traces, and on `inputs`, as a program
-        does on its region and inputs, and on `sources` besides. `kind` is the artifact's. If `load` raises ValueError for
-        stored bytes, they are made again with a warning.
+        does on its region and inputs, and on `sources` besides. `kind` is the artifact's. If `load`
+        raises ValueError for stored bytes, they are made again with a warning.
 
         Nothing is compiled: `require` allows it, each rank does it alone, and the graphs are
         neither dumped nor watched.

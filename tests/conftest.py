@@ -119,6 +119,16 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_as_before() -> Generator[None]:
+    """An engine says for its whole process where C++ libraries are, and whether one is compiled."""
+    from nanovllm.kernels.cpu import build
+
+    before = build._LibraryState.settings
+    yield
+    build._LibraryState.settings = before
+
+
 @pytest.fixture(autouse=True)
 def _as_loud_as_before() -> Generator[None]:
     """A command that runs in this process with --quiet sets these variables for good."""

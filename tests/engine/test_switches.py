@@ -10,6 +10,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.platforms.base import UNFUSED_OPS
+from nanovllm.runner import persistent
 from tests.engines import Generate, random_prompts, tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

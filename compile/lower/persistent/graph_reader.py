@@ -101,7 +101,8 @@ def _of_fp8(found: Product, what: str, weight: Any, scale: Any, *sides: int) -> 
         raise Unfit(f"{what} has scales for blocks of {sides[0]} rows and {sides[1]} columns")
     dtype = scale.meta["val"].dtype
     check_plain(what, scale, dtype if dtype is torch.bfloat16 else torch.float32)
-    return found._replace(codes=CodeFormat(8, dtype, 0 if sides[0] == 1 else FP8_BLOCK), scale=scale)
+    codes = CodeFormat(8, dtype, 0 if sides[0] == 1 else FP8_BLOCK)
+    return found._replace(codes=codes, scale=scale)
 
 
 def _of_int4(
