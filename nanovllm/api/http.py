@@ -64,6 +64,8 @@ class Exchange:
         self._receive, self._send = receive, send
         self.has_started = False
         self.id_headers = [b"x-request-id"]  # response headers with the request id
+        # the last events of a stream that fails; an endpoint may write them in another way
+        self.error_events: Callable[[ApiError], bytes] = lambda error: error.events()
 
     def header(self, name: bytes) -> str:
         """The value of a header; "" if it is missing. name: lower case."""
@@ -151,7 +153,7 @@ class Exchange:
     async def refuse(self, error: ApiError) -> None:
         """Send an error: as the response or, if that has started, as its last event."""
         if self.has_started:
-            await self.send(error.events())
+            await self.send(self.error_events(error))
         else:
             # the rest of a refused body must not be read as the next request
             close = [(b"connection", b"close")] if error.status in (408, 413, 415) else []

@@ -40,6 +40,7 @@ async def responses(service: Service, exchange: Exchange) -> None:
     generation = await Generation.open(service, exchange, [prompt], params, form=form)
     about = _about(body, params, body.model or service.model)
     writer = ResponseWriter(about, reading, prompt.text or "", generation)
+    exchange.error_events = writer.error
     await respond(exchange, generation, writer, is_stream=bool(body.stream))
 
 
@@ -126,6 +127,12 @@ class ResponseWriter:
         closed = self._close(self._items[-1]) if self._items else b""
         status = self._status()
         return closed + self._event(f"response.{status}", response=self._response(status))
+
+    def error(self, error: ApiError) -> bytes:
+        """The last event of a stream that fails."""
+        fields = error.content()["error"]
+        del fields["type"]  # the event's is "error"
+        return self._event("error", **fields)
 
     def whole(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
         self._last = answers[0].last

@@ -372,6 +372,21 @@ def test_an_engine_that_fails_is_told_to_clients_and_ends_the_server() -> None:
     assert server.join() == 1
 
 
+def test_an_error_in_the_stream_of_a_response_is_an_event_of_its_api() -> None:
+    server = MockServer(MockOptions(tokens_per_s=100))
+    server.start()
+    with server.client() as client:
+        stream = client.responses.create(model=MODEL, input="a", stream=True)
+        events = [next(iter(stream))]
+        server.engine.fail("the device is gone")
+        events += list(stream)
+    error = events[-1]
+    assert error.type == "error"
+    assert (error.code, error.message) == ("engine_dead", "the engine has failed")
+    assert error.param is None and error.sequence_number == len(events) - 1
+    assert server.join() == 1
+
+
 def test_tools_with_a_parser_that_is_not_there_are_refused() -> None:
     tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     with (
