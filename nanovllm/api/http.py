@@ -27,7 +27,7 @@ MAX_DROPPED = 4  # a body up to this many times too long is read to its end
 
 
 class ClientGone(Exception):
-    """The client disconnected before its body was complete."""
+    """The client disconnected before its request or its response was complete."""
 
 
 @dataclass
