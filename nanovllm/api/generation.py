@@ -90,6 +90,7 @@ class Generation:
         self.streams, self._num_answers, self._timers = streams, num_answers, timers
         self._form = form
         self.num_tokens = self.num_cached = 0
+        self.num_reasoning = 0  # tokens; counted by writers that parse answers
 
     @classmethod
     async def open(
@@ -142,6 +143,7 @@ class Generation:
             "completion_tokens": num,
             "total_tokens": num_prompt + num,
             "prompt_tokens_details": {"cached_tokens": self.num_cached},
+            "completion_tokens_details": {"reasoning_tokens": self.num_reasoning},
         }
 
     def abort(self) -> None:
