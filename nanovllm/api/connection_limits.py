@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -69,7 +70,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def accept(self, raw: asyncio.Transport) -> None:
         """Count a connection, before a TLS handshake if there is one. raw: its TCP transport."""
-        self.transport = raw
+        self.transport = self._raw = raw
         self.connections.add(self)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._num_header_bytes = 0  # received since the last complete headers or part of a body
@@ -257,7 +258,23 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._time("send", self.limits.send_timeout)
+        self._await_reader()
+
+    def _await_reader(self) -> None:
+        self._time("send", self.limits.send_timeout, partial(self._check_reader, self._num_unsent))
+
+    def _check_reader(self, num_before: int) -> None:
+        """Close the connection if the client has read nothing for a while. num_before: the bytes
+        that were unsent then."""
+        if self._num_unsent < num_before:
+            self._await_reader()
+        else:
+            self.transport.abort()
+
+    @property
+    def _num_unsent(self) -> int:
+        num = self._raw.get_write_buffer_size()
+        return num if self._raw is self.transport else num + self.transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self._stop("send")
@@ -277,10 +294,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
         self.transport.close()
 
-    def _time(self, name: str, seconds: float) -> None:
-        """Close the connection unless `_stop` is called within these seconds."""
+    def _time(self, name: str, seconds: float, work: Callable[[], None] | None = None) -> None:
+        """Do the work, by default close the connection, unless `_stop` is called within these
+        seconds."""
         self._stop(name)
-        self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
+        self._timers[name] = self.loop.call_later(seconds, work or self.transport.abort)
 
     def _stop(self, name: str) -> None:
         timer = self._timers.pop(name, None)
