@@ -75,6 +75,7 @@ NAMES = {
     "/v1/messages": {PROMPT: "messages"},
     "/v1/messages/count_tokens": {PROMPT: "messages"},
     **{path: {PROMPT: "input"} for path in ("/v1/embeddings", "/pooling", "/classify")},
+    **{path: {PROMPT: "documents"} for path in ("/v1/rerank", "/v2/rerank", "/rerank")},
 }
 ANTHROPIC = "/v1/messages"  # prefix of Anthropic's endpoints
 

@@ -155,8 +155,8 @@ class ServerConfig:
     max_connections: the maximum number of connections per API process, also those whose TLS
         handshake is not complete. A new one then replaces the longest idle one; if none is idle, it
         is refused with 503, or closed before the TLS handshake.
-    max_queue_len: the maximum number of requests that wait for the engine. More are refused with
-        429.
+    max_queue_len: the maximum number of answers that wait for the engine. More are refused with
+        429; a request whose answers do not fit into an empty queue, with 400.
     max_prompts: the maximum number of prompts in a request.
     max_inputs: the maximum number of texts in a request for embeddings, classes or scores.
     max_prompt_chars: the maximum length of a prompt as text, with tools and variables of the chat

@@ -20,8 +20,10 @@ from nanovllm.api.salts import CacheSalts
 from nanovllm.api.schemas import StreamOptions
 from nanovllm.api.tools import Readings
 from nanovllm.api.traces import Traces
+from nanovllm.checks import InvalidValue
 from nanovllm.lora_request import LoRARequest
 from nanovllm.media.mm_inputs import KINDS, MMInput
+from nanovllm.prompts import PROMPT
 from nanovllm.serving.async_engine import AsyncEngine
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -86,6 +88,20 @@ class Service:
         if num_prompts * n > most:
             words = f"{num_prompts} prompts with n={n} are {num_prompts * n} answers: at most "
             raise invalid("n", f"{words}{most} per request")
+        self.check_fits(num_prompts, n)
+
+    def check_fits(self, num_prompts: int, n: int = 1) -> None:
+        """Raises InvalidValue for more answers than the queue ever takes: a client would send the
+        request again for ever."""
+        most = self.engine.max_num_seqs + self.config.max_queue_len
+        if num_prompts * n > most:
+            words = (
+                f"{num_prompts} prompts with n={n} are {num_prompts * n} answers: at most {most}"
+            )
+            raise InvalidValue(
+                PROMPT if num_prompts > most else "n",
+                f"{words} may run and wait (max_num_seqs + max_queue_len)",
+            )
 
 
 def response_id(prefix: str, given: str | None) -> str:
