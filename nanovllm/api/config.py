@@ -150,7 +150,8 @@ class ServerConfig:
         "error" or "critical".
     otlp_traces_endpoint: the URL of a collector that receives one span per request by OTLP over
         HTTP, such as "http://127.0.0.1:4318/v1/traces".
-    max_body_bytes: the maximum size of a request body.
+    max_body_bytes: the maximum size of a request body. The bodies that an API process is receiving
+        have at most 32 times as many bytes together; more are refused with 503.
     max_header_bytes: the maximum size of the request line and the headers together.
     max_connections: the maximum number of connections per API process, also those whose TLS
         handshake is not complete. A new one then replaces the longest idle one; if none is idle, it

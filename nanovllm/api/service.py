@@ -12,7 +12,7 @@ import msgspec
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.fields import decoded
-from nanovllm.api.http import Exchange
+from nanovllm.api.http import BodyLimits, Exchange
 from nanovllm.api.latencies import Latencies
 from nanovllm.api.params import ParamsMaker
 from nanovllm.api.prompts import PromptMaker
@@ -49,6 +49,7 @@ class Service:
         self.salts = salts or CacheSalts(config, secrets.token_bytes())
         self.model_names = config.model_names(engine.config.model)
         self.model = self.model_names[0]
+        self.bodies = BodyLimits(config.max_body_bytes, config.body_timeout)
         self.adapters: dict[str, LoRARequest] = {}  # by their names
         self.created = int(time.time())
         endpoint = config.otlp_traces_endpoint
@@ -67,7 +68,7 @@ class Service:
 
     async def body(self, exchange: Exchange, kind: type[Body]) -> Body:
         """A request's body; its model must be this server's, or an adapter. Raises ApiError."""
-        data = await exchange.body(self.config.max_body_bytes, self.config.body_timeout)
+        data = await exchange.body(self.bodies)
         body = decoded(data, kind)
         name = getattr(body, "model", None)
         self.check_model(name)
