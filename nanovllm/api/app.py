@@ -31,6 +31,7 @@ MAX_TRACEPARENT_CHARS = 256
 PAGE = "/page/"
 METRICS = "/metrics"
 BAD_REQUEST = 400
+CLIENT_GONE = 499  # nginx's, for the log and traces
 
 
 class Route(NamedTuple):
@@ -74,6 +75,7 @@ NAMES = {
     "/v1/messages": {PROMPT: "messages"},
     "/v1/messages/count_tokens": {PROMPT: "messages"},
     **{path: {PROMPT: "input"} for path in ("/v1/embeddings", "/pooling", "/classify")},
+    **{path: {PROMPT: "documents"} for path in ("/v1/rerank", "/v2/rerank", "/rerank")},
 }
 ANTHROPIC = "/v1/messages"  # prefix of Anthropic's endpoints
 
@@ -97,8 +99,11 @@ class App:
             exchange.id_headers.append(b"request-id")
         try:
             await self._answer(exchange)
-        except (ClientGone, asyncio.CancelledError):
-            pass  # the client disconnected, or the server shuts down
+        except ClientGone:
+            if not exchange.has_started:
+                exchange.record.status = CLIENT_GONE
+        except asyncio.CancelledError:
+            pass  # the server shuts down
         except Exception as error:
             await self._refuse(exchange, error)
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,6 +13,7 @@ import msgspec
 from nanovllm.api import logprobs
 from nanovllm.api.generation import EventEncoder, Generation, WholeAnswer, respond
 from nanovllm.api.http import Exchange
+from nanovllm.api.reasoning_tokens import ReasoningTokens
 from nanovllm.api.schemas import ChatBody
 from nanovllm.api.service import Service, response_id, usage_options
 from nanovllm.api.structured import form_field
@@ -61,6 +62,7 @@ class _Growing:
     """One streamed answer. has_begun: its first chunk was sent."""
 
     stream: AnswerStream | None
+    reasoning: ReasoningTokens = field(default_factory=ReasoningTokens)
     has_begun: bool = False
     has_calls: bool = False
 
@@ -87,6 +89,8 @@ class ChatWriter:
         parts = growing.stream.push(delta.text)
         if delta.finish_reason is not None:
             parts += growing.stream.finish()
+        num = growing.reasoning.add(parts, delta.text, len(delta.token_ids))
+        self._generation.num_reasoning += num
         fields = [self._fields(part, growing) for part in self._reading.kept(parts)]
         if not fields:
             fields = [b""]
@@ -155,7 +159,7 @@ class ChatWriter:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         stream = self._reading.stream(self._prompt)
         if stream is not None:
-            message |= self._parsed(stream, answer.text)
+            message |= self._parsed(stream, answer)
         choice = {
             "index": number, "message": message,
             "logprobs": self._logprobs(answer.token_ids, answer.logprobs),
@@ -166,9 +170,13 @@ class ChatWriter:
             choice["token_ids"] = answer.token_ids
         return choice
 
-    def _parsed(self, stream: AnswerStream, text: str) -> dict[str, Any]:
+    def _parsed(self, stream: AnswerStream, answer: WholeAnswer) -> dict[str, Any]:
         """The message fields parsed from an answer's text."""
-        found = joined(self._reading.kept([*stream.push(text), *stream.finish()]))
+        text = answer.text
+        parts = [*stream.push(text), *stream.finish()]
+        num = ReasoningTokens().add(parts, text, len(answer.token_ids))
+        self._generation.num_reasoning += num
+        found = joined(self._reading.kept(parts))
         fields: dict[str, Any] = {"content": None if self._reading.is_forced else found.content}
         if found.reasoning:
             fields["reasoning_content"] = found.reasoning

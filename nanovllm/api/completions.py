@@ -30,7 +30,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     form = form_field(body)
     generation = await Generation.open(service, exchange, prompts, params, body.priority, form)
     try:  # only ids that the engine accepted can be decoded
-        echoed = [_text(service, prompt) for prompt in prompts] if body.echo else None
+        echoed = _echoed(service, prompts, generation, params) if body.echo else None
     except BaseException:
         generation.abort()
         raise
@@ -42,10 +42,21 @@ async def completions(service: Service, exchange: Exchange) -> None:
     await respond(exchange, generation, writer, is_stream=bool(body.stream))
 
 
-def _text(service: Service, prompt: Prompt) -> str:
-    if prompt.text is not None:
-        return prompt.text
-    return service.prompts.text(prompt.token_ids or [])
+def _echoed(
+    service: Service, prompts: Sequence[Prompt], generation: Generation, params: SamplingParams
+) -> list[str]:
+    """The texts of prompts; of one that may be truncated, that of the tokens which are left."""
+    most = params.truncate_prompt_tokens
+    if most == -1:
+        most = service.engine.max_model_len - 1
+    texts = []
+    for prompt, stream in zip(prompts, generation.streams):
+        token_ids = stream.prompt_token_ids
+        if prompt.text is not None and (most is None or len(token_ids) < most):
+            texts.append(prompt.text)
+        else:
+            texts.append(service.prompts.text(token_ids))
+    return texts
 
 
 class CompletionWriter:

@@ -153,12 +153,14 @@ class ServerConfig:
         "error" or "critical".
     otlp_traces_endpoint: the URL of a collector that receives one span per request by OTLP over
         HTTP, such as "http://127.0.0.1:4318/v1/traces".
-    max_body_bytes: the maximum size of a request body.
+    max_body_bytes: the maximum size of a request body. The bodies that an API process is receiving
+        have at most 32 times as many bytes together; more are refused with 503.
     max_header_bytes: the maximum size of the request line and the headers together.
-    max_connections: the maximum number of connections per API process. A new one then replaces
-        the longest idle one; if none is idle, it is refused with 503.
-    max_queue_len: the maximum number of requests that wait for the engine. More are refused with
-        429.
+    max_connections: the maximum number of connections per API process, also those whose TLS
+        handshake is not complete. A new one then replaces the longest idle one; if none is idle, it
+        is refused with 503, or closed before the TLS handshake.
+    max_queue_len: the maximum number of answers that wait for the engine. More are refused with
+        429; a request whose answers do not fit into an empty queue, with 400.
     max_prompts: the maximum number of prompts in a request.
     max_inputs: the maximum number of texts in a request for embeddings, classes or scores.
     max_prompt_chars: the maximum length of a prompt as text, with tools and variables of the chat
@@ -173,9 +175,10 @@ class ServerConfig:
     max_bias: the maximum number of entries in logit_bias, allowed_token_ids, stop_token_ids or
         bad_words.
     max_tools: the maximum number of tools in a request.
-    header_timeout: the seconds within which a connection must send a request's headers.
+    header_timeout: the seconds within which a connection must complete the TLS handshake, if there
+        is one, and send a request's headers.
     body_timeout: the seconds within which it must then send the body.
-    send_timeout: the seconds after which a client that does not read is disconnected.
+    send_timeout: the seconds after which a client that reads nothing is disconnected.
     keep_alive_timeout: the seconds that an idle connection stays open between requests.
     """
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from nanovllm.api import tls
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import ApiError
+from nanovllm.api.tls_protocol import TlsProtocol
 
 MAX_HEADERS = 100
 HEAD_END = b"\r\n\r\n"  # also of a chunked body
@@ -58,17 +62,28 @@ class LimitedProtocol(HttpToolsProtocol):
     idle: dict[LimitedProtocol, None]  # connections without a request, longest idle first
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        is_accepted = self.transport is not None  # with TLS
         super().connection_made(transport)  # type: ignore[arg-type]
+        if not is_accepted:
+            self.accept(self.transport)
+        self.flow = _Flow(self.transport, self._held)
+
+    def accept(self, raw: asyncio.Transport) -> None:
+        """Count a connection, before a TLS handshake if there is one. raw: its TCP transport."""
+        self.transport = self._raw = raw
+        self.connections.add(self)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._num_header_bytes = 0  # received since the last complete headers or part of a body
         self._held = bytearray()  # received after the current request
-        self.flow = _Flow(self.transport, self._held)
         self._num_body_bytes = 0  # still missing from the body, if its length is known
         self._is_receiving = False  # a part of a request is missing
         self._is_answering = False  # the request is complete, its response is not
         self._has_eof = False  # the client has closed its sending side
         if len(self.connections) > self.limits.max_connections and not self._replace_idle():
-            self._end(FULL)
+            if self.scheme is None:  # TLS: an answer would need the handshake
+                raw.abort()
+            else:
+                self._end(FULL)
             return
         self.idle[self] = None
         self._time("headers", self.limits.header_timeout)
@@ -243,7 +258,23 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._time("send", self.limits.send_timeout)
+        self._await_reader()
+
+    def _await_reader(self) -> None:
+        self._time("send", self.limits.send_timeout, partial(self._check_reader, self._num_unsent))
+
+    def _check_reader(self, num_before: int) -> None:
+        """Close the connection if the client has read nothing for a while. num_before: the bytes
+        that were unsent then."""
+        if self._num_unsent < num_before:
+            self._await_reader()
+        else:
+            self.transport.abort()
+
+    @property
+    def _num_unsent(self) -> int:
+        num = self._raw.get_write_buffer_size()
+        return num if self._raw is self.transport else num + self.transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self._stop("send")
@@ -263,10 +294,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
         self.transport.close()
 
-    def _time(self, name: str, seconds: float) -> None:
-        """Close the connection unless `_stop` is called within these seconds."""
+    def _time(self, name: str, seconds: float, work: Callable[[], None] | None = None) -> None:
+        """Do the work, by default close the connection, unless `_stop` is called within these
+        seconds."""
         self._stop(name)
-        self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
+        self._timers[name] = self.loop.call_later(seconds, work or self.transport.abort)
 
     def _stop(self, name: str) -> None:
         timer = self._timers.pop(name, None)
@@ -276,8 +308,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
 def protocol_options(limits: ServerConfig) -> dict[str, Any]:
     """uvicorn's options for these limits."""
+    kind = type("Protocol", (LimitedProtocol,), {"limits": limits, "idle": {}})
+    context = tls.context(limits)
     return {
-        "http": type("Protocol", (LimitedProtocol,), {"limits": limits, "idle": {}}),
+        "http": kind if context is None else partial(TlsProtocol, kind, context, limits),
         "timeout_keep_alive": limits.keep_alive_timeout,
         "ws": "none", "lifespan": "off", "access_log": False, "log_config": None,
         "server_header": False, "date_header": True, "proxy_headers": False, "loop": "uvloop",

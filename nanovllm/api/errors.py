@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import msgspec
@@ -78,7 +79,7 @@ def from_exception(
     """The error that a client receives for an exception. Internal errors are sent without message.
 
     names: the endpoint's names for fields that the engine names differently. hidden: the model's
-    path, which `model` replaces in messages.
+    path, which `model` replaces in messages if it has several parts.
     """
     if isinstance(error, ApiError):
         return error
@@ -91,7 +92,9 @@ def from_exception(
     if isinstance(error, EngineDead):
         return ApiError(500, "the engine has failed", code="engine_dead")
     if isinstance(error, ValueError):
-        message = str(error).replace(hidden, model) if hidden else str(error)
+        message = str(error)
+        if len(PurePath(hidden).parts) > 1:  # "." or a single word may be anywhere in a message
+            message = message.replace(hidden, model)
         param = error.field if isinstance(error, InvalidValue) else None
         if param is not None and names is not None:
             param = names.get(param, param)

@@ -111,6 +111,8 @@ REFUSED: dict[type[msgspec.Struct], Mapping[str, RefusedField]] = {
         "max_chunks_per_doc": RefusedField(NOT_BUILT),
         "rank_fields": RefusedField("documents have the field 'text' alone"),
     },
+    schemas.LoadAdapterBody: {},
+    schemas.UnloadAdapterBody: {},
     schemas.TokenizeBody: {"chat_template": RefusedField(NO_FILES)},
     schemas.DetokenizeBody: {},
 }

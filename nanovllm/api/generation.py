@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from nanovllm.api.errors import DONE, ApiError
-from nanovllm.api.http import EVENTS, JSON, NO_STORE, Exchange
+from nanovllm.api.http import EVENTS, JSON, NO_STORE, ClientGone, Exchange
 from nanovllm.api.latencies import Timer
 from nanovllm.api.prompts import beside
 from nanovllm.api.service import Service
@@ -24,6 +24,7 @@ from nanovllm.structured_params import FIELD as FORM
 
 # units of `beside`: the cost of one log-probability, and the characters of text per unit
 LOGPROB_COST, TEXT_COST = 4, 8
+ABORTED = "aborted"  # the code of an error
 NO_BUFFER = (b"x-accel-buffering", b"no")  # a proxy must not buffer events
 
 
@@ -89,6 +90,7 @@ class Generation:
         self.streams, self._num_answers, self._timers = streams, num_answers, timers
         self._form = form
         self.num_tokens = self.num_cached = 0
+        self.num_reasoning = 0  # tokens; counted by writers that parse answers
 
     @classmethod
     async def open(
@@ -143,6 +145,7 @@ class Generation:
             "completion_tokens": num,
             "total_tokens": num_prompt + num,
             "prompt_tokens_details": {"cached_tokens": self.num_cached},
+            "completion_tokens_details": {"reasoning_tokens": self.num_reasoning},
         }
 
     def abort(self) -> None:
@@ -176,7 +179,7 @@ class Generation:
         if delta.finish_reason == "error":
             raise ApiError(500, "generation failed", code="answer_failed")
         if delta.finish_reason == "abort":
-            raise ApiError(503, "the server aborted the request", code="aborted")
+            raise ApiError(503, "the server aborted the request", code=ABORTED)
 
     async def _merged(self) -> AsyncIterator[Delta]:
         # back-pressure: with a queue of one, a slow reader gets larger deltas from every stream
@@ -224,7 +227,8 @@ class Generation:
 async def respond(
     exchange: Exchange, generation: Generation, writer: Writer, *, is_stream: bool
 ) -> None:
-    """Send the answers, streamed or whole. They are aborted if the client disconnects."""
+    """Send the answers, streamed or whole. If the client disconnects, aborts them and raises
+    ClientGone."""
     gone = asyncio.create_task(exchange.gone())
     gone.add_done_callback(lambda task: generation.abort())
     record = exchange.record
@@ -238,6 +242,10 @@ async def respond(
                 lambda: msgspec.json.encode(writer.whole(answers)), sum(map(_size, answers))
             )
             await exchange.answer(200, body, (JSON, NO_STORE))
+    except ApiError as error:
+        if error.code == ABORTED and gone.done():
+            raise ClientGone from None
+        raise
     finally:
         gone.cancel()
         generation.abort()

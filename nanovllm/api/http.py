@@ -24,10 +24,11 @@ JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 NO_STORE = (b"cache-control", b"no-store")
 MAX_DROPPED = 4  # a body up to this many times too long is read to its end
+MAX_BODIES = 32  # of the greatest length that a process receives at a time
 
 
 class ClientGone(Exception):
-    """The client disconnected before its body was complete."""
+    """The client disconnected before its request or its response was complete."""
 
 
 @dataclass
@@ -50,6 +51,30 @@ class AccessRecord:
             self.first_token = time.perf_counter() - self.start
 
 
+class BodyLimits:
+    """Limits on the bodies of requests.
+
+    max_bytes: of one body. timeout: the seconds within which it must arrive. num_held: the bytes of
+    all bodies that are being received, at most `max_held`.
+    """
+
+    def __init__(self, max_bytes: int, timeout: float) -> None:
+        self.max_bytes, self.timeout = max_bytes, timeout
+        self.num_held, self.max_held = 0, MAX_BODIES * max_bytes
+
+    def error(self, num_bytes: int, num_more: int) -> ApiError | None:
+        """Why a body of so many bytes is refused, or `num_more` bytes of it."""
+        if num_bytes > self.max_bytes:
+            return too_long(self.max_bytes)
+        if self.num_held + num_more > self.max_held:
+            words = (
+                f"the bodies being received have {self.num_held} bytes and {num_more} are added: "
+                f"at most {self.max_held} are kept"
+            )
+            return ApiError(503, words, code="too_many_bodies")
+        return None
+
+
 def too_long(max_bytes: int) -> ApiError:
     return ApiError(413, f"the body is longer than {max_bytes} bytes", code="body_too_long")
 
@@ -64,6 +89,8 @@ class Exchange:
         self._receive, self._send = receive, send
         self.has_started = False
         self.id_headers = [b"x-request-id"]  # response headers with the request id
+        # the last events of a stream that fails; an endpoint may write them in another way
+        self.error_events: Callable[[ApiError], bytes] = lambda error: error.events()
 
     def header(self, name: bytes) -> str:
         """The value of a header; "" if it is missing. name: lower case."""
@@ -75,8 +102,8 @@ class Exchange:
         given = self.scope["headers"]
         return [bytes(value).decode("latin-1") for key, value in given if key == name]
 
-    async def body(self, max_bytes: int, timeout: float) -> bytes:
-        """The body of a JSON request. Raises ApiError (408, 413 or 415) and ClientGone."""
+    async def body(self, limits: BodyLimits) -> bytes:
+        """The body of a JSON request. Raises ApiError (408, 413, 415 or 503) and ClientGone."""
         kind = self.header(b"content-type").partition(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
             # web pages can send other types to any server without permission (CORS)
@@ -86,32 +113,44 @@ class Exchange:
             words = f"the body has the content encoding {encoding[:20]!r}: send it as plain JSON"
             raise ApiError(415, words, code="content_encoding")
         length = self.header(b"content-length")[:20]
-        is_long = length.isdecimal() and int(length) > max_bytes
-        if is_long and (self.header(b"expect") or int(length) > MAX_DROPPED * max_bytes):
-            raise too_long(max_bytes)
+        most = limits.max_bytes
+        is_long = length.isdecimal() and int(length) > most
+        if is_long and (self.header(b"expect") or int(length) > MAX_DROPPED * most):
+            raise too_long(most)
         try:
-            return await asyncio.wait_for(self._read(max_bytes), timeout)
+            return await asyncio.wait_for(self._read(limits), limits.timeout)
         except asyncio.TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {timeout:g} s") from None
+            words = f"the body did not arrive within {limits.timeout:g} s"
+            raise ApiError(408, words) from None
 
-    async def _read(self, max_bytes: int) -> bytes:
-        parts, num_bytes = [], 0
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            part = message.get("body", b"")
-            num_bytes += len(part)
-            is_last = not message.get("more_body")
-            if num_bytes <= max_bytes:
-                parts.append(part)
-            elif is_last or num_bytes > MAX_DROPPED * max_bytes:
-                # not earlier: a client that is still sending does not read the error
-                raise too_long(max_bytes)
-            else:
-                parts.clear()
-            if is_last:
-                return b"".join(parts) if len(parts) > 1 else part
+    async def _read(self, limits: BodyLimits) -> bytes:
+        parts, num_bytes, num_held = [], 0, 0
+        error: ApiError | None = None
+        try:
+            while True:
+                message = await self._receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part = message.get("body", b"")
+                num_bytes += len(part)
+                is_last = not message.get("more_body")
+                if error is None or num_bytes > limits.max_bytes:
+                    error = limits.error(num_bytes, len(part))
+                if error is None:
+                    parts.append(part)
+                    num_held += len(part)
+                    limits.num_held += len(part)
+                    if is_last:
+                        return b"".join(parts) if len(parts) > 1 else part
+                elif is_last or num_bytes > MAX_DROPPED * limits.max_bytes:
+                    # not earlier: a client that is still sending does not read the error
+                    raise error
+                else:
+                    parts.clear()
+                    limits.num_held -= num_held
+                    num_held = 0
+        finally:
+            limits.num_held -= num_held
 
     async def gone(self) -> None:
         """Wait until the client disconnects."""
@@ -151,7 +190,7 @@ class Exchange:
     async def refuse(self, error: ApiError) -> None:
         """Send an error: as the response or, if that has started, as its last event."""
         if self.has_started:
-            await self.send(error.events())
+            await self.send(self.error_events(error))
         else:
             # the rest of a refused body must not be read as the next request
             close = [(b"connection", b"close")] if error.status in (408, 413, 415) else []

@@ -134,6 +134,7 @@ async def results(
 ) -> Results:
     """The results of all prompts; they are aborted if the client disconnects. Raises the errors of
     `AsyncEngine.open`, and ApiError if one has no result."""
+    service.check_fits(len(prompts))
     if service.config.log_prompts:
         exchange.record.prompt = "; ".join(str(one.text or one.token_ids) for one in prompts)
     streams: list[Stream] = []

@@ -45,7 +45,7 @@ async def embeddings(service: Service, exchange: Exchange) -> None:
     body = await service.body(exchange, EmbeddingBody)
     info_of(service, "embed")
     found = await _results(service, exchange, body, "embed")
-    await _answer(service, exchange, "embd-", found, [
+    await _answer(exchange, body.model or service.model, "embd-", found, [
         {"index": i, "object": "embedding", "embedding": _numbers(body, row)}
         for i, row in enumerate(found.rows)
     ])  # fmt: skip
@@ -56,7 +56,7 @@ async def pooling(service: Service, exchange: Exchange) -> None:
     body = await service.body(exchange, PoolingBody)
     info_of(service, body.task)
     found = await _results(service, exchange, body, body.task)
-    await _answer(service, exchange, "pool-", found, [
+    await _answer(exchange, body.model or service.model, "pool-", found, [
         {"index": i, "object": "pooling", "data": _numbers(body, row)}
         for i, row in enumerate(found.rows)
     ])  # fmt: skip
@@ -114,7 +114,7 @@ async def classify(service: Service, exchange: Exchange) -> None:
     params = params_of(body, "classify", use_activation=body.use_activation)
     prompts = await prompts_of(service, body.input, params)
     found = await results(service, exchange, prompts, params, body.priority)
-    await _answer(service, exchange, "classify-", found, [
+    await _answer(exchange, body.model or service.model, "classify-", found, [
         {
             "index": i, "label": info.labels[int(row.argmax())], "probs": row.tolist(),
             "num_classes": len(row),
@@ -143,7 +143,7 @@ async def score(service: Service, exchange: Exchange) -> None:
         both.append(texts)
     all_pairs = pairs.paired(*both)
     scores, found = await _scores(service, exchange, body, all_pairs)
-    await _answer(service, exchange, "score-", found, [
+    await _answer(exchange, body.model or service.model, "score-", found, [
         {"index": i, "object": "score", "score": one} for i, one in enumerate(scores)
     ])  # fmt: skip
 
@@ -165,7 +165,7 @@ async def rerank(service: Service, exchange: Exchange) -> None:
     best = sorted(range(len(texts)), key=lambda i: (-scores[i], i))[: body.top_n]
     with_text = body.return_documents is not False
     answer = {
-        "id": response_id("rerank-", None), "model": service.model,
+        "id": response_id("rerank-", None), "model": body.model or service.model,
         "usage": {"prompt_tokens": found.num_tokens, "total_tokens": found.num_tokens},
         "results": [
             {"index": i, **({"document": {TEXT: texts[i]}} if with_text else {}),
@@ -210,12 +210,12 @@ async def _scores(
 
 
 async def _answer(
-    service: Service, exchange: Exchange, prefix: str, found: Results, data: list[dict[str, Any]]
+    exchange: Exchange, model: str, prefix: str, found: Results, data: list[dict[str, Any]]
 ) -> None:
     """Send the list that most endpoints answer with."""
     answer = {
         "id": response_id(prefix, None), "object": "list", "created": int(time.time()),
-        "model": service.model, "data": data, "usage": found.usage(),
+        "model": model, "data": data, "usage": found.usage(),
     }  # fmt: skip
     size = sum(map(len, found.rows))
     body = await beside(lambda: msgspec.json.encode(answer), size)

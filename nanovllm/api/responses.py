@@ -14,6 +14,7 @@ import msgspec
 from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.generation import Generation, WholeAnswer, respond
 from nanovllm.api.http import Exchange
+from nanovllm.api.reasoning_tokens import ReasoningTokens
 from nanovllm.api.response_input import as_chat, messages_of
 from nanovllm.api.response_items import CallItem, TextItem, item_for
 from nanovllm.api.schemas import InputTokensBody, ResponsesBody
@@ -40,6 +41,7 @@ async def responses(service: Service, exchange: Exchange) -> None:
     generation = await Generation.open(service, exchange, [prompt], params, form=form)
     about = _about(body, params, body.model or service.model)
     writer = ResponseWriter(about, reading, prompt.text or "", generation)
+    exchange.error_events = writer.error
     await respond(exchange, generation, writer, is_stream=bool(body.stream))
 
 
@@ -108,6 +110,7 @@ class ResponseWriter:
     ) -> None:
         self._about, self._generation = about, generation
         self._reading, self._stream = reading, reading.stream(prompt)
+        self._reasoning = ReasoningTokens()
         self._items: list[TextItem | CallItem] = []
         self._num_events = 0
         self._last: Delta | None = None
@@ -127,10 +130,17 @@ class ResponseWriter:
         status = self._status()
         return closed + self._event(f"response.{status}", response=self._response(status))
 
+    def error(self, error: ApiError) -> bytes:
+        """The last event of a stream that fails."""
+        fields = error.content()["error"]
+        del fields["type"]  # the event's is "error"
+        return self._event("error", **fields)
+
     def whole(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
         self._last = answers[0].last
         assert self._last is not None
-        whole = Delta(0, answers[0].text, [], finish_reason=self._last.finish_reason)
+        text, token_ids = answers[0].text, answers[0].token_ids
+        whole = Delta(0, text, token_ids, finish_reason=self._last.finish_reason)
         for part in self._parts(whole):
             item = self._item(part)
             if not isinstance(part, CallStart):
@@ -144,6 +154,8 @@ class ResponseWriter:
         parts = self._stream.push(delta.text)
         if delta.finish_reason is not None:
             parts += self._stream.finish()
+        num = self._reasoning.add(parts, delta.text, len(delta.token_ids))
+        self._generation.num_reasoning += num
         return list(self._reading.kept(parts))
 
     def _item(self, part: Part) -> TextItem | CallItem:
@@ -211,7 +223,7 @@ class ResponseWriter:
             "input_tokens": num_prompt,
             "input_tokens_details": {"cached_tokens": counts.num_cached, "cache_write_tokens": 0},
             "output_tokens": num,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": counts.num_reasoning},
             "total_tokens": num_prompt + num,
         }
         return response

@@ -82,8 +82,6 @@ async def run(
         below(
             config.root_path, with_cors(App(service, TrustedHosts(config, sock.getsockname()[0])))
         ),
-        ssl_certfile=config.ssl_certfile,
-        ssl_keyfile=config.ssl_keyfile,
         timeout_graceful_shutdown=CLOSE_S,
         **protocol_options(_fitting(config)),
     )

@@ -12,7 +12,7 @@ import msgspec
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.fields import decoded
-from nanovllm.api.http import Exchange
+from nanovllm.api.http import BodyLimits, Exchange
 from nanovllm.api.latencies import Latencies
 from nanovllm.api.params import ParamsMaker
 from nanovllm.api.prompts import PromptMaker
@@ -20,8 +20,10 @@ from nanovllm.api.salts import CacheSalts
 from nanovllm.api.schemas import StreamOptions
 from nanovllm.api.tools import Readings
 from nanovllm.api.traces import Traces
+from nanovllm.checks import InvalidValue
 from nanovllm.lora_request import LoRARequest
 from nanovllm.media.mm_inputs import KINDS, MMInput
+from nanovllm.prompts import PROMPT
 from nanovllm.serving.async_engine import AsyncEngine
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -47,6 +49,7 @@ class Service:
         self.salts = salts or CacheSalts(config, secrets.token_bytes())
         self.model_names = config.model_names(engine.config.model)
         self.model = self.model_names[0]
+        self.bodies = BodyLimits(config.max_body_bytes, config.body_timeout)
         self.adapters: dict[str, LoRARequest] = {}  # by their names
         self.created = int(time.time())
         endpoint = config.otlp_traces_endpoint
@@ -65,7 +68,7 @@ class Service:
 
     async def body(self, exchange: Exchange, kind: type[Body]) -> Body:
         """A request's body; its model must be this server's, or an adapter. Raises ApiError."""
-        data = await exchange.body(self.config.max_body_bytes, self.config.body_timeout)
+        data = await exchange.body(self.bodies)
         body = decoded(data, kind)
         name = getattr(body, "model", None)
         self.check_model(name)
@@ -86,6 +89,20 @@ class Service:
         if num_prompts * n > most:
             words = f"{num_prompts} prompts with n={n} are {num_prompts * n} answers: at most "
             raise invalid("n", f"{words}{most} per request")
+        self.check_fits(num_prompts, n)
+
+    def check_fits(self, num_prompts: int, n: int = 1) -> None:
+        """Raises InvalidValue for more answers than the queue ever takes: a client would send the
+        request again for ever."""
+        most = self.engine.max_num_seqs + self.config.max_queue_len
+        if num_prompts * n > most:
+            words = (
+                f"{num_prompts} prompts with n={n} are {num_prompts * n} answers: at most {most}"
+            )
+            raise InvalidValue(
+                PROMPT if num_prompts > most else "n",
+                f"{words} may run and wait (max_num_seqs + max_queue_len)",
+            )
 
 
 def response_id(prefix: str, given: str | None) -> str:

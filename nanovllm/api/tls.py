@@ -1,11 +1,14 @@
-"""Checks the files of a TLS certificate and its key before anything starts."""
+"""The files of a TLS certificate and its key: checks before anything starts, and their context."""
 
 from __future__ import annotations
 
 import os
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from nanovllm.api.config import ServerConfig
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 
 def check(config: ServerConfig) -> None:
@@ -33,3 +36,14 @@ def check(config: ServerConfig) -> None:
             f"ssl_certfile {certificate!r} and ssl_keyfile {key!r} are not a certificate and its "
             f"key in PEM form: {error.reason or error}"
         ) from None
+
+
+def context(config: ServerConfig) -> SSLContext | None:
+    """None without TLS. The files must have passed `check`."""
+    if config.ssl_certfile is None or config.ssl_keyfile is None:
+        return None
+    import ssl  # few servers need it
+
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    return made

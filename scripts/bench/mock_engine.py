@@ -97,7 +97,7 @@ class MockEngine:
         if len(self.streams) >= most:
             raise QueueFull(f"the queue has {self.options.max_queue_len} requests, its limit")
         params = params or self.default_params
-        prompt_ids = self._prompt_ids(as_prompt(prompt))
+        prompt_ids = self._prompt_ids(as_prompt(prompt), params.truncate_prompt_tokens)
         number = next(self._numbers)
         stream = MockStream(self, request_id or f"mock-{number}", prompt_ids, params, number)
         self.streams[stream.request_id] = stream
@@ -143,13 +143,15 @@ class MockEngine:
         self.streams.pop(stream.request_id, None)
         self._num_tokens += num_tokens
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def _prompt_ids(self, prompt: Prompt, most: int | None) -> list[int]:
         if prompt.token_ids is not None:
             token_ids = list(prompt.token_ids)
         elif self.tokenizer is not None:
             token_ids = self.tokenizer.encode(prompt.text or "")
         else:
             token_ids = [len(word) for word in (prompt.text or "").split()]
+        if most is not None:
+            token_ids = token_ids[-(most if most > 0 else self.max_model_len - 1) :]
         if not token_ids:
             raise PromptRefused("the prompt is empty: it must have at least 1 token")
         for token_id in token_ids:

@@ -22,7 +22,7 @@ from tests.serving.served import serve
 
 Result = TypeVar("Result")
 MAX_BODY_BYTES = 1 << 16
-MODEL = "tiny"
+MODEL, ALIAS = "tiny", "another-name"
 ASKED: dict[str, Any] = {"model": MODEL, "temperature": 0}
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 
@@ -64,7 +64,7 @@ def through_http(llm: LLM, work: Work[Result]) -> Result:
 async def serve_and_work(work: Work[Result], client: Client) -> Result:
     """The result of `work` with clients of a server on an engine's client."""
     await client.ready()
-    config = ServerConfig(port=0, max_body_bytes=MAX_BODY_BYTES, served_model_name=[MODEL])
+    config = ServerConfig(port=0, max_body_bytes=MAX_BODY_BYTES, served_model_name=[MODEL, ALIAS])
     wish, has_started = asyncio.Event(), asyncio.Event()
     with bind(config) as sock:
         stop, url = Stop(wish.wait()), url_of(config, sock)

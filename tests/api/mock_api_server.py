@@ -71,9 +71,9 @@ class MockServer:
 
     async def _serve(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        service = Service(self.engine, self.config)
+        self.service = Service(self.engine, self.config)
         stop = Stop(self._stopping.wait())
-        self.code = await run(service, self.engine, self._sock, stop, self._has_started.set)
+        self.code = await run(self.service, self.engine, self._sock, stop, self._has_started.set)
 
     def start(self) -> None:
         self.http = httpx.Client(base_url=self.url, timeout=60)

@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+from nanovllm.api.errors import ApiError
+from nanovllm.api.fields import REFUSED as REFUSED_FIELDS
+from nanovllm.api.fields import decoded
+from nanovllm.api.openapi import POSTS
 from tests.api.fields import CASES, ENDPOINTS, PAGE, TOOLS, Seen, names, page, refusals
 from tests.api.mock_api_server import MODEL, PLAIN_TEMPLATE, TEMPLATE, MockServer, served
 
@@ -92,6 +97,17 @@ def test_a_field_that_is_refused_is_named(
     for value in (*allowed, None):
         response = server.http.post(endpoint, json={**body_of(endpoint), name: value})
         assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(POSTS.values()), ids=lambda kind: kind.__name__)
+def test_a_field_that_is_unknown_is_named(kind: type[msgspec.Struct]) -> None:
+    with pytest.raises(ApiError, match="there is no field 'speling'") as caught:
+        decoded(b'{"speling": 1}', kind)
+    assert (caught.value.status, caught.value.param) == (400, "speling")
+
+
+def test_every_kind_of_body_is_in_the_table_of_refused_fields() -> None:
+    assert set(REFUSED_FIELDS) == set(POSTS.values())
 
 
 def test_tools_that_the_template_does_not_read_are_refused() -> None:

@@ -187,7 +187,7 @@ def test_the_page_learns_that_the_model_sees(llm: LLM) -> None:
     """What the page's `model` reads; and a message as its `content` writes it, images first."""
 
     async def work(served: Served) -> None:
-        (card,) = (await served.http.get("/v1/models")).json()["data"]
+        card, _ = (await served.http.get("/v1/models")).json()["data"]
         assert card["input_modalities"] == ["text", "image", "video"]
         body = {"messages": about(data_url(1)), "stream": True, "max_tokens": 4}
         answer = await served.http.post(

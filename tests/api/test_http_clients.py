@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import logging
@@ -11,9 +12,16 @@ from typing import Any
 import pytest
 
 from nanovllm.api import paths
-from nanovllm.api.app import ROUTES
+from nanovllm.api.app import NAMES, ROUTES
+from nanovllm.api.config import ServerConfig
+from nanovllm.api.errors import from_exception
+from nanovllm.api.pooled import results
+from nanovllm.api.service import Service
 from nanovllm.checks import InvalidValue
-from scripts.bench.mock_engine import MockOptions
+from nanovllm.config import EngineConfig
+from nanovllm.pooling_params import PoolingParams
+from nanovllm.prompts import Prompt
+from scripts.bench.mock_engine import MockEngine, MockOptions
 from tests.api.fields import ENDPOINTS
 from tests.api.mock_api_server import MODEL, TEMPLATE, MockServer, served, tokenizer
 
@@ -81,6 +89,36 @@ def test_a_prompt_that_cannot_be_answered_is_named(
     assert error["param"] == name
     is_long = len(text) > 1 or path != "/v1/completions"
     assert error["code"] == ("context_length_exceeded" if is_long else "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/completions", {"n": 17}, "n"),
+        ("/v1/completions", {"prompt": ["a"] * 6, "n": 3}, "n"),
+        ("/v1/completions", {"prompt": ["a"] * 17}, "prompt"),
+        ("/v1/chat/completions", {"n": 128}, "n"),
+    ],
+)
+def test_a_request_that_no_queue_takes_is_refused_for_good(
+    path: str, fields: dict[str, Any], param: str
+) -> None:
+    with served(MockOptions(max_num_seqs=8), max_queue_len=8, template=TEMPLATE) as one:
+        error = refused(one, path, **fields)
+        assert error["param"] == param
+        assert "at most 16 may run and wait (max_num_seqs + max_queue_len)" in error["message"]
+        most: dict[str, Any] = {"prompt": ["a"] * 8, "n": 2, "max_tokens": 1}
+        assert post(one, "/v1/completions", **most)[0] == 200
+
+
+def test_inputs_that_no_queue_takes_are_refused_before_one_is_opened() -> None:
+    engine = MockEngine(EngineConfig(MODEL), tokenizer(), MockOptions(max_num_seqs=2))
+    service = Service(engine, ServerConfig(max_queue_len=3))
+    exchange: Any = None
+    with pytest.raises(InvalidValue, match="6 answers: at most 5 may run and wait") as caught:
+        asyncio.run(results(service, exchange, [Prompt("a", None)] * 6, PoolingParams()))
+    assert from_exception(caught.value, NAMES["/v1/embeddings"]).param == "input"
+    assert from_exception(caught.value).status == 400 and not engine.streams
 
 
 def test_no_likeliest_tokens_need_no_logprobs(server: MockServer) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -13,11 +16,13 @@ import pytest
 from nanovllm.api import logprobs
 from nanovllm.api.errors import ApiError
 from nanovllm.api.fields import MAX_CONTAINERS, decoded
+from nanovllm.api.http import MAX_BODIES, AccessRecord, BodyLimits, ClientGone, Exchange, Message
 from nanovllm.api.schemas import ChatBody, CompletionBody
 from nanovllm.schedule.logprobs import Logprob
 from tests.api.mock_api_server import MockServer, served
 from tests.api.mock_api_server import tokenizer as made_tokenizer
 from tests.api.security_cases import USER, ask, server
+from tests.api.test_http_fuzz import HEAD, connect
 
 __all__ = ["server"]  # a fixture
 LONG_TOOL = {"type": "function", "function": {"name": "f", "description": "x" * 10**6}}
@@ -270,6 +275,64 @@ def test_each_token_is_decoded_once_for_log_probabilities(monkeypatch: pytest.Mo
     found = [Logprob(-0.5, 1, token_id, tokenizer) for token_id in (65, 300) * 9]
     assert {one.decoded_token for one in found} == {plain([65], False), plain([300], False)}
     assert not decoded
+
+
+def test_bodies_that_are_being_received_are_bounded_together() -> None:
+    """Those that do not fit are refused; their bytes count until a body is complete."""
+    most = 1000
+    body = b'{"prompt": "a", "max_tokens": 1}'.rjust(most)
+    head = HEAD + b"content-length: %d\r\n\r\n" % most
+    with served(max_body_bytes=most) as one, ExitStack() as stack:
+        limits = one.service.bodies
+        socks = [stack.enter_context(connect(one)) for _ in range(MAX_BODIES)]
+        for sock in socks:
+            sock.sendall(head + body[:-1])
+        while limits.num_held < MAX_BODIES * (most - 1):
+            time.sleep(0.001)
+        answer = ask(one, "/v1/completions", prompt="a" * 99)
+        assert answer.status_code == 503 and answer.headers["retry-after"]
+        words = "the bodies being received have 31968 bytes and .* at most 32000 are kept"
+        assert re.match(words, answer.json()["error"]["message"])
+        assert ask(one, "/v1/completions", prompt="a").status_code == 200, "it is short enough"
+        socks[0].sendall(body[-1:])
+        assert b" 200 " in socks[0].recv(1 << 16)
+        assert ask(one, "/v1/completions", prompt="a" * 99).status_code == 200
+        for sock in socks[1:]:
+            sock.close()
+        while limits.num_held:
+            time.sleep(0.001)
+
+
+@pytest.mark.parametrize("num_bytes", [99, 101, 399, 401])
+@pytest.mark.parametrize("ends", ["complete", "late", "gone"])
+def test_bytes_of_a_body_are_given_back_however_it_ends(num_bytes: int, ends: str) -> None:
+    limits = BodyLimits(100, 0.01 if ends == "late" else 60.0)
+    limits.num_held = limits.max_held - 50
+    parts = [b"x" * 25] * (num_bytes // 25) + [b"x" * (num_bytes % 25)]
+
+    async def receive() -> Message:
+        if parts:
+            more = len(parts) > 1 or ends != "complete"
+            return {"type": "http.request", "body": parts.pop(0), "more_body": more}
+        if ends == "late":
+            await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        raise AssertionError("nothing is answered here")
+
+    scope = {"headers": [(b"content-type", b"application/json")]}
+    exchange = Exchange(scope, receive, send, AccessRecord("r"))
+    with pytest.raises((ApiError, ClientGone)) as caught:
+        asyncio.run(exchange.body(limits))
+    assert limits.num_held == limits.max_held - 50 and not (ends == "complete" and parts)
+    if num_bytes > 400:
+        assert isinstance(caught.value, ApiError) and caught.value.status == 413
+    elif ends == "gone":
+        assert isinstance(caught.value, ClientGone)
+    else:
+        found = {"complete": 503 if num_bytes < 100 else 413, "late": 408}[ends]
+        assert isinstance(caught.value, ApiError) and caught.value.status == found
 
 
 def test_unbounded_fields_a_large_max_tokens_is_what_the_model_allows(server: MockServer) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from nanovllm.api.config import ServerConfig
+from nanovllm.api.errors import from_exception
 from tests.api.mock_api_server import MODEL, MockServer, served
 from tests.api.security_cases import USER, ask, server
 
@@ -173,6 +174,18 @@ def test_leaking_errors_the_path_of_the_model_stays_here(
     answer = ask(server, "/v1/completions", prompt="a")
     assert answer.status_code == 400 and "secret" not in answer.text
     assert answer.json()["error"]["message"] == f"{MODEL!r} has no tokenizer"
+
+
+@pytest.mark.parametrize("path", ["", ".", "./", "..", "a"])
+def test_leaking_errors_a_path_that_names_no_other_folder_is_no_secret(path: str) -> None:
+    words = "temperature is -0.5: a number from 0 to 2. See a/../b."
+    assert from_exception(ValueError(words), None, path, "my-model").message == words
+
+
+@pytest.mark.parametrize("path", ["/srv", "/srv/secret", "../secret/x", "secret/x"])
+def test_leaking_errors_a_path_of_several_folders_stays_here(path: str) -> None:
+    told = from_exception(ValueError(f"{path!r} has no tokenizer"), None, path, "my-model")
+    assert told.message == "'my-model' has no tokenizer"
 
 
 def test_leaking_errors_a_folder_s_path_is_not_the_model_s_name(tmp_path: Path) -> None:

@@ -141,6 +141,24 @@ def test_echo_with_no_tokens_gives_the_prompt_and_its_logprobs(client: openai.Op
     assert done.usage is not None and done.usage.completion_tokens == 0
 
 
+@pytest.mark.parametrize("is_text", [False, True])
+@pytest.mark.parametrize(("num_words", "most"), [(9, 2), (1, 99), (5000, -1)])
+def test_echo_gives_what_is_left_of_a_truncated_prompt(
+    client: openai.OpenAI, is_text: bool, num_words: int, most: int
+) -> None:
+    prompt = "hello " * num_words
+    token_ids = tokenizer().encode(prompt)
+    kept = token_ids[-most if most > 0 else -4095 :]
+    done = client.completions.create(
+        model=MODEL, prompt=prompt if is_text else token_ids, max_tokens=1, seed=65, echo=True,
+        logprobs=0, extra_body={"truncate_prompt_tokens": most},
+    )  # fmt: skip
+    (choice,) = done.choices
+    assert choice.text == tokenizer().decode(kept) + made_up(65, 1)
+    assert choice.logprobs is not None and "".join(choice.logprobs.tokens or []) == choice.text
+    assert done.usage is not None and done.usage.prompt_tokens == len(kept)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_chat_logprobs_have_the_tokens_and_the_likeliest(
     client: openai.OpenAI, stream: bool
@@ -370,6 +388,21 @@ def test_an_engine_that_fails_is_told_to_clients_and_ends_the_server() -> None:
             list(stream)
         assert "secret" not in str(caught.value)
         assert httpx.get(f"{server.url}/health", timeout=60).status_code == 503
+    assert server.join() == 1
+
+
+def test_an_error_in_the_stream_of_a_response_is_an_event_of_its_api() -> None:
+    server = MockServer(MockOptions(tokens_per_s=100))
+    server.start()
+    with server.client() as client:
+        stream = client.responses.create(model=MODEL, input="a", stream=True)
+        events = [next(iter(stream))]
+        server.engine.fail("the device is gone")
+        events += list(stream)
+    error = events[-1]
+    assert error.type == "error"
+    assert (error.code, error.message) == ("engine_dead", "the engine has failed")
+    assert error.param is None and error.sequence_number == len(events) - 1
     assert server.join() == 1
 
 

@@ -6,7 +6,9 @@ import logging
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,9 @@ import pytest
 
 from nanovllm.cli.main import run
 from nanovllm.tools import command_line
+from scripts.bench.mock_engine import MockOptions
 from tests.api.mock_api_server import MODEL, MockServer, served
+from tests.api.test_http_fuzz import all_of, request
 
 PASSPHRASE = "a passphrase"
 
@@ -94,6 +98,48 @@ def test_what_is_no_tls_gets_no_answer_and_does_no_harm(
     assert b"HTTP" not in answer, "TLS may send an alert"
     assert not caplog.messages
     assert client.models.list().data[0].id == MODEL
+
+
+def connect(server: MockServer) -> socket.socket:
+    """A connection that waits for half as long as a handshake may take by default."""
+    return socket.create_connection((server.host, server.port), timeout=30)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01"])
+def test_a_handshake_that_does_not_end_is_closed_in_time(pair: Pair, sent: bytes) -> None:
+    with served(**pair.options, header_timeout=0.5) as quick, connect(quick) as sock:
+        sock.sendall(sent)
+        all_of(sock)  # else it would wait for too long, which is an error
+
+
+def test_connections_count_from_before_the_handshake(pair: Pair) -> None:
+    """And a new one replaces the longest idle one."""
+    trusted = ssl.create_default_context(cafile=str(pair.certificate))
+    with (
+        served(**pair.options, header_timeout=60.0, max_connections=3) as one,
+        httpx.Client(verify=trusted, base_url=one.url, timeout=60) as http,
+        ExitStack() as stack,
+    ):
+        socks = [stack.enter_context(connect(one)) for _ in range(5)]
+        assert [all_of(sock) for sock in socks[:2]] == [b"", b""]
+        assert http.get("/health").status_code == 200
+        assert all_of(socks[2]) == b""
+
+
+def test_a_connection_is_closed_if_all_others_have_requests(pair: Pair) -> None:
+    trusted = ssl.create_default_context(cafile=str(pair.certificate))
+    body = request({"prompt": [5], "max_tokens": 999, "stream": True})
+    with (
+        served(MockOptions(tokens_per_s=5), **pair.options, max_connections=1) as slow,
+        connect(slow) as plain,
+        trusted.wrap_socket(plain, server_hostname="127.0.0.1") as sock,
+    ):
+        sock.sendall(body)
+        while not slow.engine.streams:
+            time.sleep(0.001)
+        with connect(slow) as other:
+            assert all_of(other) == b""
+        assert b" 200 " in sock.recv(1 << 16)
 
 
 def test_wrong_files_are_one_line_at_the_start(

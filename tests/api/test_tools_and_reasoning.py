@@ -196,6 +196,29 @@ def test_a_response_has_the_reasoning_before_the_message() -> None:
     assert last.type == "response.completed" and last.response.output_text == "Yes."
 
 
+@pytest.mark.parametrize(
+    ("text", "num"),
+    [("<think>Hm.</think>Yes.", 3), ("<think>Is 1 < 2?</think>Yes.", 9), ("Yes.", 0),
+     ("<think>It is too lo", 12)],
+)  # fmt: skip
+def test_the_usage_has_the_tokens_of_the_reasoning(text: str, num: int) -> None:
+    """An answer of the engine here has a token for each character."""
+    with answering(text) as client:
+        whole = client.responses.create(model=MODEL, input="Hi")
+        *_, last = client.responses.create(model=MODEL, input="Hi", stream=True)
+        asked: Any = {"model": MODEL, "messages": USER, "n": 2}
+        chat = client.chat.completions.create(**asked).usage
+        options: Any = {"include_usage": True}
+        *_, chunk = client.chat.completions.create(**asked, stream=True, stream_options=options)
+        hidden = client.chat.completions.create(**asked, extra_body={"include_reasoning": False})
+    assert last.type == "response.completed"
+    for usage in (whole.usage, last.response.usage):
+        assert usage is not None and usage.output_tokens_details.reasoning_tokens == num
+    for counts in (chat, chunk.usage, hidden.usage):
+        assert counts is not None and counts.completion_tokens_details is not None
+        assert counts.completion_tokens_details.reasoning_tokens == 2 * num
+
+
 def test_the_types_of_xml_arguments_are_those_of_the_tools_in_the_request() -> None:
     text = "<tool_call>f\n<arg_key>code</arg_key>\n<arg_value>19</arg_value>\n</tool_call>"
     for type, value in (("string", "19"), ("integer", 19)):

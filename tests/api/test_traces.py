@@ -21,7 +21,10 @@ from nanovllm.api.start import serve
 from nanovllm.api.traces import MAX_WAITING, Traces
 from nanovllm.config import EngineConfig
 from nanovllm.serving import supervisor
-from tests.api.mock_api_server import served
+from scripts.bench.mock_engine import MockOptions
+from tests.api.mock_api_server import TEMPLATE, served
+from tests.api.security_cases import USER
+from tests.api.test_http_fuzz import connect, request
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -201,6 +204,41 @@ def test_only_requests_that_an_endpoint_takes_leave_spans(
         assert not added
         assert server.http.post("/v1/completions", json={}, headers=key).status_code == 400
         assert [route for _, route, _ in added] == ["/v1/completions"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_leaves_is_no_error_of_the_server(
+    added: list[tuple[Any, ...]], path: str, is_stream: bool
+) -> None:
+    body: dict[str, Any] = {"max_tokens": 999, "stream": is_stream}
+    body |= {"prompt": "a"} if path == "/v1/completions" else {"messages": USER}
+    url = "http://127.0.0.1:9/v1/traces"
+    with served(MockOptions(tokens_per_s=20), TEMPLATE, otlp_traces_endpoint=url) as server:
+        with connect(server) as sock:
+            sock.sendall(request(body).replace(b"/v1/completions", path.encode()))
+            while not server.engine.streams:
+                time.sleep(0.001)
+            if is_stream:
+                sock.recv(1)
+        while not added:
+            time.sleep(0.001)
+    assert [given[0].status for given in added] == [200 if is_stream else 499]
+
+
+def test_an_abort_by_the_server_is_an_error(added: list[tuple[Any, ...]]) -> None:
+    url = "http://127.0.0.1:9/v1/traces"
+    with served(MockOptions(tokens_per_s=20), otlp_traces_endpoint=url) as server:
+        with connect(server) as sock:
+            sock.sendall(request({"prompt": "a", "max_tokens": 999}))
+            while not server.engine.streams:
+                time.sleep(0.001)
+            for stream in list(server.engine.streams.values()):
+                stream.abort()
+            assert b" 503 " in sock.recv(1 << 16)
+        while not added:
+            time.sleep(0.001)
+    assert [given[0].status for given in added] == [503]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, PoolingParams
-from tests.api.engine_server import MODEL, Served, through_http
+from tests.api.engine_server import ALIAS, MODEL, Served, through_http
 from tests.pooling.pooling_cases import assert_near, embeddings, pooling_llm, save_decoder
 
 TEXTS = ["the cat", "a cat", "an error on the ban"]
@@ -201,6 +201,21 @@ def test_requests_are_refused_in_openais_form(
 
     status, error = through_http(llm, work)
     assert status == 400 and error["param"] == param and message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "a"}),
+        ("/pooling", {"input": "a"}),
+        ("/score", {"text_1": "a", "text_2": "b"}),
+        ("/rerank", {"query": "a", "documents": ["b"]}),
+    ],
+)
+def test_the_model_of_an_answer_is_that_of_its_request(
+    path: str, body: dict[str, Any], llm: LLM
+) -> None:
+    assert answered(llm, path, **body, model=ALIAS)["model"] == ALIAS
 
 
 def test_a_text_is_truncated_if_that_is_asked(llm: LLM) -> None:
