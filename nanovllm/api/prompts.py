@@ -20,12 +20,11 @@ from nanovllm.prompts import Prompt, PromptRefused, checked_text
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
 from nanovllm.serving.async_engine import AsyncEngine
 from nanovllm.templates import renderer
-from nanovllm.tokenizer import Tokenizer
+from nanovllm.tokenizer import LONG_TEXT, Tokenizer
 
 Result = TypeVar("Result")
 
 CHARS_PER_TOKEN = 64
-INLINE_CHARS = 4096  # shorter texts are done before another thread would wake up
 MAX_VARIABLES = 16
 VARIABLES = "chat_template_kwargs"
 # names that templates get from other fields
@@ -166,7 +165,7 @@ class PromptMaker:
         try:
             work = partial(render, *args, drops_variables=True)
             # the first rendering waits for the renderer's process, and for other conversations
-            size = num_chars if self._is_warm and renderer.is_ready else INLINE_CHARS + 1
+            size = num_chars if self._is_warm and renderer.is_ready else LONG_TEXT + 1
             prompt = (await beside(work, size))[0]
         except UnknownVariable as error:
             raise invalid(error.name, str(error)) from None
@@ -190,7 +189,7 @@ class PromptMaker:
 async def beside(work: Callable[[], Result], size: int) -> Result:
     """The result of work on a text or list of this size; runs in a thread if it would block the
     event loop for long."""
-    return work() if size <= INLINE_CHARS else await asyncio.to_thread(work)
+    return work() if size <= LONG_TEXT else await asyncio.to_thread(work)
 
 
 def check_defaults(tokenizer: Tokenizer | None, variables: Mapping[str, Any]) -> None:

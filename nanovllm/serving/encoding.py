@@ -17,9 +17,7 @@ from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import RequestOutputKind, SamplingParams
 from nanovllm.serving.mm_preprocessor import MMPreprocessor
-
-# Longer texts are encoded in a thread, so that other tasks can run.
-LONG_TEXT_CHARACTERS = 4096
+from nanovllm.tokenizer import LONG_TEXT
 
 
 class Encoder:
@@ -57,7 +55,7 @@ class Encoder:
         the answers have ended. Raises the errors of `MMPreprocessor.prepare`, and ValueError for an
         invalid prompt."""
         text, tokenizer = prompt.text or "", self._intake.tokenizer
-        is_long = prompt.token_ids is None and len(text) > LONG_TEXT_CHARACTERS
+        is_long = prompt.token_ids is None and len(text) > LONG_TEXT
         incremental = _is_incremental(params)
         asked = partial(
             self._intake.request,
