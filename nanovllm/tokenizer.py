@@ -20,6 +20,9 @@ _importing = threading.Lock()
 REPLACEMENT = "\ufffd"  # the decoder's output for the first bytes of an incomplete character
 # Characters or tokens. More are encoded or decoded in a thread, so that an event loop can go on.
 LONG_TEXT = 4096
+# How much of a text is encoded for its first tokens: the characters of a token at first, and the
+# tokens at the end of a beginning that the rest of the text could change, most of them in one word.
+CHARS_PER_TOKEN, NUM_UNSURE = 8, 256
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -137,25 +140,35 @@ class Tokenizer:
         if quick is None or len(texts) < 2:
             return [self.encode_first(text, limit) for text in texts]
         found = (list(one.ids) for one in quick.encode_batch(list(texts)))
-        return [self._first(text, ids, limit) for text, ids in zip(texts, found)]
+        return [self._first(ids, limit) for ids in found]
 
     def encode_first(self, text: str, limit: int | None) -> list[int]:
         """Token ids of a text; with a limit at most so many. The first tokens of the text are kept,
         and the special tokens around it as far as they fit."""
-        return self._first(text, self.encode(text), limit)
+        return self.encode(text) if limit is None else self._first(self._most(text, limit), limit)
 
-    def _first(self, text: str, found: list[int], limit: int | None) -> list[int]:
-        """`encode_first`, from all token ids of the text."""
+    def _most(self, text: str, limit: int) -> list[int]:
+        """Token ids of a text or, if it is long, of a beginning that has more than `limit`."""
+        num_tokens = limit + NUM_UNSURE
+        num_chars = CHARS_PER_TOKEN * num_tokens
+        while num_chars < len(text):
+            found = self.encode(text[:num_chars])
+            if len(found) > num_tokens:
+                return found
+            num_chars *= 4  # so all tries together take little more than the whole text
+        return self.encode(text)
+
+    def _first(self, found: list[int], limit: int | None) -> list[int]:
+        """`encode_first`, from more token ids."""
         if limit is None or len(found) <= limit:
             return found
-        plain = self.encode(text, add_special_tokens=False)
+        letter, plain = self.encode("a"), self.encode("a", add_special_tokens=False)
+        num_around = len(letter) - len(plain)
         num_before = next(
-            (i for i in range(len(found) - len(plain) + 1) if found[i : i + len(plain)] == plain), 0
+            (i for i in range(num_around + 1) if letter[i : i + len(plain)] == plain), 0
         )
-        num_after = len(found) - num_before - len(plain)
-        num_kept = max(0, limit - num_before - num_after)
-        after = found[num_before + len(plain) :]
-        return (found[: num_before + min(num_kept, len(plain))] + after)[:limit]
+        after = found[len(found) - num_around + num_before :]
+        return (found[: max(num_before, limit - num_around + num_before)] + after)[:limit]
 
     def encode_pair(self, first: str, second: str, limit: int | None) -> tuple[list[int], int]:
         """Token ids of two texts as one sequence, and where the second begins. With a limit the end
