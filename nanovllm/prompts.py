@@ -61,6 +61,15 @@ class PromptTooLong(PromptRefused):
     """A prompt that does not fit into max_model_len."""
 
 
+def check_pooled(num_tokens: int, max_model_len: int) -> None:
+    """Raises PromptTooLong for a prompt with more tokens than a model that pools takes."""
+    if num_tokens > max_model_len:
+        raise PromptTooLong(
+            f"the prompt has {num_tokens} tokens: at most max_model_len ({max_model_len}) fit, or "
+            "set truncate_prompt_tokens"
+        )
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt. `token_ids` is None if `text` must be encoded first.

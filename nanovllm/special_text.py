@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Quick
 
-from nanovllm.tokenizer import Tokenizer
+from nanovllm.tokenizer import Tokenizer, encoding
 
 # The contents of other roles are marked.
 TRUSTED_ROLES = ("system", "developer", "assistant", "model")
@@ -171,7 +171,7 @@ class _Encoder(NamedTuple):
 
     def encode(self, text: str) -> list[int]:
         found: list[int] = []
-        for one in self.quick.encode(text, add_special_tokens=False).ids:
+        for one in encoding(self.quick, text, add_special_tokens=False).ids:
             if one in self.names:  # the text vocabulary also makes it from characters of a content
                 found += self._in_parts(self.names[one])
             else:

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, and incremental decoding."""
+"""The checkpoint's tokenizer."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _importing = threading.Lock()
 REPLACEMENT = "\ufffd"  # the decoder's output for the first bytes of an incomplete character
+# Characters or tokens. More are encoded or decoded in a thread, so that an event loop can go on.
+LONG_TEXT = 4096
+# How much of a text is encoded for its first tokens: the characters of a token at first, and the
+# tokens at the end of a beginning that the rest of the text could change, most of them in one word.
+CHARS_PER_TOKEN, NUM_UNSURE = 8, 256
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -49,6 +54,18 @@ def load_full(folder: Path) -> Any:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(f"the tokenizer in {folder} needs custom code, which is not run") from None
+
+
+def encoding(quick: Any, text: str | tuple[str, str], *, add_special_tokens: bool = True) -> Any:
+    """The `Encoding` of a text or a pair by a `tokenizers.Tokenizer`.
+
+    `encode` keeps the GIL, so a long text in one thread would stop all others. `encode_batch`
+    releases it, but waits for the library's threads, which a short text should not.
+    """
+    pair = (text,) if isinstance(text, str) else text
+    if sum(map(len, pair)) > LONG_TEXT:
+        return quick.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+    return quick.encode(*pair, add_special_tokens=add_special_tokens)
 
 
 class Decoding(NamedTuple):
@@ -113,7 +130,7 @@ class Tokenizer:
         """Token ids of a text, by default with the special tokens that the model puts around it."""
         quick = self._quick
         if quick is not None:
-            return list(quick.encode(text, add_special_tokens=add_special_tokens).ids)
+            return list(encoding(quick, text, add_special_tokens=add_special_tokens).ids)
         with self._lock:  # transformers' tokenizers can be used by one thread at a time
             return list(self.for_reading.encode(text, add_special_tokens=add_special_tokens))
 
@@ -123,35 +140,41 @@ class Tokenizer:
         if quick is None or len(texts) < 2:
             return [self.encode_first(text, limit) for text in texts]
         found = (list(one.ids) for one in quick.encode_batch(list(texts)))
-        return [self._first(text, ids, limit) for text, ids in zip(texts, found)]
+        return [self._first(ids, limit) for ids in found]
 
     def encode_first(self, text: str, limit: int | None) -> list[int]:
         """Token ids of a text; with a limit at most so many. The first tokens of the text are kept,
         and the special tokens around it as far as they fit."""
-        return self._first(text, self.encode(text), limit)
+        return self.encode(text) if limit is None else self._first(self._most(text, limit), limit)
 
-    def _first(self, text: str, found: list[int], limit: int | None) -> list[int]:
-        """`encode_first`, from all token ids of the text."""
+    def _most(self, text: str, limit: int) -> list[int]:
+        """Token ids of a text or, if it is long, of a beginning that has more than `limit`."""
+        num_tokens = limit + NUM_UNSURE
+        num_chars = CHARS_PER_TOKEN * num_tokens
+        while num_chars < len(text):
+            found = self.encode(text[:num_chars])
+            if len(found) > num_tokens:
+                return found
+            num_chars *= 4  # so all tries together take little more than the whole text
+        return self.encode(text)
+
+    def _first(self, found: list[int], limit: int | None) -> list[int]:
+        """`encode_first`, from more token ids."""
         if limit is None or len(found) <= limit:
             return found
-        plain = self.encode(text, add_special_tokens=False)
+        letter, plain = self.encode("a"), self.encode("a", add_special_tokens=False)
+        num_around = len(letter) - len(plain)
         num_before = next(
-            (i for i in range(len(found) - len(plain) + 1) if found[i : i + len(plain)] == plain), 0
+            (i for i in range(num_around + 1) if letter[i : i + len(plain)] == plain), 0
         )
-        num_after = len(found) - num_before - len(plain)
-        num_kept = max(0, limit - num_before - num_after)
-        after = found[num_before + len(plain) :]
-        return (found[: num_before + min(num_kept, len(plain))] + after)[:limit]
+        after = found[len(found) - num_around + num_before :]
+        return (found[: max(num_before, limit - num_around + num_before)] + after)[:limit]
 
     def encode_pair(self, first: str, second: str, limit: int | None) -> tuple[list[int], int]:
         """Token ids of two texts as one sequence, and where the second begins. With a limit the end
         of the second is dropped. Raises ValueError if nothing of it would be left, and for a
         tokenizer without tokenizer.json."""
-        with self._lock:
-            backend = self.backend()
-            backend.no_truncation()  # transformers sets both at every call
-            backend.no_padding()
-            found = backend.encode(first, second)
+        found = self._pair(first, second)
         token_ids, owners = list(found.ids), list(found.sequence_ids)
         second_at = owners.index(1) if 1 in owners else len(owners)
         if limit is None or len(token_ids) <= limit:
@@ -164,6 +187,16 @@ class Tokenizer:
                 "the second"
             )
         return token_ids[: second_at + num_kept] + token_ids[end:], second_at
+
+    def _pair(self, first: str, second: str) -> Any:
+        quick = self._quick
+        if quick is not None:
+            return encoding(quick, (first, second))
+        with self._lock:
+            backend = self.backend()
+            backend.no_truncation()  # transformers sets both at every call
+            backend.no_padding()
+            return encoding(backend, (first, second))
 
     def decode(self, token_ids: Sequence[int], how: Decoding = DEFAULT) -> str:
         """The text of tokens. Each incomplete character becomes one U+FFFD."""
@@ -261,6 +294,8 @@ class Tokenizer:
     def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         mended = self._mended(list(token_ids))
         quick = self._quick  # another thread may read `full` meanwhile
+        if quick is not None and len(mended) > LONG_TEXT:  # as in `encoding`
+            return str(quick.decode_batch([mended], skip_special_tokens=skip_special_tokens)[0])
         reader = quick if quick is not None else self.for_reading
         return str(reader.decode(mended, skip_special_tokens=skip_special_tokens))
 
@@ -304,70 +339,3 @@ def _bytes_of_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in printed} | {
         chr(0x100 + number): byte for number, byte in enumerate(others)
     }
-
-
-class IncrementalText:
-    """The text of a growing list of tokens, decoded a few at a time.
-
-    A token's text can depend on its neighbours (spaces, characters of several bytes). So each new
-    piece is the difference between the texts of a short tail with and without the newest tokens.
-
-    An incomplete character, which is one U+FFFD at the end, is held back. It has at most three
-    bytes. So everything before it is final, and the tail stays short for any tokens.
-    """
-
-    MAX_TAIL = 16  # tokens; with more, all but the newest ones are dropped
-    # A character has at most four bytes, and each token that is kept has at least one. A tail that
-    # begins within a character differs from the whole text in that character's bytes alone.
-    MIN_TAIL = 4
-
-    def __init__(self, tokenizer: Tokenizer, how: Decoding = DEFAULT) -> None:
-        self._tokenizer, self._how = tokenizer, how
-        self._tail: list[int] = []  # the newest tokens
-        self._num_shown = 0  # characters of the tail's text that were returned
-        self._num_before = 0  # tokens of the tail whose text was complete before the last call
-
-    def append(self, token_ids: Sequence[int]) -> str:
-        """Add tokens. Returns the new text that further tokens cannot change."""
-        self._tail.extend(token_ids)
-        text = self._decode(self._tail)
-        is_complete = not text.endswith(REPLACEMENT)
-        end = len(text) if is_complete else len(text) - 1
-        piece = text[self._num_shown : end]
-        if piece and is_complete:
-            self._keep(self._tail[self._num_before :], is_complete)
-            self._num_before = len(self._tail)
-        elif len(self._tail) > self.MAX_TAIL:
-            self._keep(self._newest(), is_complete)
-            self._num_before = 0
-        else:
-            self._num_shown = max(self._num_shown, end)
-        return piece
-
-    def flush(self) -> str:
-        """The rest of the text after the last token, with incomplete characters."""
-        text = self._decode(self._tail)
-        piece, self._num_shown = text[self._num_shown :], len(text)
-        return piece
-
-    def _newest(self) -> list[int]:
-        """The last tokens with text. Of neighbours without text between them, one is kept: it can
-        separate bytes."""
-        newest: list[int] = []
-        num_left, was_silent = self.MIN_TAIL, False
-        for token_id in reversed(self._tail):
-            is_silent = not self._tokenizer.has_text(token_id, self._how)
-            if not (is_silent and was_silent):
-                newest.append(token_id)
-                num_left -= not is_silent
-            was_silent = is_silent
-            if not num_left:
-                break
-        return newest[::-1]
-
-    def _keep(self, tail: list[int], is_complete: bool) -> None:
-        self._tail, num = tail, len(self._decode(tail))
-        self._num_shown = num if is_complete else max(0, num - 1)
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, self._how)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,8 +51,7 @@ class StreamedBlock:
         self._texts: list[str] = []
         if isinstance(part, CallStart):
             self.kind: type[Part] = ArgumentsPart
-            call_id = part.id or f"toolu_{secrets.token_hex(12)}"
-            self._fields: dict[str, Any] = {"type": "tool_use", "id": call_id, "name": part.name}
+            self._fields: dict[str, Any] = {"type": "tool_use", "id": part.id, "name": part.name}
             self._name, delta = "input", (b"input_json_delta", b"partial_json")
         elif isinstance(part, ReasoningPart):
             self.kind = ReasoningPart
@@ -93,7 +91,8 @@ class MessageWriter:
     """Writes a message. model: its name in the request."""
 
     def __init__(self, opened: Opened, model: str) -> None:
-        self._generation, self._reading, prompt = opened
+        self._generation, reading, prompt = opened
+        self._reading = dataclasses.replace(reading, id_prefix="toolu_")
         self._stream = self._reading.stream(prompt)
         self._meta = {
             "id": response_id("msg_", None), "type": "message", "role": "assistant", "model": model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -134,7 +133,7 @@ class ChatWriter:
         call: dict[str, Any] = {"index": part.index}
         if isinstance(part, CallStart):
             growing.has_calls = True
-            call |= {"id": part.id or _call_id(), "type": "function"}
+            call |= {"id": part.id, "type": "function"}
             call["function"] = {"name": part.name, "arguments": ""}
         else:
             call["function"] = {"arguments": part.text}
@@ -184,7 +183,7 @@ class ChatWriter:
             fields["content"] = found.content or None
             fields["tool_calls"] = [
                 {
-                    "id": call.id or _call_id(), "type": "function",
+                    "id": call.id, "type": "function",
                     "function": {"name": call.name, "arguments": call.arguments},
                 }
                 for call in found.calls
@@ -204,7 +203,3 @@ def _content(text: str) -> bytes:
 
 def _reason(delta: Delta, has_calls: bool) -> str | None:
     return "tool_calls" if has_calls and delta.finish_reason == "stop" else delta.finish_reason
-
-
-def _call_id() -> str:
-    return f"call_{secrets.token_hex(12)}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from nanovllm.api.errors import invalid
+from nanovllm.api.errors import TOO_LONG, ApiError, invalid
+from nanovllm.api.fields import MAX_CONTAINERS, MAX_DEPTH, is_deeper, num_containers
 from nanovllm.chat import CutArguments
 from nanovllm.media import mm_inputs as media_given
 
@@ -26,18 +27,53 @@ logger = logging.getLogger(__name__)
 _logged: set[str] = set()  # names of ignored fields
 
 
-def checked_messages(messages: list[dict[str, Any]], most: int) -> tuple[list[dict[str, Any]], int]:
+def checked_messages(
+    messages: list[dict[str, Any]], most: int, max_chars: int
+) -> tuple[list[dict[str, Any]], int]:
     """The messages for the chat template, and their number of characters. Raises ApiError.
 
-    most: the maximum number of messages, and of parts or calls in a message.
+    most: the maximum number of messages, and of parts or calls in a message. max_chars: of all.
     """
     if not 0 < len(messages) <= most:
         raise invalid(
             "messages",
             f"messages has {len(messages)} messages: it must have at least 1, at most {most}",
         )
+    _check_arguments(messages, max_chars)
     clean = [_message(f"messages[{number}]", one, most) for number, one in enumerate(messages)]
-    return clean, sum(map(_num_chars, clean))
+    num_chars = sum(map(_num_chars, clean))
+    if num_chars > max_chars:
+        raise too_long("messages", num_chars, max_chars)
+    return clean, num_chars
+
+
+def _check_arguments(messages: Sequence[Mapping[str, Any]], max_chars: int) -> None:
+    """Refuse arguments of calls that cost much to decode. To the body's limits they are text."""
+    texts = list(_argument_texts(messages))
+    num_chars = sum(map(len, texts))
+    if num_chars > max_chars:
+        raise too_long("messages", num_chars, max_chars)
+    # most texts have too few brackets to be read for those outside of strings
+    if sum(one.count("[") + one.count("{") for one in texts) <= MAX_CONTAINERS:
+        return
+    if sum(num_containers(one.encode("utf-8", "surrogatepass")) for one in texts) > MAX_CONTAINERS:
+        words = f"the arguments of calls have more than {MAX_CONTAINERS} lists and objects"
+        raise invalid("messages", words)
+
+
+def _argument_texts(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function") if isinstance(call, dict) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(arguments, str):
+                yield arguments
+
+
+def too_long(name: str, num_chars: int, max_chars: int) -> ApiError:
+    words = f"{name} has {num_chars} characters: at most {max_chars} are allowed"
+    return invalid(name, words, TOO_LONG)
 
 
 def num_chars_of(value: Any) -> int:
@@ -150,12 +186,14 @@ def _tool_call(place: str, call: Any) -> dict[str, Any]:
 
 
 def _object(text: str) -> dict[str, Any] | CutArguments:
-    """The arguments of a call. A truncated answer leaves invalid JSON."""
+    """The arguments of a call. A truncated answer leaves invalid JSON, and no answer is as deep as
+    a body may not be."""
     try:
         found = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
         return CutArguments(text)
-    return found if isinstance(found, dict) else CutArguments(text)
+    is_whole = isinstance(found, dict) and not is_deeper(found, MAX_DEPTH)
+    return found if is_whole else CutArguments(text)
 
 
 def is_object(text: str) -> bool:

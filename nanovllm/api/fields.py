@@ -126,7 +126,7 @@ MISSING = re.compile(r"Object missing required field `(\w+)`")
 def decoded(data: bytes, kind: type[Body]) -> Body:
     """The parsed body of a request. Raises ApiError, with the field, for an invalid one."""
     num = data.count(b"[") + data.count(b"{")
-    if num > MAX_CONTAINERS and _num_containers(data) > MAX_CONTAINERS:
+    if num > MAX_CONTAINERS and num_containers(data) > MAX_CONTAINERS:
         words = f"the body has more than {MAX_CONTAINERS} lists and objects"
         raise ApiError(400, words, code="invalid_json")
     try:
@@ -137,7 +137,7 @@ def decoded(data: bytes, kind: type[Body]) -> Body:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(found, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    if num > MAX_DEPTH and _is_deeper(found, MAX_DEPTH):
+    if num > MAX_DEPTH and is_deeper(found, MAX_DEPTH):
         raise _too_deep()
     check_names(found, kind)
     _make_whole(found, kind)
@@ -147,7 +147,7 @@ def decoded(data: bytes, kind: type[Body]) -> Body:
         raise _misfit(str(error)) from None
 
 
-def _num_containers(data: bytes) -> int:
+def num_containers(data: bytes) -> int:
     """The number of lists and objects in a JSON text: brackets outside of strings."""
     bare = STRING.sub(b"", data)
     return bare.count(b"[") + bare.count(b"{")
@@ -158,7 +158,7 @@ def _too_deep() -> ApiError:
     return ApiError(400, words, code="invalid_json")
 
 
-def _is_deeper(value: Any, most: int) -> bool:
+def is_deeper(value: Any, most: int) -> bool:
     """Whether lists and objects are nested more than `most` levels deep."""
     level = [value]
     for _ in range(most):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from nanovllm.api.prompts import beside
 from nanovllm.api.service import Service
 from nanovllm.checks import InvalidValue
 from nanovllm.pooling_params import PoolingInfo, PoolingParams
-from nanovllm.prompts import Prompt, checked_text
+from nanovllm.prompts import Prompt, PromptTooLong, check_pooled, checked_text
 from nanovllm.serving.async_engine import Stream
 
 
@@ -92,24 +93,47 @@ def limit_of(service: Service, params: PoolingParams) -> int | None:
 
 async def pair_prompts(
     service: Service,
+    exchange: Exchange,
     all_pairs: Sequence[tuple[str, str]],
     params: PoolingParams,
     instruction: str | None,
 ) -> list[Prompt]:
-    """The prompts of pairs for a model with a head."""
+    """The prompts of pairs for a model with a head. Raises ValueError, at the first pair that is
+    too long, and ClientGone."""
     info, tokenizer = info_of(service), service.engine.tokenizer
-    limit = limit_of(service, params)
+    limit, longest = limit_of(service, params), service.engine.max_model_len
+    size = _checked_size(service, all_pairs)
+    is_over = threading.Event()
 
     def make() -> list[Prompt]:
-        made = []
+        made: list[Prompt] = []
         for first, second in all_pairs:
+            if is_over.is_set():
+                break
             one = pairs.pair_prompt(info, tokenizer, first, second, instruction, limit)
             if one.token_ids is None and tokenizer is not None and one.text:
                 one = replace(one, token_ids=tokenizer.encode_first(one.text, limit))
+            check_pooled(len(one.token_ids or ()), longest)
             made.append(one)
         return made
 
-    return await beside(make, sum(len(text) for pair in all_pairs for text in pair))
+    try:
+        return await exchange.unless_gone(beside(make, size))
+    finally:
+        is_over.set()  # a thread does not end when its task is cancelled
+
+
+def _checked_size(service: Service, all_pairs: Sequence[tuple[str, str]]) -> int:
+    """The characters of all pairs. They are encoded with their query each, so a body with many
+    documents stands for a text that is much longer than itself."""
+    size = sum(len(text) for pair in all_pairs for text in pair)
+    most = service.config.max_body_bytes
+    if size > most:
+        raise PromptTooLong(
+            f"the pairs have {size} characters, with the query in each: at most {most} "
+            "(max_body_bytes) are allowed"
+        )
+    return size
 
 
 def check_num(service: Service, name: str, num: int) -> None:

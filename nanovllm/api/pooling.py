@@ -197,7 +197,7 @@ async def _scores(
     if info.makes == "classify":
         if info.size != 1:
             raise invalid("model", f"scores need a model with one class: it has {info.size}")
-        prompts = await pair_prompts(service, all_pairs, params, body.instruction)
+        prompts = await pair_prompts(service, exchange, all_pairs, params, body.instruction)
         found = await results(service, exchange, prompts, params, body.priority)
         return [float(row[0]) for row in found.rows], found
     if body.instruction is not None:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from nanovllm.api.chat_messages import checked_messages, num_chars_of
+from nanovllm.api.chat_messages import checked_messages, num_chars_of, too_long
 from nanovllm.api.config import ServerConfig
-from nanovllm.api.errors import TOO_LONG, ApiError, invalid
+from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.schemas import ChatBody, CompletionBody, TokenizeBody
 from nanovllm.api.tools import check_tools
 from nanovllm.chat import ChatOptions, UnknownVariable, check_template, render
@@ -20,12 +20,11 @@ from nanovllm.prompts import Prompt, PromptRefused, checked_text
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
 from nanovllm.serving.async_engine import AsyncEngine
 from nanovllm.templates import renderer
-from nanovllm.tokenizer import Tokenizer
+from nanovllm.tokenizer import LONG_TEXT, Tokenizer
 
 Result = TypeVar("Result")
 
 CHARS_PER_TOKEN = 64
-INLINE_CHARS = 4096  # shorter texts are done before another thread would wake up
 MAX_VARIABLES = 16
 VARIABLES = "chat_template_kwargs"
 # names that templates get from other fields
@@ -87,14 +86,7 @@ class PromptMaker:
     def check_length(self, text: str, name: str) -> None:
         """Refuse a text that is too long, before it is encoded."""
         if len(text) > self.max_chars:
-            raise self._too_long(name, len(text))
-
-    def _too_long(self, name: str, num_chars: int) -> ApiError:
-        return invalid(
-            name,
-            f"{name} has {num_chars} characters: at most {self.max_chars} are allowed",
-            TOO_LONG,
-        )
+            raise too_long(name, len(text), self.max_chars)
 
     async def warm(self) -> None:
         """Load in another thread what the first conversation needs."""
@@ -143,15 +135,13 @@ class PromptMaker:
         tokenizer = self._engine.tokenizer
         if tokenizer is None:
             raise invalid("messages", "the model has no tokenizer: chat needs one")
-        clean, num_chars = checked_messages(messages, self._config.max_messages)
-        if num_chars > self.max_chars:
-            raise self._too_long("messages", num_chars)
+        clean, num_chars = checked_messages(messages, self._config.max_messages, self.max_chars)
         _check_variables(variables)
         variables = {**self._variables, **variables}
         for name, value in (("tools", tools), (VARIABLES, variables)):
             num = num_chars_of(value) if value else 0
             if num > self.max_chars:
-                raise self._too_long(name, num)
+                raise too_long(name, num, self.max_chars)
             num_chars += num
         # parts without text take time, too
         num_chars += sum(len(one["content"]) for one in clean if isinstance(one["content"], list))
@@ -166,7 +156,7 @@ class PromptMaker:
         try:
             work = partial(render, *args, drops_variables=True)
             # the first rendering waits for the renderer's process, and for other conversations
-            size = num_chars if self._is_warm and renderer.is_ready else INLINE_CHARS + 1
+            size = num_chars if self._is_warm and renderer.is_ready else LONG_TEXT + 1
             prompt = (await beside(work, size))[0]
         except UnknownVariable as error:
             raise invalid(error.name, str(error)) from None
@@ -190,7 +180,7 @@ class PromptMaker:
 async def beside(work: Callable[[], Result], size: int) -> Result:
     """The result of work on a text or list of this size; runs in a thread if it would block the
     event loop for long."""
-    return work() if size <= INLINE_CHARS else await asyncio.to_thread(work)
+    return work() if size <= LONG_TEXT else await asyncio.to_thread(work)
 
 
 def check_defaults(tokenizer: Tokenizer | None, variables: Mapping[str, Any]) -> None:

@@ -70,7 +70,6 @@ class CallItem:
     def __init__(self, index: int, start: CallStart) -> None:
         self.index, self._start = index, start
         self.id = f"fc_{secrets.token_hex(16)}"
-        self._call_id = start.id or f"call_{secrets.token_hex(12)}"
         self._texts: list[str] = []
 
     @property
@@ -95,7 +94,7 @@ class CallItem:
 
     def fields(self, status: str) -> dict[str, Any]:
         return {
-            "type": "function_call", "id": self.id, "call_id": self._call_id, "status": status,
+            "type": "function_call", "id": self.id, "call_id": self._start.id, "status": status,
             **self.done(),
         }  # fmt: skip
 

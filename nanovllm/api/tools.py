@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import secrets
+import string
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -37,6 +39,8 @@ from nanovllm.structured_params import StructuredOutputsParams
 
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 NONE = "none"
+SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
+ID_CHARS = string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class ToolParsing:
     """How to parse the answers to a request. parser: None if all text is content.
 
     form: the constraint on answers. at_most_one: calls after the first are dropped. is_forced:
-    answers consist of calls only; a call that is cut off before its name is dropped.
+    answers consist of calls only; a call that is cut off before its name is dropped. id_prefix: of
+    the ids of calls. has_short_ids: that of `ToolParser`.
     """
 
     parser: AnswerParser | None = None
@@ -52,6 +57,8 @@ class ToolParsing:
     at_most_one: bool = False
     has_reasoning: bool = True
     is_forced: bool = False
+    id_prefix: str = "call_"
+    has_short_ids: bool = False
 
     @property
     def needs_special_tokens(self) -> bool:
@@ -65,7 +72,7 @@ class ToolParsing:
         return self.parser.stream(reasoning is not None and reasoning.begins_in(prompt))
 
     def kept(self, parts: Sequence[Part]) -> Iterator[Part]:
-        """The parts that the request asked for."""
+        """The parts that the request asked for, with an id for each call."""
         for part in parts:
             is_later = isinstance(part, (CallStart, ArgumentsPart)) and part.index > 0
             if self.at_most_one and is_later:
@@ -74,7 +81,15 @@ class ToolParsing:
                 continue
             if not self.has_reasoning and isinstance(part, ReasoningPart):
                 continue
-            yield part
+            yield self._with_id(part) if isinstance(part, CallStart) else part
+
+    def _with_id(self, start: CallStart) -> CallStart:
+        """The start of a call with an id: the model's, if it wrote one that can be sent back."""
+        if not self.has_short_ids:
+            return replace(start, id=start.id or self.id_prefix + secrets.token_hex(12))
+        if SHORT_ID.fullmatch(start.id or ""):
+            return start
+        return replace(start, id="".join(secrets.choice(ID_CHARS) for _ in range(9)))
 
 
 class Readings:
@@ -95,17 +110,11 @@ class Readings:
             raise invalid("tool_choice", "tool_choice needs tools")
         has_reasoning = body.include_reasoning is not False
         one = body.parallel_tool_calls is False
+        has_short_ids = tools is not None and tools.has_short_ids
         if _is_forced(choice):
-            # the constraint is on text, and a forced call has no text
-            name = _named(choice)
-            asked = [tool for tool in body.tools or [] if name in (None, tool["function"]["name"])]
-            self._check_size([tool["function"].get("parameters") for tool in asked])
-            try:
-                schema = required_schema(body.tools or [], name, parallel=not one)
-            except ValueError as error:
-                raise invalid("tools" if asked else "tool_choice", str(error)) from None
-            demanded = StructuredOutputsParams(json=schema)
-            return ToolParsing(AnswerParser(tool_parser(REQUIRED)), demanded, is_forced=True)
+            demanded = self._demanded(body.tools or [], _named(choice), parallel=not one)
+            parser = AnswerParser(tool_parser(REQUIRED))
+            return ToolParsing(parser, demanded, is_forced=True, has_short_ids=has_short_ids)
         is_free = not body.tools or choice == NONE
         if not is_free and tools is None:
             words = "the server has no tool_call_parser for this model: use tool_choice 'required'"
@@ -119,13 +128,30 @@ class Readings:
             self._check_size([*parameters, None if form is None else form.json])
             grammar = _grammar(tools, body.tools or [], form)
             parser = AnswerParser(tools, reasoning if form is None else None)
-            return ToolParsing(parser, grammar, at_most_one=one, has_reasoning=has_reasoning)
+            return ToolParsing(
+                parser, grammar, one, has_reasoning=has_reasoning, has_short_ids=has_short_ids
+            )
         if tools is None and reasoning is None:
             return ToolParsing(has_reasoning=has_reasoning)
         parser = AnswerParser(tools, reasoning)
         if parser.needs_special_tokens:
             parser = AnswerParser(tools, reasoning, end_texts)
-        return ToolParsing(parser, at_most_one=one, has_reasoning=has_reasoning)
+        return ToolParsing(
+            parser, at_most_one=one, has_reasoning=has_reasoning, has_short_ids=has_short_ids
+        )
+
+    def _demanded(
+        self, tools: Sequence[Any], name: str | None, *, parallel: bool
+    ) -> StructuredOutputsParams:
+        """The constraint on forced calls, of one tool if it is named. It is on text, and forced
+        calls have none beside them."""
+        asked = [tool for tool in tools if name in (None, tool["function"]["name"])]
+        self._check_size([tool["function"].get("parameters") for tool in asked])
+        try:
+            schema = required_schema(tools, name, parallel=parallel)
+        except ValueError as error:
+            raise invalid("tools" if asked else "tool_choice", str(error)) from None
+        return StructuredOutputsParams(json=schema)
 
     def _check_size(self, schemas: Sequence[Any]) -> None:
         """Refuse schemas whose grammar would exceed the engine's limit, before it is built."""

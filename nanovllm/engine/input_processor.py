@@ -26,6 +26,7 @@ from nanovllm.prompts import (
     PromptRefused,
     PromptTooLong,
     as_prompt,
+    check_pooled,
     checked_text,
 )
 from nanovllm.sampling import INT64_MAX, SamplingParams
@@ -151,11 +152,7 @@ class InputProcessor:
         if given.media and not self.has_towers:
             media_given.refuse(self.model, given.media)
         prompt_ids = self._checked_ids(self._pooled_ids(given, params))
-        if len(prompt_ids) > self.max_model_len:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt_ids)} tokens: at most max_model_len "
-                f"({self.max_model_len}) fit, or set truncate_prompt_tokens"
-            )
+        check_pooled(len(prompt_ids), self.max_model_len)
         positions = prompt.position_3T if isinstance(prompt, MediaPrompt) else None
         self.check_positions(positions, len(prompt_ids))
         return EngineRequest(

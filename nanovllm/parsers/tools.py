@@ -21,6 +21,7 @@ class ToolParser:
     work: reads one answer, with the arguments' types for XML formats.
     marks: the texts before and after each call, if a call is the JSON of `call_schema` between them
         and the first of them appears nowhere else.
+    has_short_ids: chat templates of this format refuse ids other than 9 letters and digits.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ToolParser:
     work: Callable[[AnswerReader, Sink, ArgumentTypes], Wait[None]]
     marks: tuple[str, str] | None = None
     types: ArgumentTypes = field(default_factory=ArgumentTypes)
+    has_short_ids: bool = False
 
     def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> ToolParser:
         """The parser for requests with these tools. tools: as in OpenAI's API."""
@@ -56,7 +58,7 @@ PARSERS = {
     for one in (
         ToolParser("hermes", False, _json(formats.hermes), HERMES_MARKS),
         ToolParser("llama3", True, _json(formats.llama3)),
-        ToolParser("mistral", True, _json(formats.mistral)),
+        ToolParser("mistral", True, _json(formats.mistral), has_short_ids=True),
         ToolParser("deepseek", True, _json(formats.deepseek)),
         ToolParser("granite", True, _json(formats.granite)),
         ToolParser("openai", True, _json(harmony.read_calls)),

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from nanovllm.checks import InvalidValue
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.incremental_text import IncrementalText
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.stop_strings import stop_strings
-from nanovllm.tokenizer import Decoding, IncrementalText, Tokenizer
+from nanovllm.tokenizer import Decoding, Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,9 +19,8 @@ from nanovllm.pooling_params import PoolingParams
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import RequestOutputKind, SamplingParams
 from nanovllm.serving.mm_preprocessor import MMPreprocessor
+from nanovllm.tokenizer import LONG_TEXT
 
-# Longer texts are encoded in a thread, so that other tasks can run.
-LONG_TEXT_CHARACTERS = 4096
 CHECKED_FORMS = 16  # of parameters, kept for later prompts with the same
 
 
@@ -73,7 +72,7 @@ class Encoder:
         the answers have ended. Raises the errors of `MMPreprocessor.prepare`, and ValueError for an
         invalid prompt."""
         text, tokenizer = prompt.text or "", self._intake.tokenizer
-        is_long = prompt.token_ids is None and len(text) > LONG_TEXT_CHARACTERS
+        is_long = prompt.token_ids is None and len(text) > LONG_TEXT
         incremental = _is_incremental(params)
         asked = partial(
             self._intake.request,

@@ -54,6 +54,8 @@ def source(params: StructuredOutputsParams, max_bytes: int) -> Source:
     `checked_schema` refuses."""
     form = params.form
     if params.is_json:
+        if isinstance(params.json, str):
+            _check_size(form, params.json, max_bytes)  # before it is decoded
         schema = params.schema()
         _check_size(form, _dumped(schema), max_bytes)
         try:

@@ -14,10 +14,12 @@ import msgspec
 import pytest
 
 from nanovllm.api import logprobs
+from nanovllm.api.chat_messages import checked_messages
 from nanovllm.api.errors import ApiError
-from nanovllm.api.fields import MAX_CONTAINERS, decoded
+from nanovllm.api.fields import MAX_CONTAINERS, MAX_DEPTH, decoded
 from nanovllm.api.http import MAX_BODIES, AccessRecord, BodyLimits, ClientGone, Exchange, Message
 from nanovllm.api.schemas import ChatBody, CompletionBody
+from nanovllm.chat import CutArguments
 from nanovllm.schedule.logprobs import Logprob
 from tests.api.mock_api_server import MockServer, served
 from tests.api.mock_api_server import tokenizer as made_tokenizer
@@ -89,6 +91,37 @@ def test_unbounded_fields_brackets_in_a_text_are_text(unit: str) -> None:
     assert decoded(b'{"prompt": %b}' % text.encode(), CompletionBody).prompt == json.loads(text)
     with pytest.raises(ApiError, match="not JSON"):
         decoded(b'{"prompt": %b' % text[:-1].encode(), CompletionBody)
+
+
+def calls(*arguments: str) -> list[dict[str, Any]]:
+    functions = ({"name": "f", "arguments": one} for one in arguments)
+    made = [{"type": "function", "function": one} for one in functions]
+    return [{"role": "assistant", "tool_calls": made}]
+
+
+def test_unbounded_fields_arguments_of_calls_are_measured_before_they_are_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are text to the limits on a body."""
+    most = 1 << 22
+    half = json.dumps({"a": [[]] * (MAX_CONTAINERS // 2 - 2)})
+    brackets = json.dumps({"a": "[" * MAX_CONTAINERS})
+    for arguments in (half, brackets):
+        clean, _ = checked_messages(calls(*[arguments] * 2), 9, most)
+        found = [one["function"]["arguments"] for one in clean[0]["tool_calls"]]
+        assert found == [json.loads(arguments)] * 2
+    monkeypatch.setattr("msgspec.json.decode", None)
+    with pytest.raises(ApiError, match=f"more than {MAX_CONTAINERS} lists and objects"):
+        checked_messages(calls(half, half, "[[[[["), 9, most)
+    with pytest.raises(ApiError, match="messages has 18 characters: at most 17 are allowed"):
+        checked_messages(calls('{"a": [1]', "[1, 2, 3]"), 9, 17)
+
+
+def test_unbounded_fields_arguments_that_are_too_deep_stay_text() -> None:
+    for depth, kind in ((MAX_DEPTH - 1, dict), (MAX_DEPTH, CutArguments)):
+        deep = '{"a": ' + "[" * depth + "]" * depth + "}"
+        ((message,), _) = checked_messages(calls(deep), 9, 9999)
+        assert type(message["tool_calls"][0]["function"]["arguments"]) is kind
 
 
 def test_unbounded_fields_a_prompt_is_measured_before_it_is_encoded(

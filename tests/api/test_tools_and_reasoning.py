@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +15,12 @@ from scripts.bench.mock_engine import MockOptions
 from tests.api.mock_api_server import MODEL, TEMPLATE, served
 
 USER: Any = [{"role": "user", "content": "What is the weather in Oslo?"}]
+NAMES = ("weather", "clock")
 TOOLS: Any = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
-    for name in ("weather", "clock")
+    for name in NAMES
 ]
+CALL = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
 HERMES = (
     '<think>\nTwo calls.\n</think>\n\nI look.\n<tool_call>\n{"name": "weather", "arguments": '
     '{"city": "Oslo"}}\n</tool_call>\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
@@ -97,6 +100,63 @@ def test_a_demanded_call_is_read_from_json(choice: Any) -> None:
     message = done.choices[0].message
     assert calls_of(message) == [("clock", {"zone": "CET"})] and not message.content
     assert done.choices[0].finish_reason == "tool_calls"
+
+
+# that of Mistral 7B v0.3 and Nemo, as far as it has calls
+MISTRAL = """{% for m in messages %}{{ m.content }}{% if m.tool_calls %}[TOOL_CALLS][
+{% for call in m.tool_calls %}{% if call.id is not defined or call.id | length != 9 %}
+{{ raise_exception("Tool call IDs should be alphanumeric strings with length 9!") }}{% endif %}
+{{ call.id }}{{ call.function | tojson }}{% endfor %}]{% endif %}{% endfor %}{{ tools }}"""
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize("api", ["chat", "stream", "responses", "messages"])
+def test_calls_of_mistral_can_be_sent_back(choice: str, api: str) -> None:
+    text = '[{"name": "weather", "arguments": {}}, {"name": "clock", "arguments": {}}]'
+    text = f"[TOOL_CALLS]{text}" if choice == "auto" else text
+    with served(MockOptions(text=text), MISTRAL) as server:
+
+        def answer(path: str, **asked: Any) -> Any:
+            found = server.http.post(path, json={"model": MODEL, **asked})
+            assert found.status_code == 200, found.text
+            return found.json() if not asked.get("stream") else found.text
+
+        if api == "messages":
+            kind = {"type": "any" if choice == "required" else "auto"}
+            tools = [{"name": name, "input_schema": {"type": "object"}} for name in NAMES]
+            asked: Any = {"tools": tools, "tool_choice": kind, "max_tokens": 99}
+            content = answer("/v1/messages", messages=USER, **asked)["content"]
+            ids = [one["id"] for one in content]
+            results = [{"type": "tool_result", "tool_use_id": one} for one in ids]
+            turn = [{"role": "assistant", "content": content}, {"role": "user", "content": results}]
+            answer("/v1/messages", messages=USER + turn, **asked)
+        elif api == "responses":
+            tools = [{"type": "function", "name": name, "parameters": {}} for name in NAMES]
+            asked = {"tools": tools, "tool_choice": choice}
+            output = answer("/v1/responses", input=USER, **asked)["output"]
+            ids = [one["call_id"] for one in output]
+            answer("/v1/responses", input=USER + output, **asked)
+        else:
+            path, asked = "/v1/chat/completions", {"tools": TOOLS, "tool_choice": choice}
+            if api == "stream":
+                found = answer(path, messages=USER, **asked, stream=True)
+                ids = re.findall(r'"id":"([^"-]*)"', found)
+                calls = [{**CALL, "id": one} for one in ids]
+            else:
+                calls = answer(path, messages=USER, **asked)["choices"][0]["message"]["tool_calls"]
+                ids = [one["id"] for one in calls]
+            turn = [{"role": "assistant", "tool_calls": calls}]
+            answer(path, messages=USER + turn, **asked)
+    assert len({*ids}) == 2 and all(re.fullmatch("[a-zA-Z0-9]{9}", one) for one in ids)
+
+
+@pytest.mark.parametrize("given", ["abcDEF123", "call_1"])
+def test_the_ids_that_a_model_writes_are_kept_if_its_template_takes_them(given: str) -> None:
+    text = f"[TOOL_CALLS]clock[CALL_ID]{given}[ARGS]{{}}"
+    with answering(text, tool_call_parser="mistral") as client:
+        done = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS)
+    (call,) = done.choices[0].message.tool_calls or []
+    assert (call.id == given) == (len(given) == 9) and len(call.id) == 9
 
 
 LISTED = '[{"name": "clock", "arguments": {"zone": "CET"}}, {"name": "weather", "arguments": {}}]'

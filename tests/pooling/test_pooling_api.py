@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -14,6 +16,10 @@ import pytest
 import torch
 
 from nanovllm import LLM, PoolingParams
+from nanovllm.api.http import AccessRecord, ClientGone, Exchange
+from nanovllm.api.pooled import pair_prompts
+from nanovllm.pooling_params import PoolingInfo
+from nanovllm.tokenizer import Tokenizer
 from tests.api.engine_server import ALIAS, MODEL, Served, through_http
 from tests.pooling.pooling_cases import assert_near, embeddings, pooling_llm, save_decoder
 
@@ -216,6 +222,56 @@ def test_the_model_of_an_answer_is_that_of_its_request(
     path: str, body: dict[str, Any], llm: LLM
 ) -> None:
     assert answered(llm, path, **body, model=ALIAS)["model"] == ALIAS
+
+
+@pytest.mark.parametrize(
+    ("query", "num", "message"),
+    [
+        ("x" * 200, 99, "the prompt has 201 tokens: at most max_model_len (128) fit"),
+        ("x" * 8000, 9, "the pairs have 72009 characters, with the query in each: at most 65536"),
+    ],
+)
+def test_no_more_pairs_are_encoded_than_the_first_that_is_too_long(
+    query: str, num: int, message: str, reranker: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, encode = [], Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda *args, **options: encoded.append(1) or encode(*args, **options)
+    )
+    body = {"query": query, "documents": ["a"] * num}
+    (answer,) = through_http(reranker, posts("/rerank", body))
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert len(encoded) <= 1
+
+
+def test_no_more_pairs_are_encoded_for_a_client_that_has_left() -> None:
+    is_working, may_end, num_encoded = threading.Event(), threading.Event(), 0
+
+    def encode_first(text: str, limit: int | None) -> list[int]:
+        nonlocal num_encoded
+        num_encoded += 1
+        is_working.set()
+        assert may_end.wait(60)
+        return [1]
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.to_thread(is_working.wait, 60)
+        return {"type": "http.disconnect"}
+
+    async def work() -> None:
+        engine = SimpleNamespace(
+            pooling=PoolingInfo("classify", 1), max_model_len=128,
+            tokenizer=SimpleNamespace(encode_first=encode_first),
+        )  # fmt: skip
+        service: Any = SimpleNamespace(engine=engine, config=SimpleNamespace(max_body_bytes=99_999))
+        exchange = Exchange({}, receive, cast(Any, None), AccessRecord("id"))
+        with pytest.raises(ClientGone):
+            await pair_prompts(service, exchange, [("a" * 5000, "b")] * 2, PoolingParams(), None)
+        may_end.set()
+
+    asyncio.run(work())  # waits for its threads
+    assert num_encoded == 1
 
 
 def test_a_text_is_truncated_if_that_is_asked(llm: LLM) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.incremental_text import IncrementalText
 from nanovllm.schedule.outputs import TextStream
-from nanovllm.tokenizer import Decoding, IncrementalText, Tokenizer, load_full
+from nanovllm.tokenizer import Decoding, Tokenizer, load_full
 from tests.engines import save_tokenizer
 
 TEXTS = [

@@ -20,7 +20,7 @@ from nanovllm.serving import answer as answer_of
 from nanovllm.serving import stream as stream_of
 from nanovllm.serving.async_engine import Delta, Draining, QueueFull
 from nanovllm.serving.client import Client
-from nanovllm.serving.encoding import LONG_TEXT_CHARACTERS
+from nanovllm.tokenizer import LONG_TEXT
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, save_tokenizer
 from tests.serving.served import LOOPS, serve
@@ -404,7 +404,7 @@ def test_what_only_the_engine_refuses_ends_one_request(
 
 
 def test_long_texts_are_encoded_as_in_llm(engine: Engine) -> None:
-    text = "the theory " * (LONG_TEXT_CHARACTERS // 8)
+    text = "the theory " * (LONG_TEXT // 8)
     params = greedy(2, truncate_prompt_tokens=9)
 
     async def work(client: Client) -> list[int]:

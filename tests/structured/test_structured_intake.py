@@ -47,6 +47,14 @@ def test_the_class_and_a_dict_are_the_same() -> None:
         BeamSearchParams(2, 3, structured_outputs=given)  # type: ignore[call-arg]
 
 
+def test_a_schema_as_text_is_measured_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = StructuredOutputsParams(json='{"enum": ["é"]}')
+    assert library.source(params, 16).kind == "json"
+    monkeypatch.setattr("nanovllm.structured_params.json.loads", None)
+    with pytest.raises(ValueError, match="json has 16 bytes: at most 15 are allowed"):
+        library.source(params, 15)
+
+
 def test_a_missing_library_is_said_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     intake = InputProcessor("model", Tokenizer(lambda: None), 8, 8, 8, max_grammar_bytes=99)
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))

@@ -1,0 +1,102 @@
+"""Long texts are encoded and decoded without the GIL, and only as far as their tokens are kept."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from tokenizers import processors
+
+from nanovllm.special_text import FREE, _Encoder
+from nanovllm.tokenizer import LONG_TEXT, Decoding, Tokenizer, load_full
+from tests.engines import save_tokenizer
+
+LONG = "the theory of <end> an inn, naïve 日本 " * (LONG_TEXT // 16)
+
+
+class Watched:
+    """A `tokenizers.Tokenizer` whose methods that keep the GIL take no long texts."""
+
+    def __init__(self, quick: Any) -> None:
+        self._quick = quick
+        self.num_chars = 0  # encoded in batches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._quick, name)
+
+    def encode(self, *texts: str, **options: Any) -> Any:
+        assert sum(map(len, texts)) <= LONG_TEXT, "the GIL is kept"
+        return self._quick.encode(*texts, **options)
+
+    def encode_batch(self, texts: list[Any], **options: Any) -> Any:
+        self.num_chars += sum(len(one) for one in texts if isinstance(one, str))
+        return self._quick.encode_batch(texts, **options)
+
+    def decode(self, ids: list[int], **options: Any) -> Any:
+        assert len(ids) <= LONG_TEXT, "the GIL is kept"
+        return self._quick.decode(ids, **options)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return load_full(folder)
+
+
+@pytest.fixture
+def tokenizer(full: Any) -> Tokenizer:
+    return Tokenizer(lambda: full, quick=Watched(full.backend_tokenizer))
+
+
+@pytest.mark.parametrize("text", ["", "the inn", LONG])
+def test_no_length_keeps_the_gil_or_changes_tokens(
+    tokenizer: Tokenizer, full: Any, text: str
+) -> None:
+    backend = full.backend_tokenizer
+    for has_special in (False, True):
+        expected = backend.encode(text, add_special_tokens=has_special).ids
+        assert tokenizer.encode(text, add_special_tokens=has_special) == expected
+    ids, second_at = tokenizer.encode_pair("a", text, None)
+    assert (ids, second_at) == (backend.encode("a", text).ids, 1)
+    assert tokenizer.encode_pair(text, "a", None)[0] == backend.encode(text, "a").ids
+    for skip in (False, True):
+        expected = backend.decode(ids, skip_special_tokens=skip)
+        assert tokenizer.decode(ids, Decoding(skip)) == expected
+
+
+def test_long_rendered_texts_with_marks_do_not_keep_the_gil(
+    tokenizer: Tokenizer, full: Any
+) -> None:
+    border = FREE[0]
+    made = _Encoder.made(tokenizer, full.backend_tokenizer, border)
+    encoder = made._replace(quick=Watched(made.quick))
+    bordered = LONG.replace("<end>", f"{border}<end>{border}")
+    assert encoder.encode(bordered) == tokenizer.encode(LONG, add_special_tokens=False)
+    assert len(encoder.encode(LONG)) > len(encoder.encode(bordered)), "<end> is text"
+
+
+@pytest.mark.parametrize("text", [LONG * 4, "the inn" + " " * 99_999 + "on" * 9999, "ab" * 99_999])
+def test_the_first_tokens_are_those_of_the_whole_text(
+    tokenizer: Tokenizer, full: Any, text: str
+) -> None:
+    ends = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 1), ("</s>", 3)])
+    around = copy.deepcopy(full)
+    around.backend_tokenizer.post_processor = ends
+    whole = Tokenizer(lambda: around, quick=around.backend_tokenizer)
+    for limit in (1, 2, 3, 9, 500):
+        wanted = tokenizer.encode(text)[:limit]
+        assert tokenizer.encode_first(text, limit) == wanted
+        wanted = [1, *tokenizer.encode(text)[: limit - 2], 3] if limit > 2 else [1, 3][:limit]
+        assert whole.encode_first(text, limit) == wanted
+        assert whole.encode_many([text, text], limit) == [wanted, wanted]
+    assert whole.encode_first("inn", 9) == whole.encode("inn")
+
+
+def test_a_text_is_not_encoded_to_its_end_for_its_first_tokens(full: Any) -> None:
+    watched = Watched(full.backend_tokenizer)
+    tokenizer = Tokenizer(lambda: full, quick=watched)
+    text = "the inn on " * 100_000
+    assert len(tokenizer.encode_first(text, 500)) == 500
+    assert 0 < watched.num_chars < len(text) // 50
