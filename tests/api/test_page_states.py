@@ -163,6 +163,8 @@ def test_a_chat_survives_a_reload_until_a_new_one(
     messages = server.bodies[-1]["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
     assert messages[0] == server.bodies[0]["messages"][0]
+    # nothing is deleted before the page is closed
+    page.evaluate("() => { IDBDatabase.prototype.transaction = () => { throw new Error(); }; }")
     page.get_by_role("button", name="New chat").click()
     page.reload()
     expect(page.locator(".idea").first).to_be_visible()

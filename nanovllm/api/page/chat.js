@@ -41,7 +41,8 @@ export class Chat {
 
   clear() {
     this.stop();
-    this.#cut(0);
+    this.#remove(0);
+    this.store.renew();
   }
 
   stop() {
@@ -106,8 +107,12 @@ export class Chat {
   }
 
   #cut(from) {
-    for (const turn of this.turns.splice(from)) turn.node.remove();
+    this.#remove(from);
     this.store.cut(from);
+  }
+
+  #remove(from) {
+    for (const turn of this.turns.splice(from)) turn.node.remove();
     byId("welcome").hidden = this.turns.length > 0;
   }
 

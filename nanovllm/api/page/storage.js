@@ -50,11 +50,13 @@ export class ChatStore {
     this.sizes = new Map(); // of the stored turns, by index
     this.offset = 0; // the index of the first loaded turn
     this.chat = tab.get("chat");
-    if (!this.chat) {
-      this.chat = String(crypto.getRandomValues(new Uint32Array(4)));
-      tab.set("chat", this.chat);
-    }
+    if (!this.chat) this.#name();
     this.last = tab.get("chat") ? this.#start() : Promise.resolve(null);
+  }
+
+  #name() {
+    this.chat = String(crypto.getRandomValues(new Uint32Array(4)));
+    tab.set("chat", this.chat);
   }
 
   // The database, or null if there is none.
@@ -76,11 +78,12 @@ export class ChatStore {
     }
   }
 
-  #then(mode, action) {
+  #then(mode, action, stores = ["turns"]) {
     const result = this.last.then(async (database) => {
       if (!database) return null;
       try {
-        return await action(database.transaction("turns", mode).objectStore("turns"));
+        const change = database.transaction(stores, mode);
+        return await action(...stores.map((name) => change.objectStore(name)));
       } catch {
         return null;
       }
@@ -108,6 +111,20 @@ export class ChatStore {
       for (const place of dropped) turns.delete([this.chat, place]);
       if (!dropped.includes(at)) await done(turns.put(copy));
     });
+  }
+
+  // Begins an empty chat. Its name is there at once: a page that is closed now shows no old turns.
+  renew() {
+    const old = this.chat;
+    this.#name();
+    const { chat } = this;
+    this.sizes.clear();
+    this.offset = 0;
+    return this.#then("readwrite", (turns, chats) => {
+      chats.delete(old);
+      chats.put({ id: chat, time: Date.now() });
+      return done(turns.delete(range(old)));
+    }, ["turns", "chats"]);
   }
 
   // Deletes the turns from this one on.
