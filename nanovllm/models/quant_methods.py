@@ -21,11 +21,11 @@ SCALE, INVERSE = "weight_scale", "weight_scale_inv"
 
 
 def fp8(config: Config) -> Scheme:
-    """`weight_scale_inv` for blocks, `weight_scale` for whole tensors; both multiply."""
+    """`weight_scale_inv` for blocks, either name for whole tensors; both multiply."""
     require(config, "activation_scheme", "dynamic", "static")
     require(config, "fmt", "e4m3")
     size = config.get("weight_block_size")
-    stored = Fp8((0, 0), SCALE) if size is None else Fp8(block(size), INVERSE)
+    stored = Fp8((0, 0), SCALE, INVERSE) if size is None else Fp8(block(size), INVERSE)
     return Packed("fp8", stored, _plain(config, "modules_to_not_convert", "ignored_layers"))
 
 

@@ -59,6 +59,15 @@ def fp8(weight: Tensor, rows: int, columns: int, scale_name: str) -> Packed:
     return {"weight": values, scale_name: scale, "input_scale": torch.ones(())}, real
 
 
+def fp8_of_transformers(weight: Tensor, rows: int, columns: int) -> Packed:
+    """As transformers and Mistral write it: the scale of a tensor has no axis."""
+    found, real = fp8(weight, rows, columns, "weight_scale_inv")
+    found["activation_scale"] = found.pop("input_scale")
+    if not rows:
+        found["weight_scale_inv"] = found["weight_scale_inv"].view(())
+    return found, real
+
+
 def words(values: Tensor, bits: int, order: tuple[int, ...] = ()) -> Tensor:
     """Words of 32 bits along the last axis."""
     per_word = 32 // bits
@@ -141,10 +150,13 @@ AWQ = {
     "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
 }  # fmt: skip
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [24, 40]}
+STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 KINDS = [
     Kind("fp8 blocks", partial(fp8, rows=24, columns=40, scale_name="weight_scale_inv"), BLOCKS),
     Kind("fp8 tensors", partial(fp8, rows=0, columns=0, scale_name="weight_scale"),
-         {"quant_method": "fp8", "activation_scheme": "static"}),
+         STATIC),
+    Kind("fp8 tensors of transformers", partial(fp8_of_transformers, rows=0, columns=0),
+         {**STATIC, "weight_block_size": None}),
     Kind("fp8 channels", partial(fp8, rows=1, columns=0, scale_name="weight_scale"),
          compressed("channel")),
     Kind("gptq", partial(grouped, bits=4, group=32, kind="gptq"), gptq()),
@@ -237,6 +249,27 @@ def test_stacked_experts_in_fp8(tmp_path: Path) -> None:
     renamed = {re.sub("_weight(_scale_inv|)$", r"\1", k): v for k, v in load_file(path).items()}
     unread = {name for name in renamed if name.endswith("_input_scale")}
     save_file({k: v for k, v in renamed.items() if k not in unread}, path, {"format": "pt"})
+    check(folder, 96)
+    check_ranks(folder, 2, 96)
+
+
+@pytest.mark.parametrize("block", [None, [24, 40]])
+def test_stacked_experts_with_scales_of_inputs(block: list[int] | None, tmp_path: Path) -> None:
+    """The scales of whole matrices have two axes of 1, as transformers writes them."""
+    rows, columns = block or (0, 0)
+    kind = Kind(
+        "", partial(fp8_of_transformers, rows=rows, columns=columns),
+        {**STATIC, "weight_block_size": block},
+    )  # fmt: skip
+    folder = pack(
+        kind, Case("mixtral", 4, 2, {"num_hidden_layers": 1}, stacked=True).save(tmp_path)
+    )
+    path = folder / "model.safetensors"
+    renamed = {re.sub("_weight(_scale_inv|)$", r"\1", k): v for k, v in load_file(path).items()}
+    for name, scale in renamed.items():
+        if name.endswith("_scale_inv") and scale.dim() == 1:
+            renamed[name] = scale.view(-1, 1, 1)
+    save_file(renamed, path, {"format": "pt"})
     check(folder, 96)
     check_ranks(folder, 2, 96)
 
