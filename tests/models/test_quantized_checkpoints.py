@@ -308,6 +308,22 @@ def test_a_module_that_is_not_converted(tmp_path: Path) -> None:
     assert isinstance(params.layers[1].qkv_ED, Fp8Weight)
 
 
+def test_modules_that_gptq_leaves_plain(tmp_path: Path) -> None:
+    """The first entry that matches a module decides; entries may repeat what holds for all."""
+    kind, saved = BY_NAME["gptq"], save_tiny(tmp_path, vocab_size=99)
+    dynamic = {
+        "lm_head": {}, "+:.*layers\\.1\\..*": {"bits": 4, "damp_percent": 0.1}, "-:.*attn.*": {},
+    }  # fmt: skip
+    plain = "model.layers.0.self_attn"
+    folder = int4_format.write(
+        saved, saved / "packed", lambda name: is_matrix(name) and plain not in name, kind.of_matrix,
+        {**kind.config, "dynamic": dynamic},
+    )  # fmt: skip
+    first, second = check(folder, 99).layers
+    assert isinstance(first.qkv_ED, Tensor) and isinstance(first.down_DF, PackedWeight)
+    assert isinstance(second.qkv_ED, PackedWeight)
+
+
 ONE = "model.layers.1.mlp.up_proj."
 
 
@@ -376,7 +392,11 @@ def test_devices_without_products_dequantize_experts(kind: Kind, tmp_path: Path)
         ({**BLOCKS, "weight_block_size": [128]}, r"has blocks of \[128\]"),
         (gptq(bits=3), "has bits 3"),
         (gptq(group_size=0), "has group_size 0"),
-        (gptq(dynamic={"-:.*": {}}), "has dynamic"),
+        (gptq(dynamic=["-:.*"]), "has dynamic .* it must be an object"),
+        (gptq(dynamic={"-:*": {}}), "names modules by"),
+        (gptq(dynamic={"+:.*down.*": {"bits": 8}}), r"has dynamic '\+:\.\*down\.\*' with bits 8"),
+        (gptq(dynamic={".*": {"group_size": 64}}), "with group_size 64, .* only 32"),
+        (gptq(dynamic={".*": 8}), "has dynamic '.*' 8: not an object"),
         ({**AWQ, "version": "gemv"}, "has version 'gemv'"),
         ({**AWQ, "zero_point": False}, "has zero_point False"),
         (compressed("group"), "has strategy 'group'"),
