@@ -42,8 +42,9 @@ RUNS_AT_ONCE = 512  # half of the buffers that a call of the system takes
 TEXT_PREFIXES = (
     "model.language_model.", "language_model.model.", "language_model.", "backbone.",
 )  # fmt: skip
-# The head of some of them.
-TEXT_HEAD = "language_model.lm_head."
+# The head, and its names in some of them.
+HEAD = "lm_head"
+TEXT_HEADS = ("language_model.lm_head", "model.language_model.lm_head")
 # The module that some checkpoints have around their vision tower, and without it.
 TOWER_MODULE = ("vision_tower.vision_model.", "vision_tower.")
 # The prefix of all tensors of the part for text, in checkpoints with several parts.
@@ -364,13 +365,24 @@ class File:
 
 
 def plain_name(name: str) -> str:
-    """The name that a tensor has in a checkpoint without other parts or towers."""
+    """The name that a tensor or module has in a checkpoint without other parts or towers."""
     name = name.removeprefix(PART_PREFIX)
-    if name.startswith(TEXT_HEAD):
-        return "lm_head." + name.removeprefix(TEXT_HEAD)
+    for head in TEXT_HEADS:
+        if f"{name}.".startswith(f"{head}."):
+            return HEAD + name.removeprefix(head)
     name = name.replace(*TOWER_MODULE)
     prefix = next((one for one in TEXT_PREFIXES if name.startswith(one)), None)
     return name if prefix is None else "model." + name.removeprefix(prefix)
+
+
+def spellings(module: str) -> list[str]:
+    """The names of a text model's module that `plain_name` turns into this one; it is the first."""
+    found = [module]
+    if module == HEAD:
+        found += TEXT_HEADS
+    elif module.startswith("model."):
+        found += [prefix + module.removeprefix("model.") for prefix in TEXT_PREFIXES]
+    return found + [PART_PREFIX + one for one in found]
 
 
 def _staged(piece: _Piece) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.models.checkpoint import plain_name
+from nanovllm.models.checkpoint import plain_name, spellings
 from nanovllm.models.formats.compressed import CHANNEL, TENSOR, Int8s, PackedIntegers
 from nanovllm.models.formats.format import Format
 from nanovllm.models.formats.fp4 import MX_GROUP, NV_GROUP, MxFp4, NvFp4
@@ -37,7 +37,7 @@ class Group:
     def names(self, module: str) -> bool:
         """Whether a target other than "Linear" names the module."""
         return any(
-            re.match(one.removeprefix(REGEX), module) is not None
+            any(re.match(one.removeprefix(REGEX), name) for name in spellings(module))
             if one.startswith(REGEX)
             else plain_name(one) == module
             for one in self.targets

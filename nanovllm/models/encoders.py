@@ -112,8 +112,10 @@ def linear_params(field: str, dims: str, source: str, rows: int, depth: int) -> 
 
 
 def norm_params(field: str, source: str, size: int) -> dict[str, Param]:
-    """A layer norm with a bias."""
+    """A layer norm with a bias. The first checkpoints of BERT have the names of TensorFlow's."""
+    weight = Param.one("norm", f"{source}.weight", size)
+    bias = Param.one("bias", f"{source}.bias", size)
     return {
-        f"{field}_D": Param.one("norm", f"{source}.weight", size),
-        f"{field}_bias_D": Param.one("bias", f"{source}.bias", size),
+        f"{field}_D": weight._replace(other_name=f"{source}.gamma"),
+        f"{field}_bias_D": bias._replace(other_name=f"{source}.beta"),
     }

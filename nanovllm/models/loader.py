@@ -28,7 +28,8 @@ from nanovllm.models.schemes import Part
 from nanovllm.models.shards import ALL, Shard, taken
 
 # Checkpoint tensors that no forward pass reads; scales of an 8-bit cache follow from the weights.
-IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|self_attn\.[kv]_scale)$")
+CACHE_SCALE = r"self_attn\.((q|k|v|kv)_scale|[qkv]_proj\.([qkv]_scale|output_scale))"
+IGNORED = re.compile(rf".*\.(rotary_emb\.inv_freq|masked_bias|{CACHE_SCALE})$")
 RANDOM_STD = 0.02
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SLACK = 1 << 20  # numbers, for padding

@@ -133,14 +133,20 @@ def _refuse(hf: Any) -> None:
 
 
 def mixer(hf: Any) -> Mamba2:
-    """The sizes of the mixers. transformers limits their time steps from below alone."""
+    """The sizes of the mixers.
+
+    transformers limits time steps by `time_step_min`, which is a value for initialisation: the
+    published code of these models, and llama.cpp, do not.
+    """
+    dt_min, dt_max = hf.time_step_limit or (0.0, float("inf"))
     return Mamba2(
         num_heads=hf.mamba_num_heads,
         head_size=hf.mamba_head_dim,
         num_groups=hf.n_groups,
         state_size=hf.ssm_state_size,
         num_taps=hf.conv_kernel,
-        dt_min=hf.time_step_min,
+        dt_min=dt_min,
+        dt_max=dt_max,
         in_bias=hf.use_bias,
         conv_bias=hf.use_conv_bias,
         out_bias=hf.use_bias,

@@ -80,6 +80,8 @@ def names(stored_as: Format, param: Param, *, is_joined: bool) -> Iterator[str]:
     for source in (param.other_name,) if is_joined else param.sources:
         assert source is not None
         yield from (stored_as.companion_name(source, end) for end in ends)
+        others = (one.other_end for one in ends.values() if one.other_end is not None)
+        yield from (stored_as.companion_name(source, end) for end in others)
 
 
 def first_name(stored_as: Format, shape: tuple[int, ...], source: str) -> str:
@@ -93,7 +95,7 @@ def first_name(stored_as: Format, shape: tuple[int, ...], source: str) -> str:
 def _check(checkpoint: Checkpoint, stored_as: Format, pieces: Sequence[Piece]) -> None:
     """Refuse missing tensors and other shapes before allocating the sizes of the config."""
     for piece in pieces:
-        for name, companion in _named(stored_as, piece):
+        for name, companion in _named(checkpoint, stored_as, piece):
             if name not in checkpoint:
                 if companion.is_optional:
                     continue
@@ -105,7 +107,9 @@ def _check(checkpoint: Checkpoint, stored_as: Format, pieces: Sequence[Piece]) -
                 _check_whole(checkpoint, name, companion.whole)
                 continue
             wanted = _shape(companion, piece)
-            is_number = math.prod(wanted) == math.prod(found) == 1
+            # a number for each matrix may have axes of 1
+            is_number = math.prod(wanted) == math.prod(found)
+            is_number = is_number and (not companion.axes or math.prod(found) == 1)
             if found != wanted and not is_number and not companion.is_unread:
                 raise CheckpointError(
                     f"{checkpoint.folder}: tensor {name} has shape {list(found)}, but the config "
@@ -123,9 +127,20 @@ def _check_whole(checkpoint: Checkpoint, name: str, limits: tuple[int, int]) -> 
         )
 
 
-def _named(stored_as: Format, piece: Piece) -> list[tuple[str, Companion]]:
+def _named(checkpoint: Checkpoint, stored_as: Format, piece: Piece) -> list[tuple[str, Companion]]:
     found = stored_as.companions(piece.shape).items()
-    return [(stored_as.companion_name(piece.source, end), companion) for end, companion in found]
+    return [(_name(checkpoint, stored_as, piece, *one), one[1]) for one in found]
+
+
+def _name(
+    checkpoint: Checkpoint, stored_as: Format, piece: Piece, end: str, companion: Companion
+) -> str:
+    """The name of a companion in this checkpoint."""
+    name = stored_as.companion_name(piece.source, end)
+    if companion.other_end is None or name in checkpoint:
+        return name
+    other = stored_as.companion_name(piece.source, companion.other_end)
+    return other if other in checkpoint else name
 
 
 def _shape(companion: Companion, piece: Piece) -> tuple[int, ...]:
@@ -159,7 +174,7 @@ def _raw(
     """Memory for a piece's parts of the companions; adds what is to be read there."""
     raw: dict[str, Tensor] = {}
     for end, companion in stored_as.companions(piece.shape).items():
-        name = stored_as.companion_name(piece.source, end)
+        name = _name(checkpoint, stored_as, piece, end, companion)
         if companion.is_unread or name not in checkpoint:
             continue
         shape = checkpoint.shape(name)

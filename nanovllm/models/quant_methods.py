@@ -15,30 +15,36 @@ from nanovllm.models.formats.fp8 import Fp8
 from nanovllm.models.formats.grouped import Awq, Gptq
 from nanovllm.models.gguf.scheme import GgufTypes
 from nanovllm.models.quant_config import Config, block, group, require
-from nanovllm.models.schemes import UNQUANTIZED, Modules, Packed, Scheme
+from nanovllm.models.schemes import REGEX, UNQUANTIZED, Modules, Packed, Scheme
 
 SCALE, INVERSE = "weight_scale", "weight_scale_inv"
+# Before the expressions of GPTQ's `dynamic`: these modules are not quantized, or are, by default.
+NEGATIVE, POSITIVE = "-:", "+:"
+# What GPTQ's numbers depend on when they are read.
+STORED_BY = frozenset(
+    {"bits", "group_size", "desc_act", "sym", "format", "checkpoint_format", "quant_method",
+     "pack_dtype"}
+)  # fmt: skip
 
 
 def fp8(config: Config) -> Scheme:
-    """`weight_scale_inv` for blocks, `weight_scale` for whole tensors; both multiply."""
+    """`weight_scale_inv` for blocks, either name for whole tensors; both multiply."""
     require(config, "activation_scheme", "dynamic", "static")
     require(config, "fmt", "e4m3")
     size = config.get("weight_block_size")
-    stored = Fp8((0, 0), SCALE) if size is None else Fp8(block(size), INVERSE)
+    stored = Fp8((0, 0), SCALE, INVERSE) if size is None else Fp8(block(size), INVERSE)
     return Packed("fp8", stored, _plain(config, "modules_to_not_convert", "ignored_layers"))
 
 
 def gptq(config: Config) -> Scheme:
     require(config, "bits", 4, 8)
-    require(config, "dynamic", None, {})
     require(config, "modules_in_block_to_quantize", None)
     is_v2 = config.get("checkpoint_format") == "gptq_v2"
     require(config, "checkpoint_format", None, "gptq", "gptq_v2")
     has_order = bool(config.get("desc_act")) and config.get("group_size") != -1
     is_symmetric = config.get("sym") is True
     stored = Gptq(config["bits"], group(config), 0 if is_v2 else 1, has_order, is_symmetric)
-    return Packed("gptq", stored, has_head=bool(config.get("lm_head")))
+    return Packed("gptq", stored, _dynamic(config), has_head=bool(config.get("lm_head")))
 
 
 def awq(config: Config) -> Scheme:
@@ -105,6 +111,35 @@ def of_checkpoint(hf: Any) -> Scheme:
             f"{', '.join(map(repr, CHECKPOINTS))}): use another checkpoint of this model"
         )
     return CHECKPOINTS[method](found)
+
+
+def _dynamic(config: Config) -> Modules:
+    """The modules that stay plain by GPTQ's `dynamic`: expressions after "-:". The first entry that
+    matches a module decides, so that another one protects it from those after it."""
+    entries = config.get("dynamic") or {}
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"quantization_config has dynamic {entries!r:.80}: it must be an object")
+    plain: list[str] = []
+    earlier = ""
+    for key, values in entries.items():
+        if key.startswith(NEGATIVE):
+            plain.append(f"{REGEX}{earlier}(?:{key.removeprefix(NEGATIVE)})")
+            continue
+        _require_same(config, key, values)
+        earlier += f"(?!{key.removeprefix(POSITIVE)})"
+    return Modules(plain)
+
+
+def _require_same(config: Config, key: str, values: Any) -> None:
+    """Refuse an entry of `dynamic` that changes how modules are stored."""
+    if values and not isinstance(values, Mapping):
+        raise ValueError(f"quantization_config has dynamic {key!r} {values!r:.80}: not an object")
+    for name, value in (values or {}).items():
+        if name in STORED_BY and value != config.get(name):
+            raise ValueError(
+                f"quantization_config has dynamic {key!r} with {name} {value!r}, which is not "
+                f"supported: only {config.get(name)!r}, as for the other modules"
+            )
 
 
 def _plain(config: Config, *names: str) -> Modules:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import NamedTuple
 
-from nanovllm.models.checkpoint import plain_name
+from nanovllm.models.checkpoint import plain_name, spellings
 from nanovllm.models.formats.dequantized import Dequantized
 from nanovllm.models.formats.format import Format
 from nanovllm.models.formats.fp8 import Fp8Rounded
@@ -114,7 +114,7 @@ class BySource(Scheme):
 class Modules:
     """The modules of a checkpoint that its config names: by their names, by the beginning, middle
     or end of these in whole parts ("lm_head", "model.layers.0", "mlp.gate"), or after "re:" by a
-    regular expression. Raises ValueError for an invalid regular expression."""
+    regular expression for one of their `spellings`. Raises ValueError for an invalid expression."""
 
     def __init__(self, patterns: Iterable[str] = ()) -> None:
         self.patterns = tuple(patterns)
@@ -143,10 +143,10 @@ class Modules:
         return f"Modules({self.patterns})"
 
     def _has(self, module: str) -> bool:
-        names = module.split(".")
+        names, spelled = module.split("."), spellings(module)
         bounds = combinations(range(len(names) + 1), 2)
         return any(".".join(names[i:j]) in self._parts for i, j in bounds) or any(
-            expression.match(module) for expression in self._expressions
+            expression.match(name) for expression in self._expressions for name in spelled
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tests.models.families import Family
@@ -15,11 +16,13 @@ FALCON: dict[str, Any] = {
     "attention_in_multiplier": 1.2, "ssm_multipliers": [0.6, 0.8, 1.4, 0.5, 0.9],
     "ssm_in_multiplier": 1.1, "ssm_out_multiplier": 0.9,
 }  # fmt: skip
-# the last layer keeps nothing
+# The last layer keeps nothing. transformers limits time steps by `time_step_min`, the engine by
+# `time_step_limit`, which are no limits here.
 NEMOTRON: dict[str, Any] = {
     "layers_block_type": ["mlp", "linear_attention", "full_attention", "linear_attention", "mlp"],
     "mamba_num_heads": 6, "mamba_head_dim": 12, "n_groups": 2, "ssm_state_size": 16,
     "chunk_size": 16, "tie_word_embeddings": False, "initializer_range": 0.1,
+    "time_step_min": 1e-9, "time_step_floor": 0.01, "time_step_limit": [0.0, math.inf],
 }  # fmt: skip
 # layers with experts in two groups of four, of which one is chosen from
 EXPERTS: dict[str, Any] = {
@@ -42,6 +45,7 @@ CASES = (
         "nemotron_h-biased", "nemotron_h",
         {
             **NEMOTRON, "use_bias": True, "mlp_bias": True, "time_step_min": 0.7,
+            "time_step_limit": [0.7, math.inf],
             "layers_block_type": NEMOTRON["layers_block_type"][1:4],
         },
         modes=("eager",),

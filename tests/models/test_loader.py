@@ -199,6 +199,17 @@ def test_buffers_of_old_checkpoints_are_passed_over(tiny: Path) -> None:
     assert same(load(tiny), expected)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["q_scale", "kv_scale", "k_scale", "k_proj.k_scale", "v_proj.v_scale", "k_proj.output_scale"],
+)
+def test_scales_of_an_8_bit_cache_are_passed_over(name: str, tiny: Path) -> None:
+    expected = load(tiny)
+    scale = {f"model.layers.0.self_attn.{name}": torch.ones(1)}
+    change(tiny, lambda tensors: tensors.update(scale))
+    assert same(load(tiny), expected)
+
+
 # Errors -------------------------------------------------------------------------------------------
 
 
@@ -222,6 +233,7 @@ def test_a_missing_tensor_is_named(name: str, tiny: Path) -> None:
     [
         "model.layers.2.mlp.up_proj.weight",
         "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_proj.weight_scale",
         "transformer.wte.weight",
     ],
 )

@@ -5,6 +5,7 @@ The mechanism is that of `test_family_fields.py`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from transformers import FalconH1Config, NemotronHConfig, PretrainedConfig
 
+from nanovllm.models import nemotron_h
 from tests.conftest import save_tiny
 from tests.models.mamba_cases import EXPERTS, FALCON, NEMOTRON
 from tests.models.test_config_fields import HONOURED, UNREAD, YARN
@@ -58,7 +60,7 @@ UNREAD_FIELDS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"num_logits_to_keep": 3, "mamba_expand": 5},
     "nemotron_h": {
         "num_logits_to_keep": 3, "tie_word_embeddings": True, "use_mamba_kernels": False,
-        "expand": 5, "time_step_max": 0.7, "time_step_limit": [0.1, 0.2], "time_step_floor": 0.5,
+        "expand": 5, "time_step_max": 0.7, "time_step_floor": 0.5,
         "mamba_proj_bias": True, "mamba_ssm_cache_dtype": "bfloat16", "n_routed_experts": 3,
         "output_router_logits": True, "n_shared_experts": 2, "moe_intermediate_size": 20,
         "moe_shared_expert_intermediate_size": 24, "moe_latent_size": 16,
@@ -108,7 +110,9 @@ CASES = (
     Case({"mamba_hidden_act": "gelu"}, "mamba_hidden_act 'gelu' is not supported by Nemo", N),
     Case({"use_bias": True, "mlp_bias": True}, HONOURED, N, draws=True),
     Case({"use_conv_bias": False}, HONOURED, N, draws=True),
-    Case({"time_step_min": 0.9}, HONOURED, N),
+    # transformers reads the first alone
+    Case({"time_step_min": 0.9, "time_step_limit": [0.9, math.inf]}, HONOURED, N),
+    Case({"time_step_limit": [0.9, 0.5]}, "the limits of Mamba-2's time steps are 0.9", N),
     Case({"chunk_size": 64}, HONOURED, N),
     Case({"layers_block_type": [MLP, ATTENTION, MIXER]}, HONOURED, N, draws=True),
     Case({"topk_group": 1}, HONOURED, E),
@@ -140,6 +144,13 @@ def unread(family: str) -> Case:
         read |= set(SIZES[family])
     known_unread = {**NOT_READ, **UNREAD_FIELDS[FAMILIES[family].model_type]}
     return Case({name: x for name, x in known_unread.items() if name in known - read}, UNREAD)
+
+
+def test_a_value_for_initialisation_does_not_limit_time_steps() -> None:
+    found = nemotron_h.mixer(NemotronHConfig(time_step_min=0.001))
+    assert (found.dt_min, found.dt_max) == (0.0, math.inf)
+    found = nemotron_h.mixer(NemotronHConfig(time_step_limit=[0.1, 0.2]))
+    assert (found.dt_min, found.dt_max) == (0.1, 0.2)
 
 
 @pytest.mark.parametrize("family", F + N)

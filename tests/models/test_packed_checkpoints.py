@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
 
 from nanovllm.models import loader
 from nanovllm.models.checkpoint import CheckpointError
@@ -18,6 +19,8 @@ from nanovllm.models.formats.fp8 import Fp8Weight
 from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.formats.packed_weight import PackedWeight
 from nanovllm.models.loader import Target
+from nanovllm.models.param import Param
+from nanovllm.models.quant_methods import of_checkpoint
 from tests.conftest import save_tiny
 from tests.models import int4_format
 from tests.models.moe_cases import Case
@@ -194,6 +197,33 @@ def test_groups_of_modules_in_formats_of_their_own(tmp_path: Path) -> None:
     assert isinstance(first.qkv_ED, Mixed) and isinstance(first.qkv_ED.parts[1], Fp8Weight)
     assert first.down_DF.bits == 8 and first.gate_up_GD.bits == 4
     assert isinstance(second.down_DF, torch.Tensor)
+
+
+HEAD = "lm_head.weight"
+LAYER = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("language_model.lm_head", HEAD),
+        ("model.language_model.lm_head", HEAD),
+        ("re:language_model\\.lm_head", HEAD),
+        ("re:.*language_model.*self_attn.*", LAYER),
+        ("re:model\\.language_model\\.layers\\.1\\..*", LAYER),
+        ("language_model.model.layers.1.self_attn.q_proj", LAYER),
+    ],
+)
+def test_names_of_checkpoints_with_towers(name: str, source: str) -> None:
+    """As those of modules that are ignored, and of a group's targets."""
+    weights = {"weights": ints(8, "channel"), "format": INT8}
+    both = {"a": {"targets": ["Linear"], **weights}, "b": {"targets": [name], **weights}}
+    for groups, ignored in (({"a": both["a"]}, [name]), ({"b": both["b"]}, [])):
+        config = {**of_groups(groups, INT8), "ignore": ignored}
+        scheme = of_checkpoint(PretrainedConfig(quantization_config=config))
+        for one in (HEAD, LAYER, "model.layers.2.mlp.up_proj.weight"):
+            (part,) = scheme.parts(Param.one("linear", one, 64, 64))
+            assert part.format.is_packed == ((one == source) != bool(ignored))
 
 
 ONE = "model.layers.1.mlp.up_proj."

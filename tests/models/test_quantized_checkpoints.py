@@ -59,6 +59,15 @@ def fp8(weight: Tensor, rows: int, columns: int, scale_name: str) -> Packed:
     return {"weight": values, scale_name: scale, "input_scale": torch.ones(())}, real
 
 
+def fp8_of_transformers(weight: Tensor, rows: int, columns: int) -> Packed:
+    """As transformers and Mistral write it: the scale of a tensor has no axis."""
+    found, real = fp8(weight, rows, columns, "weight_scale_inv")
+    found["activation_scale"] = found.pop("input_scale")
+    if not rows:
+        found["weight_scale_inv"] = found["weight_scale_inv"].view(())
+    return found, real
+
+
 def words(values: Tensor, bits: int, order: tuple[int, ...] = ()) -> Tensor:
     """Words of 32 bits along the last axis."""
     per_word = 32 // bits
@@ -141,10 +150,13 @@ AWQ = {
     "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
 }  # fmt: skip
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [24, 40]}
+STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 KINDS = [
     Kind("fp8 blocks", partial(fp8, rows=24, columns=40, scale_name="weight_scale_inv"), BLOCKS),
     Kind("fp8 tensors", partial(fp8, rows=0, columns=0, scale_name="weight_scale"),
-         {"quant_method": "fp8", "activation_scheme": "static"}),
+         STATIC),
+    Kind("fp8 tensors of transformers", partial(fp8_of_transformers, rows=0, columns=0),
+         {**STATIC, "weight_block_size": None}),
     Kind("fp8 channels", partial(fp8, rows=1, columns=0, scale_name="weight_scale"),
          compressed("channel")),
     Kind("gptq", partial(grouped, bits=4, group=32, kind="gptq"), gptq()),
@@ -241,6 +253,27 @@ def test_stacked_experts_in_fp8(tmp_path: Path) -> None:
     check_ranks(folder, 2, 96)
 
 
+@pytest.mark.parametrize("block", [None, [24, 40]])
+def test_stacked_experts_with_scales_of_inputs(block: list[int] | None, tmp_path: Path) -> None:
+    """The scales of whole matrices have two axes of 1, as transformers writes them."""
+    rows, columns = block or (0, 0)
+    kind = Kind(
+        "", partial(fp8_of_transformers, rows=rows, columns=columns),
+        {**STATIC, "weight_block_size": block},
+    )  # fmt: skip
+    folder = pack(
+        kind, Case("mixtral", 4, 2, {"num_hidden_layers": 1}, stacked=True).save(tmp_path)
+    )
+    path = folder / "model.safetensors"
+    renamed = {re.sub("_weight(_scale_inv|)$", r"\1", k): v for k, v in load_file(path).items()}
+    for name, scale in renamed.items():
+        if name.endswith("_scale_inv") and scale.dim() == 1:
+            renamed[name] = scale.view(-1, 1, 1)
+    save_file(renamed, path, {"format": "pt"})
+    check(folder, 96)
+    check_ranks(folder, 2, 96)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", ["fp8 blocks", "gptq ordered", "awq"])
 def test_bytes_are_those_of_the_stored_tensors(name: str, size: int, tmp_path: Path) -> None:
@@ -273,6 +306,22 @@ def test_a_module_that_is_not_converted(tmp_path: Path) -> None:
     params = check(folder, 99)
     assert isinstance(params.layers[0].qkv_ED, Mixed)
     assert isinstance(params.layers[1].qkv_ED, Fp8Weight)
+
+
+def test_modules_that_gptq_leaves_plain(tmp_path: Path) -> None:
+    """The first entry that matches a module decides; entries may repeat what holds for all."""
+    kind, saved = BY_NAME["gptq"], save_tiny(tmp_path, vocab_size=99)
+    dynamic = {
+        "lm_head": {}, "+:.*layers\\.1\\..*": {"bits": 4, "damp_percent": 0.1}, "-:.*attn.*": {},
+    }  # fmt: skip
+    plain = "model.layers.0.self_attn"
+    folder = int4_format.write(
+        saved, saved / "packed", lambda name: is_matrix(name) and plain not in name, kind.of_matrix,
+        {**kind.config, "dynamic": dynamic},
+    )  # fmt: skip
+    first, second = check(folder, 99).layers
+    assert isinstance(first.qkv_ED, Tensor) and isinstance(first.down_DF, PackedWeight)
+    assert isinstance(second.qkv_ED, PackedWeight)
 
 
 ONE = "model.layers.1.mlp.up_proj."
@@ -343,7 +392,11 @@ def test_devices_without_products_dequantize_experts(kind: Kind, tmp_path: Path)
         ({**BLOCKS, "weight_block_size": [128]}, r"has blocks of \[128\]"),
         (gptq(bits=3), "has bits 3"),
         (gptq(group_size=0), "has group_size 0"),
-        (gptq(dynamic={"-:.*": {}}), "has dynamic"),
+        (gptq(dynamic=["-:.*"]), "has dynamic .* it must be an object"),
+        (gptq(dynamic={"-:*": {}}), "names modules by"),
+        (gptq(dynamic={"+:.*down.*": {"bits": 8}}), r"has dynamic '\+:\.\*down\.\*' with bits 8"),
+        (gptq(dynamic={".*": {"group_size": 64}}), "with group_size 64, .* only 32"),
+        (gptq(dynamic={".*": 8}), "has dynamic '.*' 8: not an object"),
         ({**AWQ, "version": "gemv"}, "has version 'gemv'"),
         ({**AWQ, "zero_point": False}, "has zero_point False"),
         (compressed("group"), "has strategy 'group'"),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanovllm import LLM
@@ -93,6 +94,21 @@ def first(saved: Saved) -> list[Tensor]:
 
 def test_embeddings_are_the_normalized_state_of_the_first_token(llm: LLM, saved: Saved) -> None:
     assert_near(embeddings(llm, PROMPTS), first(saved))
+
+
+def test_layer_norms_may_have_the_names_of_tensorflow(tmp_path: Path) -> None:
+    """With and without the prefix of a model with a head."""
+    model = save_encoder(tmp_path, "bert", num_hidden_layers=1)
+    path, prompt = tmp_path / "model.safetensors", PROMPTS[1]
+    ends = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = load_file(path)
+    for end, other in ends.items():
+        old = {name.replace(end, other): one for name, one in old.items()}
+    for prefix in ("", "bert."):
+        save_file({prefix + name: one for name, one in old.items()}, path, {"format": "pt"})
+        llm = pooling_llm(tmp_path)
+        assert_near(embeddings(llm, [prompt]), [unit(hidden(model, prompt)[0])])
+        llm.close()
 
 
 def test_order_and_company_change_only_rounding(llm: LLM) -> None:

@@ -119,7 +119,8 @@ class Companion(NamedTuple):
     Floating point numbers are converted to `dtype` as they are read; other tensors must be stored
     in it. `shape` is the stored one if it differs from the axes' sizes, which then are a view of
     it. An `is_unread` tensor may be present and is not needed. A tensor of one axis that every
-    piece needs `whole` has no axes, and so many numbers: at least, and at most.
+    piece needs `whole` has no axes, and so many numbers: at least, and at most. `other_end` is the
+    end of its name in some checkpoints.
     """
 
     axes: tuple[Axis, ...]
@@ -128,6 +129,7 @@ class Companion(NamedTuple):
     is_unread: bool = False
     shape: tuple[int, ...] | None = None
     whole: tuple[int, int] | None = None
+    other_end: str | None = None
 
 
 class Format(ABC):

@@ -1,6 +1,6 @@
 """Weights in float8_e4m3fn with a scale for each tensor, output or block, as checkpoints have them.
 
-Products dequantize, and inputs stay as they are: the scales of inputs (`input_scale`) are not read.
+Products dequantize, and inputs stay as they are: the scales of inputs are not read.
 O outputs | D depth | R blocks of rows | G blocks of columns | T tokens | K experts per token.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from nanovllm.kernels import ops, reference
 from nanovllm.models.formats.format import Axis, Companion, Extent, Format, Piece, spread
 
+UNREAD = ("input_scale", "activation_scale")  # vLLM's name and transformers'
 LARGEST = float(torch.finfo(torch.float8_e4m3fn).max)
 
 
@@ -57,10 +58,12 @@ class Fp8Weight(NamedTuple):
 @dataclass(frozen=True)
 class Fp8(Format):
     """`block` are the rows and columns that share a scale; 0 columns are all of them, and 0 rows
-    and columns the whole tensor. `scale` is the end of the scales' name."""
+    and columns the whole tensor. `scale` is the end of the scales' name, and `other_scale` the end
+    that some checkpoints have instead."""
 
     block: tuple[int, int]
     scale: str
+    other_scale: str | None = None
     name: ClassVar[str] = "fp8"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
 
@@ -98,15 +101,15 @@ class Fp8(Format):
             scales = Companion(axes, torch.float32, shape=(shape[0], 1) if rows else None)
         return {
             "weight": Companion((Axis("rows"), Axis("columns")), torch.float8_e4m3fn),
-            self.scale: scales,
-            "input_scale": Companion((), torch.float32, is_optional=True, is_unread=True),
+            self.scale: scales._replace(other_end=self.other_scale),
+            **{end: Companion((), torch.float32, True, True) for end in UNREAD},
         }
 
     def companion_name(self, source: str, end: str) -> str:
         """Stacked experts have no module: `gate_up_proj` and `gate_up_proj_scale_inv`."""
         if source.endswith(".weight"):
             return super().companion_name(source, end)
-        return source + end.removeprefix("weight")
+        return source + (end.removeprefix("weight") if end.startswith("weight") else f"_{end}")
 
     def read(self, raw: Mapping[str, Tensor], piece: Piece, extent: Extent) -> Fp8Weight:
         scale = raw[self.scale]

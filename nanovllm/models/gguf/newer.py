@@ -186,8 +186,8 @@ def _falcon_h1(facts: Facts) -> Fields:
 
 
 def _nemotron_h(facts: Facts) -> Fields:
-    """Files do not have the least time step, which llama.cpp ignores: it is that of transformers.
-    Values of each layer are 0 where it has none."""
+    """Files do not have limits of time steps: there are none. Values of each layer are 0 where it
+    has none."""
     num, heads = facts.size("block_count"), facts.size("ssm.time_step_rank")
     kinds = (("ssm_a", LINEAR), ("attn_q.weight", FULL), ("ffn_up.weight", "mlp"))
     types = [
