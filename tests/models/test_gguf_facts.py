@@ -1,16 +1,19 @@
-"""What a GGUF file's metadata says of the tokens that end an answer."""
+"""What a GGUF file's metadata says of the tokens that end an answer, and of yarn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 
 from nanovllm.models.gguf.config import fields
 from nanovllm.models.gguf.header import GgufError, read
+from nanovllm.models.rope import rotary_frequencies
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
@@ -73,3 +76,44 @@ def test_a_list_of_ends(tmp_path: Path) -> None:
     for wrong in (3, -1):
         with pytest.raises(GgufError, match=f"eos_token_ids has {wrong}, which is no id of 3 tok"):
             ends(path, tokens, eos_token_ids=[1, wrong])
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def scaled(rope: dict[str, Any]) -> tuple[tuple[float, ...], float]:
+    config = LlamaConfig(
+        hidden_size=16, num_attention_heads=1, max_position_embeddings=64,
+        rope_parameters={"rope_theta": 10000.0, **rope},
+    )  # fmt: skip
+    return rotary_frequencies(config, 16, 64)
+
+
+@pytest.mark.parametrize(
+    ("keys", "original"),
+    [
+        ({}, {}),
+        # of DeepSeek-R1-0528-Qwen3-8B: the product is 1
+        ({"yarn_attn_factor": 0.8782488562869419}, {"attn_factor": 0.8782488562869419}),
+        ({"attn_factor": 0.75}, {"attn_factor": 0.75}),
+        ({"yarn_attn_factor": 0.5, "attn_factor": 0.75}, {"attn_factor": 0.5}),
+        ({"yarn_attn_factor": 1.25}, {"attention_factor": 1.25}),
+        ({"attn_factor": 1.25}, {"attention_factor": 1.25}),
+        ({"yarn_attn_factor": 1.0, "attn_factor": 1.0}, {}),
+        ({"yarn_beta_fast": 2.0, "yarn_beta_slow": 0.5}, {"beta_fast": 2.0, "beta_slow": 0.5}),
+    ],
+)
+def test_yarn_has_the_numbers_of_the_checkpoint(
+    keys: dict[str, float], original: dict[str, float], tmp_path: Path
+) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+        for name, value in keys.items():
+            writer.add_float32(f"llama.rope.scaling.{name}", value)
+
+    found = fields(read(written(tmp_path / "model.gguf", add)))["rope_parameters"]
+    (freqs, scale), expected = scaled(found), scaled({**YARN, **original})
+    assert freqs == expected[0]
+    assert scale == pytest.approx(expected[1], rel=1e-6)

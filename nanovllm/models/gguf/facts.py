@@ -196,7 +196,22 @@ class Facts:
             raise GgufError(f"{self.header.path}: rope.scaling.type {kind!r} is not supported")
         found |= {"rope_type": kind, "factor": factor}
         if kind == "yarn":
-            found["original_max_position_embeddings"] = original
+            found |= {"original_max_position_embeddings": original, **self.yarn()}
+        return found
+
+    def yarn(self) -> Fields:
+        """The bounds of frequencies that are scaled partly, and the factor on cos and sin; most
+        files have neither."""
+        names = ("beta_fast", "beta_slow")
+        betas = {name: self.number(f"rope.scaling.yarn_{name}") for name in names}
+        found: Fields = {name: one for name, one in betas.items() if one is not None}
+        factor = self.number("rope.scaling.yarn_attn_factor")
+        if factor is None:
+            factor = self.number("rope.scaling.attn_factor")
+        if factor not in (None, 1.0):
+            # the converter writes both under one key: above 1 it is what replaces yarn's own factor
+            # (OLMo-3), below 1 it multiplies it to about 1 (DeepSeek-R1-0528-Qwen3-8B)
+            found["attention_factor" if factor > 1 else "attn_factor"] = factor
         return found
 
 
