@@ -15,6 +15,7 @@ from typing import Any
 from nanovllm.models import registry
 from nanovllm.models.gguf import config as gguf_config
 from nanovllm.models.gguf.header import is_gguf, read
+from nanovllm.models.layer_ropes import FULL, SLIDING
 from nanovllm.models.rope import refuse_nested
 
 # transformers reads these names too, although they are not fields of a config class.
@@ -29,6 +30,15 @@ OF_ALL = (
     "video_token_id", "vision_start_token_id", "vision_end_token_id", "audio_token_id",
     "position_id_per_seconds", "mm_tokens_per_image", "classifier_from_token",
 )  # fmt: skip
+# Where configs have rope parameters. The last three are the base frequencies of one type of layers.
+ROPE_FIELDS = (
+    "rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor",
+    "original_max_position_embeddings", "global_rope_theta", "local_rope_theta",
+    "rope_local_base_freq",
+)  # fmt: skip
+THETAS = {
+    "global_rope_theta": FULL, "local_rope_theta": SLIDING, "rope_local_base_freq": SLIDING,
+}  # fmt: skip
 # The largest values of config fields, so that a damaged or hostile file cannot cause huge lists or
 # tables. Real models are far below.
 LARGEST = {
@@ -87,8 +97,9 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
     names, model_type = fields.get("architectures"), fields.get("model_type")
     if not isinstance(names, list):
         raise ValueError(f"{path}: architectures is {names!r}: it must be a list of names")
+    ropes = _ropes_by_layer_type(overrides) if _has_ropes_per_layer_type(fields) else {}
     try:
-        check_sizes(fields)
+        check_sizes({**fields, "rope overrides": ropes})
         registry.check(names)
         if not registry.ROPES_PER_LAYER_TYPE.intersection(names):
             _refuse_nested_ropes(fields)
@@ -105,8 +116,7 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
             f"{path}: model_type is {model_type!r}, which transformers does not support"
         )
     try:
-        with _without_docstrings():
-            hf = CONFIG_MAPPING[model_type].from_dict(fields)
+        hf = _made(CONFIG_MAPPING[model_type], fields, ropes)
     except Exception as error:  # of several libraries, some with more than one line
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path}: transformers refuses the config: {reason}") from error
@@ -119,6 +129,17 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
     # checkpoints with speech output have the text model's part as `thinker_config`
     part = getattr(hf, "thinker_config", hf)
     return _of_text(hf, part) if hasattr(part, "text_config") else hf
+
+
+def _made(kind: Any, fields: Mapping[str, Any], ropes: Mapping[str, Any]) -> Any:
+    """transformers' config of a class. `ropes` are merged into the sets per layer type that it
+    makes, also of flat fields."""
+    with _without_docstrings():
+        hf = kind.from_dict(dict(fields))
+        if not ropes:
+            return hf
+        others = {name: one for name, one in fields.items() if name not in ROPE_FIELDS}
+        return kind.from_dict({**others, "rope_parameters": _merged(hf.rope_parameters, ropes)})
 
 
 def llama_config(fields: Mapping[str, Any]) -> Any:
@@ -178,9 +199,40 @@ def _refuse_nested_ropes(fields: Mapping[str, Any]) -> None:
 def overridden(fields: Mapping[str, Any], overrides: Mapping[str, object]) -> dict[str, Any]:
     """The fields of config.json after `overrides`, which replace values, and merge into dicts.
 
-    Both may use the older names of rope parameters and of dtype. The result has the newer ones.
+    Both may use the older names of rope parameters and of dtype. The result has the newer ones. For
+    models with rope parameters per layer type these stay as they are: `transformers_config`
+    overrides those of transformers' config.
     """
-    return _merged(_renamed(fields), _renamed(json.loads(json.dumps(dict(overrides)))))
+    changes = json.loads(json.dumps(dict(overrides)))
+    kept = {**fields, **changes}
+    if _has_ropes_per_layer_type(kept):
+        changes = {name: one for name, one in changes.items() if name not in ROPE_FIELDS}
+        return _merged(_renamed_dtype(fields), _renamed_dtype(changes))
+    return _merged(_renamed(fields), _renamed(changes))
+
+
+def _has_ropes_per_layer_type(fields: Mapping[str, Any]) -> bool:
+    """Whether a set for each layer type is among these fields, not those of `text_config`."""
+    names = fields.get("architectures")
+    if not isinstance(names, list) or "text_config" in fields:
+        return False
+    return any(isinstance(one, str) and one in registry.ROPES_PER_LAYER_TYPE for one in names)
+
+
+def _ropes_by_layer_type(overrides: Mapping[str, object]) -> dict[str, Any]:
+    """What overrides change for each layer type. Flat values are those of full layers, as
+    in configs of Gemma-3 and OLMo-3, unless their names say another."""
+    changes = {name: one for name, one in overrides.items() if name in ROPE_FIELDS}
+    thetas = {kind: changes.pop(name) for name, kind in THETAS.items() if name in changes}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(changes.get(name) or {}, dict):
+            raise ValueError(f"hf_overrides has {name} {changes[name]!r:.80}: it must be a dict")
+    rope = _renamed(json.loads(json.dumps(changes))).get("rope_parameters", {})
+    nested = {kind: _renamed_type(one) for kind, one in rope.items() if isinstance(one, dict)}
+    flat = {name: one for name, one in rope.items() if name not in nested}
+    found = {FULL: flat} if flat else {}
+    found = _merged(found, {kind: {"rope_theta": theta} for kind, theta in thetas.items()})
+    return _merged(found, nested)
 
 
 def _merged(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,12 +243,24 @@ def _merged(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
     return result
 
 
-def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with one name for each meaning, so that an override replaces the right field."""
+def _renamed_dtype(fields: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(fields)
     old_dtype = result.pop("torch_dtype", None)
     if old_dtype is not None and result.get("dtype") is None:
         result["dtype"] = old_dtype
+    return result
+
+
+def _renamed_type(rope: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(rope)
+    if "type" in result:
+        result.setdefault("rope_type", result.pop("type"))
+    return result
+
+
+def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with one name for each meaning, so that an override replaces the right field."""
+    result = _renamed_dtype(fields)
     names = [name for name in ("rope_scaling", "rope_parameters") if name in result]
     found = [result.pop(name) for name in names]
     rope: Any = next((value for value in found if value), {})  # the order of transformers
@@ -205,8 +269,7 @@ def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
     rope = dict(rope)
     if names and not rope:
         rope["rope_type"] = "default"
-    if "type" in rope:
-        rope.setdefault("rope_type", rope.pop("type"))
+    rope = _renamed_type(rope)
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in result:
             rope.setdefault(name, result.pop(name))

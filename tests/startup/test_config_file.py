@@ -18,6 +18,11 @@ from nanovllm.startup.generation_config import eos_token_ids
 from tests.conftest import save_tiny
 from tests.models.harness import engine_logits, load, max_difference, sequences, transformers_logits
 
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+    "sliding_window": 16,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -104,6 +109,65 @@ def test_an_override_meets_what_it_replaces_under_any_name(
     stored: dict[str, Any], overrides: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     assert overridden(stored, overrides) == expected
+
+
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+FLAT_GEMMA3 = ("gemma3_text", "Gemma3ForCausalLM", {
+    "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": LINEAR})  # fmt: skip
+FLAT_OLMO3 = ("olmo3", "Olmo3ForCausalLM", {"rope_theta": 5e5, "rope_scaling": YARN})
+NESTED_GEMMA3 = ("gemma3_text", "Gemma3ForCausalLM", {"rope_parameters": {
+    "full_attention": {"rope_theta": 1e6, **LINEAR},
+    "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stored", "overrides", "full", "sliding"),
+    [
+        (FLAT_GEMMA3, {}, {}, {}),
+        (FLAT_OLMO3, {}, {}, {}),
+        (NESTED_GEMMA3, {}, {}, {}),
+        (FLAT_GEMMA3, {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"factor": 2.0}, {}),
+        (FLAT_GEMMA3, {"rope_theta": 2e6, "rope_local_base_freq": 5.0},
+         {"rope_theta": 2e6}, {"rope_theta": 5.0}),
+        (FLAT_GEMMA3, {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}},
+         {}, {"rope_theta": 5.0}),
+        (FLAT_OLMO3, {"rope_parameters": {"full_attention": {"factor": 2.0}}}, {"factor": 2.0}, {}),
+        (NESTED_GEMMA3, {"rope_theta": 2e6}, {"rope_theta": 2e6}, {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_overrides_of_a_model_with_ropes_per_layer_type(
+    stored: tuple[str, str, dict[str, Any]], overrides: dict[str, Any], full: dict[str, Any],
+    sliding: dict[str, Any], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Other fields leave the rope parameters as they are, and those merge by layer type."""
+    model_type, architecture, rope = stored
+    folder = save_tiny(tmp_path / "tiny", model_type, **SMALL)
+    fields = json.loads((folder / "config.json").read_text())
+    fields |= {"architectures": [architecture], **rope}
+    if "rope_parameters" not in rope:
+        del fields["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    plain = transformers_config(folder, {})
+    found = transformers_config(folder, {"max_position_embeddings": 512, **overrides})
+    assert found.max_position_embeddings == 512
+    types = (("full_attention", full), ("sliding_attention", sliding))
+    assert found.rope_parameters == {
+        name: plain.rope_parameters[name] | changes for name, changes in types
+    }
+    runner = load(
+        folder, "cpu", enforce_eager=True, hf_overrides=overrides or {"rms_norm_eps": 0.1}
+    )
+    assert len(runner.model.config.other_ropes) == 1
+
+
+def test_rope_overrides_per_layer_type_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny", "gemma3_text", **SMALL)
+    huge = {"rope_theta": 1 << 70}
+    for name in ("rope_parameters", "rope_scaling"):
+        for value, message in (([1], f"{name} .* it must be a dict"), (huge, "at most")):
+            with pytest.raises(ValueError, match=message):
+                transformers_config(folder, {name: value})
 
 
 def test_an_override_that_the_config_has_no_field_for_is_refused(folder: Path) -> None:

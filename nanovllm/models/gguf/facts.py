@@ -22,7 +22,11 @@ DTYPES = {"F32": "float32", "F16": "float16"}
 ENDS = frozenset(
     {"<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"}
 )
-CONTROL = 3  # the type of control tokens
+CONTROL, USER_DEFINED = 3, 4  # types of tokens
+# Where gpt-oss ends an answer. <|end|> closes each message before it, such as the reasoning.
+HARMONY_ENDS, HARMONY_MESSAGE_END = frozenset({"<|return|>", "<|call|>"}), "<|end|>"
+# Gemma 4's files name <eos> alone, and the converter does not mark all of these as control tokens.
+GEMMA4_ENDS = frozenset({"<turn|>", "<|tool_response>"})
 
 
 class Facts:
@@ -139,10 +143,22 @@ class Facts:
         bos, pad = (get(f"{prefix}{name}_token_id", int) for name in ("bos", "padding"))
         ends = {get(f"{prefix}{name}_token_id", int) for name in ("eos", "eot", "eom")} - {None}
         texts, kinds = (get(prefix + name, tuple, ()) for name in ("tokens", "token_type"))
+        ends |= self.listed_ends(len(texts))
         if ends:
-            pairs = enumerate(zip(texts, kinds))
-            ends |= {i for i, (text, kind) in pairs if kind == CONTROL and text in ENDS}
+            ends = ends_by_text(ends, texts, kinds)
         return {"bos_token_id": bos, "eos_token_id": sorted(ends) or None, "pad_token_id": pad}
+
+    def listed_ends(self, num_tokens: int) -> set[int]:
+        """The ids of files that list several."""
+        name = "tokenizer.ggml.eos_token_ids"
+        found = self.header.get(name, tuple, ())
+        for one in found:
+            if type(one) is not int or not 0 <= one < num_tokens:
+                raise GgufError(
+                    f"{self.header.path}: {name} has {one!r:.80}, which is no id of {num_tokens} "
+                    "tokens"
+                )
+        return set(found)
 
     def rope(self, head_dim: int) -> Fields:
         """The rotary parameters. Factors of single frequencies are those of "longrope", which
@@ -180,5 +196,37 @@ class Facts:
             raise GgufError(f"{self.header.path}: rope.scaling.type {kind!r} is not supported")
         found |= {"rope_type": kind, "factor": factor}
         if kind == "yarn":
-            found["original_max_position_embeddings"] = original
+            found |= {"original_max_position_embeddings": original, **self.yarn()}
         return found
+
+    def yarn(self) -> Fields:
+        """The bounds of frequencies that are scaled partly, and the factor on cos and sin; most
+        files have neither."""
+        names = ("beta_fast", "beta_slow")
+        betas = {name: self.number(f"rope.scaling.yarn_{name}") for name in names}
+        found: Fields = {name: one for name, one in betas.items() if one is not None}
+        factor = self.number("rope.scaling.yarn_attn_factor")
+        if factor is None:
+            factor = self.number("rope.scaling.attn_factor")
+        if factor not in (None, 1.0):
+            # the converter writes both under one key: above 1 it is what replaces yarn's own factor
+            # (OLMo-3), below 1 it multiplies it to about 1 (DeepSeek-R1-0528-Qwen3-8B)
+            found["attention_factor" if factor > 1 else "attn_factor"] = factor
+        return found
+
+
+def ends_by_text(ends: set[int], texts: tuple[object, ...], kinds: tuple[object, ...]) -> set[int]:
+    """`ends` and the tokens that end an answer by their texts, without those that do not."""
+    special = [
+        (i, text, kind)
+        for i, (text, kind) in enumerate(zip(texts, kinds))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    harmony = any(text == "<|return|>" and kind == CONTROL for _, text, kind in special)
+    of_control = (ENDS | HARMONY_ENDS) - {HARMONY_MESSAGE_END} if harmony else ENDS
+    found = {
+        i for i, text, kind in special
+        if text in GEMMA4_ENDS or (kind == CONTROL and text in of_control)
+    }  # fmt: skip
+    inner = {i for i, text, _ in special if harmony and text == HARMONY_MESSAGE_END}
+    return (ends | found) - inner

@@ -18,7 +18,7 @@ NOT_ROTATED = 1e29  # what frequencies that do not rotate are divided by, at lea
 def _gpt_oss(facts: Facts) -> Fields:
     rope = facts.rope(facts.head_dim())
     if rope["rope_type"] == "yarn":
-        rope |= {**_betas(facts), "truncate": False}
+        rope["truncate"] = False
     num = facts.size("block_count")
     return {
         "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss",
@@ -31,12 +31,6 @@ def _gpt_oss(facts: Facts) -> Fields:
     }  # fmt: skip
 
 
-def _betas(facts: Facts) -> Fields:
-    """The bounds of frequencies that "yarn" scales partly; most files have none."""
-    defaults = {"beta_fast": 32.0, "beta_slow": 1.0}
-    return {key: facts.number(f"rope.scaling.yarn_{key}", one) for key, one in defaults.items()}
-
-
 def _deepseek2(facts: Facts) -> Fields:
     """DeepSeek-V2 by its scores, otherwise DeepSeek-V3, which GLM-4.7-Flash and Kimi-K2 are too."""
     heads, proposing = facts.size("attention.head_count"), num_proposing(facts.header)
@@ -46,7 +40,7 @@ def _deepseek2(facts: Facts) -> Fields:
     rope = facts.rope(rotated)
     if rope["rope_type"] == "yarn":
         mscale = 10.0 * (facts.number("rope.scaling.yarn_log_multiplier", 0.0) or 0.0)
-        rope |= {**_betas(facts), "mscale": mscale, "mscale_all_dim": mscale}
+        rope |= {"mscale": mscale, "mscale_all_dim": mscale}
     found = {
         "num_hidden_layers": facts.size("block_count") - proposing, "head_dim": rotated,
         "num_key_value_heads": heads, "rope_parameters": rope, "qk_rope_head_dim": rotated,
