@@ -180,7 +180,7 @@ class Engine(EngineParts):
             prompt_ids=prompt_ids,
             params=params,
             seed=seed,
-            max_output=self._intake.max_output(params, len(prompt_ids)),
+            max_output=self._intake.max_output(params, len(prompt_ids), asked.positions),
             stop_ids=frozenset(i for i in stop_ids if i < self.model_config.vocab_size),
             incremental=asked.incremental,
             contents=asked.contents,

@@ -255,9 +255,13 @@ class InputProcessor:
         assert prompt.text is not None
         return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
-    def max_output(self, params: SamplingParams, prompt_len: int) -> int:
-        """The most tokens of the answer: max_tokens, at most what max_model_len leaves."""
-        left = self.max_model_len - prompt_len
+    def max_output(
+        self, params: SamplingParams, prompt_len: int, positions: np.ndarray | None = None
+    ) -> int:
+        """The most tokens of the answer: max_tokens, at most what max_model_len leaves. With
+        `positions` [3, T] the answer's go on after the largest one."""
+        last = prompt_len if positions is None else max(prompt_len, int(positions.max()) + 1)
+        left = max(1, self.max_model_len - last)  # the first token is none of the model's inputs
         return left if params.max_tokens is None else min(params.max_tokens, left)
 
     def check(self, params: SamplingParams) -> None:

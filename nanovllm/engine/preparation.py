@@ -85,7 +85,8 @@ class Preparation:
     def _expand(self, request: Request, found: MediaPrompt) -> None:
         """Set a request's whole prompt. Raises ValueError if it is too long."""
         asked = self._intake.request(found, request.params)
-        request.max_output = self._intake.max_output(request.params, len(asked.prompt_ids))
+        prompt_len, positions = len(asked.prompt_ids), asked.positions
+        request.max_output = self._intake.max_output(request.params, prompt_len, positions)
         self._held.hold(asked.media)
         request.expand(asked.prompt_ids, asked.contents, asked.positions)
 

@@ -207,7 +207,10 @@ class Sampler:
         kind = kind_of(sampling)
         version = self.edits.version if kind.has_edits else 0
         chooses = partial(self._sample, kind), partial(self._choose, kind, verifies=True)
-        return Variant(kind, version, *chooses, sampling.num_logprobs)
+        num = sampling.num_logprobs
+        if num is not None and num > 0:  # few sizes: each is captured and kept
+            num = 1 << (num - 1).bit_length()
+        return Variant(kind, version, *chooses, num)
 
     def remember(self, histories: Sequence[TokenHistory]) -> None:
         """Set the counts of rows that now belong to requests with penalties."""

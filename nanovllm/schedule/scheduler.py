@@ -27,6 +27,9 @@ from nanovllm.schedule.request import Request, Status
 
 # How many requests may pass one that waits for a slot, and how far one may be behind it.
 MAX_PASSED = 256
+# Prefill steps that may precede decode steps while requests could decode: with the rows of all
+# prompts decode steps cost less. After so many without a pause the two take turns.
+PREFILLS_FIRST = 32
 
 Proposer = Callable[[Request], Sequence[int]]
 
@@ -76,6 +79,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._prefill_was_last = False
+        self._prefills_left = PREFILLS_FIRST
         self._next_decode = 0  # the decodable request to begin with if they need several steps
 
     @property
@@ -132,7 +136,8 @@ class Scheduler:
         known tokens.
         """
         decodable = [request for request in self.running if request.may_decode]
-        is_decodes_turn = self._prefill_was_last and any(one.incremental for one in decodable)
+        alternates = self._prefills_left <= 0 or any(one.incremental for one in decodable)
+        is_decodes_turn = self._prefill_was_last and alternates and bool(decodable)
         plan = None if is_decodes_turn else self._plan_prefill(self._max_prefill_ms(decodable))
         if plan is None:
             plan = self._decode(decodable, may_preempt)
@@ -143,6 +148,8 @@ class Scheduler:
                 self._preempt_last()  # every prompt waits for blocks that the others have
                 plan = self._plan_prefill(math.inf)
         self._prefill_was_last = plan is not None and plan.is_prefill
+        if self._prefill_was_last and decodable:
+            self._prefills_left -= 1
         if plan is not None and self.adapters is not None and self.adapters.loads:
             plan = replace(plan, adapters=self.adapters.take_loads())
         if plan is not None and self.past is not None:
@@ -173,6 +180,7 @@ class Scheduler:
     def _plan_prefill(self, max_ms: float) -> StepPlan | None:
         begun = [request for request in self.running if not request.is_decoding]
         if not begun and not self.waiting:
+            self._prefills_left = PREFILLS_FIRST
             return None
         self.cache.begin_step()
         budget = self.max_num_batched_tokens

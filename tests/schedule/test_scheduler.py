@@ -12,6 +12,7 @@ from nanovllm import SamplingParams
 from nanovllm.schedule.plan import DRAFT, NEWEST, StepPlan
 from nanovllm.schedule.prefill_latency_bound import PrefillLatencyBound
 from nanovllm.schedule.request import MMSpan, Status
+from nanovllm.schedule.scheduler import PREFILLS_FIRST
 from tests.schedule.loads import (
     BLOCK,
     DECODE,
@@ -50,6 +51,25 @@ def test_a_long_prompt_is_split_and_the_rest_of_the_budget_goes_to_the_next() ->
     ]
     # the device's row is written once, before the first chunk
     assert [[settings.pos for settings in plan.settings] for plan in plans] == [[0], [], [0]]
+
+
+def test_prompts_that_go_on_arriving_do_not_starve_a_request() -> None:
+    """It is not streamed, and each prompt is done with its first token, so rows never run out."""
+    s = scheduler()
+    long = request(0, 4, 20)
+    s.add(long)
+    kinds = []
+    for idx in range(1, 100):
+        if long.status is Status.FINISHED:
+            break
+        s.add(request(idx, 8, 1))
+        plan = planned(s)
+        kinds.append(plan.is_prefill)
+        answer(s, plan)
+    assert long.status is Status.FINISHED and len(long.output_ids) == 20
+    first, later = kinds[: 1 + PREFILLS_FIRST], kinds[1 + PREFILLS_FIRST :]
+    assert set(first) == {PREFILL}, "its own step, and the others"
+    assert (PREFILL, PREFILL) not in list(itertools.pairwise(later))
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])
