@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
@@ -21,6 +22,7 @@ from tiny.picture_tasks import KINDS, PictureTask, held_out
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.hub import SEEING, resolve
+from tests.engines import drain
 
 FOLDER = resolve(SEEING)
 NUM_TOKENS = 24
@@ -104,6 +106,20 @@ def test_an_answer_does_not_depend_on_the_other_pictures_of_a_batch(llm: LLM) ->
     alone = [llm.chat(one.messages, params, use_tqdm=False)[0] for one in tasks]
     assert [one["text"] for one in together] == [one["text"] for one in alone]
     assert len({one["text"] for one in alone}) > 1
+
+
+def test_an_answer_ends_where_positions_do(llm: LLM) -> None:
+    """A prompt's positions may go further than its tokens, as those of a video do. The answer has
+    what is left behind them, and a request beside it all of its tokens."""
+    engine, params = llm.engine, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    last = engine.max_model_len - 3
+    positions = np.broadcast_to(np.array([0, 1, 2, last]), (3, 4)).copy()
+    ids = [
+        engine.add_request([5, 6, 7, 8], params, incremental=False, positions=own)
+        for own in (positions, None)
+    ]
+    done = drain(llm)
+    assert [len(done[one].token_ids) for one in ids] == [2, 9]
 
 
 @pytest.fixture(scope="module")
