@@ -20,7 +20,8 @@ from nanovllm.batch.rows import Line
 
 VERSION = 1
 BLOCK_BYTES = 1 << 20
-# One long answer delays the rows after it. This many of them may finish in the meantime.
+# One long answer delays the rows after it. This many of them may finish in the meantime: bytes are
+# those of their input and output.
 MAX_WAITING, MAX_WAITING_BYTES = 8192, 256 << 20
 
 
@@ -143,11 +144,12 @@ class InOrder:
         for result in results:
             assert result.row not in self._done, f"row {result.row} was answered twice"
             self._done[result.row] = result
+            self._num_bytes += len(result.line)
         ready = []
         while self._waiting and self._waiting[0][0] in self._done:
             row, num_bytes = self._waiting.popleft()
-            self._num_bytes -= num_bytes
             ready.append(self._done.pop(row))
+            self._num_bytes -= num_bytes + len(ready[-1].line)
         return ready
 
 
