@@ -143,5 +143,5 @@ def test_rows_of_a_table_are_those_of_the_meaning(ggml_type: int) -> None:
             assert torch.equal(found, reference.ggml.ggml_lookup(row_T, block, ggml_type, dtype))
     none_T = torch.empty(0, dtype=torch.long)
     assert ggml.ggml_lookup(none_T, block, ggml_type, torch.float32).shape == (0, 512)
-    with pytest.raises(IndexError, match=r"rows \[0, 19\] are read, and there are 19"):
+    with pytest.raises(IndexError, match=r"rows 0 to 19 are read, and there are 19"):
         ggml.ggml_lookup(torch.tensor([0, 19]), block, ggml_type, torch.float32)
