@@ -33,6 +33,21 @@ class InvalidValue(ValueError):
         return InvalidValue, (self.field, str(self))
 
 
+class WorkFailed(ValueError):
+    """Work for a request has failed, and the request is not the cause. An OSError's paths are
+    not in the message."""
+
+    @classmethod
+    def of(cls, what: str, cause: Exception) -> WorkFailed:
+        """what: the work, which "has failed"."""
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0].rstrip(": ")
+        if isinstance(cause, OSError):
+            reason = cause.strerror or type(cause).__name__
+        found = cls(f"{what} has failed: {reason}")
+        found.__cause__ = cause  # for the log
+        return found
+
+
 class WrongType(InvalidValue):
     """A value is not of the annotated type. `words` name the expected type."""
 

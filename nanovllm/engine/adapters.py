@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanovllm.checks import InvalidValue
+from nanovllm.checks import InvalidValue, WorkFailed
 from nanovllm.lora_request import FIELD, LoRARequest, checked
 from nanovllm.runner.runner import Runner
 from nanovllm.schedule.adapter_slots import AdapterSlots
@@ -88,7 +88,7 @@ class Adapters:
     def is_ready(self, adapter_id: int) -> bool:
         """Whether an adapter is in host memory; begins to read it as soon as there is room.
 
-        Raises ValueError if it cannot be read.
+        Raises ValueError if it cannot be read, whatever the cause, and forgets it.
         """
         if adapter_id not in self._known:
             raise InvalidValue(FIELD, f"adapter {adapter_id} could not be read")
@@ -104,6 +104,10 @@ class Adapters:
             self._drop(adapter_id)
             words = f"adapter {adapter.request.lora_name!r}: {error}"
             raise InvalidValue(FIELD, words) from error
+        except Exception as error:  # such as too little memory; it would come back in each step
+            self._drop(adapter_id)
+            words = f"reading adapter {adapter.request.lora_name!r}"
+            raise WorkFailed.of(words, error) from error
 
     def remove(self, adapter_id: int) -> bool:
         """Drop an adapter; False if it is not known. Raises ValueError while requests use it."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanovllm import hub
-from nanovllm.checks import InvalidValue
+from nanovllm.checks import InvalidValue, WorkFailed
 from nanovllm.config import EngineConfig
 from nanovllm.engine.input_processor import Embeddings
 from nanovllm.engine.mm_admission import MediaGate
@@ -210,8 +210,9 @@ class MMProcessor:
         self._waiting[request_id] = prompt
         self._gate.enter(request_id, partial(self._begin, request_id))
 
-    def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, MediaPrompt | str]]:
-        """Requests that are ready, with their prompts or with the errors of their media.
+    def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, MediaPrompt | str | WorkFailed]]:
+        """Requests that are ready, with their prompts, with the errors of their media, or with
+        errors that are not theirs.
 
         If none is ready, wait up to `wait_s` for one. A request is removed when the caller advances
         to the next one: after an earlier Ctrl-C it is yielded again.
@@ -227,6 +228,8 @@ class MMProcessor:
                 found = self._prompts.made(prompt, work.result())
             except (ValueError, DoesNotStart) as error:
                 yield request_id, str(error)
+            except Exception as error:  # raised here, it would come back in each step
+                yield request_id, WorkFailed.of("preparing the media", error)
             else:
                 num_bytes = found.num_bytes
                 yield request_id, found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from nanovllm.checks import WorkFailed
 from nanovllm.engine.adapters import Adapters
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.metrics import EngineMetrics
@@ -76,7 +77,7 @@ class Preparation:
                 if request.adapter_id and not self._adapters.is_ready(request.adapter_id):
                     continue
             except ValueError as error:
-                logger.error("request %d: %s", request_id, error)
+                _log(request_id, error)
                 yield request, error
                 continue
             yield request, None
@@ -103,7 +104,7 @@ class Preparation:
         self._grammars.close()
 
     def _failed(
-        self, request_id: int, found: MediaPrompt | Matcher | GrammarRefusal | str
+        self, request_id: int, found: MediaPrompt | Matcher | GrammarRefusal | WorkFailed | str
     ) -> Iterator[tuple[Request, ValueError]]:
         """Store what was prepared in the request; yields the request and the error if that
         fails."""
@@ -114,11 +115,20 @@ class Preparation:
             # without the reason, which may quote the user's input
             logger.error("request %d: structured_outputs.%s is refused", request_id, found.form)
             yield request, found.error
+        elif isinstance(found, WorkFailed):
+            _log(request_id, found)
+            yield request, found
         else:
             try:
                 if isinstance(found, str):
                     raise PromptRefused(found)
                 self._expand(request, found)
             except ValueError as error:
-                logger.error("request %d: %s", request_id, error)
+                _log(request_id, error)
                 yield request, error
+
+
+def _log(request_id: int, error: ValueError) -> None:
+    """With the traceback of an error for which the request is not the cause."""
+    traceback = error if isinstance(error, WorkFailed) else None
+    logger.error("request %d: %s", request_id, error, exc_info=traceback)

@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from nanovllm.checks import WorkFailed
 from nanovllm.engine.input_processor import Embeddings, InputProcessor
 from nanovllm.engine.mm_processor import MediaPrompts, MMProcessor, Scale
 from nanovllm.engine.mm_store import MMStore
@@ -187,11 +188,14 @@ class PoolingEngine:
             try:
                 if isinstance(found, str):
                     raise PromptRefused(found)
+                if isinstance(found, WorkFailed):
+                    raise found
                 whole = self._intake.pooling_request(
                     found, asked.pooling, asked.incremental, asked.priority
                 )
             except ValueError as error:
-                logger.error("request %d: %s", request_id, error)
+                traceback = error if isinstance(error, WorkFailed) else None
+                logger.error("request %d: %s", request_id, error, exc_info=traceback)
                 self._end(request_id, self._requests.pop(request_id), "error", error=str(error))
                 continue
             self._requests[request_id] = whole

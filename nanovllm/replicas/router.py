@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nanovllm.checks import WorkFailed
 from nanovllm.config import EngineConfig
 from nanovllm.engine.input_processor import Embeddings, InputProcessor, drawn_seed
 from nanovllm.engine.metrics import Metric
@@ -346,12 +347,15 @@ class Router:
             try:
                 if isinstance(found, str):
                     raise PromptRefused(found)
+                if isinstance(found, WorkFailed):
+                    raise found
                 asked = ask(found)
                 self._check_size(asked)
                 self._pending[request_id].prompt_ids = asked.prompt_ids
                 self._send(request_id, asked)
             except ValueError as error:
-                logger.error("request %d: %s", request_id, error)
+                traceback = error if isinstance(error, WorkFailed) else None
+                logger.error("request %d: %s", request_id, error, exc_info=traceback)
                 self._fail(request_id, str(error))
 
     def _take(self, event: Event) -> None:

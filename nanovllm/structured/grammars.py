@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nanovllm.checks import InvalidValue
+from nanovllm.checks import InvalidValue, WorkFailed
 from nanovllm.sampling import SamplingParams
 from nanovllm.structured import library
 from nanovllm.structured.grammar_sandbox import GrammarSandbox, TooSlow
@@ -160,8 +160,10 @@ class Grammars:
         self._waiting[request_id] = found, params
         self._ids_of.setdefault(found, set()).add(request_id)
 
-    def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, Matcher | GrammarRefusal]]:
-        """Yield requests that are ready, with a matcher or a refusal.
+    def take(
+        self, wait_s: float = 0.0
+    ) -> Iterator[tuple[int, Matcher | GrammarRefusal | WorkFailed]]:
+        """Yield requests that are ready, with a matcher, a refusal or an error that is not theirs.
 
         If there are none, wait up to `wait_s` for one. A request is removed only when the caller
         takes the next one: if Ctrl-C interrupts it, the request is yielded again.
@@ -232,12 +234,14 @@ class Grammars:
         except BaseException as error:
             work.set_exception(error)
 
-    def _matcher(self, work: Work, params: SamplingParams) -> Matcher | GrammarRefusal:
+    def _matcher(self, work: Work, params: SamplingParams) -> Matcher | GrammarRefusal | WorkFailed:
         try:
             compiled = work.result()
         except ValueError as error:
             assert params.structured_outputs is not None
             return GrammarRefusal(params.structured_outputs.form, str(error))
+        except Exception as error:  # raised here, it would come back in each step
+            return WorkFailed.of("compiling the grammar", error)
         return Matcher(compiled, self._masks, ignores_eos=params.ignore_eos)
 
     @property

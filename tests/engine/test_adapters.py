@@ -491,6 +491,26 @@ def test_numbers_that_are_not_finite_end_their_requests_alone(
     assert 50 not in {one.lora_int_id for one in eager.engine.adapters.requests}
 
 
+def test_too_little_host_memory_ends_the_requests_of_an_adapter_alone(
+    checkpoint: Path, asked: Asked, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(num_bytes: int) -> torch.Tensor:
+        raise RuntimeError("can't allocate memory\nExceptions raised from …")
+
+    llm = make(checkpoint)
+    requests, prompts = [asked.of(name) for name in ("french", None)], [PROMPTS[1], PROMPTS[0]]
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine.runner.platform, "host_buffer", allocate)
+        found = llm.generate(prompts, greedy(12), use_tqdm=False, lora_request=requests)
+    assert found[0]["finish_reason"] == "error"
+    assert found[0]["error"] == (
+        "reading adapter 'french' has failed: RuntimeError: can't allocate memory"
+    )
+    assert found[1]["token_ids"] == alone[0] and not llm.engine.adapters.requests
+    assert asked.tokens(llm, PROMPTS[1:2], ["french"]) == alone[1:2]
+    llm.close()
+
+
 def test_options_of_adapters_that_do_not_go_together_are_refused(checkpoint: Path) -> None:
     for options, error in (
         ({"max_cpu_loras": 1}, "max_cpu_loras is 1: it must be at least max_loras"),

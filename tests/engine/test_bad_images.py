@@ -101,6 +101,25 @@ def test_a_decoder_that_does_not_start_ends_its_own_prompt(
     assert after.outputs[0].finish_reason == "length"
 
 
+def test_too_little_memory_for_a_decoder_ends_its_own_prompt(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write_all(fd: int, data: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/path")
+
+    image = as_url(encoded(picture(61, 85), "PNG"))
+    prompts = [asked(TEXT, image=image), "only text"]
+    with monkeypatch.context() as patched:
+        patched.setattr(decoders, "write_all", write_all)
+        found, after = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert found.outputs[0].finish_reason == "error"
+    assert found.error == "preparing the media has failed: No space left on device"
+    assert after.outputs[0].finish_reason == "length"
+    assert any(one.exc_info for one in caplog.records)
+    for one in llm.generate(prompts, GREEDY, use_tqdm=False):
+        assert one.outputs[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize(
     ("prompt", "error"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from nanovllm import LLM, EngineConfig, PoolingParams, pairs
 from nanovllm.compile.lower import eager, inductor
+from nanovllm.media import decoders
 from nanovllm.pooling_outputs import PoolingFailed
 from nanovllm.pooling_params import PoolingInfo
 from nanovllm.startup.compile_farm import builder
@@ -171,6 +173,20 @@ def test_conversations_are_prompts(llm: LLM) -> None:
     assert_near(found, embeddings(llm, ["a", same[1]]), atol=1e-6)
     with pytest.raises(ValueError, match="no prompt is a list of messages"):
         llm.embed("a", chat_options={"add_generation_prompt": True}, use_tqdm=False)
+
+
+def test_too_little_memory_for_a_decoder_ends_the_call(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_all(fd: int, data: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/path")
+
+    prompt = {"prompt": PICTURE, "multi_modal_data": {"image": data_url(picture(61, 86))}}
+    with monkeypatch.context() as patched:
+        patched.setattr(decoders, "write_all", write_all)
+        with pytest.raises(PoolingFailed, match="the media has failed: No space left on device"):
+            llm.embed([prompt], use_tqdm=False)
+    assert len(embeddings(llm, [prompt])) == 1
 
 
 def test_what_cannot_be_read_ends_the_call(llm: LLM) -> None:

@@ -3,8 +3,10 @@ neither lost nor runs without its constraint, at whichever line the interrupt co
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from concurrent.futures import wait
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -13,6 +15,7 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.schedule.outputs import FinishedOutput, TextStream
 from nanovllm.schedule.scheduler import Scheduler
+from nanovllm.structured.grammar_sandbox import GrammarSandbox
 from tests.engine.interrupts import is_interrupted
 
 PROMPT = "What is 2 + 3?"
@@ -72,6 +75,30 @@ def test_an_interrupt_before_a_request_is_queued_changes_no_answer(
     assert expected is not None
     (token_ids, reason, _), _ = expected
     assert (reason, len(token_ids)) == (("stop", 3) if asked is CONSTRAINED else ("error", 0))
+
+
+def test_a_sandbox_that_does_not_start_ends_its_own_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Later the same grammar is compiled again."""
+
+    def run(*args: object) -> str:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable", "/path/of/python")
+
+    params = replace(CONSTRAINED, structured_outputs={"regex": "[0-4]{3}"})
+    with monkeypatch.context() as patched:
+        patched.setattr(GrammarSandbox, "run", run)
+        ids = [llm.engine.add_request(PROMPT, one, incremental=False) for one in (params, FREE)]
+        wait_for_grammars(llm)
+        failed, free = map(ends(llm, 2).get, ids)
+    assert failed is not None and failed.finish_reason == "error" and failed.error_field is None
+    assert failed.error == "compiling the grammar has failed: Resource temporarily unavailable"
+    assert free is not None and free.finish_reason == "length"
+    assert any(one.exc_info for one in caplog.records)
+    llm.engine.add_request(PROMPT, params, incremental=False)
+    wait_for_grammars(llm)
+    (again,) = ends(llm, 1).values()
+    assert again.finish_reason == "stop" and len(again.token_ids) == 3
 
 
 @pytest.mark.parametrize("asked", [CONSTRAINED, FREE], ids=["constrained", "free"])
