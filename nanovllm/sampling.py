@@ -64,7 +64,8 @@ class SamplingParams:
         tokens and stop strings do not end a request before min_tokens.
     stop: strings that end the text. The text does not include them, unless
         `include_stop_str_in_output`. None, "" and [] mean none.
-    stop_token_ids: ids that end the text; token_ids includes them.
+    stop_token_ids: ids that end the text, as end-of-sequence ids do; token_ids includes them, the
+        text does not, unless `include_stop_str_in_output`.
     ignore_eos: the model's end-of-sequence ids do not end the request.
     logprobs, prompt_logprobs: the number of likeliest tokens to report per position, beside the
         token itself: log-softmax of the model's logits, before bias, penalties and temperature. -1
@@ -241,6 +242,10 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(self.stop or ())
+
+    def stop_ids(self, eos_ids: Collection[int]) -> frozenset[int]:
+        """The tokens that end an answer. eos_ids: the model's end-of-sequence ids."""
+        return frozenset((*(self.stop_token_ids or ()), *(() if self.ignore_eos else eos_ids)))
 
     @property
     def has_penalties(self) -> bool:

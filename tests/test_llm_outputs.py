@@ -111,6 +111,34 @@ def test_the_reason_of_a_stop_is_named(eager_llm: LLM) -> None:
         assert output["text"].endswith(stop) == include
 
 
+@pytest.mark.parametrize("stop", [None, ["never there"]])
+def test_the_text_has_the_stop_token_on_request_only(
+    stop: list[str] | None, eager_llm: LLM
+) -> None:
+    (prompt,) = random_prompts([9], seed=93)
+    (plain,) = eager_llm.generate([prompt], greedy(20), use_tqdm=False)
+    token_id = plain["token_ids"][7]
+    token_ids = plain["token_ids"][: plain["token_ids"].index(token_id) + 1]
+    tokenizer = eager_llm.engine.tokenizer
+    assert tokenizer is not None and tokenizer.decode([token_id])
+    for include in (False, True):
+        text = tokenizer.decode(token_ids if include else token_ids[:-1])
+        params = greedy(
+            20, stop=stop, stop_token_ids=[token_id], include_stop_str_in_output=include
+        )
+        (output,) = eager_llm.generate([prompt], params, use_tqdm=False)
+        assert (output["text"], output["token_ids"]) == (text, token_ids)
+        pieces = list(eager_llm.stream([prompt], params))
+        assert "".join(piece.text for piece in pieces) == text
+        assert [one for piece in pieces for one in piece.token_ids] == token_ids
+
+
+def test_a_special_token_that_stops_is_not_shown(eager_llm: LLM) -> None:
+    shown = greedy(4, logit_bias={3: 100}, stop_token_ids=[3], skip_special_tokens=False)
+    (output,) = eager_llm.generate("the", shown, use_tqdm=False)
+    assert "</s>" not in output["text"] and output["token_ids"][-1] == 3
+
+
 def test_detokenize_false_leaves_out_the_text(eager_llm: LLM) -> None:
     params = greedy(5)
     (plain,) = eager_llm.generate("the", params, use_tqdm=False)

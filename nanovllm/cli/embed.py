@@ -51,13 +51,15 @@ def main(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         source = sys.stdin
         if args.file != "-":
+            _check_output(Path(args.file), args.output)
             source = stack.enter_context(open(args.file, encoding="utf-8"))
+        llm = LLM(model, task="embed", **options)
+        stack.callback(llm.close)
         is_array = args.output is not None and args.output.suffix == ARRAY
         target: TextIO = sys.stdout
         if args.output is not None and not is_array:
+            # not before: a model that does not load must not empty an older output
             target = stack.enter_context(open(args.output, "w", encoding="utf-8"))
-        llm = LLM(model, task="embed", **options)
-        stack.callback(llm.close)
         found = _embedded(llm, source, params, show_progress=args.progress)
         if is_array:
             _save_array(args.output, found)
@@ -67,6 +69,11 @@ def main(args: argparse.Namespace) -> None:
                 fields = {"index": index, "embedding": numbers, "num_tokens": num_tokens}
                 target.write(f"{json.dumps(fields)}\n")
             target.flush()
+
+
+def _check_output(source: Path, target: Path | None) -> None:
+    if target is not None and target.is_file() and target.samefile(source):
+        raise ValueError(f"{target} is the input: use another file with -o")
 
 
 def _embedded(llm: Any, source: TextIO, params: Any, *, show_progress: bool) -> Iterator[Any]:

@@ -172,8 +172,7 @@ class Engine(EngineParts):
             self._runner.add_embeddings(key, embeds)
         request_id = self._num_added
         self._num_added += 1
-        eos_ids = () if params.ignore_eos else self._eos_ids
-        stop_ids = {*(params.stop_token_ids or ()), *eos_ids}
+        stop_ids = params.stop_ids(self._eos_ids)
         seed = drawn_seed(self.config.seed, request_id) if asked.seed is None else asked.seed
         request = Request(
             request_id=request_id,

@@ -151,9 +151,15 @@ class TextStream:
         """True if the text is decoded token by token, and not at the end."""
         return self._growing is not None
 
+    def shown(self, token_ids: list[int], stop_ids: Container[int]) -> list[int]:
+        """The tokens with text, of an answer that ended with reason "stop": the stop token that
+        ended it has none, unless the params include it."""
+        is_hidden = bool(token_ids) and token_ids[-1] in stop_ids and not self._includes_stop
+        return token_ids[:-1] if is_hidden else token_ids
+
     def push(self, token_ids: Sequence[int], *, may_stop: bool) -> bool:
         """Add tokens. True if they complete a stop string: the text then ends there."""
-        if self._growing is None:
+        if self._growing is None or not token_ids:
             return False
         return self._add(self._growing.append(token_ids), may_stop)
 

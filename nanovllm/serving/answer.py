@@ -26,10 +26,12 @@ class Answer:
         tokenizer: Tokenizer | None,
         *,
         incremental: bool,
+        eos_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.index, self._min_tokens, self._prompt_ids = index, params.min_tokens, prompt_ids
         self._tokenizer, self.incremental = tokenizer, incremental
         self._has_stops = bool(params.stop)
+        self._stop_ids = params.stop_ids(eos_ids)
         self._text = TextStream(tokenizer, params, incremental=incremental)
         self._token_ids: list[int] = []
         self._logprobs: list[TopLogprobs] | None = None if params.logprobs is None else []
@@ -105,13 +107,12 @@ class Answer:
         """Decode the tokens received so far, up to a stop string."""
         if not self._text.grows or self._has_stopped:
             return
-        fresh = self._token_ids[self._num_decoded :]
-        self._num_decoded = len(self._token_ids)
+        num, self._num_decoded = self._num_decoded, len(self._token_ids)
+        fresh = self._shown()[num:]
         if not self._has_stops:
             if fresh:
                 self._text.push(fresh, may_stop=False)
             return
-        num = len(self._token_ids) - len(fresh)
         for token_id in fresh:
             num += 1
             if self._text.push([token_id], may_stop=num >= self._min_tokens):
@@ -120,12 +121,17 @@ class Answer:
                     del self._logprobs[num:]
                 return
 
+    def _shown(self) -> list[int]:
+        """The tokens received so far, without a stop token that the text leaves out."""
+        has_stopped = self._end is not None and self._end.finish_reason == "stop"
+        return self._text.shown(self._token_ids, self._stop_ids if has_stopped else ())
+
     def _completion(self, end: Done) -> FinishedOutput:
         self.unpack()
         text, reason = self._text, "stop" if self._has_stopped else end.finish_reason
         if not self._has_stopped:
             may_stop = len(self._token_ids) >= self._min_tokens
-            text.finish(self._token_ids, may_stop=may_stop)
+            text.finish(self._shown(), may_stop=may_stop)
         return FinishedOutput(
             text=text.text,
             token_ids=self._token_ids,

@@ -378,7 +378,14 @@ class Client:
     def _new_feed(self, name: str, asked: EngineRequest) -> RequestState:
         params = asked.params
         answers = [
-            Answer(index, params, asked.prompt_ids, self.tokenizer, incremental=asked.incremental)
+            Answer(
+                index,
+                params,
+                asked.prompt_ids,
+                self.tokenizer,
+                incremental=asked.incremental,
+                eos_ids=self.eos_ids,
+            )
             for index in range(params.n)
         ]
         return RequestState(name, self._next_id, answers)

@@ -86,3 +86,27 @@ def test_a_batch_job_writes_the_numbers_of_each_row(llm: LLM, folder: Path, tmp_
     assert_near([data[0], data[2]], [whole[0], whole[2]], atol=1e-6)
     assert len(data[1]) == 5 and found[0]["usage"]["prompt_tokens"] > 0
     assert found[3]["error"] == "params has 'temperature', which is not a pooling parameter"
+
+
+def test_the_input_of_embed_is_not_its_output(tmp_path: Path) -> None:
+    source, link = Path(written(tmp_path, *TEXTS)), tmp_path / "link"
+    link.symlink_to(source)
+    before = source.read_text()
+    for target in (source, link):
+        with pytest.raises(ValueError, match="is the input: use another file with -o"):
+            run("embed", [str(source), "-o", str(target), "--model", "none"])
+        assert source.read_text() == before
+
+
+def test_an_older_output_of_embed_stays_if_the_model_does_not_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: str, **options: Any) -> LLM:
+        raise ValueError("no such model")
+
+    monkeypatch.setattr(nanovllm, "LLM", fail)
+    target = tmp_path / "old.jsonl"
+    target.write_text("old\n")
+    with pytest.raises(ValueError, match="no such model"):
+        run("embed", [written(tmp_path, *TEXTS), "-o", str(target), "--model", "none"])
+    assert target.read_text() == "old\n"

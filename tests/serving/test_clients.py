@@ -204,6 +204,30 @@ def test_stop_strings_across_tokens_end_answers_as_in_llm(
     assert comparable(last) == comparable(expected)
 
 
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("stop", [None, ["never there"]])
+@pytest.mark.parametrize("kind", [Kind.DELTA, Kind.FINAL_ONLY])
+def test_stop_tokens_are_in_the_text_on_request_only(
+    include: bool, stop: list[str] | None, kind: Kind, llm: LLM, engine: Engine
+) -> None:
+    (whole,) = llm.generate(PROMPTS[3:4], greedy(12), use_tqdm=False)
+    token_id = whole.outputs[0].token_ids[5]
+    token_ids = whole.outputs[0].token_ids[: whole.outputs[0].token_ids.index(token_id) + 1]
+    params = greedy(
+        12, stop=stop, stop_token_ids=[token_id], include_stop_str_in_output=include,
+        output_kind=kind,
+    )  # fmt: skip
+    assert engine.tokenizer is not None
+
+    async def work(client: Client) -> list[list[RequestOutput]]:
+        return await answers(client, PROMPTS[3:4], params)
+
+    (outputs,) = serve(engine, work)
+    text = engine.tokenizer.decode(token_ids if include else token_ids[:-1])
+    assert "".join(output.outputs[0].text for output in outputs) == text
+    assert joined(output.outputs[0].token_ids for output in outputs) == token_ids
+
+
 def test_a_stop_string_counts_as_a_stop(engine: Engine) -> None:
     async def work(client: Client) -> None:
         await answers(client, PROMPTS[:1], greedy(400, stop=["<filler"]))
