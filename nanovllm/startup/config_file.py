@@ -116,7 +116,8 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
             f"{path}: model_type is {model_type!r}, which transformers does not support"
         )
     try:
-        hf = _made(CONFIG_MAPPING[model_type], fields, ropes)
+        with _without_docstrings():  # looking up the class imports its module
+            hf = _made(CONFIG_MAPPING[model_type], fields, ropes)
     except Exception as error:  # of several libraries, some with more than one line
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path}: transformers refuses the config: {reason}") from error
@@ -134,12 +135,11 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
 def _made(kind: Any, fields: Mapping[str, Any], ropes: Mapping[str, Any]) -> Any:
     """transformers' config of a class. `ropes` are merged into the sets per layer type that it
     makes, also of flat fields."""
-    with _without_docstrings():
-        hf = kind.from_dict(dict(fields))
-        if not ropes:
-            return hf
-        others = {name: one for name, one in fields.items() if name not in ROPE_FIELDS}
-        return kind.from_dict({**others, "rope_parameters": _merged(hf.rope_parameters, ropes)})
+    hf = kind.from_dict(dict(fields))
+    if not ropes:
+        return hf
+    others = {name: one for name, one in fields.items() if name not in ROPE_FIELDS}
+    return kind.from_dict({**others, "rope_parameters": _merged(hf.rope_parameters, ropes)})
 
 
 def llama_config(fields: Mapping[str, Any]) -> Any:
