@@ -22,8 +22,8 @@
 // memory, at most), SHARED_BYTES, WARPS, COPIERS, CLOCKS (times of tasks are kept), ALL_ARRIVE (each thread
 // arrives at the barrier of a stage that it has read, not the first of a warp for all: for race checkers),
 // SEVERAL (rows may be tokens of one request, one after the other: each attends to those before it too),
-// KEEPS (hidden states after some layers are stored for readers behind the step), QKV_BIAS, LAYER_BITS and HEAD_BITS (of a weight: 16, 8 for float8_e4m3fn, 4 for
-// integers in groups of GROUP_COLUMNS), BLOCK (scales of fp8 are of blocks of so many rows and columns, or of
+// KEEPS (hidden states after some layers are stored for readers behind the step), QKV_BIAS, LAYER_BITS and
+// HEAD_BITS (of a weight: 16, 8 for float8_e4m3fn, 4 for integers in groups of GROUP_COLUMNS), BLOCK (scales of fp8 are of blocks of so many rows and columns, or of
 // rows), SCALE (of scales: 0 fp32, 1 bf16, 2 fp16), OFFSET (groups have one).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x

@@ -111,7 +111,7 @@ class Monitor(threading.Thread):
             last = time.monotonic()
             while not self.is_ending and self.failure is None:
                 is_closing = any(process.is_closed for process in self.processes)
-                wait_s = min(TICK_SECONDS, CLOSED_TICK_SECONDS) if is_closing else TICK_SECONDS
+                wait_s = CLOSED_TICK_SECONDS if is_closing else TICK_SECONDS
                 for key, _ in self._selector.select(wait_s):
                     key.data()
                 now = time.monotonic()

@@ -101,8 +101,8 @@ class End(msgspec.Struct, array_like=True):
 class Done(msgspec.Struct, array_like=True):
     """The end of an answer. The fields are those of `FinishedOutput`.
 
-    prompt_logprobs: packed `numbers`, so that readers can build the objects where that delays
-    nobody: it takes 1 to 2 us for each number.
+    prompt_logprobs: packed `numbers`. Each takes 1 to 2 us to become an object, so a client can
+    build the objects of a long prompt in a thread.
     """
 
     finish_reason: str

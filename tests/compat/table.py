@@ -39,6 +39,7 @@ OUTPUTS = "tests/test_llm_outputs.py"
 IMPORTS, FLAGS = "tests/compat/test_imports.py", "tests/cli/test_flags.py"
 ASYNC = "tests/serving/test_async_llm.py"
 ADAPTERS, SERVED = "tests/engine/test_adapters.py", "tests/api/test_served_adapters.py"
+ADAPTER_OPTIONS = "tests/engine/test_refused_adapters.py"
 POOLING = "tests/pooling/test_decoders.py"
 POOLING_IMAGES = "tests/pooling/test_pooling_images.py"
 SLEEP, NANO = "tests/engine/test_sleep.py", "tests/compat/test_nano_vllm.py"
@@ -104,7 +105,7 @@ SAME_NAME = {
     "tensor_parallel_size": "tests/engine/test_tensor_parallel.py",
     "distributed_executor_backend": "tests/replicas/test_ray_replicas.py",
     "speculative_config": "tests/engine/test_speculation_options.py",
-    **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras"), ADAPTERS),
+    **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras"), ADAPTER_OPTIONS),
     "task": CALLS, "pooler_config": CALLS,
 }  # fmt: skip
 # vLLM's methods of LLM and LLMEngine

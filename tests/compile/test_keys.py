@@ -210,6 +210,19 @@ def test_sources_count_by_name_and_content_only(tmp_path: Path) -> None:
     assert source_digest(first.glob("*.py"), first) != digest
 
 
+def changes(
+    sources: Callable[[], dict[str, str]], file: str, folder: Path, patch: pytest.MonkeyPatch
+) -> bool:
+    """Whether an edit of a file of compile/ changes these ingredients."""
+    copy = folder / "compile"
+    shutil.copytree(keys.ROOT, copy)
+    patch.setattr(keys, "ROOT", copy)
+    before = sources()
+    with (copy / file).open("a") as opened:
+        opened.write("# changed\n")
+    return sources() != before
+
+
 @pytest.mark.parametrize(
     "file, counts",
     [("trace.py", True), ("program.py", True), ("passes/replace_ops.py", True),
@@ -220,13 +233,7 @@ def test_sources_count_by_name_and_content_only(tmp_path: Path) -> None:
 def test_sources_of_what_makes_programs_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, counts: bool
 ) -> None:
-    copy = tmp_path / "compile"
-    shutil.copytree(keys.ROOT, copy)
-    monkeypatch.setattr(keys, "ROOT", copy)
-    before = keys.own_sources()
-    with (copy / file).open("a") as opened:
-        opened.write("# changed\n")
-    assert (keys.own_sources() != before) == counts
+    assert changes(keys.own_sources, file, tmp_path, monkeypatch) == counts
 
 
 @pytest.mark.parametrize(
@@ -236,13 +243,8 @@ def test_sources_of_what_makes_programs_count(
 def test_sources_of_plans_count_for_plans(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, counts: bool
 ) -> None:
-    copy = tmp_path / "compile"
-    shutil.copytree(keys.ROOT, copy)
-    monkeypatch.setattr(keys, "ROOT", copy)
-    before = keys.plan_sources()
-    with (copy / "lower/persistent" / file).open("a") as opened:
-        opened.write("# changed\n")
-    assert (keys.plan_sources() != before) == counts
+    path = f"lower/persistent/{file}"
+    assert changes(keys.plan_sources, path, tmp_path, monkeypatch) == counts
 
 
 def test_files_that_make_programs_import_no_others_but_keys_and_store() -> None:

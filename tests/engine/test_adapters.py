@@ -3,75 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nanovllm import LLM, LoRARequest, platforms
+from nanovllm import LLM, LoRARequest
 from nanovllm.batch.rows import Line
 from nanovllm.batch.worker import EngineWorker, WorkerSettings
 from nanovllm.checks import InvalidValue
 from nanovllm.compile import keys
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import input_leaves
-from nanovllm.config import EngineConfig
 from nanovllm.engine.request import EngineRequest
 from nanovllm.models.model import AdapterRows
 from nanovllm.runner.graph_cache import GraphCache
-from nanovllm.schedule.outputs import FinishedOutput
 from nanovllm.schedule.plan import StepPlan
-from nanovllm.startup.resolve import resolve_without_weights
+from tests.engine.adapter_cases import (
+    LORA,
+    MODES,
+    NAMES,
+    NUMBERS,
+    PROMPTS,
+    SIZES,
+    Asked,
+    adapters,
+    alone,
+    asked,
+    eager,
+    make,
+)
 from tests.engines import assert_all_free, drain, greedy
 from tests.models import lora_cases
 from tests.models.harness import transformers_model
 
-LENGTHS = (19, 1, 40, 33, 7, 20)
-PROMPTS = [[(7 * i + 3 * j * j) % 120 + 5 for j in range(num)] for i, num in enumerate(LENGTHS)]
-NAMES = (None, "french", "german", "french", None, "german")
-SIZES: dict[str, Any] = {
-    "device": "cpu", "dtype": "float32", "max_model_len": 128, "kvcache_block_size": 16,
-    "max_num_seqs": 6, "max_num_batched_tokens": 64, "num_kvcache_blocks": 60,
-    "skip_tokenizer_init": True,
-}  # fmt: skip
-LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "max_cpu_loras": 3}
-MODES: dict[str, dict[str, Any]] = {
-    "eager": {"enforce_eager": True},
-    "graph": {"graph_batch_sizes": (1, 6)},
-}
+__all__ = ["adapters", "alone", "asked", "eager"]  # fixtures
 GPU_MODES: dict[str, dict[str, Any]] = {
     f"cuda-{name}": {**mode, "device": "cuda"} for name, mode in MODES.items()
 }
 BATCH = [
     f"batch_{one}" for one in ("rope_pos_T", "slot_T", "block_table_RP", "seq_len_R", "q_start_S")
 ]
-NUMBERS = {"french": 7, "german": 2, "dutch": 30, "danish": 4}
-
-
-@pytest.fixture(scope="module")
-def adapters(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoRARequest]:
-    """Adapters of several kinds; "danish" has those of "german" on some layers alone."""
-    root, found = tmp_path_factory.mktemp("adapters"), {}
-    fields: dict[str, dict[str, Any]] = {
-        "french": {"use_rslora": True},
-        "german": {
-            "ranks": {"q_proj": 2, "down_proj": 8}, "target_modules": r".*\.(q|v|o|down)_proj",
-            "rank_pattern": {"q_proj": 2, "down_proj": 8}, "alpha_pattern": {"v_proj": 3},
-            "named": lambda module: module.endswith(("q_proj", "v_proj", "o_proj", "down_proj")),
-        },
-        "dutch": {},
-        "danish": {
-            "target_modules": ["up_proj"], "layers_to_transform": [1],
-            "named": lambda module: ".layers.1." in module and module.endswith("up_proj"),
-        },
-    }  # fmt: skip
-    for seed, (name, changes) in enumerate(fields.items()):
-        folder = lora_cases.save_adapter(root / name, checkpoint, seed=seed, **changes)
-        found[name] = LoRARequest(name, NUMBERS[name], str(folder))
-    return found
 
 
 def scale(name: str, module: str, rank: int) -> float:
@@ -94,58 +67,6 @@ def merged(
             root / name, checkpoint, Path(one.path), lambda *at, name=name: scale(name, *at)
         )
         found[name] = transformers_model(folder, "cpu")
-    return found
-
-
-def make(checkpoint: Path, **options: Any) -> LLM:
-    return LLM(str(checkpoint), **{**SIZES, **LORA, **MODES["eager"], **options})
-
-
-@pytest.fixture(scope="module")
-def eager(checkpoint: Path) -> Iterator[LLM]:
-    llm = make(checkpoint, draft_lengths=(2,))
-    yield llm
-    llm.close()
-
-
-class Asked:
-    """Runs prompts with adapters, by their names."""
-
-    def __init__(self, adapters: dict[str, LoRARequest]) -> None:
-        self.adapters = adapters
-
-    def __call__(
-        self, llm: LLM, prompts: Sequence[list[int]], names: Sequence[str | None], num: int = 12
-    ) -> list[FinishedOutput]:
-        """Answers to prompts in one batch."""
-        engine, params = llm.engine, greedy(num, logprobs=2)
-        ids = [
-            engine.add_request(prompt, params, incremental=False, lora_request=self.of(name))
-            for prompt, name in zip(prompts, names)
-        ]
-        done = drain(llm)
-        assert_all_free(llm)
-        return [done[one] for one in ids]
-
-    def of(self, name: str | None) -> LoRARequest | None:
-        return None if name is None else self.adapters[name]
-
-    def tokens(self, *args: Any) -> list[list[int]]:
-        return [one.token_ids for one in self(*args)]
-
-
-@pytest.fixture(scope="module")
-def asked(adapters: dict[str, LoRARequest]) -> Asked:
-    return Asked(adapters)
-
-
-@pytest.fixture(scope="module")
-def alone(eager: LLM, asked: Asked) -> list[list[int]]:
-    """The answer to each prompt with its adapter, without company."""
-    found = []
-    for prompt, name in zip(PROMPTS, NAMES):
-        eager.engine.forget_prefixes()
-        found += asked.tokens(eager, [prompt], [name])
     return found
 
 
@@ -432,99 +353,3 @@ def test_other_files_under_one_name_have_other_blocks(
         llm.engine.adapters.remove(1)
     assert roots[0] != roots[1] and answers[0] != answers[1]
     llm.close()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (("a", 0, "/a"), "lora_int_id is 0: it must be a whole number, 1 …"),
-        (("a", -1, "/a"), "lora_int_id is -1"),
-        (("a", True, "/a"), "lora_int_id is True"),
-        (("", 1, "/a"), "lora_name is '': it must be a text, and not empty"),
-        (("a", 1, None), "lora_path is None"),
-    ],
-)
-def test_requests_that_name_no_adapter_are_refused(arguments: Any, error: str) -> None:
-    with pytest.raises(InvalidValue, match=error):
-        LoRARequest(*arguments)
-
-
-def test_adapters_that_do_not_work_are_refused_and_leave_nothing(
-    eager: LLM, asked: Asked, tmp_path: Path, checkpoint: Path
-) -> None:
-    before = eager.engine.adapters.requests
-    refused = {
-        LoRARequest("x", 90, str(tmp_path)): "adapter 'x': .*adapter_config.json cannot be read",
-        LoRARequest("french", 2, "/elsewhere"): "lora_int_id 2 is that of 'german' from .*, not of",
-    }
-    asked(eager, [PROMPTS[1]], ["german"], 1)
-    for request, error in refused.items():
-        with pytest.raises(InvalidValue, match=error) as raised:
-            eager.generate([PROMPTS[1]] * 2, greedy(2), lora_request=[None, request])
-        assert raised.value.field == "lora_request"
-    with pytest.raises(ValueError, match="lora_request is 5: it must be a LoRARequest, or None"):
-        eager.generate([PROMPTS[1]], greedy(2), lora_request=[5])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="1 lora requests for 2 prompts"):
-        eager.generate([PROMPTS[1]] * 2, greedy(2), lora_request=[None])
-    assert not eager.engine.has_unfinished
-    assert {one.lora_name for one in before} <= {one.lora_name for one in asked.adapters.values()}
-
-
-def test_an_engine_without_adapters_refuses_them(eager_llm: LLM, asked: Asked) -> None:
-    with pytest.raises(InvalidValue, match="'french': adapters need the option enable_lora=True"):
-        eager_llm.generate([[5]], greedy(1), lora_request=asked.of("french"))
-    assert not eager_llm.engine.has_unfinished
-
-
-def test_numbers_that_are_not_finite_end_their_requests_alone(
-    eager: LLM, asked: Asked, tmp_path: Path, checkpoint: Path, alone: list[list[int]]
-) -> None:
-    """They are found as a thread reads the file."""
-    folder = lora_cases.save_adapter(tmp_path, checkpoint, std=float("inf"))
-    requests = [LoRARequest("bad", 50, str(folder)), None]
-    outputs = eager.generate(
-        [PROMPTS[1], PROMPTS[0]], greedy(12), use_tqdm=False, lora_request=requests
-    )
-    assert outputs[0]["finish_reason"] == "error"
-    assert "adapter 'bad': " in outputs[0]["error"] and "not finite" in outputs[0]["error"]
-    assert outputs[1]["token_ids"] == alone[0]
-    assert 50 not in {one.lora_int_id for one in eager.engine.adapters.requests}
-
-
-def test_too_little_host_memory_ends_the_requests_of_an_adapter_alone(
-    checkpoint: Path, asked: Asked, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def allocate(num_bytes: int) -> torch.Tensor:
-        raise RuntimeError("can't allocate memory\nExceptions raised from …")
-
-    llm = make(checkpoint)
-    requests, prompts = [asked.of(name) for name in ("french", None)], [PROMPTS[1], PROMPTS[0]]
-    with monkeypatch.context() as patched:
-        patched.setattr(llm.engine.runner.platform, "host_buffer", allocate)
-        found = llm.generate(prompts, greedy(12), use_tqdm=False, lora_request=requests)
-    assert found[0]["finish_reason"] == "error"
-    assert found[0]["error"] == (
-        "reading adapter 'french' has failed: RuntimeError: can't allocate memory"
-    )
-    assert found[1]["token_ids"] == alone[0] and not llm.engine.adapters.requests
-    assert asked.tokens(llm, PROMPTS[1:2], ["french"]) == alone[1:2]
-    llm.close()
-
-
-def test_options_of_adapters_that_do_not_go_together_are_refused(checkpoint: Path) -> None:
-    for options, error in (
-        ({"max_cpu_loras": 1}, "max_cpu_loras is 1: it must be at least max_loras"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' does not go with enable_lora=True"),
-        ({"max_lora_rank": 513}, "max_lora_rank is 513"),
-        ({"enable_lora": False}, "max_loras=2 needs enable_lora=True"),
-    ):
-        with pytest.raises(ValueError, match=error):
-            make(checkpoint, **options)
-
-
-def test_a_device_whose_kernels_are_not_ready_refuses_the_option() -> None:
-    config = EngineConfig.from_options("tiny-qwen3", {**SIZES, "enable_lora": True})
-    platform = platforms.select("cpu")
-    platform.traits = replace(platform.traits, supports_adapters=False)
-    with pytest.raises(ValueError, match="enable_lora=True is not supported on the device cpu"):
-        resolve_without_weights(config, platform)
