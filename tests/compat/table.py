@@ -105,7 +105,9 @@ SAME_NAME = {
     "tensor_parallel_size": "tests/engine/test_tensor_parallel.py",
     "distributed_executor_backend": "tests/replicas/test_ray_replicas.py",
     "speculative_config": "tests/engine/test_speculation_options.py",
-    **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras"), ADAPTER_OPTIONS),
+    **dict.fromkeys(
+        ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras"), ADAPTER_OPTIONS
+    ),
     "task": CALLS, "pooler_config": CALLS,
 }  # fmt: skip
 # vLLM's methods of LLM and LLMEngine
