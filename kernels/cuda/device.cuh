@@ -83,6 +83,9 @@ __device__ __forceinline__ void copy(u32 to, const u8* from, u32 num_bytes, u32 
       : "memory");
 }
 
+// Into the second-level cache.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 struct Ring {
   u32 at = 0, parity = 0, turn = 0;
   __device__ __forceinline__ void advance(u32 size) {

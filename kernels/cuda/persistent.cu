@@ -91,12 +91,9 @@ struct Args {
 #define QKV ((HEADS + 2 * KV_HEADS) * HEAD)
 #define WIDE 512                                // columns of a stage with 16 rows
 #define GROUP_COLUMNS 128                       // that share a scale of integers
-// Behind a row of a stage, so that few of the rows that are read together share banks: of integers their
-// scales, from OFFSETS_AT on their offsets, and no row shares a bank with another.
-#define ROW_END(flags) \
-  ((flags) & OF_FP8 ? 32 : LAYER_BITS == 4 && (flags) & OF_INT4 ? (OFFSET ? 80 : 48) : 64)
-#define OFFSETS_AT 32
-#define STAGE_BYTES (16 * (WIDE * 2 + (LAYER_BITS == 4 && OFFSET ? 80 : 64)))
+// Behind a row of a stage, so that few of the rows that are read together share banks.
+#define ROW_END(flags) ((flags) & OF_FP8 ? 32 : 64)
+#define STAGE_BYTES (16 * (WIDE * 2 + 64))
 #define TOKENS 32                               // keys and values of so many tokens are a stage
 #define MIN_PART 32                             // keys in a part
 #define NO_SCORE -1e30f
@@ -204,6 +201,21 @@ __device__ __forceinline__ void begin_stage(const Worker& w, u32 num_bytes) {
   __syncwarp();
 }
 
+// Fetches the scales of a row of a stage into the second-level cache, where they are once the stage has
+// been copied. A copy to shared memory takes the copying unit about as long as one of 1,024 bytes.
+__device__ __forceinline__ void prefetch_scales(const Task& t, u32 row, u32 column) {
+  if (EXPERTS && t.flags & EXPERT) return;
+  if (t.flags & OF_INT4) {
+    const u64 at = (u64)row * (t.depth / GROUP_COLUMNS) + column / GROUP_COLUMNS;
+    prefetch(t.k_norm + at);
+    if (OFFSET) prefetch(t.q_norm + at);
+  } else if (t.flags & OF_FP8) {
+    constexpr u32 SIDE = BLOCK ? BLOCK : 1;
+    const u32 at = BLOCK ? row / SIDE * ((t.depth + SIDE - 1) / SIDE) + column / SIDE : row;
+    prefetch(reinterpret_cast<const u8*>(t.k_norm) + at * (SCALE ? 2 : 4));
+  }
+}
+
 __device__ __forceinline__ void copy_weights(Worker& w) {
   const Task& t = *w.task;
   Ring& stage = w.stage;
@@ -231,16 +243,9 @@ __device__ __forceinline__ void copy_weights(Worker& w) {
         const u32 to_column = t.depth < from_column + chunk ? t.depth : from_column + chunk;
         for (u32 column = from_column; column < to_column; column += wide) {
           const u32 num = to_column - column < wide ? to_column - column : wide, num_bytes = num * bits / 8;
-          const u32 of_groups = LAYER_BITS == 4 && t.flags & OF_INT4 ? num / GROUP_COLUMNS * 2 : 0;
-          begin_stage(w, (num_bytes + of_groups * (OFFSET ? 2 : 1)) * of_stage);
+          begin_stage(w, num_bytes * of_stage);
           const u32 to = ring + stage.at * STAGE_BYTES + idx * pitch;
-          if (of_groups && w.lane < rows.num) {
-            const u64 at = (u64)row * (t.depth / GROUP_COLUMNS) + column / GROUP_COLUMNS;
-            copy(to + row_bytes, reinterpret_cast<const u8*>(t.k_norm + at), of_groups, full_barrier(stage.at));
-            if (OFFSET)
-              copy(to + row_bytes + OFFSETS_AT, reinterpret_cast<const u8*>(t.q_norm + at), of_groups,
-                   full_barrier(stage.at));
-          }
+          if (HAS_CODES && w.lane < rows.num) prefetch_scales(t, row, column);
           if (w.lane < rows.num && is_of_parts)
             copy_parts(to, from, tile, column, num_bytes, full_barrier(stage.at));
           else if (w.lane < rows.num)

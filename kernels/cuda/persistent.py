@@ -171,8 +171,7 @@ class Sizes(NamedTuple):
     @property
     def stage_bytes(self) -> int:
         """Of the ring, with a stage's two barriers."""
-        has_offset = self.codes is not None and self.codes.has_offset
-        return 16 * (WIDE * 2 + (80 if has_offset else 64)) + 16
+        return 16 * (WIDE * 2 + 64) + 16
 
     @property
     def num_stages(self) -> int:

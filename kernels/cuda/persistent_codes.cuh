@@ -7,25 +7,35 @@ template <> struct Eight<OF_INT4> { using Type = u32; };
 
 __device__ __forceinline__ void load(Four& to, const u8* at) { to = load_four(at); }
 __device__ __forceinline__ void load(uint2& to, const u8* at) { to = *reinterpret_cast<const uint2*>(at); }
-__device__ __forceinline__ void load(u32& to, const u8* at) { to = *reinterpret_cast<const u32*>(at); }
+// Of integers the four pieces of a group; zeros where there is none.
+__device__ __forceinline__ void load_group(u32* to, const u8* at, bool is_there) {
+  const Four v = is_there ? load_four(at) : Four{0, 0, 0, 0};
+  to[0] = v.a, to[1] = v.b, to[2] = v.c, to[3] = v.d;
+}
 
 // Eight numbers in bf16; those in fp8 without their scale: their bits are those of a small bf16, whose
 // exponent is 120 less. Integers are times their scale, plus their offset, times 2⁻²⁰ (packed_codes.cuh).
-__device__ __forceinline__ Four in_bf16(const Four& v, u32, u32, bool) { return v; }
+struct Factors { u32 low, high, less; };  // of `numbers`
+
+__device__ __forceinline__ Four in_bf16(const Four& v, const Factors&) { return v; }
 __device__ __forceinline__ u32 pair_of_fp8(u32 two) {
   return fma2((two >> 4 & 0x07f007f0) | (two & 0x80008000), 0x7b807b80, 0x80008000);
 }
-__device__ __forceinline__ Four in_bf16(const uint2& v, u32, u32, bool) {
+__device__ __forceinline__ Four in_bf16(const uint2& v, const Factors&) {
   return Four{pair_of_fp8(spread(v.x, 0x1404)), pair_of_fp8(spread(v.x, 0x3424)),
               pair_of_fp8(spread(v.y, 0x1404)), pair_of_fp8(spread(v.y, 0x3424))};
 }
 
-__device__ __forceinline__ Four in_bf16(const u32& v, u32 scales, u32 offsets, bool is_second) {
-  u32 low, high, less;
-  factors(scale_of_bits(is_second ? scales >> 16 : scales), scale_of_bits(is_second ? offsets >> 16 : offsets),
-          low, high, less);
-  const Pairs r = numbers(v, low, high, less);
+__device__ __forceinline__ Four in_bf16(const u32& v, const Factors& by) {
+  const Pairs r = numbers(v, by.low, by.high, by.less);
   return Four{r.of[0], r.of[1], r.of[2], r.of[3]};
+}
+
+// Of a group of integers, from the bits of its scale and its offset.
+__device__ __forceinline__ Factors factors_of(u16 scale, u16 offset) {
+  Factors r;
+  factors(scale_of_bits(scale), scale_of_bits(offset), r.low, r.high, r.less);
+  return r;
 }
 
 __device__ __forceinline__ float scale_at(const u16* scales, u32 idx) {
@@ -41,11 +51,11 @@ __device__ __forceinline__ u32 upper_row(u32 tile, u32 num_outs) {
 }
 
 // A thread's part of a stage: of the weight rows g and, unless it is a half tile, g + 8. With blocks their
-// scales. Of integers a word has two scales, of the columns of the first four warps and of the others.
+// scales, and of integers those of the groups of each four pieces.
 template <class P>
 struct Piece {
-  static constexpr u32 UPPER = P::IS_HALF ? 1 : P::TURNS;
+  static constexpr u32 UPPER = P::IS_HALF ? 1 : P::TURNS, GROUPS = P::IS_INT4 ? P::TURNS / 4 : 1;
   typename P::Codes lower[P::TURNS], upper[UPPER];
   float scale[P::HAS_BLOCKS ? P::TURNS : 1], upper_scale[P::HAS_BLOCKS ? UPPER : 1];
-  u32 scales[2][P::IS_INT4 ? P::TURNS : 1], offsets[2][P::IS_INT4 && OFFSET ? P::TURNS : 1];
+  u16 group_scale[2][GROUPS], group_offset[2][OFFSET ? GROUPS : 1];
 };

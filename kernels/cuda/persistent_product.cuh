@@ -1,8 +1,8 @@
 // Products of persistent.cu: a program's tiles of a weight, for all rows of x.
 //
-// Warp w has the columns 32 w .. 32 w + 31 of each 256, a piece. It waits only for its own columns of x
-// and has those of a chunk in registers, as the matrix units read them: thread t of group g has eight
-// columns of a piece, of row g. Several chunks stay in shared memory if there is room, else they are
+// Warp w has the columns 32 w .. 32 w + 31 of each 256, a piece; of integers it has those of group w of each
+// 1,024, four pieces. It waits only for its own columns of x and has those of a chunk in registers, as the
+// matrix units read them: thread t of group g has eight columns of a piece, of row g. Several chunks stay in shared memory if there is room, else they are
 // fetched again for each AT_ONCE tiles. The sums over all columns meet once, behind the tiles; a norm's
 // factor is a factor of these sums.
 
@@ -24,6 +24,8 @@ struct Of {
   static constexpr u32 X_PITCH = ((IS_RESIDENT ? CHUNKS : 1) * PIECES + 1) * 64;  // rows g and g + 1: other banks
   static_assert(AT_X + WARPS * ROWS * X_PITCH <= SHARED_BYTES, "Sizes.shared_bytes has no room for x");
   static constexpr bool IS_EVEN = DEPTH % CHUNK == 0 && CHUNK % IN_STAGE == 0;
+  static_assert(!IS_INT4 || WARPS * GROUP_COLUMNS == 4 * WORKERS, "a warp's four pieces are a group");
+  static constexpr u32 GROUPS = DEPTH / GROUP_COLUMNS;
   static constexpr u32 BLOCKS = BLOCK ? (DEPTH + BLOCK - 1) / (BLOCK ? BLOCK : 1) : 1;  // of columns
 
   // The last chunk may have fewer stages than the others.
@@ -58,7 +60,8 @@ __device__ __forceinline__ void fetch_x(Worker& w, const Task& t, u32 chunk, flo
   using P = Of<DEPTH, FLAGS>;
   constexpr u32 OF_ROW = (P::PIECES + 3) / 4, LOADS = ROWS * OF_ROW, BATCH = LOADS < 8 ? LOADS : 8;
   // a load is of four numbers; those of a warp are of 32 columns in four pieces
-  const u32 column = w.lane / 8 * WORKERS + w.warp * 32 + w.lane % 8 * 4 + chunk * P::CHUNK;
+  const u32 of_warp = P::IS_INT4 ? w.lane / 8 * 32 + w.warp * GROUP_COLUMNS : w.lane / 8 * WORKERS + w.warp * 32;
+  const u32 column = of_warp + w.lane % 8 * 4 + chunk * P::CHUNK;
   const u64* const words = w.a.words + t.in_at + column / 2;
   const u8* const norm = t.second_input + column * 2;
   u8* const to = place_of_x<P>(w, chunk) + w.lane * 8;
@@ -101,9 +104,9 @@ __device__ __forceinline__ void load_x(const Worker& w, u32 chunk, Four (&x)[P::
     x[piece] = Four{0, 0, 0, 0};
     if (g >= ROWS || !P::has(chunk, piece, w.warp)) continue;
     const u8* const from = place_of_x<P>(w, chunk) + g * P::X_PITCH + piece * 64;
-    if (P::IS_INT4) {  // in the order of `numbers`
-      const uint2 low = *reinterpret_cast<const uint2*>(from + w.lane % 4 * 8);
-      const uint2 high = *reinterpret_cast<const uint2*>(from + 32 + w.lane % 4 * 8);
+    if (P::IS_INT4) {  // a thread has a quarter of a group, in the order of `numbers`
+      const u8* const own = from - piece % 4 * 64 + w.lane % 4 * 64 + piece % 4 * 8;
+      const uint2 low = *reinterpret_cast<const uint2*>(own), high = *reinterpret_cast<const uint2*>(own + 32);
       x[piece] = Four{low.x, low.y, high.x, high.y};
     } else {
       x[piece] = load_four(from + w.lane % 4 * 16);
@@ -112,14 +115,20 @@ __device__ __forceinline__ void load_x(const Worker& w, u32 chunk, Four (&x)[P::
   __syncwarp();
 }
 
-// A tile's scales of blocks.
+// A tile's scales of blocks, or of groups with their offsets.
 template <class P, u32 FLAGS>
 struct Scales {
-  const u16* all;
+  const u16 *all, *offsets;
   u32 tile, num_outs;
 
   // Without scales the number is not counted: even unused it changes how the loop is compiled.
-  __device__ __forceinline__ void advance() { if (P::HAS_BLOCKS) tile++; }
+  __device__ __forceinline__ void advance() { if (P::HAS_BLOCKS || P::IS_INT4) tile++; }
+
+  // The number of the group of a warp in 1,024 columns.
+  __device__ __forceinline__ u32 group(const Worker& w, u32 column, bool upper) const {
+    const u32 row = (upper ? upper_row<FLAGS>(tile, num_outs) : lower_row<FLAGS>(tile)) + w.lane / 4;
+    return row * P::GROUPS + column / GROUP_COLUMNS + w.warp;
+  }
 
   __device__ __forceinline__ float of(u32 column, bool upper) const {
     constexpr u32 SIDE = BLOCK ? BLOCK : 1;
@@ -129,15 +138,10 @@ struct Scales {
   }
 };
 
-// Waits for the next stage and loads from it. Returns the barrier that frees its place.
+// Loads the scales of a thread's part of a stage.
 template <class P, u32 FLAGS>
-__device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage,
-                                          const Scales<P, FLAGS>& scales) {
-  const u32 row_at = w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH;
-  const u8* const from = shared<u8>(row_at + w.warp * (4 * P::BITS_EACH) + w.lane % 4 * P::BITS_EACH);
-  const u32 place = empty_barrier(w.stage.at);
-  // experts are chosen before their stage is full; others' scales are on their way while it is waited for
-  if (FLAGS & EXPERT) wait_for(full_barrier(w.stage.at), w.stage.parity);
+__device__ __forceinline__ void load_scales(const Worker& w, Piece<P>& to, u32 chunk, u32 stage,
+                                            const Scales<P, FLAGS>& scales) {
 #pragma unroll
   for (u32 i = 0; i < P::TURNS && P::HAS_BLOCKS; i++) {
     const u32 piece = stage * P::TURNS + i;
@@ -145,22 +149,45 @@ __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u3
     to.scale[i] = scales.of(column, false);
     if (!P::IS_HALF) to.upper_scale[i] = scales.of(column, true);
   }
+#pragma unroll
+  for (u32 i = 0; i < P::TURNS && P::IS_INT4; i += 4) {
+    const u32 piece = stage * P::TURNS + i;
+    const u32 column = P::has(chunk, piece, w.warp) ? chunk * P::CHUNK + piece * WORKERS : 0;
+#pragma unroll
+    for (u32 h = 0; h < (P::IS_HALF ? 1 : 2); h++) {
+      const u32 at = scales.group(w, column, h);
+      to.group_scale[h][i / 4] = __ldg(scales.all + at);
+      if (OFFSET) to.group_offset[h][i / 4] = __ldg(scales.offsets + at);
+    }
+  }
+}
+
+// Waits for the next stage and loads from it. Returns the barrier that frees its place.
+template <class P, u32 FLAGS>
+__device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage,
+                                          const Scales<P, FLAGS>& scales) {
+  constexpr u32 OF_WARP = P::IS_INT4 ? GROUP_COLUMNS / 2 : 4 * P::BITS_EACH;  // bytes, and of a thread
+  const u32 at = w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH + w.warp * OF_WARP + w.lane % 4 * (OF_WARP / 4);
+  const u8* const from = shared<u8>(at);
+  const u32 place = empty_barrier(w.stage.at);
+  // experts are chosen before their stage is full; others' scales are on their way while it is waited for
+  if (FLAGS & EXPERT) wait_for(full_barrier(w.stage.at), w.stage.parity);
+  load_scales<P, FLAGS>(w, to, chunk, stage, scales);
   if (!(FLAGS & EXPERT)) wait_for(full_barrier(w.stage.at), w.stage.parity);
 #pragma unroll
   for (u32 i = 0; i < P::TURNS; i++) {
-    to.lower[i] = {};
-    if (!P::IS_HALF) to.upper[i] = {};
-#pragma unroll
-    for (u32 h = 0; h < 2 && P::IS_INT4; h++) to.scales[h][i] = 0, to.offsets[h][OFFSET ? i : 0] = 0;
-    if (!P::has(chunk, stage * P::TURNS + i, w.warp)) continue;
-    load(to.lower[i], from + i * WORKERS * P::BITS_EACH / 8);
-    if (!P::IS_HALF) load(to.upper[i], from + 8 * P::PITCH + i * WORKERS * P::BITS_EACH / 8);
-    if (!P::IS_INT4) continue;
-#pragma unroll
-    for (u32 h = 0; h < (P::IS_HALF ? 1 : 2); h++) {
-      const u32* const words = shared<u32>(row_at + h * 8 * P::PITCH + P::ROW_BYTES);
-      to.scales[h][i] = words[i];
-      if (OFFSET) to.offsets[h][i] = words[OFFSETS_AT / 4 + i];
+    constexpr u32 OF_PIECE = WORKERS * P::BITS_EACH / 8, UPPER = 8 * P::PITCH;
+    if constexpr (P::IS_INT4) {
+      if (i % 4) continue;
+      const bool is_there = P::has(chunk, stage * P::TURNS + i, w.warp);
+      load_group(to.lower + i, from + i * OF_PIECE, is_there);
+      if (!P::IS_HALF) load_group(to.upper + i, from + UPPER + i * OF_PIECE, is_there);
+    } else {
+      to.lower[i] = {};
+      if (!P::IS_HALF) to.upper[i] = {};
+      if (!P::has(chunk, stage * P::TURNS + i, w.warp)) continue;
+      load(to.lower[i], from + i * OF_PIECE);
+      if (!P::IS_HALF) load(to.upper[i], from + UPPER + i * OF_PIECE);
     }
   }
   w.stage.advance(STAGES);
@@ -169,16 +196,17 @@ __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u3
 
 // Sums of a thread's weight rows g and g + 8 with rows 2t and 2t + 1 of x, over a warp's columns.
 template <class P>
-__device__ __forceinline__ void multiply_piece(float (&acc)[4][4], const Piece<P>& by, const Four* x,
-                                               bool is_second) {
+__device__ __forceinline__ void multiply_piece(float (&acc)[4][4], const Piece<P>& by, const Four* x) {
+  Factors factors[2];
 #pragma unroll
   for (u32 i = 0; i < P::TURNS; i++) {
-    constexpr bool IS_INT4 = P::IS_INT4, HAS_OFFSET = P::IS_INT4 && OFFSET;
-    const u32 own = IS_INT4 ? i : 0, of_offset = HAS_OFFSET ? i : 0;
-    const Four low = in_bf16(by.lower[i], by.scales[0][own], by.offsets[0][of_offset], is_second);
+#pragma unroll
+    for (u32 h = 0; h < (P::IS_HALF ? 1 : 2) && P::IS_INT4 && i % 4 == 0; h++)
+      factors[h] = factors_of(by.group_scale[h][P::IS_INT4 ? i / 4 : 0],
+                              OFFSET ? by.group_offset[h][P::IS_INT4 && OFFSET ? i / 4 : 0] : 0);
+    const Four low = in_bf16(by.lower[i], factors[0]);
     Four high = Four{0, 0, 0, 0};
-    if (!P::IS_HALF)
-      high = in_bf16(by.upper[P::IS_HALF ? 0 : i], by.scales[1][own], by.offsets[1][of_offset], is_second);
+    if (!P::IS_HALF) high = in_bf16(by.upper[P::IS_HALF ? 0 : i], factors[1]);
     if (P::HAS_BLOCKS) {
       float part[4] = {};
       multiply(part, low.a, high.a, low.b, high.b, x[i].a, x[i].b);
@@ -201,7 +229,7 @@ template <class P, u32 FLAGS>
 __device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const Four (&x)[P::PIECES], u32 chunk,
                                                u32 first, u32 num, float4* to) {
   Piece<P> next;
-  Scales<P, FLAGS> scales = {t.k_norm, first, t.num_outs};
+  Scales<P, FLAGS> scales = {t.k_norm, t.q_norm, first, t.num_outs};
   u32 place = load_stage<P, FLAGS>(w, next, chunk, 0, scales);
   for (u32 tile = 0; tile < num; tile++, to += SUMS_OF_TILE) {
     float acc[4][4] = {};
@@ -214,7 +242,7 @@ __device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const F
         place = load_stage<P, FLAGS>(w, next, chunk, stage + 1, scales);
       else if (tile + 1 < num)
         scales.advance(), place = load_stage<P, FLAGS>(w, next, chunk, 0, scales);
-      multiply_piece<P>(acc, piece, x + stage * P::TURNS, w.warp >= WARPS / 2);
+      multiply_piece<P>(acc, piece, x + stage * P::TURNS);
       __syncwarp();
       if (ALL_ARRIVE || w.lane == 0) arrive(loaded);
     }

@@ -15,7 +15,7 @@ HOST = Path(__file__).with_suffix(".hpp")
 COMPILER = shutil.which("g++")
 # instructions about launches and orders of memory
 _IGNORED = re.compile(
-    r'asm volatile\("(griddepcontrol|fence|setmaxnreg|cp\.async\.(commit|wait))'
+    r'asm volatile\("(griddepcontrol|fence|setmaxnreg|prefetch|cp\.async\.(commit|wait))'
     r'[^;]*;"( ::[^\n]*)?\);'
 )
 
