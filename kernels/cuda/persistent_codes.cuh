@@ -13,29 +13,20 @@ __device__ __forceinline__ void load_group(u32* to, const u8* at, bool is_there)
   to[0] = v.a, to[1] = v.b, to[2] = v.c, to[3] = v.d;
 }
 
-// Eight numbers in bf16; those in fp8 without their scale: their bits are those of a small bf16, whose
-// exponent is 120 less. Integers are times their scale, plus their offset, times 2⁻²⁰ (packed_codes.cuh).
-struct Factors { u32 low, high, less; };  // of `numbers`
-
-__device__ __forceinline__ Four in_bf16(const Four& v, const Factors&) { return v; }
+// Eight numbers in bf16 without their scale: of fp8 their bits are those of a small bf16, whose exponent is
+// 120 less, and integers are times 2⁻²⁰ (packed_codes.cuh).
+__device__ __forceinline__ Four in_bf16(const Four& v) { return v; }
 __device__ __forceinline__ u32 pair_of_fp8(u32 two) {
   return fma2((two >> 4 & 0x07f007f0) | (two & 0x80008000), 0x7b807b80, 0x80008000);
 }
-__device__ __forceinline__ Four in_bf16(const uint2& v, const Factors&) {
+__device__ __forceinline__ Four in_bf16(const uint2& v) {
   return Four{pair_of_fp8(spread(v.x, 0x1404)), pair_of_fp8(spread(v.x, 0x3424)),
               pair_of_fp8(spread(v.y, 0x1404)), pair_of_fp8(spread(v.y, 0x3424))};
 }
 
-__device__ __forceinline__ Four in_bf16(const u32& v, const Factors& by) {
-  const Pairs r = numbers(v, by.low, by.high, by.less);
+__device__ __forceinline__ Four in_bf16(const u32& v) {
+  const Pairs r = numbers(v, 0x78007800, 0x76007600, 0x80008000);
   return Four{r.of[0], r.of[1], r.of[2], r.of[3]};
-}
-
-// Of a group of integers, from the bits of its scale and its offset.
-__device__ __forceinline__ Factors factors_of(u16 scale, u16 offset) {
-  Factors r;
-  factors(scale_of_bits(scale), scale_of_bits(offset), r.low, r.high, r.less);
-  return r;
 }
 
 __device__ __forceinline__ float scale_at(const u16* scales, u32 idx) {

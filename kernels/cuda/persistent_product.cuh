@@ -2,9 +2,9 @@
 //
 // Warp w has the columns 32 w .. 32 w + 31 of each 256, a piece; of integers it has those of group w of each
 // 1,024, four pieces. It waits only for its own columns of x and has those of a chunk in registers, as the
-// matrix units read them: thread t of group g has eight columns of a piece, of row g. Several chunks stay in shared memory if there is room, else they are
-// fetched again for each AT_ONCE tiles. The sums over all columns meet once, behind the tiles; a norm's
-// factor is a factor of these sums.
+// matrix units read them: thread t of group g has eight columns of a piece, of row g. Several chunks stay in
+// shared memory if there is room, else they are fetched again for each AT_ONCE tiles. The sums over all
+// columns meet once, behind the tiles; a norm's factor is a factor of these sums.
 
 // Of a product over DEPTH columns.
 template <u32 DEPTH, u32 FLAGS>
@@ -194,19 +194,59 @@ __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u3
   return place;
 }
 
+// What offsets of integers are multiplied by: sums of rows 2t and 2t + 1 of x over each of a warp's groups.
+template <class P>
+struct GroupSums {
+  static constexpr bool HAS = P::IS_INT4 && OFFSET;
+  float of[HAS ? P::PIECES / 4 : 1][2];
+
+  __device__ __forceinline__ const float (*of_stage(u32 stage) const)[2] {
+    return of + (HAS ? stage * P::TURNS / 4 : 0);
+  }
+
+  __device__ __forceinline__ void add_up(const Four (&x)[P::PIECES]) {
+    constexpr u32 ONES = 0x3f803f80;
+#pragma unroll
+    for (u32 group = 0; group < P::PIECES / 4 && HAS; group++) {
+      float sum[4] = {};
+#pragma unroll
+      for (u32 i = 4 * group; i < 4 * group + 4; i++) {
+        multiply(sum, ONES, 0, ONES, 0, x[i].a, x[i].b);
+        multiply(sum, ONES, 0, ONES, 0, x[i].c, x[i].d);
+      }
+      // all rows of a matrix of ones have the same sums: upper ones are left out
+      of[group][0] = sum[0] * 0x1p-20f, of[group][1] = sum[1] * 0x1p-20f;
+    }
+  }
+};
+
 // Sums of a thread's weight rows g and g + 8 with rows 2t and 2t + 1 of x, over a warp's columns.
 template <class P>
-__device__ __forceinline__ void multiply_piece(float (&acc)[4][4], const Piece<P>& by, const Four* x) {
-  Factors factors[2];
+__device__ __forceinline__ void multiply_piece(float (&acc)[4][4], const Piece<P>& by, const Four* x,
+                                               const float (*x_sums)[2]) {
+  float part[2][4];
 #pragma unroll
   for (u32 i = 0; i < P::TURNS; i++) {
-#pragma unroll
-    for (u32 h = 0; h < (P::IS_HALF ? 1 : 2) && P::IS_INT4 && i % 4 == 0; h++)
-      factors[h] = factors_of(by.group_scale[h][P::IS_INT4 ? i / 4 : 0],
-                              OFFSET ? by.group_offset[h][P::IS_INT4 && OFFSET ? i / 4 : 0] : 0);
-    const Four low = in_bf16(by.lower[i], factors[0]);
+    const Four low = in_bf16(by.lower[i]);
     Four high = Four{0, 0, 0, 0};
-    if (!P::IS_HALF) high = in_bf16(by.upper[P::IS_HALF ? 0 : i], factors[1]);
+    if (!P::IS_HALF) high = in_bf16(by.upper[P::IS_HALF ? 0 : i]);
+    if (P::IS_INT4) {
+      constexpr u32 UPPER = P::IS_HALF ? 0 : 1;
+      const u32 group = P::IS_INT4 ? i / 4 : 0;
+#pragma unroll
+      for (int k = 0; k < 4 && i % 4 == 0; k++) part[0][k] = part[1][k] = 0;
+      multiply(part[0], low.a, high.a, low.b, high.b, x[i].a, x[i].b);
+      multiply(part[1], low.c, high.c, low.d, high.d, x[i].c, x[i].d);
+#pragma unroll
+      for (int k = 0; k < 4 && i % 4 == 3; k++) {
+        const u32 half = k < 2 ? 0 : UPPER;
+        acc[group % 4][k] += scale_of_bits(by.group_scale[half][group]) * (part[0][k] + part[1][k]);
+        if (!OFFSET) continue;
+        const float offset = scale_of_bits(by.group_offset[half][OFFSET ? group : 0]);
+        acc[group % 4][k] += offset * x_sums[group][k % 2];
+      }
+      continue;
+    }
     if (P::HAS_BLOCKS) {
       float part[4] = {};
       multiply(part, low.a, high.a, low.b, high.b, x[i].a, x[i].b);
@@ -226,8 +266,9 @@ __device__ __forceinline__ void multiply_piece(float (&acc)[4][4], const Piece<P
 // Multiplies `num` tiles, from `first` on, by a chunk of x. A warp's sums of a tile go to `to`,
 // SUMS_OF_TILE apart.
 template <class P, u32 FLAGS>
-__device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const Four (&x)[P::PIECES], u32 chunk,
-                                               u32 first, u32 num, float4* to) {
+__device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const Four (&x)[P::PIECES],
+                                               const GroupSums<P>& x_sums, u32 chunk, u32 first, u32 num,
+                                               float4* to) {
   Piece<P> next;
   Scales<P, FLAGS> scales = {t.k_norm, t.q_norm, first, t.num_outs};
   u32 place = load_stage<P, FLAGS>(w, next, chunk, 0, scales);
@@ -242,7 +283,7 @@ __device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const F
         place = load_stage<P, FLAGS>(w, next, chunk, stage + 1, scales);
       else if (tile + 1 < num)
         scales.advance(), place = load_stage<P, FLAGS>(w, next, chunk, 0, scales);
-      multiply_piece<P>(acc, piece, x + stage * P::TURNS);
+      multiply_piece<P>(acc, piece, x + stage * P::TURNS, x_sums.of_stage(stage));
       __syncwarp();
       if (ALL_ARRIVE || w.lane == 0) arrive(loaded);
     }
@@ -380,6 +421,7 @@ __device__ __forceinline__ void product(Worker& w) {
   const Task t = *w.task;  // in registers: shared memory would be read again after each store
   const u32 num_outs = t.num_outs, place = w.lane / 4 * COLUMN_PAIRS + w.lane % 4;
   Four x[P::PIECES];
+  GroupSums<P> x_sums;
   for (u32 first = 0; first < t.count; first += AT_ONCE, w.turn ^= 1) {
     const u32 num = t.count - first < AT_ONCE ? t.count - first : AT_ONCE;
     Results results;
@@ -394,6 +436,7 @@ __device__ __forceinline__ void product(Worker& w) {
 #pragma unroll 1
           for (u32 each = 0; each < P::CHUNKS; each++) fetch_x<DEPTH, FLAGS>(w, t, each, square);
         load_x<P>(w, chunk, x);
+        x_sums.add_up(x);
         note(w, ARRIVED);
         if (FLAGS & NORM && first == 0 && chunk + 1 == P::CHUNKS) {
 #pragma unroll
@@ -406,7 +449,7 @@ __device__ __forceinline__ void product(Worker& w) {
         note(w, READY);
       }
       float4* const own = sums + w.warp * (8 * COLUMN_PAIRS) + place;
-      multiply_tiles<P, FLAGS>(w, t, x, chunk, t.first + first, num, own);
+      multiply_tiles<P, FLAGS>(w, t, x, x_sums, chunk, t.first + first, num, own);
     }
     meet();
     note(w, COMPUTED);
