@@ -1,5 +1,5 @@
-// A decode step as one kernel, of a model that computes in bf16: a program on each multiprocessor goes through its list
-// of tasks (persistent.py; docs/persistent.md).
+// A decode step as one kernel, of a model that computes in bf16: a program on each multiprocessor goes
+// through its list of tasks (persistent.py; docs/persistent.md).
 //
 // COPIERS warps copy: they go through the tasks ahead of the others and fill a ring of STAGES with the
 // weights and the keys and values of earlier tokens that they read, each some rows of every stage.
@@ -24,7 +24,8 @@
 // SEVERAL (rows may be tokens of one request, one after the other: each attends to those before it too),
 // KEEPS (hidden states after some layers are stored for readers behind the step), QKV_BIAS, LAYER_BITS and
 // HEAD_BITS (of a weight: 16, 8 for float8_e4m3fn, 4 for integers in groups of GROUP_COLUMNS), BLOCK (scales
-// of fp8 are of blocks of so many rows and columns, or of rows), SCALE (of scales: 0 fp32, 1 bf16, 2 fp16), OFFSET (groups have one).
+// of fp8 are of blocks of so many rows and columns, or of rows), SCALE (of scales: 0 fp32, 1 bf16, 2 fp16),
+// OFFSET (groups have one).
 //
 // t thread of four | g group of four threads: the weight row in a half of a tile, and the row of x
 

@@ -24,7 +24,6 @@ SCALES = torch.float32, torch.bfloat16, torch.float16
 MAX_EXPERTS, MAX_TOP_K = 256, 32
 MAYBE_HALF = "qkv", "out", "down", "head"  # products by their weights
 TIMES = "start", "arrived", "ready", "computed", "finished"  # of a task
-COPIERS = 4  # warps that copy: 1, 2 or 4 of the four beside the others
 MAX_SHARED_BYTES = 227 << 10
 MIN_STAGES = 4
 RESIDENT_BYTES = 24 << 10  # of x that stays in shared memory while a product by codes runs, at most
@@ -124,17 +123,23 @@ class Sizes(NamedTuple):
     has_bias: bool = False
     codes: CodeFormat | None = None
     num_warps: int = WARPS
-    num_copiers: int = COPIERS
     has_clocks: bool = False
     all_arrive: bool = False
 
     @property
     def max_chunk(self) -> int:
-        """The columns of x that are in registers at most: all of small models, since more would go
-        to local memory."""
+        """The columns of x that are in registers at most: all of small models in bf16, since more
+        would go to local memory."""
         depth = max(self.hidden, self.ffn, self.num_heads * HEAD)
-        is_small = depth < 4096 and depth % (2 * WIDE) == 0 and self.experts is None
-        return 4096 if self.num_rows <= 4 and is_small else 2048
+        is_small = depth < 4096 and depth % (2 * WIDE) == 0
+        is_whole = is_small and self.num_rows <= 4 and self.experts is None and self.codes is None
+        return 4096 if is_whole else 2048
+
+    @property
+    def num_copiers(self) -> int:
+        """Of the four warps beside the others, those that copy. Where codes are converted, fewer
+        take turns from the others; experts have more copies for their bytes."""
+        return 4 if self.codes is None or self.experts is not None else 2
 
     @property
     def resident_bytes(self) -> int:

@@ -15,7 +15,7 @@ struct Of {
   static constexpr u32 BITS_EACH = IS_INT4 ? 4 : IS_FP8 ? 8 : 16;
   static constexpr u32 ROW_BYTES = (IS_HALF ? 2 : 1) * WIDE * 2, IN_STAGE = ROW_BYTES * 8 / BITS_EACH;  // columns
   static constexpr u32 PITCH = ROW_BYTES + ROW_END(FLAGS);
-  static constexpr u32 CHUNK = chunk_of(DEPTH);
+  static constexpr u32 WIDTH = DEPTH, CHUNK = chunk_of(DEPTH);
   static constexpr u32 CHUNKS = (DEPTH + CHUNK - 1) / CHUNK;
   static constexpr u32 NUM_STAGES = (CHUNK + IN_STAGE - 1) / IN_STAGE;  // of a tile
   static constexpr u32 TURNS = IN_STAGE / WORKERS;           // pieces of a stage
@@ -25,8 +25,6 @@ struct Of {
   static_assert(AT_X + WARPS * ROWS * X_PITCH <= SHARED_BYTES, "Sizes.shared_bytes has no room for x");
   static constexpr bool IS_EVEN = DEPTH % CHUNK == 0 && CHUNK % IN_STAGE == 0;
   static_assert(!IS_INT4 || WARPS * GROUP_COLUMNS == 4 * WORKERS, "a warp's four pieces are a group");
-  static constexpr u32 GROUPS = DEPTH / GROUP_COLUMNS;
-  static constexpr u32 BLOCKS = BLOCK ? (DEPTH + BLOCK - 1) / (BLOCK ? BLOCK : 1) : 1;  // of columns
 
   // The last chunk may have fewer stages than the others.
   __device__ static __forceinline__ bool has_stage(u32 chunk, u32 stage) {
@@ -115,65 +113,14 @@ __device__ __forceinline__ void load_x(const Worker& w, u32 chunk, Four (&x)[P::
   __syncwarp();
 }
 
-// A tile's scales of blocks, or of groups with their offsets.
-template <class P, u32 FLAGS>
-struct Scales {
-  const u16 *all, *offsets;
-  u32 tile, num_outs;
-
-  // Without scales the number is not counted: even unused it changes how the loop is compiled.
-  __device__ __forceinline__ void advance() { if (P::HAS_BLOCKS || P::IS_INT4) tile++; }
-
-  // The number of the group of a warp in 1,024 columns.
-  __device__ __forceinline__ u32 group(const Worker& w, u32 column, bool upper) const {
-    const u32 row = (upper ? upper_row<FLAGS>(tile, num_outs) : lower_row<FLAGS>(tile)) + w.lane / 4;
-    return row * P::GROUPS + column / GROUP_COLUMNS + w.warp;
-  }
-
-  __device__ __forceinline__ float of(u32 column, bool upper) const {
-    constexpr u32 SIDE = BLOCK ? BLOCK : 1;
-    if (EXPERTS && FLAGS & EXPERT) return scale_at(all, expert_block<FLAGS>(tile, column, upper));
-    const u32 row = upper ? upper_row<FLAGS>(tile, num_outs) : lower_row<FLAGS>(tile);
-    return scale_at(all, row / SIDE * P::BLOCKS + column / SIDE);
-  }
-};
-
-// Loads the scales of a thread's part of a stage.
-template <class P, u32 FLAGS>
-__device__ __forceinline__ void load_scales(const Worker& w, Piece<P>& to, u32 chunk, u32 stage,
-                                            const Scales<P, FLAGS>& scales) {
-#pragma unroll
-  for (u32 i = 0; i < P::TURNS && P::HAS_BLOCKS; i++) {
-    const u32 piece = stage * P::TURNS + i;
-    const u32 column = P::has(chunk, piece, w.warp) ? chunk * P::CHUNK + piece * WORKERS + w.warp * 32 : 0;
-    to.scale[i] = scales.of(column, false);
-    if (!P::IS_HALF) to.upper_scale[i] = scales.of(column, true);
-  }
-#pragma unroll
-  for (u32 i = 0; i < P::TURNS && P::IS_INT4; i += 4) {
-    const u32 piece = stage * P::TURNS + i;
-    const u32 column = P::has(chunk, piece, w.warp) ? chunk * P::CHUNK + piece * WORKERS : 0;
-#pragma unroll
-    for (u32 h = 0; h < (P::IS_HALF ? 1 : 2); h++) {
-      const u32 at = scales.group(w, column, h);
-      to.group_scale[h][i / 4] = __ldg(scales.all + at);
-      if (OFFSET) to.group_offset[h][i / 4] = __ldg(scales.offsets + at);
-    }
-  }
-}
-
 // Waits for the next stage and loads from it. Returns the barrier that frees its place.
-template <class P, u32 FLAGS>
-__device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage,
-                                          const Scales<P, FLAGS>& scales) {
+template <class P>
+__device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u32 stage) {
   constexpr u32 OF_WARP = P::IS_INT4 ? GROUP_COLUMNS / 2 : 4 * P::BITS_EACH;  // bytes, and of a thread
   const u32 at = w.stage.at * STAGE_BYTES + w.lane / 4 * P::PITCH + w.warp * OF_WARP + w.lane % 4 * (OF_WARP / 4);
   const u8* const from = shared<u8>(at);
   const u32 place = empty_barrier(w.stage.at);
-  // experts are chosen before their stage is full; others' scales are on their way while it is waited for
-  if (FLAGS & EXPERT) wait_for(full_barrier(w.stage.at), w.stage.parity);
-  load_scales<P, FLAGS>(w, to, chunk, stage, scales);
-  if (!(FLAGS & EXPERT)) wait_for(full_barrier(w.stage.at), w.stage.parity);
+  wait_for(full_barrier(w.stage.at), w.stage.parity);
 #pragma unroll
   for (u32 i = 0; i < P::TURNS; i++) {
     constexpr u32 OF_PIECE = WORKERS * P::BITS_EACH / 8, UPPER = 8 * P::PITCH;
@@ -194,84 +141,53 @@ __device__ __forceinline__ u32 load_stage(Worker& w, Piece<P>& to, u32 chunk, u3
   return place;
 }
 
-// What offsets of integers are multiplied by: sums of rows 2t and 2t + 1 of x over each of a warp's groups.
-template <class P>
-struct GroupSums {
-  static constexpr bool HAS = P::IS_INT4 && OFFSET;
-  float of[HAS ? P::PIECES / 4 : 1][2];
-
-  __device__ __forceinline__ const float (*of_stage(u32 stage) const)[2] {
-    return of + (HAS ? stage * P::TURNS / 4 : 0);
-  }
-
-  __device__ __forceinline__ void add_up(const Four (&x)[P::PIECES]) {
-    constexpr u32 ONES = 0x3f803f80;
-#pragma unroll
-    for (u32 group = 0; group < P::PIECES / 4 && HAS; group++) {
-      float sum[4] = {};
-#pragma unroll
-      for (u32 i = 4 * group; i < 4 * group + 4; i++) {
-        multiply(sum, ONES, 0, ONES, 0, x[i].a, x[i].b);
-        multiply(sum, ONES, 0, ONES, 0, x[i].c, x[i].d);
-      }
-      // all rows of a matrix of ones have the same sums: upper ones are left out
-      of[group][0] = sum[0] * 0x1p-20f, of[group][1] = sum[1] * 0x1p-20f;
-    }
-  }
-};
-
-// Sums of a thread's weight rows g and g + 8 with rows 2t and 2t + 1 of x, over a warp's columns.
-template <class P>
-__device__ __forceinline__ void multiply_piece(float (&acc)[4][4], const Piece<P>& by, const Four* x,
-                                               const float (*x_sums)[2]) {
+// Sums of a thread's weight rows g and g + 8 with rows 2t and 2t + 1 of x, over a warp's columns of a stage.
+// tile: of AT_ONCE.
+template <class P, u32 FLAGS>
+__device__ __forceinline__ void multiply_stage(const Worker& w, float (&acc)[4][4], const Piece<P>& by,
+                                               const Four (&x)[P::PIECES], u32 stage, u32 tile,
+                                               const Scales<P, FLAGS>& scales, const GroupSums<P>& x_sums) {
   float part[2][4];
 #pragma unroll
   for (u32 i = 0; i < P::TURNS; i++) {
-    const Four low = in_bf16(by.lower[i]);
+    const u32 piece = stage * P::TURNS + i;
+    const Four low = in_bf16(by.lower[i]), own = x[piece];
     Four high = Four{0, 0, 0, 0};
     if (!P::IS_HALF) high = in_bf16(by.upper[P::IS_HALF ? 0 : i]);
-    if (P::IS_INT4) {
-      constexpr u32 UPPER = P::IS_HALF ? 0 : 1;
-      const u32 group = P::IS_INT4 ? i / 4 : 0;
-#pragma unroll
-      for (int k = 0; k < 4 && i % 4 == 0; k++) part[0][k] = part[1][k] = 0;
-      multiply(part[0], low.a, high.a, low.b, high.b, x[i].a, x[i].b);
-      multiply(part[1], low.c, high.c, low.d, high.d, x[i].c, x[i].d);
-#pragma unroll
-      for (int k = 0; k < 4 && i % 4 == 3; k++) {
-        const u32 half = k < 2 ? 0 : UPPER;
-        acc[group % 4][k] += scale_of_bits(by.group_scale[half][group]) * (part[0][k] + part[1][k]);
-        if (!OFFSET) continue;
-        const float offset = scale_of_bits(by.group_offset[half][OFFSET ? group : 0]);
-        acc[group % 4][k] += offset * x_sums[group][k % 2];
-      }
+    if (!Scales<P, FLAGS>::HAS) {
+      multiply(acc[i % 2 * 2], low.a, high.a, low.b, high.b, own.a, own.b);
+      multiply(acc[i % 2 * 2 + 1], low.c, high.c, low.d, high.d, own.c, own.d);
       continue;
     }
-    if (P::HAS_BLOCKS) {
-      float part[4] = {};
-      multiply(part, low.a, high.a, low.b, high.b, x[i].a, x[i].b);
-      multiply(part, low.c, high.c, low.d, high.d, x[i].c, x[i].d);
+    // pieces that share a scale: four of integers
+    constexpr u32 EACH = P::IS_INT4 ? 4 : 1;
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const float by_scale = k < 2 || P::IS_HALF ? by.scale[i] : by.upper_scale[P::IS_HALF ? 0 : i];
-        acc[i % 4][k] += by_scale * part[k];
+    for (int k = 0; k < 4 && i % EACH == 0; k++) part[0][k] = part[1][k] = 0;
+    multiply(part[0], low.a, high.a, low.b, high.b, own.a, own.b);
+    multiply(part[P::IS_INT4], low.c, high.c, low.d, high.d, own.c, own.d);
+    if (i % EACH + 1 < EACH) continue;
+#pragma unroll
+    for (u32 h = 0; h < (P::IS_HALF ? 1 : 2); h++) {
+      const float scale = scales.of(w, tile, piece, h);
+      const float offset = GroupSums<P>::HAS ? scales.offset_of(w, tile, piece, h) : 0;
+#pragma unroll
+      for (u32 j = 0; j < 2; j++) {
+        float& to = acc[i / EACH % 4][2 * h + j];
+        to += scale * (P::IS_INT4 ? part[0][2 * h + j] + part[1][2 * h + j] : part[0][2 * h + j]);
+        if (GroupSums<P>::HAS) to += offset * x_sums.of[piece / 4][j];
       }
-      continue;
     }
-    multiply(acc[i % 2 * 2], low.a, high.a, low.b, high.b, x[i].a, x[i].b);
-    multiply(acc[i % 2 * 2 + 1], low.c, high.c, low.d, high.d, x[i].c, x[i].d);
   }
 }
 
-// Multiplies `num` tiles, from `first` on, by a chunk of x. A warp's sums of a tile go to `to`,
+// Multiplies `num` tiles by a chunk of x. A warp's sums of a tile go to `to`,
 // SUMS_OF_TILE apart.
 template <class P, u32 FLAGS>
-__device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const Four (&x)[P::PIECES],
-                                               const GroupSums<P>& x_sums, u32 chunk, u32 first, u32 num,
-                                               float4* to) {
+__device__ __forceinline__ void multiply_tiles(Worker& w, const Four (&x)[P::PIECES],
+                                               const Scales<P, FLAGS>& scales, const GroupSums<P>& x_sums,
+                                               u32 chunk, u32 num, float4* to) {
   Piece<P> next;
-  Scales<P, FLAGS> scales = {t.k_norm, t.q_norm, first, t.num_outs};
-  u32 place = load_stage<P, FLAGS>(w, next, chunk, 0, scales);
+  u32 place = load_stage(w, next, chunk, 0);
   for (u32 tile = 0; tile < num; tile++, to += SUMS_OF_TILE) {
     float acc[4][4] = {};
 #pragma unroll
@@ -280,10 +196,10 @@ __device__ __forceinline__ void multiply_tiles(Worker& w, const Task& t, const F
       const Piece<P> piece = next;
       const u32 loaded = place;
       if (P::has_stage(chunk, stage + 1))
-        place = load_stage<P, FLAGS>(w, next, chunk, stage + 1, scales);
+        place = load_stage(w, next, chunk, stage + 1);
       else if (tile + 1 < num)
-        scales.advance(), place = load_stage<P, FLAGS>(w, next, chunk, 0, scales);
-      multiply_piece<P>(acc, piece, x + stage * P::TURNS, x_sums.of_stage(stage));
+        place = load_stage(w, next, chunk, 0);
+      multiply_stage(w, acc, piece, x, stage, tile, scales, x_sums);
       __syncwarp();
       if (ALL_ARRIVE || w.lane == 0) arrive(loaded);
     }
@@ -422,6 +338,9 @@ __device__ __forceinline__ void product(Worker& w) {
   const u32 num_outs = t.num_outs, place = w.lane / 4 * COLUMN_PAIRS + w.lane % 4;
   Four x[P::PIECES];
   GroupSums<P> x_sums;
+  Scales<P, FLAGS> next;
+  if (FLAGS & EXPERT && next.HAS) wait_for(full_barrier(w.stage.at), w.stage.parity);  // they are chosen then
+  next.load(w, t, 0, t.first);
   for (u32 first = 0; first < t.count; first += AT_ONCE, w.turn ^= 1) {
     const u32 num = t.count - first < AT_ONCE ? t.count - first : AT_ONCE;
     Results results;
@@ -448,8 +367,13 @@ __device__ __forceinline__ void product(Worker& w) {
         }
         note(w, READY);
       }
+      const Scales<P, FLAGS> scales = next;
+      if (chunk + 1 < P::CHUNKS)
+        next.load(w, t, chunk + 1, t.first + first);
+      else if (first + AT_ONCE < t.count)
+        next.load(w, t, 0, t.first + first + AT_ONCE);
       float4* const own = sums + w.warp * (8 * COLUMN_PAIRS) + place;
-      multiply_tiles<P, FLAGS>(w, t, x, x_sums, chunk, t.first + first, num, own);
+      multiply_tiles(w, x, scales, x_sums, chunk, num, own);
     }
     meet();
     note(w, COMPUTED);

@@ -105,8 +105,8 @@ class PersistentSteps:
         plan = schedule.plan
         if self.is_asked:
             return None
-        if plan.has_bias or plan.codes is not None:
-            return "with biases, or weights in codes, it has not been measured"
+        if plan.has_bias:
+            return "with biases it has not been measured"
         if plan.num_rows <= FASTER_ROWS:
             return None
         is_wide = plan.num_heads > FASTER_GROUP * plan.num_kv_heads

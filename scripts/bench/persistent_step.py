@@ -132,17 +132,7 @@ def exact_logits(step: Step, h_RD: Tensor, batch: Batch, cos_sin_MH: Tensor) -> 
     past_S = torch.arange(int(batch.seq_len_R[0]) - 1, device=h.device)
 
     def weight(layer: int, name: str) -> Tensor:
-        found, scale, offset = (
-            step.weights.find(layer, f"{name}{part}") for part in ("", "_scale", "_offset")
-        )
-        assert found is not None
-        if scale is None or plan.codes is None:
-            return found.float()
-        if plan.codes.bits == 8:
-            sides = (plan.codes.block,) * 2 if plan.codes.block else (1, found.shape[1])
-            return reference.packed.of_fp8(found, scale, *sides)
-        depth = 2 * found.shape[1]
-        return reference.packed.unpacked(found, scale, offset, None, 4, GROUP_COLUMNS, depth)
+        return exact_weight(step, layer, name, ())
 
     for layer in range(plan.num_layers):
         x = rms_norm(h, weight(layer, "attn_norm"), plan.eps)
@@ -173,15 +163,34 @@ def exact_logits(step: Step, h_RD: Tensor, batch: Batch, cos_sin_MH: Tensor) -> 
     return rms_norm(h, weight(-1, "final_norm"), plan.eps) @ weight(-1, "head").T
 
 
+def exact_weight(step: Step, layer: int, name: str, of: tuple[int, ...]) -> Tensor:
+    """A weight [O, D] in fp32; of: the number of an expert, if it has one."""
+    codes = step.schedule.plan.codes
+    found, scale, offset = (
+        None if one is None else one[of]
+        for one in (step.weights.find(layer, f"{name}{part}") for part in ("", "_scale", "_offset"))
+    )
+    assert found is not None
+    if scale is None or codes is None:
+        return found.float()
+    if codes.bits == 8:
+        sides = (codes.block,) * 2 if codes.block else (1, found.shape[1])
+        return reference.packed.of_fp8(found, scale, *sides)
+    depth = 2 * found.shape[1]
+    return reference.packed.unpacked(found, scale, offset, None, 4, GROUP_COLUMNS, depth)
+
+
 def of_experts(step: Step, layer: int, x: Tensor, share_RK: Tensor, expert_RK: Tensor) -> Tensor:
     """The sum of the experts of each row, in fp32."""
-    gate_up, down = (step.weights.find(layer, name) for name in ("gate_up", "down"))
-    assert gate_up is not None and down is not None
     rows = []
-    for x_D, share_K, expert_K in zip(x, share_RK, expert_RK.long()):
-        inner_KF = reference.norm_act.silu_mul(gate_up[expert_K].float() @ x_D)
-        y_KD = (down[expert_K].float() @ inner_KF[..., None])[..., 0]
-        rows.append((share_K[:, None] * y_KD).sum(0))
+    for x_D, share_K, expert_K in zip(x, share_RK, expert_RK.tolist()):
+        row_D = torch.zeros_like(x_D)
+        for share, expert in zip(share_K, expert_K):
+            gate_up, down = (
+                exact_weight(step, layer, name, (expert,)) for name in ("gate_up", "down")
+            )
+            row_D += share * (down @ reference.norm_act.silu_mul(gate_up @ x_D))
+        rows.append(row_D)
     return torch.stack(rows)
 
 
