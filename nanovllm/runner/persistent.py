@@ -31,8 +31,8 @@ from nanovllm.platforms.base import HostCopy
 
 logger = logging.getLogger(__name__)
 
-# Up to so many rows one kernel is faster, and up to MAX_ROWS with long layers of an MLP and so many
-# queries that share a key (docs/benchmarks.md).
+# Up to so many rows one kernel is faster, and up to MAX_ROWS with long layers of an MLP in bf16 and
+# so many queries that share a key (docs/benchmarks.md).
 FASTER_ROWS, FASTER_GROUP = 4, 4
 
 
@@ -107,10 +107,15 @@ class PersistentSteps:
             return None
         if plan.has_bias:
             return "with biases it has not been measured"
+        is_long = schedule.has_long_layers
+        if plan.codes is not None and not (
+            schedule.has_whole_chunks and (is_long or plan.experts is not None)
+        ):
+            return "with weights in codes and such depths several kernels are faster"
         if plan.num_rows <= FASTER_ROWS:
             return None
         is_wide = plan.num_heads > FASTER_GROUP * plan.num_kv_heads
-        if plan.experts is not None or is_wide or not schedule.has_long_layers:
+        if plan.experts is not None or plan.codes is not None or is_wide or not is_long:
             return f"with more than {FASTER_ROWS} rows several kernels are faster"
         return None
 

@@ -10,7 +10,7 @@ from nanovllm.compile.lower.persistent.interpreter import Fault, Interpreter
 from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.compile.lower.persistent.schedule import Schedule
 from nanovllm.kernels.cuda import persistent
-from nanovllm.kernels.cuda.persistent import Experts
+from nanovllm.kernels.cuda.persistent import CodeFormat, Experts
 from nanovllm.runner.persistent import PersistentSteps
 from tests.compile.persistent_cases import (
     BLOCK_SIZE,
@@ -185,7 +185,29 @@ def test_by_default_a_step_is_one_kernel_where_that_is_faster(plan: Plan, is_fas
 def test_with_biases_a_step_is_several_kernels_by_default() -> None:
     schedule = schedules.build(SMALL_PLAN._replace(num_rows=1, layer_inputs={"qkv_bias": "b"}), 132)
     steps = PersistentSteps(torch.device("cpu"), is_asked=False)
-    assert steps.why_not(schedule) == "with biases, or weights in codes, it has not been measured"
+    assert steps.why_not(schedule) == "with biases it has not been measured"
+
+
+IN_INTEGERS = LONG_PLAN._replace(codes=CodeFormat(4, torch.float16, has_offset=True), num_rows=4)
+IN_FP8 = OF_EXPERTS._replace(codes=CodeFormat(8, torch.bfloat16, 128), num_rows=1)
+
+
+@pytest.mark.parametrize(
+    "plan, why",
+    [
+        (IN_INTEGERS, None), (IN_FP8, None),
+        (IN_INTEGERS._replace(num_rows=8), "more than 4 rows"),
+        (IN_INTEGERS._replace(hidden=5120, num_heads=40), "weights in codes and such depths"),
+        (IN_INTEGERS._replace(hidden=2048, num_heads=16, ffn=6144), "weights in codes"),
+    ],
+)  # fmt: skip
+def test_by_default_weights_in_codes_are_one_kernel_where_that_is_faster(
+    plan: Plan, why: str | None
+) -> None:
+    """With long layers, or experts, whose depths are whole chunks."""
+    schedule = schedules.build(plan, 132)
+    found = PersistentSteps(torch.device("cpu"), is_asked=False).why_not(schedule)
+    assert found is None if why is None else found is not None and why in found
 
 
 def test_a_row_of_several_tokens_needs_a_warp_without_a_query() -> None:

@@ -19,7 +19,7 @@ from nanovllm.compile.lower.persistent import step as steps
 from nanovllm.compile.lower.persistent.plan import Plan, Unfit
 from nanovllm.compile.lower.persistent.step import Step
 from nanovllm.kernels.cuda import nvrtc, persistent
-from nanovllm.kernels.cuda.persistent import Experts
+from nanovllm.kernels.cuda.persistent import CodeFormat, Experts
 from nanovllm.tools.shapes import CONFIGS
 from tests.compile.persistent_cases import (
     FP8_BLOCKS,
@@ -39,6 +39,8 @@ from tests.kernels.test_cuda_packed import folder
 
 __all__ = ["folder"]  # a fixture
 LIMIT = 2e-2  # of bf16
+IN_INTEGERS = CodeFormat(4, torch.float16, has_offset=True)
+IN_FP8 = CodeFormat(8, torch.bfloat16, 128)
 DISASSEMBLER = Path(nvidia.__file__).parent / "bin" / "nvdisasm"
 
 
@@ -133,21 +135,23 @@ def test_a_lost_result_ends_the_step_and_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "num_rows, hidden, heads, kv_heads, ffn, experts",
+    "num_rows, hidden, heads, kv_heads, ffn, experts, codes",
     [
-        (1, 1024, 16, 8, 3072, None), (4, 1024, 16, 8, 3072, None), (4, 2048, 16, 8, 6144, None),
-        (1, 2560, 32, 8, 9728, None), (4, 2560, 32, 8, 9728, None), (4, 4096, 32, 8, 12288, None),
-        (8, 4096, 32, 8, 12288, None), (4, 5120, 64, 8, 25600, None),
-        (1, 2048, 32, 4, 6144, Experts(128, 8, 768, True)),
+        (1, 1024, 16, 8, 3072, None, None), (4, 1024, 16, 8, 3072, None, None),
+        (4, 2048, 16, 8, 6144, None, None), (1, 2560, 32, 8, 9728, None, None),
+        (4, 2560, 32, 8, 9728, None, None), (4, 4096, 32, 8, 12288, None, None),
+        (8, 4096, 32, 8, 12288, None, None), (4, 5120, 64, 8, 25600, None, None),
+        (1, 2048, 32, 4, 6144, Experts(128, 8, 768, True), None),
+        (4, 4096, 32, 8, 12288, None, IN_INTEGERS), (4, 4096, 32, 8, 12288, None, IN_FP8),
     ],
 )  # fmt: skip
 def test_the_kernel_compiles_and_its_numbers_fit_registers(
     num_rows: int, hidden: int, heads: int, kv_heads: int, ffn: int, experts: Experts | None,
-    folder: Path,
+    codes: CodeFormat | None, folder: Path,
 ) -> None:  # fmt: skip
     """Registers that do not fit are in local memory, which took a tenth of a step."""
     sizes = num_rows, hidden, heads, kv_heads, ffn, 151936, 28
-    plan = Plan(*sizes, 1e-6, 0.1, {}, {}, experts)
+    plan = Plan(*sizes, 1e-6, 0.1, {}, {}, experts)._replace(codes=codes)
     program = nvrtc.compile_function(schedules.build(plan, 132).sizes.function, (9, 0))
     assert program.startswith(b"\x7fELF") and b"persistent" in program
     (folder / "program.cubin").write_bytes(program)

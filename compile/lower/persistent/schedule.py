@@ -50,6 +50,14 @@ class Schedule(NamedTuple):
         return self.plan.layer_bytes // len(self.programs) > persistent.LONG_BYTES
 
     @property
+    def has_whole_chunks(self) -> bool:
+        """Whether all chunks of x are of equal columns, which fill stages of codes."""
+        plan, chunk = self.plan, self.sizes.max_chunk
+        return not any(
+            depth % chunk for depth in (plan.hidden, plan.num_heads * persistent.HEAD, plan.ffn)
+        )
+
+    @property
     def sizes(self) -> Sizes:
         plan = self.plan
         halves = frozenset(
