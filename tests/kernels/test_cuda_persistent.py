@@ -89,7 +89,7 @@ def compared(one: Case, before: list[Tensor]) -> None:
         (((36, 37, 38), 39, (1, 2)), Shape(layers=2, heads=4, hidden=256), 1), ((40, 7), QWEN2, 1),
         ((40, 7), FP8_BLOCKS, 1), ((40,), FP8_ROWS._replace(layers=1), 1),
         ((40, 7), INT4, 1),
-        ((1, 40), FP8_EXPERTS, 1), ((40,), INT4._replace(ffn=5120), 1),
+        ((1, 40), FP8_EXPERTS, 1), ((40,), INT4._replace(ffn=3072), 1),
         ((3, 40), FP8_BLOCKS._replace(layers=1, hidden=256, ffn=4608), 1),
     ],
 )  # fmt: skip
