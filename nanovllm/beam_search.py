@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nanovllm import progress
 from nanovllm.progress import UseTqdm
-from nanovllm.prompts import Prompt
+from nanovllm.prompts import Prompt, TokensPrompt
 from nanovllm.sampling import BeamSearchParams, SamplingParams
 from nanovllm.schedule.logprobs import Logprob
+from nanovllm.tokenizer import Decoding
 
 if TYPE_CHECKING:
     from nanovllm.engine.engine_client import AnyEngine
@@ -33,16 +34,22 @@ class Generates(Protocol):
 
 @dataclass(frozen=True)
 class BeamSearchSequence:
-    """One answer. `tokens` and `text` begin with the prompt.
+    """One answer, with vLLM's fields. `tokens` and `text` begin with the prompt, and an answer that
+    ended has its end-of-sequence token in both.
 
+    orig_prompt: the prompt as token ids. lora_request: there are no adapters in a beam search.
     logprobs: the log-probabilities of each generated token's step, as in `CompletionOutput`.
+    stop_reason: the end-of-sequence token for finish_reason "stop".
     """
 
+    orig_prompt: TokensPrompt
     tokens: list[int]
     logprobs: list[dict[int, Logprob]]
+    lora_request: None = None
     cum_logprob: float = 0.0
     text: str | None = None
     finish_reason: str | None = None  # "stop" | "length" | "error"
+    stop_reason: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ def search(
         temperature=0.0, max_tokens=1, logprobs=2 * params.beam_width, ignore_eos=True,
         detokenize=False,
     )  # fmt: skip
-    beams = [[BeamSearchSequence(llm.engine.token_ids(prompt), [])] for prompt in prompts]
+    beams = [[_begun(llm.engine.token_ids(prompt))] for prompt in prompts]
     ended: list[list[BeamSearchSequence]] = [[] for _ in prompts]
     max_len = llm.engine.max_model_len
 
@@ -99,13 +106,14 @@ def search(
         ]
     return [
         BeamSearchOutput(
-            [
-                _finished(llm, one, params, eos_ids)
-                for one in ranked(finished + living_beams)[: params.beam_width]
-            ]
+            [_finished(llm, one) for one in ranked(finished + living_beams)[: params.beam_width]]
         )
         for finished, living_beams in zip(ended, beams)
     ]
+
+
+def _begun(token_ids: list[int]) -> BeamSearchSequence:
+    return BeamSearchSequence({"prompt_token_ids": token_ids}, token_ids, [])
 
 
 def _extended(
@@ -116,22 +124,20 @@ def _extended(
         return [replace(beam, finish_reason="error")]
     found = output["logprobs"][0]
     return [
-        BeamSearchSequence(
-            [*beam.tokens, token_id],
-            [*beam.logprobs, found],
-            beam.cum_logprob + logprob,
+        replace(
+            beam,
+            tokens=[*beam.tokens, token_id],
+            logprobs=[*beam.logprobs, found],
+            cum_logprob=beam.cum_logprob + logprob,
             finish_reason="stop" if token_id in eos_ids else None,
+            stop_reason=token_id if token_id in eos_ids else None,
         )
         for token_id, logprob in found.items()
     ]
 
 
-def _finished(
-    llm: Generates, sequence: BeamSearchSequence, params: BeamSearchParams, eos_ids: frozenset[int]
-) -> BeamSearchSequence:
-    tokens = sequence.tokens
-    if tokens[-1] in eos_ids and not params.include_stop_str_in_output:
-        tokens = tokens[:-1]
-    text = llm.engine.tokenizer.decode(tokens) if llm.engine.tokenizer is not None else None
-    reason = sequence.finish_reason or "length"
-    return replace(sequence, tokens=tokens, text=text, finish_reason=reason)
+def _finished(llm: Generates, sequence: BeamSearchSequence) -> BeamSearchSequence:
+    tokenizer = llm.engine.tokenizer
+    how = Decoding(skip_special_tokens=False)  # so the text has the end, as in vLLM
+    text = tokenizer.decode(sequence.tokens, how) if tokenizer is not None else None
+    return replace(sequence, text=text, finish_reason=sequence.finish_reason or "length")

@@ -282,7 +282,8 @@ class BeamSearchParams:
         leave them unchanged, are supported.
     length_penalty: a sequence's score is its total log-probability divided by its length to this
         power.
-    include_stop_str_in_output: the text includes the end-of-sequence token.
+    include_stop_str_in_output: vLLM's field. `LLM.beam_search` does not read it there nor here: its
+        sequences include the end-of-sequence token.
     """
 
     beam_width: int

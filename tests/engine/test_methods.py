@@ -299,7 +299,8 @@ def test_beam_search_is_that_of_the_formula(eager_llm: LLM, hf_model: Any) -> No
         found = [sequence.tokens for sequence in output.sequences]
         assert found == brute_force(hf_model, prompt, 3, 4)
         best = output.sequences[0]
-        assert best.text == eager_llm.tokenizer.decode(best.tokens, skip_special_tokens=True)
+        assert best.text == eager_llm.tokenizer.decode(best.tokens)
+        assert best.orig_prompt == {"prompt_token_ids": prompt} and best.lora_request is None
         assert len(best.logprobs) == 4 and best.finish_reason == "length"
         chosen = [one[t] for one, t in zip(best.logprobs, best.tokens[len(prompt) :])]
         assert best.cum_logprob == pytest.approx(sum(chosen))
@@ -314,7 +315,14 @@ def test_one_beam_is_greedy_and_beams_end_at_eos(eager_llm: LLM, hf_generate: Ge
     wide = BeamSearchParams(beam_width=40, max_tokens=12)
     (output,) = eager_llm.beam_search(prompts[0], wide)
     ended = [one for one in output.sequences if one.finish_reason == "stop"]
-    assert ended and not any(set(one.tokens[7:]) & set(EOS_IDS) for one in output.sequences)
+    assert ended and not any(set(one.tokens[7:-1]) & set(EOS_IDS) for one in output.sequences)
+    for one in output.sequences:
+        has_ended = one.tokens[-1] in EOS_IDS
+        assert (one.finish_reason, one.stop_reason) == (
+            ("stop", one.tokens[-1]) if has_ended else ("length", None)
+        )
+        assert len(one.tokens) == 7 + len(one.logprobs)
+        assert one.text == eager_llm.tokenizer.decode(one.tokens), "with the text of the end"
     with pytest.raises(ValueError, match="beam_width is 51: it must be at least 1, at most 50"):
         BeamSearchParams(beam_width=51, max_tokens=1)
     with pytest.raises(ValueError, match=r"length_penalty is -300.0: .* in \[-10, 10\]"):
