@@ -37,7 +37,8 @@ class BeamSearchSequence:
     """One answer, with vLLM's fields. `tokens` and `text` begin with the prompt, and an answer that
     ended has its end-of-sequence token in both.
 
-    orig_prompt: the prompt as token ids. lora_request: there are no adapters in a beam search.
+    orig_prompt: the prompt as token ids, with its salt.
+    lora_request: there are no adapters in a beam search.
     logprobs: the log-probabilities of each generated token's step, as in `CompletionOutput`.
     stop_reason: the end-of-sequence token for finish_reason "stop".
     """
@@ -77,7 +78,7 @@ def search(
         temperature=0.0, max_tokens=1, logprobs=2 * params.beam_width, ignore_eos=True,
         detokenize=False,
     )  # fmt: skip
-    beams = [[_begun(llm.engine.token_ids(prompt))] for prompt in prompts]
+    beams = [[_begun(llm.engine.token_ids(prompt), prompt.cache_salt)] for prompt in prompts]
     ended: list[list[BeamSearchSequence]] = [[] for _ in prompts]
     max_len = llm.engine.max_model_len
 
@@ -95,7 +96,8 @@ def search(
         ]
         if not living:
             break
-        outputs = llm.generate([beam.tokens for _, beam in living], step, use_tqdm=False)
+        given = [{**beam.orig_prompt, "prompt_token_ids": beam.tokens} for _, beam in living]
+        outputs = llm.generate(given, step, use_tqdm=False)
         grown: list[list[BeamSearchSequence]] = [[] for _ in prompts]
         for (idx, beam), output in zip(living, outputs):
             for sequence in _extended(beam, output, eos_ids):
@@ -112,8 +114,11 @@ def search(
     ]
 
 
-def _begun(token_ids: list[int]) -> BeamSearchSequence:
-    return BeamSearchSequence({"prompt_token_ids": token_ids}, token_ids, [])
+def _begun(token_ids: list[int], cache_salt: str | None) -> BeamSearchSequence:
+    prompt: TokensPrompt = {"prompt_token_ids": token_ids}
+    if cache_salt is not None:
+        prompt["cache_salt"] = cache_salt
+    return BeamSearchSequence(prompt, token_ids, [])
 
 
 def _extended(

@@ -15,6 +15,7 @@ import torch
 from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.engine import metrics
 from nanovllm.hub import resolve
+from nanovllm.prompts import TokensPrompt
 from tests.engines import (
     EOS_IDS,
     NUM_TOKENS,
@@ -340,6 +341,15 @@ def test_beams_end_at_the_limit_of_their_own_prompt(make_llm: Callable[..., LLM]
     for prompt, output in zip(prompts, together):
         (alone,) = llm.beam_search([prompt], params)
         assert [one.tokens for one in output.sequences] == [one.tokens for one in alone.sequences]
+
+
+def test_beams_share_blocks_with_prompts_of_the_same_salt_only(eager_llm: LLM) -> None:
+    (prompt,) = random_prompts([60], seed=94)
+    salted: TokensPrompt = {"prompt_token_ids": prompt, "cache_salt": "a"}
+    (output,) = eager_llm.beam_search(salted, BeamSearchParams(beam_width=2, max_tokens=3))
+    assert output.sequences[0].orig_prompt == salted
+    plain, again = eager_llm.generate([{"prompt_token_ids": prompt}, salted], greedy(1))
+    assert not plain.num_cached_tokens and again.num_cached_tokens
 
 
 def test_priorities_must_be_a_list(eager_llm: LLM) -> None:
