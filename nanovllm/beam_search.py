@@ -81,12 +81,6 @@ def search(
     beams = [[_begun(llm.engine.token_ids(prompt), prompt.cache_salt)] for prompt in prompts]
     ended: list[list[BeamSearchSequence]] = [[] for _ in prompts]
     max_len = llm.engine.max_model_len
-
-    def ranked(sequences: list[BeamSearchSequence]) -> list[BeamSearchSequence]:
-        return sorted(
-            sequences, key=lambda one: score(one, params.length_penalty, eos_ids), reverse=True
-        )
-
     bar: Any = use_tqdm if callable(use_tqdm) else progress.bar
     for _ in bar(range(params.max_tokens), desc="beam search", disable=not use_tqdm):
         # all beams of a prompt have the same length
@@ -103,15 +97,21 @@ def search(
             for sequence in _extended(beam, output, eos_ids):
                 (ended if sequence.finish_reason else grown)[idx].append(sequence)
         beams = [
-            ranked(new)[: params.beam_width] if grows else old
+            _best(new, params, eos_ids) if grows else old
             for new, old, grows in zip(grown, beams, growing)
         ]
     return [
-        BeamSearchOutput(
-            [_finished(llm, one) for one in ranked(finished + living_beams)[: params.beam_width]]
-        )
-        for finished, living_beams in zip(ended, beams)
+        BeamSearchOutput([_finished(llm, one) for one in _best(done + left, params, eos_ids)])
+        for done, left in zip(ended, beams)
     ]
+
+
+def _best(
+    sequences: list[BeamSearchSequence], params: BeamSearchParams, eos_ids: frozenset[int]
+) -> list[BeamSearchSequence]:
+    """The `beam_width` best, best first."""
+    ranked = sorted(sequences, key=lambda one: -score(one, params.length_penalty, eos_ids))
+    return ranked[: params.beam_width]
 
 
 def _begun(token_ids: list[int], cache_salt: str | None) -> BeamSearchSequence:
