@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nanovllm import progress
 from nanovllm.progress import UseTqdm
-from nanovllm.prompts import Prompt
+from nanovllm.prompts import Prompt, TokensPrompt
 from nanovllm.sampling import BeamSearchParams, SamplingParams
 from nanovllm.schedule.logprobs import Logprob
+from nanovllm.tokenizer import Decoding
 
 if TYPE_CHECKING:
     from nanovllm.engine.engine_client import AnyEngine
@@ -33,16 +34,23 @@ class Generates(Protocol):
 
 @dataclass(frozen=True)
 class BeamSearchSequence:
-    """One answer. `tokens` and `text` begin with the prompt.
+    """One answer, with vLLM's fields. `tokens` and `text` begin with the prompt, and an answer that
+    ended has its end-of-sequence token in both.
 
+    orig_prompt: the prompt as token ids, with its salt.
+    lora_request: there are no adapters in a beam search.
     logprobs: the log-probabilities of each generated token's step, as in `CompletionOutput`.
+    stop_reason: the end-of-sequence token for finish_reason "stop".
     """
 
+    orig_prompt: TokensPrompt
     tokens: list[int]
     logprobs: list[dict[int, Logprob]]
+    lora_request: None = None
     cum_logprob: float = 0.0
     text: str | None = None
     finish_reason: str | None = None  # "stop" | "length" | "error"
+    stop_reason: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,15 +78,9 @@ def search(
         temperature=0.0, max_tokens=1, logprobs=2 * params.beam_width, ignore_eos=True,
         detokenize=False,
     )  # fmt: skip
-    beams = [[BeamSearchSequence(llm.engine.token_ids(prompt), [])] for prompt in prompts]
+    beams = [[_begun(llm.engine.token_ids(prompt), prompt.cache_salt)] for prompt in prompts]
     ended: list[list[BeamSearchSequence]] = [[] for _ in prompts]
     max_len = llm.engine.max_model_len
-
-    def ranked(sequences: list[BeamSearchSequence]) -> list[BeamSearchSequence]:
-        return sorted(
-            sequences, key=lambda one: score(one, params.length_penalty, eos_ids), reverse=True
-        )
-
     bar: Any = use_tqdm if callable(use_tqdm) else progress.bar
     for _ in bar(range(params.max_tokens), desc="beam search", disable=not use_tqdm):
         # all beams of a prompt have the same length
@@ -88,24 +90,35 @@ def search(
         ]
         if not living:
             break
-        outputs = llm.generate([beam.tokens for _, beam in living], step, use_tqdm=False)
+        given = [{**beam.orig_prompt, "prompt_token_ids": beam.tokens} for _, beam in living]
+        outputs = llm.generate(given, step, use_tqdm=False)
         grown: list[list[BeamSearchSequence]] = [[] for _ in prompts]
         for (idx, beam), output in zip(living, outputs):
             for sequence in _extended(beam, output, eos_ids):
                 (ended if sequence.finish_reason else grown)[idx].append(sequence)
         beams = [
-            ranked(new)[: params.beam_width] if grows else old
+            _best(new, params, eos_ids) if grows else old
             for new, old, grows in zip(grown, beams, growing)
         ]
     return [
-        BeamSearchOutput(
-            [
-                _finished(llm, one, params, eos_ids)
-                for one in ranked(finished + living_beams)[: params.beam_width]
-            ]
-        )
-        for finished, living_beams in zip(ended, beams)
+        BeamSearchOutput([_finished(llm, one) for one in _best(done + left, params, eos_ids)])
+        for done, left in zip(ended, beams)
     ]
+
+
+def _best(
+    sequences: list[BeamSearchSequence], params: BeamSearchParams, eos_ids: frozenset[int]
+) -> list[BeamSearchSequence]:
+    """The `beam_width` best, best first."""
+    ranked = sorted(sequences, key=lambda one: -score(one, params.length_penalty, eos_ids))
+    return ranked[: params.beam_width]
+
+
+def _begun(token_ids: list[int], cache_salt: str | None) -> BeamSearchSequence:
+    prompt: TokensPrompt = {"prompt_token_ids": token_ids}
+    if cache_salt is not None:
+        prompt["cache_salt"] = cache_salt
+    return BeamSearchSequence(prompt, token_ids, [])
 
 
 def _extended(
@@ -116,22 +129,20 @@ def _extended(
         return [replace(beam, finish_reason="error")]
     found = output["logprobs"][0]
     return [
-        BeamSearchSequence(
-            [*beam.tokens, token_id],
-            [*beam.logprobs, found],
-            beam.cum_logprob + logprob,
+        replace(
+            beam,
+            tokens=[*beam.tokens, token_id],
+            logprobs=[*beam.logprobs, found],
+            cum_logprob=beam.cum_logprob + logprob,
             finish_reason="stop" if token_id in eos_ids else None,
+            stop_reason=token_id if token_id in eos_ids else None,
         )
         for token_id, logprob in found.items()
     ]
 
 
-def _finished(
-    llm: Generates, sequence: BeamSearchSequence, params: BeamSearchParams, eos_ids: frozenset[int]
-) -> BeamSearchSequence:
-    tokens = sequence.tokens
-    if tokens[-1] in eos_ids and not params.include_stop_str_in_output:
-        tokens = tokens[:-1]
-    text = llm.engine.tokenizer.decode(tokens) if llm.engine.tokenizer is not None else None
-    reason = sequence.finish_reason or "length"
-    return replace(sequence, tokens=tokens, text=text, finish_reason=reason)
+def _finished(llm: Generates, sequence: BeamSearchSequence) -> BeamSearchSequence:
+    tokenizer = llm.engine.tokenizer
+    how = Decoding(skip_special_tokens=False)  # so the text has the end, as in vLLM
+    text = tokenizer.decode(sequence.tokens, how) if tokenizer is not None else None
+    return replace(sequence, text=text, finish_reason=sequence.finish_reason or "length")

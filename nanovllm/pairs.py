@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from nanovllm.checks import InvalidValue
 from nanovllm.pooling_params import PoolingInfo
@@ -33,6 +33,15 @@ VL_INSTRUCTION = "Given a search query, retrieve relevant candidates that answer
 IS_WRITTEN = "<|im_start|>"  # texts that begin so have the prompt's form already
 
 
+class Form(NamedTuple):
+    """A pair in a published form. start: all before the document, with the query. end: all after
+    it."""
+
+    start: str
+    document: str
+    end: str
+
+
 def pair_prompt(
     info: PoolingInfo,
     tokenizer: Tokenizer | None,
@@ -43,31 +52,57 @@ def pair_prompt(
 ) -> Prompt:
     """The prompt of a query and a document for a model with a head for pairs.
 
-    An encoder's tokenizer joins them, and with a limit the end of the second is dropped; a
-    reranker with a published form has that, with its instruction; others get one text after the
-    other. Raises ValueError for an empty text, for an instruction where none is read, and for a
-    first text that takes the limit.
+    An encoder's tokenizer joins them; a reranker with a published form has that, with its
+    instruction; others get one text after the other. With a limit the end of the second is dropped,
+    and what stands around it stays. Raises ValueError for an empty text, for an instruction where
+    none is read, and for a first text that takes the limit.
     """
     for text in (first, second):
         if not text:
             raise PromptRefused("a text of the pair is empty: it must have at least 1 token")
         checked_text("a text of the pair", text)
     if info.template and not first.startswith(IS_WRITTEN):
-        return Prompt(_published(info.template, first, second, instruction), None)
+        return _within(_published(info.template, first, second, instruction), tokenizer, limit)
     if instruction is not None:
         raise InvalidValue("instruction", "instruction is given, but this model reads none")
+    if info.template:
+        end = VL_END if info.template == "qwen3_vl" else END
+        document = second.removesuffix(end)
+        return _within(Form(first, document, second[len(document) :]), tokenizer, limit)
     if not info.has_pairs or tokenizer is None:
         return Prompt(first + second, None)
     token_ids, second_at = tokenizer.encode_pair(first, second, limit)
     return Prompt(None, token_ids, second_at=second_at if info.has_types else 0)
 
 
-def _published(template: str, first: str, second: str, instruction: str | None) -> str:
+def _published(template: str, first: str, second: str, instruction: str | None) -> Form:
     if template == "qwen3_vl":
         what = instruction or VL_INSTRUCTION
-        return f"{START}<Instruct>: {what}<Query>:{first}\n<Document>:{second}{VL_END}"
+        return Form(f"{START}<Instruct>: {what}<Query>:{first}\n<Document>:", second, VL_END)
     what = instruction or INSTRUCTION
-    return f"{START}<Instruct>: {what}\n<Query>: {first}\n<Document>: {second}{END}"
+    return Form(f"{START}<Instruct>: {what}\n<Query>: {first}\n<Document>: ", second, END)
+
+
+def _within(form: Form, tokenizer: Tokenizer | None, limit: int | None) -> Prompt:
+    """The prompt of a form, with at most `limit` tokens. The model answers after the form's end, so
+    the document is cut in front of it."""
+    text = "".join(form)
+    if tokenizer is None or limit is None:
+        return Prompt(text, None)
+    found = tokenizer.encode_first(text, limit + 1)
+    if len(found) <= limit:
+        return Prompt(text, found)
+    num_after = tokenizer.num_around()[1]
+    end_ids = tokenizer.encode(form.end, add_special_tokens=False) + found[len(found) - num_after :]
+    start_ids = tokenizer.encode(form.start)
+    del start_ids[len(start_ids) - num_after :]
+    kept = found[: max(0, limit - len(end_ids))]
+    if kept == start_ids[: len(kept)]:
+        raise ValueError(
+            f"the query and the text around the pair take {len(start_ids) + len(end_ids)} tokens: "
+            f"with at most {limit} none is left for the document"
+        )
+    return Prompt(text, kept + end_ids)
 
 
 def paired(firsts: Sequence[Text], seconds: Sequence[Text]) -> list[tuple[Text, Text]]:

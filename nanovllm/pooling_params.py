@@ -33,7 +33,7 @@ class PoolingParams:
         normalized. None is the model's default. `normalize` is the same for embeddings.
     truncate_prompt_tokens: the most tokens of the prompt, the rest is dropped. -1: as many as
         max_model_len allows. A text keeps its first tokens, and the special tokens around it; of
-        token ids the last are kept.
+        token ids the last are kept; a pair keeps all around its second text.
     task: "embed", "classify" or "score"; None is what the model is loaded for.
     """
 

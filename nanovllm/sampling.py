@@ -60,8 +60,8 @@ class SamplingParams:
     presence_penalty, frequency_penalty: subtracted from logits of generated tokens, once per token
         and once per occurrence.
     seed: the same seed gives the same tokens in any batch. None draws a seed from the engine's.
-    max_tokens, min_tokens: limits on generated tokens. max_tokens None: up to max_model_len. Stop
-        tokens and stop strings do not end a request before min_tokens.
+    max_tokens, min_tokens: limits on generated tokens. max_tokens None: up to max_model_len. The
+        first min_tokens tokens are no stop tokens, and stop strings that end within them are text.
     stop: strings that end the text. The text does not include them, unless
         `include_stop_str_in_output`. None, "" and [] mean none.
     stop_token_ids: ids that end the text, as end-of-sequence ids do; token_ids includes them, the
@@ -282,7 +282,8 @@ class BeamSearchParams:
         leave them unchanged, are supported.
     length_penalty: a sequence's score is its total log-probability divided by its length to this
         power.
-    include_stop_str_in_output: the text includes the end-of-sequence token.
+    include_stop_str_in_output: vLLM's field. `LLM.beam_search` does not read it there nor here: its
+        sequences include the end-of-sequence token.
     """
 
     beam_width: int

@@ -162,13 +162,17 @@ class Tokenizer:
         """`encode_first`, from more token ids."""
         if limit is None or len(found) <= limit:
             return found
+        num_before, num_after = self.num_around()
+        after = found[len(found) - num_after :]
+        return (found[: max(num_before, limit - num_after)] + after)[:limit]
+
+    def num_around(self) -> tuple[int, int]:
+        """How many special tokens stand before a text, and how many after it."""
         letter, plain = self.encode("a"), self.encode("a", add_special_tokens=False)
-        num_around = len(letter) - len(plain)
-        num_before = next(
-            (i for i in range(num_around + 1) if letter[i : i + len(plain)] == plain), 0
-        )
-        after = found[len(found) - num_around + num_before :]
-        return (found[: max(num_before, limit - num_around + num_before)] + after)[:limit]
+        num = len(letter) - len(plain)
+        before = (i for i in range(num + 1) if letter[i : i + len(plain)] == plain)
+        num_before = next(before, 0)
+        return num_before, num - num_before
 
     def encode_pair(self, first: str, second: str, limit: int | None) -> tuple[list[int], int]:
         """Token ids of two texts as one sequence, and where the second begins. With a limit the end

@@ -127,10 +127,8 @@ class OutputProcessor:
         num_before = len(request.output_ids) - len(token_ids)
         for num, token_id in enumerate(token_ids, start=1):
             num_outputs = num_before + num
-            may_stop = num_outputs >= request.params.min_tokens
-            stop_ids = request.stop_ids if may_stop else ()
-            shown = stream.shown([token_id], stop_ids)
-            hit_stop_string = stream.grows and stream.push(shown, may_stop=may_stop)
+            stop_ids = request.stop_ids if num_outputs >= request.params.min_tokens else ()
+            hit_stop_string = stream.push(stream.shown([token_id], stop_ids))
             stops = hit_stop_string or token_id in stop_ids
             if request.constraint is not None and not stops:
                 request.constraint.push(token_id)
@@ -155,9 +153,8 @@ class OutputProcessor:
     ) -> None:
         """End a request. The output comes first: `complete_ends` does the rest after Ctrl-C."""
         if stream.stop_string is None:
-            may_stop = len(request.output_ids) >= request.params.min_tokens
             stop_ids = request.stop_ids if reason == "stop" else ()
-            stream.finish(stream.shown(request.output_ids, stop_ids), may_stop=may_stop)
+            stream.finish(stream.shown(request.output_ids, stop_ids))
         stop_reason = stream.stop_string or _stop_token(request, reason)
         completion = FinishedOutput.of(request, stream.text, reason, stop_reason, error)
         logprobs = _newest_logprobs(request, len(token_ids))

@@ -131,6 +131,7 @@ class TextStream:
         self._tokenizer = tokenizer if params.detokenize else None
         self._how = Decoding(params.skip_special_tokens, params.spaces_between_special_tokens)
         self._includes_stop = params.include_stop_str_in_output
+        self._min_tokens, self._num_tokens = params.min_tokens, 0  # of pushed tokens
         self._stops = stop_strings(params.stop_strings) if params.stop_strings else None
         self._growing: IncrementalText | None = None
         if self._tokenizer is not None and (incremental or self._stops):
@@ -157,16 +158,25 @@ class TextStream:
         is_hidden = bool(token_ids) and token_ids[-1] in stop_ids and not self._includes_stop
         return token_ids[:-1] if is_hidden else token_ids
 
-    def push(self, token_ids: Sequence[int], *, may_stop: bool) -> bool:
-        """Add tokens. True if they complete a stop string: the text then ends there."""
+    def push(self, token_ids: Sequence[int]) -> bool:
+        """Add tokens. True if they complete a stop string: the text then ends there.
+
+        As in vLLM a stop string that is complete within the first `min_tokens` tokens does not
+        count, and one that only begins there does.
+        """
         if self._growing is None or not token_ids:
             return False
-        return self._add(self._growing.append(token_ids), may_stop)
+        num_early = max(0, self._min_tokens - self._num_tokens)
+        self._num_tokens += len(token_ids)
+        if num_early:
+            self._add(self._growing.append(token_ids[:num_early]), may_stop=False)
+            token_ids = token_ids[num_early:]
+        return bool(token_ids) and self._add(self._growing.append(token_ids), may_stop=True)
 
-    def finish(self, token_ids: Sequence[int], *, may_stop: bool) -> None:
+    def finish(self, token_ids: Sequence[int]) -> None:
         """End the text of all these tokens: add unfinished characters, or decode them now."""
         if self._growing is not None:
-            self._add(self._growing.flush(), may_stop)
+            self._add(self._growing.flush(), may_stop=self._num_tokens > self._min_tokens)
         elif self._tokenizer is not None:
             self._new = [self._tokenizer.decode(token_ids, self._how)]
 
@@ -180,7 +190,7 @@ class TextStream:
         self._new = [held] if held else []
         return piece
 
-    def _add(self, piece: str, may_stop: bool) -> bool:
+    def _add(self, piece: str, *, may_stop: bool) -> bool:
         self._new.append(piece)
         if self._stops is None:
             return False

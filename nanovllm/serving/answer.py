@@ -28,7 +28,7 @@ class Answer:
         incremental: bool,
         eos_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self.index, self._min_tokens, self._prompt_ids = index, params.min_tokens, prompt_ids
+        self.index, self._prompt_ids = index, prompt_ids
         self._tokenizer, self.incremental = tokenizer, incremental
         self._has_stops = bool(params.stop)
         self._stop_ids = params.stop_ids(eos_ids)
@@ -111,11 +111,11 @@ class Answer:
         fresh = self._shown()[num:]
         if not self._has_stops:
             if fresh:
-                self._text.push(fresh, may_stop=False)
+                self._text.push(fresh)
             return
         for token_id in fresh:
             num += 1
-            if self._text.push([token_id], may_stop=num >= self._min_tokens):
+            if self._text.push([token_id]):
                 del self._token_ids[num:]
                 if self._logprobs is not None:
                     del self._logprobs[num:]
@@ -130,8 +130,7 @@ class Answer:
         self.unpack()
         text, reason = self._text, "stop" if self._has_stopped else end.finish_reason
         if not self._has_stopped:
-            may_stop = len(self._token_ids) >= self._min_tokens
-            text.finish(self._shown(), may_stop=may_stop)
+            text.finish(self._shown())
         return FinishedOutput(
             text=text.text,
             token_ids=self._token_ids,

@@ -118,6 +118,24 @@ def test_stop_strings_across_tokens(llm: LLM) -> None:
     assert streamed == [output["text"] for output in outputs]
 
 
+def test_a_stop_string_within_min_tokens_ends_nothing(llm: LLM) -> None:
+    """It ends an answer whose next token completes it, even if it begins within them."""
+    (prompt,) = random_prompts([19], seed=63)
+    (whole,) = llm.generate([prompt], greedy(40), use_tqdm=False)
+    texts = [llm.tokenizer.decode([one]) for one in whole["token_ids"]]
+    place = next(
+        place for place in range(3, 40)
+        if texts[place].startswith("<filler") and texts.count(texts[place]) == 1
+    )  # fmt: skip
+    across = texts[place - 1][-1] + texts[place]
+    for stop in (texts[place], across):
+        params = [greedy(40, stop=stop, min_tokens=num) for num in (place, place + 1)]
+        early, late = llm.generate([prompt] * 2, params, use_tqdm=False)
+        assert early["token_ids"] == whole["token_ids"][: place + 1]
+        assert early["text"] == whole["text"][: whole["text"].index(stop)]
+        assert late["token_ids"] == whole["token_ids"] and late["text"] == whole["text"]
+
+
 def test_streamed_text_and_tokens_add_up(llm: LLM) -> None:
     prompts = random_prompts([5, 19, 33], seed=64)
     params = [SamplingParams(temperature=1.5, max_tokens=50, seed=seed) for seed in range(3)]

@@ -15,6 +15,7 @@ import torch
 from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.engine import metrics
 from nanovllm.hub import resolve
+from nanovllm.prompts import TokensPrompt
 from tests.engines import (
     EOS_IDS,
     NUM_TOKENS,
@@ -299,7 +300,8 @@ def test_beam_search_is_that_of_the_formula(eager_llm: LLM, hf_model: Any) -> No
         found = [sequence.tokens for sequence in output.sequences]
         assert found == brute_force(hf_model, prompt, 3, 4)
         best = output.sequences[0]
-        assert best.text == eager_llm.tokenizer.decode(best.tokens, skip_special_tokens=True)
+        assert best.text == eager_llm.tokenizer.decode(best.tokens)
+        assert best.orig_prompt == {"prompt_token_ids": prompt} and best.lora_request is None
         assert len(best.logprobs) == 4 and best.finish_reason == "length"
         chosen = [one[t] for one, t in zip(best.logprobs, best.tokens[len(prompt) :])]
         assert best.cum_logprob == pytest.approx(sum(chosen))
@@ -314,7 +316,14 @@ def test_one_beam_is_greedy_and_beams_end_at_eos(eager_llm: LLM, hf_generate: Ge
     wide = BeamSearchParams(beam_width=40, max_tokens=12)
     (output,) = eager_llm.beam_search(prompts[0], wide)
     ended = [one for one in output.sequences if one.finish_reason == "stop"]
-    assert ended and not any(set(one.tokens[7:]) & set(EOS_IDS) for one in output.sequences)
+    assert ended and not any(set(one.tokens[7:-1]) & set(EOS_IDS) for one in output.sequences)
+    for one in output.sequences:
+        has_ended = one.tokens[-1] in EOS_IDS
+        assert (one.finish_reason, one.stop_reason) == (
+            ("stop", one.tokens[-1]) if has_ended else ("length", None)
+        )
+        assert len(one.tokens) == 7 + len(one.logprobs)
+        assert one.text == eager_llm.tokenizer.decode(one.tokens), "with the text of the end"
     with pytest.raises(ValueError, match="beam_width is 51: it must be at least 1, at most 50"):
         BeamSearchParams(beam_width=51, max_tokens=1)
     with pytest.raises(ValueError, match=r"length_penalty is -300.0: .* in \[-10, 10\]"):
@@ -332,6 +341,15 @@ def test_beams_end_at_the_limit_of_their_own_prompt(make_llm: Callable[..., LLM]
     for prompt, output in zip(prompts, together):
         (alone,) = llm.beam_search([prompt], params)
         assert [one.tokens for one in output.sequences] == [one.tokens for one in alone.sequences]
+
+
+def test_beams_share_blocks_with_prompts_of_the_same_salt_only(eager_llm: LLM) -> None:
+    (prompt,) = random_prompts([60], seed=94)
+    salted: TokensPrompt = {"prompt_token_ids": prompt, "cache_salt": "a"}
+    (output,) = eager_llm.beam_search(salted, BeamSearchParams(beam_width=2, max_tokens=3))
+    assert output.sequences[0].orig_prompt == salted
+    plain, again = eager_llm.generate([{"prompt_token_ids": prompt}, salted], greedy(1))
+    assert not plain.num_cached_tokens and again.num_cached_tokens
 
 
 def test_priorities_must_be_a_list(eager_llm: LLM) -> None:

@@ -183,21 +183,24 @@ def test_answers_end_at_every_place_within_a_step(
     checkpoint: Path, make_llm: Callable[..., LLM], plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second model is the first one, so every step makes four tokens."""
-    llm = make_llm(max_num_seqs=6, device="cpu", **options(checkpoint, "draft_model"), **ALWAYS)
+    llm = make_llm(max_num_seqs=7, device="cpu", **options(checkpoint, "draft_model"), **ALWAYS)
     engines = (llm.engine, plain.engine)
     (long,) = plain.generate(PROMPTS[:1], greedy(12), use_tqdm=False)
     reasons = set()
     for place in range(1, 9):
         for engine in engines:
             monkeypatch.setattr(engine, "_eos_ids", frozenset({long["token_ids"][place]}))
+        late = [
+            plain.tokenizer.decode(long["token_ids"][one : one + 1]) for one in (place - 1, place)
+        ]
         params = [
             greedy(12, ignore_eos=False), greedy(12, ignore_eos=False, min_tokens=place + 2),
             greedy(12, stop_token_ids=[long["token_ids"][place]]), greedy(place + 1),
             greedy(12, stop=[long["text"][place]], min_tokens=3),
-            greedy(12, ignore_eos=False, min_tokens=place),
+            greedy(12, ignore_eos=False, min_tokens=place), greedy(12, stop=late, min_tokens=place),
         ]  # fmt: skip
         found, expected = (
-            one.generate(PROMPTS[:1] * 6, params, use_tqdm=False) for one in (llm, plain)
+            one.generate(PROMPTS[:1] * 7, params, use_tqdm=False) for one in (llm, plain)
         )
         keys = ("token_ids", "text", "finish_reason")
         ends = [[[one[key] for key in keys] for one in of] for of in (found, expected)]

@@ -210,13 +210,7 @@ def test_special_tokens_are_written_on_request() -> None:
 
 
 def feed(
-    tokenizer: Tokenizer,
-    text: str,
-    stops: tuple[str, ...],
-    *,
-    min_tokens: int = 0,
-    size: int = 1,
-    **options: Any,
+    tokenizer: Tokenizer, text: str, stops: tuple[str, ...], *, size: int = 1, **options: Any
 ) -> tuple[list[str], str, bool]:
     """Feed `size` tokens at a time; returns (pieces, final text, whether it stopped)."""
     params = SamplingParams(stop=stops, **options)
@@ -224,7 +218,7 @@ def feed(
     token_ids = tokenizer.encode(text)
     pieces: list[str] = []
     for start in range(0, len(token_ids), size):
-        if stream.push(token_ids[start : start + size], may_stop=start + size >= min_tokens):
+        if stream.push(token_ids[start : start + size]):
             pieces.append(stream.take(last=True))
             return pieces, stream.text, True
         pieces.append(stream.take(last=False))
@@ -293,14 +287,29 @@ def test_a_stop_string_before_min_tokens_stays_and_does_not_stop_later(
     assert not stopped and final == "".join(pieces) == "abxy"
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("min_tokens", "expected"),
+    [(0, "x"), (2, "x"), (3, "xabay"), (6, "xabay"), (7, None), (8, None)],
+)
+def test_a_stop_string_ends_after_the_first_min_tokens_and_may_begin_within(
+    tokenizer: Tokenizer, min_tokens: int, expected: str | None, size: int
+) -> None:
+    """Each character is a token."""
+    text = "xabayaba"
+    pieces, final, stopped = feed(tokenizer, text, ("ab",), size=size, min_tokens=min_tokens)
+    assert stopped == (expected is not None)
+    assert final == "".join(pieces) == (expected or text)
+
+
 def test_nothing_is_decoded_before_the_end_unless_needed(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer, SamplingParams(), incremental=False)
-    assert not stream.push([50], may_stop=True) and stream.take(last=False) == ""
+    assert not stream.push([50]) and stream.take(last=False) == ""
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
     stream = TextStream(None, SamplingParams(), incremental=True)
-    assert not stream.push([1, 2], may_stop=True)
+    assert not stream.push([1, 2])
     assert stream.take(last=False) == "" == stream.take(last=True)
 
 
@@ -314,7 +323,7 @@ def test_the_stop_string_stays_on_request(tokenizer: Tokenizer, size: int) -> No
 
 def test_the_stop_string_that_ended_the_text_is_known(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer, SamplingParams(stop=["wo", "two t"]), incremental=True)
-    assert stream.push(tokenizer.encode("one two three"), may_stop=True)
+    assert stream.push(tokenizer.encode("one two three"))
     assert stream.stop_string == "two t" and stream.text == "one "
 
 
@@ -332,13 +341,13 @@ def test_a_long_text_is_not_copied_for_each_token(
     tracemalloc.start()
     try:
         for _ in range(500):
-            stream.push(token_ids, may_stop=True)
+            stream.push(token_ids)
             if incremental:
                 num_characters += len(stream.take(last=False))
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    stream.finish(token_ids, may_stop=True)
+    stream.finish(token_ids)
     num_characters += len(stream.take(last=True))
     assert num_characters == len(stream.text) > 200_000
     assert most < 1.5 * num_characters
@@ -354,7 +363,7 @@ def test_many_long_stop_strings_cost_little(tokenizer: Tokenizer) -> None:
         stream = TextStream(tokenizer, SamplingParams(stop=stops), incremental=True)
         start = time.thread_time()
         for token_id in token_ids:
-            assert not stream.push([token_id], may_stop=True)
+            assert not stream.push([token_id])
             stream.take(last=False)
         return time.thread_time() - start
 
