@@ -33,6 +33,7 @@ from nanovllm.sampling import INT64_MAX, SamplingParams
 from nanovllm.schedule import edit_limits
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import MMSpan
+from nanovllm.schedule.whole_images import WholeImages
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
 from nanovllm.structured_params import FIELD
@@ -63,7 +64,7 @@ class InputProcessor:
     max_grammar_bytes: int = 0
     has_towers: bool = True
     has_adapters: bool = False
-    max_image_tokens: int = 0
+    whole_images: WholeImages | None = None
     pooling: PoolingInfo | None = None
 
     @classmethod
@@ -81,7 +82,7 @@ class InputProcessor:
             max_grammar_bytes=config.max_grammar_bytes,
             has_towers=info.has_towers,
             has_adapters=config.enable_lora,
-            max_image_tokens=info.max_image_tokens,
+            whole_images=info.whole_images,
             pooling=info.pooling,
         )
 
@@ -112,14 +113,12 @@ class InputProcessor:
         if isinstance(prompt, MediaPrompt):
             positions = prompt.position_3T
         prompt_ids = self.prompt_ids(given, params)
-        contents = self.contents(embeddings, len(prompt_ids))
-        self.check_positions(positions, len(prompt_ids))
-        longest = max((one.num for one in contents + media_contents), default=0)
-        if 0 < self.max_image_tokens < longest:
-            raise ValueError(
-                f"an image has {longest} tokens, and max_num_batched_tokens is "
-                f"{self.max_image_tokens}: tokens that see the whole image need it in one step"
-            )
+        num_prompt = len(prompt_ids)
+        contents = self.contents(embeddings, num_prompt)
+        self.check_positions(positions, num_prompt)
+        if self.whole_images is not None:
+            max_output = self.max_output(params, num_prompt, positions)
+            self.whole_images.check(contents + media_contents, num_prompt, max_output)
         return EngineRequest(
             prompt_ids,
             params,

@@ -26,6 +26,7 @@ from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.past_answers import PastAnswers
 from nanovllm.schedule.scheduler import Scheduler
 from nanovllm.schedule.snapshots import SnapshotPool
+from nanovllm.schedule.whole_images import WholeImages
 from nanovllm.startup.load import Loaded
 from nanovllm.structured.grammars import GrammarCompiler, GrammarLimits, Grammars
 
@@ -146,7 +147,9 @@ class EngineParts:
     @property
     def info(self) -> EngineInfo:
         """The facts that clients need, except the digest of the checkpoint."""
-        model, pool = self.model_config, self.scheduler.cache.pool
+        model, cache = self.model_config, self.scheduler.cache
+        pool = cache.pool
+        images = WholeImages(cache.groups, pool.num_blocks - 1, self.scheduler.num_drafts)
         return EngineInfo(
             "",
             self.max_model_len,
@@ -161,7 +164,7 @@ class EngineParts:
             uses_mrope=bool(model.rope_axes),
             has_towers=bool(self._runner.towers.by_name),
             media_scale=self.media_scale,
-            max_image_tokens=self.scheduler.max_num_batched_tokens if model.sees_ahead else 0,
+            whole_images=images if model.sees_ahead else None,
         )
 
     @property

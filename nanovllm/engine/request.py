@@ -18,6 +18,7 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import chained_digests
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import MMSpan, block_content
+from nanovllm.schedule.whole_images import WholeImages
 from nanovllm.structured.library import Source
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class EngineInfo:
     checkpoint: a digest, set by processes. num_blocks: of the KV cache. num_deepstack: levels of
     features that embeddings may have after the first. uses_mrope: tokens have positions in time,
     height and width. media_scale: the fields of `Scale`, None for a text model.
-    max_image_tokens: the most tokens of an image, all of which are in one step; 0 without a limit.
+    whole_images: the limits of images that must be in one step; None without such limits.
     pooling: None for a model that generates.
     """
 
@@ -55,7 +56,7 @@ class EngineInfo:
     uses_mrope: bool = False
     has_towers: bool = False
     media_scale: Sequence[Any] | None = None
-    max_image_tokens: int = 0
+    whole_images: WholeImages | None = None
     pooling: PoolingInfo | None = None
 
 

@@ -36,6 +36,17 @@ class CacheGroups:
         whole = self.num_blocks(num_tokens)
         return sum(min(whole, self.held_blocks) if window else whole for window in self.windows)
 
+    def needed_for(self, start: int, end: int, num_tokens: int) -> int:
+        """Blocks of a request with `num_tokens` tokens while one step has those from `start` to
+        `end` − 1."""
+        tables = (
+            self.num_blocks(end) - max(0, start - window + 1) // self.block_size
+            if window
+            else self.num_blocks(num_tokens)
+            for window in self.windows
+        )
+        return sum(tables)
+
     def longest(self, num_blocks: int, max_len: int) -> int:
         """The longest sequence of up to `max_len` tokens that `num_blocks` blocks suffice for."""
         if self.windows == (0,):

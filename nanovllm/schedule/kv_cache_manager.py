@@ -76,18 +76,15 @@ class KVCacheManager:
         request.num_computed = request.num_shared = num_cached * self.block_size
         return True
 
-    def extend(
-        self, request: Request, num_tokens: int, num_others: int
-    ) -> tuple[int, list[NewBlock]]:
+    def extend(self, request: Request, num_tokens: int, num_others: int, least: int = 1) -> int:
         """Give a request blocks for the next tokens of its prompt, and free those behind its
-        windows. Returns for how many tokens there are blocks, 0 if it must wait, and the new ones.
+        windows. Returns for how many tokens there are blocks; fewer than `least` cannot run.
 
-        It leaves a block of each group for each of `num_others` requests, unless no token could run
-        then.
+        It leaves a block of each group for each of `num_others` requests, unless `least` tokens
+        have blocks only without that.
         """
-        new: list[NewBlock] = []
         if not self._windows:
-            return num_tokens, new
+            return num_tokens
         self.trim(request, request.num_computed)
         end = request.num_computed + num_tokens
         num_before = len(request.blocks[self._windows[0][0]])
@@ -97,17 +94,22 @@ class KVCacheManager:
         num_more = num_wanted - num_before
         if num_more > 0:
             num_free, num_tables = self.pool.num_free, len(self._windows)
-            least = int(num_before * self.block_size == request.num_computed)
+            must_have = num_more  # of the last tokens: with what the device drafts
+            if least < num_tokens:
+                must_have = self.groups.num_blocks(request.num_computed + least) - num_before
             spare = (num_free - num_others * self.num_groups) // num_tables
-            num_more = min(num_more, max(spare, min(least, num_free // num_tables)))
+            if spare < must_have <= num_free // num_tables:
+                spare = must_have
+            num_more = min(num_more, max(0, spare))
             for group, _ in self._windows:
                 for block in self.pool.allocate(num_more):
-                    new.append((request.row, group, len(request.blocks[group]), block))
+                    new = request.row, group, len(request.blocks[group]), block
+                    request.new_blocks.append(new)
                     request.blocks[group].append(block)
         num_blocks = len(request.blocks[self._windows[0][0]])
         if num_blocks < num_wanted:  # all tables of a decoding request have one length
             end = min(end - 1, num_blocks * self.block_size)
-        return end - request.num_computed, new
+        return end - request.num_computed
 
     def begin_step(self) -> None:
         """Let the requests of the next step find the snapshots that earlier steps make."""

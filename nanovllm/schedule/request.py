@@ -13,7 +13,7 @@ import numpy as np
 from nanovllm.checks import InvalidValue
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
-from nanovllm.schedule.plan import LogitEdits
+from nanovllm.schedule.plan import LogitEdits, NewBlock
 
 # parameters that forbid tokens
 STRUCTURED, EDITS = "structured_outputs", ("allowed_token_ids", "bad_words", "logit_bias")
@@ -110,6 +110,7 @@ class Request:
     finish_reason: str | None = None
     row: int = -1  # of the device state, while running
     blocks: list[list[int]] = field(default_factory=list)  # a table for each group of layers
+    new_blocks: list[NewBlock] = field(default_factory=list)  # that no prefill step has had yet
     block_digests: list[bytes] = field(default_factory=list)  # of the full blocks, chained
     is_decoding: bool = False  # its last prefill chunk has been launched
     is_verifying: bool = False  # a step with proposals of the host is in flight
@@ -150,7 +151,7 @@ class Request:
     def restart(self) -> None:
         """Return to waiting without cached tokens: the next prefill feeds all known tokens."""
         self.status = Status.WAITING
-        self.row, self.blocks, self.block_digests = -1, [], []
+        self.row, self.blocks, self.new_blocks, self.block_digests = -1, [], [], []
         self.adapter = 0
         self.is_decoding = self.is_verifying = self.is_failing = False
         self.num_computed = self.num_in_flight = 0

@@ -230,11 +230,13 @@ class Scheduler:
             num_tokens = self.stall.next_chunk(before, wanted, max_ms, max(0, num_left))
             if not num_tokens:
                 return budget
+        least = 1
         if self.keeps_images_whole:  # even if the step takes longer
             num_tokens = request.whole(num_tokens, budget)
             if not num_tokens:
                 return budget
-        num_tokens, new_blocks = self.cache.extend(request, num_tokens, len(self.running))
+            least = request.whole(least, num_tokens)
+        num_tokens = self.cache.extend(request, num_tokens, len(self.running), least)
         num_tokens = self.cache.cut(request, num_tokens)
         if self.keeps_images_whole:
             num_tokens = request.whole(num_tokens, num_tokens)
@@ -249,6 +251,7 @@ class Scheduler:
         # requests of this step may already share these blocks.
         self.cache.cache_blocks(request, request.num_computed // self.cache.block_size)
         slots = self.cache.restored(request), self.cache.take_snapshot(request)
+        new_blocks, request.new_blocks = request.new_blocks, []
         chunks.append(Chunk(request, start, num_tokens, is_first, is_last, new_blocks, *slots))
         return num_tokens
 

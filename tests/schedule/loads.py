@@ -29,11 +29,20 @@ PREFILL, DECODE = True, False
 
 
 class Known(Scheduler):
-    """A scheduler that remembers its requests by id."""
+    """A scheduler that remembers its requests by id, and fails where it would preempt forever."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.known: dict[int, Request] = {}
+        self._most_preemptions = 0
+
+    def schedule(self, *, may_preempt: bool) -> StepPlan | None:
+        self._most_preemptions = self.num_preemptions + 100
+        return super().schedule(may_preempt=may_preempt)
+
+    def _preempt_last(self) -> None:
+        assert self.num_preemptions < self._most_preemptions, "no end of preemptions"
+        super()._preempt_last()
 
     def add(self, request: Request) -> None:
         self.known[request.request_id] = request
