@@ -55,6 +55,11 @@ class Adapters:
         asks = self._in_use_of()
         return set() if asks is None else asks()
 
+    @property
+    def _awaited(self) -> set[int]:
+        """The adapters that unfinished requests use, and that are not in host memory."""
+        return {one for one in self._in_use & self._known.keys() if not self.has_place(one)}
+
     def find(self, asked: LoRARequest | None) -> Adapter | None:
         """The adapter of a request; None for none. A new one's files are checked.
 
@@ -84,6 +89,18 @@ class Adapters:
     def wait(self, seconds: float) -> None:
         """Wait up to so long until an adapter that is being read is in host memory."""
         self._runner.wait_for_adapters(seconds)
+
+    def has_place(self, adapter_id: int) -> bool:
+        """Whether an adapter is in host memory or being read. It stays there while an unfinished
+        request has it."""
+        return adapter_id in self._known and self._known[adapter_id].is_in_memory
+
+    def begin(self, adapter_id: int) -> bool:
+        """`is_ready`, before there is a request with this adapter: it takes no room for which
+        unfinished requests of other adapters wait."""
+        if not self.has_place(adapter_id) and self._awaited - {adapter_id}:
+            return False
+        return self.is_ready(adapter_id)
 
     def is_ready(self, adapter_id: int) -> bool:
         """Whether an adapter is in host memory; begins to read it as soon as there is room.

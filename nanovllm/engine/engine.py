@@ -165,7 +165,7 @@ class Engine(EngineParts):
         self._check_open()
         self._sleeper.check_awake()
         adapter = self.adapters.find(asked.adapter)
-        waits = adapter is not None and not self.adapters.is_ready(adapter.request.lora_int_id)
+        waits = adapter is not None and not self.adapters.begin(adapter.request.lora_int_id)
         params, prompt_ids = asked.params, asked.prompt_ids
         edits, source = self._prepared(asked)
         for key, embeds in asked.embeddings.items():
@@ -242,7 +242,7 @@ class Engine(EngineParts):
         self._check_open()
         found = self.adapters.find(request)
         assert found is not None
-        self.adapters.is_ready(found.request.lora_int_id)
+        self.adapters.begin(found.request.lora_int_id)
         return True
 
     def remove_lora(self, lora_int_id: int) -> bool:

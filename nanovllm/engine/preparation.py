@@ -25,6 +25,9 @@ class Preparation:
     """Requests with media, grammars or adapters that are being read, until they are queued. One
     thread at a time may use it.
 
+    A request's adapter has its place in host memory before its media are prepared. So requests that
+    hold prepared media never wait for places that others keep until they may prepare theirs.
+
     Ctrl-C can come between any two lines. So a result is stored in its request before it is removed
     here, and a request is queued before it is removed. Interrupted work is repeated.
     """
@@ -43,16 +46,19 @@ class Preparation:
         self._intake, self._media, self._grammars = intake, media, grammars
         self._held, self._metrics = held, metrics
         self._requests: dict[int, Request] = {}
+        self._without_place: dict[int, Prompt] = {}  # prompts whose adapters have no place yet
 
     def __len__(self) -> int:
         """The number of requests that are not queued yet."""
         return len(self._requests)
 
     def add(self, request: Request, prompt: Prompt | None, source: Source | None) -> None:
-        """Begin to prepare a request's media, if any, and its grammar."""
+        """Begin to prepare a request's media, if any, and its grammar. Media wait until its adapter
+        has a place."""
         self._requests[request.request_id] = request
         if prompt is not None:
-            self._media.add(request.request_id, prompt)
+            self._without_place[request.request_id] = prompt
+            self._begin_media(request)
         if source is not None:
             self._grammars.add(request.request_id, source, request.params)
 
@@ -62,6 +68,8 @@ class Preparation:
         If none is ready, wait up to `wait_s` for one. The caller queues or ends a request before it
         advances to the next one.
         """
+        for request_id in list(self._without_place):  # Ctrl-C may have come while media began
+            self._begin_media(self._requests[request_id])
         if wait_s and any(one.adapter_id for one in self._requests.values()):
             self._adapters.wait(wait_s)
             wait_s = 0.0
@@ -74,14 +82,22 @@ class Preparation:
             if request_id in self._media or request_id in self._grammars:
                 continue
             try:
-                if request.adapter_id and not self._adapters.is_ready(request.adapter_id):
-                    continue
+                is_ready = not request.adapter_id or self._adapters.is_ready(request.adapter_id)
             except ValueError as error:
                 _log(request_id, error)
                 yield request, error
                 continue
-            yield request, None
-            self._requests.pop(request_id, None)
+            if request_id in self._without_place:
+                self._begin_media(request)
+            elif is_ready:
+                yield request, None
+                self._requests.pop(request_id, None)
+
+    def _begin_media(self, request: Request) -> None:
+        """Begin to prepare a request's media if its adapter, if any, has a place."""
+        if not request.adapter_id or self._adapters.has_place(request.adapter_id):
+            self._media.add(request.request_id, self._without_place[request.request_id])
+            del self._without_place[request.request_id]
 
     def _expand(self, request: Request, found: MediaPrompt) -> None:
         """Set a request's whole prompt. Raises ValueError if it is too long."""
@@ -95,11 +111,13 @@ class Preparation:
         """Remove a request that has ended, and cancel its work."""
         self._media.drop(request_id)
         self._grammars.drop(request_id)
+        self._without_place.pop(request_id, None)
         self._requests.pop(request_id, None)
 
     def close(self) -> None:
         """End the threads and processes."""
         self._requests.clear()
+        self._without_place.clear()
         self._media.close()
         self._grammars.close()
 
