@@ -86,9 +86,10 @@ class Adapters:
         self._known[asked.lora_int_id] = found
         return found
 
-    def wait(self, seconds: float) -> None:
-        """Wait up to so long until an adapter that is being read is in host memory."""
-        self._runner.wait_for_adapters(seconds)
+    def wait(self, seconds: float) -> bool:
+        """Wait up to so long until an adapter that is being read is in host memory. False if none
+        is being read."""
+        return self._runner.wait_for_adapters(seconds)
 
     def has_place(self, adapter_id: int) -> bool:
         """Whether an adapter is in host memory or being read. It stays there while an unfinished

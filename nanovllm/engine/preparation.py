@@ -70,8 +70,8 @@ class Preparation:
         """
         for request_id in list(self._without_place):  # Ctrl-C may have come while media began
             self._begin_media(self._requests[request_id])
-        if wait_s and any(one.adapter_id for one in self._requests.values()):
-            self._adapters.wait(wait_s)
+        has_adapters = any(one.adapter_id for one in self._requests.values())
+        if wait_s and has_adapters and self._adapters.wait(wait_s):
             wait_s = 0.0
         with self._metrics.waiting_for_media(wait_s > 0 and bool(self._media)):
             for request_id, prompt in self._media.take(wait_s if self._media else 0.0):

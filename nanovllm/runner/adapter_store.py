@@ -91,10 +91,12 @@ class AdapterStore:
         found = self._host[adapter_id]
         return found.done() and bool(found.result())
 
-    def wait(self, seconds: float) -> None:
-        """Wait up to so long until an adapter that is being read is in host memory."""
+    def wait(self, seconds: float) -> bool:
+        """Wait up to so long until an adapter that is being read is in host memory. False if none
+        is being read."""
         pending = [found for found in self._host.values() if not found.done()]
         futures.wait(pending, seconds, futures.FIRST_COMPLETED)
+        return bool(pending)
 
     def drop(self, adapter_id: int) -> None:
         """Forget an adapter, and free its host memory. Slots keep what they have."""

@@ -115,9 +115,10 @@ class Runner(DeviceOwner):
         """Raises ValueError if it cannot be read."""
         return self.adapters.is_read(adapter_id)
 
-    def wait_for_adapters(self, seconds: float) -> None:
-        """Wait up to so long until an adapter that is being read is in host memory."""
-        self.adapters.wait(seconds)
+    def wait_for_adapters(self, seconds: float) -> bool:
+        """Wait up to so long until an adapter that is being read is in host memory. False if none
+        is being read."""
+        return self.adapters.wait(seconds)
 
     def drop_adapter(self, adapter_id: int) -> None:
         """Free an adapter's host memory. No plan that loads it follows."""

@@ -67,6 +67,26 @@ def test_requests_with_media_and_adapters_do_not_wait_for_each_other(
     assert not engine._media._gate._held and not engine._held.items
 
 
+def test_an_engine_waits_for_media_of_a_request_whose_adapter_is_there(
+    seeing: tuple[LLM, list[LoRARequest]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instead of asking again and again, as it did while any request had an adapter."""
+    llm, (first, _) = seeing
+    llm.generate("only text", greedy(1), lora_request=first)
+    engine, waits = llm.engine, []
+    take = engine._media.take
+
+    def recorded(wait_s: float) -> object:
+        waits.append(wait_s)
+        return take(wait_s)
+
+    monkeypatch.setattr(engine._media, "take", recorded)
+    prompt = asked(f"see {PICTURE}", image=picture(60, 80))
+    engine.add_request(prompt, GREEDY, lora_request=first)
+    drain(llm)
+    assert waits[0] > 0
+
+
 def test_an_adapter_that_cannot_be_read_ends_a_request_whose_media_wait_for_it(
     seeing: tuple[LLM, list[LoRARequest]], tmp_path: Path
 ) -> None:
