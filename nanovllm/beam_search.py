@@ -90,8 +90,10 @@ def search(
         ]
         if not living:
             break
-        given = [{**beam.orig_prompt, "prompt_token_ids": beam.tokens} for _, beam in living]
-        outputs = llm.generate(given, step, use_tqdm=False)
+        grown_prompts = [
+            {**beam.orig_prompt, "prompt_token_ids": beam.tokens} for _, beam in living
+        ]
+        outputs = llm.generate(grown_prompts, step, use_tqdm=False)
         grown: list[list[BeamSearchSequence]] = [[] for _ in prompts]
         for (idx, beam), output in zip(living, outputs):
             for sequence in _extended(beam, output, eos_ids):

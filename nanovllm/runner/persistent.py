@@ -111,7 +111,10 @@ class PersistentSteps:
         if plan.codes is not None and not (
             schedule.has_whole_chunks and (is_long or plan.experts is not None)
         ):
-            return "with weights in codes and such depths several kernels are faster"
+            return (
+                "with weights in codes one kernel is faster only in long layers, or experts, whose "
+                f"depths are multiples of {schedule.sizes.max_chunk}"
+            )
         if plan.num_rows <= FASTER_ROWS:
             return None
         is_wide = plan.num_heads > FASTER_GROUP * plan.num_kv_heads

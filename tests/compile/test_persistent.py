@@ -197,8 +197,8 @@ IN_FP8 = OF_EXPERTS._replace(codes=CodeFormat(8, torch.bfloat16, 128), num_rows=
     [
         (IN_INTEGERS, None), (IN_FP8, None),
         (IN_INTEGERS._replace(num_rows=8), "more than 4 rows"),
-        (IN_INTEGERS._replace(hidden=5120, num_heads=40), "weights in codes and such depths"),
-        (IN_INTEGERS._replace(hidden=2048, num_heads=16, ffn=6144), "weights in codes"),
+        (IN_INTEGERS._replace(hidden=5120, num_heads=40), "depths are multiples of 2048"),
+        (IN_INTEGERS._replace(hidden=2048, num_heads=16, ffn=6144), "only in long layers"),
     ],
 )  # fmt: skip
 def test_by_default_weights_in_codes_are_one_kernel_where_that_is_faster(

@@ -123,7 +123,7 @@ class Tables:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_requests_that_wait_for_blocks_of_their_images(seed: int) -> None:
-    """The device knows all blocks, also those that a request was given while it waited."""
+    """The device's tables have all blocks, also those that a request got while it waited."""
     rng = random.Random(seed)
     windows, step = rng.choice(WINDOWS), rng.choice([16, 40])
     num_blocks = int(CacheGroups(windows, BLOCK, step).needed(140) * rng.choice([1, 1.5, 2]))
