@@ -97,11 +97,17 @@ class Adapters:
         return adapter_id in self._known and self._known[adapter_id].is_in_memory
 
     def begin(self, adapter_id: int) -> bool:
-        """`is_ready`, before there is a request with this adapter: it takes no room for which
-        unfinished requests of other adapters wait."""
+        """Begin to read an adapter before there is a request with it; whether it is in host memory.
+        It takes no room for which unfinished requests of other adapters wait.
+
+        A read that has failed is `is_ready`'s to report, to each request that waits for it.
+        """
         if not self.has_place(adapter_id) and self._awaited - {adapter_id}:
             return False
-        return self.is_ready(adapter_id)
+        try:
+            return self._begin_reading(adapter_id) and self._runner.adapter_is_read(adapter_id)
+        except Exception:
+            return False
 
     def is_ready(self, adapter_id: int) -> bool:
         """Whether an adapter is in host memory; begins to read it as soon as there is room.
@@ -111,11 +117,8 @@ class Adapters:
         if adapter_id not in self._known:
             raise InvalidValue(FIELD, f"adapter {adapter_id} could not be read")
         adapter = self._known[adapter_id]
-        if not adapter.is_in_memory:
-            if not self._make_room(adapter_id):
-                return False
-            self._runner.read_adapter(adapter_id)
-            adapter.is_in_memory = True
+        if not self._begin_reading(adapter_id):
+            return False
         try:
             return self._runner.adapter_is_read(adapter_id)
         except ValueError as error:
@@ -135,6 +138,16 @@ class Adapters:
             name = self._known[adapter_id].request.lora_name
             raise InvalidValue(FIELD, f"adapter {name!r} is in use: unfinished requests have it")
         self._drop(adapter_id)
+        return True
+
+    def _begin_reading(self, adapter_id: int) -> bool:
+        """Begin to read an adapter if that has not begun; False if there is no room for it."""
+        adapter = self._known[adapter_id]
+        if not adapter.is_in_memory:
+            if not self._make_room(adapter_id):
+                return False
+            self._runner.read_adapter(adapter_id)
+            adapter.is_in_memory = True
         return True
 
     def _make_room(self, adapter_id: int) -> bool:

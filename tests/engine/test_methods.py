@@ -344,7 +344,7 @@ def test_beams_end_at_the_limit_of_their_own_prompt(make_llm: Callable[..., LLM]
 
 
 def test_beams_share_blocks_with_prompts_of_the_same_salt_only(eager_llm: LLM) -> None:
-    (prompt,) = random_prompts([60], seed=94)
+    (prompt,) = random_prompts([60], seed=1094)
     salted: TokensPrompt = {"prompt_token_ids": prompt, "cache_salt": "a"}
     (output,) = eager_llm.beam_search(salted, BeamSearchParams(beam_width=2, max_tokens=3))
     assert output.sequences[0].orig_prompt == salted

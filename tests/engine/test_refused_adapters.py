@@ -62,12 +62,25 @@ def test_an_engine_without_adapters_refuses_them(eager_llm: LLM, asked: Asked) -
     assert not eager_llm.engine.has_unfinished
 
 
+@pytest.mark.parametrize("is_read_at_once", [False, True])
 def test_numbers_that_are_not_finite_end_their_requests_alone(
-    eager: LLM, asked: Asked, tmp_path: Path, checkpoint: Path, alone: list[list[int]]
+    eager: LLM,
+    tmp_path: Path,
+    checkpoint: Path,
+    alone: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    is_read_at_once: bool,
 ) -> None:
-    """They are found as a thread reads the file."""
+    """They are found as a thread reads the file, which may end before the request is queued."""
     folder = lora_cases.save_adapter(tmp_path, checkpoint, std=float("inf"))
-    requests = [LoRARequest("bad", 50, str(folder)), None]
+    runner, requests = eager.engine.runner, [LoRARequest("bad", 50, str(folder)), None]
+
+    def read(adapter_id: int) -> None:
+        type(runner).read_adapter(runner, adapter_id)
+        runner.wait_for_adapters(60)
+
+    if is_read_at_once:
+        monkeypatch.setattr(runner, "read_adapter", read)
     outputs = eager.generate(
         [PROMPTS[1], PROMPTS[0]], greedy(12), use_tqdm=False, lora_request=requests
     )
