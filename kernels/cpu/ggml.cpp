@@ -7,6 +7,7 @@
 #include "vectors.h"
 #include "groups.h"
 #include "packed.h"
+#include "interleaved_rows.h"
 #include "int8.h"
 #include "matrix_tiles.h"
 #include "int8_tiles.h"

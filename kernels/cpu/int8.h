@@ -251,6 +251,31 @@ struct RowFormat {
   }
 };
 
+INLINE int32_t max_of(IVec v) {
+  const auto with = [](IVec a, Vec b) { return a > (IVec)b ? a : (IVec)b; };
+  if constexpr (kLanes >= 16) v = with(v, swap<8>((Vec)v));
+  if constexpr (kLanes >= 8) v = with(v, swap<4>((Vec)v));
+  v = with(v, swap<2>((Vec)v));
+  v = with(v, swap<1>((Vec)v));
+  return v[0];
+}
+
+// The sum of the 32 numbers of a block.
+INLINE int32_t sum_of_block(const int8_t* q) {
+#if LANES == 16
+  const __m256i all = _mm256_loadu_si256((const __m256i*)q);
+  const __m256i four =  // sums of 8 numbers + 128
+      _mm256_sad_epu8(_mm256_xor_si256(all, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+  const __m128i two =
+      _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+  return (int32_t)(_mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1)) - 128 * kBlock;
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < kBlock; ++i) sum += q[i];
+  return sum;
+#endif
+}
+
 // The scale of up to 32 columns, and their q at low and high. NaN and infinity make the scale NaN.
 template <typename T>
 INLINE float quantize_block(int8_t* low, int8_t* high, const T* x, int64_t n) {
@@ -263,8 +288,7 @@ INLINE float quantize_block(int8_t* low, int8_t* high, const T* x, int64_t n) {
     const IVec magnitude = (IVec)v[i] & 0x7fffffff;  // ordered as the numbers are; NaN is largest
     most = magnitude > most ? magnitude : most;
   }
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits = std::max(bits, most[i]);
+  const int32_t bits = max_of(most);
   float largest;
   std::memcpy(&largest, &bits, 4);
   const bool is_finite = bits < 0x7f800000, is_tiny = largest < 0x1p-100f;

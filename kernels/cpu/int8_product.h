@@ -1,5 +1,5 @@
 // Products of rows of codes with rows of x in int8. Needs vectors.h, groups.h, packed.h, int8.h,
-// matrix_tiles.h and int8_tiles.h.
+// interleaved_rows.h, matrix_tiles.h and int8_tiles.h.
 //
 // Few rows of x are multiplied in tiles, and many by the matrix unit where there is one.
 
@@ -7,8 +7,6 @@ namespace {
 
 // From so many rows of x for each expert on, the matrix unit multiplies: fewer are faster without.
 constexpr int64_t kMatrixRows = 12;
-
-constexpr int64_t kPrefetchBytes = 8 << 10;  // so far ahead that memory answers in time
 
 // How a product of integers reads weights and x.
 struct IntegerProduct {
@@ -88,6 +86,9 @@ struct WeightRow {
   const void *scale, *offset;
 };
 
+// Results are written so many outputs at a time.
+constexpr int kOutputsAtOnce = 16;
+
 // Multiplies the pairs of one group by outputs first .. end - 1. Row i of the group is x_row[i].
 // read(expert, o, buffer) is a WeightRow; the buffer has room for `buffer_floats` numbers.
 template <typename Io, typename Read>
@@ -95,28 +96,81 @@ void multiply_part(const Packed& at, const IntegerProduct& by, const Part& part,
                    const char* const* x_row, const int32_t* pair, int64_t buffer_floats,
                    const Read& read) {
   const int64_t num = part.group->num, num_passes = (num + kWideTokens - 1) / kWideTokens;
-  float* buffer = scratch((size_t)(kTileOutputs * buffer_floats));
-  const char* code[kTileOutputs];
-  const void *scale[kTileOutputs], *offset[kTileOutputs];
-  float sums[kWideTokens * kTileOutputs];
-  for (int64_t o = part.first; o < part.end; o += kTileOutputs) {
-    const int64_t num_outputs = std::min<int64_t>(kTileOutputs, part.end - o);
-    for (int64_t i = 0; i < kTileOutputs; ++i) {
+  float* buffer = scratch((size_t)(kOutputsAtOnce * buffer_floats));
+  const char* code[kOutputsAtOnce];
+  const void *scale[kOutputsAtOnce], *offset[kOutputsAtOnce];
+  for (int64_t o = part.first; o < part.end; o += kOutputsAtOnce) {
+    const int64_t num_outputs = std::min<int64_t>(kOutputsAtOnce, part.end - o);
+    const int64_t num_rows = (num_outputs + kTileOutputs - 1) / kTileOutputs * kTileOutputs;
+    for (int64_t i = 0; i < num_rows; ++i) {
       const int64_t row = o + std::min(i, num_outputs - 1);  // a short tile repeats its last row
       const WeightRow weight = read(part.group->expert, row, buffer + i * buffer_floats);
       code[i] = weight.code, scale[i] = weight.scale, offset[i] = weight.offset;
     }
     for (int64_t pass = 0; pass < num_passes; ++pass) {
       const int64_t token = num * pass / num_passes, end = num * (pass + 1) / num_passes;
-      by.tile_of(end - token)(sums, by.rows, x_row + token, code, scale, offset);
+      const TileFunction tile = by.tile_of(end - token);
+      float sums[kWideTokens][kOutputsAtOnce];
+      for (int64_t i = 0; i < num_rows; i += kTileOutputs) {
+        float of_tile[kWideTokens * kTileOutputs];
+        tile(of_tile, by.rows, x_row + token, code + i, scale + i, offset + i);
+        for (int64_t t = 0; t < end - token; ++t)
+          std::memcpy(sums[t] + i, of_tile + t * kTileOutputs, kTileOutputs * sizeof(float));
+      }
       for (int64_t t = token; t < end; ++t)
-        for (int64_t i = 0; i < num_outputs; ++i)
-          put_result<Io>(at, pair[t], o + i, sums[(t - token) * kTileOutputs + i]);
+        for (int64_t i = 0; i < num_outputs; i += kLanes)
+          put_results<Io>(at, pair[t], o + i, load(sums[t - token] + i), num_outputs - i);
     }
   }
 }
 
 #if HAS_MATRIX_TILES
+// Fills `rows` with 16 rows of weights from o on; `buffer` has room for `num_floats`.
+struct RowFiller {
+  const Packed& at;
+  const IntegerProduct& by;
+  int64_t buffer_floats;  // of `read`, for a row
+  const int64_t unit = by.x.halves_apart ? kHalf : kBlock;  // columns that share a scale
+  const int64_t num_units = (at.depth + unit - 1) / unit, stride = num_units + kLanes;
+
+  int64_t num_floats() const {
+    return at.interleaved ? kTile * at.code_stride / 4 : buffer_floats + 2 * kTile * stride;
+  }
+
+  void decode(const TileRows& rows, int64_t i, const char* code) const {
+    by.decode_row(rows.code + i * kBlock, code, by.rows);
+  }
+
+  template <typename Read>
+  void fill(const TileRows& rows, float* buffer, int64_t expert, int64_t o, const Read& read) const {
+    const int64_t num_outputs = std::min<int64_t>(kTile, at.num_outputs - o);
+    float *scales = buffer + buffer_floats, *offsets = scales + kTile * stride;
+    for (int64_t i = 0; i < kTile; ++i) {
+      const int64_t row = o + std::min(i, num_outputs - 1);  // a short tile repeats its last row
+      const WeightRow weight = read(expert, row, buffer);
+      decode(rows, i, weight.code);
+      std::memcpy(scales + i * stride, weight.scale, by.rows.num_scales * sizeof(float));
+      if (rows.offset)
+        std::memcpy(offsets + i * stride, weight.offset, by.rows.num_offsets * sizeof(float));
+    }
+    spread(rows.scale, scales, stride, by.rows.num_scales, by.rows.group, unit, num_units);
+    if (rows.offset)
+      spread(rows.offset, offsets, stride, by.rows.num_offsets, by.offset_group, unit, num_units);
+  }
+
+  void fill_interleaved(const TileRows& rows, float* buffer, int64_t o) const {
+    const Panel panel(at, o / kInterleaved);
+    char* codes = (char*)buffer;
+    copy_all_codes(codes, at.code_stride, panel, at.code_stride);
+    for (int64_t i = 0; i < kTile; ++i) decode(rows, i, codes + i * at.code_stride);
+    for (int64_t u = 0; u < num_units; ++u) {
+      const int64_t from = (at.num_groups == 1 ? 0 : u * unit / at.group) * kInterleaved;
+      store(rows.scale + u * kTile, load_as(panel.scale, from, at.scale_dtype));
+      if (rows.offset) store(rows.offset + u * kTile, load_as(panel.offset, from, at.offset_dtype));
+    }
+  }
+};
+
 // `multiply_part` by the matrix unit.
 template <typename Io, typename Read>
 void multiply_matrices(const Packed& at, const IntegerProduct& by, const Part& part,
@@ -129,30 +183,20 @@ void multiply_matrices(const Packed& at, const IntegerProduct& by, const Part& p
                                       : multiply_tile<false, false>;
   const int64_t fitting = kColumnsBytes / (num_blocks * (int64_t)sizeof(ColumnBlock));
   const int64_t at_once = std::max<int64_t>(1, fitting) * kTile;  // rows of x
-  const int64_t unit = halves ? kHalf : kBlock, num_units = num_blocks * kBlock / unit;
-  const int64_t own_units = (at.depth + unit - 1) / unit, stride = own_units + kLanes;
-  float* buffer = scratch((size_t)(TileRows::floats(num_blocks) + buffer_floats + 2 * kTile * stride));
+  const RowFiller filler{at, by, buffer_floats};
+  const int64_t tile_floats = TileRows::floats(num_blocks);
+  float* buffer = scratch((size_t)(tile_floats + filler.num_floats()));
   const TileRows rows(buffer, num_blocks, has_offsets);
-  float* of_row = buffer + TileRows::floats(num_blocks);
-  float *scales = of_row + buffer_floats, *offsets = scales + kTile * stride;
-  std::memset(rows.scale, 0, (size_t)(num_units * kTile) * sizeof(float));
-  if (has_offsets) std::memset(rows.offset, 0, (size_t)(num_units * kTile) * sizeof(float));
-  const TileRegisters registers((int)unit);
+  const int64_t num_scales = num_blocks * kBlock / filler.unit * kTile;
+  std::memset(rows.scale, 0, (size_t)num_scales * sizeof(float));
+  if (has_offsets) std::memset(rows.offset, 0, (size_t)num_scales * sizeof(float));
+  const TileRegisters registers((int)filler.unit);
   for (int64_t first = 0; first < num; first += at_once) {
     const int64_t end = std::min(first + at_once, num);
     for (int64_t o = part.first; o < part.end; o += kTile) {
       const int64_t num_outputs = std::min<int64_t>(kTile, part.end - o);
-      for (int64_t i = 0; i < kTile; ++i) {
-        const int64_t row = o + std::min(i, num_outputs - 1);  // a short tile repeats its last row
-        const WeightRow weight = read(part.group->expert, row, of_row);
-        by.decode_row(rows.code + i * kBlock, weight.code, by.rows);
-        std::memcpy(scales + i * stride, weight.scale, by.rows.num_scales * sizeof(float));
-        if (has_offsets)
-          std::memcpy(offsets + i * stride, weight.offset, by.rows.num_offsets * sizeof(float));
-      }
-      spread(rows.scale, scales, stride, by.rows.num_scales, by.rows.group, unit, own_units);
-      if (has_offsets)
-        spread(rows.offset, offsets, stride, by.rows.num_offsets, by.offset_group, unit, own_units);
+      if (at.interleaved) filler.fill_interleaved(rows, buffer + tile_floats, o);
+      else filler.fill(rows, buffer + tile_floats, part.group->expert, o, read);
       for (int64_t t = first; t < end; t += kTile) {
         Vec sums[kTile];
         multiply(sums, rows, x + t / kTile * num_blocks, num_blocks, by.x.has_bias);
@@ -169,7 +213,7 @@ template <typename Io, typename Read>
 void integer_product(const Packed& at, const IntegerProduct& by, int64_t buffer_floats,
                      const Read& read) {
   const int64_t x_bytes = by.x.bytes(), repeats = at.x_repeats;
-  const int64_t chunk = outputs_at_once(at, by.row_bytes, kTileOutputs * 4);
+  const int64_t chunk = outputs_at_once(at, by.row_bytes, kOutputsAtOnce);
   for_blocks(at.num_pairs / repeats, repeats, x_bytes / 4, [&](int64_t first, int64_t num) {
     const int64_t first_pair = first * repeats, num_pairs = num * repeats;
     char* rows = (char*)scratch<kShared>((size_t)(num * x_bytes / 4));

@@ -1,5 +1,5 @@
 // Products of codes with rows of x in int8 by a matrix unit (AMX), for any number of rows of x. Needs
-// groups.h and int8.h.
+// groups.h, int8.h and interleaved_rows.h.
 //
 // The unit multiplies 16 rows of codes by 16 rows of x, in a block of 32 columns or in one of its
 // halves: as many as share a scale. Integers are exact, and each lane adds up its blocks in their
@@ -132,23 +132,6 @@ struct TileRows {
     offset = has_offsets ? scale + num_blocks * 2 * kTile : nullptr;
   }
 };
-
-// Row i of the result is lane i of all rows.
-INLINE void transpose(Vec* row) {
-  const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0),
-                second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  for (int turn = 0; turn < 4; ++turn) {  // each moves a bit of the row's number to the lane's
-    Vec mixed[kTile];
-#pragma GCC unroll 8
-    for (int i = 0; i < kTile / 2; ++i) {
-      const __m512 low = (__m512)row[i], high = (__m512)row[i + kTile / 2];
-      mixed[2 * i] = (Vec)_mm512_permutex2var_ps(low, first, high);
-      mixed[2 * i + 1] = (Vec)_mm512_permutex2var_ps(low, second, high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kTile; ++i) row[i] = mixed[i];
-  }
-}
 
 // Numbers of 16 rows for each block or half of one, from those of groups of columns: `unit` columns
 // share one in the result. Row i is at from + i * stride and is replaced; to is [num_units, 16].

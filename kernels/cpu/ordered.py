@@ -104,7 +104,7 @@ def _of_packed(
     x_TD: Tensor, weight: packed.Weight, bias_O: Tensor | None, residual_TO: Tensor | None = None
 ) -> Tensor:
     if not x_TD.numel():
-        return x_TD.new_empty((x_TD.shape[0], weight.code.shape[0]))
+        return x_TD.new_empty((x_TD.shape[0], weight.num_outputs))
     found = packed.product(x_TD, weight, bias_O, residual_TO, ordered=True)
     if found is None:
         raise TypeError(

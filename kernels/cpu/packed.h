@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr int64_t kPrefetchBytes = 8 << 10;  // so far ahead that memory answers in time
+
 struct Packed {
   char* out;              // [T, K, O]; for nanovllm_widen_packed [O, x_stride] in bf16
   const char* x;          // row p / x_repeats, `x_stride` apart, belongs to pair p
@@ -21,6 +23,7 @@ struct Packed {
   int64_t num_groups, group, block_rows, bits, is_fp8, exact;
   int64_t scale_dtype, offset_dtype, dtype, num_threads;
   int64_t ordered;  // a row's sums are the same among any number of rows
+  int64_t interleaved;  // rows of weights are as interleaved_rows.h describes
 };
 
 template <typename F>
@@ -98,16 +101,13 @@ inline void put_row(const Packed& at, int64_t pair, const float* row) {
   });
 }
 
-// Writes sums as the results of `num` outputs of a pair from o on, up to kLanes.
+// Writes sums as the results of the first `num` outputs, at most kLanes, of a pair from o on.
 template <typename Io>
 INLINE void put_results(const Packed& at, int64_t pair, int64_t o, Vec sum, int64_t num) {
   const int64_t place = pair * at.num_outputs + o;
   Io* to = (Io*)at.out + place;
   if (at.bias) sum += load_first((const Io*)at.bias + o, num);
-  if (at.residual) {
-    store_first(to, sum, num);  // rounded
-    sum = load_first(to, num) + load_first((const Io*)at.residual + place, num);
-  }
+  if (at.residual) sum = rounded_to<Io>(sum) + load_first((const Io*)at.residual + place, num);
   store_first(to, sum, num);
 }
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import operator
 import weakref
 from pathlib import Path
@@ -27,6 +28,7 @@ from nanovllm.kernels.cpu import build
 from nanovllm.kernels.cpu import library as cpu_library
 
 BLOCK = 32
+INTERLEAVED = reference.packed.INTERLEAVED  # rows
 INPUT_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 # bf16: from so many tokens on, blocks of weights are dequantized to bf16 for torch's product, so
@@ -38,7 +40,7 @@ PACKED = build.ArgumentStruct(
     pointers="out x expert code scale offset table bias residual",
     integers="num_pairs x_repeats num_experts num_outputs depth x_stride code_stride_E code_stride "
     "scale_stride_E scale_stride offset_stride_E offset_stride num_groups group block_rows bits "
-    "is_fp8 exact scale_dtype offset_dtype dtype num_threads ordered",
+    "is_fp8 exact scale_dtype offset_dtype dtype num_threads ordered interleaved",
 )
 
 
@@ -60,7 +62,13 @@ def configure(exact: bool) -> None:
 def _load() -> ctypes.CDLL:
     """Compile the library or find it in the cache, and load it. Raises as `build.load` does."""
     library = build.load(Path(__file__).with_suffix(".cpp"), (PACKED,))
-    for name in ("packed_linear", "packed_is_integer", "packed_lookup", "widen_packed"):
+    for name in (
+        "packed_linear",
+        "packed_is_integer",
+        "packed_is_faster_interleaved",
+        "packed_lookup",
+        "widen_packed",
+    ):
         function = getattr(library, f"nanovllm_{name}")
         function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
     cpu_library.lend_threads(cpu_library.load(), library)
@@ -68,7 +76,8 @@ def _load() -> ctypes.CDLL:
 
 
 class Weight(NamedTuple):
-    """Codes [O, C], scales and offsets [O, G] (those of fp8 for blocks of rows), or of experts."""
+    """Codes [O, C], scales and offsets [O, G] (those of fp8 for blocks of rows), or of experts.
+    Rows may be interleaved (`reference.packed`) if they are no experts'."""
 
     code: Tensor
     scale: Tensor | None  # None: in the blocks of codes
@@ -79,12 +88,24 @@ class Weight(NamedTuple):
     block_rows: int = 1
     is_fp8: bool = False
 
+    @property
+    def is_interleaved(self) -> bool:
+        return self.code.dim() == 4
+
+    @property
+    def num_outputs(self) -> int:
+        return self.code.shape[0] * INTERLEAVED if self.is_interleaved else self.code.shape[-2]
+
     def fits(self, depth: int) -> bool:
         """True if the kernel reads these tensors as they are."""
         code, scale, offset, table, bits, group, block_rows, is_fp8 = self
-        num_outputs, num_bytes = code.shape[-2:]
-        num_groups = -(-depth // group)
-        shape = (*code.shape[:-2], -(-num_outputs // block_rows), num_groups)
+        num_bytes, num_groups = code.shape[-1], -(-depth // group)
+        shape = (*code.shape[:-2], -(-self.num_outputs // block_rows), num_groups)
+        if self.is_interleaved:
+            tensors = [one for one in (code, scale, offset) if one is not None]
+            if not all(one.is_contiguous() for one in tensors):
+                return False
+            num_bytes, shape = code.shape[1] * 4, (len(code), num_groups, INTERLEAVED)
         return (
             code.dtype is (torch.float8_e4m3fn if is_fp8 else torch.uint8)
             and code.stride(-1) == 1
@@ -104,10 +125,11 @@ class Weight(NamedTuple):
         return self._replace(table=table.float().contiguous())
 
     def rows(self, first: int, end: int) -> Weight:
-        """Some outputs; `first` begins a block of rows."""
-        blocks = slice(first // self.block_rows, -(-end // self.block_rows))
+        """Some outputs; `first` begins a block of rows, or of those that are interleaved."""
+        together = INTERLEAVED if self.is_interleaved else self.block_rows
+        blocks = slice(first // together, -(-end // together))
         return self._replace(
-            code=self.code[first:end],
+            code=self.code[blocks if self.is_interleaved else slice(first, end)],
             scale=None if self.scale is None else self.scale[blocks],
             offset=None if self.offset is None else self.offset[blocks],
         )
@@ -132,19 +154,25 @@ class _Layout(NamedTuple):
 
 def _layout(weight: Weight) -> _Layout:
     code, scale, offset, _, bits, group, block_rows, is_fp8 = weight
-    strides, dtypes, num_groups = [*_strides(code)], [], 0
+    of_rows = _interleaved_strides if weight.is_interleaved else _strides
+    strides, dtypes, num_groups = [*of_rows(code)], [], 0
     for one in (scale, offset):
-        strides += (0, 0) if one is None else _strides(one)
+        strides += (0, 0) if one is None else of_rows(one)
         dtypes.append(0 if one is None else cpu_library.DTYPE_CODES[one.dtype])
     if scale is not None:
-        num_groups = scale.shape[-1]
+        num_groups = scale.shape[1 if weight.is_interleaved else -1]
     sizes = (*strides, num_groups, group, block_rows, bits, is_fp8)
-    return _Layout(code.shape[-2], sizes, (dtypes[0], dtypes[1]))
+    return _Layout(weight.num_outputs, sizes, (dtypes[0], dtypes[1]))
 
 
 def _strides(tensor: Tensor) -> tuple[int, int]:
     """From expert to expert, and from row to row."""
     return (tensor.stride(0) if tensor.dim() == 3 else 0), tensor.stride(-2)
+
+
+def _interleaved_strides(tensor: Tensor) -> tuple[int, int]:
+    """As `_strides`: a row has a share of the numbers of those with which it is interleaved."""
+    return 0, tensor[0].numel() // INTERLEAVED
 
 
 class _Known(NamedTuple):
@@ -215,7 +243,18 @@ def arguments_of(
         INPUT_CODES[x.dtype],
         torch.get_num_threads(),
         ordered,
+        weight.is_interleaved,
     )
+
+
+def prefers_interleaved(weight: Weight, depth: int) -> bool:
+    """Whether products with these rows are faster if they are interleaved."""
+    weight = weight.with_table()
+    if weight.code.dim() != 2 or not weight.fits(depth):
+        return False
+    unread = weight.code.new_empty((1, depth), dtype=torch.float32)
+    arguments = arguments_of(unread, unread, None, weight, depth)
+    return bool(_load().nanovllm_packed_is_faster_interleaved(arguments))
 
 
 def is_dense(tensor: Tensor | None, dtype: torch.dtype) -> bool:
@@ -273,7 +312,8 @@ def _widened_product(out_TO: Tensor, x_TD: Tensor, weight: Weight, bias_O: Tenso
     if padded != depth:
         x_TD = torch.nn.functional.pad(x_TD, (0, padded - depth))
     step = max(64, _WIDEN_BYTES // (2 * padded))
-    step = -(-step // weight.block_rows) * weight.block_rows
+    together = math.lcm(weight.block_rows, INTERLEAVED)
+    step = -(-step // together) * together
     widened_OD = torch.zeros((min(step, num_outputs), padded), dtype=torch.bfloat16)
     for first in range(0, num_outputs, step):
         end = min(first + step, num_outputs)
@@ -308,7 +348,7 @@ def packed_lookup(
     if len(row_T) and not _load().nanovllm_packed_lookup(
         arguments_of(out_TD, out_TD, row_T.unsqueeze(1), weight, depth, layout=layout)
     ):
-        raise missing_row(row_T, len(code_VC))
+        raise missing_row(row_T, weight.num_outputs)
     return out_TD
 
 

@@ -7,10 +7,14 @@ scale and offset are those of the column's group, and there may be no offset. A 
 of 8 bits. Codes of 4 bits are in blocks of 32 columns, 16 bytes each: byte j has the code of column
 j in its lower half and that of column j + 16 in its upper half, as GGUF has them. The last block of
 a row may have columns behind the weight's depth, which no product reads.
+Rows of a matrix may be interleaved, 16 at a time: there are in turn 4 bytes of each, and scales and
+offsets of a group lie side by side. Codes are [O / 16, C / 4, 16, 4] then, scales [O / 16, G, 16].
 A table in fp16 is that of e2m1 (`e2m1_table`), whose levels kernels compute; others are in fp32.
 """
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +23,11 @@ from nanovllm.kernels.reference import norm_act
 from nanovllm.kernels.reference.experts import expert_linear, experts
 from nanovllm.kernels.reference.linear import linear
 
+# codes, scales, offsets and table, bits, and columns in a group
+Codes: TypeAlias = "tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]"
+
 BLOCK = 32  # columns in a block of codes of 4 bits
+INTERLEAVED = 16  # rows
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = (*E2M1_MAGNITUDES, *(-one for one in E2M1_MAGNITUDES))
 
@@ -51,6 +59,32 @@ def pack(code: Tensor, bits: int) -> Tensor:
     return (low | (high << 4)).flatten(-2).contiguous()
 
 
+def interleave(code_OC: Tensor, scale_OG: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales (or offsets) of rows, interleaved: O is a multiple of 16 and C of 4."""
+    quads = code_OC.unflatten(0, (-1, INTERLEAVED)).unflatten(-1, (-1, 4))
+    return quads.transpose(1, 2).contiguous(), interleave_groups(scale_OG)
+
+
+def interleave_groups(scale_OG: Tensor) -> Tensor:
+    return scale_OG.unflatten(0, (-1, INTERLEAVED)).transpose(1, 2).contiguous()
+
+
+def num_rows(code: Tensor) -> int:
+    """The rows of a matrix's codes."""
+    return code.shape[0] * (INTERLEAVED if code.dim() == 4 else 1)
+
+
+def in_rows(
+    code: Tensor, scale: Tensor, offset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and offsets by rows, whether these are interleaved or not."""
+    if code.dim() < 4:
+        return code, scale, offset
+    code_OC = code.transpose(1, 2).flatten(2).flatten(0, 1)
+    scale_OG = scale.transpose(1, 2).flatten(0, 1)
+    return code_OC, scale_OG, None if offset is None else offset.transpose(1, 2).flatten(0, 1)
+
+
 def unpacked(
     code: Tensor,
     scale: Tensor,
@@ -61,6 +95,7 @@ def unpacked(
     depth: int,
 ) -> Tensor:
     """The real values [.., O, D] in fp32: codes [.., O, C], scales and offsets [.., O, G]."""
+    code, scale, offset = in_rows(code, scale, offset)
     level = unpack(code, bits)[..., :depth]
     value = level.float() if table is None else table.float()[level.long()]
     value = value * _of_columns(scale, group, depth)
@@ -79,6 +114,7 @@ def packed_lookup(
     dtype: torch.dtype,
 ) -> Tensor:
     """Rows [T, D] of a table [V, D] in packed codes."""
+    code_VC, scale_VG, offset_VG = in_rows(code_VC, scale_VG, offset_VG)
     offset_TG = None if offset_VG is None else offset_VG[row_T]
     some = code_VC[row_T], scale_VG[row_T], offset_TG
     return unpacked(*some, table, bits, group, depth).to(dtype)

@@ -55,7 +55,7 @@ packed_linear = define(
     "packed_linear(Tensor x, Tensor code, Tensor scale, Tensor? offset, Tensor? table, int bits, "
     "int group, Tensor? bias, Tensor? residual=None) -> Tensor",
     reference.packed.packed_linear,
-    lambda x, code, *rest: x.new_empty((*x.shape[:-1], code.shape[0])),
+    lambda x, code, *rest: x.new_empty((*x.shape[:-1], reference.packed.num_rows(code))),
 )
 packed_expert_linear = define(
     "packed_expert_linear(Tensor x, Tensor expert, Tensor code, Tensor scale, Tensor? offset, "

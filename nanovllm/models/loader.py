@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.reference.packed import Codes
 from nanovllm.models import experts, formats, packed, svd_experts, transposed
 from nanovllm.models.checkpoint import Buffer, Checkpoint, CheckpointError, Cut, plain_buffer
 from nanovllm.models.config import ModelConfig
@@ -19,6 +20,7 @@ from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, mapped, quantized, tensors_of
 from nanovllm.models.formats.mixed import Mixed
+from nanovllm.models.formats.packed_weight import arranged
 from nanovllm.models.gguf.checkpoint import opened
 from nanovllm.models.lora.regions import base_of
 from nanovllm.models.lora.slots import with_expert_slots, with_outer_slots, with_slots
@@ -43,18 +45,28 @@ def _in_place(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _by_rows(codes: Codes, depth: int) -> bool:
+    return False
+
+
 class Target(NamedTuple):
     """Where parameters go.
 
     `place` takes each tensor once, in an order that depends on the model and the format alone, and
     returns the one to use. If it is an `Offloader`, experts are read to the host's memory. `buffer`
-    is that of `Checkpoint`. `shard` selects the part of each parameter.
+    is that of `Checkpoint`. `shard` selects the part of each parameter. `prefers_interleaved` is
+    the device's (`Platform`).
     """
 
     device: torch.device
     place: Place = _in_place
     buffer: Buffer = plain_buffer
     shard: Shard = ALL
+    prefers_interleaved: Callable[[Codes, int], bool] = _by_rows
+
+    def placed(self, weight: Weight) -> Weight:
+        """A stored weight where and as the device's products read it."""
+        return mapped(self.place, arranged(weight, self.prefers_interleaved))
 
 
 def load(model: Model, folder: Path, target: Target, progress: Progress) -> Any:
@@ -72,7 +84,7 @@ def load(model: Model, folder: Path, target: Target, progress: Progress) -> Any:
     """
     with opened(folder, target.buffer) as checkpoint:
         reader = WeightReader(model.config, checkpoint, target)
-        params = build(model, partial(_read, model, reader), progress, target.place)
+        params = build(model, partial(_read, model, reader), progress, target)
         extra = [name for name in reader.left_over() if not name.startswith(model.read_elsewhere)]
     if extra:
         raise CheckpointError(
@@ -278,7 +290,7 @@ def random(model: Model, target: Target, seed: int, progress: Progress) -> Any:
     Routers of such weights route tokens as if at random. The parts of all ranks are those of one
     model.
     """
-    device, place, _, shard = target
+    device, place, shard = target.device, target.place, target.shard
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(param: Param) -> Weight:
@@ -294,12 +306,12 @@ def random(model: Model, target: Target, seed: int, progress: Progress) -> Any:
             return place.empty(weight.shape, weight.dtype).copy_(weight)
         return converted(model, param, weight)
 
-    return build(model, draw, progress, place)
+    return build(model, draw, progress, target)
 
 
 def undefined(model: Model, target: Target) -> Any:
     """Weights whose numbers are not defined, and are not read: for fake tensors."""
-    device, place, _, shard = target
+    device, place, shard = target.device, target.place, target.shard
 
     def empty(model: Model, param: Param, weight: Tensor) -> Weight:
         return _converted(model, param, weight, _empty)
@@ -313,7 +325,7 @@ def undefined(model: Model, target: Target) -> Any:
             return place.empty(weight.shape, weight.dtype)
         return empty(model, param, weight)
 
-    return build(model, make, lambda _: None, place, empty)
+    return build(model, make, lambda _: None, target, empty)
 
 
 def _empty(part: Part, weight: Tensor, extent: Extent) -> Weight:
@@ -341,13 +353,14 @@ def build(
     model: Model,
     make: Callable[[Param], Weight],
     progress: Progress,
-    place: Place = _in_place,
+    target: Target,
     convert: Callable[[Model, Param, Tensor], Weight] = converted,
 ) -> Any:
     """The parameters that `make` gives as they are stored; `convert` makes a tied head."""
+    place = target.place
 
     def made(declared: dict[str, Param]) -> dict[str, Any]:
-        return {name: mapped(place, make(param)) for name, param in declared.items()}
+        return {name: target.placed(make(param)) for name, param in declared.items()}
 
     def made_layer(declared: dict[str, Param], kind: LayerKind) -> Any:
         layer_type = model.layer_type(kind)
@@ -368,7 +381,7 @@ def build(
     if model.tied_head is not None:
         table = outer["embed_VD"]
         if not model.head_is_table:
-            table = mapped(place, convert(model, model.tied_head, table))
+            table = target.placed(convert(model, model.tied_head, table))
         outer["head_VD"] = table
     outer |= with_outer_slots(model, outer, place)
     layers = []

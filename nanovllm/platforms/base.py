@@ -23,6 +23,7 @@ from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels.collectives import COLLECTIVES
 from nanovllm.kernels.flash_attention import Flash, Missing
 from nanovllm.kernels.peers import Agree, Gather, OwnedPeers
+from nanovllm.kernels.reference.packed import Codes
 from nanovllm.platforms.regions import Region, SplitRegion
 
 # Ops whose reference reads the routing on the host, so that it cannot be traced.
@@ -321,6 +322,11 @@ class Platform(ABC):
     def split_region(self) -> SplitRegion:
         """A new region for weights that are partly in host memory."""
         return SplitRegion(self.device)
+
+    def prefers_interleaved(self, codes: Codes, depth: int) -> bool:
+        """Whether products with a matrix of packed codes, of `depth` inputs, are faster here if its
+        rows are interleaved (`reference.packed`)."""
+        return False
 
     # Information ---------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from nanovllm.kernels.cpu import recording as cpu_recording
 from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.kernels.cpu import step as cpu_step
 from nanovllm.kernels.recorded import Unrecordable
+from nanovllm.kernels.reference.packed import Codes
 from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, MemoryBudget, Platform, Replay, Traits
 from nanovllm.platforms.cores import usable_cores
 from nanovllm.platforms.regions import HostRegion, Region
@@ -154,6 +155,10 @@ class CpuPlatform(Platform):
             ("replace_ops", partial(replace_ops, keep=lambda name, node: name in kept)),
             ("check_order", partial(check_order, ours=ours, pointwise=False)),
         )
+
+    def prefers_interleaved(self, codes: Codes, depth: int) -> bool:
+        weight = cpu_packed.Weight(*codes)
+        return not self._compiler_problem and cpu_packed.prefers_interleaved(weight, depth)
 
     def fingerprint(self) -> dict[str, str]:
         return {"cpu": cpp_build.instruction_set()}

@@ -218,7 +218,9 @@ def _load_weights(
 def _read_weights(resolved: ResolvedConfig, progress: loader.Progress, place: Place) -> Params:
     """The checkpoint's weights or random ones: the same at every call."""
     platform, model = resolved.platform, resolved.model
-    target = loader.Target(platform.device, place, platform.host_buffer, resolved.shard)
+    target = loader.Target(
+        platform.device, place, platform.host_buffer, resolved.shard, platform.prefers_interleaved
+    )
     seed = resolved.config.seed
 
     def read(one: Model, folder: Path, progress: loader.Progress) -> Params:

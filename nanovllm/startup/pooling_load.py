@@ -115,7 +115,12 @@ def load_chosen(
 
 def _read_weights(resolved: ResolvedConfig, bar: tqdm[Any]) -> PoolWeights:
     platform, model = resolved.platform, resolved.model
-    target = loader.Target(platform.device, buffer=platform.host_buffer, shard=resolved.shard)
+    target = loader.Target(
+        platform.device,
+        buffer=platform.host_buffer,
+        shard=resolved.shard,
+        prefers_interleaved=platform.prefers_interleaved,
+    )
     if resolved.config.random_weights:
         params = loader.random(model, target, resolved.config.seed, bar.update)
     else:

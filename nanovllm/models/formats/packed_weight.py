@@ -6,12 +6,14 @@ K experts per token. See `reference.packed` for the codes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops, reference
+from nanovllm.kernels.reference.packed import Codes, interleave, interleave_groups
 
 
 class PackedWeight(NamedTuple):
@@ -33,9 +35,20 @@ class PackedWeight(NamedTuple):
     depth: int
 
     @property
-    def codes(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+    def codes(self) -> Codes:
         """The arguments of ops that hold the weight, if it has no order of inputs."""
         return *self[:4], self.bits, self.group
+
+    @property
+    def num_columns(self) -> int:
+        return self.depth if self.order_D is None else self.order_D.shape[-1]
+
+    def interleaved(self) -> PackedWeight:
+        """The same matrix with interleaved rows. It takes as much memory again until the caller
+        drops this one."""
+        code, scale = interleave(self.code_OC, self.scale_OG)
+        offset = None if self.offset_OG is None else interleave_groups(self.offset_OG)
+        return self._replace(code_OC=code, scale_OG=scale, offset_OG=offset)
 
     def linear(self, x_TD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None) -> Tensor:
         if self.order_D is not None:
@@ -79,8 +92,7 @@ class PackedWeight(NamedTuple):
 
     def real(self) -> Tensor:
         """The real values [.., O, D] in fp32, in the order of inputs."""
-        num_columns = self.depth if self.order_D is None else self.order_D.shape[-1]
-        value = reference.packed.unpacked(*self[:4], self.bits, self.group, num_columns)
+        value = reference.packed.unpacked(*self[:4], self.bits, self.group, self.num_columns)
         if self.order_D is None:
             return value
         found = value.new_zeros((*value.shape[:-1], self.depth + 1))
@@ -90,5 +102,16 @@ class PackedWeight(NamedTuple):
     def _padded(self, x: Tensor) -> Tensor:
         """The inputs, and a 0 for the columns that fill groups up, if there are any."""
         assert self.order_D is not None
-        has_more = self.order_D.shape[-1] > self.depth
+        has_more = self.num_columns > self.depth
         return torch.nn.functional.pad(x, (0, 1)) if has_more else x
+
+
+def arranged(weight: Any, prefers_interleaved: Callable[[Codes, int], bool]) -> Any:
+    """A weight of any format. Packed matrices in it are interleaved where that is preferred."""
+    if isinstance(weight, PackedWeight):
+        prefers = prefers_interleaved(weight.codes, weight.num_columns)
+        return weight.interleaved() if prefers else weight
+    if not isinstance(weight, tuple):
+        return weight
+    fields = [arranged(one, prefers_interleaved) for one in weight]
+    return type(weight)(*fields) if hasattr(weight, "_fields") else tuple(fields)

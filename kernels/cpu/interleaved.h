@@ -1,0 +1,133 @@
+// Products of few rows of x with interleaved rows of codes. Needs vectors.h, packed.h,
+// interleaved_rows.h, int8.h, int8_tiles.h and int8_product.h.
+//
+// The lanes of a sum are rows of weights: it is added up within a lane, and one vector of scales is
+// for all of them. A row of codes alone gives sums whose lanes are parts of the depth, which cost
+// more than the products of a short row.
+
+namespace {
+
+// the 4 bytes at p in all lanes
+INLINE Bytes repeat4(const void* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  IVec all = (four - IVec{});
+  Bytes out;
+  std::memcpy(&out, &all, sizeof out);
+  return out;
+}
+
+// A row of x: the int8 of its blocks, in order; a scale, times the factor of the codes, and a bias for
+// each block; the sums of scale * q over each group of offsets.
+struct BlockRow {
+  int64_t num_blocks, num_groups, group;  // blocks that share an offset; no groups: no sums
+  int bias;
+  float factor;
+
+  BlockRow(const Packed& at, const RowFormat& x)
+      : num_blocks(at.depth / kBlock),
+        num_groups(at.offset ? at.num_groups : 0),
+        group(at.num_groups == 1 ? num_blocks : at.group / kBlock),
+        bias(x.has_bias ? x.bias : 0),
+        factor(x.factor) {}
+
+  int64_t scales_at() const { return num_blocks * kBlock; }
+  int64_t biases_at() const { return scales_at() + num_blocks * 4; }
+  int64_t sums_at() const { return biases_at() + num_blocks * 4; }
+  int64_t bytes() const { return (sums_at() + num_groups * 4 + 63) / 64 * 64; }
+
+  template <typename T>
+  void quantize(char* to, const T* x) const {
+    int8_t* q = (int8_t*)to;
+    float *scales = (float*)(to + scales_at()), *sums = (float*)(to + sums_at());
+    int32_t* biases = (int32_t*)(to + biases_at());
+    std::memset((void*)sums, 0, num_groups * sizeof(float));
+    for (int64_t block = 0; block < num_blocks; ++block, q += kBlock) {
+      const float scale = quantize_block(q, q + kHalf, x + block * kBlock, kBlock);
+      scales[block] = scale * factor;
+      if (!bias && !num_groups) continue;
+      const int32_t sum = sum_of_block(q);
+      biases[block] = sum * bias;
+      if (num_groups) sums[block / group] += (float)sum * scale;
+    }
+  }
+};
+
+// sums[t]: the lanes are kLanes of 16 rows, from `lane` on
+template <typename Codes, int TB>
+INLINE void interleaved_tile(Vec* sums, const Packed& at, const BlockRow& row, const Codes& codes,
+                             const Panel& panel, const char* const* x, int lane) {
+  constexpr int kQuads = kBlock / 4, kCodeQuads = Codes::kStepBytes == kBytes ? kQuads / 2 : kQuads;
+  Vec acc[TB] = {};
+  const char* code = panel.code + lane * 4;
+  for (int64_t block = 0, g = 0; block < row.num_blocks; ++g) {
+    const Vec scales = load_as(panel.scale, g * kInterleaved + lane, at.scale_dtype);
+    for (const int64_t end = block + row.group; block < end; ++block, code += kCodeQuads * kQuadBytes) {
+      Bytes quad[kQuads];
+#pragma GCC unroll 8
+      for (int i = 0; i < kCodeQuads; ++i) {
+        __builtin_prefetch(code + i * kQuadBytes + kPrefetchBytes, 0, 2);
+        codes.load_quad(quad, i, load_bytes(code + i * kQuadBytes));
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < TB; ++t) {
+        IVec sum{};
+        if (Codes::kHasBias) sum += ((const int32_t*)(x[t] + row.biases_at()))[block];
+#pragma GCC unroll 8
+        for (int i = 0; i < kQuads; ++i)
+          sum = multiply<Codes>(sum, quad[i], repeat4(x[t] + block * kBlock + 4 * i));
+        const Vec by = scales * ((const float*)(x[t] + row.scales_at()))[block];
+        acc[t] = multiply_add(__builtin_convertvector(sum, Vec), by, acc[t]);
+      }
+    }
+  }
+  for (int64_t g = 0; g < row.num_groups; ++g) {
+    const Vec offsets = load_as(panel.offset, g * kInterleaved + lane, at.offset_dtype);
+#pragma GCC unroll 8
+    for (int t = 0; t < TB; ++t)
+      acc[t] = multiply_add(offsets, splat(((const float*)(x[t] + row.sums_at()))[g]), acc[t]);
+  }
+  for (int t = 0; t < TB; ++t) sums[t] = acc[t];
+}
+
+// `num` rows of x, which belong to pairs from `pair` on, times the panels first .. end - 1.
+template <typename Io, typename Codes, int TB = kWideTokens>
+void multiply_panels(const Packed& at, const BlockRow& row, const Codes& codes, int64_t first,
+                     int64_t end, const char* const* x, int64_t pair, int64_t num) {
+  if constexpr (TB > 1)
+    if (num < TB) return multiply_panels<Io, Codes, TB - 1>(at, row, codes, first, end, x, pair, num);
+  for (int64_t i = first; i < end; ++i)
+    for (int lane = 0; lane < kInterleaved; lane += kLanes) {
+      Vec sums[TB];
+      interleaved_tile<Codes, TB>(sums, at, row, codes, Panel(at, i), x, lane);
+      for (int t = 0; t < TB; ++t)
+        put_results<Io>(at, pair + t, i * kInterleaved + lane, sums[t], kLanes);
+    }
+}
+
+template <typename Io, typename Codes>
+void interleaved_product(const Packed& at, const IntegerProduct& by) {
+  const BlockRow row(at, by.x);
+  const Codes codes(by.rows);
+  const int64_t x_bytes = row.bytes(), chunk = outputs_at_once(at, by.row_bytes, kInterleaved);
+  const int64_t num_chunks = (at.num_outputs + chunk - 1) / chunk;
+  for_blocks(at.num_pairs, 1, x_bytes / 4, [&](int64_t first, int64_t num) {
+    char* rows = (char*)scratch<kShared>((size_t)(num * x_bytes / 4));
+    std::vector<const char*> x(num);
+    for (int64_t t = 0; t < num; ++t) x[t] = rows + t * x_bytes;
+    parallel_for(num, num * at.depth < kMinParallel ? 1 : at.num_threads, [&](int64_t t) {
+      row.quantize(rows + t * x_bytes, (const Io*)at.x + (first + t) * at.x_stride);
+    });
+    const int64_t num_passes = (num + kWideTokens - 1) / kWideTokens;
+    parallel_for(num_chunks, at.num_threads, [&](int64_t item) {
+      const int64_t begin = item * chunk, end = std::min(begin + chunk, at.num_outputs);
+      for (int64_t pass = 0; pass < num_passes; ++pass) {
+        const int64_t token = num * pass / num_passes, to = num * (pass + 1) / num_passes;
+        multiply_panels<Io>(at, row, codes, begin / kInterleaved, end / kInterleaved,
+                            x.data() + token, first + token, to - token);
+      }
+    });
+  });
+}
+
+}  // namespace
