@@ -7,6 +7,8 @@
 
 namespace {
 
+constexpr int kPassTokens = 8;  // the most rows of x that a tile multiplies
+
 // the 4 bytes at p in all lanes
 INLINE Bytes repeat4(const void* p) {
   int32_t four;
@@ -53,62 +55,61 @@ struct BlockRow {
   }
 };
 
-// sums[t]: the lanes are kLanes of 16 rows, from `lane` on
+// sums[16 * t + i] of row i of a panel
+typedef void (*PanelTile)(float* sums, const Packed&, const BlockRow&, const Rows&, const Panel&,
+                          const char* const* x);
+
 template <typename Codes, int TB>
-INLINE void interleaved_tile(Vec* sums, const Packed& at, const BlockRow& row, const Codes& codes,
-                             const Panel& panel, const char* const* x, int lane) {
+void panel_tile(float* sums, const Packed& at, const BlockRow& row, const Rows& rows,
+                const Panel& panel, const char* const* x) {
   constexpr int kQuads = kBlock / 4, kCodeQuads = Codes::kStepBytes == kBytes ? kQuads / 2 : kQuads;
-  Vec acc[TB] = {};
-  const char* code = panel.code + lane * 4;
-  for (int64_t block = 0, g = 0; block < row.num_blocks; ++g) {
-    const Vec scales = load_as(panel.scale, g * kInterleaved + lane, at.scale_dtype);
-    for (const int64_t end = block + row.group; block < end; ++block, code += kCodeQuads * kQuadBytes) {
-      Bytes quad[kQuads];
+  const Codes codes(rows);
+  for (int lane = 0; lane < kInterleaved; lane += kLanes) {
+    Vec acc[TB] = {};
+    const char* code = panel.code + lane * 4;
+    for (int64_t block = 0, g = 0; block < row.num_blocks; ++g) {
+      const Vec scales = load_as(panel.scale, g * kInterleaved + lane, at.scale_dtype);
+      for (const int64_t end = block + row.group; block < end; ++block) {
+        Bytes quad[kQuads];
 #pragma GCC unroll 8
-      for (int i = 0; i < kCodeQuads; ++i) {
-        __builtin_prefetch(code + i * kQuadBytes + kPrefetchBytes, 0, 2);
-        codes.load_quad(quad, i, load_bytes(code + i * kQuadBytes));
-      }
+        for (int i = 0; i < kCodeQuads; ++i, code += kQuadBytes) {
+          __builtin_prefetch(code + kPrefetchBytes, 0, 2);
+          codes.load_quad(quad, i, load_bytes(code));
+        }
 #pragma GCC unroll 8
-      for (int t = 0; t < TB; ++t) {
-        IVec sum{};
-        if (Codes::kHasBias) sum += ((const int32_t*)(x[t] + row.biases_at()))[block];
+        for (int t = 0; t < TB; ++t) {
+          IVec sum{};
+          if (Codes::kHasBias) sum += ((const int32_t*)(x[t] + row.biases_at()))[block];
 #pragma GCC unroll 8
-        for (int i = 0; i < kQuads; ++i)
-          sum = multiply<Codes>(sum, quad[i], repeat4(x[t] + block * kBlock + 4 * i));
-        const Vec by = scales * ((const float*)(x[t] + row.scales_at()))[block];
-        acc[t] = multiply_add(__builtin_convertvector(sum, Vec), by, acc[t]);
+          for (int i = 0; i < kQuads; ++i)
+            sum = multiply<Codes>(sum, quad[i], repeat4(x[t] + block * kBlock + 4 * i));
+          const Vec by = scales * ((const float*)(x[t] + row.scales_at()))[block];
+          acc[t] = multiply_add(__builtin_convertvector(sum, Vec), by, acc[t]);
+        }
       }
     }
-  }
-  for (int64_t g = 0; g < row.num_groups; ++g) {
-    const Vec offsets = load_as(panel.offset, g * kInterleaved + lane, at.offset_dtype);
+    for (int64_t g = 0; g < row.num_groups; ++g) {
+      const Vec offsets = load_as(panel.offset, g * kInterleaved + lane, at.offset_dtype);
 #pragma GCC unroll 8
-    for (int t = 0; t < TB; ++t)
-      acc[t] = multiply_add(offsets, splat(((const float*)(x[t] + row.sums_at()))[g]), acc[t]);
-  }
-  for (int t = 0; t < TB; ++t) sums[t] = acc[t];
-}
-
-// `num` rows of x, which belong to pairs from `pair` on, times the panels first .. end - 1.
-template <typename Io, typename Codes, int TB = kWideTokens>
-void multiply_panels(const Packed& at, const BlockRow& row, const Codes& codes, int64_t first,
-                     int64_t end, const char* const* x, int64_t pair, int64_t num) {
-  if constexpr (TB > 1)
-    if (num < TB) return multiply_panels<Io, Codes, TB - 1>(at, row, codes, first, end, x, pair, num);
-  for (int64_t i = first; i < end; ++i)
-    for (int lane = 0; lane < kInterleaved; lane += kLanes) {
-      Vec sums[TB];
-      interleaved_tile<Codes, TB>(sums, at, row, codes, Panel(at, i), x, lane);
       for (int t = 0; t < TB; ++t)
-        put_results<Io>(at, pair + t, i * kInterleaved + lane, sums[t], kLanes);
+        acc[t] = multiply_add(offsets, splat(((const float*)(x[t] + row.sums_at()))[g]), acc[t]);
     }
+    for (int t = 0; t < TB; ++t) store(sums + t * kInterleaved + lane, acc[t]);
+  }
 }
 
-template <typename Io, typename Codes>
-void interleaved_product(const Packed& at, const IntegerProduct& by) {
+template <typename Codes>
+PanelTile panel_tile_of(int64_t num_tokens) {
+  static const PanelTile of[] = {panel_tile<Codes, 1>, panel_tile<Codes, 2>, panel_tile<Codes, 3>,
+                                 panel_tile<Codes, 4>, panel_tile<Codes, 5>, panel_tile<Codes, 6>,
+                                 panel_tile<Codes, 7>, panel_tile<Codes, 8>};
+  return of[num_tokens - 1];
+}
+
+template <typename Io>
+void interleaved_product(const Packed& at, const IntegerProduct& by,
+                         PanelTile (*tile_of)(int64_t num_tokens)) {
   const BlockRow row(at, by.x);
-  const Codes codes(by.rows);
   const int64_t x_bytes = row.bytes(), chunk = outputs_at_once(at, by.row_bytes, kInterleaved);
   const int64_t num_chunks = (at.num_outputs + chunk - 1) / chunk;
   for_blocks(at.num_pairs, 1, x_bytes / 4, [&](int64_t first, int64_t num) {
@@ -118,13 +119,20 @@ void interleaved_product(const Packed& at, const IntegerProduct& by) {
     parallel_for(num, num * at.depth < kMinParallel ? 1 : at.num_threads, [&](int64_t t) {
       row.quantize(rows + t * x_bytes, (const Io*)at.x + (first + t) * at.x_stride);
     });
-    const int64_t num_passes = (num + kWideTokens - 1) / kWideTokens;
+    const int64_t num_passes = (num + kPassTokens - 1) / kPassTokens;
     parallel_for(num_chunks, at.num_threads, [&](int64_t item) {
       const int64_t begin = item * chunk, end = std::min(begin + chunk, at.num_outputs);
       for (int64_t pass = 0; pass < num_passes; ++pass) {
         const int64_t token = num * pass / num_passes, to = num * (pass + 1) / num_passes;
-        multiply_panels<Io>(at, row, codes, begin / kInterleaved, end / kInterleaved,
-                            x.data() + token, first + token, to - token);
+        const PanelTile tile = tile_of(to - token);
+        for (int64_t o = begin; o < end; o += kInterleaved) {
+          float sums[kPassTokens * kInterleaved];
+          tile(sums, at, row, by.rows, Panel(at, o / kInterleaved), x.data() + token);
+          for (int64_t t = 0; t < to - token; ++t)
+            for (int lane = 0; lane < kInterleaved; lane += kLanes)
+              put_results<Io>(at, first + token + t, o + lane, load(sums + t * kInterleaved + lane),
+                              kLanes);
+        }
       }
     });
   });

@@ -159,10 +159,10 @@ void multiply_integers(const Packed& at) {
   }
   const IntegerProduct by = product_of(at, group, num_scales, fits);
   if (at.interleaved && !by.by_matrices) {
-    if (at.bits == 8) interleaved_product<Io, Codes8>(at, by);
-    else if (at.table) interleaved_product<Io, Codes4<true>>(at, by);
-    else interleaved_product<Io, Codes4<false>>(at, by);
-    return;
+    const auto tile_of = at.bits == 8 ? panel_tile_of<Codes8>
+                         : at.table   ? panel_tile_of<Codes4<true>>
+                                      : panel_tile_of<Codes4<false>>;
+    return interleaved_product<Io>(at, by, tile_of);
   }
   const int64_t scale_floats = by.scale_floats(), group_floats = at.num_groups + kLanes;
   const auto read = [&](int64_t expert, int64_t o, float* buffer) {
