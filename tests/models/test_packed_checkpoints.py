@@ -140,6 +140,11 @@ def test_graphs(name: str, tmp_path: Path) -> None:
     check(folder, 99, enforce_eager=False, graph_batch_sizes=[4])
 
 
+def test_the_status_of_older_versions(tmp_path: Path) -> None:
+    folder = pack(BY_NAME["w4 groups"], save_tiny(tmp_path), quantization_status="frozen")
+    assert isinstance(check(folder, 512).layers[0].down_DF, PackedWeight)
+
+
 def of_gpt_oss(folder: Path) -> Path:
     """A mixture whose experts are in MXFP4, with the names that gpt-oss has."""
     changes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96}
@@ -288,6 +293,8 @@ def group(stored: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]:
         (group(PACKED, ints(4, "channel"), targets=["Qwen3MLP"]), "has the target 'Qwen3MLP'"),
         (group(PACKED, ints(4, "channel"), targets=["re:("]), "names modules by"),
         ({**group(PACKED, ints(4, "channel")), "sparsity_config": {"format": "y"}}, "format 'y'"),
+        ({**group(PACKED, ints(4, "channel")), "quantization_status": "calibration"},
+         "quantization_status 'calibration', .* only 'compressed', 'frozen'"),
         (group("nvfp4-pack-quantized", floats(4, "group", 32)), "has group_size 32"),
         ({**NF4, "bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage 'bfloat16'"),
         ({**NF4, "bnb_4bit_quant_type": "nf3"}, "bnb_4bit_quant_type 'nf3'"),
