@@ -293,8 +293,10 @@ def group(stored: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]:
         (group(PACKED, ints(4, "channel"), targets=["Qwen3MLP"]), "has the target 'Qwen3MLP'"),
         (group(PACKED, ints(4, "channel"), targets=["re:("]), "names modules by"),
         ({**group(PACKED, ints(4, "channel")), "sparsity_config": {"format": "y"}}, "format 'y'"),
-        ({**group(PACKED, ints(4, "channel")), "quantization_status": "calibration"},
-         "quantization_status 'calibration', .* only 'compressed', 'frozen'"),
+        (
+            {**group(PACKED, ints(4, "channel")), "quantization_status": "calibration"},
+            "quantization_status 'calibration', .* only 'compressed', 'frozen'",
+        ),
         (group("nvfp4-pack-quantized", floats(4, "group", 32)), "has group_size 32"),
         ({**NF4, "bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage 'bfloat16'"),
         ({**NF4, "bnb_4bit_quant_type": "nf3"}, "bnb_4bit_quant_type 'nf3'"),
