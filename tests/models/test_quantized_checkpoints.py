@@ -327,6 +327,26 @@ def test_modules_that_gptq_leaves_plain(tmp_path: Path) -> None:
 ONE = "model.layers.1.mlp.up_proj."
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_biases_of_zeros_that_autogptq_adds(size: int, tmp_path: Path) -> None:
+    """One for each packed matrix, also where the model has none."""
+    folder = pack(BY_NAME["gptq"], save_tiny(tmp_path))
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    ends = {name: one.shape[1] for name, one in weights.items() if name.endswith(".qweight")}
+    weights |= {
+        name.replace("qweight", "bias"): torch.zeros(num, dtype=torch.float16)
+        for name, num in ends.items()
+    }
+    save_file(weights, path, {"format": "pt"})
+    target = Target(torch.device("cpu"))._replace(shard=Shard(0, size))
+    loader.load(model_of(folder, size), folder, target, int)
+    weights[ONE + "bias"][-1] = 0.5
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"1 tensor.* does not have, e\.g\. {ONE}bias"):
+        loader.load(model_of(folder, size), folder, target, int)
+
+
 @pytest.mark.parametrize(
     ("name", "end", "change", "message"),
     [
