@@ -63,10 +63,10 @@ def load_full(folder: Path) -> Any:
 def _of_tekken(path: Path) -> Any:
     """AutoTokenizer converts the file too, but leaves out which tokens begin and end a text. Raises
     ValueError where transformers needs a package for it that is not there."""
-    from transformers.integrations.mistral import convert_tekken_tokenizer
+    from transformers.integrations import mistral
 
     try:
-        full = convert_tekken_tokenizer(str(path))
+        full: Any = mistral.convert_tekken_tokenizer(str(path))  # type: ignore[attr-defined]
     except ImportError as error:  # before 5.20
         raise ValueError(
             f"{path} needs a newer transformers, or the package mistral-common: {error}"
