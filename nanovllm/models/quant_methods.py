@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nanovllm.models import auto_round_config, compressed_config
+from nanovllm.models import auto_round_config, compressed_config, modelopt_config
 from nanovllm.models.formats.bitsandbytes import Bnb4, Bnb8
 from nanovllm.models.formats.fp4 import MxFp4Experts
 from nanovllm.models.formats.fp8 import Fp8
@@ -96,6 +96,7 @@ CHECKPOINTS: dict[str, Callable[[Config], Scheme]] = {
     "bitsandbytes": bitsandbytes,
     "auto-round": auto_round_config.scheme,
     OLD_AUTO_ROUND: auto_round_config.scheme,
+    modelopt_config.METHOD: modelopt_config.scheme,
 }
 
 

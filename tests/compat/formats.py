@@ -58,6 +58,10 @@ def checkpoint(case: str, product: str, key: str, graph: str = "") -> Row:
 FORMATS: dict[str, Row] = {
     "`fp8` in blocks": checkpoint("fp8 blocks", FP8, "fp8", "fp8 blocks"),
     "`fp8` by tensor": checkpoint("fp8 tensors", FP8, "fp8", "fp8 tensors"),
+    "`modelopt` FP8": checkpoint("fp8 of modelopt", FP8, "modelopt"),
+    "`modelopt` NVFP4": both(
+        MORE, "nvfp4 of modelopt", PACKED, "modelopt", "nvfp4 of modelopt", "nvfp4 of modelopt"
+    ),
     "`gptq`": checkpoint("gptq", PACKED, "gptq", "gptq"),
     "`gptq`, `desc_act`": checkpoint("gptq ordered", PACKED, "gptq", "gptq ordered"),
     "`awq`": checkpoint("awq", PACKED, "awq", "awq"),

@@ -167,6 +167,8 @@ KINDS = [
          STATIC),
     Kind("fp8 tensors of transformers", partial(fp8_of_transformers, rows=0, columns=0),
          {**STATIC, "weight_block_size": None}),
+    Kind("fp8 of modelopt", partial(fp8, rows=0, columns=0, scale_name="weight_scale"),
+         {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}),
     Kind("fp8 channels", partial(fp8, rows=1, columns=0, scale_name="weight_scale"),
          compressed("channel")),
     Kind("gptq", partial(grouped, bits=4, group=32, kind="gptq"), gptq()),
