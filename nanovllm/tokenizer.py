@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from nanovllm import gguf_tokenizer
 from nanovllm.models.gguf.header import is_gguf
 
-# All files of a tokenizer in transformers' layouts. A folder with one of the first four has one.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+# A folder with one of these has a tokenizer in one of transformers' layouts, or in Mistral's.
+TRANSFORMERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+TEKKEN = "tekken.json"
+TOKENIZER_FILES = (  # all of its files
+    *TRANSFORMERS, TEKKEN, "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
 )  # fmt: skip
 _importing = threading.Lock()
 REPLACEMENT = "\ufffd"  # the decoder's output for the first bytes of an incomplete character
@@ -29,7 +31,7 @@ def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a tokenizer's files, or a GGUF file has one."""
     if is_gguf(folder):
         return gguf_tokenizer.has_tokenizer(folder)
-    return any((folder / name).is_file() for name in TOKENIZER_FILES[:4])
+    return any((folder / name).is_file() for name in (*TRANSFORMERS, TEKKEN))
 
 
 def import_library() -> Any:
@@ -47,6 +49,8 @@ def load_full(folder: Path) -> Any:
         import_library()
         return gguf_tokenizer.load(folder)
     library = import_library()
+    if not any((folder / name).is_file() for name in TRANSFORMERS):
+        return _of_tekken(folder / TEKKEN)
     try:
         # without a value transformers would prompt on stdin
         return library.from_pretrained(folder, trust_remote_code=False)
@@ -54,6 +58,21 @@ def load_full(folder: Path) -> Any:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(f"the tokenizer in {folder} needs custom code, which is not run") from None
+
+
+def _of_tekken(path: Path) -> Any:
+    """AutoTokenizer converts the file too, but leaves out which tokens begin and end a text. Raises
+    ValueError where transformers needs a package for it that is not there."""
+    from transformers.integrations import mistral
+
+    try:
+        full: Any = mistral.convert_tekken_tokenizer(str(path))  # type: ignore[attr-defined]
+    except ImportError as error:  # before 5.20
+        raise ValueError(
+            f"{path} needs a newer transformers, or the package mistral-common: {error}"
+        ) from error
+    full.add_bos_token = True
+    return full
 
 
 def encoding(quick: Any, text: str | tuple[str, str], *, add_special_tokens: bool = True) -> Any:

@@ -1,15 +1,19 @@
-"""Long texts are encoded and decoded without the GIL, and only as far as their tokens are kept."""
+"""Long texts are encoded and decoded without the GIL, and only as far as their tokens are kept; a
+tokenizer of Mistral's own format."""
 
 from __future__ import annotations
 
 import copy
+import json
+from base64 import b64encode
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import processors
 
 from nanovllm.special_text import FREE, _Encoder
-from nanovllm.tokenizer import LONG_TEXT, Decoding, Tokenizer, load_full
+from nanovllm.tokenizer import LONG_TEXT, Decoding, Tokenizer, has_tokenizer, load_full
 from tests.engines import save_tokenizer
 
 LONG = "the theory of <end> an inn, naïve 日本 " * (LONG_TEXT // 16)
@@ -100,3 +104,34 @@ def test_a_text_is_not_encoded_to_its_end_for_its_first_tokens(full: Any) -> Non
     text = "the inn on " * 100_000
     assert len(tokenizer.encode_first(text, 500)) == 500
     assert 0 < watched.num_chars < len(text) // 50
+
+
+def test_a_folder_with_tekken_json_alone_has_a_tokenizer(tmp_path: Path) -> None:
+    """As several of Mistral's checkpoints. Ids of special tokens come first."""
+    assert not has_tokenizer(tmp_path)
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    texts = [*(bytes([byte]) for byte in range(256)), b"th"]
+    content = {
+        "config": {
+            "pattern": r"\s?\p{L}+|\s|\p{N}", "num_vocab_tokens": len(texts), "version": "v7",
+            "default_vocab_size": len(special) + len(texts),
+            "default_num_special_tokens": len(special),
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": b64encode(text).decode(), "token_str": None}
+            for rank, text in enumerate(texts)
+        ],
+        "special_tokens": [
+            {"rank": rank, "token_str": text, "is_control": True}
+            for rank, text in enumerate(special)
+        ],
+    }  # fmt: skip
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}[{{ messages[0].content }}]")
+    assert has_tokenizer(tmp_path)
+    full = load_full(tmp_path)
+    ids = full.encode("the é")
+    assert ids == [1, *(4 + one for one in (256, ord("e"), ord(" "), *"é".encode()))]
+    assert full.decode(ids, skip_special_tokens=True) == "the é" and full.eos_token_id == 2
+    messages = [{"role": "user", "content": "hi"}]
+    assert full.apply_chat_template(messages, tokenize=False) == "<s>[hi]"

@@ -162,7 +162,9 @@ def _why_device() -> str:
 def _why_dtype(resolved: ResolvedConfig) -> str:
     if resolved.platform.traits.auto_dtype is resolved.model.config.dtype:
         return f"the default on a {resolved.platform.traits.name}"
-    stored = getattr(resolved.hf, "dtype", None)
+    stored = resolved.hf.dtype
+    if stored is None:
+        return "the checkpoint names none"
     if stored is resolved.model.config.dtype:
         return "the checkpoint's"
     return f"the device does not have the checkpoint's {_name(stored)}"

@@ -174,6 +174,10 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[1].shape
 
+    def stored_dtype(self, name: str) -> str:
+        """The dtype of a tensor, as safetensors names it."""
+        return self._find(name)[1].dtype
+
     def read(self, wanted: Iterable[tuple[str, Tensor]]) -> None:
         """Copy tensors, by name, to contiguous ones of the same shapes: see `read_parts`."""
         self.read_parts((name, out, Cut.whole(tuple(out.shape))) for name, out in wanted)

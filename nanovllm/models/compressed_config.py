@@ -67,7 +67,8 @@ class Grouped(BySource):
 
 
 def scheme(config: Config) -> Grouped:
-    require(config, "quantization_status", "compressed")
+    # older versions wrote "frozen" for the same files
+    require(config, "quantization_status", "compressed", "frozen")
     if sparsity := config.get("sparsity_config"):
         require(sparsity, "format", "dense")
     require(config, "transform_config", None, {})

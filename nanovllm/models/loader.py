@@ -158,7 +158,16 @@ class WeightReader:
         """The tensors of the checkpoint that were not read and that a forward pass would read."""
         ignored = {HEAD} if self._config.tied_embeddings else set()
         left = set(self._checkpoint) - self._used - ignored
-        return sorted(name for name in left if not IGNORED.fullmatch(name))
+        known = (IGNORED.fullmatch, self._adds_nothing)
+        return sorted(name for name in left if not any(is_known(name) for is_known in known))
+
+    def _adds_nothing(self, name: str) -> bool:
+        """Whether a tensor is a bias of zeros, as AutoGPTQ writes one for each packed matrix."""
+        module, _, end = name.rpartition(".")
+        if end != "bias" or f"{module}.qweight" not in self._used:
+            return False
+        shape = self._checkpoint.shape(name)
+        return len(shape) == 1 and not self._checkpoint.rows(name, slice(0, shape[0])).any()
 
     def _check_size(self, param: Param, sources: tuple[str, ...]) -> None:
         """Refuse a config that asks for far more numbers than are stored, before there is memory

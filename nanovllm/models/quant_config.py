@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Config = Mapping[str, Any]
+MODELOPT_FILE = "hf_quant_config.json"  # where older exports of ModelOpt have theirs
 # These may be missing.
 OPTIONAL = frozenset({"fmt", "activation_scheme", "quantization_status", "symmetric"})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nanovllm.models import compressed_config
+from nanovllm.models import auto_round_config, compressed_config, modelopt_config
 from nanovllm.models.formats.bitsandbytes import Bnb4, Bnb8
 from nanovllm.models.formats.fp4 import MxFp4Experts
 from nanovllm.models.formats.fp8 import Fp8
@@ -20,6 +20,7 @@ from nanovllm.models.schemes import REGEX, UNQUANTIZED, Modules, Packed, Scheme
 SCALE, INVERSE = "weight_scale", "weight_scale_inv"
 # Before the expressions of GPTQ's `dynamic`: these modules are not quantized, or are, by default.
 NEGATIVE, POSITIVE = "-:", "+:"
+OLD_AUTO_ROUND = "intel/auto-round"
 # What GPTQ's numbers depend on when they are read.
 STORED_BY = frozenset(
     {"bits", "group_size", "desc_act", "sym", "format", "checkpoint_format", "quant_method",
@@ -93,6 +94,9 @@ CHECKPOINTS: dict[str, Callable[[Config], Scheme]] = {
     "gguf": gguf,
     "mxfp4": mxfp4,
     "bitsandbytes": bitsandbytes,
+    "auto-round": auto_round_config.scheme,
+    OLD_AUTO_ROUND: auto_round_config.scheme,
+    modelopt_config.METHOD: modelopt_config.scheme,
 }
 
 

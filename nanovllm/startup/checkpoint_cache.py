@@ -23,6 +23,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.kernels.code_files import digest
 from nanovllm.models.gguf import header
 from nanovllm.models.gguf.header import is_gguf
+from nanovllm.models.quant_config import MODELOPT_FILE
 from nanovllm.tokenizer import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_full
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def read_config(
     """
     path = folder if is_gguf(folder) else folder / "config.json"
     changes = json.dumps(overrides or {}, sort_keys=True)
-    key = _key(CONFIG, [path], "transformers", overrides=changes)
+    of_modelopt = path.with_name(MODELOPT_FILE)
+    paths = [path, of_modelopt] if of_modelopt.is_file() else [path]
+    key = _key(CONFIG, paths, "transformers", overrides=changes)
     if store is not None and (found := store.find(key)):
         attributes = json.loads(found.content)
         import torch

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nanovllm.models import registry
+from nanovllm.models import modelopt_config, registry
 from nanovllm.models.gguf import config as gguf_config
 from nanovllm.models.gguf.header import is_gguf, read
 from nanovllm.models.layer_ropes import FULL, SLIDING
+from nanovllm.models.quant_config import MODELOPT_FILE
 from nanovllm.models.rope import refuse_nested
 
 # transformers reads these names too, although they are not fields of a config class.
@@ -79,10 +80,17 @@ def _float(found: dict[str, Any]) -> Any:
 
 
 def read_stored(path: Path) -> dict[str, Any]:
-    """The fields of a config.json, its folder's, or a GGUF file's. Raises ValueError."""
+    """The fields of a config.json, its folder's, or a GGUF file's. Raises ValueError.
+
+    A file of ModelOpt beside it may have its `quantization_config`.
+    """
     if is_gguf(path):
         return gguf_config.fields(read(path))
-    return read_object(path / "config.json" if path.is_dir() else path)
+    path = path / "config.json" if path.is_dir() else path
+    found, of_modelopt = read_object(path), path.with_name(MODELOPT_FILE)
+    if found.get("quantization_config") is None and of_modelopt.is_file():
+        found["quantization_config"] = modelopt_config.of_file(read_object(of_modelopt))
+    return found
 
 
 def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:

@@ -135,12 +135,16 @@ def vision_patches(config: EngineConfig, model: Model) -> tuple[int, ...]:
 
 def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
     """ "auto" is the device's, else the checkpoint's; float16 for bfloat16 on a device without it.
+    float32 if neither names one.
 
     Raises ValueError for a dtype that the device does not support.
     """
     traits = platform.traits
     if name == "auto":
-        dtype = traits.auto_dtype or getattr(hf, "dtype", None) or torch.float32
+        dtype = traits.auto_dtype or hf.dtype
+        if dtype is None:
+            logger.warning("the checkpoint names no dtype: it runs in float32 (option dtype)")
+            dtype = torch.float32
         if dtype is torch.bfloat16 and dtype not in traits.supported_dtypes:
             # few models have activations beyond float16's range, and float32 takes twice the memory
             message = (

@@ -39,7 +39,8 @@ def default_params(content: Mapping[str, Any]) -> SamplingParams:
 
 
 def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
-    """All ids that end an answer: those in generation_config.json, or else in config.json.
+    """The ids in generation_config.json, or else in config.json, that end an answer. The one of the
+    tokenizer does too (`startup.load`).
 
     Raises ValueError, with the file's name, for values that are not ids.
     """

@@ -150,7 +150,7 @@ def load_chosen(
     )  # fmt: skip
     generation = generation_config(resolved.folder)
     eos_ids = resolved.eos_ids
-    if tokenizer is not None and tokenizer.eos_id is not None and not generation:
+    if tokenizer is not None and tokenizer.eos_id is not None:
         eos_ids |= {tokenizer.eos_id}
     vision = None if runner.model.tower is None else settings.load(resolved.folder)
     sleeper = runner.sleeper(weights, partial(_read_weights, resolved, lambda num_layers: None))

@@ -33,6 +33,7 @@ from nanovllm.startup.model_options import (
 )
 from nanovllm.startup.startup_timer import StartupTimer
 from nanovllm.startup.store_folder import open_store
+from nanovllm.startup.stored_dtype import stored_dtype
 
 if TYPE_CHECKING:
     from nanovllm.startup.pooling_modules import PoolingPlan
@@ -131,6 +132,8 @@ def resolve_model(
     if config.quantization is not None:
         check_quantization(config.quantization, traits)
     hf = read_config(folder, store, config.hf_overrides)
+    if config.dtype == "auto" and traits.auto_dtype is None and hf.dtype is None:
+        hf.dtype = stored_dtype(folder)
     dtype = choose_dtype(config.dtype, hf, platform)
     if weights and hf.tie_word_embeddings and has_own_head(folder, dtype):
         logger.warning(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from nanovllm.models.compressed_config import FORMATS as COMPRESSED
-from nanovllm.models.quant_methods import CHECKPOINTS
+from nanovllm.models.quant_methods import CHECKPOINTS, OLD_AUTO_ROUND
 from nanovllm.models.schemes import OPTIONS
 from nanovllm.platforms import cpu, cuda, npu
 from nanovllm.platforms.base import Traits
@@ -58,9 +58,14 @@ def checkpoint(case: str, product: str, key: str, graph: str = "") -> Row:
 FORMATS: dict[str, Row] = {
     "`fp8` in blocks": checkpoint("fp8 blocks", FP8, "fp8", "fp8 blocks"),
     "`fp8` by tensor": checkpoint("fp8 tensors", FP8, "fp8", "fp8 tensors"),
+    "`modelopt` FP8": checkpoint("fp8 of modelopt", FP8, "modelopt"),
+    "`modelopt` NVFP4": both(
+        MORE, "nvfp4 of modelopt", PACKED, "modelopt", "nvfp4 of modelopt", "nvfp4 of modelopt"
+    ),
     "`gptq`": checkpoint("gptq", PACKED, "gptq", "gptq"),
     "`gptq`, `desc_act`": checkpoint("gptq ordered", PACKED, "gptq", "gptq ordered"),
     "`awq`": checkpoint("awq", PACKED, "awq", "awq"),
+    "`auto-round`": checkpoint("auto-round", PACKED, "auto-round", "auto-round"),
     "`pack-quantized`": both(
         MORE, "w4 groups, zeros", PACKED, "pack-quantized", "w4 groups, zeros", "w4 groups, zeros"
     ),
@@ -109,7 +114,7 @@ FORMATS: dict[str, Row] = {
 
 def known() -> set[str]:
     """The formats of checkpoints, and those of the option `quantization`."""
-    return {*CHECKPOINTS, *COMPRESSED, *OPTIONS} - {"compressed-tensors"}
+    return {*CHECKPOINTS, *COMPRESSED, *OPTIONS} - {"compressed-tensors", OLD_AUTO_ROUND}
 
 
 def _cases(function: Any) -> set[str]:

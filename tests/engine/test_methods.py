@@ -108,11 +108,15 @@ def test_bias_and_allowed_tokens_outside_the_vocabulary_are_refused(eager_llm: L
 # tokenizers ---------------------------------------------------------------------------------------
 
 
-def test_the_tokenizers_eos_ends_an_answer_without_a_generation_config(
-    make_llm: Callable[..., LLM], checkpoint: Path, tmp_path: Path, eager_llm: LLM
+@pytest.mark.parametrize("generation", [None, {"do_sample": True}, {"eos_token_id": 3}], ids=str)
+def test_the_tokenizers_eos_ends_an_answer_beside_those_of_configs(
+    generation: dict[str, Any] | None, checkpoint: Path, tmp_path: Path, eager_llm: LLM
 ) -> None:
-    """config.json names 3; the tokenizer another id."""
+    """config.json names 3; the tokenizer another id. A base model's generation_config.json may lie
+    beside the tokenizer of a chat model."""
     folder = copied(checkpoint, tmp_path, without="generation_config.json")
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["eos_token"] = "<end>"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

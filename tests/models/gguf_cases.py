@@ -55,6 +55,7 @@ KINDS = {
     "phi3": Kind("phi3"),
     "granite": Kind("granite", permutes=True),
     "olmo2": Kind("olmo2"),
+    "olmo3": Kind("olmo2"),
     "smollm3": Kind("smollm3", permutes=True),
 }
 
@@ -166,6 +167,10 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any, name: str) -> None:
         writer.add_tensor("rope_freqs.weight", llama3_factors(rope, head_dim))
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "olmo3":
+        writer.add_sliding_window_pattern(
+            [one == "sliding_attention" for one in config.layer_types]
+        )
     num_experts = getattr(config, "num_experts", getattr(config, "num_local_experts", None))
     if num_experts:
         writer.add_expert_count(num_experts)

@@ -114,6 +114,22 @@ def with_g_idx(weight: Tensor, group: int) -> Packed:
     }, value * scale[:, group_D]
 
 
+def nvfp4_of_modelopt(weight: Tensor) -> Packed:
+    """Scales of 16 columns are multiplied by that of the matrix."""
+    level = torch.tensor([*E2M1, *(-one for one in E2M1)])
+    groups = weight.float().unflatten(1, (-1, 16))
+    whole = groups.abs().max() / (448 * 6)
+    scale = (groups.abs().amax(-1) / 6 / whole).to(torch.float8_e4m3fn)
+    of_groups = (scale.float() * whole)[:, :, None]
+    code = ((groups / of_groups)[..., None] - level).abs().argmin(-1)
+    flat = code.flatten(1)
+    found = {
+        "weight": (flat[:, ::2] | (flat[:, 1::2] << 4)).to(torch.uint8), "weight_scale": scale,
+        "weight_scale_2": whole, "input_scale": torch.ones(()),
+    }  # fmt: skip
+    return found, (level[code] * of_groups).flatten(1)
+
+
 def mxfp4(weight: Tensor, *, interleaved: bool) -> Packed:
     """The blocks and scales of an expert of gpt-oss; the rows of gate and up take turns."""
     num_rows, depth = weight.shape

@@ -176,6 +176,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}}),
     "granite": ("granite", families.GRANITE),
     "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {**families.WINDOWS, "rope_parameters": {
+        "full_attention": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                           "original_max_position_embeddings": 32},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0, 1], "num_hidden_layers": 5}),
 }  # fmt: skip
 

@@ -18,9 +18,11 @@ from nanovllm.models.rope import rotary_frequencies
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
 
-def written(path: Path, add: Callable[[gguf.GGUFWriter], None]) -> Path:
-    """A file of a llama with a table alone."""
-    writer = gguf.GGUFWriter(path, "llama")
+def written(
+    path: Path, add: Callable[[gguf.GGUFWriter], None], architecture: str = "llama"
+) -> Path:
+    """A file with a table alone."""
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(8)
     writer.add_block_count(1)
@@ -117,3 +119,16 @@ def test_yarn_has_the_numbers_of_the_checkpoint(
     (freqs, scale), expected = scaled(found), scaled({**YARN, **original})
     assert freqs == expected[0]
     assert scale == pytest.approx(expected[1], rel=1e-6)
+
+
+def test_an_olmo2_with_windows_is_an_olmo3(tmp_path: Path) -> None:
+    """Every fourth layer has none where the file does not say which."""
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0].pop("olmo2.block_count")
+        writer.add_block_count(5)
+        writer.add_sliding_window(16)
+
+    found = fields(read(written(tmp_path / "model.gguf", add, "olmo2")))
+    assert found["architectures"] == ["Olmo3ForCausalLM"] and found["sliding_window"] == 16
+    assert [one == "full_attention" for one in found["layer_types"]] == [0, 0, 0, 1, 0]

@@ -24,7 +24,15 @@ from nanovllm.models.quant_methods import of_checkpoint
 from tests.conftest import save_tiny
 from tests.models import int4_format
 from tests.models.moe_cases import Case
-from tests.models.packers import Compressed, bnb4, bnb8, mxfp4, of_groups, with_g_idx
+from tests.models.packers import (
+    Compressed,
+    bnb4,
+    bnb8,
+    mxfp4,
+    nvfp4_of_modelopt,
+    of_groups,
+    with_g_idx,
+)
 from tests.models.test_formats import is_matrix, model_of
 from tests.models.test_quantized_checkpoints import Kind, check, check_ranks, pack
 from tests.models.test_quantized_checkpoints import plain_device as plain_device
@@ -45,6 +53,10 @@ def compressed(name: str, stored: str, weights: dict[str, Any]) -> Kind:
     return Kind(name, packer, packer.config)
 
 
+def modelopt(algorithm: str | None, **more: Any) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"], **more}
+
+
 PACKED, INT8 = "pack-quantized", "int-quantized"
 ORDERED = of_groups(
     {"g": {"targets": ["Linear"], "weights": {**ints(4, "group", group=32), "actorder": "group"}}},
@@ -61,6 +73,7 @@ KINDS = [
     compressed("int8 channels", INT8, ints(8, "channel")),
     compressed("int8 tensors, zeros", "naive-quantized", ints(8, "tensor", symmetric=False)),
     compressed("nvfp4", "nvfp4-pack-quantized", floats(4, "tensor_group", 16)),
+    Kind("nvfp4 of modelopt", nvfp4_of_modelopt, modelopt("NVFP4")),
     compressed("mxfp4", "mxfp4-pack-quantized", floats(4, "group", 32)),
     Kind("bnb nf4", partial(bnb4, kind="nf4", nested=True),
          {**NF4, "bnb_4bit_use_double_quant": True}),
@@ -100,6 +113,7 @@ def test_devices_without_products_dequantize(kind: Kind, tmp_path: Path) -> None
         "int8 channels",
         "int8 tensors, zeros",
         "nvfp4",
+        "nvfp4 of modelopt",
         "bnb nf4",
         "bnb fp4",
         "mxfp4",
@@ -125,6 +139,7 @@ def test_four_ranks_that_cut_words_of_zeros(tmp_path: Path) -> None:
     "name",
     [
         "nvfp4",
+        "nvfp4 of modelopt",
         "mxfp4",
         "w4 groups, zeros",
         "int8 channels",
@@ -138,6 +153,52 @@ def test_graphs(name: str, tmp_path: Path) -> None:
     """With tables of levels, zeros, and 8 bits; `test_quantized_checkpoints` has an order."""
     folder = saved(BY_NAME[name], tmp_path, num_hidden_layers=1)
     check(folder, 99, enforce_eager=False, graph_batch_sizes=[4])
+
+
+def test_the_status_of_older_versions(tmp_path: Path) -> None:
+    folder = pack(BY_NAME["w4 groups"], save_tiny(tmp_path), quantization_status="frozen")
+    assert isinstance(check(folder, 512).layers[0].down_DF, PackedWeight)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_packed"),
+    [
+        ("model.layers.0.self_attn.q_proj", False),
+        ("model.layers.10.self_attn.q_proj", True),
+        ("model.layers.0.mlp.up_proj", True),
+        ("model.layers.10.mlp.shared_expert.up_proj", False),
+        ("model.layers.1.mlp.up_proj", False),
+    ],
+)
+def test_globs_of_modelopt_name_plain_modules(name: str, is_packed: bool) -> None:
+    """In config.json, where the spelling may be that of a checkpoint with towers, and in the file
+    of older exports."""
+    globs = ["model.layers.0.self_attn*", "*.mlp.shared_expert.*", "lm_head",
+             "language_model.model.layers.1.*"]  # fmt: skip
+    older = {"quantization": {"quant_algo": "W4A16_NVFP4", "exclude_modules": globs}}
+    for config in (modelopt("NVFP4", ignore=globs), {"quant_method": "modelopt", **older}):
+        scheme = of_checkpoint(PretrainedConfig(quantization_config=config))
+        (part,) = scheme.parts(Param.one("linear", f"{name}.weight", 64, 64))
+        assert part.format.is_packed == is_packed
+
+
+@pytest.mark.parametrize("algorithm", ["NVFP4", None])
+def test_older_exports_of_modelopt_have_a_file_of_their_own(
+    algorithm: str | None, tmp_path: Path
+) -> None:
+    """Without an algorithm only the cache is quantized."""
+    folder = saved(BY_NAME["nvfp4 of modelopt"], tmp_path)
+    folder = folder if algorithm else folder / "real"
+    fields = json.loads((folder / "config.json").read_text())
+    fields.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(fields))
+    quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": "FP8", "group_size": 16,
+                    "exclude_modules": ["lm_head"]}  # fmt: skip
+    content = {"producer": {"name": "modelopt"}, "quantization": quantization}
+    (folder / "hf_quant_config.json").write_text(json.dumps(content))
+    target = Target(torch.device("cpu"))
+    params = loader.load(model_of(folder), folder, target, int)
+    assert isinstance(params.layers[0].down_DF, PackedWeight if algorithm else torch.Tensor)
 
 
 def of_gpt_oss(folder: Path) -> Path:
@@ -248,6 +309,8 @@ def json_bytes(**changes: Any) -> Any:
         ("w4 ordered", "weight_g_idx", lambda x: x * 0, "groups of other sizes than 32 inputs"),
         ("int8 channels", "weight", lambda x: x.int(), "weight is stored as int32"),
         ("nvfp4", "weight_global_scale", lambda x: x * 0, "a scale is NaN or infinite"),
+        ("nvfp4 of modelopt", "weight_scale_2", None, "weight_scale_2 is missing"),
+        ("nvfp4 of modelopt", "weight_scale_2", lambda x: x * torch.nan, "a scale is NaN or inf"),
         ("mxfp4", "weight_scale", lambda x: x | 255, "a scale is NaN or infinite"),
         ("bnb nf4", STATE, lambda x: x[1:], "quant_state is not JSON"),
         ("bnb nf4", STATE, lambda x: x.repeat(40), r"has shape \[\d+\], but its format asks for"),
@@ -288,9 +351,17 @@ def group(stored: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]:
         (group(PACKED, ints(4, "channel"), targets=["Qwen3MLP"]), "has the target 'Qwen3MLP'"),
         (group(PACKED, ints(4, "channel"), targets=["re:("]), "names modules by"),
         ({**group(PACKED, ints(4, "channel")), "sparsity_config": {"format": "y"}}, "format 'y'"),
+        (
+            {**group(PACKED, ints(4, "channel")), "quantization_status": "calibration"},
+            "quantization_status 'calibration', .* only 'compressed', 'frozen'",
+        ),
         (group("nvfp4-pack-quantized", floats(4, "group", 32)), "has group_size 32"),
         ({**NF4, "bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage 'bfloat16'"),
         ({**NF4, "bnb_4bit_quant_type": "nf3"}, "bnb_4bit_quant_type 'nf3'"),
+        (modelopt("MIXED_PRECISION"), "has quant_algo 'MIXED_PRECISION', .* only 'FP8', 'NVFP4'"),
+        (modelopt("NVFP4", group_size=32), "has group_size 32"),
+        (modelopt("FP8", ignore="lm_head"), "has plain modules 'lm_head'"),
+        ({"quant_method": "modelopt", "quantization": "FP8"}, "has quantization 'FP8': not an obj"),
         (BNB, "load_in_4bit False and load_in_8bit False"),
     ],
 )

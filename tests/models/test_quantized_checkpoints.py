@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.compile.trace import tensors
@@ -27,6 +28,9 @@ from nanovllm.models.formats.fp8 import Fp8Weight
 from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.formats.packed_weight import PackedWeight
 from nanovllm.models.loader import Shard, Target
+from nanovllm.models.param import Param
+from nanovllm.models.quant_methods import of_checkpoint
+from nanovllm.models.schemes import Packed as PackedScheme
 from nanovllm.platforms import cpu
 from tests.conftest import save_tiny
 from tests.models import harness, int4_format
@@ -146,6 +150,12 @@ def gptq(**config: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, **config}
 
 
+def auto_round(packing: str | None = "auto_round:auto_gptq", **config: Any) -> dict[str, Any]:
+    found = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True,
+             "data_type": "int", "packing_format": packing}  # fmt: skip
+    return {**found, **config}
+
+
 AWQ = {
     "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
 }  # fmt: skip
@@ -157,6 +167,8 @@ KINDS = [
          STATIC),
     Kind("fp8 tensors of transformers", partial(fp8_of_transformers, rows=0, columns=0),
          {**STATIC, "weight_block_size": None}),
+    Kind("fp8 of modelopt", partial(fp8, rows=0, columns=0, scale_name="weight_scale"),
+         {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}),
     Kind("fp8 channels", partial(fp8, rows=1, columns=0, scale_name="weight_scale"),
          compressed("channel")),
     Kind("gptq", partial(grouped, bits=4, group=32, kind="gptq"), gptq()),
@@ -167,6 +179,8 @@ KINDS = [
     Kind("gptq v2, 8 bits", partial(grouped, bits=8, group=-1, kind="gptq_v2"),
          gptq(bits=8, group_size=-1, checkpoint_format="gptq_v2")),
     Kind("awq", partial(grouped, bits=4, group=32, kind="awq"), AWQ),
+    Kind("auto-round", partial(grouped, bits=4, group=32, kind="gptq_v2"),
+         auto_round("auto_round", sym=False)),
 ]  # fmt: skip
 BY_NAME = {str(kind): kind for kind in KINDS}
 
@@ -213,7 +227,8 @@ def test_experts_alone_and_on_two_ranks(kind: Kind, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["fp8 blocks", "fp8 tensors", "fp8 channels", "gptq", "gptq ordered", "awq"]
+    "name",
+    ["fp8 blocks", "fp8 tensors", "fp8 channels", "gptq", "gptq ordered", "awq", "auto-round"],
 )
 def test_graphs(name: str, tmp_path: Path) -> None:
     folder = pack(BY_NAME[name], save_tiny(tmp_path, vocab_size=99, num_hidden_layers=1))
@@ -324,7 +339,75 @@ def test_modules_that_gptq_leaves_plain(tmp_path: Path) -> None:
     assert isinstance(second.qkv_ED, PackedWeight)
 
 
+def scheme_of(config: dict[str, Any]) -> PackedScheme:
+    found = of_checkpoint(PretrainedConfig(quantization_config=config))
+    assert isinstance(found, PackedScheme)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        (auto_round(), gptq(sym=True)),
+        (auto_round(sym=False, quant_method="intel/auto-round"), gptq()),
+        (auto_round(None), gptq(sym=True)),
+        (auto_round(None, backend="auto_round:exllamav2"),
+         gptq(sym=True, checkpoint_format="gptq_v2")),
+        (auto_round("auto_round:gptqmodel", bits=8, group_size=-1),
+         gptq(sym=True, bits=8, group_size=-1)),
+        (auto_round("auto_round:auto_awq", sym=False), AWQ),
+    ],
+)  # fmt: skip
+def test_packings_of_autoround_are_those_of_others(
+    config: dict[str, Any], same: dict[str, Any]
+) -> None:
+    assert scheme_of(config).stored == scheme_of(same).stored
+
+
+def test_modules_that_autoround_leaves_plain() -> None:
+    """By names, which may be those of a checkpoint with towers, and by expressions. An entry may
+    repeat what holds for all, as one for a head that is packed does."""
+    plain = {"bits": 16, "data_type": "float"}
+    extra = {
+        "model.language_model.layers.0.mlp.up_proj": plain, r".*layers\.1\..*k_proj": plain,
+        "v_proj$": plain, "model.layers.0.mlp.down_proj": {"bits": 4, "sym": True},
+    }  # fmt: skip
+    for head in ({}, {"lm_head": {"bits": 4}}, {"lm_head": plain}):
+        scheme = scheme_of(auto_round(extra_config={**extra, **head}))
+        expected = {
+            "model.layers.0.mlp.up_proj": False, "model.layers.1.mlp.up_proj": True,
+            "model.layers.1.self_attn.k_proj": False, "model.layers.0.self_attn.k_proj": True,
+            "model.layers.0.self_attn.v_proj": False, "model.layers.0.mlp.down_proj": True,
+            "lm_head": head.get("lm_head") == {"bits": 4},
+        }  # fmt: skip
+        for module, is_packed in expected.items():
+            param = Param.one("linear", f"{module}.weight", 64, 64)
+            param = param._replace(is_vocab=module == "lm_head")
+            (part,) = scheme.parts(param)
+            assert part.format.is_packed == is_packed, module
+
+
 ONE = "model.layers.1.mlp.up_proj."
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_biases_of_zeros_that_autogptq_adds(size: int, tmp_path: Path) -> None:
+    """One for each packed matrix, also where the model has none."""
+    folder = pack(BY_NAME["gptq"], save_tiny(tmp_path))
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    ends = {name: one.shape[1] for name, one in weights.items() if name.endswith(".qweight")}
+    weights |= {
+        name.replace("qweight", "bias"): torch.zeros(num, dtype=torch.float16)
+        for name, num in ends.items()
+    }
+    save_file(weights, path, {"format": "pt"})
+    target = Target(torch.device("cpu"))._replace(shard=Shard(0, size))
+    loader.load(model_of(folder, size), folder, target, int)
+    weights[ONE + "bias"][-1] = 0.5
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"1 tensor.* does not have, e\.g\. {ONE}bias"):
+        loader.load(model_of(folder, size), folder, target, int)
 
 
 @pytest.mark.parametrize(
@@ -398,6 +481,14 @@ def test_devices_without_products_dequantize_experts(kind: Kind, tmp_path: Path)
         (gptq(dynamic={".*": {"group_size": 64}}), "with group_size 64, .* only 32"),
         (gptq(dynamic={".*": 8}), "has dynamic '.*' 8: not an object"),
         ({**AWQ, "version": "gemv"}, "has version 'gemv'"),
+        (auto_round("auto_round:fp8"), "has packing_format 'auto_round:fp8', .* 'auto_round:auto_"),
+        (auto_round(data_type="mx_fp"), "has data_type 'mx_fp'"),
+        (auto_round("auto_round:auto_awq", bits=8), "has bits 8"),
+        (auto_round(extra_config=["lm_head"]), "has extra_config .* it must be an object"),
+        (auto_round(extra_config={"lm_head": 16}), "has extra_config 'lm_head' 16: no object"),
+        (auto_round(extra_config={"x": {"bits": 8}}), "'x' with bits 8, .* only 4, as for the oth"),
+        (auto_round(extra_config={"x": {"data_type": "fp"}}), "with data_type 'fp', .* only 'int'"),
+        (auto_round(extra_config={"(": {"bits": 16}}), "names modules by"),
         ({**AWQ, "zero_point": False}, "has zero_point False"),
         (compressed("group"), "has strategy 'group'"),
         (compressed("tensor", num_bits=4), "has num_bits 4"),

@@ -137,6 +137,16 @@ def test_a_changed_config_is_read_anew(tmp_path: Path, store: Store) -> None:
     assert not isinstance(again, StoredConfig) and again.rms_norm_eps == 0.5
 
 
+def test_a_config_that_modelopt_s_file_completes_is_read_anew(tmp_path: Path, store: Store) -> None:
+    assert not hasattr(read_config(checkpoint(tmp_path, CONFIGS[0]), store), "quantization_config")
+    content = {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    for is_kept in (False, True):
+        found = read_config(tmp_path, store)
+        assert isinstance(found, StoredConfig) == is_kept
+        assert found.quantization_config == {**content, "quant_method": "modelopt"}
+
+
 def test_overrides_have_a_kept_config_of_their_own(tmp_path: Path, store: Store) -> None:
     folder = checkpoint(tmp_path, CONFIGS[3])
     for kept in (False, True):

@@ -1,7 +1,9 @@
-"""4-bit floating point (e2m1): MXFP4 and NVFP4 of compressed-tensors, and MXFP4 of gpt-oss.
+"""4-bit floating point (e2m1): MXFP4 and NVFP4 of compressed-tensors, NVFP4 of ModelOpt, and MXFP4
+of gpt-oss.
 
 A byte has two columns, the first one in its lower half. MXFP4 has a power of two for 32 columns,
-NVFP4 an e4m3 number for 16 and one fp32 number for the matrix, by which that is divided.
+NVFP4 an e4m3 number for 16 and one fp32 number for the matrix, by which that is divided (ModelOpt:
+multiplied).
 O outputs | D depth | G groups of inputs.
 """
 
@@ -53,6 +55,23 @@ class NvFp4(PackedFormat):
         # 0 gives an infinite scale, which is refused
         scale_OG = raw["weight_scale"].float() / whole
         code_OD = some_columns(nibbles(raw["weight_packed"]), piece, BYTES)
+        return self.packed(code_OD, self.of_groups(scale_OG, piece, extent), None, None, extent)
+
+
+@dataclass(frozen=True)
+class NvFp4OfModelOpt(NvFp4):
+    def companions(self, shape: tuple[int, int]) -> Mapping[str, Companion]:
+        groups = (Axis("rows"), Axis("columns", NV_GROUP))
+        return {
+            "weight": Companion((Axis("rows"), BYTES), torch.uint8),
+            "weight_scale": Companion(groups, torch.float8_e4m3fn),
+            "weight_scale_2": Companion((), torch.float32),
+            **unread("input_scale"),
+        }
+
+    def read(self, raw: Mapping[str, Tensor], piece: Piece, extent: Extent) -> PackedWeight:
+        scale_OG = raw["weight_scale"].float() * raw["weight_scale_2"]
+        code_OD = some_columns(nibbles(raw["weight"]), piece, BYTES)
         return self.packed(code_OD, self.of_groups(scale_OG, piece, extent), None, None, extent)
 
 

@@ -13,6 +13,7 @@ from nanovllm.models.gguf.header import GgufError, Header
 from nanovllm.models.gguf.names import ARCHITECTURES
 
 SWA_PERIOD, SWA_THETA = 6, 10000.0  # of Gemma 3: llama.cpp does not store them
+OLMO3_PERIOD = 4  # likewise
 LAYERS_OF_27B = 62
 SIGMOID = 2  # how experts are scored
 
@@ -117,17 +118,11 @@ def _gemma3(facts: Facts) -> Fields:
     layers, heads = facts.size("block_count"), facts.size("attention.head_count")
     head_dim = facts.size("attention.key_length", 256)
     scalar = facts.size("embedding_length") // heads if layers == LAYERS_OF_27B else head_dim
-    key = "gemma3.attention.sliding_window_pattern"
-    pattern = facts.header.get(key, (int, tuple), SWA_PERIOD)
-    if not isinstance(pattern, tuple):
-        pattern = tuple((i + 1) % max(1, pattern) > 0 for i in range(layers))
-    if len(pattern) != layers:
-        raise GgufError(f"{facts.header.path}: {key} has {len(pattern)} values")
-    types = ["sliding_attention" if one else "full_attention" for one in pattern]
     theta = facts.number("rope.freq_base_swa", SWA_THETA)
     return {
         "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": head_dim,
-        "sliding_window": facts.size("attention.sliding_window", 1024), "layer_types": types,
+        "sliding_window": facts.size("attention.sliding_window", 1024),
+        "layer_types": _layer_types(facts, SWA_PERIOD),
         "query_pre_attn_scalar": scalar, "hidden_activation": "gelu_pytorch_tanh",
         "final_logit_softcapping": facts.number("final_logit_softcapping"),
         "attn_logit_softcapping": facts.number("attn_logit_softcapping"),
@@ -136,6 +131,18 @@ def _gemma3(facts: Facts) -> Fields:
             "sliding_attention": {"rope_type": "default", "rope_theta": theta},
         },
     }  # fmt: skip
+
+
+def _layer_types(facts: Facts, period: int) -> list[str]:
+    """Layers with windows and without: by a value for each, or every so many-th has none."""
+    layers = facts.size("block_count")
+    name = f"{facts.header.architecture}.attention.sliding_window_pattern"
+    pattern = facts.header.get(name, (int, tuple), period)
+    if not isinstance(pattern, tuple):
+        pattern = tuple((i + 1) % max(1, pattern) > 0 for i in range(layers))
+    if len(pattern) != layers:
+        raise GgufError(f"{facts.header.path}: {name} has {len(pattern)} values")
+    return ["sliding_attention" if one else "full_attention" for one in pattern]
 
 
 def _phi3(facts: Facts) -> Fields:
@@ -160,7 +167,20 @@ def _granite(facts: Facts) -> Fields:
 
 
 def _olmo2(facts: Facts) -> Fields:
-    return {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+    """OLMo-3 has the name of OLMo-2, and windows. What extends the rotary table of its layers
+    without windows does not extend that of the others."""
+    window = facts.get("attention.sliding_window", int)
+    if not window:
+        return {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+    theta = facts.number("rope.freq_base", 1e4)
+    return {
+        "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": window,
+        "layer_types": _layer_types(facts, OLMO3_PERIOD),
+        "rope_parameters": {
+            "full_attention": facts.rope(facts.head_dim()),
+            "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+        },
+    }  # fmt: skip
 
 
 def _smollm3(facts: Facts) -> Fields:
