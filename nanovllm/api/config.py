@@ -139,8 +139,9 @@ class ServerConfig:
     tool_call_parser: the parser of tool calls, such as "hermes". "auto" picks one from the chat
         template. "none" refuses requests with tools, unless tool_choice is "none", "required" or a
         named tool.
-    reasoning_parser: the parser of reasoning, which responses return as reasoning_content. "auto"
-        picks one from the chat template. "none" leaves the reasoning in the content.
+    reasoning_parser: the parser of reasoning, which responses return as reasoning and
+        reasoning_content. "auto" picks one from the chat template. "none" leaves the reasoning in
+        the content.
     special_tokens_as_text: encode special tokens in the contents of users and tools, and in names,
         as plain text, so that a request cannot forge turns. If off, they are special tokens.
     drain_timeout: the seconds that running requests get to finish after SIGTERM.
