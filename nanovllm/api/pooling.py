@@ -154,15 +154,15 @@ async def rerank(service: Service, exchange: Exchange) -> None:
     info_of(service)
     if not body.documents:
         raise invalid("documents", "documents is empty")
-    if body.top_n is not None and body.top_n < 1:
-        raise invalid("top_n", f"top_n is {body.top_n}: it must be at least 1")
+    if body.top_n is not None and body.top_n < 0:
+        raise invalid("top_n", f"top_n is {body.top_n}: it must be at least 0, for all documents")
     check_num(service, "documents", len(body.documents))
     texts = [_document(one) for one in body.documents]
     check_text(service, "query", body.query)
     for text in texts:
         check_text(service, "documents", text)
     scores, found = await _scores(service, exchange, body, [(body.query, one) for one in texts])
-    best = sorted(range(len(texts)), key=lambda i: (-scores[i], i))[: body.top_n]
+    best = sorted(range(len(texts)), key=lambda i: (-scores[i], i))[: body.top_n or None]
     with_text = body.return_documents is not False
     answer = {
         "id": response_id("rerank-", None), "model": body.model or service.model,

@@ -169,6 +169,8 @@ def test_documents_are_ranked_by_their_scores(path: str, reranker: LLM) -> None:
     first = answered(reranker, path, query=TEXTS[0], documents=documents, top_n=1,
                      return_documents=False)  # fmt: skip
     assert len(first["results"]) == 1 and "document" not in first["results"][0]
+    every = answered(reranker, path, query=TEXTS[0], documents=documents, top_n=0)
+    assert every["results"] == found["results"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_documents_are_ranked_by_their_scores(path: str, reranker: LLM) -> None:
         ("/score", {}, "text_1", "give text_1 and text_2"),
         ("/score", {"text_1": ["a"] * 2, "text_2": ["a"] * 3}, None, "do not make pairs"),
         ("/rerank", {"query": "a", "documents": []}, "documents", "documents is empty"),
-        ("/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, "top_n", "top_n is 0"),
+        ("/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n", "top_n is -1"),
         ("/rerank", {"query": "a", "documents": ["b"], "rank_fields": ["c"]}, "rank_fields",
          "the field 'text' alone"),
         ("/v1/completions", {"prompt": "a"}, None, "generating needs task='generate'"),
