@@ -95,9 +95,7 @@ class PromptMaker:
 
     async def of_chat(self, body: ChatBody) -> Prompt:
         """The conversation, rendered by the chat template."""
-        variables = dict(body.chat_template_kwargs or {})
-        if body.reasoning_effort is not None:
-            variables["reasoning_effort"] = body.reasoning_effort
+        variables = with_effort(body.reasoning_effort, body.chat_template_kwargs or {})
         tools = None if body.tool_choice == "none" else body.tools
         prompt = await self.conversation(
             body.messages, body.add_generation_prompt, body.continue_final_message, tools, variables
@@ -181,6 +179,14 @@ async def beside(work: Callable[[], Result], size: int) -> Result:
     """The result of work on a text or list of this size; runs in a thread if it would block the
     event loop for long."""
     return work() if size <= LONG_TEXT else await asyncio.to_thread(work)
+
+
+def with_effort(effort: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of a chat template, with those of a reasoning effort. As in vLLM, "none" turns
+    thinking off unless `given` has it."""
+    if effort is None:
+        return dict(given)
+    return {"enable_thinking": effort != "none", **given, "reasoning_effort": effort}
 
 
 def check_defaults(tokenizer: Tokenizer | None, variables: Mapping[str, Any]) -> None:
