@@ -245,6 +245,39 @@ def test_unbounded_fields_long_texts_do_not_block_the_event_loop(
     assert threads and server.thread not in threads
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt": ["a b " * 50] * 24}, {"prompt": ["a b " * 50] * 24, "add_special_tokens": False},
+     {"prompt": [[5] * 200] * 24, "echo": True}],
+    ids=["texts", "bare", "echo"],
+)  # fmt: skip
+def test_unbounded_fields_short_prompts_are_counted_together(
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    """Each of them is short enough for the event loop, all of them are not."""
+    tokenizer, threads = server.engine.tokenizer, []
+    assert tokenizer is not None
+    encode, decode = tokenizer.encode, tokenizer.decode
+
+    def encoded(text: str, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return encode(text, **options)
+
+    def all_encoded(texts: list[str], **options: Any) -> Any:
+        return [encoded(text, **options) for text in texts]
+
+    def decoded(token_ids: list[int], *options: Any) -> str:
+        if len(token_ids) > 1:  # else a token of an answer
+            threads.append(threading.current_thread())
+        return decode(token_ids, *options)
+
+    for name, work in (("encode", encoded), ("encode_all", all_encoded), ("decode", decoded)):
+        monkeypatch.setattr(tokenizer, name, work, raising=False)
+    answer = ask(server, "/v1/completions", max_tokens=1, **fields)
+    assert answer.status_code == 200, answer.text
+    assert len(threads) == 24 and server.thread not in threads
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_unbounded_fields_many_log_probabilities_are_written_beside_the_event_loop(
     server: MockServer, monkeypatch: pytest.MonkeyPatch, path: str
