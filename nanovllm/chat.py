@@ -178,7 +178,10 @@ def _conversations(messages: Any) -> list[list[Mapping[str, Any]]]:
 
 
 def _message(message: Mapping[str, Any], as_parts: bool) -> dict[str, Any]:
-    """The message with its content as one text or, with `as_parts`, as a list of parts."""
+    """The message with its content as one text or, with `as_parts`, as a list of parts. Without
+    an empty list of calls, which some templates refuse or write as calls."""
+    if not message.get("tool_calls", True):
+        message = {key: value for key, value in message.items() if key != "tool_calls"}
     content = message.get("content")
     if content is None or (isinstance(content, str) and not as_parts):
         return dict(message)

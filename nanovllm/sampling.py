@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from nanovllm.checks import InvalidValue, checked, hints
 from nanovllm.structured_params import StructuredOutputsParams
 
+NO_SEED = -1
 MAX_LOGPROBS = 100
 ALL_LOGPROBS = -1
 MAX_BIAS = 100.0
@@ -59,7 +60,8 @@ class SamplingParams:
         negative ones multiplied.
     presence_penalty, frequency_penalty: subtracted from logits of generated tokens, once per token
         and once per occurrence.
-    seed: the same seed gives the same tokens in any batch. None draws a seed from the engine's.
+    seed: the same seed gives the same tokens in any batch. None, or -1, draws a seed from the
+        engine's.
     max_tokens, min_tokens: limits on generated tokens. max_tokens None: up to max_model_len. The
         first min_tokens tokens are no stop tokens, and stop strings that end within them are text.
     stop: strings that end the text. The text does not include them, unless
@@ -167,12 +169,12 @@ class SamplingParams:
         }
 
     def of_answers(self) -> list[SamplingParams]:
-        """The parameters of each of the n answers: n = 1, with the seeds seed, seed + 1, …, which
-        wrap around at 64 bits. Only the first has prompt_logprobs: those of others would be
-        equal."""
+        """The parameters of each of the n answers: n = 1, with seeds that follow on the first one.
+        Only the first has prompt_logprobs: those of others would be equal."""
         if self.n == 1:
             return [self]
-        seeds = [None if self.seed is None else _wrapped(self.seed + i) for i in range(self.n)]
+        num, seed = self.n, self.seed
+        seeds: Sequence[int | None] = [None] * num if seed is None else _seeds(seed, num)
         first, *others = [replace(self, n=1, seed=seed) for seed in seeds]
         for one in others:
             one.prompt_logprobs = None
@@ -199,6 +201,8 @@ class SamplingParams:
             self.__dict__["temperature"] = 0.0
         if self.top_k == -1:
             self.__dict__["top_k"] = 0
+        if self.seed == NO_SEED:
+            self.__dict__["seed"] = None
 
     def _check_limits(self) -> None:
         _within("temperature", self.temperature, 0.0, math.inf)
@@ -315,9 +319,10 @@ def _only_default(field: Field[Any], value: object) -> None:
         )
 
 
-def _wrapped(seed: int) -> int:
-    """A number as a signed 64-bit number."""
-    return (seed + INT64_MAX + 1) % (1 << 64) - INT64_MAX - 1
+def _seeds(first: int, num: int) -> list[int]:
+    """first, first + 1, …, which wrap around at 64 bits and leave out NO_SEED."""
+    found = [(first + i + INT64_MAX + 1) % (1 << 64) - INT64_MAX - 1 for i in range(num + 1)]
+    return [seed for seed in found if seed != NO_SEED][:num]
 
 
 def _numbered(bias: Mapping[Any, Any]) -> dict[Any, Any]:

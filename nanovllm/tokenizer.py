@@ -153,13 +153,21 @@ class Tokenizer:
         with self._lock:  # transformers' tokenizers can be used by one thread at a time
             return list(self.for_reading.encode(text, add_special_tokens=add_special_tokens))
 
+    def encode_all(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """`encode` of several texts, on several cores if the tokenizer can."""
+        quick = self._quick
+        if quick is None or sum(map(len, texts)) <= LONG_TEXT:  # as in `encoding`
+            return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+        found = quick.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return [list(one.ids) for one in found]
+
     def encode_many(self, texts: Sequence[str], limit: int | None) -> list[list[int]]:
         """`encode_first` of several texts, on several cores if the tokenizer can."""
-        quick = self._quick
-        if quick is None or len(texts) < 2:
+        if self._quick is None or len(texts) < 2:
             return [self.encode_first(text, limit) for text in texts]
-        found = (list(one.ids) for one in quick.encode_batch(list(texts)))
-        return [self._first(ids, limit) for ids in found]
+        return [self._first(ids, limit) for ids in self.encode_all(texts)]
 
     def encode_first(self, text: str, limit: int | None) -> list[int]:
         """Token ids of a text; with a limit at most so many. The first tokens of the text are kept,

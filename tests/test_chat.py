@@ -60,6 +60,15 @@ def test_generation_prompt_and_continuation() -> None:
     assert written(begun, **options) == "[user]hi[assistant]well"
 
 
+@pytest.mark.parametrize("content", ["well", [{"type": "text", "text": "well"}]])
+@pytest.mark.parametrize("template", [TEXT_TEMPLATE, PARTS_TEMPLATE])
+def test_an_empty_list_of_calls_is_no_calls(template: str, content: Any) -> None:
+    calls = "{% for m in messages if 'tool_calls' in m %}{{ raise_exception('calls') }}{% endfor %}"
+    answer = {"role": "assistant", "content": content}
+    found = written([*CONVERSATION, {**answer, "tool_calls": []}], calls + template)
+    assert found == written([*CONVERSATION, answer], template)
+
+
 @pytest.mark.parametrize(
     "options", [{"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}]
 )

@@ -287,6 +287,15 @@ def test_seeds_of_several_answers_wrap() -> None:
     assert seeds == [2**63 - 2, 2**63 - 1, -(2**63)]
 
 
+def test_a_seed_of_minus_1_is_no_seed_and_is_left_out_of_seeds_that_follow() -> None:
+    assert SamplingParams(seed=-1) == SamplingParams()
+    assert [one.seed for one in SamplingParams(n=2, seed=-1).of_answers()] == [None, None]
+    params = SamplingParams(n=4, seed=-3)
+    assert [one.seed for one in params.of_answers()] == [-3, -2, 0, 1]
+    params.seed = -1
+    assert params.seed is None
+
+
 def test_the_first_of_several_answers_has_the_log_probabilities_of_the_prompt() -> None:
     params = SamplingParams(n=3, prompt_logprobs=2, logprobs=1)
     assert [one.prompt_logprobs for one in params.of_answers()] == [2, None, None]
@@ -295,7 +304,7 @@ def test_the_first_of_several_answers_has_the_log_probabilities_of_the_prompt() 
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"temperature": 0.5, "stop": ["a", "b"], "n": 3, "seed": -1},
+    [{}, {"temperature": 0.5, "stop": ["a", "b"], "n": 3, "seed": -2},
      {"logit_bias": {3: 1.5}, "output_kind": RequestOutputKind.DELTA, "max_tokens": None},
      {"structured_outputs": {"json": {"type": "object"}}, "allowed_token_ids": [1, 2]}],
 )  # fmt: skip

@@ -98,6 +98,16 @@ def test_the_first_tokens_are_those_of_the_whole_text(
     assert whole.encode_first("inn", 9) == whole.encode("inn")
 
 
+@pytest.mark.parametrize("num", [1, LONG_TEXT // 8])
+def test_texts_that_are_long_together_do_not_keep_the_gil(full: Any, num: int) -> None:
+    watched = Watched(full.backend_tokenizer)
+    tokenizer, texts = Tokenizer(lambda: full, quick=watched), ["the inn on", "an inn <end>"] * num
+    for has_special in (False, True):
+        wanted = [tokenizer.encode(text, add_special_tokens=has_special) for text in texts]
+        assert tokenizer.encode_all(texts, add_special_tokens=has_special) == wanted
+    assert watched.num_chars == (0 if num == 1 else 2 * sum(map(len, texts)))
+
+
 def test_a_text_is_not_encoded_to_its_end_for_its_first_tokens(full: Any) -> None:
     watched = Watched(full.backend_tokenizer)
     tokenizer = Tokenizer(lambda: full, quick=watched)

@@ -15,7 +15,7 @@ TYPES = {
 # chat fields that have other names in this API
 OWN_NAMES = {
     "stop": "stop_sequences", "response_format": "output_config.format",
-    "reasoning_effort": "output_config.effort", "chat_template_kwargs": "thinking",
+    "chat_template_kwargs": "thinking",
 }  # fmt: skip
 OF_TOOL = re.compile(r"(tools\[\d+\])\.function(?:\.(\w+))?")
 

@@ -53,15 +53,18 @@ def as_chat(body: CountTokensBody, most: int) -> ChatBody:
         tool_choice=choice if tools or choice not in ("auto", "none") else None,
         parallel_tool_calls=is_parallel,
     )  # fmt: skip
+    variables: dict[str, Any] = {}
     if thinking is not None and thinking.type != "adaptive":
-        chat.chat_template_kwargs = {"enable_thinking": thinking.type == "enabled"}
+        variables["enable_thinking"] = thinking.type == "enabled"
     if thinking is not None and thinking.display == "omitted":
         chat.include_reasoning = False
     if output is not None:
-        chat.reasoning_effort = output.effort
+        if output.effort is not None:  # not OpenAI's: it turns no thinking on or off
+            variables["reasoning_effort"] = output.effort
         if output.format is not None:
             schema = JsonSchema(name="answer", schema=output.format.schema)
             chat.response_format = ResponseFormat(type="json_schema", json_schema=schema)
+    chat.chat_template_kwargs = variables or None
     if chat.messages[-1]["role"] == ASSISTANT:  # a prefilled answer
         chat.continue_final_message = True
     if isinstance(body, MessagesBody):

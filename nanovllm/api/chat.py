@@ -129,7 +129,9 @@ class ChatWriter:
         if isinstance(part, ContentPart):
             return _content(part.text)
         if isinstance(part, ReasoningPart):
-            return b'"reasoning_content":' + msgspec.json.encode(part.text)
+            text = msgspec.json.encode(part.text)
+            # vLLM's name, and the older one that many clients read
+            return b'"reasoning":%b,"reasoning_content":%b' % (text, text)
         call: dict[str, Any] = {"index": part.index}
         if isinstance(part, CallStart):
             growing.has_calls = True
@@ -178,7 +180,7 @@ class ChatWriter:
         found = joined(self._reading.kept(parts))
         fields: dict[str, Any] = {"content": None if self._reading.is_forced else found.content}
         if found.reasoning:
-            fields["reasoning_content"] = found.reasoning
+            fields |= {"reasoning": found.reasoning, "reasoning_content": found.reasoning}
         if found.calls:
             fields["content"] = found.content or None
             fields["tool_calls"] = [

@@ -30,7 +30,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     form = form_field(body)
     generation = await Generation.open(service, exchange, prompts, params, body.priority, form)
     try:  # only ids that the engine accepted can be decoded
-        echoed = _echoed(service, prompts, generation, params) if body.echo else None
+        echoed = await _echoed(service, prompts, generation, params) if body.echo else None
     except BaseException:
         generation.abort()
         raise
@@ -42,21 +42,21 @@ async def completions(service: Service, exchange: Exchange) -> None:
     await respond(exchange, generation, writer, is_stream=bool(body.stream))
 
 
-def _echoed(
+async def _echoed(
     service: Service, prompts: Sequence[Prompt], generation: Generation, params: SamplingParams
 ) -> list[str]:
     """The texts of prompts; of one that may be truncated, that of the tokens which are left."""
     most = params.truncate_prompt_tokens
     if most == -1:
         most = service.engine.max_model_len - 1
-    texts = []
-    for prompt, stream in zip(prompts, generation.streams):
-        token_ids = stream.prompt_token_ids
-        if prompt.text is not None and (most is None or len(token_ids) < most):
-            texts.append(prompt.text)
-        else:
-            texts.append(service.prompts.text(token_ids))
-    return texts
+    several = [stream.prompt_token_ids for stream in generation.streams]
+    texts = [
+        prompt.text if most is None or len(token_ids) < most else None
+        for prompt, token_ids in zip(prompts, several)
+    ]
+    missing = [token_ids for token_ids, text in zip(several, texts) if text is None]
+    decoded = iter(await service.prompts.texts(missing) if missing else ())
+    return [next(decoded) if text is None else text for text in texts]
 
 
 class CompletionWriter:

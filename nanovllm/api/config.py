@@ -99,8 +99,8 @@ ALLOWED: dict[str, Rule] = {
 } | {
     name: whole(0)
     for name in (
-        "max_logprobs", "max_prompt_logprobs", "max_stop_strings", "max_stop_chars", "max_tools",
-        "max_bias",
+        "max_logprobs", "max_prompt_logprobs", "max_answer_logprobs", "max_stop_strings",
+        "max_stop_chars", "max_tools", "max_bias",
     )
 }  # fmt: skip
 
@@ -139,8 +139,9 @@ class ServerConfig:
     tool_call_parser: the parser of tool calls, such as "hermes". "auto" picks one from the chat
         template. "none" refuses requests with tools, unless tool_choice is "none", "required" or a
         named tool.
-    reasoning_parser: the parser of reasoning, which responses return as reasoning_content. "auto"
-        picks one from the chat template. "none" leaves the reasoning in the content.
+    reasoning_parser: the parser of reasoning, which responses return as reasoning and
+        reasoning_content. "auto" picks one from the chat template. "none" leaves the reasoning in
+        the content.
     special_tokens_as_text: encode special tokens in the contents of users and tools, and in names,
         as plain text, so that a request cannot forge turns. If off, they are special tokens.
     drain_timeout: the seconds that running requests get to finish after SIGTERM.
@@ -171,6 +172,9 @@ class ServerConfig:
     max_logprobs: the maximum number of top log-probabilities per position.
     max_prompt_logprobs: the maximum number of log-probabilities of prompts in a response: the
         tokens of all prompts, times prompt_logprobs + 1, times n.
+    max_answer_logprobs: the maximum number of log-probabilities of a request's answers, if it asks
+        for several: the tokens that each may have by max_tokens and max_model_len, times
+        logprobs + 1, times n, for all prompts. One takes some 200 bytes of memory.
     max_stop_strings, max_stop_chars: the maximum number of stop strings, and of their characters.
     max_bias: the maximum number of entries in logit_bias, allowed_token_ids, stop_token_ids or
         bad_words.
@@ -217,6 +221,7 @@ class ServerConfig:
     max_n: int = 128
     max_logprobs: int = 20
     max_prompt_logprobs: int = 1 << 20
+    max_answer_logprobs: int = 1 << 22
     max_stop_strings: int = 16
     max_stop_chars: int = 4096
     max_bias: int = 1024

@@ -41,7 +41,8 @@ class WholeAnswer:
         self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         if delta.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + delta.logprobs
+            self.logprobs = [] if self.logprobs is None else self.logprobs
+            self.logprobs += delta.logprobs
         if delta.finish_reason is not None:
             self.last = delta
 
@@ -107,7 +108,7 @@ class Generation:
         form: the request field that constrains the output.
         """
         service.check_num_answers(len(prompts), params.n)
-        engine, streams, num_tokens = service.engine, list[Stream](), 0
+        engine, streams, prompt_lens = service.engine, list[Stream](), list[int]()
         if service.config.log_prompts:
             exchange.record.prompt = "; ".join(str(one.text or one.token_ids) for one in prompts)
         try:
@@ -118,8 +119,9 @@ class Generation:
                     prompt, params, priority=priority or 0, lora_request=exchange.adapter
                 )
                 streams.append(await (_with_media(exchange, opening) if prompt.media else opening))
-                num_tokens += len(streams[-1].prompt_token_ids)
-                service.params.check_prompt_logprobs(params, num_tokens)
+                prompt_lens.append(len(streams[-1].prompt_token_ids))
+                service.params.check_prompt_logprobs(params, sum(prompt_lens))
+                service.params.check_answer_logprobs(params, prompt_lens)
         except BaseException as error:
             for stream in streams:
                 stream.abort()

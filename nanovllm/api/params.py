@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any
 
@@ -111,6 +111,24 @@ class ParamsMaker:
                 f"are {num} log-probabilities: at most {most} per request are allowed"
             )
             raise invalid("prompt_logprobs", words)
+
+    def check_answer_logprobs(self, params: SamplingParams, prompt_lens: Sequence[int]) -> None:
+        """Refuse more log-probabilities of answers than a request may have. A single answer may
+        have as many as fit in the context."""
+        if params.logprobs is None or params.n * len(prompt_lens) == 1:
+            return
+        left = [max(1, self._max_len - num) for num in prompt_lens]
+        num_tokens = sum(left if params.max_tokens is None else [
+            min(params.max_tokens, num) for num in left
+        ])  # fmt: skip
+        each, most = params.logprobs + 1, self._config.max_answer_logprobs
+        if (num := num_tokens * each * params.n) > most:
+            words = (
+                f"up to {num_tokens} tokens with {each} log-probabilities each and n={params.n} "
+                f"are {num} log-probabilities: at most {most} per request are allowed, so ask for "
+                "fewer tokens (max_tokens)"
+            )
+            raise invalid("logprobs", words)
 
     def _check(self, body: Sampling) -> None:
         """Refuse values beyond the limits of one request."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -45,7 +45,7 @@ async def embeddings(service: Service, exchange: Exchange) -> None:
     body = await service.body(exchange, EmbeddingBody)
     info_of(service, "embed")
     found = await _results(service, exchange, body, "embed")
-    await _answer(exchange, body.model or service.model, "embd-", found, [
+    await _answer(exchange, body.model or service.model, "embd-", found, lambda: [
         {"index": i, "object": "embedding", "embedding": _numbers(body, row)}
         for i, row in enumerate(found.rows)
     ])  # fmt: skip
@@ -56,7 +56,7 @@ async def pooling(service: Service, exchange: Exchange) -> None:
     body = await service.body(exchange, PoolingBody)
     info_of(service, body.task)
     found = await _results(service, exchange, body, body.task)
-    await _answer(exchange, body.model or service.model, "pool-", found, [
+    await _answer(exchange, body.model or service.model, "pool-", found, lambda: [
         {"index": i, "object": "pooling", "data": _numbers(body, row)}
         for i, row in enumerate(found.rows)
     ])  # fmt: skip
@@ -114,7 +114,7 @@ async def classify(service: Service, exchange: Exchange) -> None:
     params = params_of(body, "classify", use_activation=body.use_activation)
     prompts = await prompts_of(service, body.input, params)
     found = await results(service, exchange, prompts, params, body.priority)
-    await _answer(exchange, body.model or service.model, "classify-", found, [
+    await _answer(exchange, body.model or service.model, "classify-", found, lambda: [
         {
             "index": i, "label": info.labels[int(row.argmax())], "probs": row.tolist(),
             "num_classes": len(row),
@@ -143,7 +143,7 @@ async def score(service: Service, exchange: Exchange) -> None:
         both.append(texts)
     all_pairs = pairs.paired(*both)
     scores, found = await _scores(service, exchange, body, all_pairs)
-    await _answer(exchange, body.model or service.model, "score-", found, [
+    await _answer(exchange, body.model or service.model, "score-", found, lambda: [
         {"index": i, "object": "score", "score": one} for i, one in enumerate(scores)
     ])  # fmt: skip
 
@@ -154,15 +154,15 @@ async def rerank(service: Service, exchange: Exchange) -> None:
     info_of(service)
     if not body.documents:
         raise invalid("documents", "documents is empty")
-    if body.top_n is not None and body.top_n < 1:
-        raise invalid("top_n", f"top_n is {body.top_n}: it must be at least 1")
+    if body.top_n is not None and body.top_n < 0:
+        raise invalid("top_n", f"top_n is {body.top_n}: it must be at least 0, for all documents")
     check_num(service, "documents", len(body.documents))
     texts = [_document(one) for one in body.documents]
     check_text(service, "query", body.query)
     for text in texts:
         check_text(service, "documents", text)
     scores, found = await _scores(service, exchange, body, [(body.query, one) for one in texts])
-    best = sorted(range(len(texts)), key=lambda i: (-scores[i], i))[: body.top_n]
+    best = sorted(range(len(texts)), key=lambda i: (-scores[i], i))[: body.top_n or None]
     with_text = body.return_documents is not False
     answer = {
         "id": response_id("rerank-", None), "model": body.model or service.model,
@@ -210,13 +210,14 @@ async def _scores(
 
 
 async def _answer(
-    exchange: Exchange, model: str, prefix: str, found: Results, data: list[dict[str, Any]]
+    exchange: Exchange, model: str, prefix: str, found: Results, data: Callable[[], list[Any]]
 ) -> None:
-    """Send the list that most endpoints answer with."""
-    answer = {
+    """Send the list that most endpoints answer with. data: makes its entries, in a thread if there
+    are many numbers."""
+    about = {
         "id": response_id(prefix, None), "object": "list", "created": int(time.time()),
-        "model": model, "data": data, "usage": found.usage(),
+        "model": model, "usage": found.usage(),
     }  # fmt: skip
     size = sum(map(len, found.rows))
-    body = await beside(lambda: msgspec.json.encode(answer), size)
+    body = await beside(lambda: msgspec.json.encode({**about, "data": data()}), size)
     await exchange.answer(200, body, (JSON, NO_STORE))

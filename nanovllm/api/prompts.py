@@ -58,14 +58,18 @@ class PromptMaker:
         most = self._config.max_prompts
         if len(given) > most:
             raise invalid("prompt", f"prompt has {len(given)} prompts: at most {most} are allowed")
-        has_special = body.add_special_tokens is not False
-        return [await self._prompt(one, has_special, body.cache_salt) for one in given]
+        if kinds == {list}:
+            return [Prompt(None, one, body.cache_salt) for one in given]  # type: ignore[arg-type]
+        texts = [str(one) for one in given]
+        several = await self._encoded(texts, body.add_special_tokens is not False)
+        return [Prompt(*one, body.cache_salt) for one in zip(texts, several)]
 
-    def text(self, token_ids: Sequence[int]) -> str:
-        """The text of a prompt given as token ids."""
-        if self._engine.tokenizer is None:
+    async def texts(self, several: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of prompts given as token ids."""
+        tokenizer = self._engine.tokenizer
+        if tokenizer is None:
             raise invalid("echo", "the model has no tokenizer: echo needs one")
-        return self._engine.tokenizer.decode(token_ids)
+        return await beside(lambda: list(map(tokenizer.decode, several)), sum(map(len, several)))
 
     def token_text(self, token_id: int) -> str:
         tokenizer = self._engine.tokenizer
@@ -73,15 +77,16 @@ class PromptMaker:
             return f"token_id:{token_id}"
         return tokenizer.decode([token_id], SHOW_SPECIAL)
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def _encoded(self, texts: Sequence[str], has_special: bool) -> list[list[int]]:
+        """The token ids of a request's texts, which are long or not together."""
         tokenizer = self._engine.tokenizer
         if tokenizer is None:
             raise invalid("prompt", "the model has no tokenizer: give token ids")
-        self.check_length(text, "prompt")
-        encode = partial(
-            tokenizer.encode, checked_text("prompt", text), add_special_tokens=add_special_tokens
-        )
-        return await beside(encode, len(text))
+        for text in texts:
+            self.check_length(text, "prompt")
+            checked_text("prompt", text)
+        encode = partial(tokenizer.encode_all, texts, add_special_tokens=has_special)
+        return await beside(encode, sum(map(len, texts)))
 
     def check_length(self, text: str, name: str) -> None:
         """Refuse a text that is too long, before it is encoded."""
@@ -95,9 +100,7 @@ class PromptMaker:
 
     async def of_chat(self, body: ChatBody) -> Prompt:
         """The conversation, rendered by the chat template."""
-        variables = dict(body.chat_template_kwargs or {})
-        if body.reasoning_effort is not None:
-            variables["reasoning_effort"] = body.reasoning_effort
+        variables = with_effort(body.reasoning_effort, body.chat_template_kwargs or {})
         tools = None if body.tool_choice == "none" else body.tools
         prompt = await self.conversation(
             body.messages, body.add_generation_prompt, body.continue_final_message, tools, variables
@@ -110,7 +113,7 @@ class PromptMaker:
                 if getattr(body, name) is not None:
                     raise invalid(name, f"{name} needs messages, not prompt")
             has_special = body.add_special_tokens is not False
-            return await self.encode(body.prompt or "", add_special_tokens=has_special)
+            return (await self._encoded([body.prompt or ""], has_special))[0]
         if body.add_special_tokens:
             words = "add_special_tokens is true: the chat template adds them"
             raise invalid("add_special_tokens", words)
@@ -167,20 +170,19 @@ class PromptMaker:
         self._is_warm = True
         return prompt
 
-    async def _prompt(self, given: Any, has_special: bool, salt: str | None) -> Prompt:
-        if not isinstance(given, str):
-            return Prompt(None, given, salt)
-        self.check_length(given, "prompt")
-        text = checked_text("prompt", given)
-        if has_special:
-            return Prompt(text, None, salt)
-        return Prompt(text, await self.encode(text, add_special_tokens=False), salt)
-
 
 async def beside(work: Callable[[], Result], size: int) -> Result:
     """The result of work on a text or list of this size; runs in a thread if it would block the
     event loop for long."""
     return work() if size <= LONG_TEXT else await asyncio.to_thread(work)
+
+
+def with_effort(effort: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of a chat template, with those of a reasoning effort. As in vLLM, "none" turns
+    thinking off unless `given` has it."""
+    if effort is None:
+        return dict(given)
+    return {"enable_thinking": effort != "none", **given, "reasoning_effort": effort}
 
 
 def check_defaults(tokenizer: Tokenizer | None, variables: Mapping[str, Any]) -> None:

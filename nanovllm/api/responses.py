@@ -14,6 +14,7 @@ import msgspec
 from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.generation import Generation, WholeAnswer, respond
 from nanovllm.api.http import Exchange
+from nanovllm.api.prompts import with_effort
 from nanovllm.api.reasoning_tokens import ReasoningTokens
 from nanovllm.api.response_input import as_chat, messages_of
 from nanovllm.api.response_items import CallItem, TextItem, item_for
@@ -67,7 +68,7 @@ async def _read(
         messages = messages_of(body, service.config.max_messages)
         tools = None if body.tool_choice == "none" else as_in_chat.tools
         effort = None if body.reasoning is None else body.reasoning.effort
-        variables = {} if effort is None else {"reasoning_effort": effort}
+        variables = with_effort(effort, {})
         prompt = await service.prompts.conversation(messages, None, None, tools, variables)
     except ApiError as error:
         error.param = _own_name(error.param or "")

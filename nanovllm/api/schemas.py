@@ -124,7 +124,8 @@ class TextConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Reasoning(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """effort: passed to chat templates that use it. Reasoning is never summarized."""
+    """effort: passed to chat templates that use it; "none" turns thinking off. Reasoning is never
+    summarized."""
 
     effort: str | None = None
     summary: None = None

@@ -56,7 +56,7 @@ class ChatBackend(Protocol):
     """A chat backend that streams answers."""
 
     def answer(self, messages: Messages, write: Write, think: Write) -> None:
-        """Write the answer to a conversation, and a server's reasoning_content to `think`.
+        """Write the answer to a conversation, and a server's reasoning to `think`.
 
         Ctrl-C stops the answer and raises KeyboardInterrupt. Raises ValueError and OSError.
         """
@@ -180,7 +180,7 @@ class ServedModel:
     def answer(self, messages: Messages, write: Write, think: Write) -> None:
         def on_choice(choice: dict[str, Any]) -> None:
             delta = choice.get("delta", {})
-            think(delta.get("reasoning_content") or "")
+            think(delta.get("reasoning") or delta.get("reasoning_content") or "")
             write(delta.get("content") or "")
 
         self._stream("/v1/chat/completions", {"messages": list(messages)}, on_choice)

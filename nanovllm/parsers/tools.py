@@ -67,6 +67,14 @@ PARSERS = {
         ToolParser(REQUIRED, False, _json(formats.json_list)),
     )
 }
+# vLLM's names
+PARSERS |= {
+    "llama3_json": PARSERS["llama3"],
+    "deepseek_v3": PARSERS["deepseek"],
+    "deepseek_v31": PARSERS["deepseek"],
+    "qwen3_xml": PARSERS["qwen3_coder"],
+    "glm47": PARSERS["glm45"],
+}
 # marks in chat templates; the first match decides. None: a format without a parser
 MARKS = {
     "<seed:tool_call>": None,  # Seed-OSS

@@ -10,8 +10,8 @@ from nanovllm.replicas import messages
 from nanovllm.replicas.messages import Outputs, RowTokens
 
 PIECE_BYTES = 1 << 20  # after reading this much, other clients are served first
-# If more numbers (tokens, log-probabilities) wait for a client, its requests are aborted. 256
-# answers of 32,768 tokens use half of it.
+# If more numbers (tokens, log-probabilities) wait for a client, its largest answers end with an
+# error. 256 answers of 32,768 tokens use half of it.
 MAX_HELD_NUMBERS = 1 << 24
 
 
@@ -34,7 +34,8 @@ class ClientConn:
         self._tokens: list[int] = []
         self._rows: list[RowTokens] = []
         self._held: dict[int, RowTokens] = {}
-        self._num_held = 0
+        self._held_sizes: dict[int, int] = {}  # numbers of each held row
+        self._too_large: list[int] = []
 
     def fileno(self) -> int:
         """The socket's file descriptor, for selectors."""
@@ -54,7 +55,8 @@ class ClientConn:
         self._rows.append(row)
 
     def flush(self) -> None:
-        """Send the collected tokens, or hold them. Raises ChannelClosed."""
+        """Send the collected tokens, or hold them. Too many end the largest answers: see
+        `take_too_large`. Raises ChannelClosed."""
         if not self._ids and not self._rows:
             return
         if self._unsent:
@@ -63,6 +65,11 @@ class ClientConn:
             self._unsent += _packed(self._ids, self._tokens, self._rows)
             self.send_more()
         self._ids, self._tokens, self._rows = [], [], []
+
+    def take_too_large(self) -> list[int]:
+        """The answers that `flush` has ended since the last call, also ones that had finished."""
+        found, self._too_large = self._too_large, []
+        return found
 
     def send(self, name: str, payload: bytes) -> None:
         """Send a message, and keep what the socket does not accept now. Raises ChannelClosed."""
@@ -81,7 +88,7 @@ class ClientConn:
             del self._unsent[:num]
             if not self._unsent and self._held:
                 self._unsent += _packed([], [], list(self._held.values()))
-                self._held, self._num_held = {}, 0
+                self._held, self._held_sizes = {}, {}
 
     def read(self) -> list[Message]:
         """Read the available bytes and return the complete messages. Raises ChannelClosed."""
@@ -104,18 +111,26 @@ class ClientConn:
             self._sock.close()
 
     def _hold(self) -> None:
-        """Merge collected tokens into the held rows. Raises ChannelClosed above the limit."""
+        """Merge collected tokens into the held rows. Above the limit the largest answers end."""
         rows = [RowTokens(*one) for one in zip(self._ids, ([token] for token in self._tokens))]
+        sizes = self._held_sizes
         for row in rows + self._rows:
-            self._num_held += len(row.token_ids) + sum(len(top or ()) for top in row.logprobs or ())
+            num = len(row.token_ids) + sum(len(top or ()) for top in row.logprobs or ())
+            sizes[row.request_id] = sizes.get(row.request_id, 0) + num
             if row.request_id in self._held:
                 self._held[row.request_id].extend(row)
             else:
                 # a copy: the engine continues to change its list
                 row.token_ids = row.token_ids[:]
                 self._held[row.request_id] = row
-        if self._num_held > MAX_HELD_NUMBERS:
-            raise ChannelClosed(f"the client has not read {self._num_held} numbers")
+        num_held = sum(sizes.values())
+        while num_held > MAX_HELD_NUMBERS:
+            largest = max(sizes, key=sizes.__getitem__)
+            error = ValueError(f"the client has not read {sizes[largest]} numbers of the answer")
+            self._held[largest] = messages.failed(largest, error)
+            num_held -= sizes[largest]
+            sizes[largest] = 0
+            self._too_large.append(largest)
 
 
 class ParentConn(ClientConn):

@@ -152,7 +152,7 @@ class Loop:
             if one.completion is not None:
                 del owners[one.request_id], client.answers[request_id]
         for client in list(self._clients):
-            self._guarded(client, ClientConn.flush)
+            self._guarded(client, self._flush)
 
     def _take_media(self, client: ClientConn, payload: bytes) -> None:
         """Store the MEDIA for the client's next prompt."""
@@ -174,7 +174,15 @@ class Loop:
                 continue
             client.answers[request_id] = of_engine
             self._owners[of_engine] = AnswerOwner(client, request_id, asked.incremental)
+        self._flush(client)
+
+    def _flush(self, client: ClientConn) -> None:
+        """Send a client its new tokens, and abort answers of which it has not read too many."""
         client.flush()
+        too_large = client.take_too_large()
+        if too_large:
+            logger.warning("a client does not read: %d of its answers end", len(too_large))
+            self._abort(client, [one for one in too_large if one in client.answers])
 
     def _end(self, client: ClientConn, payload: bytes) -> None:
         """End answers. Some may have ended before the message arrived."""

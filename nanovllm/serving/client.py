@@ -203,9 +203,10 @@ class Client:
     ) -> OpenStream:
         """Queue a prompt; its answers come through the stream.
 
-        With params.output_kind FINAL_ONLY an answer is a single delta. Without params the
-        checkpoint's defaults are used. With `PoolingParams` the answer is the result of a model
-        that pools, in a single delta. Media are prepared first; cancelling the task stops that.
+        With params.output_kind FINAL_ONLY an answer is a single delta, unless it has stop strings
+        or log-probabilities. Without params the checkpoint's defaults are used. With
+        `PoolingParams` the answer is the result of a model that pools, in a single delta. Media
+        are prepared first; cancelling the task stops that.
         Raises ValueError for an invalid prompt, unreadable media or a request_id in use, and
         QueueFull, Draining, Unavailable, EngineDead.
         """

@@ -109,6 +109,9 @@ class Encoder:
 
 
 def _is_incremental(params: SamplingParams | PoolingParams) -> bool:
+    """Whether tokens come as they are made. Log-probabilities do: those of a whole answer would be
+    a large message, whose objects would be made at once."""
     if isinstance(params, PoolingParams):
         return False
-    return bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
+    is_final = params.output_kind is RequestOutputKind.FINAL_ONLY
+    return bool(params.stop) or params.logprobs is not None or not is_final

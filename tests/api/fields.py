@@ -187,7 +187,8 @@ CHAT |= {
     ),
     "reasoning_effort": Case(
         "low", lambda seen: "low" in (seen.prompt.text or ""),
-        remark="where the chat template reads it",
+        remark="where the chat template reads it; `none` sets `enable_thinking` to false, others "
+               "to true, unless `chat_template_kwargs` has it",
     ),
 }  # fmt: skip
 RESPONSES: dict[str, Case] = {
@@ -225,7 +226,7 @@ RESPONSES: dict[str, Case] = {
     ),
     "reasoning": Case(
         {"effort": "low", "summary": None}, lambda seen: "low" in (seen.prompt.text or ""),
-        remark="`effort`, where the chat template reads it",
+        remark="`effort`, as `reasoning_effort` of chat",
     ),
     "safety_identifier": CHAT["safety_identifier"],
     "prompt_cache_key": CHAT["prompt_cache_key"],

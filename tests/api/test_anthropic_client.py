@@ -273,7 +273,8 @@ def test_the_form_of_an_answer_reaches_the_engine(
     client: anthropic.Anthropic, opened: list[Any]
 ) -> None:
     output: Any = {"effort": "low", "format": {"type": "json_schema", "schema": SCHEMA}}
-    assert "effort low" in written(client, opened, output_config=output)
+    text = written(client, opened, output_config=output)
+    assert "effort low" in text and "thinking" not in text
     assert opened[-1][1].structured_outputs.json == SCHEMA
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -128,6 +128,25 @@ def test_variables_that_the_template_does_not_read_fail_no_request(name: str) ->
         ]
     assert answers[0]["choices"] == answers[1]["choices"]
     assert answers[0]["usage"] == answers[1]["usage"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "effort"),
+    [("/v1/chat/completions", lambda one: {"reasoning_effort": one}),
+     ("/v1/responses", lambda one: {"reasoning": {"effort": one}})],
+)  # fmt: skip
+def test_an_effort_of_none_turns_thinking_off(
+    server: MockServer, opened: list[Any], endpoint: str, effort: Callable[[str], dict[str, Any]]
+) -> None:
+    def thinks(**fields: Any) -> bool:
+        response = server.http.post(endpoint, json={**body_of(endpoint), **fields})
+        assert response.status_code == 200, response.text
+        return not opened[-1][0].text.endswith("<think></think>")
+
+    assert not thinks(**effort("none")) and thinks(**effort("low")) and thinks()
+    if endpoint == "/v1/chat/completions":  # the other has no such field
+        assert thinks(**effort("none"), chat_template_kwargs={"enable_thinking": True})
+        assert not thinks(**effort("low"), chat_template_kwargs={"enable_thinking": False})
 
 
 def test_every_field_of_the_client_s_types_and_of_ours_is_in_the_table() -> None:

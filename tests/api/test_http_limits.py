@@ -17,11 +17,14 @@ from nanovllm.api import logprobs
 from nanovllm.api.chat_messages import checked_messages
 from nanovllm.api.errors import ApiError
 from nanovllm.api.fields import MAX_CONTAINERS, MAX_DEPTH, decoded
+from nanovllm.api.generation import WholeAnswer
 from nanovllm.api.http import MAX_BODIES, AccessRecord, BodyLimits, ClientGone, Exchange, Message
 from nanovllm.api.schemas import ChatBody, CompletionBody
 from nanovllm.chat import CutArguments
 from nanovllm.schedule.logprobs import Logprob
-from tests.api.mock_api_server import MockServer, served
+from nanovllm.serving.async_engine import Delta
+from scripts.bench.mock_engine import MockOptions
+from tests.api.mock_api_server import TEMPLATE, MockServer, served
 from tests.api.mock_api_server import tokenizer as made_tokenizer
 from tests.api.security_cases import USER, ask, server
 from tests.api.test_http_fuzz import HEAD, connect
@@ -245,6 +248,39 @@ def test_unbounded_fields_long_texts_do_not_block_the_event_loop(
     assert threads and server.thread not in threads
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt": ["a b " * 50] * 24}, {"prompt": ["a b " * 50] * 24, "add_special_tokens": False},
+     {"prompt": [[5] * 200] * 24, "echo": True}],
+    ids=["texts", "bare", "echo"],
+)  # fmt: skip
+def test_unbounded_fields_short_prompts_are_counted_together(
+    server: MockServer, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    """Each of them is short enough for the event loop, all of them are not."""
+    tokenizer, threads = server.engine.tokenizer, []
+    assert tokenizer is not None
+    encode, decode = tokenizer.encode, tokenizer.decode
+
+    def encoded(text: str, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return encode(text, **options)
+
+    def all_encoded(texts: list[str], **options: Any) -> Any:
+        return [encoded(text, **options) for text in texts]
+
+    def decoded(token_ids: list[int], *options: Any) -> str:
+        if len(token_ids) > 1:  # else a token of an answer
+            threads.append(threading.current_thread())
+        return decode(token_ids, *options)
+
+    for name, work in (("encode", encoded), ("encode_all", all_encoded), ("decode", decoded)):
+        monkeypatch.setattr(tokenizer, name, work, raising=False)
+    answer = ask(server, "/v1/completions", max_tokens=1, **fields)
+    assert answer.status_code == 200, answer.text
+    assert len(threads) == 24 and server.thread not in threads
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_unbounded_fields_many_log_probabilities_are_written_beside_the_event_loop(
     server: MockServer, monkeypatch: pytest.MonkeyPatch, path: str
@@ -279,6 +315,40 @@ def test_log_probabilities_of_prompts_are_limited_in_all(given: dict[str, Any]) 
                 assert f"are {num} log-probabilities: at most 60" in answer.text
         assert not server.engine.streams
         assert ask(server, path, prompt=[5] * 99, max_tokens=1, logprobs=4).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "max_tokens", "num"),
+    [([[5]], 3, 4, 60), ([[5]], 4, 4, 80), ([[5]] * 3, 1, 4, 60), ([[5]] * 2, 2, 4, 80),
+     ([[5] * 253], 4, 99, 60), ([[5] * 252], 4, 99, 80), ([[5]], 1, 99, 0)],
+)  # fmt: skip
+def test_log_probabilities_of_answers_are_limited_in_all(
+    prompts: list[list[int]], n: int, max_tokens: int, num: int
+) -> None:
+    """A single answer has no limit of its own."""
+    with served(MockOptions(max_model_len=256), max_answer_logprobs=60) as server:
+        answer = ask(server, "/v1/completions", prompt=prompts, n=n, max_tokens=max_tokens,
+                     logprobs=4)  # fmt: skip
+        assert answer.status_code == (200 if num <= 60 else 400), answer.text
+        if num > 60:
+            assert f"are {num} log-probabilities: at most 60" in answer.text
+            assert answer.json()["error"]["param"] == "logprobs"
+        assert not server.engine.streams
+
+
+def test_without_max_tokens_the_log_probabilities_of_several_answers_fill_the_context() -> None:
+    with served(MockOptions(max_model_len=256), TEMPLATE, max_answer_logprobs=999) as server:
+        for n, status in ((1, 200), (2, 400)):
+            fields = {"messages": USER, "logprobs": True, "top_logprobs": 4, "n": n}
+            assert ask(server, "/v1/chat/completions", **fields).status_code == status
+
+
+def test_an_answer_in_many_parts_is_not_copied_for_each() -> None:
+    top, whole = {65: Logprob(-0.5, 1, 65, None)}, WholeAnswer()
+    whole.add(Delta(0, "A", [65], [top]))
+    first = whole.logprobs
+    whole.add(Delta(0, "A", [65], [top]))
+    assert whole.logprobs == [top, top] and whole.logprobs is first
 
 
 def test_each_position_of_a_prompt_is_encoded_alone() -> None:

@@ -10,7 +10,7 @@ import pytest
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.prompts import PromptMaker
 from nanovllm.config import EngineConfig
-from nanovllm.parsers import reasoning_parser
+from nanovllm.parsers import reasoning_parser, tool_parser
 from scripts.bench.mock_engine import MockEngine
 from tests.api.mock_api_server import TEMPLATE, served, tokenizer
 
@@ -85,3 +85,13 @@ def test_the_level_of_uvicorn_s_log(options: dict[str, Any], level: int) -> None
 def test_vllm_s_names_of_reasoning_parsers(name: str) -> None:
     assert ServerConfig(reasoning_parser=name).reasoning_parser == name
     assert reasoning_parser(name) is reasoning_parser("think")
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("llama3_json", "llama3"), ("deepseek_v3", "deepseek"), ("deepseek_v31", "deepseek"),
+     ("qwen3_xml", "qwen3_coder"), ("glm47", "glm45")],
+)  # fmt: skip
+def test_vllm_s_names_of_tool_parsers(name: str, own: str) -> None:
+    assert ServerConfig(tool_call_parser=name).tool_call_parser == name
+    assert tool_parser(name) is tool_parser(own)

@@ -292,7 +292,8 @@ def test_only_events_with_content_are_pieces(space: bytes) -> None:
         (b'{"choices":[{"text":"error","finish_reason":null}]}', 3),
         (b'{"choices":[{"delta":{},"finish_reason":"stop"}]}', 3),
         (b'{"choices":[{"text":"","finish_reason":"length"}]}', 4),
-        (b'{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":7}}', 4),
+        (b'{"choices":[{"delta":{"role":"assistant","reasoning":"a"}}]}', 5),
+        (b'{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":7}}', 5),
     ):
         record.on_event(event.replace(b":", b":" + space))
         assert len(record.times) == num, event

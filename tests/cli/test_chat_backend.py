@@ -171,6 +171,16 @@ def test_a_server_answers_with_the_same_words(say: Any) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_a_server_s_reasoning_has_either_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chat_backend.ServedModel("http://127.0.0.1:1", None, "m", {})
+    event = {"delta": {name: "Hm.", "content": None}}
+    monkeypatch.setattr(model, "_stream", lambda path, body, on_choice: on_choice(event))
+    thoughts: list[str] = []
+    model.answer(QUESTION, lambda text: None, thoughts.append)
+    assert thoughts == ["Hm."]
+
+
 def test_run_raw_asks_a_server_for_a_completion(say: Any) -> None:
     with serving(models=("a", "b")) as mock:
         out, _ = say(["run", "--raw", "x", "--url", mock.url, "--max-tokens", "1", "--model", "b"])

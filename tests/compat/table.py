@@ -144,7 +144,8 @@ SERVE_FLAGS = {
     "--enable-log-requests": "the same as `--access-log`",
     "--default-chat-template-kwargs": "",
     "--lora-modules": "`NAME=FOLDER`, not JSON",
-    "--tool-call-parser": "`auto` is the default; `openai` is that of gpt-oss",
+    "--tool-call-parser": "`auto` is the default; `llama3_json`, `deepseek_v3`, `deepseek_v31`, "
+    "`qwen3_xml` and `glm47` are other names ([tools.md](tools.md)); `openai` is that of gpt-oss",
     "--reasoning-parser": "`auto` is the default; `qwen3`, `deepseek_r1` and `glm45` are `think`; "
     "`openai_gptoss` is that of gpt-oss",
     "--enable-auto-tool-choice": "not needed",

@@ -105,7 +105,7 @@ def test_different_seeds_differ_and_no_seed_is_a_seed_per_request(
 ) -> None:
     (prompt,) = random_prompts([9], seed=43)
     seeded = [
-        SamplingParams(max_tokens=20, seed=seed, ignore_eos=True) for seed in (0, 1, 2**32, -1)
+        SamplingParams(max_tokens=20, seed=seed, ignore_eos=True) for seed in (0, 1, 2**32, -2)
     ]
     unseeded = [SamplingParams(max_tokens=20, ignore_eos=True)] * 4
     first, again, other = make_llm(seed=5), make_llm(seed=5), make_llm(seed=6)

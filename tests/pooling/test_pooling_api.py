@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -16,10 +17,11 @@ import pytest
 import torch
 
 from nanovllm import LLM, PoolingParams
+from nanovllm.api import pooling as pooling_api
 from nanovllm.api.http import AccessRecord, ClientGone, Exchange
-from nanovllm.api.pooled import pair_prompts
+from nanovllm.api.pooled import Results, pair_prompts
 from nanovllm.pooling_params import PoolingInfo
-from nanovllm.tokenizer import Tokenizer
+from nanovllm.tokenizer import LONG_TEXT, Tokenizer
 from tests.api.engine_server import ALIAS, MODEL, Served, through_http
 from tests.pooling.pooling_cases import assert_near, embeddings, pooling_llm, save_decoder
 
@@ -156,6 +158,25 @@ def test_scores_are_those_of_llm(model: str, request: pytest.FixtureRequest) -> 
         assert found == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.parametrize("num", [9, LONG_TEXT + 1])
+def test_many_numbers_are_written_beside_the_event_loop(num: int) -> None:
+    threads: list[threading.Thread] = []
+    sent: list[bytes] = []
+
+    class Noting:
+        async def answer(self, status: int, body: bytes, headers: Any) -> None:
+            sent.append(body)
+
+    def data() -> list[Any]:
+        threads.append(threading.current_thread())
+        return [1]
+
+    found, exchange = Results([np.zeros(num)], 1), cast(Any, Noting())
+    asyncio.run(pooling_api._answer(exchange, MODEL, "embd-", found, data))
+    assert (threads[0] is threading.current_thread()) == (num <= LONG_TEXT)
+    assert json.loads(sent[0])["data"] == [1]
+
+
 @pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
 def test_documents_are_ranked_by_their_scores(path: str, reranker: LLM) -> None:
     documents = [TEXTS[1], {"text": TEXTS[2]}]
@@ -169,6 +190,8 @@ def test_documents_are_ranked_by_their_scores(path: str, reranker: LLM) -> None:
     first = answered(reranker, path, query=TEXTS[0], documents=documents, top_n=1,
                      return_documents=False)  # fmt: skip
     assert len(first["results"]) == 1 and "document" not in first["results"][0]
+    every = answered(reranker, path, query=TEXTS[0], documents=documents, top_n=0)
+    assert [one["index"] for one in every["results"]] == order
 
 
 @pytest.mark.parametrize(
@@ -192,7 +215,7 @@ def test_documents_are_ranked_by_their_scores(path: str, reranker: LLM) -> None:
         ("/score", {}, "text_1", "give text_1 and text_2"),
         ("/score", {"text_1": ["a"] * 2, "text_2": ["a"] * 3}, None, "do not make pairs"),
         ("/rerank", {"query": "a", "documents": []}, "documents", "documents is empty"),
-        ("/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, "top_n", "top_n is 0"),
+        ("/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n", "top_n is -1"),
         ("/rerank", {"query": "a", "documents": ["b"], "rank_fields": ["c"]}, "rank_fields",
          "the field 'text' alone"),
         ("/v1/completions", {"prompt": "a"}, None, "generating needs task='generate'"),

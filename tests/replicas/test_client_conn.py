@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nanovllm.parallel import channel
-from nanovllm.parallel.channel import Channel, ChannelClosed
+from nanovllm.parallel.channel import Channel, ChannelClosed, channel_pair
 from nanovllm.replicas import client_conn, messages
 from nanovllm.replicas.client_conn import ClientConn
+from nanovllm.replicas.loop import AnswerOwner, Loop
 from nanovllm.replicas.messages import Outputs, RowTokens
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import FinishedOutput, OutputDelta
@@ -67,12 +69,49 @@ def test_a_client_that_does_not_read_gets_everything_in_few_messages(pair: Pair)
     assert found[2].done == done and found[3].done is None
 
 
-def test_what_waits_for_a_client_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_for_a_client_is_bounded_and_only_the_largest_answers_end(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(client_conn, "MAX_HELD_NUMBERS", 5000)
-    with pytest.raises(ChannelClosed, match="has not read 500"):
-        for step in range(1 << 20):
-            pair[0].add_token(step % 5, step)
-            pair[0].flush()
+    ended: list[int] = []
+    while not ended:
+        for request_id in {1, 2, 3} - {*ended}:
+            pair[0].add_token(request_id, 7)
+        top = [(one, -1.0, one) for one in range(9)]
+        pair[0].add_row(RowTokens(4, [7], [top]))
+        pair[0].flush()
+        ended += pair[0].take_too_large()
+    assert ended == [4] and pair[0].take_too_large() == []
+    for request_id in (1, 2, 3):
+        pair[0].add_token(request_id, 8)
+    pair[0].flush()
+    found = received(pair)
+    error = found[4].done and found[4].done.error
+    assert error is not None and "has not read" in error and found[4].done is not None
+    assert found[4].done.finish_reason == "error"
+    assert all(found[one].token_ids[-1] == 8 and found[one].done is None for one in (1, 2, 3))
+
+
+def test_an_answer_that_is_not_read_is_aborted_and_its_client_is_kept(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_conn, "MAX_HELD_NUMBERS", 5000)
+    aborted: list[int] = []
+    control, others = channel_pair()
+    engine: Any = SimpleNamespace(abort_all=aborted.extend)
+    loop = Loop(engine, [pair[0]], control)
+    top = {one: Logprob(-1.0, 1, one, None) for one in (1, 2)}
+    pair[0].answers = {1: 11, 2: 12}
+    loop._owners = {11: AnswerOwner(pair[0], 1, True), 12: AnswerOwner(pair[0], 2, True)}
+    while not aborted:
+        loop._pass_on([OutputDelta(11, [7], ""), OutputDelta(12, [7], "", [top])])
+    assert aborted == [12] and pair[0].answers == {1: 11} and [*loop._owners] == [11]
+    loop._pass_on([OutputDelta(11, [8], "")])
+    found = received(pair)
+    assert found[1].token_ids[-1] == 8 and found[2].done and found[2].done.finish_reason == "error"
+    loop._selector.close()
+    control.close()
+    others.close()
 
 
 def test_a_row_that_is_too_large_ends_its_answer_alone(

@@ -147,6 +147,30 @@ def test_answers_are_those_of_llm(name: str, kind: Kind, llm: LLM, engine: Engin
         assert_close(ours[-1].prompt_logprobs, theirs.prompt_logprobs)
 
 
+def test_log_probabilities_come_as_they_are_made(
+    llm: LLM, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of a whole answer: one message with all of them may be huge."""
+    plain, sizes = answer_of.Answer.add, []
+
+    def add(self: Any, row: Any) -> bool:
+        sizes.append(len(row.logprobs or ()))
+        return plain(self, row)
+
+    monkeypatch.setattr(answer_of.Answer, "add", add)
+    params = greedy(40, n=2, logprobs=2, output_kind=Kind.FINAL_ONLY)
+
+    async def work(client: Client) -> list[list[RequestOutput]]:
+        return await answers(client, PROMPTS[:2], params)
+
+    expected = llm.generate(PROMPTS[:2], params, use_tqdm=False)
+    for (output,), theirs in zip(serve(engine, work), expected, strict=True):
+        assert comparable(output) == comparable(theirs)
+        for one, other in zip(output.outputs, theirs.outputs, strict=True):
+            assert_close(one.logprobs, other.logprobs)
+    assert sum(sizes) == 160 and max(sizes) < 40
+
+
 @pytest.mark.parametrize("inline_bytes", [0, 1 << 30])
 def test_log_probabilities_of_a_prompt_are_computed_once_and_unpacked_beside_the_event_loop(
     llm: LLM, engine: Engine, monkeypatch: pytest.MonkeyPatch, inline_bytes: int

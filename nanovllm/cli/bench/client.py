@@ -24,7 +24,7 @@ TELLING = tuple(
     for text in (b'"choices":[]', b'"error"', b'"role":', b'"usage":{', b'"finish_reason":"')
     for colon in (b":", b": ")
 )
-CONTENT = ("content", "reasoning_content", "tool_calls")
+CONTENT = ("content", "reasoning", "reasoning_content", "tool_calls")
 
 
 class RequestRecord:
