@@ -430,8 +430,8 @@ class Client:
                 elif has_stopped:
                     stopped.append(row.request_id)
                 found.feed.note(found.answer)
-        if stopped:
-            self._dispatcher.send_ends(stopped, messages.STOP)
+        # one message may have both a stop string's last token and the answer's end
+        self._dispatcher.send_ends([one for one in stopped if one in answers], messages.STOP)
 
     def _finish(self, one: int) -> None:
         """Remove an answer that has ended; with the last one also its feed."""
