@@ -119,6 +119,12 @@ class TPDriver(Runner):
         super().add_embeddings(key, embeds)
         self.ranks.call("add_embeddings", wire.dump((key, wire.array(embeds))))
 
+    def check_ranks(self) -> None:
+        self.ranks.check()
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
+        self.ranks.call_on_failure(callback)
+
     def encode(self, media: Mapping[str, MMItem]) -> None:
         encoding_ranks.encode(self.ranks, media, super().encode)
 
