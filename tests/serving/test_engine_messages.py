@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -9,11 +10,13 @@ from typing import Any, TypeVar
 import pytest
 
 from nanovllm.config import EngineConfig
+from nanovllm.outputs import RequestOutput
 from nanovllm.replicas import messages
 from nanovllm.replicas.client_conn import ClientConn
 from nanovllm.replicas.messages import Done, Outputs, RowTokens
 from nanovllm.serving import admission
 from nanovllm.serving.client import Client
+from nanovllm.serving.encoding import Encoder
 from tests.engines import greedy
 from tests.serving.fake_engine import INFO
 from tests.serving.served import run
@@ -75,3 +78,45 @@ def test_a_stop_string_and_the_end_of_the_answer_may_come_in_one_message(in_row:
         assert (await collected(later))[-1].token_ids == [8]
 
     with_client(work)
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_a_request_can_be_aborted_before_it_is_sent(
+    is_ready: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the model loads, or while its prompt is encoded."""
+    goes_on = asyncio.Event()
+    encode = Encoder.encode
+
+    async def wait_and_encode(*args: Any) -> Any:
+        await goes_on.wait()
+        return await encode(*args)
+
+    async def work(client: Client, engine: ByHand) -> None:
+        if is_ready:
+            engine.be_ready()
+            await client.ready()
+            monkeypatch.setattr(Encoder, "encode", wait_and_encode)
+        opening = asyncio.ensure_future(client.open([5, 6], greedy(3, n=2), request_id="name"))
+        reading = asyncio.ensure_future(_outputs(client, "other"))
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="request_id is 'name': it must be text and not in"):
+            await client.open([5], greedy(1), request_id="name")
+        client.abort("name")
+        client.abort("other")
+        goes_on.set()
+        if not is_ready:
+            engine.be_ready()
+        stream = await opening
+        later = await client.open([5], greedy(1), request_id="name")
+        for parts in (await collected(stream), (await reading)[-1].outputs):
+            assert {part.finish_reason for part in parts} == {"abort"}
+        assert engine.asked() == [messages.ADD], "only the later one is sent, and not aborted"
+        assert client._quota.num_all == 1
+        later.abort()
+
+    with_client(work)
+
+
+async def _outputs(client: Client, name: str) -> list[RequestOutput]:
+    return [one async for one in client.generate([5], greedy(3), name)]
