@@ -37,6 +37,8 @@ from nanovllm.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from nanovllm.pooling_outputs import PoolingOutput, PoolingRequestOutput
 
+CLOSED = "the engine is closed"
+
 
 class Client:
     """An `AsyncEngine` over sockets to engine processes: one engine, or its replicas.
@@ -107,11 +109,16 @@ class Client:
         self._owner.check()
         loop = asyncio.get_running_loop()
         if self._loop is None:
+            self._check_alive()
             self._loop = loop
             self._starting = loop.create_task(self._start())
         elif self._loop is not loop:
             raise RuntimeError("this engine belongs to another event loop")
-        await asyncio.shield(self._starting)
+        if not self._starting.done():
+            await asyncio.wait([self._starting])
+        if self._starting.cancelled():  # by `close`, unlike the task that waits
+            raise EngineDead(CLOSED)
+        self._starting.result()
 
     async def _start(self) -> None:
         await self._engines.open()
@@ -157,6 +164,7 @@ class Client:
         """End everything that tasks wait for. Called in the client's loop."""
         self.abort_all()
         self._starting.cancel()
+        self._engines.fail(EngineDead(CLOSED), EngineDead(CLOSED))
         self._engines.close()
         if encoder := self.__dict__.get("_encoder"):
             encoder.cancel()
@@ -361,7 +369,7 @@ class Client:
         if self._failure is not None:
             raise EngineDead(*self._failure.args)
         if self._is_closed:
-            raise EngineDead("the engine is closed")
+            raise EngineDead(CLOSED)
 
     def _check_open(self) -> None:
         self._check_alive()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
 
+from nanovllm import LoRARequest
 from nanovllm.config import EngineConfig
 from nanovllm.outputs import RequestOutput
 from nanovllm.replicas import messages
 from nanovllm.replicas.client_conn import ClientConn
 from nanovllm.replicas.messages import Done, Outputs, RowTokens
 from nanovllm.serving import admission
+from nanovllm.serving.async_engine import EngineDead
 from nanovllm.serving.client import Client
 from nanovllm.serving.encoding import Encoder
 from tests.engines import greedy
@@ -120,3 +123,41 @@ def test_a_request_can_be_aborted_before_it_is_sent(
 
 async def _outputs(client: Client, name: str) -> list[RequestOutput]:
     return [one async for one in client.generate([5], greedy(3), name)]
+
+
+def test_closing_ends_all_that_tasks_wait_for() -> None:
+    """With an error that says so, since nobody has cancelled the tasks."""
+
+    async def work(client: Client, engine: ByHand) -> None:
+        await _closed(client, [client.ready(), client.open([5]), client.metrics()])
+        await _closed(client, [client.ready()])
+
+    with_client(work)
+
+
+@pytest.mark.parametrize("num_turns", [1, 5])
+def test_closing_ends_questions_to_the_engine(num_turns: int) -> None:
+    """Those that are sent, and those that are about to be."""
+
+    async def work(client: Client, engine: ByHand) -> None:
+        engine.be_ready()
+        await client.ready()
+        client.config = replace(client.config, enable_lora=True)
+        adapter = LoRARequest("a", 1, "/a")
+        asks: list[Any] = [client.metrics(), client.add_lora(adapter), client.remove_lora(1)]
+        await _closed(client, asks, num_turns)
+
+    with_client(work)
+
+
+async def _closed(
+    client: Client, waiting: list[Coroutine[Any, Any, Any]], num_turns: int = 1
+) -> None:
+    """Close the client while tasks wait."""
+    tasks = [asyncio.ensure_future(one) for one in waiting]
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    await client.close()
+    for task in tasks:
+        with pytest.raises(EngineDead, match="the engine is closed"):
+            await asyncio.wait_for(task, 10)
