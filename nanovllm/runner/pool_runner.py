@@ -172,6 +172,10 @@ class PoolRunner:
         """See `Embeddings.drop`."""
         self.embeddings.drop(keys)
 
+    def forget_encoded(self, keys: Iterable[str]) -> None:
+        """See `Embeddings.forget`. On this rank."""
+        self.embeddings.forget(keys)
+
     def close(self) -> None:
         """Drop everything that holds device memory."""
         self.platform.synchronize()

@@ -148,6 +148,10 @@ class Runner(DeviceOwner):
         """Drop embeddings that `add_embeddings` has added."""
         self.embeddings.drop(keys)
 
+    def forget_encoded(self, keys: Iterable[str]) -> None:
+        """Drop embeddings that `encode` has computed, on this rank."""
+        self.embeddings.forget(keys)
+
     def _buckets_of(self, plan: StepPlan) -> GraphCache:
         """The steps of a plan, without slots if no row has an adapter."""
         if self.plain_buckets is None or self.adapters.has_any(plan.rows):

@@ -141,7 +141,7 @@ class TPDriver(Runner):
         self.ranks.call_on_failure(callback)
 
     def encode(self, media: Mapping[str, MMItem]) -> None:
-        encoding_ranks.encode(self.ranks, media, super().encode)
+        encoding_ranks.encode(self.ranks, media, super().encode, super().forget_encoded)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         encoding_ranks.drop(self.ranks, keys, super().drop_embeddings)
