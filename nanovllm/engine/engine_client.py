@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -57,6 +57,10 @@ class AnyEngine(Protocol):
     def is_sleeping(self) -> bool: ...
 
     def close(self) -> None: ...
+
+    def check_ranks(self) -> None: ...
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None: ...
 
     def sleep(self, level: int = 1) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 from nanovllm.engine.adapters import Adapters
 from nanovllm.engine.draft_times import DraftTimes
@@ -143,6 +144,14 @@ class EngineParts:
     def __del__(self) -> None:
         if hasattr(self, "_owner"):
             self.close()
+
+    def check_ranks(self) -> None:
+        """Raise the failure of the ranks, if they have failed."""
+        self._runner.check_ranks()
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
+        """See `WorkerGroup.call_on_failure`."""
+        self._runner.call_on_failure(callback)
 
     @property
     def info(self) -> EngineInfo:

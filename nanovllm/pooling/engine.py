@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import deque
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -340,6 +340,14 @@ class PoolingEngine:
         heapq.heapify(self._queue)
 
     # the engine -------------------------------------------------------------------------------
+
+    def check_ranks(self) -> None:
+        """Raise the failure of the ranks, if they have failed."""
+        self._runner.check_ranks()
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
+        """See `WorkerGroup.call_on_failure`."""
+        self._runner.call_on_failure(callback)
 
     def close(self) -> None:
         """Free the memory of weights and graphs. Does nothing in a fork of the process."""

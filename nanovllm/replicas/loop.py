@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import selectors
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -52,6 +54,7 @@ class Loop:
         # engine derives from them is shared, too: it may take 50 ms.
         self._load_params = lru_cache(SHARED_PARAMS)(messages.load_params)
         self._owners: dict[int, AnswerOwner] = {}  # by engine id
+        self._failure: Exception | None = None  # of the engine's ranks
         self._idle_since: float | None = None
         self._is_prepared = not clients  # grammar tables are loaded
         self._handlers: dict[str, Callable[[ClientConn, bytes], bytes | None]] = {
@@ -61,10 +64,10 @@ class Loop:
             messages.END: self._end,
             messages.FORGET: lambda client, payload: engine.forget_prefixes(),
             messages.PREPARE_GRAMMARS: lambda client, payload: engine.prepare_grammars(),
-            messages.ADD_LORA: lambda client, payload: _lora_reply(
+            messages.ADD_LORA: lambda client, payload: self._lora_reply(
                 lambda: engine.add_lora(messages.load_lora(payload))
             ),
-            messages.REMOVE_LORA: lambda client, payload: _lora_reply(
+            messages.REMOVE_LORA: lambda client, payload: self._lora_reply(
                 lambda: engine.remove_lora(messages.load_lora_id(payload))
             ),
             messages.METRICS: lambda client, payload: messages.dump_metrics(engine.metrics.read()),
@@ -74,13 +77,29 @@ class Loop:
             self._selector.register(client, selectors.EVENT_READ, client)
 
     def run(self, info: EngineInfo) -> NoReturn:
-        """Raises ChannelClosed when the control channel closes, and the errors of a step."""
+        """Raises ChannelClosed when the control channel closes, the errors of a step, and the
+        failure of the engine's ranks, also while it has no requests."""
+        woken, wake = socket.socketpair()
+        with woken, wake:
+            self._selector.register(woken, selectors.EVENT_READ)
+            self._engine.call_on_failure(partial(self._note_failure, wake))
+            self._run(info)
+
+    def _note_failure(self, wake: socket.socket, failure: Exception) -> None:
+        """Let the loop raise the failure. Called in another thread."""
+        self._failure = failure
+        with suppress(OSError):  # the loop has ended
+            wake.send(b".")
+
+    def _run(self, info: EngineInfo) -> NoReturn:
         payload = messages.dump(info)
         for client in list(self._clients):
             self._guarded(client, partial(ClientConn.send, name=messages.READY, payload=payload))
         self._guarded(self._parent, self._serve)  # its channel may already hold messages
         while True:
             for key, _ in self._ready():
+                if self._failure is not None:
+                    raise self._failure
                 self._guarded(key.data, self._serve)
             if self._owners:
                 self._engine.advance()
@@ -169,6 +188,7 @@ class Loop:
                 request = request or messages.load_request(asked, media, self._load_params)
                 of_engine = self._engine.add(messages.of_answer(request, asked, index))
             except Exception as error:
+                self._engine.check_ranks()  # the loss of one ends all requests
                 logger.error("request refused: %s", error)
                 client.add_row(messages.failed(request_id, error))
                 continue
@@ -201,9 +221,9 @@ class Loop:
         for one in of_engine:
             del self._owners[one]
 
-
-def _lora_reply(work: Callable[[], bool]) -> bytes:
-    try:
-        return messages.dump(LoraReply(work()))
-    except ValueError as error:
-        return messages.dump(LoraReply(False, str(error)))
+    def _lora_reply(self, work: Callable[[], bool]) -> bytes:
+        try:
+            return messages.dump(LoraReply(work()))
+        except ValueError as error:
+            self._engine.check_ranks()
+            return messages.dump(LoraReply(False, str(error)))

@@ -116,6 +116,12 @@ class Router:
                 self._media.close()
             self._fleet.close()
 
+    def check_ranks(self) -> None:
+        """Does nothing: `advance` finds lost replicas."""
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
+        """Does nothing: see `check_ranks`."""
+
     def __del__(self) -> None:
         if hasattr(self, "_owner"):
             self.close()

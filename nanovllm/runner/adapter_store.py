@@ -77,6 +77,10 @@ class AdapterStore:
         file = self._files[adapter_id] = AdapterFile(self._model, folder, self._targets, biases)
         return file.digest
 
+    def digest(self, adapter_id: int) -> bytes:
+        """The digest of a checked adapter's files."""
+        return self._files[adapter_id].digest
+
     def read(self, adapter_id: int) -> None:
         """Begin to read the numbers of a checked adapter."""
         read = self._files[adapter_id].read

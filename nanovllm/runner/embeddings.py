@@ -32,6 +32,11 @@ class Embeddings:
         for key in keys:
             self._given.pop(key, None)
 
+    def forget(self, keys: Iterable[str]) -> None:
+        """Drop computed embeddings. Other keys are ignored."""
+        for key in keys:
+            self._computed.pop(key, None)
+
     def trim(self) -> None:
         """Drop computed embeddings until they take at most `max_bytes`."""
         num_bytes = sum(one.nbytes for one in self._computed.values())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from nanovllm import wire
-from nanovllm.parallel.ranks import WorkerGroup
+from nanovllm.parallel.ranks import WorkerGroup, deferred_interrupts
 from nanovllm.runner.encoders import MMItem
 
 GROUP_BYTES = 1 << 27  # of patches or mel features in one message
@@ -21,16 +21,30 @@ class Encoding(Protocol):
 
     def encode(self, media: Mapping[str, MMItem]) -> None: ...
     def drop_embeddings(self, keys: Iterable[str]) -> None: ...
+    def forget_encoded(self, keys: Iterable[str]) -> None: ...
 
 
 def encode(
-    ranks: WorkerGroup, media: Mapping[str, MMItem], own: Callable[[Mapping[str, MMItem]], None]
+    ranks: WorkerGroup,
+    media: Mapping[str, MMItem],
+    own: Callable[[Mapping[str, MMItem]], None],
+    forget: Callable[[Iterable[str]], None],
 ) -> None:
-    """Encode media on the other ranks, and by `own` on this one."""
+    """Encode media on the other ranks, and by `own` on this one.
+
+    All ranks must keep the same embeddings. So after an error here, all forget those that they
+    have, this one by `forget`, and Ctrl-C waits.
+    """
     for group in _groups(media):
         items = [(key, wire.array(one.values), one.grid, one.tower) for key, one in group.items()]
-        ranks.send("encode", wire.dump(items))
-        own(group)
+        with deferred_interrupts():
+            ranks.send("encode", wire.dump(items))
+            try:
+                own(group)
+            except Exception:
+                forget(group)
+                ranks.send("forget_encoded", wire.dump(list(group)))
+                raise
 
 
 def drop(ranks: WorkerGroup, keys: Iterable[str], own: Callable[[Iterable[str]], None]) -> None:
@@ -55,7 +69,10 @@ def handlers(runner: Encoding) -> dict[str, Callable[[bytes], bytes | None]]:
     def drop_embeddings(payload: bytes) -> None:
         runner.drop_embeddings(_load_keys(payload))
 
-    return {"encode": encode, "drop_embeddings": drop_embeddings}
+    def forget_encoded(payload: bytes) -> None:
+        runner.forget_encoded(_load_keys(payload))
+
+    return {"encode": encode, "drop_embeddings": drop_embeddings, "forget_encoded": forget_encoded}
 
 
 def _groups(media: Mapping[str, MMItem]) -> Iterator[dict[str, MMItem]]:

@@ -62,8 +62,14 @@ class PoolDriver(PoolRunner):
                 raise
         return _Checked(launched, self.ranks.check)
 
+    def check_ranks(self) -> None:
+        self.ranks.check()
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
+        self.ranks.call_on_failure(callback)
+
     def encode(self, media: Mapping[str, MMItem]) -> None:
-        encoding_ranks.encode(self.ranks, media, super().encode)
+        encoding_ranks.encode(self.ranks, media, super().encode, super().forget_encoded)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         encoding_ranks.drop(self.ranks, keys, super().drop_embeddings)

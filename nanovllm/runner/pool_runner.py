@@ -162,9 +162,19 @@ class PoolRunner:
         """See `Encoders.encode`."""
         self.towers.encode(media)
 
+    def check_ranks(self) -> None:
+        """Raise the failure of the other ranks, if there are any and they have failed."""
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
+        """See `WorkerGroup.call_on_failure`. Without other ranks nothing fails alone."""
+
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         """See `Embeddings.drop`."""
         self.embeddings.drop(keys)
+
+    def forget_encoded(self, keys: Iterable[str]) -> None:
+        """See `Embeddings.forget`. On this rank."""
+        self.embeddings.forget(keys)
 
     def close(self) -> None:
         """Drop everything that holds device memory."""

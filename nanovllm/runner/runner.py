@@ -138,9 +138,19 @@ class Runner(DeviceOwner):
         next step at least. Does not wait for the device."""
         self.towers.encode(media)
 
+    def check_ranks(self) -> None:
+        """Raise the failure of the other ranks, if there are any and they have failed."""
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
+        """See `WorkerGroup.call_on_failure`. Without other ranks nothing fails alone."""
+
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         """Drop embeddings that `add_embeddings` has added."""
         self.embeddings.drop(keys)
+
+    def forget_encoded(self, keys: Iterable[str]) -> None:
+        """Drop embeddings that `encode` has computed, on this rank."""
+        self.embeddings.forget(keys)
 
     def _buckets_of(self, plan: StepPlan) -> GraphCache:
         """The steps of a plan, without slots if no row has an adapter."""

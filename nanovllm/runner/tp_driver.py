@@ -21,7 +21,8 @@ from torch import Tensor
 from nanovllm import wire
 from nanovllm.parallel.ranks import WorkerGroup, deferred_interrupts
 from nanovllm.platforms.regions import Place, Region
-from nanovllm.runner import encoding_ranks
+from nanovllm.runner import adapter_ranks, encoding_ranks
+from nanovllm.runner.adapter_ranks import AdapterRanks
 from nanovllm.runner.async_output import AsyncOutput
 from nanovllm.runner.encoders import MMItem
 from nanovllm.runner.runner import Runner
@@ -29,8 +30,6 @@ from nanovllm.runner.sleep import Sleeper, check_level, checked_parts
 from nanovllm.schedule.plan import LogitEdits, StepPlan
 
 _load_needs = wire.decoder(tuple[LogitEdits | None, bool, bool])
-_load_adapter = wire.decoder(tuple[int, str])
-_load_id = wire.decoder(int)
 _load_embeddings = wire.decoder(tuple[str, wire.Array])
 _load_rows = wire.decoder(tuple[int, list[int]])
 _load_level = wire.decoder(int)
@@ -72,6 +71,7 @@ class TPDriver(Runner):
     def __init__(self, *args: Any, followers: TPWorkers, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._followers, self.ranks = followers, followers.ranks
+        self._adapter_ranks = AdapterRanks(self.ranks)
         self._pid = os.getpid()
         # at the interpreter's exit captured graphs must end before the group that is in them
         self._at_exit = partial(_close, weakref.ref(self))
@@ -104,23 +104,44 @@ class TPDriver(Runner):
 
     def check_adapter(self, adapter_id: int, folder: Path) -> bytes:
         digest = super().check_adapter(adapter_id, folder)
-        self.ranks.call("check_adapter", wire.dump((adapter_id, str(folder))))
+        try:
+            self._adapter_ranks.check(adapter_id, folder, digest)
+        except Exception:
+            self.drop_adapter(adapter_id)
+            raise
         return digest
 
     def read_adapter(self, adapter_id: int) -> None:
         super().read_adapter(adapter_id)
         self.ranks.send("read_adapter", wire.dump(adapter_id))
 
+    def adapter_is_read(self, adapter_id: int) -> bool:
+        """Whether all ranks have read it. See `AdapterRanks.have_read`."""
+        is_read = super().adapter_is_read(adapter_id)
+        return is_read and self._adapter_ranks.have_read(
+            adapter_id, self.adapters.digest(adapter_id)
+        )
+
+    def wait_for_adapters(self, seconds: float) -> bool:
+        return super().wait_for_adapters(seconds) or self._adapter_ranks.wait(seconds)
+
     def drop_adapter(self, adapter_id: int) -> None:
         super().drop_adapter(adapter_id)
+        self._adapter_ranks.forget(adapter_id)
         self.ranks.send("drop_adapter", wire.dump(adapter_id))
 
     def add_embeddings(self, key: str, embeds: Tensor) -> None:
         super().add_embeddings(key, embeds)
         self.ranks.call("add_embeddings", wire.dump((key, wire.array(embeds))))
 
+    def check_ranks(self) -> None:
+        self.ranks.check()
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
+        self.ranks.call_on_failure(callback)
+
     def encode(self, media: Mapping[str, MMItem]) -> None:
-        encoding_ranks.encode(self.ranks, media, super().encode)
+        encoding_ranks.encode(self.ranks, media, super().encode, super().forget_encoded)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         encoding_ranks.drop(self.ranks, keys, super().drop_embeddings)
@@ -155,16 +176,6 @@ def handlers(runner: Runner, sleeper: Sleeper) -> dict[str, Callable[[bytes], by
         edits, has_penalties, has_masks = _load_needs(payload)
         runner.prepare(edits, has_penalties=has_penalties, has_masks=has_masks)
 
-    def check_adapter(payload: bytes) -> None:
-        adapter_id, folder = _load_adapter(payload)
-        runner.check_adapter(adapter_id, Path(folder))
-
-    def read_adapter(payload: bytes) -> None:
-        runner.read_adapter(_load_id(payload))
-
-    def drop_adapter(payload: bytes) -> None:
-        runner.drop_adapter(_load_id(payload))
-
     def add_embeddings(payload: bytes) -> None:
         key, embeds = _load_embeddings(payload)
         runner.add_embeddings(key, wire.tensor(embeds))
@@ -176,11 +187,9 @@ def handlers(runner: Runner, sleeper: Sleeper) -> dict[str, Callable[[bytes], by
     return {
         "launch": launch,
         "prepare": prepare,
-        "check_adapter": check_adapter,
-        "read_adapter": read_adapter,
-        "drop_adapter": drop_adapter,
         "add_embeddings": add_embeddings,
         "decode_uncaptured": decode_uncaptured,
+        **adapter_ranks.handlers(runner),
         **encoding_ranks.handlers(runner),
         **_sleep_handlers(runner, sleeper),
     }

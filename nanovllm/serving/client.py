@@ -37,6 +37,8 @@ from nanovllm.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from nanovllm.pooling_outputs import PoolingOutput, PoolingRequestOutput
 
+CLOSED = "the engine is closed"
+
 
 class Client:
     """An `AsyncEngine` over sockets to engine processes: one engine, or its replicas.
@@ -79,6 +81,8 @@ class Client:
         self._max_queued = admission.checked_limit(max_queued)
         self._next_id = 0
         self._feeds: dict[str, RequestState] = {}  # unfinished
+        # requests that are not sent yet, and whether they have been aborted
+        self._opening: dict[str, bool] = {}
         events = Events(
             self._take_outputs, self._lost_engine, self._restarted_engine, self._ended_parent
         )
@@ -105,11 +109,16 @@ class Client:
         self._owner.check()
         loop = asyncio.get_running_loop()
         if self._loop is None:
+            self._check_alive()
             self._loop = loop
             self._starting = loop.create_task(self._start())
         elif self._loop is not loop:
             raise RuntimeError("this engine belongs to another event loop")
-        await asyncio.shield(self._starting)
+        if not self._starting.done():
+            await asyncio.wait([self._starting])
+        if self._starting.cancelled():  # by `close`, unlike the task that waits
+            raise EngineDead(CLOSED)
+        self._starting.result()
 
     async def _start(self) -> None:
         await self._engines.open()
@@ -155,6 +164,7 @@ class Client:
         """End everything that tasks wait for. Called in the client's loop."""
         self.abort_all()
         self._starting.cancel()
+        self._engines.fail(EngineDead(CLOSED), EngineDead(CLOSED))
         self._engines.close()
         if encoder := self.__dict__.get("_encoder"):
             encoder.cancel()
@@ -210,7 +220,22 @@ class Client:
         Raises ValueError for an invalid prompt, unreadable media or a request_id in use, and
         QueueFull, Draining, Unavailable, EngineDead.
         """
-        await self.ready()
+        name = self._checked_name(request_id)
+        self._opening[name] = False
+        try:
+            await self.ready()
+            return await self._open(name, prompt, params, priority, lora_request)
+        finally:
+            del self._opening[name]
+
+    async def _open(
+        self,
+        name: str,
+        prompt: AnyPrompt | Prompt,
+        params: SamplingParams | PoolingParams | None,
+        priority: int,
+        lora_request: LoRARequest | None,
+    ) -> OpenStream:
         params = self._checked(self.default_params if params is None else params)
         given = as_prompt(prompt)
         num = 1 if isinstance(params, PoolingParams) else params.n
@@ -220,9 +245,12 @@ class Client:
         try:
             asked, media, key = await self._encoder.encode(given, params, priority, lora_request)
             self._check_open()
-            feed = self._new_feed(self._checked_name(request_id), asked)
+            feed = self._new_feed(name, asked)
             feed.media_key = key
-            self._send(feed, asked, media)
+            if self._opening[name]:
+                self._end_unsent(feed)
+            else:
+                self._send(feed, asked, media)
         except BaseException:
             self._quota.give_back(num)
             self._encoder.release(key)
@@ -242,12 +270,12 @@ class Client:
 
         Leaving the loop or cancelling the task aborts the request.
         """
-        await self.ready()
-        params = self.default_params if sampling_params is None else sampling_params
         given = as_prompt(prompt)
         stream = await self.open(
-            given, params, request_id=request_id, priority=priority, lora_request=lora_request
-        )
+            given, sampling_params, request_id=request_id, priority=priority,
+            lora_request=lora_request,
+        )  # fmt: skip
+        params = self.default_params if sampling_params is None else sampling_params
         prompt_ids = stream.prompt_token_ids
         growing = StreamedOutput(
             stream.request_id, given.text, prompt_ids, params.output_kind, lora_request
@@ -286,10 +314,14 @@ class Client:
 
     def abort(self, request_id: str) -> None:
         """Abort a request; its stream ends. Unknown ids are ignored."""
+        if request_id in self._opening:
+            self._opening[request_id] = True
         if request_id in self._feeds:
             self.abort_feed(self._feeds[request_id])
 
     def abort_all(self) -> None:
+        for name in self._opening:
+            self._opening[name] = True
         for feed in list(self._feeds.values()):
             self.abort_feed(feed)
 
@@ -338,7 +370,7 @@ class Client:
         if self._failure is not None:
             raise EngineDead(*self._failure.args)
         if self._is_closed:
-            raise EngineDead("the engine is closed")
+            raise EngineDead(CLOSED)
 
     def _check_open(self) -> None:
         self._check_alive()
@@ -363,7 +395,7 @@ class Client:
 
     def _checked_name(self, request_id: str | None) -> str:
         name = uuid.uuid4().hex if request_id is None else request_id
-        if not isinstance(name, str) or name in self._feeds:
+        if not isinstance(name, str) or name in self._feeds or name in self._opening:
             words = f"request_id is {name!r}: it must be text and not in use"
             raise InvalidValue("request_id", words)
         return name
@@ -411,6 +443,15 @@ class Client:
         self._feeds[feed.name] = feed
         self._idle.clear()
 
+    def _end_unsent(self, feed: RequestState) -> None:
+        """End the answers of a request that was aborted before it could be sent."""
+        self._next_id += len(feed.answers)  # no other answers may have their ids
+        self._quota.give_back(len(feed.answers))
+        self._encoder.release(feed.media_key)
+        for answer in feed.answers:
+            answer.end("abort")
+            feed.note(answer)
+
     def _take_outputs(self, engine: int, payload: bytes) -> None:
         outputs, answers = messages.load_outputs(payload), self._answers
         stopped: list[int] = []
@@ -431,8 +472,8 @@ class Client:
                 elif has_stopped:
                     stopped.append(row.request_id)
                 found.feed.note(found.answer)
-        if stopped:
-            self._dispatcher.send_ends(stopped, messages.STOP)
+        # one message may have both a stop string's last token and the answer's end
+        self._dispatcher.send_ends([one for one in stopped if one in answers], messages.STOP)
 
     def _finish(self, one: int) -> None:
         """Remove an answer that has ended; with the last one also its feed."""

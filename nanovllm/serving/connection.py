@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from typing import Any, cast
 
 from nanovllm.engine.metrics import Metric
@@ -28,6 +29,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self.info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self.is_lost = False
+        self._failure: Exception | None = None
         self._asked: list[asyncio.Future[None]] = []
         self._metrics = LastMetrics()
         self._lora_replies: deque[asyncio.Future[LoraReply]] = deque()  # in the order of messages
@@ -44,6 +46,7 @@ class Connection(asyncio.Protocol):
     async def metrics(self) -> list[Metric]:
         """The engine's metrics; for a lost engine the last ones, with gauges at 0. Raises the error
         that `fail` was called with."""
+        self._check()
         if not self.is_lost:
             self._asked.append(asyncio.get_running_loop().create_future())
             if len(self._asked) == 1:
@@ -53,6 +56,7 @@ class Connection(asyncio.Protocol):
 
     async def ask_lora(self, name: str, payload: bytes) -> LoraReply:
         """The reply to ADD_LORA or REMOVE_LORA. Raises the error that `fail` was called with."""
+        self._check()
         reply: asyncio.Future[LoraReply] = asyncio.get_running_loop().create_future()
         self._lora_replies.append(reply)
         self.send(name, payload)
@@ -72,15 +76,19 @@ class Connection(asyncio.Protocol):
         self._answer()
 
     def fail(self, error: Exception) -> None:
-        """Raise the error in everything that waits for the engine."""
-        if not self.info.done():
-            self.info.set_exception(error)
-        asked: list[asyncio.Future[Any]] = [*self._asked, *self._lora_replies]
+        """Raise the error in everything that waits for the engine, and in later questions."""
+        self._failure = error
+        waiting: list[asyncio.Future[Any]] = [self.info, *self._asked, *self._lora_replies]
         self._asked = []
         self._lora_replies.clear()
-        for future in asked:
+        for future in waiting:
             if not future.done():
-                future.set_exception(type(error)(*error.args))
+                future.set_exception(copy(error))
+                future.exception()  # else it is logged where the waiting task was cancelled
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise copy(self._failure)
 
     def _answer(self) -> None:
         asked, self._asked = self._asked, []

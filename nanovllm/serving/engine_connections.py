@@ -96,10 +96,12 @@ class EngineConnections:
             engine.fail(later if engine.info.done() else error)
 
     def close(self) -> None:
-        """Called in the loop of `open`."""
+        """Called in the loop of `open`; may be called more than once."""
         for restart in self._restarts.values():
             restart.cancel()
-        for parent in self._socks[len(self._engines) :]:
+        num = len(self._engines)
+        others, self._socks = self._socks[num:], self._socks[:num]
+        for parent in others:
             asyncio.get_running_loop().remove_reader(parent)
             parent.close()
         for engine in self._engines:

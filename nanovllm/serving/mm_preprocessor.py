@@ -68,6 +68,7 @@ class MMPreprocessor:
         self._pool = ThreadPoolExecutor(self.gate.num_slots, thread_name_prefix="prompts")
         self._running: set[MediaPreparation] = set()
         self.num_given = 0  # bytes of encoded media that wait
+        self._is_cancelled = False
 
     def check_media(self, media: Sequence[MMInput]) -> None:
         """Raises ValueError for media that the model or the options do not allow."""
@@ -104,6 +105,8 @@ class MMPreprocessor:
             self.num_given -= num_given
 
     async def _prepared(self, prompt: Prompt, ask: Ask, key: object) -> Prepared:
+        if self._is_cancelled:
+            raise EngineDead("the engine is closed")
         work = self._prompts.submit(prompt)
         self._running.add(work)
         loop = asyncio.get_running_loop()
@@ -138,7 +141,8 @@ class MMPreprocessor:
         return asked, pack(messages.MEDIA, messages.dump_media(asked)), found.num_bytes
 
     def cancel(self) -> None:
-        """Cancel all work. Call it in the event loop."""
+        """Cancel all work, also that of prompts that wait. Call it in the event loop."""
+        self._is_cancelled = True
         for work in self._running:
             work.cancel()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from nanovllm import LLM, LoRARequest, platforms
 from nanovllm.checks import InvalidValue
 from nanovllm.config import EngineConfig
+from nanovllm.models.lora.peft_config import WEIGHTS
+from nanovllm.runner.tp_driver import TPDriver
 from nanovllm.startup.resolve import resolve_without_weights
 from tests.engine.adapter_cases import PROMPTS, SIZES, Asked, adapters, alone, asked, eager, make
 from tests.engines import greedy
@@ -105,6 +108,40 @@ def test_too_little_host_memory_ends_the_requests_of_an_adapter_alone(
     assert found[0]["error"] == (
         "reading adapter 'french' has failed: RuntimeError: can't allocate memory"
     )
+    assert found[1]["token_ids"] == alone[0] and not llm.engine.adapters.requests
+    assert asked.tokens(llm, PROMPTS[1:2], ["french"]) == alone[1:2]
+    llm.close()
+
+
+def test_a_read_that_fails_on_another_rank_ends_its_requests_alone(
+    tmp_path: Path,
+    checkpoint: Path,
+    asked: Asked,
+    alone: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its file changes once the first rank has read it."""
+    folder = lora_cases.save_adapter(tmp_path / "good", checkpoint)
+    damaged = lora_cases.save_adapter(tmp_path / "bad", checkpoint, std=float("inf"))
+    llm = make(checkpoint, tensor_parallel_size=2)
+    runner = llm.engine.runner
+    assert isinstance(runner, TPDriver)
+    send = runner.ranks.send
+
+    def send_late(name: str, payload: bytes = b"") -> None:
+        if name == "read_adapter":
+            runner.adapters.wait(60)
+            shutil.copyfile(damaged / WEIGHTS, folder / WEIGHTS)
+        send(name, payload)
+
+    requests = [LoRARequest("bad", 50, str(folder)), None]
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.ranks, "send", send_late)
+        found = llm.generate(
+            [PROMPTS[1], PROMPTS[0]], greedy(12), use_tqdm=False, lora_request=requests
+        )
+    assert found[0]["finish_reason"] == "error"
+    assert "adapter 'bad': rank 1: " in found[0]["error"] and "not finite" in found[0]["error"]
     assert found[1]["token_ids"] == alone[0] and not llm.engine.adapters.requests
     assert asked.tokens(llm, PROMPTS[1:2], ["french"]) == alone[1:2]
     llm.close()

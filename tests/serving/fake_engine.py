@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,12 @@ class FakeEngine:
         return [Gauge("nanovllm:num_requests_running", len(self._requests))]
 
     def prepare_grammars(self) -> None:
+        pass
+
+    def check_ranks(self) -> None:
+        pass
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
         pass
 
     def close(self) -> None:

@@ -262,20 +262,22 @@ def test_images_that_wait_are_bounded_in_bytes(
 def test_the_end_of_a_client_ends_preparations(
     how: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two are running, and the third waits for them."""
     held = Held(monkeypatch)
 
-    async def work(client: Client) -> BaseException | None:
+    async def work(client: Client) -> list[type]:
         await client.ready()
-        task = asyncio.ensure_future(asked(client, prompt_of(client, CONVERSATIONS[0])))
+        prompts = [prompt_of(client, about(data_url(i))) for i in (51, 52, 53)]
+        tasks = [asyncio.ensure_future(asked(client, prompt)) for prompt in prompts]
         await asyncio.to_thread(held.has_begun.wait, 30)
         ending = asyncio.ensure_future(client.close() if how == "close" else client.drain())
         await asyncio.sleep(0.01)
         held.may_go_on.set()
         await ending
-        await asyncio.wait([task])
-        return task.exception()
+        await asyncio.wait(tasks)
+        return [type(task.exception()) for task in tasks]
 
-    assert isinstance(serve(engine, work), EngineDead if how == "close" else Draining)
+    assert serve(engine, work) == [EngineDead if how == "close" else Draining] * 3
 
 
 def test_an_image_is_encoded_once_for_several_answers_and_requests(

@@ -46,7 +46,30 @@ def test_the_loss_of_a_rank_at_load_ends_its_requests_and_all_processes(
                 await llm.open([5], greedy(1))
             return ranks
 
-    ranks = run(work())
+    _assert_gone(run(work()), tmp_path)
+
+
+def test_the_loss_of_a_rank_ends_an_engine_without_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: else it would refuse requests, and look alive."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def work() -> list[int]:
+        async with AsyncLLM(MODEL, **SIZES, tensor_parallel_size=2) as llm:
+            await collected(await llm.open([5, 6], greedy(2)))
+            ranks = [llm._process.pid, *children(llm._process.pid)]
+            os.kill(ranks[1], signal.SIGKILL)
+            while llm.failure is None:
+                await asyncio.sleep(0.01)
+            with pytest.raises(EngineDead, match=MESSAGES[1]):
+                await llm.open([5], greedy(1))
+            return ranks
+
+    _assert_gone(run(work()), tmp_path)
+
+
+def _assert_gone(ranks: list[int], tmp_path: Path) -> None:
     assert len(ranks) == 2
     wait_until_gone(ranks)
     assert list(tmp_path.iterdir()) == []
