@@ -73,16 +73,20 @@ void panel_tile(float* sums, const Packed& at, const BlockRow& row, const Rows& 
         Bytes quad[kQuads];
 #pragma GCC unroll 8
         for (int i = 0; i < kCodeQuads; ++i, code += kQuadBytes) {
-          __builtin_prefetch(code + kPrefetchBytes, 0, 2);
+          __builtin_prefetch(code + kPrefetchBytes, 0, 3);
           codes.load_quad(quad, i, load_bytes(code));
         }
 #pragma GCC unroll 8
         for (int t = 0; t < TB; ++t) {
-          IVec sum{};
+          IVec sum{}, other{};  // two short chains: an addition takes several cycles
           if (Codes::kHasBias) sum += ((const int32_t*)(x[t] + row.biases_at()))[block];
 #pragma GCC unroll 8
-          for (int i = 0; i < kQuads; ++i)
-            sum = multiply<Codes>(sum, quad[i], repeat4(x[t] + block * kBlock + 4 * i));
+          for (int i = 0; i < kQuads; i += 2) {
+            const char* from = x[t] + block * kBlock + 4 * i;
+            sum = multiply<Codes>(sum, quad[i], repeat4(from));
+            other = multiply<Codes>(other, quad[i + 1], repeat4(from + 4));
+          }
+          sum += other;
           const Vec by = scales * ((const float*)(x[t] + row.scales_at()))[block];
           acc[t] = multiply_add(__builtin_convertvector(sum, Vec), by, acc[t]);
         }
