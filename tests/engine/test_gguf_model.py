@@ -137,6 +137,11 @@ def test_inputs_in_int8_give_nearly_the_same_logprobs(
         rounded_llm = make(path)
         rounded = logprobs(rounded_llm)
         (output,) = rounded_llm.generate([PROMPTS[0]], params, use_tqdm=False)
+        code_OC = rounded_llm.engine.runner.params.layers[0].gate_up_GD.code_OC
+        rows = packed.Weight(
+            torch.zeros(16, 288, dtype=torch.uint8), torch.ones(16, 18), None, None, 4, 32
+        )
+        assert (code_OC.dim() == 4) == packed.prefers_interleaved(rows, 576)
         rounded_llm.engine.close()
     finally:
         packed.configure(True)  # of all engines of the process

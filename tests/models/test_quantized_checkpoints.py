@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from nanovllm import LLM, SamplingParams
 from nanovllm.compile.trace import tensors
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.reference.packed import Codes
 from nanovllm.models import loader
 from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.formats.fp8 import Fp8Weight
@@ -224,6 +225,21 @@ def test_experts_alone_and_on_two_ranks(kind: Kind, tmp_path: Path) -> None:
     folder = pack(kind, Case("mixtral", 4, 2, changes).save(tmp_path))
     check(folder, 96)
     check_ranks(folder, 2, 96)
+
+
+@pytest.mark.parametrize("name", ["gptq ordered", "awq"])
+def test_interleaved_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As processors have them that are faster so; with exact inputs none is."""
+
+    def prefers(platform: cpu.CpuPlatform, codes: Codes, depth: int) -> bool:
+        return codes[0].dim() == 2
+
+    monkeypatch.setattr(cpu.CpuPlatform, "prefers_interleaved", prefers)
+    folder = pack(BY_NAME[name], save_tiny(tmp_path, vocab_size=99, num_hidden_layers=1))
+    layer = check(folder, 99, enforce_eager=False, graph_batch_sizes=[4]).layers[0]
+    weights = [layer.qkv_ED, layer.gate_up_GD, layer.down_DF]
+    parts = [one for weight in weights for one in getattr(weight, "parts", [weight])]
+    assert all(one.code_OC.dim() == 4 for one in parts)
 
 
 @pytest.mark.parametrize(
