@@ -158,8 +158,8 @@ struct RowFiller {
       spread(rows.offset, offsets, stride, by.rows.num_offsets, by.offset_group, unit, num_units);
   }
 
-  void fill_interleaved(const TileRows& rows, float* buffer, int64_t o) const {
-    const Panel panel(at, o / kInterleaved);
+  void fill_interleaved(const TileRows& rows, float* buffer, int64_t expert, int64_t o) const {
+    const Panel panel(at, expert, o);
     char* codes = (char*)buffer;
     copy_all_codes(codes, at.code_stride, panel, at.code_stride);
     for (int64_t i = 0; i < kTile; ++i) decode(rows, i, codes + i * at.code_stride);
@@ -195,8 +195,9 @@ void multiply_matrices(const Packed& at, const IntegerProduct& by, const Part& p
     const int64_t end = std::min(first + at_once, num);
     for (int64_t o = part.first; o < part.end; o += kTile) {
       const int64_t num_outputs = std::min<int64_t>(kTile, part.end - o);
-      if (at.interleaved) filler.fill_interleaved(rows, buffer + tile_floats, o);
-      else filler.fill(rows, buffer + tile_floats, part.group->expert, o, read);
+      const int64_t expert = part.group->expert;
+      if (at.interleaved) filler.fill_interleaved(rows, buffer + tile_floats, expert, o);
+      else filler.fill(rows, buffer + tile_floats, expert, o, read);
       for (int64_t t = first; t < end; t += kTile) {
         Vec sums[kTile];
         multiply(sums, rows, x + t / kTile * num_blocks, num_blocks, by.x.has_bias);
@@ -209,16 +210,17 @@ void multiply_matrices(const Packed& at, const IntegerProduct& by, const Part& p
 }
 #endif
 
-template <typename Io, typename Read>
-void integer_product(const Packed& at, const IntegerProduct& by, int64_t buffer_floats,
-                     const Read& read) {
-  const int64_t x_bytes = by.x.bytes(), repeats = at.x_repeats;
-  const int64_t chunk = outputs_at_once(at, by.row_bytes, kOutputsAtOnce);
+// Calls quantize(to, x) for all rows of x, of which each takes `x_bytes`, and for some of them at a time
+// multiply(groups, x_row, pair): the groups of their pairs, and row and pair of each place.
+template <typename Io, typename Quantize, typename Multiply>
+void for_quantized(const Packed& at, int64_t x_bytes, const Quantize& quantize,
+                   const Multiply& multiply) {
+  const int64_t repeats = at.x_repeats;
   for_blocks(at.num_pairs / repeats, repeats, x_bytes / 4, [&](int64_t first, int64_t num) {
     const int64_t first_pair = first * repeats, num_pairs = num * repeats;
     char* rows = (char*)scratch<kShared>((size_t)(num * x_bytes / 4));
     parallel_for(num, num * at.depth < kMinParallel ? 1 : at.num_threads, [&](int64_t row) {
-      quantize_row(rows + row * x_bytes, (const Io*)at.x + (first + row) * at.x_stride, by.x);
+      quantize(rows + row * x_bytes, (const Io*)at.x + (first + row) * at.x_stride);
     });
     const std::vector<int32_t> one(at.expert ? 0 : num_pairs);
     const Groups groups(at.expert ? at.expert + first_pair : one.data(), num_pairs, at.num_experts);
@@ -228,19 +230,30 @@ void integer_product(const Packed& at, const IntegerProduct& by, int64_t buffer_
       x_row[place] = rows + groups.pair[place] / repeats * x_bytes;
       pair[place] = (int32_t)(first_pair + groups.pair[place]);
     }
+    multiply(groups, x_row.data(), pair.data());
+  });
+}
+
+template <typename Io, typename Read>
+void integer_product(const Packed& at, const IntegerProduct& by, int64_t buffer_floats,
+                     const Read& read) {
+  const int64_t chunk = outputs_at_once(at, by.row_bytes, kOutputsAtOnce);
+  const auto quantize = [&](char* to, const Io* x) { quantize_row(to, x, by.x); };
+  for_quantized<Io>(at, by.x.bytes(), quantize, [&](const Groups& groups, const char* const* x_row,
+                                                    const int32_t* pair) {
 #if HAS_MATRIX_TILES
     if (by.by_matrices) {
-      const Columns columns(groups, x_row.data(), by.x, at.num_threads);
+      const Columns columns(groups, x_row, by.x, at.num_threads);
       for_parts(groups, at.num_outputs, chunk, at.num_threads, [&](const Part& part) {
-        multiply_matrices<Io>(at, by, part, columns.of(part.group),
-                              pair.data() + part.group->first, buffer_floats, read);
+        multiply_matrices<Io>(at, by, part, columns.of(part.group), pair + part.group->first,
+                              buffer_floats, read);
       });
       return;
     }
 #endif
     for_parts(groups, at.num_outputs, chunk, at.num_threads, [&](const Part& part) {
-      multiply_part<Io>(at, by, part, x_row.data() + part.group->first,
-                        pair.data() + part.group->first, buffer_floats, read);
+      multiply_part<Io>(at, by, part, x_row + part.group->first, pair + part.group->first,
+                        buffer_floats, read);
     });
   });
 }

@@ -110,34 +110,37 @@ PanelTile panel_tile_of(int64_t num_tokens) {
   return of[num_tokens - 1];
 }
 
+// Multiplies the pairs of one group by panels, as `multiply_part` does by rows.
+template <typename Io>
+void multiply_panels(const Packed& at, const BlockRow& row, const Rows& rows,
+                     PanelTile (*tile_of)(int64_t num_tokens), const Part& part,
+                     const char* const* x_row, const int32_t* pair) {
+  const int64_t num = part.group->num, num_passes = (num + kPassTokens - 1) / kPassTokens;
+  for (int64_t pass = 0; pass < num_passes; ++pass) {
+    const int64_t token = num * pass / num_passes, end = num * (pass + 1) / num_passes;
+    const PanelTile tile = tile_of(end - token);
+    for (int64_t o = part.first; o < part.end; o += kInterleaved) {
+      float sums[kPassTokens * kInterleaved];
+      tile(sums, at, row, rows, Panel(at, part.group->expert, o), x_row + token);
+      for (int64_t t = token; t < end; ++t)
+        for (int lane = 0; lane < kInterleaved; lane += kLanes)
+          put_results<Io>(at, pair[t], o + lane, load(sums + (t - token) * kInterleaved + lane),
+                          kLanes);
+    }
+  }
+}
+
 template <typename Io>
 void interleaved_product(const Packed& at, const IntegerProduct& by,
                          PanelTile (*tile_of)(int64_t num_tokens)) {
   const BlockRow row(at, by.x);
-  const int64_t x_bytes = row.bytes(), chunk = outputs_at_once(at, by.row_bytes, kInterleaved);
-  const int64_t num_chunks = (at.num_outputs + chunk - 1) / chunk;
-  for_blocks(at.num_pairs, 1, x_bytes / 4, [&](int64_t first, int64_t num) {
-    char* rows = (char*)scratch<kShared>((size_t)(num * x_bytes / 4));
-    std::vector<const char*> x(num);
-    for (int64_t t = 0; t < num; ++t) x[t] = rows + t * x_bytes;
-    parallel_for(num, num * at.depth < kMinParallel ? 1 : at.num_threads, [&](int64_t t) {
-      row.quantize(rows + t * x_bytes, (const Io*)at.x + (first + t) * at.x_stride);
-    });
-    const int64_t num_passes = (num + kPassTokens - 1) / kPassTokens;
-    parallel_for(num_chunks, at.num_threads, [&](int64_t item) {
-      const int64_t begin = item * chunk, end = std::min(begin + chunk, at.num_outputs);
-      for (int64_t pass = 0; pass < num_passes; ++pass) {
-        const int64_t token = num * pass / num_passes, to = num * (pass + 1) / num_passes;
-        const PanelTile tile = tile_of(to - token);
-        for (int64_t o = begin; o < end; o += kInterleaved) {
-          float sums[kPassTokens * kInterleaved];
-          tile(sums, at, row, by.rows, Panel(at, o / kInterleaved), x.data() + token);
-          for (int64_t t = 0; t < to - token; ++t)
-            for (int lane = 0; lane < kInterleaved; lane += kLanes)
-              put_results<Io>(at, first + token + t, o + lane, load(sums + t * kInterleaved + lane),
-                              kLanes);
-        }
-      }
+  const int64_t chunk = outputs_at_once(at, by.row_bytes, kInterleaved);
+  const auto quantize = [&](char* to, const Io* x) { row.quantize(to, x); };
+  for_quantized<Io>(at, row.bytes(), quantize, [&](const Groups& groups, const char* const* x_row,
+                                                   const int32_t* pair) {
+    for_parts(groups, at.num_outputs, chunk, at.num_threads, [&](const Part& part) {
+      multiply_panels<Io>(at, row, by.rows, tile_of, part, x_row + part.group->first,
+                          pair + part.group->first);
     });
   });
 }

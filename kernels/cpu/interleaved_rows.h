@@ -1,22 +1,21 @@
 // The layout of rows of codes that are interleaved by 16. Needs vectors.h and packed.h.
 //
 // Of 16 rows there are in turn 4 bytes of each, and the scales and offsets of a group of columns lie
-// side by side: codes are [O / 16, C / 4, 16, 4], scales [O / 16, G, 16].
+// side by side: codes are [E, O / 16, C / 4, 16, 4], scales [E, O / 16, G, 16].
 
 namespace {
 
 constexpr int kInterleaved = 16;
 constexpr int kQuadBytes = 4 * kInterleaved;  // 4 bytes of each row
 
-// Where the numbers of 16 rows begin; offset may be null.
+// Where the numbers of rows o .. o + 15 begin; offset may be null.
 struct Panel {
-  const char *code, *scale, *offset;
+  const char *code, *scale, *offset = nullptr;
 
-  INLINE Panel(const Packed& at, int64_t panel)
-      : code(at.code + panel * kInterleaved * at.code_stride),
-        scale(at.scale + panel * kInterleaved * at.num_groups * bytes_of(at.scale_dtype)),
-        offset(at.offset ? at.offset + panel * kInterleaved * at.num_groups * bytes_of(at.offset_dtype)
-                         : nullptr) {}
+  INLINE Panel(const Packed& at, int64_t expert, int64_t o)
+      : code(code_row(at, expert, o)), scale(scale_row(at, expert, o)) {
+    if (at.offset) offset = offset_row(at, expert, o);
+  }
 };
 
 INLINE Vec load_as(const char* p, int64_t i, int64_t dtype) {

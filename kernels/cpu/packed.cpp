@@ -220,7 +220,7 @@ extern "C" int64_t nanovllm_widen_packed(const Packed* args) {
     float* of_row = buffer + code_floats;
     Bf16* value = (Bf16*)(of_row + OneRow::floats(at));
     const char* codes = at.interleaved ? (const char*)buffer : nullptr;
-    if (codes) copy_all_codes((char*)buffer, at.code_stride, Panel(at, item), at.code_stride);
+    if (codes) copy_all_codes((char*)buffer, at.code_stride, Panel(at, 0, item * together), at.code_stride);
     for (int64_t i = 0; i < together; ++i) {
       const int64_t o = item * together + i;
       dequantize_row(value, at, OneRow(of_row, at, 0, o, codes ? codes + i * at.code_stride : nullptr));

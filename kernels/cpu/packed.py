@@ -77,7 +77,7 @@ def _load() -> ctypes.CDLL:
 
 class Weight(NamedTuple):
     """Codes [O, C], scales and offsets [O, G] (those of fp8 for blocks of rows), or of experts.
-    Rows may be interleaved (`reference.packed`) if they are no experts'."""
+    Rows may be interleaved: see `reference.packed`."""
 
     code: Tensor
     scale: Tensor | None  # None: in the blocks of codes
@@ -90,11 +90,11 @@ class Weight(NamedTuple):
 
     @property
     def is_interleaved(self) -> bool:
-        return self.code.dim() == 4
+        return reference.packed.is_interleaved(self.code)
 
     @property
     def num_outputs(self) -> int:
-        return self.code.shape[0] * INTERLEAVED if self.is_interleaved else self.code.shape[-2]
+        return reference.packed.num_rows(self.code)
 
     def fits(self, depth: int) -> bool:
         """True if the kernel reads these tensors as they are."""
@@ -105,7 +105,7 @@ class Weight(NamedTuple):
             tensors = [one for one in (code, scale, offset) if one is not None]
             if not all(one.is_contiguous() for one in tensors):
                 return False
-            num_bytes, shape = code.shape[1] * 4, (len(code), num_groups, INTERLEAVED)
+            num_bytes, shape = code.shape[-3] * 4, (*code.shape[:-3], num_groups, INTERLEAVED)
         return (
             code.dtype is (torch.float8_e4m3fn if is_fp8 else torch.uint8)
             and code.stride(-1) == 1
@@ -154,25 +154,21 @@ class _Layout(NamedTuple):
 
 def _layout(weight: Weight) -> _Layout:
     code, scale, offset, _, bits, group, block_rows, is_fp8 = weight
-    of_rows = _interleaved_strides if weight.is_interleaved else _strides
-    strides, dtypes, num_groups = [*of_rows(code)], [], 0
+    by_16 = weight.is_interleaved
+    strides, dtypes, num_groups = [*_strides(code, -4 if by_16 else -2)], [], 0
     for one in (scale, offset):
-        strides += (0, 0) if one is None else of_rows(one)
+        strides += (0, 0) if one is None else _strides(one, -3 if by_16 else -2)
         dtypes.append(0 if one is None else cpu_library.DTYPE_CODES[one.dtype])
     if scale is not None:
-        num_groups = scale.shape[1 if weight.is_interleaved else -1]
+        num_groups = scale.shape[-2 if weight.is_interleaved else -1]
     sizes = (*strides, num_groups, group, block_rows, bits, is_fp8)
     return _Layout(weight.num_outputs, sizes, (dtypes[0], dtypes[1]))
 
 
-def _strides(tensor: Tensor) -> tuple[int, int]:
-    """From expert to expert, and from row to row."""
-    return (tensor.stride(0) if tensor.dim() == 3 else 0), tensor.stride(-2)
-
-
-def _interleaved_strides(tensor: Tensor) -> tuple[int, int]:
-    """As `_strides`: a row has a share of the numbers of those with which it is interleaved."""
-    return 0, tensor[0].numel() // INTERLEAVED
+def _strides(tensor: Tensor, axis: int) -> tuple[int, int]:
+    """From expert to expert, and from row to row: an entry of the axis is a row, or 16 of them."""
+    num_rows = 1 if axis == -2 else INTERLEAVED
+    return (tensor.stride(0) if tensor.dim() > -axis else 0), tensor.stride(axis) // num_rows
 
 
 class _Known(NamedTuple):
@@ -250,7 +246,7 @@ def arguments_of(
 def prefers_interleaved(weight: Weight, depth: int) -> bool:
     """Whether products with these rows are faster if they are interleaved."""
     weight = weight.with_table()
-    if weight.code.dim() != 2 or not weight.fits(depth):
+    if weight.is_interleaved or not weight.fits(depth):
         return False
     unread = weight.code.new_empty((1, depth), dtype=torch.float32)
     arguments = arguments_of(unread, unread, None, weight, depth)
@@ -448,10 +444,9 @@ def _expert_product(x: Tensor, expert_TK: Tensor, weight: Weight) -> Tensor | No
         return None
     x, expert_TK = x.contiguous(), expert_TK.to(torch.int32).contiguous()
     weight = weight.with_table()
-    num_experts, num_outputs, _ = weight.code.shape
-    out_TKO = x.new_empty((*expert_TK.shape, num_outputs))
+    out_TKO = x.new_empty((*expert_TK.shape, weight.num_outputs))
     if not _load().nanovllm_packed_linear(arguments_of(out_TKO, x, expert_TK, weight, depth)):
-        refuse(expert_TK, num_experts)
+        refuse(expert_TK, len(weight.code))
     return out_TKO
 
 

@@ -80,8 +80,8 @@ struct OneRow {
     float* offsets = to + at.num_groups + kLanes;
     offset = at.offset ? offsets : nullptr;
     if (at.interleaved) {
-      const Panel panel(at, o / kInterleaved);
       const int64_t row = o % kInterleaved;
+      const Panel panel(at, expert, o - row);
       char* codes = (char*)(offsets + at.num_groups + kLanes);
       if (own == nullptr) copy_codes(codes, panel, row, at.code_stride);
       copy_groups(to, panel.scale, at.scale_dtype, row, at.num_groups);

@@ -7,8 +7,8 @@ scale and offset are those of the column's group, and there may be no offset. A 
 of 8 bits. Codes of 4 bits are in blocks of 32 columns, 16 bytes each: byte j has the code of column
 j in its lower half and that of column j + 16 in its upper half, as GGUF has them. The last block of
 a row may have columns behind the weight's depth, which no product reads.
-Rows of a matrix may be interleaved, 16 at a time: there are in turn 4 bytes of each, and scales and
-offsets of a group lie side by side. Codes are [O / 16, C / 4, 16, 4] then, scales [O / 16, G, 16].
+Rows may be interleaved, 16 at a time: there are in turn 4 bytes of each, and scales and offsets of
+a group lie side by side. Codes are [.., O / 16, C / 4, 16, 4] then, scales [.., O / 16, G, 16].
 A table in fp16 is that of e2m1 (`e2m1_table`), whose levels kernels compute; others are in fp32.
 """
 
@@ -61,28 +61,35 @@ def pack(code: Tensor, bits: int) -> Tensor:
 
 def interleave(code_OC: Tensor, scale_OG: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales (or offsets) of rows, interleaved: O is a multiple of 16 and C of 4."""
-    quads = code_OC.unflatten(0, (-1, INTERLEAVED)).unflatten(-1, (-1, 4))
-    return quads.transpose(1, 2).contiguous(), interleave_groups(scale_OG)
+    quads = code_OC.unflatten(-2, (-1, INTERLEAVED)).unflatten(-1, (-1, 4))
+    return quads.transpose(-3, -2).contiguous(), interleave_groups(scale_OG)
 
 
 def interleave_groups(scale_OG: Tensor) -> Tensor:
-    return scale_OG.unflatten(0, (-1, INTERLEAVED)).transpose(1, 2).contiguous()
+    return scale_OG.unflatten(-2, (-1, INTERLEAVED)).transpose(-2, -1).contiguous()
+
+
+def is_interleaved(code: Tensor) -> bool:
+    return code.dim() >= 4
 
 
 def num_rows(code: Tensor) -> int:
-    """The rows of a matrix's codes."""
-    return code.shape[0] * (INTERLEAVED if code.dim() == 4 else 1)
+    """The rows of a matrix, or of each expert's."""
+    return code.shape[-4] * INTERLEAVED if is_interleaved(code) else code.shape[-2]
 
 
 def in_rows(
     code: Tensor, scale: Tensor, offset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and offsets by rows, whether these are interleaved or not."""
-    if code.dim() < 4:
+    if not is_interleaved(code):
         return code, scale, offset
-    code_OC = code.transpose(1, 2).flatten(2).flatten(0, 1)
-    scale_OG = scale.transpose(1, 2).flatten(0, 1)
-    return code_OC, scale_OG, None if offset is None else offset.transpose(1, 2).flatten(0, 1)
+
+    def of_groups(scale: Tensor) -> Tensor:
+        return scale.transpose(-2, -1).flatten(-3, -2)
+
+    code_OC = code.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    return code_OC, of_groups(scale), None if offset is None else of_groups(offset)
 
 
 def unpacked(

@@ -61,7 +61,7 @@ packed_expert_linear = define(
     "packed_expert_linear(Tensor x, Tensor expert, Tensor code, Tensor scale, Tensor? offset, "
     "Tensor? table, int bits, int group) -> Tensor",
     reference.packed.packed_expert_linear,
-    lambda x, expert, code, *rest: x.new_empty((*expert.shape, code.shape[1])),
+    lambda x, expert, code, *rest: x.new_empty((*expert.shape, reference.packed.num_rows(code))),
 )
 fused_packed_linear = define(
     "fused_packed_linear(Tensor x, Tensor? norm_weight, Tensor code, Tensor scale, Tensor? offset, "

@@ -324,8 +324,8 @@ class Platform(ABC):
         return SplitRegion(self.device)
 
     def prefers_interleaved(self, codes: Codes, depth: int) -> bool:
-        """Whether products with a matrix of packed codes, of `depth` inputs, are faster here if its
-        rows are interleaved (`reference.packed`)."""
+        """Whether products with packed codes, of `depth` inputs, are faster here if their rows are
+        interleaved (`reference.packed`)."""
         return False
 
     # Information ---------------------------------------------------------------------------

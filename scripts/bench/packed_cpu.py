@@ -29,6 +29,7 @@ from nanovllm.kernels import reference
 from nanovllm.kernels.cpu import ggml, packed
 from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.kernels.cpu import linear as cpu_linear
+from nanovllm.models.formats.packed_weight import PackedWeight
 from nanovllm.tools import command_line
 
 # (outputs, depth) of a layer's products
@@ -62,17 +63,20 @@ def packed_matrix(
     levels: tuple[float, ...] | None,
     has_offset: bool,
     scale_dtype: torch.dtype,
+    by_rows: bool = False,
 ) -> Matrix:
+    """Rows are interleaved as an engine's are, or with `by_rows` none."""
     num_outputs, depth = shape
     group = group or depth
-    code, num_groups = codes(shape, bits), -(-depth // group)
-    scale = (torch.rand(num_outputs, num_groups) / 100).to(scale_dtype)
+    scale = (torch.rand(num_outputs, -(-depth // group)) / 100).to(scale_dtype)
     offset = -8 * scale if has_offset else None
     table = None if levels is None else torch.tensor(levels)
-    tensors = [code, scale] + ([] if offset is None else [offset])
+    weight = PackedWeight(codes(shape, bits), scale, offset, table, None, bits, group, depth)
+    if not by_rows and packed.prefers_interleaved(packed.Weight(*weight.codes), depth):
+        weight = weight.interleaved()
+    tensors = [one for one in weight[:3] if one is not None]
     return Matrix(
-        lambda x: packed.packed_linear(x, code, scale, offset, table, bits, group, None),
-        sum(one.numel() * one.element_size() for one in tensors),
+        lambda x: packed.packed_linear(x, *weight.codes, None), sum(one.nbytes for one in tensors)
     )
 
 
@@ -105,18 +109,28 @@ def plain_matrix(shape: tuple[int, int], dtype: torch.dtype) -> Matrix:
 
 
 HALF, FULL = torch.float16, torch.float32
+SIZES: dict[str, tuple[int, int, tuple[float, ...] | None, bool, torch.dtype]] = {
+    "q4 32 table": (4, 32, SYMMETRIC, False, HALF),
+    "q4 32 table fp32 scale": (4, 32, SYMMETRIC, False, FULL),
+    "q4 32 offset": (4, 32, None, True, HALF),
+    "q4 32 offset fp32 scale": (4, 32, None, True, FULL),
+    "q4 128 offset": (4, 128, None, True, HALF),
+    "mxfp4 32": (4, 32, MXFP4, False, FULL),
+    "nvfp4 16": (4, 16, MXFP4, False, FULL),
+    "q4 96 offset": (4, 96, None, True, HALF),
+    "nf4 64": (4, 64, NF4, False, FULL),
+    "q8 32": (8, 32, None, True, HALF),
+    "q8 row": (8, 0, None, True, FULL),
+}
+
+
+def of_sizes(name: str, shape: tuple[int, int], by_rows: bool = False) -> Matrix:
+    return packed_matrix(shape, *SIZES[name], by_rows=by_rows)
+
+
 FORMATS: dict[str, Callable[[tuple[int, int]], Matrix]] = {
-    "q4 32 table": lambda shape: packed_matrix(shape, 4, 32, SYMMETRIC, False, HALF),
-    "q4 32 table fp32 scale": lambda shape: packed_matrix(shape, 4, 32, SYMMETRIC, False, FULL),
-    "q4 32 offset": lambda shape: packed_matrix(shape, 4, 32, None, True, HALF),
-    "q4 32 offset fp32 scale": lambda shape: packed_matrix(shape, 4, 32, None, True, FULL),
-    "q4 128 offset": lambda shape: packed_matrix(shape, 4, 128, None, True, HALF),
-    "mxfp4 32": lambda shape: packed_matrix(shape, 4, 32, MXFP4, False, FULL),
-    "nvfp4 16": lambda shape: packed_matrix(shape, 4, 16, MXFP4, False, FULL),
-    "q4 96 offset": lambda shape: packed_matrix(shape, 4, 96, None, True, HALF),
-    "nf4 64": lambda shape: packed_matrix(shape, 4, 64, NF4, False, FULL),
-    "q8 32": lambda shape: packed_matrix(shape, 8, 32, None, True, HALF),
-    "q8 row": lambda shape: packed_matrix(shape, 8, 0, None, True, FULL),
+    **{name: partial(of_sizes, name) for name in SIZES},
+    **{f"rows of {name}": partial(of_sizes, name, by_rows=True) for name in SIZES},
     **{
         f"ggml {name}": partial(ggml_matrix, ggml_type=getattr(reference.ggml, name))
         for name in GGML_NAMES

@@ -333,7 +333,7 @@ def test_rows_are_interleaved_where_that_is_possible_and_faster() -> None:
     def prefers(one: Case) -> bool:
         return packed.prefers_interleaved(packed.Weight(*one[:6]), one.depth)
 
-    fits = [case((32, 96), 4, 32), case((16, 96), 8, 96), case((16, 64), 4, 32, "iq4_nl")]
+    fits = [case((32, 96), 4, 32), case((3, 16, 96), 8, 96), case((16, 64), 4, 32, "iq4_nl")]
     assert len({prefers(one) for one in fits}) == 1  # depends on the processor alone
     for other in (
         case((40, 96), 4, 32),
@@ -435,6 +435,18 @@ def test_pairs_of_tokens_and_experts_are_multiplied_by_the_experts_of_their_own(
     experts_of(
         lambda x, expert_TK: packed.packed_expert_linear(x, expert_TK, *one[:6]), one.value, one
     )
+
+
+@pytest.mark.parametrize("bits, table", [(4, "codes"), (4, "mxfp4"), (8, "codes")])
+def test_rows_of_experts_may_be_interleaved(bits: int, table: str) -> None:
+    one = case((5, 48, 96), bits, 32, table)
+    one.scale[-1] = NAN
+    by_16 = interleaved(one)
+    experts_of(
+        lambda x, expert_TK: packed.packed_expert_linear(x, expert_TK, *by_16[:6]), one.value, one
+    )
+    value = reference.packed.unpacked(*by_16[:6], 96)
+    assert torch.equal(value[:4], reference.packed.unpacked(*one[:6], 96)[:4])
 
 
 @pytest.mark.parametrize("rows, columns", [(128, 128), (1, 99), (2, 32), (19, 16), (3, 20)])

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from nanovllm import LLM, SamplingParams
 from nanovllm.compile.trace import tensors
 from nanovllm.config import EngineConfig
+from nanovllm.kernels import reference
 from nanovllm.kernels.reference.packed import Codes
 from nanovllm.models import loader
 from nanovllm.models.checkpoint import CheckpointError
@@ -232,14 +233,21 @@ def test_interleaved_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """As processors have them that are faster so; with exact inputs none is."""
 
     def prefers(platform: cpu.CpuPlatform, codes: Codes, depth: int) -> bool:
-        return codes[0].dim() == 2
+        return not reference.packed.is_interleaved(codes[0])
 
     monkeypatch.setattr(cpu.CpuPlatform, "prefers_interleaved", prefers)
     folder = pack(BY_NAME[name], save_tiny(tmp_path, vocab_size=99, num_hidden_layers=1))
-    layer = check(folder, 99, enforce_eager=False, graph_batch_sizes=[4]).layers[0]
-    weights = [layer.qkv_ED, layer.gate_up_GD, layer.down_DF]
-    parts = [one for weight in weights for one in getattr(weight, "parts", [weight])]
-    assert all(one.code_OC.dim() == 4 for one in parts)
+    assert dims(check(folder, 99, enforce_eager=False, graph_batch_sizes=[4])) == {4}
+    changes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 48}
+    experts = pack(BY_NAME[name], Case("mixtral", 4, 2, changes).save(tmp_path / "experts"))
+    assert dims(check(experts, 96)) == {4, 5}
+
+
+def dims(weights: Any) -> set[int]:
+    """The dimensions of codes of all packed weights."""
+    if isinstance(weights, PackedWeight):
+        return {weights.code_OC.dim()}
+    return {n for one in weights for n in dims(one)} if isinstance(weights, tuple) else set()
 
 
 @pytest.mark.parametrize(

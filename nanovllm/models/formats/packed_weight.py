@@ -44,7 +44,7 @@ class PackedWeight(NamedTuple):
         return self.depth if self.order_D is None else self.order_D.shape[-1]
 
     def interleaved(self) -> PackedWeight:
-        """The same matrix with interleaved rows. It takes as much memory again until the caller
+        """The same weight with interleaved rows. It takes as much memory again until the caller
         drops this one."""
         code, scale = interleave(self.code_OC, self.scale_OG)
         offset = None if self.offset_OG is None else interleave_groups(self.offset_OG)
@@ -107,7 +107,7 @@ class PackedWeight(NamedTuple):
 
 
 def arranged(weight: Any, prefers_interleaved: Callable[[Codes, int], bool]) -> Any:
-    """A weight of any format. Packed matrices in it are interleaved where that is preferred."""
+    """A weight of any format. Rows of packed ones in it are interleaved where that is preferred."""
     if isinstance(weight, PackedWeight):
         prefers = prefers_interleaved(weight.codes, weight.num_columns)
         return weight.interleaved() if prefers else weight
