@@ -8,6 +8,8 @@
 namespace {
 
 constexpr int kPassTokens = 8;  // the most rows of x that a tile multiplies
+// Codes are one stream, which is fetched to the second-level cache, and then to the first.
+constexpr int64_t kFarBytes = 16 << 10, kNearBytes = 2 << 10;
 
 // the 4 bytes at p in all lanes
 INLINE Bytes repeat4(const void* p) {
@@ -73,7 +75,7 @@ void panel_tile(float* sums, const Packed& at, const BlockRow& row, const Rows& 
         Bytes quad[kQuads];
 #pragma GCC unroll 8
         for (int i = 0; i < kCodeQuads; ++i, code += kQuadBytes) {
-          __builtin_prefetch(code + kPrefetchBytes, 0, 3);
+          __builtin_prefetch(code + kFarBytes, 0, 2), __builtin_prefetch(code + kNearBytes, 0, 3);
           codes.load_quad(quad, i, load_bytes(code));
         }
 #pragma GCC unroll 8
