@@ -95,7 +95,7 @@ def test_an_async_engine_is_made_of_arguments(monkeypatch: pytest.MonkeyPatch) -
 def test_abort_can_be_awaited() -> None:
     ended: list[object] = []
     llm = object.__new__(AsyncLLM)
-    llm.__dict__["_feeds"] = {"a": "A", "b": "B", "c": "C"}
+    llm.__dict__ |= {"_feeds": {"a": "A", "b": "B", "c": "C"}, "_opening": {}}
     llm.__dict__["abort_feed"] = ended.append
 
     async def work() -> None:
