@@ -1,19 +1,20 @@
-// Runs a kernel in CUDA C++ on a CPU: a thread for each thread of all programs, at the same time.
-// Barriers, copies, warps' exchanges and matrix products are done by locks and loops.
+// Runs a kernel in CUDA C++ on a CPU: a fiber for each thread of all programs, in one thread. A fiber
+// runs until it waits for others or looks whether a result is there, and the next one goes on.
+// Barriers, copies, warps' exchanges and matrix products are done by lists of fibers and loops.
 //
 // What follows a line "// in place of NAME" replaces the device function of that name, which holds
 // instructions of a GPU.
-#include <atomic>
-#include <barrier>
+#include <setjmp.h>
+#include <ucontext.h>
+
 #include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
-#include <mutex>
-#include <thread>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -27,12 +28,54 @@
 #define __fdividef(a, b) ((a) / (b))
 
 struct Index { unsigned x = 0, y = 0, z = 0; };
-static thread_local Index threadIdx, blockIdx;
-static Index gridDim;
+static Index threadIdx, blockIdx, gridDim;
 struct uint2 { unsigned x, y; };
 static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 struct float4 { float x, y, z, w; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct Program;
+struct Fiber {
+  Program* program;
+  Index thread, block;
+  std::unique_ptr<char[]> stack;
+  ucontext_t begin;  // until it has run; changes of `ucontext` take system calls
+  jmp_buf at;
+  bool has_begun = false, has_ended = false;
+};
+static std::deque<Fiber*> ready;
+static Fiber* current;
+static jmp_buf next;  // runs the next fiber
+
+static void leave() {
+  if (_setjmp(current->at) == 0) _longjmp(next, 1);
+}
+static void yield() {
+  ready.push_back(current);
+  leave();
+}
+
+// Fibers that wait for something.
+struct Waiting {
+  std::vector<Fiber*> fibers;
+  void wait() {
+    fibers.push_back(current);
+    leave();
+  }
+  void wake() {
+    for (Fiber* one : std::exchange(fibers, {})) ready.push_back(one);
+  }
+};
+
+struct Meeting {
+  int num_fibers, num_here = 0;
+  Waiting here = {};
+  void arrive_and_wait() {
+    if (++num_here < num_fibers) return here.wait();
+    num_here = 0;
+    here.wake();
+  }
+};
 
 struct Barrier {
   int num_arrivals, num_missing;
@@ -42,21 +85,20 @@ struct Barrier {
 
 struct Program {
   alignas(1024) unsigned char shared[256 << 10];
-  std::unique_ptr<std::barrier<>> all_threads, all_workers;
-  std::vector<std::unique_ptr<std::barrier<>>> warps;
+  Meeting all_threads, all_workers;
+  std::vector<Meeting> warps;
   float exchanged[32][32];
   unsigned operands[32][32][6];
-  std::mutex lock;
-  std::condition_variable changed;
   std::map<unsigned, Barrier> barriers_at;
+  Waiting change;
 };
-static thread_local Program* own;
+static Program* own;
 #define all_shared (own->shared)
 #define dynamic_shared (own->shared + 16)  // not aligned to more
 static int warp() { return threadIdx.x / 32; }
 static int lane() { return threadIdx.x % 32; }
-static void __syncthreads() { own->all_threads->arrive_and_wait(); }
-static void __syncwarp() { own->warps[warp()]->arrive_and_wait(); }
+static void __syncthreads() { own->all_threads.arrive_and_wait(); }
+static void __syncwarp() { own->warps[warp()].arrive_and_wait(); }
 
 static float __shfl_xor_sync(unsigned, float v, int mask) {
   own->exchanged[warp()][lane()] = v;
@@ -95,12 +137,11 @@ static float half_of(unsigned word, int upper) {
 }
 
 static void change(unsigned barrier, int num_arrivals, long num_bytes) {
-  std::lock_guard<std::mutex> held(own->lock);
   Barrier& b = own->barriers_at.at(barrier);
   b.num_missing -= num_arrivals, b.num_bytes += num_bytes;
   if (b.num_missing == 0 && b.num_bytes == 0) {
     b.phase++, b.num_missing = b.num_arrivals;
-    own->changed.notify_all();
+    own->change.wake();
   }
 }
 
@@ -204,12 +245,11 @@ static void arrive(unsigned barrier) { change(barrier, 1, 0); }
 static void expect(unsigned barrier, unsigned num_bytes) { change(barrier, 1, num_bytes); }
 // in place of wait_for
 static void wait_for(unsigned barrier, unsigned parity) {
-  std::unique_lock<std::mutex> held(own->lock);
-  own->changed.wait(held, [&] { return (own->barriers_at.at(barrier).phase & 1) != parity; });
+  while ((own->barriers_at.at(barrier).phase & 1) == parity) own->change.wait();
 }
 // in place of is_done
 static bool is_done(unsigned barrier, unsigned parity) {
-  std::lock_guard<std::mutex> held(own->lock);
+  yield();
   return (own->barriers_at.at(barrier).phase & 1) != parity;
 }
 // in place of wait_for_earlier_kernels
@@ -225,7 +265,7 @@ static u32 most_of_warp(u32 v) {
   return most;
 }
 // in place of meet
-static void meet() { own->all_workers->arrive_and_wait(); }
+static void meet() { own->all_workers.arrive_and_wait(); }
 // in place of copy
 static void copy(unsigned to, const u8* from, unsigned num_bytes, unsigned barrier) {
   if (num_bytes % 16 || to % 16 || (size_t)from % 16) abort();
@@ -258,39 +298,31 @@ static void copy_box(const Map* map, unsigned to, unsigned barrier, unsigned lin
 }
 // in place of load_words
 static Pair load_words(const u64* at) {
-  u64 v[2];
-  for (int i = 0; i < 2; i++)
-    v[i] = std::atomic_ref<u64>(const_cast<u64*>(at)[i]).load(std::memory_order_relaxed);
-  return Pair{(u32)v[0], (u32)(v[0] >> 32), (u32)v[1], (u32)(v[1] >> 32)};
+  yield();
+  return Pair{(u32)at[0], (u32)(at[0] >> 32), (u32)at[1], (u32)(at[1] >> 32)};
 }
 // in place of store_word
-static void store_word(u64* at, u32 value, u32 tag) {
-  std::atomic_ref<u64>(*at).store((u64)tag << 32 | value, std::memory_order_relaxed);
-}
+static void store_word(u64* at, u32 value, u32 tag) { *at = (u64)tag << 32 | value; }
 // in place of load_wide
 static Wide load_wide(const u64* at) {
-  u64 v[2];  // the half with the tag was stored last
-  v[1] = std::atomic_ref<u64>(const_cast<u64*>(at)[1]).load(std::memory_order_acquire);
-  v[0] = std::atomic_ref<u64>(const_cast<u64*>(at)[0]).load(std::memory_order_relaxed);
+  yield();
   Wide r;
-  memcpy(&r, v, sizeof r);
+  memcpy(&r, at, sizeof r);
   return r;
 }
 // in place of store_wide
-static void store_wide(u64* at, const Wide& from) {
-  u64 v[2];
-  memcpy(v, &from, sizeof v);
-  std::atomic_ref<u64>(at[0]).store(v[0], std::memory_order_relaxed);
-  std::atomic_ref<u64>(at[1]).store(v[1], std::memory_order_release);
-}
+static void store_wide(u64* at, const Wide& from) { memcpy(at, &from, 16); }
 // in place of claim
-static bool claim(u32* at) { return std::atomic_ref<u32>(*at).exchange(1) == 0; }
+static bool claim(u32* at) { return std::exchange(*at, 1) == 0; }
 // in place of load_status
-static u32 load_status(const u32* at) { return std::atomic_ref<u32>(*const_cast<u32*>(at)).load(); }
+static u32 load_status(const u32* at) {
+  yield();
+  return *at;
+}
 // in place of now
 static u64 now() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 // in place of rest
-static void rest() { std::this_thread::sleep_for(std::chrono::microseconds(200)); }
+static void rest() { yield(); }
 // the end
 #ifndef WORKERS  // of a kernel without a warp that copies
 #define WORKERS (THREADS - 32)
@@ -299,29 +331,50 @@ static void rest() { std::this_thread::sleep_for(std::chrono::microseconds(200))
 #define COPIERS 1
 #endif
 #define ALL_THREADS (WORKERS + 32 * COPIERS)
-extern "C" int run(const void* arguments, unsigned num_bytes, unsigned num_programs,
-                   unsigned num_rows) {
-  Args a;
-  if (num_bytes != sizeof a) return 1;
-  memcpy(&a, arguments, sizeof a);
+static Args arguments;
+static void run_fiber() {
+  KERNEL(arguments);
+  current->has_ended = true;
+  _longjmp(next, 1);
+}
+
+// Runs fibers until none can go on.
+static void run_ready() {
+  _setjmp(next);
+  if (ready.empty()) return;
+  current = ready.front();
+  ready.pop_front();
+  own = current->program, threadIdx = current->thread, blockIdx = current->block;
+  if (std::exchange(current->has_begun, true)) _longjmp(current->at, 1);
+  setcontext(&current->begin);
+}
+
+extern "C" int run(const void* given, unsigned num_bytes, unsigned num_programs, unsigned num_rows) {
+  constexpr size_t kStackBytes = 256 << 10;
+  if (num_bytes != sizeof arguments) return 1;
+  memcpy(&arguments, given, sizeof arguments);
   gridDim.x = num_programs;
   for (unsigned row = 0; row < num_rows; row++) {
     std::vector<std::unique_ptr<Program>> programs;
-    std::vector<std::thread> threads;
+    std::deque<Fiber> fibers;
     for (unsigned program = 0; program < num_programs; program++) {
       Program& p = *programs.emplace_back(std::make_unique<Program>());
       memset(p.shared, 0x7f, sizeof p.shared);
-      p.all_threads = std::make_unique<std::barrier<>>(ALL_THREADS);
-      p.all_workers = std::make_unique<std::barrier<>>(WORKERS);
-      for (int i = 0; i < ALL_THREADS / 32; i++)
-        p.warps.push_back(std::make_unique<std::barrier<>>(32));
-      for (unsigned i = 0; i < ALL_THREADS; i++)
-        threads.emplace_back([&p, &a, i, program, row] {
-          own = &p, threadIdx.x = i, blockIdx.x = program, blockIdx.y = row;
-          KERNEL(a);
-        });
+      p.all_threads.num_fibers = ALL_THREADS, p.all_workers.num_fibers = WORKERS;
+      p.warps.assign(ALL_THREADS / 32, Meeting{32});
+      for (unsigned i = 0; i < ALL_THREADS; i++) {
+        Fiber& fiber = fibers.emplace_back();
+        fiber.program = &p, fiber.thread.x = i, fiber.block.x = program, fiber.block.y = row;
+        fiber.stack.reset(new char[kStackBytes]);
+        getcontext(&fiber.begin);
+        fiber.begin.uc_stack.ss_sp = fiber.stack.get(), fiber.begin.uc_stack.ss_size = kStackBytes;
+        makecontext(&fiber.begin, run_fiber, 0);
+        ready.push_back(&fiber);
+      }
     }
-    for (auto& one : threads) one.join();
+    run_ready();
+    for (const Fiber& one : fibers)
+      if (!one.has_ended) return 2;  // it waits for ever
   }
   return 0;
 }

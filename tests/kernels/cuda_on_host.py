@@ -49,10 +49,12 @@ def run(
     """
     source = folder / f"{abs(hash(function))}.cpp"
     source.write_text(host_source(function))
-    options = ("-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w")
+    # fibers jump between stacks, which glibc's checks take for a mistake
+    options = ("-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE")
     library = source.with_suffix(".so")
     assert COMPILER is not None
     subprocess.run([COMPILER, *options, str(source), "-o", str(library)], check=True)
     library_run = ctypes.CDLL(str(library)).run
     status = library_run(arguments, len(arguments), num_programs, num_rows)
-    assert status == 0, "the struct has another size"
+    assert status != 1, "the struct has another size"
+    assert status == 0, "a thread waits for ever"
