@@ -61,8 +61,8 @@ def pack(code: Tensor, bits: int) -> Tensor:
 
 def interleave(code_OC: Tensor, scale_OG: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales (or offsets) of rows, interleaved: O is a multiple of 16 and C of 4."""
-    quads = code_OC.unflatten(-2, (-1, INTERLEAVED)).unflatten(-1, (-1, 4))
-    return quads.transpose(-3, -2).contiguous(), interleave_groups(scale_OG)
+    quads = interleave_groups(code_OC.contiguous().view(torch.int32))  # quicker than single bytes
+    return quads.view(torch.uint8).unflatten(-1, (INTERLEAVED, 4)), interleave_groups(scale_OG)
 
 
 def interleave_groups(scale_OG: Tensor) -> Tensor:
