@@ -17,12 +17,14 @@ from nanovllm.schedule.adapter_slots import AdapterSlots
 class Adapter:
     """A known adapter. Its files have been checked, and a thread has perhaps begun to read them.
 
-    digest: of its files. Equal tokens have other keys and values with others.
+    digest: of its files. Equal tokens have other keys and values with others. is_read: `is_ready`
+        has found it whole in host memory.
     """
 
     request: LoRARequest
     digest: bytes
     is_in_memory: bool = False
+    is_read: bool = False
 
 
 class Adapters:
@@ -97,17 +99,12 @@ class Adapters:
         return adapter_id in self._known and self._known[adapter_id].is_in_memory
 
     def begin(self, adapter_id: int) -> bool:
-        """Begin to read an adapter before there is a request with it; whether it is in host memory.
-        It takes no room for which unfinished requests of other adapters wait.
-
-        A read that has failed is `is_ready`'s to report, to each request that waits for it.
-        """
+        """Begin to read an adapter before there is a request with it. It takes no room for which
+        unfinished requests of other adapters wait. Whether it has been read: else the request has
+        to wait for `is_ready`, which also raises what has failed."""
         if not self.has_place(adapter_id) and self._awaited - {adapter_id}:
             return False
-        try:
-            return self._begin_reading(adapter_id) and self._runner.adapter_is_read(adapter_id)
-        except Exception:
-            return False
+        return self._begin_reading(adapter_id) and self._known[adapter_id].is_read
 
     def is_ready(self, adapter_id: int) -> bool:
         """Whether an adapter is in host memory; begins to read it as soon as there is room.
@@ -120,7 +117,8 @@ class Adapters:
         if not self._begin_reading(adapter_id):
             return False
         try:
-            return self._runner.adapter_is_read(adapter_id)
+            adapter.is_read = self._runner.adapter_is_read(adapter_id)
+            return adapter.is_read
         except ValueError as error:
             self._drop(adapter_id)
             words = f"adapter {adapter.request.lora_name!r}: {error}"

@@ -17,8 +17,8 @@ from nanovllm.runner.runner import Runner
 
 
 class Reply(NamedTuple):
-    """What a rank says of an adapter. error: why it cannot be read. is_mistake: whether the files
-    are the cause."""
+    """The state of an adapter on a rank. error: why it cannot be read. is_mistake: whether the
+    files are the cause."""
 
     digest: bytes = b""
     is_read: bool = False
@@ -47,7 +47,7 @@ _load_seconds = wire.decoder(float)
 
 
 class AdapterRanks:
-    """What the first rank knows of the adapters of the others."""
+    """The state of the adapters on the other ranks, kept on the first one."""
 
     def __init__(self, ranks: WorkerGroup) -> None:
         self._ranks = ranks

@@ -126,7 +126,7 @@ async def _outputs(client: Client, name: str) -> list[RequestOutput]:
 
 
 def test_closing_ends_all_that_tasks_wait_for() -> None:
-    """With an error that says so, since nobody has cancelled the tasks."""
+    """They end with EngineDead, not with CancelledError: no caller has cancelled them."""
 
     async def work(client: Client, engine: ByHand) -> None:
         await _closed(client, [client.ready(), client.open([5]), client.metrics()])
