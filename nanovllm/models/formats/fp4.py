@@ -33,7 +33,12 @@ def powers(byte: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NvFp4(PackedFormat):
+    """As compressed-tensors stores it."""
+
     name: ClassVar[str] = "nvfp4"
+    code_end: ClassVar[str] = "weight_packed"
+    whole_end: ClassVar[str] = "weight_global_scale"
+    input_end: ClassVar[str] = "input_global_scale"
 
     @property
     def layout(self) -> Layout:
@@ -42,37 +47,35 @@ class NvFp4(PackedFormat):
     def companions(self, shape: tuple[int, int]) -> Mapping[str, Companion]:
         groups = (Axis("rows"), Axis("columns", NV_GROUP))
         return {
-            "weight_packed": Companion((Axis("rows"), BYTES), torch.uint8),
+            self.code_end: Companion((Axis("rows"), BYTES), torch.uint8),
             "weight_scale": Companion(groups, torch.float8_e4m3fn),
-            "weight_global_scale": Companion((), torch.float32),
-            **unread("input_global_scale"),
+            self.whole_end: Companion((), torch.float32),
+            **unread(self.input_end),
         }
 
     def read(self, raw: Mapping[str, Tensor], piece: Piece, extent: Extent) -> PackedWeight:
-        whole = raw["weight_global_scale"].abs()
-        if not whole.isfinite().all():  # the scales of all groups would be 0
-            raise ValueError("weight_global_scale is NaN or infinite")
-        # 0 gives an infinite scale, which is refused
-        scale_OG = raw["weight_scale"].float() / whole
-        code_OD = some_columns(nibbles(raw["weight_packed"]), piece, BYTES)
+        scale_OG = self._scales(raw["weight_scale"].float(), raw[self.whole_end])
+        code_OD = some_columns(nibbles(raw[self.code_end]), piece, BYTES)
         return self.packed(code_OD, self.of_groups(scale_OG, piece, extent), None, None, extent)
+
+    def _scales(self, scale_OG: Tensor, whole: Tensor) -> Tensor:
+        """The scales of groups, from the stored ones and that of the whole matrix."""
+        whole = whole.abs()
+        if not whole.isfinite().all():  # the scales of all groups would be 0
+            raise ValueError(f"{self.whole_end} is NaN or infinite")
+        return scale_OG / whole  # 0 gives an infinite scale, which is refused
 
 
 @dataclass(frozen=True)
 class NvFp4OfModelOpt(NvFp4):
-    def companions(self, shape: tuple[int, int]) -> Mapping[str, Companion]:
-        groups = (Axis("rows"), Axis("columns", NV_GROUP))
-        return {
-            "weight": Companion((Axis("rows"), BYTES), torch.uint8),
-            "weight_scale": Companion(groups, torch.float8_e4m3fn),
-            "weight_scale_2": Companion((), torch.float32),
-            **unread("input_scale"),
-        }
+    """The scale of the whole matrix is a factor here, not a divisor."""
 
-    def read(self, raw: Mapping[str, Tensor], piece: Piece, extent: Extent) -> PackedWeight:
-        scale_OG = raw["weight_scale"].float() * raw["weight_scale_2"]
-        code_OD = some_columns(nibbles(raw["weight"]), piece, BYTES)
-        return self.packed(code_OD, self.of_groups(scale_OG, piece, extent), None, None, extent)
+    code_end: ClassVar[str] = "weight"
+    whole_end: ClassVar[str] = "weight_scale_2"
+    input_end: ClassVar[str] = "input_scale"
+
+    def _scales(self, scale_OG: Tensor, whole: Tensor) -> Tensor:
+        return scale_OG * whole
 
 
 @dataclass(frozen=True)
