@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.compile.trace import tensors
@@ -30,9 +29,6 @@ from nanovllm.models.formats.fp8 import Fp8Weight
 from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.formats.packed_weight import PackedWeight
 from nanovllm.models.loader import Shard, Target
-from nanovllm.models.param import Param
-from nanovllm.models.quant_methods import of_checkpoint
-from nanovllm.models.schemes import Packed as PackedScheme
 from nanovllm.platforms import cpu
 from tests.conftest import save_tiny
 from tests.models import harness, int4_format
@@ -361,54 +357,6 @@ def test_modules_that_gptq_leaves_plain(tmp_path: Path) -> None:
     first, second = check(folder, 99).layers
     assert isinstance(first.qkv_ED, Tensor) and isinstance(first.down_DF, PackedWeight)
     assert isinstance(second.qkv_ED, PackedWeight)
-
-
-def scheme_of(config: dict[str, Any]) -> PackedScheme:
-    found = of_checkpoint(PretrainedConfig(quantization_config=config))
-    assert isinstance(found, PackedScheme)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("config", "same"),
-    [
-        (auto_round(), gptq(sym=True)),
-        (auto_round(sym=False, quant_method="intel/auto-round"), gptq()),
-        (auto_round(None), gptq(sym=True)),
-        (auto_round(None, backend="auto_round:exllamav2"),
-         gptq(sym=True, checkpoint_format="gptq_v2")),
-        (auto_round("auto_round:gptqmodel", bits=8, group_size=-1),
-         gptq(sym=True, bits=8, group_size=-1)),
-        (auto_round("auto_round:auto_awq", sym=False), AWQ),
-    ],
-)  # fmt: skip
-def test_packings_of_autoround_are_those_of_others(
-    config: dict[str, Any], same: dict[str, Any]
-) -> None:
-    assert scheme_of(config).stored == scheme_of(same).stored
-
-
-def test_modules_that_autoround_leaves_plain() -> None:
-    """By names, which may be those of a checkpoint with towers, and by expressions. An entry may
-    repeat what holds for all, as one for a head that is packed does."""
-    plain = {"bits": 16, "data_type": "float"}
-    extra = {
-        "model.language_model.layers.0.mlp.up_proj": plain, r".*layers\.1\..*k_proj": plain,
-        "v_proj$": plain, "model.layers.0.mlp.down_proj": {"bits": 4, "sym": True},
-    }  # fmt: skip
-    for head in ({}, {"lm_head": {"bits": 4}}, {"lm_head": plain}):
-        scheme = scheme_of(auto_round(extra_config={**extra, **head}))
-        expected = {
-            "model.layers.0.mlp.up_proj": False, "model.layers.1.mlp.up_proj": True,
-            "model.layers.1.self_attn.k_proj": False, "model.layers.0.self_attn.k_proj": True,
-            "model.layers.0.self_attn.v_proj": False, "model.layers.0.mlp.down_proj": True,
-            "lm_head": head.get("lm_head") == {"bits": 4},
-        }  # fmt: skip
-        for module, is_packed in expected.items():
-            param = Param.one("linear", f"{module}.weight", 64, 64)
-            param = param._replace(is_vocab=module == "lm_head")
-            (part,) = scheme.parts(param)
-            assert part.format.is_packed == is_packed, module
 
 
 ONE = "model.layers.1.mlp.up_proj."
